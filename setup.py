@@ -1,0 +1,43 @@
+"""Installs `megatron_eagle` and `eagle_kernels`; the pinned CPU environment is constraints-cpu.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-eagle",
+    version="0.1.0",
+    description="Eagle 2.5 long-context vision-language training on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["megatron_eagle", "megatron_eagle.*"]),
+        "eagle_kernels",
+    ],
+    # No kernels/__init__.py: a top-level package named `kernels` would be taken by transformers
+    # for Hugging Face's `kernels` library.
+    package_dir={"eagle_kernels": "kernels/eagle_kernels"},
+    install_requires=[
+        "torch",
+        "megatron-core==0.16.1",
+        "einops",  # megatron-core imports it without declaring it
+        "psutil",  # without it megatron-core's checkpoint save hangs
+        "transformers>=4.51",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors",
+        "pyarrow",
+        "av",
+        "pillow",
+        "pyyaml",
+        "tqdm",
+        "tensorboard",
+    ],
+    extras_require={
+        "dali": ["nvidia-dali-cuda120==2.4.0"],
+        "gpu": ["transformer-engine[pytorch]", "flash-attn"],  # Apex: see the Dockerfile
+        "demo": ["scikit-image==0.26.0", "matplotlib"],
+        "serve": ["gradio==6.31.0"],
+        "eval": ["rapidfuzz"],
+        "recipe": ["httpx", "faiss-cpu==1.15.1", "ray==2.60.0"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff==0.17.5"],
+    },
+)
