@@ -1,0 +1,20 @@
+"""A user's mistake is one clear line (what, where, what to do) and a non-zero exit, never a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input, configuration or environment; the message says what is wrong, where, and what to do."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a tool's `main` and exit: its return value (None = 0), 2 on `UserError`, 130 on Ctrl-C."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
