@@ -1,0 +1,172 @@
+"""Run Megatron-Core 0.16.1 on CPU with gloo. The only file that patches torch or Megatron.
+
+Megatron allocates with `device="cuda"`, moves tensors with `.cuda()` and keeps its random states on
+the GPU. `megatron_on_cpu()` redirects exactly those calls while it is entered, and restores
+everything when it is left. It is thread-local (a torch function mode) and refuses to act where CUDA
+exists. Enter it around model construction, training steps and checkpointing.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+# Calls that take a `device=` and make a tensor.
+_FACTORIES = {
+    torch.tensor,
+    torch.as_tensor,
+    torch.arange,
+    torch.empty,
+    torch.empty_like,
+    torch.full,
+    torch.ones,
+    torch.ones_like,
+    torch.zeros,
+    torch.zeros_like,
+}
+
+# Megatron groups gradient buffers by the CUDA type name.
+_CUDA_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+
+
+def _names_cuda(value: object) -> bool:
+    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Rewrites requests for CUDA memory into requests for host memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(*args)
+            return _CUDA_TYPE_NAMES.get(name, name)
+        if func in _FACTORIES:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+        elif func is torch.Tensor.to:
+            args = tuple(_CPU if _names_cuda(a) else a for a in args)
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = _CPU
+        return func(*args, **kwargs)
+
+
+class _CpuRngTracker:
+    """Megatron's named random states (`CudaRNGStatesTracker`'s interface) over the CPU generator."""
+
+    use_cudagraphable_rng = False
+    is_inference_rng_tracker = False
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def is_initialized(self) -> bool:
+        return bool(self.states_)
+
+    def reset(self) -> None:
+        self.states_: dict[str, torch.Tensor] = {}
+        self.seeds_: set[int] = set()
+
+    def get_states(self) -> dict[str, torch.Tensor]:
+        return dict(self.states_)
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        self.states_ = dict(states)
+
+    def add(self, name: str, seed: int) -> None:
+        if name in self.states_ or seed in self.seeds_:
+            raise ValueError(f"random state {name!r} or seed {seed} was added before")
+        self.seeds_.add(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.states_[name] = torch.get_rng_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+
+
+class _NullStream:
+    """Stands for a CUDA stream: on the host everything is already in order."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def record_event(self, event=None):
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait(self, stream=None) -> None:
+        pass
+
+
+def _patches() -> list[tuple[object, str, object]]:
+    """(object, attribute, replacement) for calls that are not dispatched through torch functions."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def current_stream(device=None):
+        return _NullStream()
+
+    return [
+        (torch.cuda, "current_device", lambda: _CPU),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "Stream", _NullStream),
+        (torch.cuda, "current_stream", current_stream),
+        (torch.cuda, "default_stream", current_stream),
+        (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),
+        (torch.cuda, "set_rng_state", lambda state, device=None: None),
+        (
+            megatron_random,
+            "_get_cuda_rng_state",
+            lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        ),
+        (
+            megatron_random,
+            "_set_cuda_rng_state",
+            lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+        ),
+        (megatron_random, "_CUDA_RNG_STATE_TRACKER", _CpuRngTracker()),
+        (megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True),
+    ]
+
+
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """Context in which Megatron-Core builds, steps and checkpoints on the CPU.
+
+    Raises:
+        RuntimeError: where CUDA is available; there Megatron must run on the GPU.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("megatron_on_cpu() is for machines without CUDA")
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in _patches():
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+        stack.enter_context(_CudaToCpu())
+        yield

@@ -1,0 +1,134 @@
+"""Parallel layout and its process groups. Megatron's global getters are called here and nowhere else."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_eagle.errors import UserError
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the parallel axes, in Megatron's words. Data parallelism takes what is left."""
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that one replica of the model takes."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+    @property
+    def num_model_chunks(self) -> int:
+        """Chunks of the model on each pipeline rank (virtual pipeline stages)."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model among `world_size` processes.
+
+        Raises:
+            UserError: a size below 1, sizes that contradict each other, or a world that they do not divide.
+        """
+        sizes = {
+            "tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+            "context_parallel_size": self.context_parallel_size,
+            "virtual_pipeline_model_parallel_size": self.num_model_chunks,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"parallel.{name} is {size}: must be at least 1")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise UserError(
+                "parallel.sequence_parallel needs tensor_model_parallel_size > 1 "
+                "(it splits the sequence over the tensor parallel ranks): set it to false"
+            )
+        if self.num_model_chunks > 1 and self.pipeline_model_parallel_size == 1:
+            raise UserError(
+                "parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1: "
+                "remove it or add pipeline stages"
+            )
+        if world_size % self.model_parallel_size:
+            raise UserError(
+                f"{world_size} processes cannot hold tensor {self.tensor_model_parallel_size} x pipeline "
+                f"{self.pipeline_model_parallel_size} x context {self.context_parallel_size} = "
+                f"{self.model_parallel_size}: start a multiple of {self.model_parallel_size} processes"
+            )
+        return world_size // self.model_parallel_size
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This process's place on one parallel axis."""
+
+    group: torch.distributed.ProcessGroup
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, group: torch.distributed.ProcessGroup) -> "Axis":
+        return cls(group, group.rank(), group.size())
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The process groups of one layout, passed to whoever communicates."""
+
+    config: ParallelConfig
+    groups: ProcessGroupCollection
+    tp: Axis
+    pp: Axis
+    cp: Axis
+    dp: Axis
+    dp_cp: Axis
+
+    def is_first_stage(self, chunk: int = 0) -> bool:
+        """Whether model chunk `chunk` of this rank holds the vision tower and the embedding."""
+        return self.pp.rank == 0 and chunk == 0
+
+    def is_last_stage(self, chunk: int | None = None) -> bool:
+        """Whether model chunk `chunk` (default: the last) of this rank computes the loss."""
+        last = self.config.num_model_chunks - 1
+        return self.pp.rank == self.pp.size - 1 and (last if chunk is None else chunk) == last
+
+    @property
+    def is_reporter(self) -> bool:
+        """True on one rank of each pipeline's last stage: tensor and context rank 0."""
+        return self.is_last_stage() and self.tp.rank == 0 and self.cp.rank == 0
+
+
+@contextlib.contextmanager
+def model_parallel(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Mesh]:
+    """Create the process groups of `config` over the default group, and destroy them at the end.
+
+    Args:
+        seed: of Megatron's model-parallel random states (dropout; parameters have their own seed).
+    Raises:
+        UserError: as `ParallelConfig.data_parallel_size`.
+    """
+    config.data_parallel_size(torch.distributed.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    try:
+        model_parallel_cuda_manual_seed(seed)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        axes = {name: Axis.of(getattr(groups, name)) for name in ("tp", "pp", "cp", "dp", "dp_cp")}
+        yield Mesh(config, groups, **axes)
+    finally:
+        parallel_state.destroy_model_parallel()
