@@ -1,0 +1,80 @@
+"""Image Area Preservation: the grid of tiles in which a picture is cut (Eagle 2.5 paper, section 3.2).
+
+The score is float64 arithmetic in a fixed order of operations: exact arithmetic picks another grid for 1 to 6 % of
+picture sizes, so nothing here may be simplified algebraically.
+"""
+
+from functools import lru_cache
+
+# Among candidates of equal area the first wins a tie, which happens for (nearly) square pictures.  The order is the
+# one the released model was trained with: it depends on the largest tile count N, in three groups, and is listed per
+# area as the columns of each candidate; areas that are not listed, and every N outside `_LISTED`, go by columns
+# ascending.
+_LISTED = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 18, 20, 24, 32, 36))
+_UP_TO_7 = {3: "3 1", 4: "4 1 2", 6: "6 2 1 3", 7: "7 1"}
+_UP_TO_20 = {
+    **{3: "3 1", 4: "2 4 1", 5: "5 1", 6: "1 6 3 2", 7: "7 1", 8: "4 2 1 8", 10: "2 5 10 1", 11: "11 1"},
+    **{12: "12 3 4 1 6 2", 13: "13 1", 14: "14 2 1 7", 15: "1 5 15 3", 16: "1 2 16 8 4"},
+    **{18: "9 1 18 3 2 6", 20: "5 20 4 10 2 1"},
+}
+_UP_TO_36 = {
+    **{3: "3 1", 4: "2 4 1", 5: "5 1", 6: "6 3 2 1", 7: "7 1", 8: "4 2 1 8", 9: "9 3 1", 10: "1 5 10 2"},
+    **{12: "6 1 2 12 3 4", 13: "13 1", 14: "14 1 7 2", 15: "1 5 3 15", 16: "8 16 4 1 2", 18: "18 3 9 1 6 2"},
+    **{20: "20 5 2 1 4 10", 21: "7 1 3 21", 22: "2 11 22 1", 24: "1 24 6 3 4 2 8 12", 25: "5 1 25"},
+    **{
+        26: "1 2 13 26",
+        27: "9 27 3 1",
+        28: "1 7 14 2 4 28",
+        29: "29 1",
+        30: "3 15 1 2 10 5 30 6",
+        31: "31 1",
+    },
+    **{32: "8 1 4 32 16 2", 33: "1 33 3 11", 34: "34 17 2 1", 35: "35 1 7 5", 36: "4 6 3 18 12 36 1 9 2"},
+}
+
+
+@lru_cache(maxsize=64)
+def grid_candidates(max_tiles: int, min_tiles: int = 1) -> tuple[tuple[int, int], ...]:
+    """All grids (columns, rows) of `min_tiles` to `max_tiles` tiles, by area and then in the release's order.
+
+    Raises ValueError if the two limits leave no grid.
+    """
+    if not 1 <= min_tiles <= max_tiles:
+        raise ValueError(f"tile limits must satisfy 1 <= min <= max, got {min_tiles} and {max_tiles}")
+    listed = _UP_TO_7 if max_tiles < 8 else _UP_TO_20 if max_tiles < 24 else _UP_TO_36
+    grids = []
+    for area in range(min_tiles, max_tiles + 1):
+        if max_tiles in _LISTED and area in listed:
+            columns = [int(c) for c in listed[area].split()]
+        else:
+            columns = [c for c in range(1, area + 1) if area % c == 0]
+        grids += [(c, area // c) for c in columns]
+    return tuple(grids)
+
+
+@lru_cache(maxsize=65536)
+def select_grid(
+    width: int, height: int, *, tile_size: int, max_tiles: int, min_tiles: int = 1
+) -> tuple[int, int]:
+    """Grid (columns, rows) for a picture of `width` x `height` pixels with tiles of `tile_size` pixels a side.
+
+    Maximises `min(tiled area / picture area, 0.6) * min(ratio of the aspect ratios, its inverse)`.
+    Raises ValueError for an empty picture or impossible tile limits.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"picture size must be positive, got {width}x{height}")
+    aspect = width / height
+    best, best_score = (1, 1), float("-inf")
+    for columns, rows in grid_candidates(max_tiles, min_tiles):
+        target = columns / rows
+        coverage = (columns * rows * tile_size * tile_size) / (width * height)
+        score = min(coverage, 0.6) * min(target / aspect, aspect / target)
+        if score > best_score:
+            best, best_score = (columns, rows), score
+    return best
+
+
+def tile_count(grid: tuple[int, int]) -> int:
+    """Tiles that a picture with this grid costs: its cells, plus the thumbnail if there is more than one."""
+    cells = grid[0] * grid[1]
+    return cells + (cells > 1)

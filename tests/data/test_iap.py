@@ -1,0 +1,53 @@
+"""Image Area Preservation against the listed cases and the examples of the specification."""
+
+import csv
+import json
+
+import pytest
+
+from megatron_eagle.data.iap import grid_candidates, select_grid, tile_count
+from tests.paths import SPEC, need_spec
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((640, 480), (4, 3)),
+        ((1920, 1080), (4, 2)),
+        ((336, 336), (1, 1)),
+        ((1024, 1024), (2, 2)),
+        ((3000, 300), (10, 1)),
+        ((2172, 2172), (3, 4)),
+    ],
+)
+def test_worked_examples(size, grid):
+    assert select_grid(*size, tile_size=448, max_tiles=12) == grid
+
+
+@need_spec
+def test_all_listed_cases_are_bit_exact():
+    cases = list(csv.DictReader((SPEC / "iap_cases.csv").open()))
+    for case in cases:
+        value = {key: int(text) for key, text in case.items()}
+        grid = select_grid(
+            value["width"], value["height"], tile_size=value["tile"], max_tiles=value["max_tiles"]
+        )
+        assert grid == (value["cols"], value["rows"]), case
+        assert (tile_count(grid) > grid[0] * grid[1]) == bool(value["thumbnail"])
+    assert len(cases) == 120
+
+
+@need_spec
+def test_candidate_order_is_the_listed_one():
+    for max_tiles, listed in json.loads((SPEC / "iap_candidate_order.json").read_text()).items():
+        assert [list(grid) for grid in grid_candidates(int(max_tiles))] == listed
+
+
+def test_min_tiles_and_refusals():
+    assert select_grid(336, 336, tile_size=448, max_tiles=12, min_tiles=4) == (2, 2)
+    assert tile_count((1, 1)) == 1
+    assert tile_count((3, 4)) == 13
+    with pytest.raises(ValueError, match="positive"):
+        select_grid(0, 5, tile_size=448, max_tiles=12)
+    with pytest.raises(ValueError, match="tile limits"):
+        select_grid(5, 5, tile_size=448, max_tiles=1, min_tiles=2)
