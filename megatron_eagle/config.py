@@ -28,9 +28,10 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls`, nested dataclasses included, from plain YAML values.
 
     `where` is the dotted place of `mapping` in the whole configuration and only serves messages.
-    Accepted beside exact types: an int or a numeric text (YAML 1.1 reads `2e-5` as text) for a float, a list
-    for a tuple. Raises `UserError`: unknown key (with the nearest valid one), missing key, wrong type, a value
-    outside a `Literal`, or what the dataclass' own `__post_init__` refuses with `UserError` or `ValueError`.
+    Accepted beside exact types: an int or a numeric text (YAML 1.1 reads `2e-5` as text) for a float,
+    a list for a tuple. Raises `UserError`: unknown key (with the nearest valid one), missing key, wrong
+    type, a value outside a `Literal`, or what the dataclass' own `__post_init__` refuses with `UserError`
+    or `ValueError`.
     """
     if not isinstance(mapping, Mapping):
         raise _Mismatch(f"{where or 'configuration'}: expected a mapping of settings, got {_show(mapping)}")
