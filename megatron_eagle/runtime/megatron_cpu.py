@@ -170,3 +170,61 @@ def megatron_on_cpu() -> Iterator[None]:
             setattr(owner, name, replacement)
         stack.enter_context(_CudaToCpu())
         yield
+
+
+def fix_torch_adam_in_distributed_optimizer() -> None:
+    """Let Megatron's distributed optimizer save and load `torch.optim.AdamW` state. Safe to call twice.
+
+    Only acts where neither TransformerEngine nor Apex is installed, on a CPU or a GPU: Megatron 0.16.1 then
+    falls back to torch's Adam, whose state differs from the fused ones in ways its checkpointing overlooks:
+
+    * `state_dict` needs the state before the first step, and that a rank owns at least one element;
+    * `step` is a tensor per parameter, looked up as if it were a moment (KeyError when loading);
+    * loading gives **one** `step` tensor to all parameters, which each of them then increments: the bias
+      correction would be silently wrong from the second parameter on;
+    * in fp32 the main parameters are views of leaves, which may only be written without autograd.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(optimizer_class, "_torch_adam_is_fixed"):
+        return
+    original_state_dict = optimizer_class.state_dict
+    original_load_state_dict = optimizer_class.load_state_dict
+    original_get_states = optimizer_class._get_main_param_and_optimizer_states
+
+    def state_dict(self):
+        adam = self.optimizer
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        if adam.state:
+            return original_state_dict(self)
+        # This rank owns no element (frozen parameters, or fewer elements than ranks): no step to read.
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in adam.param_groups]
+        return {"optimizer": {"param_groups": [{**group, "step": 0.0} for group in groups]}}
+
+    def load_state_dict(self, state_dict):
+        original_load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def get_states(self, model_param):
+        tensors = original_get_states(self, model_param)
+        tensors.pop("step", None)
+        return tensors
+
+    @torch.no_grad()
+    def set_states(self, model_param, tensors):
+        for name, target in get_states(self, model_param).items():
+            target.copy_(tensors[name])
+
+    optimizer_class.state_dict = state_dict
+    optimizer_class.load_state_dict = load_state_dict
+    optimizer_class._get_main_param_and_optimizer_states = get_states
+    optimizer_class._set_main_param_and_optimizer_states = set_states
+    optimizer_class._torch_adam_is_fixed = True
