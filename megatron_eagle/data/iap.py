@@ -1,36 +1,27 @@
 """Image Area Preservation: the grid of tiles in which a picture is cut (Eagle 2.5 paper, section 3.2).
 
-The score is float64 arithmetic in a fixed order of operations: exact arithmetic picks another grid for 1 to 6 % of
-picture sizes, so nothing here may be simplified algebraically.
+The score is float64 arithmetic in a fixed order of operations: exact arithmetic picks another grid for 1 to 6 %
+of picture sizes, so nothing here may be simplified algebraically.
 """
 
 from functools import lru_cache
 
 # Among candidates of equal area the first wins a tie, which happens for (nearly) square pictures.  The order is the
-# one the released model was trained with: it depends on the largest tile count N, in three groups, and is listed per
-# area as the columns of each candidate; areas that are not listed, and every N outside `_LISTED`, go by columns
-# ascending.
+# one the released model was trained with.  It depends on the largest tile count N, in three groups; each entry below
+# is the order of one area, written as the columns of its candidates (their maximum is the area).  Areas that are not
+# listed, and every N outside `_LISTED`, go by columns ascending.
 _LISTED = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 18, 20, 24, 32, 36))
-_UP_TO_7 = {3: "3 1", 4: "4 1 2", 6: "6 2 1 3", 7: "7 1"}
-_UP_TO_20 = {
-    **{3: "3 1", 4: "2 4 1", 5: "5 1", 6: "1 6 3 2", 7: "7 1", 8: "4 2 1 8", 10: "2 5 10 1", 11: "11 1"},
-    **{12: "12 3 4 1 6 2", 13: "13 1", 14: "14 2 1 7", 15: "1 5 15 3", 16: "1 2 16 8 4"},
-    **{18: "9 1 18 3 2 6", 20: "5 20 4 10 2 1"},
-}
-_UP_TO_36 = {
-    **{3: "3 1", 4: "2 4 1", 5: "5 1", 6: "6 3 2 1", 7: "7 1", 8: "4 2 1 8", 9: "9 3 1", 10: "1 5 10 2"},
-    **{12: "6 1 2 12 3 4", 13: "13 1", 14: "14 1 7 2", 15: "1 5 3 15", 16: "8 16 4 1 2", 18: "18 3 9 1 6 2"},
-    **{20: "20 5 2 1 4 10", 21: "7 1 3 21", 22: "2 11 22 1", 24: "1 24 6 3 4 2 8 12", 25: "5 1 25"},
-    **{
-        26: "1 2 13 26",
-        27: "9 27 3 1",
-        28: "1 7 14 2 4 28",
-        29: "29 1",
-        30: "3 15 1 2 10 5 30 6",
-        31: "31 1",
-    },
-    **{32: "8 1 4 32 16 2", 33: "1 33 3 11", 34: "34 17 2 1", 35: "35 1 7 5", 36: "4 6 3 18 12 36 1 9 2"},
-}
+_UP_TO_7 = "3 1, 4 1 2, 6 2 1 3, 7 1"
+_UP_TO_20 = (
+    "3 1, 2 4 1, 5 1, 1 6 3 2, 7 1, 4 2 1 8, 2 5 10 1, 11 1, 12 3 4 1 6 2, 13 1, 14 2 1 7, 1 5 15 3, "
+    "1 2 16 8 4, 9 1 18 3 2 6, 5 20 4 10 2 1"
+)
+_UP_TO_36 = (
+    "3 1, 2 4 1, 5 1, 6 3 2 1, 7 1, 4 2 1 8, 9 3 1, 1 5 10 2, 6 1 2 12 3 4, 13 1, 14 1 7 2, 1 5 3 15, "
+    "8 16 4 1 2, 18 3 9 1 6 2, 20 5 2 1 4 10, 7 1 3 21, 2 11 22 1, 1 24 6 3 4 2 8 12, 5 1 25, 1 2 13 26, "
+    "9 27 3 1, 1 7 14 2 4 28, 29 1, 3 15 1 2 10 5 30 6, 8 1 4 32 16 2, 1 33 3 11, 34 17 2 1, 35 1 7 5, "
+    "4 6 3 18 12 36 1 9 2"
+)
 
 
 @lru_cache(maxsize=64)
@@ -41,14 +32,13 @@ def grid_candidates(max_tiles: int, min_tiles: int = 1) -> tuple[tuple[int, int]
     """
     if not 1 <= min_tiles <= max_tiles:
         raise ValueError(f"tile limits must satisfy 1 <= min <= max, got {min_tiles} and {max_tiles}")
-    listed = _UP_TO_7 if max_tiles < 8 else _UP_TO_20 if max_tiles < 24 else _UP_TO_36
+    table = _UP_TO_7 if max_tiles < 8 else _UP_TO_20 if max_tiles < 24 else _UP_TO_36
+    orders = [[int(c) for c in entry.split()] for entry in table.split(",")] if max_tiles in _LISTED else []
+    listed = {max(order): order for order in orders}
     grids = []
     for area in range(min_tiles, max_tiles + 1):
-        if max_tiles in _LISTED and area in listed:
-            columns = [int(c) for c in listed[area].split()]
-        else:
-            columns = [c for c in range(1, area + 1) if area % c == 0]
-        grids += [(c, area // c) for c in columns]
+        ascending = [c for c in range(1, area + 1) if area % c == 0]
+        grids += [(c, area // c) for c in listed.get(area, ascending)]
     return tuple(grids)
 
 
@@ -56,7 +46,7 @@ def grid_candidates(max_tiles: int, min_tiles: int = 1) -> tuple[tuple[int, int]
 def select_grid(
     width: int, height: int, *, tile_size: int, max_tiles: int, min_tiles: int = 1
 ) -> tuple[int, int]:
-    """Grid (columns, rows) for a picture of `width` x `height` pixels with tiles of `tile_size` pixels a side.
+    """Grid (columns, rows) for a picture of `width` x `height` pixels, with tiles of `tile_size` pixels.
 
     Maximises `min(tiled area / picture area, 0.6) * min(ratio of the aspect ratios, its inverse)`.
     Raises ValueError for an empty picture or impossible tile limits.
