@@ -1,0 +1,1 @@
+"""Operators of Megatron-Eagle, each in one file with its eager form."""

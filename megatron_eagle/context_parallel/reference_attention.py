@@ -1,0 +1,54 @@
+"""The reference attention backend: plain torch, any device, one segment at a time, softmax in fp32.
+
+Memory is quadratic in the longest segment. It is the twin against which fast backends are checked.
+Letters: q query rows, k key rows, g key-value heads, r queries per key-value head, d head size.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.context_parallel.layout import Segment
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """q [q, g, r, d], k [k, g, d] -> fp32 [g, r, q, k], minus infinity where a key is hidden."""
+    rows, keys = q.shape[0], k.shape[0]
+    visible = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
+    scores = torch.einsum("qgrd,kgd->grqk", q.float(), k.float()) * scale
+    return scores.masked_fill(~visible, float("-inf"))
+
+
+class ReferenceAttention:
+    """`AttentionBackend` in plain torch."""
+
+    def forward(self, q, k, v, segments: tuple[Segment, ...], scale: float) -> tuple[Tensor, Tensor]:
+        grouped = q.unflatten(1, (k.shape[1], -1))  # [s, g, r, d]
+        out = torch.empty_like(grouped)
+        lse = torch.empty((*grouped.shape[1:3], q.shape[0]), dtype=torch.float32, device=q.device)
+        for part in segments:
+            rows, keys = slice(part.q_start, part.q_end), slice(part.k_start, part.k_end)
+            scores = _scores(grouped[rows], k[keys], scale)
+            lse[..., rows] = scores.logsumexp(-1)
+            weights = torch.exp(scores - lse[..., rows, None])
+            out[rows] = torch.einsum("grqk,kgd->qgrd", weights, v[keys].float()).to(out.dtype)
+        return out.flatten(1, 2), lse.flatten(0, 1)
+
+    def backward(self, grad_out, q, k, v, out, lse, segments: tuple[Segment, ...], scale: float):
+        heads = (k.shape[1], -1)
+        q_, out_, grad_ = (t.unflatten(1, heads) for t in (q, out, grad_out))
+        lse = lse.unflatten(0, heads)
+        grad_q = torch.empty_like(q_)
+        grad_k = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+        grad_v = torch.zeros_like(grad_k)
+        for part in segments:
+            rows, keys = slice(part.q_start, part.q_end), slice(part.k_start, part.k_end)
+            weights = torch.exp(_scores(q_[rows], k[keys], scale) - lse[..., rows, None])
+            grad = grad_[rows].float()
+            grad_v[keys] += torch.einsum("grqk,qgrd->kgd", weights, grad)
+            grad_weights = torch.einsum("qgrd,kgd->grqk", grad, v[keys].float())
+            # Row sums of weights * grad_weights are out . grad_out (the softmax's Jacobian).
+            row_sums = (out_[rows].float() * grad).sum(-1).permute(1, 2, 0)
+            grad_scores = weights * (grad_weights - row_sums[..., None]) * scale
+            grad_q[rows] = torch.einsum("grqk,kgd->qgrd", grad_scores, k[keys].float()).to(grad_q.dtype)
+            grad_k[keys] += torch.einsum("grqk,qgrd->kgd", grad_scores, q_[rows].float())
+        return grad_q.flatten(1, 2), grad_k, grad_v

@@ -1,0 +1,56 @@
+"""Fresh parameters, the same for every parallel layout: each is drawn from a seed of its global name."""
+
+import zlib
+
+import torch
+
+from megatron_eagle.model.eagle import EagleModel
+
+
+def global_name(name: str, model: EagleModel) -> str:
+    """`name` of a parameter of one pipeline chunk with its layer counted over the whole model."""
+    prefix = "language_model.decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    index, rest = name.removeprefix(prefix).split(".", 1)
+    layer = model.language_model.decoder.layers[int(index)].layer_number - 1
+    return f"{prefix}{layer}.{rest}"
+
+
+def is_gated(name: str) -> bool:
+    """Whether rows are [gate; up]: each half is split over tensor parallel ranks by itself."""
+    return name.startswith("language_model.") and "linear_fc1" in name
+
+
+def tensor_parallel_shard(full: torch.Tensor, name: str, dim: int, size: int, rank: int) -> torch.Tensor:
+    """`rank`'s part of a full tensor."""
+    parts = full.chunk(2, dim) if is_gated(name) else (full,)
+    return torch.cat([part.chunk(size, dim)[rank] for part in parts], dim)
+
+
+def join_tensor_parallel(shards: list[torch.Tensor], name: str, dim: int) -> torch.Tensor:
+    """The full tensor from all ranks' parts; undoes `tensor_parallel_shard`."""
+    halves = [shard.chunk(2, dim) if is_gated(name) else (shard,) for shard in shards]
+    return torch.cat([torch.cat(parts, dim) for parts in zip(*halves, strict=True)], dim)
+
+
+@torch.no_grad()
+def initialize_parameters(models: list[EagleModel], seed: int) -> None:
+    """Norm weights one, biases zero, everything else normal with `initializer_range`."""
+    for model in models:
+        for local_name, parameter in model.named_parameters():
+            name = global_name(local_name, model)
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+            else:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                shape = list(parameter.shape)
+                dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+                if dim is not None:
+                    shape[dim] *= model.mesh.tp.size
+                full = torch.empty(shape).normal_(0, model.eagle.initializer_range, generator=generator)
+                if dim is not None:
+                    full = tensor_parallel_shard(full, name, dim, model.mesh.tp.size, model.mesh.tp.rank)
+                parameter.copy_(full)

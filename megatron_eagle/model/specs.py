@@ -1,0 +1,180 @@
+"""Megatron-Core configurations and layer specifications of the three parts of Eagle 2.5.
+
+The vision tower and the connector have their own configurations: one pipeline stage, no context or
+sequence parallelism. They are tensor parallel like the language model.
+"""
+
+from functools import partial
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+from torch.nn import functional as F
+
+from eagle_kernels.rms_norm import rms_norm
+from megatron_eagle.context_parallel.attention import CoreAttention
+from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.runtime.parallel import ParallelConfig
+
+
+def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
+    return {
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        # Parameters get their values from model/initialization.py or from a checkpoint.
+        "perform_initialization": False,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def language_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Qwen2.5 under the whole layout."""
+    text = eagle.text
+    interleaved = parallel.num_model_chunks > 1
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        kv_channels=text.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        pipeline_dtype=dtype,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # The loss is a plain sum: the token weights are already divided by the global normaliser.
+        calculate_per_token_loss=True,
+        # With interleaving and gloo, batched point-to-point gives wrong gradients and freed outputs
+        # are sent late; both silently.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        batch_p2p_sync=on_gpu,
+        deallocate_pipeline_outputs=on_gpu,
+        **_common(parallel, dtype),
+    )
+
+
+def vision_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """SigLIP2: LayerNorm, tanh GELU, biases everywhere."""
+    vision = eagle.vision
+    return TransformerConfig(
+        num_layers=vision.num_hidden_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.intermediate_size,
+        num_attention_heads=vision.num_attention_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.layer_norm_eps,
+        activation_func=partial(F.gelu, approximate="tanh"),
+        **_common(parallel, dtype),
+    )
+
+
+def connector_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """The connector's linear layers; only sizes and types are read from it."""
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=eagle.text.hidden_size,
+        num_attention_heads=eagle.text.num_attention_heads,
+        **_common(parallel, dtype),
+    )
+
+
+class RMSNorm(torch.nn.Module):
+    """Qwen2's norm. Megatron's own torch norm refuses sequence parallelism; this one marks its weight,
+    whose gradient Megatron then sums over the tensor parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """The tower's norm behind Megatron's constructor."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+class BidirectionalAttention(MegatronModule):
+    """The tower's core attention: every patch of a tile sees every other (Megatron's own is causal)."""
+
+    def __init__(self, config: TransformerConfig, **_) -> None:
+        super().__init__(config=config)
+
+    def forward(self, query, key, value, attention_mask, **_) -> Tensor:
+        """[patches, tiles, heads, d] each -> [patches, tiles, heads * d]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
+
+
+def _layer(norm, core_attention, mask: AttnMaskType) -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=core_attention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def language_block(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
+    """The language layers of virtual pipeline stage `chunk` (None without interleaving)."""
+    core = ModuleSpec(module=CoreAttention, params={"backend": ReferenceAttention()})
+    layer = _layer(RMSNorm, core, AttnMaskType.causal)
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, chunk), layer_norm=RMSNorm)
+
+
+def vision_block(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """All layers of the tower."""
+    layer = _layer(LayerNorm, BidirectionalAttention, AttnMaskType.no_mask)
+    return TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=LayerNorm)
