@@ -1,0 +1,132 @@
+"""Adam through Megatron's distributed optimizer, and the learning-rate schedule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_eagle.runtime.megatron_cpu import fix_torch_adam_in_distributed_optimizer
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule; the defaults are Eagle 2.5's (lr 2e-5 cosine, 3 % warm-up, decay 0.05, clip 1).
+
+    The learning rate rises linearly from 0 over the warm-up and then follows `lr_decay_style` down to
+    `min_lr` at `training.train_iterations`: `cosine`; `constant` (no decay); `wsd`, which stays at `lr` and
+    falls linearly over the last `lr_wsd_decay_fraction` of the iterations.
+    Weight decay leaves out biases and every other vector (norm weights), as Megatron does.
+    """
+
+    lr: float = 2e-5
+    min_lr: float = 0.0
+    lr_decay_style: Literal["cosine", "constant", "wsd"] = "cosine"
+    lr_warmup_fraction: float = 0.03  # of train_iterations, where lr_warmup_iterations is null
+    lr_warmup_iterations: int | None = None
+    lr_wsd_decay_fraction: float = 0.1  # of train_iterations
+    weight_decay: float = 0.05
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0  # L2 norm over all parameters; 0 switches clipping off
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr:g}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr must lie between 0 and lr {self.lr:g}, got {self.min_lr:g}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name):g}")
+        for name in ("lr_warmup_fraction", "lr_wsd_decay_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name):g}")
+        for name in ("weight_decay", "clip_grad", "lr_warmup_iterations"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name):g}")
+        if self.adam_eps <= 0:
+            raise ValueError(f"adam_eps must be above 0, got {self.adam_eps:g}")
+
+    def warmup_iterations(self, train_iterations: int) -> int:
+        """Iterations of linear warm-up in a run of `train_iterations`."""
+        if self.lr_warmup_iterations is not None:
+            return self.lr_warmup_iterations
+        return int(self.lr_warmup_fraction * train_iterations)
+
+
+def wrap_models(models: Sequence[MegatronModule]) -> list[DistributedDataParallel]:
+    """Megatron's data-parallel wrapper around each model chunk.
+
+    Gradients accumulate in fp32 and are summed, never averaged, over data and context parallel ranks.
+    bf16 models are built in bf16 and need no `Float16Module`: it would also round the buffers that must
+    stay fp32 (rotary frequencies).
+    """
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    for model in models:
+        model.config.finalize_model_grads_func = _finalize_model_grads
+    return [DistributedDataParallel(model.config, config, model) for model in models]
+
+
+def _finalize_model_grads(models, num_tokens, **kwargs) -> None:
+    # Megatron would divide by its token count, an int32 that cannot hold the loss normaliser. The token
+    # weights carry the division already.
+    finalize_model_grads(models, None, **kwargs)
+
+
+def build_optimizer(config: OptimizerConfig, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW over wrapped model chunks: state and fp32 main parameters sharded over data and context parallel.
+
+    Copies the fp32 main parameters from the models: load weights before, or `reload_model_params()` after.
+    """
+    fix_torch_adam_in_distributed_optimizer()
+    model_config = models[0].config
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        use_distributed_optimizer=True,
+        bf16=model_config.bf16,
+        params_dtype=torch.bfloat16 if model_config.bf16 else torch.float32,
+    )
+    return get_megatron_optimizer(megatron_config, list(models), use_gloo_process_groups=False)
+
+
+def build_scheduler(
+    config: OptimizerConfig, optimizer: MegatronOptimizer, train_iterations: int
+) -> OptimizerParamScheduler:
+    """Learning rate as a function of finished iterations; call `.step(1)` after each.
+
+    Loading a checkpoint into it moves it to that iteration; its shape stays this run's configuration.
+    """
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_iterations(train_iterations),
+        lr_decay_steps=train_iterations,
+        lr_decay_style="WSD" if config.lr_decay_style == "wsd" else config.lr_decay_style,
+        wsd_decay_steps=max(1, round(config.lr_wsd_decay_fraction * train_iterations)),
+        lr_wsd_decay_style="linear",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=train_iterations,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
