@@ -1,0 +1,99 @@
+"""A few real optimizer steps of the tiny model in any layout, between a load and a save."""
+
+from pathlib import Path
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.initialization import global_name, initialize_parameters
+from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+from megatron_eagle.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from megatron_eagle.training.loss import megatron_loss
+from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
+from tests.parallel.cases import LENGTH, global_batch
+
+OPTIMIZER = OptimizerConfig(lr=5e-3, lr_warmup_fraction=0.0, weight_decay=0.1)
+CPU = torch.device("cpu")
+
+
+def run_steps(
+    parallel: dict,
+    eagle: EagleConfig,
+    *,
+    until: int,
+    load: Path | None = None,
+    save: Path | None = None,
+    weights_only: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict:
+    """On each rank: start fresh or from `load`, train up to iteration `until`, save.
+
+    -> {"losses": one per step, equal on all ranks, "norms", "lr", "state": parameters and Adam's moments of
+    this rank by local name}.
+    """
+    with model_parallel(ParallelConfig(**parallel)) as mesh:
+        models = build_model(eagle, mesh, CPU, dtype)
+        initialize_parameters(models, seed=1 if load is None else 2)
+        if load is not None and weights_only:
+            load_checkpoint(load, models=models)
+        wrapped = wrap_models(models)
+        optimizer = build_optimizer(OPTIMIZER, wrapped)
+        scheduler = build_scheduler(OPTIMIZER, optimizer, train_iterations=20)
+        state = TrainState()
+        if load is not None and not weights_only:
+            state = load_checkpoint(load, models=wrapped, optimizer=optimizer, scheduler=scheduler)
+        result = {"losses": [], "norms": [], "lr": [], "start": (state.iteration, state.consumed_packs)}
+        for _ in range(state.iteration, until):
+            result["lr"].append(optimizer.param_groups[0]["lr"])
+            result["losses"].append(_forward_backward(eagle, mesh, wrapped))
+            result["norms"].append(optimizer.step()[1])
+            scheduler.step(1)
+        if save is not None:
+            save_checkpoint(
+                save,
+                models=wrapped,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                model_config=eagle,
+                iteration=until,
+                consumed_packs=4 * until,
+            )
+        result["parameters"] = {
+            (chunk, global_name(name, model)): parameter.detach().clone()
+            for chunk, model in enumerate(models)
+            for name, parameter in model.named_parameters()
+        }
+        return result
+
+
+def _forward_backward(eagle, mesh, wrapped) -> float:
+    batch = global_batch(eagle)
+    share = len(batch) // mesh.dp.size
+    mine = batch[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
+    for model in wrapped:
+        model.zero_grad_buffer()
+
+    def forward_step(iterator, model):
+        pack = dict(next(iterator))
+        if mesh.pp.rank > 0:
+            pack["pixel_values"] = None
+        inputs = make_input(eagle, mesh, CPU, **pack)
+        return model(inputs), lambda losses: megatron_loss(losses, inputs.loss_weights)
+
+    iterators = [iter(mine) for _ in wrapped]
+    single = len(wrapped) == 1
+    parts = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=wrapped[0] if single else wrapped,
+        num_microbatches=share,
+        seq_length=LENGTH,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    total = torch.tensor(float(sum(parts)) if parts and mesh.tp.rank == 0 else 0.0, dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    return total.item()
