@@ -1,0 +1,107 @@
+"""Configuration of Eagle 2.5: a SigLIP tower, a pixel-shuffle connector and a Qwen2 language model.
+
+Self-contained: shipped inside every exported checkpoint and loaded with `trust_remote_code`
+(transformers 4.51 to 5.x; vLLM reads this file and nothing else of the remote code).
+"""
+
+from transformers import PretrainedConfig, Qwen2Config, SiglipVisionConfig
+
+
+def _sub_config(value, config_class):
+    """`value` as a `config_class`: a config is taken as it is, a dict is parsed, None gives the defaults."""
+    if isinstance(value, PretrainedConfig):
+        return value
+    value = dict(value or {})
+    declared = value.get("model_type", config_class.model_type)
+    if declared != config_class.model_type:
+        raise ValueError(
+            f"Eagle 2.5 needs model_type '{config_class.model_type}', the config says '{declared}'"
+        )
+    return config_class(**value)
+
+
+class Eagle2_5_VLConfig(PretrainedConfig):
+    """Everything needed to build the model and to preprocess its inputs.
+
+    Args:
+        vision_config: `SiglipVisionConfig` or its dict; `image_size` is the tile side in pixels.
+        text_config: `Qwen2Config` or its dict.
+        image_token_index: id of `<IMG_CONTEXT>`; its positions receive the visual features.
+        downsample_ratio: side ratio of the pixel shuffle (0.5: four patches become one token).
+        mlp_connector_layers: 2 (LayerNorm, Linear, GELU, Linear).
+        select_layer: -1, the tower's last layer after `post_layernorm`; nothing else is supported.
+        force_image_size: tile side in pixels; defaults to the tower's `image_size`.
+        min_dynamic_tiles, max_dynamic_tiles: tiles an image may be cut into, thumbnail not counted.
+            `min_dynamic_patch` and `max_dynamic_patch` are the same numbers under the names vLLM reads.
+
+    Raises:
+        ValueError: another tower or language model, or an unsupported connector or layer.
+    """
+
+    model_type = "eagle_2_5_vl"
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": Qwen2Config}
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        image_token_index=151667,
+        downsample_ratio=0.5,
+        use_pixel_shuffle=True,
+        mlp_connector_layers=2,
+        select_layer=-1,
+        force_image_size=None,
+        dynamic_image_size=True,
+        use_thumbnail=True,
+        min_dynamic_tiles=None,
+        max_dynamic_tiles=None,
+        min_dynamic_patch=None,
+        max_dynamic_patch=None,
+        pad2square=False,
+        template="qwen2-chat",
+        loss_version="efficient_v2_cp_head",
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
+        vision_config = _sub_config(vision_config, SiglipVisionConfig)
+        text_config = _sub_config(text_config, Qwen2Config)
+        if not getattr(text_config, "architectures", None):
+            text_config.architectures = ["Qwen2ForCausalLM"]  # vLLM builds the language model from this name
+        for name, value, supported in (
+            ("select_layer", select_layer, -1),
+            ("mlp_connector_layers", mlp_connector_layers, 2),
+            ("use_pixel_shuffle", use_pixel_shuffle, True),
+        ):
+            if value != supported:
+                raise ValueError(f"{name} {value} is not supported, only {supported} is")
+
+        self.vision_config = vision_config
+        self.text_config = text_config
+        self.image_token_index = image_token_index
+        self.downsample_ratio = downsample_ratio
+        self.use_pixel_shuffle = use_pixel_shuffle
+        self.mlp_connector_layers = mlp_connector_layers
+        self.select_layer = select_layer
+        self.force_image_size = vision_config.image_size if force_image_size is None else force_image_size
+        self.dynamic_image_size = dynamic_image_size
+        self.use_thumbnail = use_thumbnail
+        self.min_dynamic_tiles = _first(min_dynamic_tiles, min_dynamic_patch, 1)
+        self.max_dynamic_tiles = _first(max_dynamic_tiles, max_dynamic_patch, 12)
+        self.min_dynamic_patch = self.min_dynamic_tiles
+        self.max_dynamic_patch = self.max_dynamic_tiles
+        self.pad2square = pad2square
+        self.template = template
+        self.loss_version = loss_version
+        self.initializer_range = initializer_range
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of one tile: (tile side / patch side x downsample ratio) squared."""
+        side = int(self.vision_config.image_size // self.vision_config.patch_size * self.downsample_ratio)
+        return side * side
+
+
+def _first(*values):
+    return next(value for value in values if value is not None)

@@ -1,0 +1,188 @@
+"""Eagle 2.5 on top of transformers' SiglipVisionModel and Qwen2ForCausalLM.
+
+Self-contained: shipped inside every exported checkpoint and loaded with `trust_remote_code`
+(transformers 4.51 to 5.x). Shapes: n tiles, S tile side, p patch side, c tower width, h language-model width,
+b batch, s sequence, v vocabulary, k visual tokens per tile.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, SiglipVisionModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_eagle2_5_vl import Eagle2_5_VLConfig
+
+
+def pixel_shuffle(features: torch.Tensor, ratio: float = 0.5) -> torch.Tensor:
+    """Fold neighbouring patches into channels: [n, patches, c] -> [n, patches * ratio^2, c / ratio^2].
+
+    Patches are row-major over a square grid; with ratio 0.5 every 2x2 block becomes one token whose channels
+    are the block's four patches, row-major.
+    """
+    n, patches, channels = features.shape
+    side, block = int(patches**0.5), int(1 / ratio)
+    if side * side != patches or side % block:
+        raise ValueError(f"pixel shuffle needs a square grid divisible by {block}, got {patches} patches")
+    grid = features.view(n, side // block, block, side // block, block, channels).permute(0, 1, 3, 2, 4, 5)
+    return grid.reshape(n, patches // block**2, channels * block**2)
+
+
+class Eagle2_5_VLPreTrainedModel(PreTrainedModel):
+    config_class = Eagle2_5_VLConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer"]
+    _skip_keys_device_placement = "past_key_values"
+    # Both halves are transformers models; they know what they support. 4.51 reads the first spelling.
+    _supports_flash_attn_2 = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_cache_class = True
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            module.weight.data.normal_(mean=0.0, std=self.config.initializer_range)
+            if module.bias is not None:
+                module.bias.data.zero_()
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.data.fill_(1.0)
+            module.bias.data.zero_()
+
+
+class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, GenerationMixin):
+    """Vision tower, connector `mlp1` and language model, for text with images and video frames."""
+
+    def __init__(self, config: Eagle2_5_VLConfig):
+        super().__init__(config)
+        self.image_token_index = config.image_token_index
+        self.vision_model = SiglipVisionModel(config.vision_config)
+        self.language_model = Qwen2ForCausalLM(config.text_config)
+        vision_width = int(config.vision_config.hidden_size / config.downsample_ratio**2)
+        text_width = config.text_config.hidden_size
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(vision_width),  # eps 1e-5, unlike the tower's 1e-6
+            nn.Linear(vision_width, text_width),
+            nn.GELU(),  # erf, unlike the tower's tanh
+            nn.Linear(text_width, text_width),
+        )
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self):
+        return self.language_model.get_decoder()
+
+    def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Visual features of tiles in [-1, 1]: [n, 3, S, S] -> [n, k, h]."""
+        pixel_values = pixel_values.to(device=self.device, dtype=self.dtype)
+        features = self.vision_model(pixel_values=pixel_values).last_hidden_state  # [n, (S/p)^2, c]
+        return self.mlp1(pixel_shuffle(features, self.config.downsample_ratio))
+
+    def merge_features(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        visual_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token embeddings with the visual features at the image tokens, in reading order.
+
+        Args:
+            input_ids: [b, s].
+            pixel_values: [n, 3, S, S] or None for text only.
+            image_flags: [n], 0 drops a tile's features (dummy tiles of text-only training samples).
+            visual_features: [n, k, h] computed earlier with `extract_feature`, instead of pixels.
+
+        Returns:
+            [b, s, h].
+
+        Raises:
+            ValueError: the number of image tokens and of features differ; both are named.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        at_image = input_ids == self.image_token_index
+        expected = int(at_image.sum())
+        if visual_features is None and pixel_values is not None and len(pixel_values):
+            visual_features = self.extract_feature(pixel_values)
+        if visual_features is not None and image_flags is not None:
+            visual_features = visual_features[image_flags.reshape(-1).to(visual_features.device) == 1]
+        given = 0 if visual_features is None else visual_features.shape[0] * visual_features.shape[1]
+        if given != expected:
+            raise ValueError(
+                f"input_ids hold {expected} image tokens (id {self.image_token_index}), "
+                f"the pixels give {given} visual features: prompt and images do not belong together"
+            )
+        if not given:
+            return embeddings
+        features = visual_features.reshape(given, -1).to(embeddings.device, embeddings.dtype)
+        return embeddings.masked_scatter(at_image.unsqueeze(-1), features)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        image_sizes=None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [b, s, v] of input_ids [b, s] and tiles [n, 3, S, S]; with labels also the mean loss.
+
+        `image_sizes` is accepted because the processor returns it; the model does not need it.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.merge_features(input_ids, pixel_values, image_flags)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        visual_features: torch.Tensor | None = None,
+        generation_config=None,
+        image_sizes=None,
+        **generate_kwargs,
+    ) -> torch.Tensor:
+        """Generate from the processor's output; returns only the new ids, [b, new tokens].
+
+        Defaults come from the checkpoint's generation_config.json (stop at `<|im_end|>`);
+        `generate_kwargs` are those of transformers' `generate`.
+        """
+        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        rest = generation_config.update(
+            **generate_kwargs
+        )  # what is no setting: streamer, logits_processor, ...
+        return self.language_model.generate(
+            inputs_embeds=self.merge_features(input_ids, pixel_values, visual_features=visual_features),
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            **rest,
+        )

@@ -1,0 +1,470 @@
+"""Chat messages with pictures and videos to model inputs for Eagle 2.5.
+
+Self-contained: shipped inside every exported checkpoint and loaded with `trust_remote_code`
+(transformers 4.51 to 5.x). Three steps, as in the model card's Quick Start:
+
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images, videos, video_kwargs = processor.process_vision_info(messages, return_video_kwargs=True)
+    inputs = processor(text=[text], images=images, videos=videos, videos_kwargs=video_kwargs,
+                       return_tensors="pt")
+
+The written prompt equals the `hf` template variant of training, token by token.
+"""
+
+import base64
+import copy
+import io
+import os
+import re
+import urllib.request
+from fractions import Fraction
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image, UnidentifiedImageError
+from transformers import BatchFeature, ProcessorMixin
+
+from .image_processing_eagle2_5_vl import to_rgb
+
+DEFAULT_FPS = 2.0
+DEFAULT_MIN_FRAMES = 4
+DEFAULT_MAX_FRAMES = 256
+FRAME_MULTIPLE = 2  # sampled frame counts are even, as in the released processor
+
+# Every turn is `<|im_start|>{role}\n{content}<|im_end|>\n`, content stripped. A media item becomes
+# `<image-k>` or `<video-k>` (global counters, from 1), unless some text of the conversation places it.
+CHAT_TEMPLATE = """\
+{%- set ns = namespace(images=0, videos=0, all='', turn='') -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}{%- set ns.all = ns.all ~ message['content'] -%}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if 'text' in item -%}{%- set ns.all = ns.all ~ item['text'] -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- set ns.turn = '' -%}
+{%- if message['content'] is string -%}{%- set ns.turn = message['content'] -%}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if 'image' in item or 'image_url' in item or item['type'] == 'image' -%}
+{%- set ns.images = ns.images + 1 -%}
+{%- set tag = '<image-' ~ ns.images ~ '>' -%}
+{%- if tag not in ns.all -%}{%- set ns.turn = ns.turn ~ tag -%}{%- endif -%}
+{%- elif 'video' in item or item['type'] == 'video' -%}
+{%- set ns.videos = ns.videos + 1 -%}
+{%- set tag = '<video-' ~ ns.videos ~ '>' -%}
+{%- if tag not in ns.all -%}{%- set ns.turn = ns.turn ~ tag -%}{%- endif -%}
+{%- elif 'text' in item -%}{%- set ns.turn = ns.turn ~ item['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ (ns.turn | trim) ~ '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+_PLACEHOLDER = re.compile(r"<(image|video)-(\d+)>")
+# Put into special tokens that a user typed, so that they stay text: a Unicode noncharacter.
+_SHIELD = "\ufdd0"
+
+
+class VideoFrames(list):
+    """Frames of one video (PIL RGB) with `fps` as sampled and `timestamps` in seconds, one per frame."""
+
+    def __init__(self, frames, fps: float, timestamps: list[float]):
+        super().__init__(frames)
+        self.fps = fps
+        self.timestamps = timestamps
+
+
+def load_image(source) -> Image.Image:
+    """RGB picture from a PIL image, a path, `file://`, `http(s)://` or a `data:image/...;base64,` URL.
+
+    Raises:
+        ValueError: the picture is missing or cannot be decoded; the message names it.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    name = str(source) if len(str(source)) < 200 else str(source)[:80] + "..."
+    try:
+        if str(source).startswith("data:image"):
+            stream = io.BytesIO(base64.b64decode(str(source).split("base64,", 1)[1]))
+        elif str(source).startswith(("http://", "https://")):
+            with urllib.request.urlopen(str(source), timeout=60) as response:
+                stream = io.BytesIO(response.read())
+        else:
+            stream = str(source).removeprefix("file://")
+        with Image.open(stream) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise ValueError(f"image not found: {name}") from None
+    except (OSError, UnidentifiedImageError, SyntaxError, IndexError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image cannot be read: {name} ({error})") from None
+
+
+def frame_count(
+    available: int, duration: float, fps=None, nframes=None, min_frames=None, max_frames=None
+) -> int:
+    """Frames to take of a video with `available` frames over `duration` seconds: an even number.
+
+    Either `nframes`, or `fps` (2 by default) between `min_frames` (4) and `max_frames` (256).
+    """
+    if fps is not None and nframes is not None:
+        raise ValueError("give a video either fps or nframes, not both")
+    if nframes is not None:
+        wanted = round(nframes / FRAME_MULTIPLE) * FRAME_MULTIPLE
+    else:
+        low = DEFAULT_MIN_FRAMES if min_frames is None else min_frames
+        high = DEFAULT_MAX_FRAMES if max_frames is None else max_frames
+        low = -(-low // FRAME_MULTIPLE) * FRAME_MULTIPLE
+        wanted = min(max(duration * (DEFAULT_FPS if fps is None else fps), low), high)
+    wanted = int(min(wanted, available)) // FRAME_MULTIPLE * FRAME_MULTIPLE
+    return max(wanted, min(FRAME_MULTIPLE, available))
+
+
+def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFrames:
+    """Exact frames of a video file, in presentation order, by PyAV.
+
+    Args:
+        source: path, `file://` or `http(s)://` URL.
+        video_start, video_end: clip in seconds; frames with start <= t < end are used.
+        sampling: `fps`, `nframes`, `min_frames`, `max_frames`, see `frame_count`.
+
+    Returns:
+        Frames at `linspace(first, last, n).round()`; `fps` is n over the clip's duration.
+
+    Raises:
+        ValueError: the video is missing, unreadable, or has no frame in the clip; the message names it.
+    """
+    import av  # only videos need it
+
+    name = str(source)
+    if name.startswith(("http://", "https://")):
+        with urllib.request.urlopen(name, timeout=60) as response:
+            data = response.read()
+    else:
+        name = name.removeprefix("file://")
+        if not os.path.isfile(name):
+            raise ValueError(f"video not found: {name}")
+        data = None
+
+    def opened():
+        return av.open(name if data is None else io.BytesIO(data))
+
+    try:
+        times = _frame_times(opened)
+        if not times:
+            raise ValueError(f"video has no frames: {name}")
+        # The last frame is shown as long as the others are on average.
+        end = times[-1] + (times[-1] - times[0]) / max(len(times) - 1, 1)
+        start = times[0] if video_start is None else Fraction(str(video_start))
+        stop = end if video_end is None else Fraction(str(video_end))
+        inside = [i for i, t in enumerate(times) if start <= t and (video_end is None or t < stop)]
+        if not inside:
+            raise ValueError(f"video has no frame between {float(start):g} s and {float(stop):g} s: {name}")
+        duration = stop - start
+        n = frame_count(len(inside), float(duration), **sampling)
+        wanted = np.linspace(inside[0], inside[-1], n).round().astype(int).tolist()
+        frames = _decode(opened, wanted)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"video cannot be read: {name} ({error})") from None
+    fps = float(n / duration) if duration > 0 else DEFAULT_FPS
+    return VideoFrames([frames[i] for i in wanted], fps, [float(times[i]) for i in wanted])
+
+
+class Eagle2_5_VLProcessor(ProcessorMixin):
+    """Tokenizer and image processor in one; writes the image tokens that the model fills.
+
+    Args:
+        image_processor: `Eagle2_5_VLImageProcessor`.
+        tokenizer: any tokenizer with `<img>`, `</img>` and `<IMG_CONTEXT>` as single tokens.
+        chat_template: Jinja template; the one of this file when None.
+        tokens_per_tile: visual tokens of one tile (256 for 448 pixels and patch 14).
+    """
+
+    if int(transformers.__version__.split(".")[0]) < 5:  # 5.x reads the signature of __init__ instead
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+        valid_kwargs = ["chat_template", "tokens_per_tile"]
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, tokens_per_tile=256):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.tokens_per_tile = tokens_per_tile
+        self.image_token, self.image_start_token, self.image_end_token = "<IMG_CONTEXT>", "<img>", "</img>"
+        vocabulary = tokenizer.get_vocab()
+        for token in (self.image_token, self.image_start_token, self.image_end_token):
+            if token not in vocabulary:
+                raise ValueError(f"the tokenizer has no token {token}: it is not an Eagle 2.5 tokenizer")
+        tokenizer.padding_side = "left"  # batches are for generation: every row ends where the answer starts
+
+    @property
+    def model_input_names(self):
+        return [*self.tokenizer.model_input_names, "pixel_values", "image_sizes"]
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template=None,
+        tokenize=False,
+        add_generation_prompt=False,
+        return_dict=False,
+        return_tensors=None,
+        **kwargs,
+    ):
+        """The prompt of one conversation (or a list of them), with `<image-k>` and `<video-k>` placeholders.
+
+        Special tokens typed inside a message's text are shielded and stay text. With `tokenize=True` the
+        media are loaded too, and the ids, or with `return_dict=True` all model inputs, are returned.
+        """
+        batched = bool(conversation) and not isinstance(conversation[0], dict)
+        texts = [
+            self.tokenizer.apply_chat_template(
+                self._shielded(one),
+                chat_template=chat_template or self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **kwargs,
+            )
+            for one in (conversation if batched else [conversation])
+        ]
+        if not tokenize:
+            return texts if batched else texts[0]
+        images, videos = self.process_vision_info(conversation)
+        inputs = self(
+            text=texts, images=images, videos=videos, padding=batched, return_tensors=return_tensors
+        )
+        if return_dict:
+            return inputs
+        return inputs["input_ids"] if batched or return_tensors else inputs["input_ids"][0]
+
+    def process_vision_info(self, conversations, return_video_kwargs=False):
+        """Load every picture and video of one conversation or a list of them, in reading order.
+
+        An item carries `image` / `image_url` / `video`: a path, a URL, a PIL image, or for a video also a
+        list of pictures; videos take `fps` or `nframes`, `min_frames`, `max_frames`, `video_start`,
+        `video_end`.
+
+        Returns:
+            (images or None, videos or None) and, if asked for, `{"fps": [...], "timestamps": [[...], ...]}`.
+        """
+        images, videos = [], []
+        batched = bool(conversations) and not isinstance(conversations[0], dict)
+        for message in (m for one in (conversations if batched else [conversations]) for m in one):
+            for item in message["content"] if isinstance(message["content"], list) else []:
+                if "image" in item or "image_url" in item:
+                    source = item["image"] if "image" in item else item["image_url"]
+                    images.append(load_image(source["url"] if isinstance(source, dict) else source))
+                elif "video" in item:
+                    videos.append(_video_of(item))
+        result = (images or None, videos or None)
+        if not return_video_kwargs:
+            return result
+        return *result, {"fps": [v.fps for v in videos], "timestamps": [v.timestamps for v in videos]}
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        images_kwargs=None,
+        videos_kwargs=None,
+        return_tensors=None,
+        padding=False,
+        max_length=None,
+        pad_to_multiple_of=None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Model inputs for prompts written by `apply_chat_template`.
+
+        Args:
+            images, videos: what `process_vision_info` returned, over all prompts in order.
+            text: prompt or list of prompts; `<image-k>` is the prompt's own k-th picture.
+            images_kwargs: `min_dynamic_tiles`, `max_dynamic_tiles`, `use_thumbnail`.
+            videos_kwargs: `fps` and `timestamps` per video; default: what the loaded videos carry.
+
+        Returns:
+            `input_ids`, `attention_mask` [b, s]; with media `pixel_values` [n, 3, S, S] and `image_sizes`.
+
+        Raises:
+            ValueError: prompts and media do not match; truncation (it would cut image tokens).
+        """
+        if text is None:
+            raise ValueError("the processor needs text: write the prompt with apply_chat_template")
+        tiling = dict(images_kwargs or {})
+        if kwargs.pop("truncation", None):
+            raise ValueError("truncation would cut image tokens: use fewer frames or tiles instead")
+        if kwargs:
+            raise TypeError(f"the processor does not know {', '.join(sorted(kwargs))}")
+        texts = [text] if isinstance(text, str) else list(text)
+        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        videos = _with_metadata([] if videos is None else videos, videos_kwargs or {})
+        media = _Media(self, images, videos, tiling)
+        rows = [self._encode(media.expand(one)) for one in texts]
+        media.check_all_used()
+        padded = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
+        data = dict(self.tokenizer.pad({"input_ids": rows}, **padded))
+        return BatchFeature({**data, **media.tensors()}, tensor_type=return_tensors)
+
+    def batch_decode(self, *args, **kwargs):
+        """The tokenizer's `batch_decode`."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        """The tokenizer's `decode`."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def _special_tokens(self) -> re.Pattern:
+        tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+    def _shielded(self, conversation):
+        special = self._special_tokens()
+
+        def shield(text):
+            return special.sub(lambda match: _SHIELD.join(match.group()), text.replace(_SHIELD, ""))
+
+        conversation = [dict(message) for message in conversation]
+        for message in conversation:
+            if isinstance(message["content"], str):
+                message["content"] = shield(message["content"])
+            else:
+                items = [copy.copy(item) for item in message["content"]]
+                message["content"] = [
+                    {**item, "text": shield(item["text"])} if "text" in item else item for item in items
+                ]
+        return conversation
+
+    def _encode(self, text: str) -> list[int]:
+        if _SHIELD not in text:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids, end = [], 0
+        special = self._special_tokens()
+        for match in [*special.finditer(text), None]:
+            run = text[end : match.start() if match else len(text)].replace(_SHIELD, "")
+            if run:
+                ids += self.tokenizer(run, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if match:
+                ids.append(self.tokenizer.convert_tokens_to_ids(match.group()))
+                end = match.end()
+        return ids
+
+
+class _Media:
+    """Pictures and videos of a batch, consumed prompt by prompt; collects tiles in reading order."""
+
+    def __init__(self, processor, images, videos, tiling):
+        self.processor, self.tiling = processor, tiling
+        self.media = {"image": list(images), "video": list(videos)}
+        self.used = {"image": 0, "video": 0}  # by the prompts before the current one
+        self.tiles, self.sizes = [], []
+
+    def expand(self, text: str) -> str:
+        """`text` with each placeholder replaced by labels and image tokens."""
+        seen = {"image": set(), "video": set()}
+
+        def written(match):
+            kind, number = match.group(1), int(match.group(2))
+            left = len(self.media[kind]) - self.used[kind]
+            if not 1 <= number <= left:
+                raise ValueError(f"the prompt asks for {match.group()}, there are {left} {kind}s for it")
+            seen[kind].add(number)
+            item = self.media[kind][self.used[kind] + number - 1]
+            return self._image(item, number) if kind == "image" else self._video(item, number)
+
+        text = _PLACEHOLDER.sub(written, text)
+        for kind, numbers in seen.items():
+            if numbers != set(range(1, len(numbers) + 1)):
+                raise ValueError(
+                    f"the prompt's {kind}s are numbered {sorted(numbers)}: number them 1, 2, ..."
+                )
+            self.used[kind] += len(numbers)
+        return text
+
+    def _tokens(self, n_tiles: int) -> str:
+        p = self.processor
+        return p.image_start_token + p.image_token * (n_tiles * p.tokens_per_tile) + p.image_end_token
+
+    def _image(self, image, number: int) -> str:
+        data = self.processor.image_processor(images=[image], **self.tiling)
+        self.tiles.append(data["pixel_values"])
+        self.sizes.append(data["image_sizes"])
+        return f"<image {number}>{self._tokens(len(data['pixel_values']))}"
+
+    def _video(self, video: VideoFrames, number: int) -> str:
+        data = self.processor.image_processor(videos=[video])
+        self.tiles.append(data["pixel_values"])
+        self.sizes.append(data["image_sizes"])
+        ordinal = _ORDINALS[number - 1] if number <= len(_ORDINALS) else str(number)
+        frames = "".join(
+            f"Frame {i} sample at {t:.2f}s: {self._tokens(1)}"
+            for i, t in enumerate(video.timestamps, start=1)
+        )
+        return f"The {ordinal} video sampled with {video.fps:.2f} fps: {frames}"
+
+    def check_all_used(self):
+        for kind, items in self.media.items():
+            if self.used[kind] != len(items):
+                raise ValueError(f"{len(items)} {kind}s were given and the prompts use {self.used[kind]}")
+
+    def tensors(self) -> dict:
+        if not self.tiles:
+            return {}
+        return {"pixel_values": torch.cat(self.tiles), "image_sizes": torch.cat(self.sizes)}
+
+
+def _video_of(item: dict) -> VideoFrames:
+    source = item["video"]
+    names = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
+    options = {name: item[name] for name in names if item.get(name) is not None}
+    if not isinstance(source, (list, tuple)):
+        return load_video(source, **options)
+    if not source:
+        raise ValueError("a video given as a list of pictures is empty")
+    fps = float(options.get("fps", DEFAULT_FPS))  # of the list as it is: nothing is sampled
+    return VideoFrames([load_image(frame) for frame in source], fps, [i / fps for i in range(len(source))])
+
+
+def _with_metadata(videos, kwargs: dict) -> list[VideoFrames]:
+    """Frame lists as `VideoFrames`; `fps` and `timestamps` of `videos_kwargs` win over what they carry."""
+    result = []
+    for i, video in enumerate(videos):
+        given = {name: kwargs[name][i] for name in ("fps", "timestamps") if kwargs.get(name)}
+        fps = given.get("fps", getattr(video, "fps", DEFAULT_FPS))
+        default = getattr(video, "timestamps", [k / fps for k in range(len(video))])
+        times = given.get("timestamps", default)
+        if len(times) != len(video):
+            raise ValueError(f"video {i + 1} has {len(video)} frames and {len(times)} timestamps")
+        result.append(VideoFrames(video, fps, times))
+    return result
+
+
+def _frame_times(opened) -> list:
+    """Presentation times in seconds (exact fractions) of all frames, by reading packets only."""
+    with opened() as container:
+        stream = container.streams.video[0] if container.streams.video else None
+        if stream is None:
+            return []
+        stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
+        return [stamp * stream.time_base for stamp in stamps]
+
+
+def _decode(opened, wanted: list[int]) -> dict[int, Image.Image]:
+    """Frames by number, in presentation order, in one pass over the file."""
+    frames, needed = {}, set(wanted)
+    with opened() as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(stream)):
+            if number in needed:
+                frames[number] = Image.fromarray(frame.to_ndarray(format="rgb24"))
+            if len(frames) == len(needed):
+                return frames
+    raise ValueError(f"the video ends after {len(frames)} of {len(needed)} wanted frames: is it truncated?")
