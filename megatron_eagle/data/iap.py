@@ -1,15 +1,15 @@
 """Image Area Preservation: the grid of tiles in which a picture is cut (Eagle 2.5 paper, section 3.2).
 
-The score is float64 arithmetic in a fixed order of operations: exact arithmetic picks another grid for 1 to 6 %
-of picture sizes, so nothing here may be simplified algebraically.
+The score is float64 arithmetic in a fixed order: exact arithmetic picks another grid for 1 to 6 % of
+picture sizes, so nothing here may be simplified algebraically.
 """
 
 from functools import lru_cache
 
-# Among candidates of equal area the first wins a tie, which happens for (nearly) square pictures.  The order is the
-# one the released model was trained with.  It depends on the largest tile count N, in three groups; each entry below
-# is the order of one area, written as the columns of its candidates (their maximum is the area).  Areas that are not
-# listed, and every N outside `_LISTED`, go by columns ascending.
+# Among candidates of equal area the first wins a tie, which happens for (nearly) square pictures.  The order
+# is the one the released model was trained with.  It depends on the largest tile count N, in three groups;
+# each entry below is the order of one area, written as the columns of its candidates (their maximum is the
+# area).  Areas that are not listed, and every N outside `_LISTED`, go by columns ascending.
 _LISTED = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 18, 20, 24, 32, 36))
 _UP_TO_7 = "3 1, 4 1 2, 6 2 1 3, 7 1"
 _UP_TO_20 = (

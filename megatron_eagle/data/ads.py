@@ -1,0 +1,132 @@
+"""Automatic Degradation Sampling: which frames and which tile grids a sample gets (Eagle 2.5 paper, Eq. 2).
+
+All text is kept.  Visual tokens are maximised subject to the token limit, time before space: first frames are
+handed out with one tile per picture, then the largest tile limit that still fits is given to all pictures.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from megatron_eagle.data.iap import select_grid, tile_count
+from megatron_eagle.data.ledger import Problem
+
+TILE_LIMITS = (12, 8, 6, 4, 2, 1)
+Count = Callable[[Sequence[int], Sequence[Sequence[int]]], int]
+"""Exact token count of the finished sample, given the tiles of each image and the frames of each video."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How much of the media is wanted: frames per second, frames per video, tiles per picture."""
+
+    fps: float = 2.0
+    min_frames: int = 8
+    max_frames: int = 512
+    max_tiles: int = 12
+    tile_size: int = 448
+
+    def __post_init__(self):
+        if self.fps <= 0 or min(self.min_frames, self.max_frames, self.max_tiles, self.tile_size) < 1:
+            raise ValueError(f"fps, frames, tiles and the tile size must be positive: {self}")
+
+
+@dataclass(frozen=True)
+class ImageWish:
+    """A picture's size in pixels and the tile limit of its own."""
+
+    width: int
+    height: int
+    max_tiles: int
+
+
+@dataclass(frozen=True)
+class VideoWish:
+    """A clip: its first and last frame number in the file, the frames it wants and those it must have."""
+
+    first: int
+    last: int
+    wanted: int
+    minimum: int
+
+    def frames(self, n: int) -> tuple[int, ...]:
+        """`n` frame numbers spread evenly over the clip, its first and last included."""
+        return tuple(np.linspace(self.first, self.last, n).round().astype(np.int64).tolist())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided: grid (columns, rows) per image, frame numbers per video, and the resulting length.
+
+    `tiles_wanted` is what the images would have got without a token limit.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    frames: tuple[tuple[int, ...], ...]
+    n_tokens: int
+    tiles_wanted: int
+
+
+def wanted_frames(available: int, duration: Fraction, settings: SamplingSettings) -> int:
+    """Frames wanted of a clip of `available` frames and `duration` seconds: fps x duration, within limits."""
+    by_time = math.floor(Fraction(str(settings.fps)) * duration)
+    return min(available, settings.max_frames, max(settings.min_frames, by_time))
+
+
+def sample_media(
+    images: Sequence[ImageWish],
+    videos: Sequence[VideoWish],
+    count: Count,
+    limit: int,
+    settings: SamplingSettings,
+) -> Plan:
+    """Fit a sample into `limit` tokens.
+
+    Raises `Problem` if it does not fit with one tile per image and the minimum of frames per video.
+    """
+    single = [1] * len(images)
+    n = _give_frames(videos, lambda n: count(single, _frames(videos, n)), limit)
+    frames = _frames(videos, n)
+    for tile_limit in sorted({settings.max_tiles, *(t for t in TILE_LIMITS if t < settings.max_tiles)})[::-1]:
+        grids = _grids(images, tile_limit, settings.tile_size)
+        n_tokens = count([tile_count(grid) for grid in grids], frames)
+        if n_tokens <= limit:
+            break
+    wanted = sum(tile_count(grid) for grid in _grids(images, settings.max_tiles, settings.tile_size))
+    return Plan(grids, frames, n_tokens, wanted)
+
+
+def _give_frames(videos: Sequence[VideoWish], count: Callable[[list[int]], int], limit: int) -> list[int]:
+    """Frames per video: one more for the relatively emptiest video, until one more does not fit."""
+    wanted = [video.wanted for video in videos]
+    n = [min(video.minimum, video.wanted) for video in videos]
+    least = count(n)
+    if least > limit:
+        what = "with one tile per image and the fewest frames per video" if n else "as text and single tiles"
+        raise Problem("too long", f"needs {least} tokens {what}, the limit is {limit}")
+    if n != wanted and count(wanted) <= limit:  # the usual case, decided without the walk there
+        return wanted
+    while n != wanted:
+        open_videos = [i for i in range(len(n)) if n[i] < wanted[i]]
+        emptiest = min(open_videos, key=lambda i: Fraction(n[i], wanted[i]))
+        more = [k + (i == emptiest) for i, k in enumerate(n)]
+        if count(more) > limit:
+            break
+        n = more
+    return n
+
+
+def _frames(videos: Sequence[VideoWish], n: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    return tuple(video.frames(k) for video, k in zip(videos, n, strict=True))
+
+
+def _grids(images: Sequence[ImageWish], tile_limit: int, tile_size: int) -> tuple[tuple[int, int], ...]:
+    return tuple(
+        select_grid(
+            image.width, image.height, tile_size=tile_size, max_tiles=min(tile_limit, image.max_tiles)
+        )
+        for image in images
+    )

@@ -1,0 +1,58 @@
+"""The canonical sample: what every input dialect is read into and every later step works on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+SYSTEM, USER, ASSISTANT, OBSERVATION = "system", "user", "assistant", "observation"
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Stands in a turn's content where picture `index` (0-based in `Sample.images`) is shown."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class VideoRef:
+    """Stands in a turn's content where video `index` (0-based in `Sample.videos`) is shown."""
+
+    index: int
+
+
+Part = str | ImageRef | VideoRef
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message.  An assistant's turn is one string: media names inside an answer are plain text."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """A video file, or the clip of it that has start <= t < end (seconds; None = the file's own end)."""
+
+    path: str
+    start: Fraction | None = None
+    end: Fraction | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its media.
+
+    Every image and every video is referred to exactly once.  `file` and `line` (1-based) say where it was
+    read; `overrides` holds this sample's own sampling settings (`fps`, `min_frames`, `max_frames`,
+    `max_tiles`).
+    """
+
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()
+    videos: tuple[VideoSource, ...] = ()
+    file: str = ""
+    line: int = 0
+    overrides: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,111 @@
+"""Tokenizers behind one interface: text that spells a special token stays text, special ids go by name."""
+
+import bisect
+import hashlib
+import json
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from megatron_eagle.errors import UserError
+
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+# Names that a template writes as single tokens, or that the release adds for grounding; in somebody's text
+# they are always plain text, even where a tokenizer file forgot to mark them as special.
+RESERVED = frozenset(
+    (IM_START, IM_END, END_OF_TEXT, IMG_START, IMG_END, IMG_CONTEXT)
+    + ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<interval>", "</interval>")
+)
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+
+
+class Tokenizer(Protocol):
+    """What the template and the store need to know of a tokenizer."""
+
+    vocab_size: int
+    """Rows that an embedding must have: the largest id + 1, without any padding."""
+    fingerprint: str
+    """SHA-256 of what defines the tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; nothing in it becomes a special token."""
+
+    def encode_split(self, text: str, start: int) -> tuple[list[int], int]:
+        """Ids of plain text, and how many of them lie wholly before character `start`."""
+
+    def count(self, text: str) -> int:
+        """`len(encode(text))`, remembered for short texts."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens by their names."""
+
+    def token_id(self, name: str) -> int:
+        """Id of a special token.  Raises `UserError` that names it if there is none."""
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` of the `tokenizers` library (Qwen2.5 and alike)."""
+
+    def __init__(self, folder: str | Path):
+        self._path = Path(folder) / "tokenizer.json"
+        try:
+            definition = json.loads(self._path.read_text(encoding="utf-8"))
+            for token in definition.get("added_tokens") or []:
+                token["special"] |= token["content"] in RESERVED
+            self._tokenizer = FastTokenizer.from_str(json.dumps(definition))
+        except FileNotFoundError:
+            raise UserError(
+                f"no tokenizer.json in {folder}; --tokenizer needs the folder of a saved tokenizer"
+            ) from None
+        except Exception as error:  # the Rust side raises plain Exception for a file it cannot read
+            raise UserError(f"{self._path} is not a tokenizer file: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        canonical = json.dumps(definition, sort_keys=True, ensure_ascii=False)
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        self._count_short = lru_cache(maxsize=16384)(self._count)
+        self._count_long = lru_cache(maxsize=64)(self._count)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_split(self, text: str, start: int) -> tuple[list[int], int]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, bisect.bisect_right(encoding.offsets, start, key=lambda span: span[1])
+
+    def count(self, text: str) -> int:
+        return self._count_short(text) if len(text) < 256 else self._count_long(text)
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def token_id(self, name: str) -> int:
+        token = self._tokenizer.token_to_id(name)
+        if token is None:
+            raise UserError(f'{self._path} has no token "{name}"; add it as a special token')
+        return token
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Read the tokenizer in a folder.  Raises `UserError` if there is none or it cannot be read."""
+    return HuggingFaceTokenizer(folder)
+
+
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Copy the files of a tokenizer, and nothing else that lies beside them, into a new folder `target`."""
+    target.mkdir(parents=True)
+    for name in _FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, target / name)

@@ -1,0 +1,108 @@
+"""What the data tests share: a small tokenizer, pictures, clips whose frames can be told apart, records."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"),
+    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<interval>", "</interval>"),
+)
+# Qwen2.5's splitting: digits one by one, line ends apart from words.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CORPUS = [
+    "system user assistant You are a helpful assistant. You are an AI assistant whose name is Eagle-Next.",
+    "The first video of seconds at fps: Frame sample at What is shown in the picture? A cat and a cup.",
+]
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """Train a byte-level BPE tokenizer of about 450 entries and save it in `folder`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=450,
+        min_frequency=1,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS * 3, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def make_image(path: Path, size: tuple[int, int], seed: int = 0) -> Path:
+    """A smooth random picture of `size` (width, height); the suffix names the format."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def frame_number(frame: np.ndarray) -> int:
+    """The number that `make_video` drew into a frame [h, w, 3]: eight vertical bars, one per bit."""
+    bars = frame[frame.shape[0] // 4 : -frame.shape[0] // 4].mean(axis=(0, 2))
+    width = frame.shape[1] // 8
+    return sum(
+        (bars[i * width + width // 4 : (i + 1) * width - width // 4].mean() > 128) << i for i in range(8)
+    )
+
+
+def make_video(
+    path: Path,
+    n_frames: int = 30,
+    *,
+    fps: int = 10,
+    size: tuple[int, int] = (128, 64),
+    codec: str = "libx264",
+    gop: int = 12,
+    pts: list[int] | None = None,
+) -> Path:
+    """A clip whose frame k shows k as eight vertical bars; `pts` (1/1000 s) makes its frame rate variable."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = gop
+        time_base = Fraction(1, 1000) if pts else Fraction(1, fps)
+        stream.codec_context.time_base = time_base
+        if codec == "libx264":
+            stream.options = {"bf": "2", "crf": "20", "preset": "ultrafast"}
+        for k in range(n_frames):
+            bits = np.array([255 * (k >> i & 1) for i in range(8)], np.uint8)
+            picture = np.broadcast_to(np.repeat(bits, size[0] // 8)[None, :, None], (size[1], size[0], 3))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts = pts[k] if pts else k
+            frame.time_base = time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_jsonl(path: Path, records: list) -> Path:
+    """One record a line; a string is written as it is (for broken lines)."""
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def conversation(question: str, answer: str, **media) -> dict:
+    """A LLaVA-style record with one question and one answer."""
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        **media,
+    }
