@@ -8,7 +8,12 @@ from megatron_eagle.model.eagle import EagleModel
 
 
 def global_name(name: str, model: EagleModel) -> str:
-    """`name` of a parameter of one pipeline chunk with its layer counted over the whole model."""
+    """`name` of a parameter of one pipeline chunk with its layer counted over the whole model.
+
+    The last stage's copy of tied embeddings has the embedding's name.
+    """
+    if name == "language_model.output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "language_model.embedding.word_embeddings.weight"
     prefix = "language_model.decoder.layers."
     if not name.startswith(prefix):
         return name

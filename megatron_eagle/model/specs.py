@@ -27,6 +27,10 @@ from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
+def _leave_unset(weight: Tensor) -> Tensor:
+    return weight
+
+
 def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
     return {
         "params_dtype": dtype,
@@ -34,8 +38,12 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        # Parameters get their values from model/initialization.py or from a checkpoint.
-        "perform_initialization": False,
+        # Parameters get their values from model/initialization.py or from a checkpoint. Not through
+        # perform_initialization=False: Megatron would then leave out the tensor parallel attributes,
+        # without which its gradient norm counts shards wrongly.
+        "init_method": _leave_unset,
+        "output_layer_init_method": _leave_unset,
+        "embedding_init_method": _leave_unset,
         "use_cpu_initialization": not torch.cuda.is_available(),
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,

@@ -5,14 +5,18 @@ so that a run of eight ranks costs about as much as its work. Each rank lives in
 context, with a file store for rendezvous: no ports.
 """
 
+import io
 import multiprocessing
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import torch
 
 PRELOAD = ["megatron_eagle.model.inputs", "megatron_eagle.training.loop"]
 
@@ -20,10 +24,9 @@ PRELOAD = ["megatron_eagle.model.inputs", "megatron_eagle.training.loop"]
 def _rank_main(
     connection: Connection, function: Callable, rank: int, world_size: int, store: str, args: tuple
 ) -> None:
-    import torch
-
     from megatron_eagle.runtime.device import Device
 
+    warnings.simplefilter("ignore")  # Megatron's and torch's deprecations, once a rank
     torch.set_num_threads(1)
     device = Device("cpu")
     try:
@@ -31,20 +34,27 @@ def _rank_main(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
         )
         with device.context():
-            connection.send((True, function(*args)))
+            _send(connection, True, function(*args))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException:
-        connection.send((False, traceback.format_exc()))
+        _send(connection, False, traceback.format_exc())
         os._exit(1)
+
+
+def _send(connection: Connection, succeeded: bool, value: Any) -> None:
+    # By value: torch's own pickling would share memory that ends with the rank.
+    buffer = io.BytesIO()
+    torch.save((succeeded, value), buffer)
+    connection.send_bytes(buffer.getvalue())
 
 
 def launch(function: Callable, world_size: int, *args: Any, timeout: float = 180) -> list[Any]:
     """`function(*args)` on `world_size` ranks -> their results, rank 0 first.
 
     Args:
-        function: importable by name, with picklable arguments and result; finds its place through
-            torch.distributed.
+        function: importable by name, with picklable arguments; returns plain values and
+            tensors, and finds its place through torch.distributed.
     Raises:
         RuntimeError: a rank failed (with its traceback) or the timeout passed; no rank is left behind.
     """
@@ -84,7 +94,8 @@ def _collect(ranks: list, timeout: float) -> list[Any]:
         for connection in ready:
             rank = pending[connection]
             try:
-                succeeded, value = connection.recv()
+                received = io.BytesIO(connection.recv_bytes())
+                succeeded, value = torch.load(received, weights_only=True)
             except EOFError:
                 succeeded, value = False, "the process ended without a result"
             if not succeeded:

@@ -1,0 +1,198 @@
+"""One tiny model, one fixed global batch, any layout: the loss and every parameter gradient.
+
+The batch has four packs of 64 tokens with several documents each: images of uneven tile counts, one
+of them cut by the boundaries that context and sequence parallelism introduce, a text-only pack and a
+padding tail. Runs the same wrapper, loss and schedule as training.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_eagle.model.eagle import EagleModel, build_model
+from megatron_eagle.model.initialization import global_name, initialize_parameters, join_tensor_parallel
+from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.presets import EagleConfig, preset
+from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
+from megatron_eagle.training.loss import megatron_loss
+from megatron_eagle.training.optimizer import wrap_models
+
+LENGTH = 64
+IMAGE_TOKEN = 7
+# Per pack: document lengths (the last may be padding) and (first token, tiles) of each image.
+PACKS = [
+    ([24, 8, 32], [(2, 1), (14, 1), (34, 3)]),
+    ([10, 40, 14], []),
+    ([64], [(10, 3), (28, 2)]),
+    ([5, 1, 50, 8], [(8, 2), (30, 1)]),
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A cell of the parity table."""
+
+    name: str
+    world_size: int
+    parallel: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass
+class Outcome:
+    """What a layout computed: the loss of the global batch and the gradient of every parameter."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+    def errors(self, reference: "Outcome") -> dict[str, float]:
+        """max |g - ref| / max |ref| per tensor, and the loss's relative error under "loss"."""
+        assert self.gradients.keys() == reference.gradients.keys()
+        errors = {"loss": abs(self.loss - reference.loss) / abs(reference.loss)}
+        for name, expected in reference.gradients.items():
+            difference = (self.gradients[name] - expected).abs().max()
+            errors[name] = (difference / expected.abs().max()).item()
+        return errors
+
+    def worst(self, reference: "Outcome") -> tuple[float, str]:
+        """The largest error and the tensor that has it."""
+        return max((error, name) for name, error in self.errors(reference).items())
+
+
+def tiny_model(**text) -> EagleConfig:
+    """Four language layers (for interleaving), eight real rows short of the padded vocabulary."""
+    eagle = preset("tiny")
+    eagle.text.vocab_size, eagle.image_token_index = 504, IMAGE_TOKEN
+    for name, value in text.items():
+        setattr(eagle.text, name, value)
+    return eagle.validate()
+
+
+def global_batch(eagle: EagleConfig) -> list[dict]:
+    """The four packs as keyword arguments of `make_input`; weights sum to about one."""
+    batch = []
+    for number, (documents, images) in enumerate(PACKS):
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(8, eagle.text.vocab_size, (LENGTH,), generator=generator)
+        bounds = [0, *torch.tensor(documents).cumsum(0).tolist()]
+        positions = torch.cat([torch.arange(n) for n in documents])
+        weights = torch.rand(LENGTH, generator=generator) * (torch.rand(LENGTH, generator=generator) < 0.6)
+        weights[[end - 1 for end in bounds[1:]]] = 0
+        for start, tiles in images:
+            ids[start : start + tiles * eagle.tokens_per_tile] = IMAGE_TOKEN
+        labels = torch.cat([ids[1:], ids[:1]])
+        weights[labels == IMAGE_TOKEN] = 0
+        size = eagle.vision.image_size
+        tiles = sum(count for _, count in images)
+        batch.append(
+            {
+                "input_ids": ids,
+                "position_ids": positions,
+                "document_bounds": bounds,
+                "labels": labels,
+                "loss_weights": weights / 60,
+                "pixel_values": torch.rand(tiles, 3, size, size, generator=generator) * 2 - 1,
+            }
+        )
+    return batch
+
+
+def gather_gradients(mesh: Mesh, wrapped: list) -> None:
+    """Complete the gradient buffers: the distributed optimizer leaves each rank the sum of its shard."""
+    for model in wrapped:
+        for buffer in model.buffers:
+            for bucket in buffer.buckets:
+                full = bucket.grad_data
+                shard = full.chunk(mesh.dp_cp.size)[mesh.dp_cp.rank].clone()
+                torch.distributed.all_gather_into_tensor(full, shard, group=mesh.dp_cp.group)
+
+
+def run(layout: Layout, eagle: EagleConfig, dtype: torch.dtype = torch.float32) -> dict:
+    """On one rank: forward and backward of the global batch -> this rank's loss part and gradients."""
+    with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
+        models = build_model(eagle, mesh, torch.device("cpu"), dtype)
+        initialize_parameters(models, seed=1)
+        wrapped = wrap_models(models)
+        batch = global_batch(eagle)
+        per_rank = len(batch) // mesh.dp.size
+        mine = batch[mesh.dp.rank * per_rank : (mesh.dp.rank + 1) * per_rank]
+        for model in wrapped:
+            model.zero_grad_buffer()
+
+        def forward_step(iterator, model):
+            pack = dict(next(iterator))
+            if mesh.pp.rank > 0:
+                pack["pixel_values"] = None
+            inputs = make_input(eagle, mesh, torch.device("cpu"), **pack)
+            return model(inputs), lambda losses: megatron_loss(losses, inputs.loss_weights)
+
+        iterators = [iter(mine) for _ in wrapped]
+        single = len(wrapped) == 1
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators[0] if single else iterators,
+            model=wrapped[0] if single else wrapped,
+            num_microbatches=per_rank,
+            seq_length=LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        gather_gradients(mesh, wrapped)
+        return {
+            "place": (mesh.tp.rank, mesh.dp_cp.rank),
+            "loss": float(sum(losses)) if mesh.is_last_stage() and mesh.tp.rank == 0 else 0.0,
+            "gradients": [entry for model in models for entry in _gradients(model)],
+        }
+
+
+def _gradients(model: EagleModel) -> list[tuple[str, int | None, torch.Tensor]]:
+    entries = []
+    for local_name, parameter in model.named_parameters():
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        name = global_name(local_name, model)
+        entries.append((name, parameter.partition_dim if sharded else None, parameter.main_grad.clone()))
+    return entries
+
+
+def combine(results: list[dict], check_replicas: bool = True) -> Outcome:
+    """All ranks' results -> whole tensors; copies of a gradient must be equal wherever they are held."""
+    copies: dict[str, dict[int, list[torch.Tensor]]] = {}
+    dims: dict[str, int | None] = {}
+    for result in results:
+        for name, dim, gradient in result["gradients"]:
+            dims[name] = dim
+            # A tensor that is not sharded has all its copies under one key.
+            shard = 0 if dim is None else result["place"][0]
+            copies.setdefault(name, {}).setdefault(shard, []).append(gradient)
+    gradients = {}
+    for name, shards in copies.items():
+        for equal in shards.values() if check_replicas else ():
+            for other in equal[1:]:
+                torch.testing.assert_close(
+                    other, equal[0], rtol=1e-5, atol=1e-8, msg=f"{name}: copies differ"
+                )
+        ordered = [shards[rank][0] for rank in sorted(shards)]
+        gradients[name] = (
+            ordered[0] if dims[name] is None else join_tensor_parallel(ordered, name, dims[name])
+        )
+    return Outcome(sum(result["loss"] for result in results), gradients)
+
+
+_TP2 = {"tensor_model_parallel_size": 2}
+_SP = {"sequence_parallel": True}
+_PP2 = {"pipeline_model_parallel_size": 2}
+_VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+_CP2 = {"context_parallel_size": 2}
+ONE_PROCESS = Layout("one process", 1)
+LAYOUTS = [
+    Layout("TP2", 2, _TP2),
+    Layout("TP2+SP", 2, _TP2 | _SP),
+    Layout("PP2", 2, _PP2),
+    Layout("PP2 x VPP2", 2, _PP2 | _VPP2),
+    Layout("CP2", 2, _CP2),
+    Layout("DP2", 2),
+    Layout("TP2+SP x PP2 x CP2", 8, _TP2 | _SP | _PP2 | _CP2),
+]

@@ -1,0 +1,74 @@
+"""Every parallel layout against one process: the loss and all parameter gradients."""
+
+import pytest
+import torch
+
+from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+from tests.parallel.cases import LAYOUTS, ONE_PROCESS, Layout, Outcome, combine, run, tiny_model
+from tests.parallel.harness import launch
+from tests.parallel.sabotage import run_sabotaged
+
+TOLERANCE = 1e-5  # max |g - ref| / max |ref| per tensor, fp32
+
+
+def outcome(layout: Layout, function=run, **text) -> Outcome:
+    return combine(launch(function, layout.world_size, layout, tiny_model(**text)))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Outcome:
+    return outcome(ONE_PROCESS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_equals_one_process(layout, reference):
+    errors = outcome(layout).errors(reference)
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+def test_every_gradient_of_the_reference_is_alive(reference):
+    dead = [name for name, gradient in reference.gradients.items() if not gradient.abs().max() > 1e-6]
+    assert dead == []
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("dK/dV reduce-scatter", "CP2"),
+        ("sequence parallel scatter, backward", "TP2+SP"),
+        ("norm weights over tensor parallel ranks", "TP2+SP"),
+        ("gradients over data parallel ranks", "DP2"),
+    ],
+)
+def test_a_dropped_collective_is_noticed(name, layout, reference):
+    [cell] = [cell for cell in LAYOUTS if cell.name == layout]
+    results = launch(run_sabotaged, cell.world_size, name, cell, tiny_model())
+    assert combine(results, check_replicas=False).worst(reference)[0] > 100 * TOLERANCE
+
+
+def test_tied_embeddings_across_the_pipeline():
+    [pipeline] = [cell for cell in LAYOUTS if cell.name == "PP2"]
+    tied = {"tie_word_embeddings": True}
+    assert outcome(pipeline, **tied).worst(outcome(ONE_PROCESS, **tied))[0] <= TOLERANCE
+
+
+def _bf16_loss() -> float:
+    return run(ONE_PROCESS, tiny_model(), torch.bfloat16)["loss"]
+
+
+def test_bf16_is_close_to_fp32(reference):
+    [loss] = launch(_bf16_loss, 1)
+    assert loss == pytest.approx(reference.loss, rel=1e-2)
+
+
+def _refusal(parallel: dict) -> str:
+    try:
+        with model_parallel(ParallelConfig(**parallel)):
+            return ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_impossible_world_is_refused():
+    [message, _] = launch(_refusal, 2, {"tensor_model_parallel_size": 4})
+    assert message.startswith("UserError: 2 processes cannot hold tensor 4")

@@ -1,0 +1,151 @@
+"""Sizes, presets and the errors a user can run into before the first step."""
+
+import pytest
+import torch
+
+from megatron_eagle.config import from_dict
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.connector import pixel_shuffle
+from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.initialization import initialize_parameters
+from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.layout_rules import check_layout
+from megatron_eagle.model.presets import EagleConfig, expand_preset, preset
+from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+from tests.parallel.cases import IMAGE_TOKEN, tiny_model
+from tests.parallel.harness import launch
+
+
+def test_preset_8b_has_the_released_sizes():
+    eagle = preset("eagle2.5-8b").validate()
+    assert eagle.tokens_per_tile == 256
+    assert eagle.text.padded_vocab_size == 152064
+    assert EagleConfig.from_hf(eagle.to_hf()) == eagle
+
+
+def test_a_section_wins_over_its_preset():
+    section = expand_preset({"preset": "tiny", "text": {"num_hidden_layers": 2}})
+    eagle = from_dict(EagleConfig, section, where="model")
+    assert (eagle.text.num_hidden_layers, eagle.text.hidden_size) == (2, 64)
+    with pytest.raises(UserError, match="choose one of tiny, eagle2.5-8b"):
+        expand_preset({"preset": "huge"})
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"vision": {"image_size": 60}}, "vision.image_size must be a multiple of patch_size"),
+        ({"vision": {"image_size": 48}}, "pixel shuffle"),
+        ({"text": {"num_key_value_heads": 3}}, "num_key_value_heads"),
+    ],
+)
+def test_impossible_sizes_name_the_rule(section, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(EagleConfig, section).validate()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("select_layer", -2), ("mlp_connector_layers", 1), ("model_type", "llava")]
+)
+def test_an_unsupported_hf_config_is_refused(key, value):
+    with pytest.raises(UserError, match=f"{key} is {value!r}"):
+        EagleConfig.from_hf({**preset("eagle2.5-8b").to_hf(), key: value})
+
+
+def test_data_of_another_tokenizer_is_refused():
+    eagle = tiny_model()
+    assert eagle.with_data(vocab_size=500, image_token_index=IMAGE_TOKEN) == eagle
+    with pytest.raises(UserError, match="another tokenizer"):
+        eagle.with_data(vocab_size=500, image_token_index=9)
+    with pytest.raises(UserError, match="another tokenizer"):
+        eagle.with_data(vocab_size=505, image_token_index=IMAGE_TOKEN)
+
+
+def test_pixel_shuffle_folds_squares():
+    patches = torch.arange(16).reshape(1, 16, 1)  # a 4 x 4 grid, row-major
+    assert pixel_shuffle(patches, 2)[0].tolist() == [
+        [0, 1, 4, 5],
+        [2, 3, 6, 7],
+        [8, 9, 12, 13],
+        [10, 11, 14, 15],
+    ]
+
+
+def _logits(ids: torch.Tensor, bounds: list[int], tiles: int, size: int) -> torch.Tensor | str:
+    eagle = tiny_model()
+    cpu = torch.device("cpu")
+    with model_parallel(ParallelConfig()) as mesh:
+        [model] = build_model(eagle, mesh, cpu)
+        initialize_parameters([model], seed=0)
+        positions = torch.cat([torch.arange(b - a) for a, b in zip(bounds, bounds[1:], strict=False)])
+        pixels = torch.ones(tiles, 3, size, size)
+        try:
+            inputs = make_input(
+                eagle,
+                mesh,
+                cpu,
+                input_ids=ids,
+                position_ids=positions,
+                document_bounds=bounds,
+                pixel_values=pixels,
+            )
+            return model(inputs).detach()
+        except UserError as error:
+            return str(error)
+
+
+def test_packed_samples_do_not_see_each_other_and_equal_themselves_alone():
+    first, other, second = (torch.randint(8, 500, (n,)) for n in (10, 10, 12))
+    second[3:7] = IMAGE_TOKEN
+    [alone] = launch(_logits, 1, second, [0, 12], 1, 64)
+    for neighbour in (first, other):
+        [packed] = launch(_logits, 1, torch.cat([neighbour, second]), [0, 10, 22], 1, 64)
+        torch.testing.assert_close(packed[:, 10:], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "size", "message"),
+    [
+        (2, 64, "4 image tokens (id 7) but 2 tiles x 4 = 8 image features"),
+        (1, 32, "tiles are 32 x 32 pixels"),
+    ],
+)
+def test_text_and_tiles_must_match(tiles, size, message):
+    ids = torch.full((8,), 20)
+    ids[2:6] = IMAGE_TOKEN
+    [found] = launch(_logits, 1, ids, [0, 8], tiles, size)
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"sequence_parallel": True}, "needs tensor_model_parallel_size > 1"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "needs pipeline_model_parallel_size > 1"),
+        ({"context_parallel_size": 0}, "must be at least 1"),
+        ({"tensor_model_parallel_size": 3}, "start a multiple of 3 processes"),
+    ],
+)
+def test_impossible_layouts_name_the_rule(layout, message):
+    with pytest.raises(UserError, match=message):
+        ParallelConfig(**layout).data_parallel_size(8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "length", "message"),
+    [
+        ({"tensor_model_parallel_size": 8}, 128, "8 does not divide the 28 query heads .*: choose 1, 2 or 4"),
+        ({"pipeline_model_parallel_size": 3}, 128, "28 language layers .* 3 equal stages: choose"),
+        ({"context_parallel_size": 3}, 128, "data.length 128 .* multiple of 6"),
+        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 126, "multiple of 4"),
+    ],
+)
+def test_layouts_that_do_not_fit_the_8b_model_name_the_rule(layout, length, message):
+    with pytest.raises(UserError, match=message):
+        check_layout(preset("eagle2.5-8b"), ParallelConfig(**layout), length)
+
+
+def test_layouts_that_fit_the_8b_model():
+    for tp in (1, 2, 4):
+        parallel = ParallelConfig(tp, sequence_parallel=tp > 1, pipeline_model_parallel_size=4)
+        check_layout(preset("eagle2.5-8b"), parallel, 32768)
