@@ -19,6 +19,7 @@ from conversations import Conversation, read_conversations, swap_partners
 from train_tokenizer import train_tokenizer
 
 from megatron_eagle.errors import UserError, run_cli
+from megatron_eagle.training.metrics import METRICS_FILE, plot_loss_curve, read_metrics
 
 DEMO = Path(__file__).resolve().parent
 REPO = DEMO.parent.parent
@@ -62,7 +63,7 @@ def main() -> None:
     with step(8, "Asking the exported model: its 24 training questions, and 22 with other pictures"):
         right, followed = examine(kept)
     with step(9, "Loss curve"):
-        draw_losses(OUT / "loss.png")
+        plot_loss_curve(OUT / "checkpoint" / "logs" / METRICS_FILE, OUT / "loss.png")
     last_screen(right, followed, len(kept), time.monotonic() - started)
 
 
@@ -92,7 +93,7 @@ def compare_resumption() -> None:
     """One step under tensor parallel 2 as reference, then the rest under context parallel 2."""
     reference = OUT / "reference"
     shutil.copytree(OUT / "checkpoint", reference)
-    train(*TENSOR_PARALLEL, f"checkpoint.save={reference}", f"training.stop_at_iteration={STOP_AT + 1}")
+    train(*TENSOR_PARALLEL, f"checkpoint.path={reference}", f"training.stop_at_iteration={STOP_AT + 1}")
     train(*CONTEXT_PARALLEL)
     expected = read_losses(reference)[STOP_AT + 1]
     resumed = read_losses(OUT / "checkpoint")[STOP_AT + 1]
@@ -104,10 +105,9 @@ def compare_resumption() -> None:
     shutil.rmtree(reference)
 
 
-def read_losses(folder: Path) -> dict[int, float]:
-    """Iteration -> loss, from the metrics a run writes beside its checkpoints."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return {entry["iteration"]: entry["loss"] for entry in map(json.loads, lines)}
+def read_losses(checkpoint: Path) -> dict[int, float]:
+    """Iteration -> loss of the global batch."""
+    return {step.iteration: step.loss for step in read_metrics(checkpoint / "logs" / METRICS_FILE)}
 
 
 def examine(kept: list[Conversation]) -> tuple[int, int]:
@@ -156,23 +156,6 @@ def generate(requests: list[dict]) -> list[str]:
     return [json.loads(line)["answer"] for line in answers.read_text().splitlines()]
 
 
-def draw_losses(picture: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    losses = read_losses(OUT / "checkpoint")
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(list(losses), list(losses.values()))
-    axes.axvline(STOP_AT, color="gray", linestyle="--", label="resumed with context parallel 2")
-    axes.set(xlabel="iteration", ylabel="loss", yscale="log", title="Demo: 24 conversations")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(picture, dpi=120)
-    say(f"written to {shown(picture)}")
-
-
 def last_screen(right: int, followed: int, count: int, seconds: float) -> None:
     python = shown(Path(sys.executable))
     print(
@@ -184,7 +167,7 @@ Demo finished in {seconds:.0f} s: {right} of {count} training answers are right;
   {shown(OUT / "checkpoint")}   Megatron checkpoints of both layouts
   {shown(OUT / "hf")}           the exported model (transformers, trust_remote_code)
   {shown(OUT / "answers.jsonl")}   every question and the model's answer
-  {shown(OUT / "loss.png")}     loss curve; TensorBoard files in {shown(OUT / "tensorboard")}
+  {shown(OUT / "loss.png")}     loss curve; TensorBoard files in {shown(OUT / "checkpoint" / "logs")}
 
 Ask it yourself:
   {python} tools/generate.py --hf runs/demo/hf --image runs/demo/media/chelsea.png \\

@@ -1,0 +1,78 @@
+"""Makes the README's file map from the docstrings: `python -m tests.end_to_end.file_map`."""
+
+import ast
+import subprocess
+from itertools import groupby
+from pathlib import Path
+
+from tests.paths import REPO
+
+README = REPO / "README.md"
+START, END = "<!-- file map: python -m tests.end_to_end.file_map -->", "<!-- end of file map -->"
+
+# What cannot say it in a docstring.
+DESCRIPTIONS = {
+    ".ci/run": "continuous integration: `make test`",
+    ".dockerignore": "what the image leaves out",
+    ".gitignore": "what git leaves out",
+    "Dockerfile": "GPU image; its first lines say what has been built and run",
+    "LICENSE": "Apache-2.0",
+    "Makefile": "make demo, test, test-all, parity, lint, format, env, clean",
+    "README.md": "this file",
+    "constraints-cpu.txt": "every package of the CPU environment, pinned",
+    "pyproject.toml": "settings of ruff and pytest",
+    "examples/demo/conversations.jsonl": "24 conversations on pictures, clips or neither, 1 that is too long",
+    "examples/demo/recipe.yaml": "names the conversations and the folder of their media",
+    "examples/demo/train.yaml": "the demo's training run",
+}
+
+
+def render() -> str:
+    """The map as text: one line a file, grouped by folder; empty `__init__.py` files are left out.
+
+    Raises ValueError that names the files without a description.
+    """
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout.splitlines()
+    files = sorted({Path(name) for name in listed if (REPO / name).is_file()}, key=_order)
+    described = [(file, _describe(file)) for file in files if file.name != "__init__.py" or _describe(file)]
+    missing = [str(file) for file, description in described if not description]
+    if missing:
+        raise ValueError(f"no description (docstring or DESCRIPTIONS) for: {', '.join(missing)}")
+    width = max(len(file.name) for file, _ in described) + 2
+    lines = []
+    for folder, group in groupby(described, key=lambda item: item[0].parent):
+        if folder != Path("."):
+            lines.append(f"{folder.as_posix()}/")
+        indent = "" if folder == Path(".") else "  "
+        lines += [f"{indent}{file.name:<{width}}{description}" for file, description in group]
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def written() -> str:
+    """The map that the README holds."""
+    return README.read_text(encoding="utf-8").split(START)[1].split(END)[0].strip()
+
+
+def _describe(file: Path) -> str | None:
+    if file.as_posix() in DESCRIPTIONS:
+        return DESCRIPTIONS[file.as_posix()]
+    text = (REPO / file).read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".py":
+        docstring = ast.get_docstring(ast.parse(text))
+        return docstring.splitlines()[0].rstrip(".:") if docstring else None
+    first = text.lstrip().split("\n", 1)[0]
+    return (
+        first.lstrip("# ").rstrip(".") if file.suffix in (".yaml", ".yml") and first.startswith("#") else None
+    )
+
+
+def _order(file: Path) -> tuple:
+    return file.parent.parts, file.name
+
+
+if __name__ == "__main__":
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{START}\n{render()}\n{END}{after}", encoding="utf-8")
+    print(f"written to {README.name}")
