@@ -41,7 +41,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from megatron_eagle.config import from_dict, load_yaml, save_yaml, to_dict
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.training.agreement import raise_together
+from megatron_eagle.training.agreement import AgreedError, raise_together
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
@@ -51,6 +51,23 @@ _CONTENT = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+
+
+@dataclass
+class CheckpointConfig:
+    """Where a run saves, resumes and starts from.
+
+    `path` is saved to, and resumed from if it holds a checkpoint; otherwise `load` gives the initial weights
+    (null: fresh ones). The last iteration is always saved, and every `save_interval` iterations before it.
+    """
+
+    path: str
+    load: str | None = None
+    save_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.save_interval is not None and self.save_interval < 1:
+            raise ValueError(f"save_interval must be at least 1, got {self.save_interval}")
 
 
 @dataclass
@@ -165,13 +182,13 @@ def load_checkpoint(
         settings = [dict(group) for group in optimizer.param_groups]
     content = _content(models, optimizer, loading=True)
     raise_together(_check_keys(folder, content, with_optimizer=optimizer is not None))
-    loaded = dist_checkpointing.load(content, str(folder))
+    loaded = _read_tensors(folder, content)
 
     for name, model in _named(models):
         missing, unexpected = model.load_state_dict(loaded[name], strict=False)
         wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
         if wrong:
-            raise UserError(f"{folder}: tensors that do not fit the model: {_some(wrong)}")
+            raise AgreedError(f"{folder}: tensors that do not fit the model: {_some(wrong)}")
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         for group, kept in zip(optimizer.param_groups, settings, strict=True):
@@ -179,6 +196,24 @@ def load_checkpoint(
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
     return read_train_state(root)
+
+
+def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str | Path) -> None:
+    """Give `root` its `hf/` folder, if it has none: that of `checkpoint`, else the tokenizer of `data`.
+
+    Collective. Raises `UserError` if neither source exists or `root` cannot be written.
+    """
+    problem = None
+    if torch.distributed.get_rank() == 0 and not (Path(root) / HF_FOLDER).exists():
+        source = Path(data) / "tokenizer" if checkpoint is None else Path(checkpoint) / HF_FOLDER
+        partial = Path(root) / f".{HF_FOLDER}.saving"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.rename(Path(root) / HF_FOLDER)
+        except OSError as error:
+            problem = f"{root}: cannot copy {source} into the checkpoint: {error}"
+    raise_together(problem)
 
 
 class _InProcessSave(SaveShardedStrategy):
@@ -312,6 +347,19 @@ def _check_keys(folder: Path, content: dict, with_optimizer: bool) -> str | None
         if size != shape:
             return f"{folder}: {key} has shape {size}, the model's is {shape}: another architecture"
     return None
+
+
+def _read_tensors(folder: Path, content: dict) -> dict:
+    """Megatron's load, with what can be wrong with the files said in one line. Every rank sees the error."""
+    try:
+        return dist_checkpointing.load(content, str(folder))
+    except pickle.UnpicklingError as error:
+        problem = f"{folder / 'common.pt'}: damaged, or it holds more than plain values; not loaded"
+        raise AgreedError(problem) from error
+    except torch_checkpoint.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        reason = str(cause).partition("\n")[0]
+        raise AgreedError(f"{folder}: a file of tensors is damaged (rank {rank}: {reason})") from error
 
 
 def _sharded_tensors(value: Any) -> Iterable[ShardedTensor]:

@@ -1,6 +1,9 @@
 """A few real optimizer steps of the tiny model in any layout, between a load and a save."""
 
+import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -10,6 +13,7 @@ from megatron_eagle.model.initialization import global_name, initialize_paramete
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+from megatron_eagle.training import checkpoint
 from megatron_eagle.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
@@ -19,20 +23,52 @@ OPTIMIZER = OptimizerConfig(lr=5e-3, lr_warmup_fraction=0.0, weight_decay=0.1)
 CPU = torch.device("cpu")
 
 
-def run_steps(
+def run_steps(parallel: dict, eagle: EagleConfig, options: dict) -> dict:
+    """On each rank: `_run` with `options`."""
+    return _run(parallel, eagle, **options)
+
+
+def save_fresh(eagle: EagleConfig, root: str) -> None:
+    """In one process: a model without optimizer, as a converter saves it."""
+    with model_parallel(ParallelConfig()) as mesh:
+        models = build_model(eagle, mesh, CPU)
+        initialize_parameters(models, seed=1)
+        save_checkpoint(root, models=models, model_config=eagle)
+
+
+def save_killed(eagle: EagleConfig, root: str, point: str) -> None:
+    """In one process: continue from `root` to iteration 3 and die at `point` of the save."""
+
+    def die(*_, **__):
+        os._exit(9)
+
+    if point == "tensors":
+        checkpoint.torch_checkpoint.FileSystemWriter.finish = die  # tensors written, no index yet
+    elif point == "run.yaml":
+        checkpoint.save_yaml = die
+    elif point == "state.json":
+        checkpoint.json = SimpleNamespace(dumps=die, loads=json.loads)
+    elif point == "rename":
+        checkpoint._publish = die
+    elif point == "tracker":
+        Path.replace = die  # the folder has its name, the tracker still points to the previous one
+    _run({}, eagle, until=3, load=root, save=root)
+
+
+def _run(
     parallel: dict,
     eagle: EagleConfig,
     *,
     until: int,
-    load: Path | None = None,
-    save: Path | None = None,
+    load: str | None = None,
+    save: str | None = None,
     weights_only: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict:
-    """On each rank: start fresh or from `load`, train up to iteration `until`, save.
+    """Start fresh or from `load`, train up to iteration `until`, save.
 
-    -> {"losses": one per step, equal on all ranks, "norms", "lr", "state": parameters and Adam's moments of
-    this rank by local name}.
+    -> {"start": iteration and packs; "losses", "norms", "lr": one per step, equal on all ranks; "parameters"
+    of this rank by chunk and name}.
     """
     with model_parallel(ParallelConfig(**parallel)) as mesh:
         models = build_model(eagle, mesh, CPU, dtype)
@@ -62,7 +98,7 @@ def run_steps(
                 consumed_packs=4 * until,
             )
         result["parameters"] = {
-            (chunk, global_name(name, model)): parameter.detach().clone()
+            f"{chunk} {global_name(name, model)}": parameter.detach().clone()
             for chunk, model in enumerate(models)
             for name, parameter in model.named_parameters()
         }

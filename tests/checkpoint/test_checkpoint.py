@@ -1,0 +1,207 @@
+"""What a checkpoint promises: exact resume, any layout, a previous one that survives, nothing unsafe."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.training import checkpoint
+from megatron_eagle.training.checkpoint import TRACKER, checkpoint_folder, read_model_config, read_train_state
+from tests.checkpoint.steps import run_steps, save_fresh, save_killed
+from tests.parallel.cases import tiny_model
+from tests.parallel.harness import launch
+
+EAGLE = tiny_model()
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+
+
+def steps(world_size: int, parallel: dict, **options) -> list[dict]:
+    return launch(run_steps, world_size, parallel, EAGLE, options)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict:
+    """Four steps in one process."""
+    return steps(1, {}, until=4)[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of step 2, written by one process."""
+    root = tmp_path_factory.mktemp("saved")
+    steps(1, {}, until=2, save=str(root))
+    return root
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def test_resume_is_bitwise_exact(saved, uninterrupted):
+    resumed = steps(1, {}, until=4, load=str(saved))[0]
+    assert resumed["start"] == (2, 8)
+    assert resumed["losses"] == uninterrupted["losses"][2:]
+    assert resumed["norms"] == uninterrupted["norms"][2:]
+    assert resumed["lr"] == uninterrupted["lr"][2:]
+    for name, parameter in uninterrupted["parameters"].items():
+        assert torch.equal(parameter, resumed["parameters"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        ((2, TP2), (2, PP2)),
+        ((2, PP2), (2, {"context_parallel_size": 2})),
+        ((2, {}), (2, {**TP2, "sequence_parallel": True})),
+        ((2, TP2), (2, {**PP2, "virtual_pipeline_model_parallel_size": 2})),
+        ((4, {**PP2, "virtual_pipeline_model_parallel_size": 2, "context_parallel_size": 2}), (1, {})),
+    ],
+    ids=["tp2-pp2", "pp2-cp2", "dp2-tp2sp", "tp2-vpp2", "vpp2cp2-one"],
+)
+def test_continues_in_another_layout(writer, reader, uninterrupted, tmp_path):
+    before = steps(*writer, until=2, save=str(tmp_path))[0]
+    after = steps(*reader, until=4, load=str(tmp_path))[0]
+    losses = before["losses"] + after["losses"]
+    assert losses[2] == pytest.approx(uninterrupted["losses"][2], rel=1e-5)
+    assert after["norms"][0] == pytest.approx(uninterrupted["norms"][2], rel=1e-5)
+    # Adam divides by the root of tiny second moments and so amplifies rounding.
+    assert losses == pytest.approx(uninterrupted["losses"], rel=1e-4)
+
+
+def test_bf16_keeps_its_fp32_main_parameters(tmp_path):
+    whole = steps(1, {}, until=4, dtype=torch.bfloat16)[0]
+    steps(1, {}, until=2, dtype=torch.bfloat16, save=str(tmp_path))
+    resumed = steps(1, {}, until=4, dtype=torch.bfloat16, load=str(tmp_path))[0]
+    assert resumed["losses"] == whole["losses"][2:]
+    for name, parameter in whole["parameters"].items():
+        assert torch.equal(parameter, resumed["parameters"][name]), name
+
+
+def test_weights_only_start(saved, uninterrupted):
+    """From the weights of step 2 with a fresh optimizer: the same loss, iteration 0."""
+    started = steps(2, TP2, until=1, load=str(saved), weights_only=True)[0]
+    assert started["start"] == (0, 0)
+    assert started["losses"][0] == pytest.approx(uninterrupted["losses"][2], rel=1e-5)
+
+
+def test_without_optimizer(tmp_path, uninterrupted):
+    """What a converter does: model only, one process; training can start from it."""
+    launch(save_fresh, 1, EAGLE, str(tmp_path))
+    started = steps(1, {}, until=1, load=str(tmp_path), weights_only=True)[0]
+    assert started["losses"][0] == uninterrupted["losses"][0]
+    with pytest.raises(RuntimeError, match="lacks optimizer state that the run needs"):
+        steps(1, {}, until=1, load=str(tmp_path))
+
+
+def test_what_is_beside_the_tensors(saved):
+    folder = checkpoint_folder(saved)
+    assert folder.name == "iter_0000002" and (saved / TRACKER).read_text() == "2\n"
+    assert json.loads((folder / "state.json").read_text()) == {"iteration": 2, "consumed_packs": 8}
+    assert read_model_config(saved) == EAGLE
+    assert not [name for name in os.listdir(saved) if name.startswith(".")], "no partial files are left"
+
+
+def test_another_architecture_is_refused_with_names(saved):
+    wider, deeper = tiny_model(intermediate_size=192), tiny_model(num_hidden_layers=6)
+    for model in (wider, deeper):
+        with pytest.raises(RuntimeError, match=r"has shape .* the model's is .*: another architecture"):
+            launch(run_steps, 1, {}, model, {"until": 3, "load": str(saved)})
+    tied = tiny_model(tie_word_embeddings=True)
+    with pytest.raises(RuntimeError, match="holds tensors that the model lacks: .*output_layer.weight"):
+        launch(run_steps, 1, {}, tied, {"until": 3, "load": str(saved)})
+
+
+def test_a_killed_save_leaves_the_previous_checkpoint(copy):
+    """The process dies (as by kill -9) at five points while it saves iteration 3, again and again."""
+    for point in ("tensors", "run.yaml", "state.json", "rename", "tracker"):
+        with pytest.raises(RuntimeError, match="ended without a result"):
+            launch(save_killed, 1, EAGLE, str(copy), point)
+        assert read_train_state(copy).iteration == 2
+    resumed = steps(1, {}, until=3, load=str(copy), save=str(copy))[0]
+    assert resumed["start"] == (2, 8) and read_train_state(copy).iteration == 3
+
+
+def test_the_latest_checkpoint_is_never_overwritten(copy):
+    with pytest.raises(RuntimeError, match="already holds iteration 2; choose another folder"):
+        steps(1, {}, until=2, load=str(copy), save=str(copy))
+
+
+def damage_tracker(root):
+    (root / TRACKER).write_text("soon")
+
+
+def lose_file(root):
+    (root / "iter_0000002" / "common.pt").unlink()
+
+
+def lose_tracker(root):
+    (root / TRACKER).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (lose_tracker, "not a checkpoint, it has no latest_checkpointed_iteration.txt"),
+        (damage_tracker, "expected an iteration number, found 'soon'"),
+        (lose_file, "incomplete checkpoint, common.pt is missing"),
+    ],
+)
+def test_not_a_checkpoint(damage, message, copy):
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        checkpoint_folder(copy)
+
+
+def test_an_iteration_folder_is_not_the_checkpoint(saved):
+    with pytest.raises(UserError, match=f"name its parent {saved}"):
+        checkpoint_folder(saved / "iter_0000002")
+
+
+class Harmful:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_an_index_that_runs_code_is_refused(copy, tmp_path):
+    folder = checkpoint_folder(copy)
+    (folder / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "harm")))
+    with pytest.raises(
+        RuntimeError, match=r"not a checkpoint's index, or a damaged one: it names \w+\.mkdir"
+    ):
+        steps(1, {}, until=4, load=str(copy))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_common_content_that_runs_code_is_refused(copy, tmp_path):
+    folder = checkpoint_folder(copy)
+    torch.save({"optimizer": Harmful(tmp_path / "harm")}, folder / "common.pt")
+    with pytest.raises(RuntimeError, match="common.pt: damaged, or it holds more than plain values"):
+        steps(1, {}, until=4, load=str(copy))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_damaged_tensors_are_refused(copy):
+    file = next(checkpoint_folder(copy).glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(RuntimeError, match="a file of tensors is damaged"):
+        steps(1, {}, until=4, load=str(copy))
+
+
+def test_a_truncated_index_is_refused(copy):
+    index = checkpoint_folder(copy) / ".metadata"
+    index.write_bytes(index.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a checkpoint's index, or a damaged one"):
+        checkpoint._read_index(checkpoint_folder(copy))
