@@ -29,6 +29,7 @@ CONFIG = DEMO / "train.yaml"
 # Small enough that the clips lose frames, four pictures in one question lose tiles, and an album is dropped.
 MAX_TOKENS = 152
 TILE_SIZE, PATCH_SIZE, MAX_TILES = 64, 16, 6
+FEWER_TILES = 4  # what MAX_TOKENS leaves to each of four pictures
 FPS, MIN_FRAMES = 4, 4
 STOP_AT = 120  # iteration of the checkpoint that is continued under another layout
 TENSOR_PARALLEL = ["parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=1"]
@@ -129,13 +130,25 @@ def examine(kept: list[Conversation]) -> tuple[int, int]:
 
 
 def request(about: Conversation, question: str) -> dict:
-    """A line for tools/generate.py, with the sampling that preprocessing decided for such a sample."""
+    """A line for tools/generate.py: `question` about the media of `about`, sampled as preprocessing decided.
+
+    The token limit left every clip `MIN_FRAMES` frames, and each of four pictures `FEWER_TILES` tiles.
+    """
     media = OUT / "media"
     return {
         "prompt": question,
         "images": [str(media / file) for file in about.images],
-        "videos": [{**video, "video": str(media / video["video"])} for video in about.videos],
-        "max_tiles": 4 if len(about.images) > 2 else MAX_TILES,
+        "videos": [
+            {
+                "video": str(media / video["video"]),
+                "video_start": video["start_time"],
+                "video_end": video["end_time"],
+                "fps": FPS,
+                "max_frames": MIN_FRAMES,
+            }
+            for video in about.videos
+        ],
+        "max_tiles": FEWER_TILES if len(about.images) > 2 else MAX_TILES,
     }
 
 
@@ -149,7 +162,7 @@ def generate(requests: list[dict]) -> list[str]:
         (guard / "__init__.py").write_text("raise ImportError('generation must not need megatron')\n")
         run_tool(
             *(REPO / "tools" / "generate.py", "--hf", OUT / "hf", "--jsonl", questions, "--output", answers),
-            *("--fps", FPS, "--max-frames", MIN_FRAMES, "--max-new-tokens", 40),
+            *("--max-new-tokens", 40),
             cwd=elsewhere,
             PYTHONPATH=str(guard.parent),
         )

@@ -32,7 +32,7 @@ def render() -> str:
 
     Raises ValueError that names the files without a description.
     """
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    command = ["git", "ls-files"]
     listed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout.splitlines()
     files = sorted({Path(name) for name in listed if (REPO / name).is_file()}, key=_order)
     described = [(file, _describe(file)) for file in files if file.name != "__init__.py" or _describe(file)]
