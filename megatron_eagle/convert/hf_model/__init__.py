@@ -1,0 +1,1 @@
+"""Files shipped with every export; they import only torch, transformers, numpy, Pillow and av (videos)."""

@@ -5,6 +5,9 @@ Self-contained: shipped inside every exported checkpoint and loaded with `trust_
 equal tiles out. Shapes: n tiles, S tile side in pixels.
 """
 
+import contextlib
+import struct
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -63,12 +66,16 @@ def select_grid(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright (EXIF orientation applied) RGB; transparency over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(canvas, image)
+    """Upright (EXIF orientation) RGB; transparency over white, 16-bit grey by its upper eight bits."""
+    # A broken EXIF block says nothing of the picture itself.
+    with contextlib.suppress(SyntaxError, ValueError, struct.error):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow's own conversion clips to white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba.getchannel("A"))
     return image.convert("RGB")
 
 

@@ -12,6 +12,7 @@ The written prompt equals the `hf` template variant of training, token by token.
 """
 
 import base64
+import bisect
 import copy
 import io
 import os
@@ -159,9 +160,10 @@ def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFra
         return av.open(name if data is None else io.BytesIO(data))
 
     try:
-        times = _frame_times(opened)
-        if not times:
+        stamps, keyframes, unit = _frame_table(opened)
+        if not stamps:
             raise ValueError(f"video has no frames: {name}")
+        times = [stamp * unit for stamp in stamps]
         # The last frame is shown as long as the others are on average.
         end = times[-1] + (times[-1] - times[0]) / max(len(times) - 1, 1)
         start = times[0] if video_start is None else Fraction(str(video_start))
@@ -172,11 +174,11 @@ def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFra
         duration = stop - start
         n = frame_count(len(inside), float(duration), **sampling)
         wanted = np.linspace(inside[0], inside[-1], n).round().astype(int).tolist()
-        frames = _decode(opened, wanted)
+        frames = _decode(opened, [stamps[i] for i in wanted], keyframes)
     except av.error.FFmpegError as error:
         raise ValueError(f"video cannot be read: {name} ({error})") from None
     fps = float(n / duration) if duration > 0 else DEFAULT_FPS
-    return VideoFrames([frames[i] for i in wanted], fps, [float(times[i]) for i in wanted])
+    return VideoFrames([frames[stamps[i]] for i in wanted], fps, [float(times[i]) for i in wanted])
 
 
 class Eagle2_5_VLProcessor(ProcessorMixin):
@@ -446,25 +448,59 @@ def _with_metadata(videos, kwargs: dict) -> list[VideoFrames]:
     return result
 
 
-def _frame_times(opened) -> list:
-    """Presentation times in seconds (exact fractions) of all frames, by reading packets only."""
+def _frame_table(opened) -> tuple[list[int], list[int], Fraction]:
+    """Presentation times of the shown frames and of the key frames, and their unit in seconds.
+
+    From the packets, without decoding: a container's own counts and rates are wrong on edit lists, variable
+    frame rates and damaged files.
+    """
     with opened() as container:
-        stream = container.streams.video[0] if container.streams.video else None
-        if stream is None:
-            return []
-        stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
-        return [stamp * stream.time_base for stamp in stamps]
+        if not container.streams.video:
+            return [], [], Fraction(1)
+        stream = container.streams.video[0]
+        packets = [p for p in container.demux(stream) if p.size and p.pts is not None]
+        shown = {p.pts for p in packets if not (p.is_discard or p.is_corrupt)}
+        return sorted(shown), sorted({p.pts for p in packets if p.is_keyframe}), stream.time_base
 
 
-def _decode(opened, wanted: list[int]) -> dict[int, Image.Image]:
-    """Frames by number, in presentation order, in one pass over the file."""
-    frames, needed = {}, set(wanted)
+def _decode(opened, wanted: list[int], keyframes: list[int]) -> dict[int, Image.Image]:
+    """Upright RGB frames by presentation time; seeks from key frame to key frame.
+
+    Where seeking misses (MPEG-TS, damaged indexes) everything is read from the start.
+    """
+    import av
+
+    try:
+        return _decode_from(opened, wanted, keyframes)
+    except (_Missed, av.error.InvalidDataError):
+        pass
+    try:
+        return _decode_from(opened, wanted, None)
+    except _Missed as missed:
+        raise ValueError(f"the frame at {missed} cannot be decoded: is the video damaged?") from None
+
+
+class _Missed(Exception):
+    """A wanted frame did not come out; a neighbour is no substitute."""
+
+
+def _decode_from(opened, wanted, keyframes) -> dict[int, Image.Image]:
+    result, position = {}, None
     with opened() as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for number, frame in enumerate(container.decode(stream)):
-            if number in needed:
-                frames[number] = Image.fromarray(frame.to_ndarray(format="rgb24"))
-            if len(frames) == len(needed):
-                return frames
-    raise ValueError(f"the video ends after {len(frames)} of {len(needed)} wanted frames: is it truncated?")
+        frames = container.decode(stream)
+        for pts in sorted(set(wanted)):
+            if keyframes:
+                key = keyframes[max(bisect.bisect_right(keyframes, pts) - 1, 0)]
+                if position is None or key > position:
+                    container.seek(key, stream=stream, backward=True, any_frame=False)
+                    frames = container.decode(stream)
+            frame = next((f for f in frames if f.pts is not None and f.pts >= pts), None)
+            if frame is None or frame.pts != pts or frame.is_corrupt:
+                raise _Missed(f"{float(pts * stream.time_base):.2f} s")
+            position = pts
+            turns = round(getattr(frame, "rotation", 0) / 90)
+            result[pts] = Image.fromarray(
+                np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+            )
+    return result

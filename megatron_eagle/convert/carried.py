@@ -1,0 +1,80 @@
+"""`C/hf`: what an export needs and training does not touch, beside a Megatron checkpoint in the folder C.
+
+    tokenizer files, config.json, generation_config.json, preprocessor_config.json   as the source has them
+    model.safetensors.index.json   the source's shards: tensor -> file
+    dtypes.json                    the source's types: tensor -> "F32", "BF16" or "F16"
+    carried.safetensors            tensors of the source that the model does not have (the pooling head)
+
+All of it is optional: a model trained from scratch has a tokenizer only, or nothing.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_eagle.convert.shards import INDEX, HfWeights, read_json, save
+from megatron_eagle.errors import UserError
+
+FOLDER = "hf"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+)
+_SOURCE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "preprocessor_config.json")
+_DTYPES = "dtypes.json"
+_TENSORS = "carried.safetensors"
+
+
+class Carried:
+    """Reads `C/hf`; every part may be absent."""
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        self.folder = Path(checkpoint) / FOLDER
+
+    def json(self, name: str) -> dict:
+        """A carried JSON file; empty if there is none."""
+        return read_json(self.folder / name) if (self.folder / name).is_file() else {}
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        return self.json(INDEX).get("weight_map", {})
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return self.json(_DTYPES)
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that only pass through, in their own types."""
+        path = self.folder / _TENSORS
+        if not path.is_file():
+            return {}
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: truncated or not a safetensors file: {error}") from None
+
+
+def write_carried(checkpoint: str | Path, source: Path, weights: HfWeights, names: Iterable[str]) -> None:
+    """Write `C/hf` from the HF folder `source`; `names` are the tensors that only pass through."""
+    folder = Path(checkpoint) / FOLDER
+    folder.mkdir(parents=True)
+    for name in _SOURCE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (source / INDEX).is_file():
+        shutil.copyfile(source / INDEX, folder / INDEX)
+    else:
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights.weight_map}))
+    (folder / _DTYPES).write_text(json.dumps(weights.dtypes, indent=1, sort_keys=True))
+    tensors = {name: weights.read(name) for name in names}
+    if tensors:
+        save(tensors, folder / _TENSORS)

@@ -1,0 +1,170 @@
+"""The small files of an export: configuration, remote code, tokenizer, processor and generation settings."""
+
+import json
+import shutil
+from pathlib import Path
+
+import megatron_eagle.convert.hf_model
+from megatron_eagle.convert.carried import Carried
+from megatron_eagle.convert.shards import read_json
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.presets import EagleConfig
+
+_CODE = Path(megatron_eagle.convert.hf_model.__file__).parent
+CODE_FILES = (
+    "configuration_eagle2_5_vl.py",
+    "modeling_eagle2_5_vl.py",
+    "processing_eagle2_5_vl.py",
+    "image_processing_eagle2_5_vl.py",
+)
+_MODEL_CLASS = "modeling_eagle2_5_vl.Eagle2_5_VLForConditionalGeneration"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_eagle2_5_vl.Eagle2_5_VLConfig",
+    "AutoModel": _MODEL_CLASS,
+    "AutoModelForCausalLM": _MODEL_CLASS,
+}
+_PROCESSOR = "Eagle2_5_VLProcessor"
+_PROCESSOR_MAP = {
+    "AutoProcessor": f"processing_eagle2_5_vl.{_PROCESSOR}",
+    "AutoImageProcessor": "image_processing_eagle2_5_vl.Eagle2_5_VLImageProcessor",
+}
+# How pictures are cut does not follow from the weights: what the source says wins over the defaults.
+_SOURCE_WINS = (
+    *("dynamic_image_size", "use_thumbnail", "min_dynamic_tiles", "max_dynamic_tiles"),
+    *("min_dynamic_patch", "max_dynamic_patch", "template"),
+)
+_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+IM_END, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+_IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
+
+
+def write_config(
+    folder: Path, config: EagleConfig, carried: Carried, dtypes: dict[str, str], *, has_head: bool
+) -> None:
+    """config.json: the source's with this model's sizes on top, and the code files it points to."""
+    source, own = _public(carried.json("config.json")), config.to_hf()
+    merged = {**source, **own, **{key: source[key] for key in _SOURCE_WINS if key in source}}
+    for part in ("vision_config", "text_config"):
+        merged[part] = {**source.get(part, {}), **own[part]}
+    merged["vision_config"]["vision_use_head"] = has_head
+    # vLLM reads the tile limits under these names.
+    merged["min_dynamic_patch"] = merged["min_dynamic_tiles"]
+    merged["max_dynamic_patch"] = merged["max_dynamic_tiles"]
+    merged["auto_map"] = _AUTO_MAP
+    used = set(dtypes.values())
+    merged.pop("dtype", None)  # transformers 5 reads both spellings, 4.51 this one
+    merged["torch_dtype"] = _TORCH_NAMES[used.pop()] if len(used) == 1 else "float32"
+    _write_json(folder / "config.json", merged)
+    for name in CODE_FILES:
+        shutil.copyfile(_CODE / name, folder / name)
+
+
+def write_processor(folder: Path, config: EagleConfig, carried: Carried, max_tiles: int | None) -> None:
+    """Tokenizer, chat template, processor and generation settings; only the last without a tokenizer.
+
+    Raises:
+        UserError: the tokenizer lacks a token that the model needs, or has other ids than the model.
+    """
+    generation = carried.json("generation_config.json")
+    if carried.tokenizer_files:
+        ids = _copy_tokenizer(folder, config, carried)
+        stop = generation.get("eos_token_id")
+        if ids[IM_END] not in (stop if isinstance(stop, list) else [stop]):
+            generation["eos_token_id"] = ids[IM_END]
+        generation["pad_token_id"] = ids.get(END_OF_TEXT, ids[IM_END])
+        generation.pop("bos_token_id", None)  # Qwen writes none; a wrong one would be put before a prompt
+        _write_processor_settings(folder, config, carried, max_tiles)
+    if generation:
+        _write_json(folder / "generation_config.json", generation)
+
+
+def _copy_tokenizer(folder: Path, config: EagleConfig, carried: Carried) -> dict[str, int]:
+    """Copy the tokenizer's files; returns its tokens' ids."""
+    where = carried.folder
+    for path in carried.tokenizer_files:
+        shutil.copyfile(path, folder / path.name)
+    ids = _token_ids(carried)
+    for token in (IM_END, *_IMAGE_TOKENS):
+        if token not in ids:
+            raise UserError(f"{where}: the tokenizer has no token {token}; an export needs it")
+    if ids["<IMG_CONTEXT>"] != config.image_token_index:
+        raise UserError(
+            f"{where}: the tokenizer's <IMG_CONTEXT> is {ids['<IMG_CONTEXT>']}, the model's image token "
+            f"{config.image_token_index}; this is the tokenizer of another model"
+        )
+    if max(ids.values()) >= config.text.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer's ids reach {max(ids.values())} and the model has "
+            f"{config.text.vocab_size} rows; this is the tokenizer of another model"
+        )
+    settings = carried.json("tokenizer_config.json")
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    settings.setdefault("eos_token", IM_END)
+    settings.setdefault("pad_token", END_OF_TEXT if END_OF_TEXT in ids else IM_END)
+    settings.pop("chat_template", None)  # it is in its own file
+    settings["processor_class"] = _PROCESSOR
+    _write_json(folder / "tokenizer_config.json", settings)
+    return ids
+
+
+def _token_ids(carried: Carried) -> dict[str, int]:
+    """Token -> id, from tokenizer.json or from the slow tokenizer's files."""
+    if (carried.folder / "tokenizer.json").is_file():
+        definition = carried.json("tokenizer.json")
+        vocabulary = definition.get("model", {}).get("vocab", {})
+        ids = (
+            dict(vocabulary) if isinstance(vocabulary, dict) else {v[0]: i for i, v in enumerate(vocabulary)}
+        )
+        return ids | {token["content"]: token["id"] for token in definition.get("added_tokens", [])}
+    added = carried.json("tokenizer_config.json").get("added_tokens_decoder", {})
+    ids = carried.json("vocab.json") | carried.json("added_tokens.json")
+    return ids | {token["content"]: int(i) for i, token in added.items()}
+
+
+def _write_processor_settings(
+    folder: Path, config: EagleConfig, carried: Carried, max_tiles: int | None
+) -> None:
+    from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import CHAT_TEMPLATE
+
+    side = config.vision.image_size
+    exported, source = read_json(folder / "config.json"), carried.json("preprocessor_config.json")
+    limit = source.get("max_dynamic_tiles", exported["max_dynamic_tiles"]) if max_tiles is None else max_tiles
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "Eagle2_5_VLImageProcessor",
+            "processor_class": _PROCESSOR,
+            "auto_map": _PROCESSOR_MAP,
+            "size": {"height": side, "width": side},
+            "rescale_factor": 1 / 255,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "min_dynamic_tiles": source.get("min_dynamic_tiles", exported["min_dynamic_tiles"]),
+            "max_dynamic_tiles": limit,
+            "use_thumbnail": source.get("use_thumbnail", exported["use_thumbnail"]),
+        },
+    )
+    exported["max_dynamic_tiles"] = exported["max_dynamic_patch"] = limit
+    _write_json(folder / "config.json", exported)
+    _write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": _PROCESSOR,
+            "auto_map": _PROCESSOR_MAP,
+            "tokens_per_tile": config.tokens_per_tile,
+        },
+    )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _public(config: dict) -> dict:
+    """Without transformers' own state (`_commit_hash`, `_attn_implementation`), which is not the model's."""
+    return {
+        key: _public(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not key.startswith("_")
+    }
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,61 @@
+"""Import: a Hugging Face folder becomes a Megatron checkpoint that any layout can load."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_eagle.convert.carried import write_carried
+from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.shards import HfWeights, read_json
+from megatron_eagle.convert.whole_model import whole_model
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.training.checkpoint import save_checkpoint
+
+
+def import_hf(hf: str | Path, checkpoint: str | Path) -> EagleConfig:
+    """Read the Eagle 2.5 checkpoint in the folder `hf` into the new folder `checkpoint` (iteration 0).
+
+    Every tensor is accounted for before anything is written: one that is missing, unexpected or of another
+    shape is an error, and none keeps a random value. Weights are stored as bf16 if all of them are, else as
+    fp32, which holds fp16 and bf16 exactly.
+
+    Returns:
+        The model's configuration.
+
+    Raises:
+        UserError: `hf` is no complete Eagle 2.5 checkpoint, or `checkpoint` exists and is not empty.
+    """
+    source, target = Path(hf), Path(checkpoint)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; expected a Hugging Face checkpoint of Eagle 2.5")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not empty; choose a new folder for the checkpoint")
+    hf_config = read_json(source / "config.json")
+    config = EagleConfig.from_hf(hf_config)
+    weights = HfWeights(source)
+    # transformers builds the pooling head unless told otherwise: without it there it would stay random.
+    carries_head = hf_config["vision_config"].get("vision_use_head", True)
+    plan = Plan(config, carries_head=carries_head)
+    plan.check_hf(weights.shapes, str(source))
+
+    dtype = torch.bfloat16 if set(weights.dtypes.values()) == {"BF16"} else torch.float32
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        write_carried(target, source, weights, plan.carried)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write here: {error}") from None
+    with whole_model(config, dtype) as (model, _, _):
+        fill(model, plan, weights)
+        save_checkpoint(target, models=[model], model_config=config)
+    return config
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, plan: Plan, weights: HfWeights) -> None:
+    """Set every parameter of the whole model from HF tensors."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in plan.to_model(weights.read):
+        parameters.pop(name).copy_(tensor)
+    if parameters:  # the table and the model have drifted apart: a fault of this code, not of the user
+        raise AssertionError(f"no Hugging Face tensor for {sorted(parameters)}")

@@ -1,0 +1,108 @@
+"""Export: a Megatron checkpoint of any layout becomes a Hugging Face folder that runs by itself."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_eagle.config import load_yaml
+from megatron_eagle.convert.carried import Carried
+from megatron_eagle.convert.export_files import write_config, write_processor
+from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, write_shards
+from megatron_eagle.convert.whole_model import whole_model
+from megatron_eagle.errors import UserError
+from megatron_eagle.training.checkpoint import checkpoint_folder, load_checkpoint, read_model_config
+
+# Names an exported folder's own files, so that a later export may replace them and nothing else.
+RECORD = "megatron_eagle_export.json"
+
+
+def export_hf(checkpoint: str | Path, hf: str | Path, *, max_tiles: int | None = None) -> list[str]:
+    """Write the latest weights in `checkpoint` as a Hugging Face checkpoint into the folder `hf`.
+
+    An imported model keeps its source's names, shards, types and pooling head, bit for bit where training did
+    not change them. The folder appears when it is complete. An earlier export there is replaced.
+
+    Args:
+        max_tiles: tiles per picture for the exported processor; default: the source's, else 12.
+
+    Returns:
+        Names of the files written.
+
+    Raises:
+        UserError: no checkpoint, a tokenizer of another model, or `hf` holds something else than an export.
+    """
+    checkpoint, target = Path(checkpoint), Path(hf)
+    config = read_model_config(checkpoint)
+    _check_target(target)
+    carried = Carried(checkpoint)
+    extra = carried.tensors()
+    plan = Plan(config, carries_head=bool(extra))
+    shapes = {name: tuple(tensor.shape) for name, tensor in extra.items()}
+    plan.check_hf({**plan.hf_shapes, **shapes}, str(carried.folder))
+
+    dtypes = _dtypes(plan, carried, checkpoint)
+    weight_map = carried.weight_map or plan_shards(
+        {name: tensor_bytes(shape, dtypes[name]) for name, shape in plan.hf_shapes.items()}
+    )
+    if weight_map.keys() != plan.hf_shapes.keys():
+        odd = sorted(weight_map.keys() ^ plan.hf_shapes.keys())
+        raise UserError(f"{carried.folder}: its shard index is of another model, as {', '.join(odd[:4])}")
+
+    partial = target.parent / f".{target.name}.exporting"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        partial.mkdir(parents=True)
+        write_config(partial, config, carried, dtypes, has_head=bool(extra))
+        write_processor(partial, config, carried, max_tiles)
+        write_shards(partial, _tensors(checkpoint, plan, dtypes, extra), weight_map)
+        files = sorted(path.name for path in partial.iterdir())
+        record = {"iteration": int(checkpoint_folder(checkpoint).name[5:]), "files": files}
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        _publish(partial, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write here: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return files
+
+
+def _tensors(
+    checkpoint: Path, plan: Plan, dtypes: dict[str, str], extra: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    yield from extra.items()
+    # fp32 holds whatever the checkpoint stores exactly.
+    with whole_model(plan.config, DTYPES["F32"]) as (model, _, _):
+        load_checkpoint(checkpoint, models=[model])
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        for name, tensor in plan.to_hf(parameters.__getitem__):
+            yield name, tensor.cpu().to(DTYPES[dtypes[name]])
+
+
+def _dtypes(plan: Plan, carried: Carried, checkpoint: Path) -> dict[str, str]:
+    """Type of every exported tensor: the source's, or for a model from scratch the one it was trained in."""
+    training = load_yaml(checkpoint_folder(checkpoint) / "run.yaml").get("training") or {}
+    trained_in = "BF16" if training.get("precision") == "bf16" else "F32"
+    return {**dict.fromkeys(plan.hf_shapes, trained_in), **carried.dtypes}
+
+
+def _check_target(target: Path) -> None:
+    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
+        raise UserError(f"{target}: exists and is no earlier export; choose a new or empty folder")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is a file; name a folder for the export")
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Put the finished files in place; files of an earlier export go, others in the folder stay."""
+    target.mkdir(exist_ok=True)
+    if (target / RECORD).is_file():
+        old = json.loads((target / RECORD).read_text()).get("files", [])
+        for name in (RECORD, *old):
+            (target / Path(name).name).unlink(missing_ok=True)
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == RECORD):
+        os.replace(path, target / path.name)

@@ -1,0 +1,58 @@
+"""One forward pass of a training checkpoint in this process, for scripts that compare models."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.convert.whole_model import whole_model
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.inputs import make_input
+from megatron_eagle.training.checkpoint import load_checkpoint, read_model_config
+
+
+@torch.no_grad()
+def logits(checkpoint: str | Path, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+    """Logits of one sequence under the latest weights in a Megatron checkpoint of any layout.
+
+    Loads the whole model in fp32 into this process (its GPU if it has one) and releases it again. A process
+    group is made if there is none, without a network port, and destroyed; an existing one is left alone.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        input_ids: [1, s] or [s]; image tokens are the model's own `image_token_index`.
+        pixel_values: tiles [n, 3, S, S] in [-1, 1], in reading order; None or n = 0 for text only.
+
+    Returns:
+        [1, s, vocabulary] fp32 on the CPU, without padding rows.
+
+    Raises:
+        UserError: no checkpoint there, more than one sequence, ids outside the vocabulary, or image tokens
+            and tiles that do not match (both counts are named).
+    """
+    config = read_model_config(checkpoint)
+    ids = input_ids.detach().cpu().long()
+    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if ids.dim() != 1 or not len(ids):
+        raise UserError(f"input_ids must be one sequence, [s] or [1, s]; got shape {list(input_ids.shape)}")
+    if int(ids.min()) < 0 or int(ids.max()) >= config.text.vocab_size:
+        raise UserError(
+            f"input_ids reach from {int(ids.min())} to {int(ids.max())}; the model has ids below "
+            f"{config.text.vocab_size}"
+        )
+    vision = config.vision
+    if pixel_values is None:
+        pixel_values = torch.zeros(0, vision.num_channels, vision.image_size, vision.image_size)
+    with whole_model(config, torch.float32) as (model, mesh, device):
+        inputs = make_input(
+            config,
+            mesh,
+            device.torch_device,
+            input_ids=ids,
+            position_ids=torch.arange(len(ids)),
+            document_bounds=[0, len(ids)],
+            pixel_values=pixel_values.detach().float(),
+        )
+        load_checkpoint(checkpoint, models=[model])
+        model.eval()
+        return model(inputs)[..., : config.text.vocab_size].float().cpu()
