@@ -1,18 +1,22 @@
 """Eagle 2.5: vision tower -> connector -> merge into the embedding -> language model, under the whole layout.
 
-Tower, connector and embedding live on the first pipeline stage. Shapes: s local tokens of the pack
-(after context parallelism), n tiles, h language features.
+Tower, connector and embedding live on the first pipeline stage. Shapes: s tokens of this context
+parallel rank, r rows of its hidden states (s, or s / tp under sequence parallelism), n tiles,
+h language features.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
+from megatron_eagle.context_parallel.vision_sharding import VisionShare, exchange_features
 from megatron_eagle.model.connector import Connector
 from megatron_eagle.model.language import LanguageModel
 from megatron_eagle.model.presets import EagleConfig
@@ -28,10 +32,12 @@ class ModelInput:
     input_ids: Tensor  # [1, s] int64
     labels: Tensor | None  # [1, s] int64; None: the last stage returns logits
     loss_weights: Tensor | None  # [s] fp32
-    image_rows: Tensor  # [i] int64: local rows that hold image tokens
-    image_slots: Tensor  # [i] int64: which feature of the pack's image tokens each of them takes
-    pixel_values: Tensor | None  # [n, channels, S, S]; None on ranks after the first stage
     packed: PackedSequence
+    # First stage only: this rank's tiles [n, channels, S, S], who exchanges which features, and the rows
+    # [i] int64 of the hidden states that take the received features.
+    pixel_values: Tensor | None = None
+    vision: VisionShare | None = None
+    image_rows: Tensor | None = None
 
 
 class EagleModel(MegatronModule):
@@ -46,15 +52,36 @@ class EagleModel(MegatronModule):
         self.vp_stage = chunk if mesh.config.num_model_chunks > 1 else None
         self.share_embeddings_and_output_weights = eagle.text.tie_word_embeddings
         if self.pre_process:
+            groups = _tower_groups(mesh)
             tower = vision_config(eagle, mesh.config, dtype)
-            self.vision_model = VisionModel(eagle.vision, tower, mesh.groups)
+            self.vision_model = VisionModel(eagle.vision, tower, groups)
             self.connector = Connector(
                 eagle.vision.hidden_size * eagle.shuffle_factor**2,
                 eagle.shuffle_factor,
                 connector_config(eagle, mesh.config, dtype),
-                mesh.groups,
+                groups,
             )
+            if self.has_whole_tower:
+                # Built for a tensor parallel group of one: not shards, and counted once in norms.
+                for parameter in (*self.vision_model.parameters(), *self.connector.parameters()):
+                    parameter.tensor_model_parallel = False
+                    parameter.sum_over_tensor_parallel = True
         self.language_model = LanguageModel(eagle.text, config, mesh, chunk)
+
+    @property
+    def has_whole_tower(self) -> bool:
+        """Whether tensor parallel ranks hold copies of tower and connector and encode different tiles."""
+        return self.pre_process and self.mesh.config.vision_sharding == "cp_tp"
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        """Megatron's description for checkpoints, the same keys and shapes for every layout."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.has_whole_tower:
+            replica = (0, self.mesh.tp.rank, self.mesh.dp_cp.rank)
+            for key, tensor in state.items():
+                if not key.startswith(f"{prefix}language_model."):
+                    tensor.replica_id = replica
+        return state
 
     def set_input_tensor(self, input_tensor) -> None:
         """Called by Megatron's pipeline schedules."""
@@ -69,18 +96,14 @@ class EagleModel(MegatronModule):
         return self.connector(self.vision_model(pixel_values))
 
     def _embed(self, inputs: ModelInput) -> Tensor:
-        """Token embeddings with image features in their places: [s, 1, h], or [s / tp, 1, h] under SP."""
+        """Token embeddings with image features in their places: [r, 1, h]."""
         hidden = self.language_model.embedding(inputs.input_ids, position_ids=None)
-        pixels = inputs.pixel_values
-        if not pixels.shape[0]:
-            # A text-only microbatch keeps the tower in the graph: its gradients are zeros, and take part
-            # in the same reductions as every other rank's.
-            pixels = pixels.new_zeros((1, *pixels.shape[1:]))
-        chosen = self.encode_images(pixels)[inputs.image_slots].unsqueeze(1)
-        hidden = hidden.index_copy(0, inputs.image_rows, chosen)
-        if self.config.sequence_parallel:
-            hidden = scatter_to_sequence_parallel_region(hidden, group=self.mesh.tp.group)
-        return hidden
+        features = self.encode_images(inputs.pixel_values)
+        if self.config.sequence_parallel and not self.has_whole_tower:
+            # Each tensor parallel rank uses other rows of the same features: backward adds them up.
+            features = copy_to_tensor_model_parallel_region(features, group=self.mesh.tp.group)
+        received = exchange_features(features, inputs.vision)
+        return hidden.index_copy(0, inputs.image_rows, received.unsqueeze(1))
 
     def forward(self, inputs: ModelInput) -> Tensor:
         """-> per-token cross-entropy fp32 [1, s] on the last stage (this rank's share of the logits
@@ -93,6 +116,14 @@ class EagleModel(MegatronModule):
             labels=inputs.labels,
             packed_seq_params=inputs.packed,
         )
+
+
+def _tower_groups(mesh: Mesh) -> ProcessGroupCollection:
+    if mesh.config.vision_sharding != "cp_tp":
+        return mesh.groups
+    groups = copy.copy(mesh.groups)
+    groups.tp = mesh.groups.ep  # a group of one: there are no experts
+    return groups
 
 
 def build_model(

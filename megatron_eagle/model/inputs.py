@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.layout import zigzag
+from megatron_eagle.context_parallel.vision_sharding import share_vision
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import ModelInput
 from megatron_eagle.model.presets import EagleConfig
@@ -37,30 +38,64 @@ def make_input(
         UserError: the image tokens and the tiles of the pack do not match, or the pack's length does
             not fit the layout.
     """
-    image = input_ids == eagle.image_token_index
-    if pixel_values is not None:
-        _check_images(eagle, int(image.sum()), pixel_values)
     layout = zigzag(len(input_ids), mesh.cp.size)
     index = layout.token_index(mesh.cp.rank)
-    image_rows = image[index].nonzero().squeeze(1)
-    slots = image.cumsum(0) - 1
 
     def local(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[index].to(device, non_blocking=True)
 
-    return ModelInput(
+    inputs = ModelInput(
         input_ids=local(input_ids)[None],
         labels=None if labels is None else local(labels)[None],
         loss_weights=local(loss_weights),
-        image_rows=image_rows.to(device),
-        image_slots=slots[index][image_rows].to(device),
-        pixel_values=None if pixel_values is None else pixel_values.to(device, non_blocking=True),
         packed=PackedSequence(
             position_ids=local(position_ids),
             layout=layout,
             segments=layout.segments(mesh.cp.rank, document_bounds),
         ),
     )
+    if pixel_values is not None:
+        image = input_ids == eagle.image_token_index
+        _check_images(eagle, int(image.sum()), pixel_values)
+        _add_vision(inputs, image, pixel_values, eagle.tokens_per_tile, mesh, device)
+    return inputs
+
+
+def _add_vision(
+    inputs: ModelInput,
+    image: Tensor,
+    pixel_values: Tensor,
+    tokens_per_tile: int,
+    mesh: Mesh,
+    device: torch.device,
+) -> None:
+    """Fill in this rank's tiles and the exchange of features, as `vision_sharding` says."""
+    tp, cp, mode = mesh.tp, mesh.cp, mesh.config.vision_sharding
+    slots = image.cumsum(0) - 1
+    # The tokens whose hidden states each (cp, tp) rank holds, in order: [cp, tp, r].
+    tokens = inputs.packed.layout.rank_major_order.view(cp.size, 1, -1)
+    if mesh.config.sequence_parallel:
+        tokens = tokens.view(cp.size, tp.size, -1)
+    else:
+        tokens = tokens.expand(cp.size, tp.size, -1)
+    mine = tokens[cp.rank, tp.rank]
+    if mode == "none":
+        holders, rank, group = [mine], 0, None
+    elif mode == "cp":
+        holders, rank, group = list(tokens[:, tp.rank]), cp.rank, cp.group
+    else:
+        holders, rank, group = list(tokens.flatten(0, 1)), cp.rank * tp.size + tp.rank, mesh.groups.tp_cp
+    share = share_vision(
+        pixel_values.shape[0],
+        tokens_per_tile,
+        [slots[held[image[held]]] for held in holders],
+        rank=rank,
+        copies=tp.size if mode == "cp_tp" and not mesh.config.sequence_parallel else 1,
+        group=group,
+    )
+    inputs.vision = share
+    inputs.pixel_values = share.tiles(pixel_values).to(device, non_blocking=True)
+    inputs.image_rows = image[mine].nonzero().squeeze(1)[share.receive_order].to(device)
 
 
 def _check_images(eagle: EagleConfig, image_tokens: int, pixel_values: Tensor) -> None:

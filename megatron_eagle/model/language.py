@@ -11,8 +11,7 @@ from megatron_eagle.runtime.parallel import Mesh
 
 
 class LanguageModel(GPTModel):
-    """One pipeline chunk of the language model; embedding output is not scattered for sequence parallelism,
-    because image features are merged into it first."""
+    """One pipeline chunk of the language model."""
 
     def __init__(self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int) -> None:
         stage = chunk if mesh.config.num_model_chunks > 1 else None
@@ -25,7 +24,6 @@ class LanguageModel(GPTModel):
             post_process=mesh.is_last_stage(chunk),
             share_embeddings_and_output_weights=text.tie_word_embeddings,
             position_embedding_type="rope",
-            scatter_embedding_sequence_parallel=False,
             pg_collection=mesh.groups,
             vp_stage=stage,
         )

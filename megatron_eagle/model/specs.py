@@ -31,13 +31,13 @@ def _leave_unset(weight: Tensor) -> Tensor:
     return weight
 
 
-def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
+def _common(tensor_model_parallel_size: int, dtype: torch.dtype) -> dict:
     return {
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "tensor_model_parallel_size": tensor_model_parallel_size,
         # Parameters get their values from model/initialization.py or from a checkpoint. Not through
         # perform_initialization=False: Megatron would then leave out the tensor parallel attributes,
         # without which its gradient norm counts shards wrongly.
@@ -52,6 +52,11 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
+
+
+def tower_parallel_size(parallel: ParallelConfig) -> int:
+    """Tensor parallel size of tower and connector: one where tensor parallel ranks divide the tiles."""
+    return 1 if parallel.vision_sharding == "cp_tp" else parallel.tensor_model_parallel_size
 
 
 def language_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -85,7 +90,7 @@ def language_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.d
         batch_p2p_comm=not interleaved,
         batch_p2p_sync=on_gpu,
         deallocate_pipeline_outputs=on_gpu,
-        **_common(parallel, dtype),
+        **_common(parallel.tensor_model_parallel_size, dtype),
     )
 
 
@@ -100,7 +105,7 @@ def vision_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dty
         normalization="LayerNorm",
         layernorm_epsilon=vision.layer_norm_eps,
         activation_func=partial(F.gelu, approximate="tanh"),
-        **_common(parallel, dtype),
+        **_common(tower_parallel_size(parallel), dtype),
     )
 
 
@@ -110,7 +115,7 @@ def connector_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.
         num_layers=1,
         hidden_size=eagle.text.hidden_size,
         num_attention_heads=eagle.text.num_attention_heads,
-        **_common(parallel, dtype),
+        **_common(tower_parallel_size(parallel), dtype),
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +22,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
+    # Which ranks divide the vision tiles of a pack (context_parallel/vision_sharding.py).
+    vision_sharding: Literal["none", "cp", "cp_tp"] = "cp"
 
     @property
     def model_parallel_size(self) -> int:

@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_eagle.context_parallel.vision_sharding import sum_tower_gradients
 from megatron_eagle.runtime.megatron_cpu import fix_torch_adam_in_distributed_optimizer
 
 
@@ -81,6 +82,9 @@ def _finalize_model_grads(models, num_tokens, **kwargs) -> None:
     # Megatron would divide by its token count, an int32 that cannot hold the loss normaliser. The token
     # weights carry the division already.
     finalize_model_grads(models, None, **kwargs)
+    # A tower that tensor parallel ranks hold whole has seen other tiles on each of them.
+    whole = [p for model in models for p in model.parameters() if getattr(p, "sum_over_tensor_parallel", False)]
+    sum_tower_gradients([p.main_grad for p in whole if p.requires_grad], models[0].tp_group)
 
 
 def build_optimizer(config: OptimizerConfig, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:

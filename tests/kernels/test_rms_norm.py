@@ -1,4 +1,4 @@
-"""RMSNorm against Hugging Face's Qwen2: same bits, in fp32 and bf16, and the gradient by finite differences."""
+"""RMSNorm against Hugging Face's Qwen2: the same bits in fp32 and bf16, and a checked gradient."""
 
 import pytest
 import torch

@@ -63,8 +63,9 @@ class Outcome:
 
 
 def tiny_model(**text) -> EagleConfig:
-    """Four language layers (for interleaving), eight real rows short of the padded vocabulary."""
+    """Four language layers (for pipelines), eight real rows short of the padded vocabulary."""
     eagle = preset("tiny")
+    eagle.text.num_attention_heads, eagle.text.num_key_value_heads = 8, 4
     eagle.text.vocab_size, eagle.image_token_index = 504, IMAGE_TOKEN
     for name, value in text.items():
         setattr(eagle.text, name, value)
@@ -181,18 +182,40 @@ def combine(results: list[dict], check_replicas: bool = True) -> Outcome:
     return Outcome(sum(result["loss"] for result in results), gradients)
 
 
-_TP2 = {"tensor_model_parallel_size": 2}
+_TP2, _TP4 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}
 _SP = {"sequence_parallel": True}
-_PP2 = {"pipeline_model_parallel_size": 2}
+_PP2, _PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
 _VPP2 = {"virtual_pipeline_model_parallel_size": 2}
-_CP2 = {"context_parallel_size": 2}
+_CP2, _CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 ONE_PROCESS = Layout("one process", 1)
+
+
+def _with_vision_sharding(name: str, world_size: int, parallel: dict) -> list[Layout]:
+    """The layout with every vision sharding that is not another one over a group of size one."""
+    modes = ["none"]
+    if "context_parallel_size" in parallel:
+        modes.append("cp")
+    if "tensor_model_parallel_size" in parallel:
+        modes.append("cp_tp")
+    return [Layout(f"{name}, {mode}", world_size, parallel | {"vision_sharding": mode}) for mode in modes]
+
+
 LAYOUTS = [
-    Layout("TP2", 2, _TP2),
-    Layout("TP2+SP", 2, _TP2 | _SP),
-    Layout("PP2", 2, _PP2),
-    Layout("PP2 x VPP2", 2, _PP2 | _VPP2),
-    Layout("CP2", 2, _CP2),
-    Layout("DP2", 2),
-    Layout("TP2+SP x PP2 x CP2", 8, _TP2 | _SP | _PP2 | _CP2),
+    cell
+    for row in [
+        ("TP2", 2, _TP2),
+        ("TP2+SP", 2, _TP2 | _SP),
+        ("TP4+SP", 4, _TP4 | _SP),
+        ("PP2", 2, _PP2),
+        ("PP2 x VPP2", 2, _PP2 | _VPP2),
+        ("PP4", 4, _PP4),
+        ("CP2", 2, _CP2),
+        ("CP4", 4, _CP4),
+        ("DP2", 2, {}),
+        ("TP2 x CP2", 4, _TP2 | _CP2),
+        ("TP2+SP x CP2", 4, _TP2 | _SP | _CP2),
+        ("TP2+SP x PP2 x CP2", 8, _TP2 | _SP | _PP2 | _CP2),
+        ("TP2+SP x PP2 x VPP2 x CP2", 8, _TP2 | _SP | _PP2 | _VPP2 | _CP2),
+    ]
+    for cell in _with_vision_sharding(*row)
 ]

@@ -4,20 +4,15 @@ from unittest.mock import patch
 
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_eagle.context_parallel import gather_kv
-from megatron_eagle.model import eagle as eagle_module
-from megatron_eagle.model import specs
+from megatron_eagle.context_parallel import gather_kv, vision_sharding
+from megatron_eagle.model import eagle, specs
+from megatron_eagle.training import optimizer
 from tests.parallel.cases import Layout, run
 
 
 def _keep_own_tokens(x, layout, group):
     """Key and value gradients of the other ranks' queries are lost."""
     return x[layout.token_index(group.rank())]
-
-
-def _slice_without_gather(hidden, group):
-    """Backward gives each tensor parallel rank the gradient of its own slice only."""
-    return hidden.chunk(group.size())[group.rank()].contiguous()
 
 
 class _UnmarkedNorm(specs.RMSNorm):
@@ -28,19 +23,44 @@ class _UnmarkedNorm(specs.RMSNorm):
         self.weight.sequence_parallel = False
 
 
+class _OneWayExchange(vision_sharding._Exchange):
+    """Gradients of features that other ranks used are lost."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.new_zeros((ctx.num_features, grad.shape[1])), None
+
+
+# What is left out -> (a layout of the table that must notice, the patch).
 SABOTAGES = {
-    "dK/dV reduce-scatter": lambda: patch.object(gather_kv, "reduce_scatter_sequence", _keep_own_tokens),
-    "sequence parallel scatter, backward": lambda: patch.object(
-        eagle_module, "scatter_to_sequence_parallel_region", _slice_without_gather
+    "dK/dV reduce-scatter": (
+        "CP2, none",
+        lambda: patch.object(gather_kv, "reduce_scatter_sequence", _keep_own_tokens),
     ),
-    "norm weights over tensor parallel ranks": lambda: patch.object(specs, "RMSNorm", _UnmarkedNorm),
-    "gradients over data parallel ranks": lambda: patch.object(
-        DistributedDataParallel, "finish_grad_sync", lambda self, **_: None
+    "vision features, backward exchange": (
+        "CP2, cp",
+        lambda: patch.object(vision_sharding, "_Exchange", _OneWayExchange),
+    ),
+    "vision features over tensor parallel ranks, backward": (
+        "TP2+SP, none",
+        lambda: patch.object(eagle, "copy_to_tensor_model_parallel_region", lambda features, group: features),
+    ),
+    "whole tower's gradients over tensor parallel ranks": (
+        "TP2, cp_tp",
+        lambda: patch.object(optimizer, "sum_tower_gradients", lambda gradients, group: None),
+    ),
+    "norm weights over tensor parallel ranks": (
+        "TP2+SP, none",
+        lambda: patch.object(specs, "RMSNorm", _UnmarkedNorm),
+    ),
+    "gradients over data parallel ranks": (
+        "DP2, none",
+        lambda: patch.object(DistributedDataParallel, "finish_grad_sync", lambda self, **_: None),
     ),
 }
 
 
-def run_sabotaged(name: str, layout: Layout, eagle) -> dict:
+def run_sabotaged(name: str, layout: Layout, config) -> dict:
     """`cases.run` with the collective `name` left out."""
-    with SABOTAGES[name]():
-        return run(layout, eagle)
+    with SABOTAGES[name][1]():
+        return run(layout, config)
