@@ -83,7 +83,9 @@ def _finalize_model_grads(models, num_tokens, **kwargs) -> None:
     # weights carry the division already.
     finalize_model_grads(models, None, **kwargs)
     # A tower that tensor parallel ranks hold whole has seen other tiles on each of them.
-    whole = [p for model in models for p in model.parameters() if getattr(p, "sum_over_tensor_parallel", False)]
+    whole = [
+        p for model in models for p in model.parameters() if getattr(p, "sum_over_tensor_parallel", False)
+    ]
     sum_tower_gradients([p.main_grad for p in whole if p.requires_grad], models[0].tp_group)
 
 

@@ -1,0 +1,199 @@
+"""The training loop: global batch -> pipeline schedule -> optimizer step -> log, checkpoint, repeat."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_eagle.data.loader import Batch, PackLoader
+from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.initialization import initialize_parameters
+from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.runtime.determinism import set_deterministic
+from megatron_eagle.runtime.device import Device, detect_device, process_group
+from megatron_eagle.runtime.parallel import Mesh, model_parallel
+from megatron_eagle.training.agreement import AgreedError
+from megatron_eagle.training.checkpoint import (
+    TrainState,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_hf_folder,
+)
+from megatron_eagle.training.loss import megatron_loss
+from megatron_eagle.training.metrics import RunLog, StepMetrics
+from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
+from megatron_eagle.training.run_config import RunConfig
+
+
+def train(config: RunConfig) -> TrainState:
+    """Run (or resume) `config` on the processes of this job up to its last iteration. Collective.
+
+    Raises `UserError`: data or checkpoint of another model, a loss that is not finite, unwritable folders.
+    """
+    device = detect_device()
+    set_deterministic(config.training.seed)
+    with (
+        device.context(),
+        process_group(device),
+        model_parallel(config.parallel, seed=config.training.seed) as mesh,
+    ):
+        loader = PackLoader(
+            config.data,
+            global_batch_size=config.training.global_batch_size,
+            data_parallel_rank=mesh.dp.rank,
+            data_parallel_size=mesh.dp.size,
+            decode_media=mesh.pp.rank == 0,
+        )
+        manifest = loader.manifest
+        eagle = config.model.with_data(
+            vocab_size=manifest.vocab_size, image_token_index=manifest.image_token_id
+        )
+        job = _start(replace(config, model=eagle), mesh, device)
+        _run(job, loader)
+        return job.state
+
+
+@dataclass
+class _Job:
+    """Everything of a run that lives on this rank."""
+
+    config: RunConfig
+    mesh: Mesh
+    device: Device
+    models: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    state: TrainState
+    saved_iteration: int | None  # of the latest checkpoint in checkpoint.path
+
+    @property
+    def eagle(self) -> EagleConfig:
+        return self.config.model
+
+
+def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
+    """Build the model and give it its weights: resumed, from another checkpoint, or fresh."""
+    checkpoint, seed = config.checkpoint, config.training.seed
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    models = build_model(config.model, mesh, device.torch_device, dtype)
+    resume = has_checkpoint(checkpoint.path)
+    if not resume and checkpoint.load is not None:
+        load_checkpoint(checkpoint.load, models=models)
+    elif not resume:
+        initialize_parameters(models, seed)
+    wrapped = wrap_models(models)
+    optimizer = build_optimizer(config.optimizer, wrapped)
+    scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iterations)
+    state = TrainState()
+    if resume:
+        state = load_checkpoint(checkpoint.path, models=wrapped, optimizer=optimizer, scheduler=scheduler)
+    return _Job(
+        config, mesh, device, wrapped, optimizer, scheduler, state, state.iteration if resume else None
+    )
+
+
+def _run(job: _Job, loader: PackLoader) -> None:
+    config, state = job.config, job.state
+    last, interval = config.training.last_iteration, config.checkpoint.save_interval
+    tokens = config.training.global_batch_size * config.data.length
+    root = Path(config.checkpoint.path)
+    log = RunLog(
+        config.logging,
+        Path(config.logging.path or root / "logs"),
+        active=torch.distributed.get_rank() == 0,
+        iteration=state.iteration,
+        last_iteration=last,
+    )
+    with log:
+        if job.saved_iteration is not None:
+            log.message(f"resumed from {root} at iteration {state.iteration}")
+        if state.iteration >= last:
+            log.message(f"nothing to do: the run ends at iteration {last}")
+        while state.iteration < last:
+            started = time.perf_counter()
+            lr = get_canonical_lr_for_logging(job.optimizer.param_groups)
+            loss = _forward_backward(job, loader.step(state.consumed_packs))
+            _check_finite("loss", loss, job)
+            _, grad_norm, _ = job.optimizer.step()
+            _check_finite("gradient norm", grad_norm, job)
+            job.scheduler.step(1)
+            state.iteration += 1
+            state.consumed_packs += config.training.global_batch_size
+            seconds = time.perf_counter() - started
+            log.step(StepMetrics(state.iteration, loss, float(grad_norm), lr, tokens, seconds))
+            if state.iteration == last or (interval and state.iteration % interval == 0):
+                _save(job)
+                log.message(f"saved iteration {state.iteration} in {root}")
+
+
+def _forward_backward(job: _Job, batches: list[Batch]) -> float:
+    """Gradients of one global batch, ready for the optimizer; returns its loss, on every rank."""
+    mesh, models = job.mesh, job.models
+    for model in models:
+        model.zero_grad_buffer()
+    job.optimizer.zero_grad()
+
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        inputs = make_input(
+            job.eagle,
+            mesh,
+            job.device.torch_device,
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            document_bounds=batch.document_bounds,
+            pixel_values=batch.pixel_values,
+            labels=batch.labels,
+            loss_weights=batch.loss_weights,
+        )
+        return model(inputs), lambda token_losses: megatron_loss(token_losses, inputs.loss_weights)
+
+    iterators = [iter(batches) for _ in models]  # every chunk walks through all microbatches
+    several = len(models) > 1
+    parts = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if several else iterators[0],
+        model=models if several else models[0],
+        num_microbatches=len(batches),
+        seq_length=job.config.data.length,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    # Parts exist on the last pipeline stage, once per tensor parallel rank.
+    own = torch.stack(parts).double().sum() if parts and mesh.tp.rank == 0 else 0.0
+    loss = torch.as_tensor(own, dtype=torch.float64, device=job.device.torch_device)
+    torch.distributed.all_reduce(loss)
+    return loss.item()
+
+
+def _check_finite(name: str, value: float, job: _Job) -> None:
+    """Same value, hence same verdict, on all ranks."""
+    if not math.isfinite(value):
+        saved = "no checkpoint" if job.saved_iteration is None else f"iteration {job.saved_iteration}"
+        raise AgreedError(
+            f"iteration {job.state.iteration + 1}: the {name} is {value}; stopped ({saved} is saved). "
+            "Lower optimizer.lr or optimizer.clip_grad, or look at the samples of this step"
+        )
+
+
+def _save(job: _Job) -> None:
+    checkpoint = job.config.checkpoint
+    save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=job.config.data.path)
+    save_checkpoint(
+        checkpoint.path,
+        models=job.models,
+        optimizer=job.optimizer,
+        scheduler=job.scheduler,
+        run_config=job.config,
+        iteration=job.state.iteration,
+        consumed_packs=job.state.consumed_packs,
+    )
+    job.saved_iteration = job.state.iteration

@@ -1,0 +1,152 @@
+"""One YAML file is one run: its sections, and the rules between them, checked before any process group.
+
+model:      {preset: tiny}              or sizes; left out: the model of checkpoint.load
+parallel:   {tensor_model_parallel_size: 2}
+data:       {path: data/demo, length: 2048}
+training:   {train_iterations: 200, global_batch_size: 4, precision: fp32}
+optimizer:  {lr: 1e-3}
+checkpoint: {path: runs/demo/checkpoint, save_interval: 50}
+logging:    {tensorboard: true}
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_eagle.config import apply_overrides, from_dict, load_yaml, to_dict
+from megatron_eagle.data.loader import DataConfig
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.layout_rules import check_layout
+from megatron_eagle.model.presets import EagleConfig, expand_preset
+from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.training.checkpoint import CheckpointConfig, has_checkpoint, read_model_config
+from megatron_eagle.training.metrics import LoggingConfig
+from megatron_eagle.training.optimizer import OptimizerConfig
+
+
+@dataclass
+class TrainingConfig:
+    """Length and arithmetic of a run. An iteration is one optimizer step over `global_batch_size` packs.
+
+    `stop_at_iteration` ends the run early, checkpoint included, as if the job's time were over; the
+    learning-rate schedule is that of `train_iterations`.
+    """
+
+    train_iterations: int
+    global_batch_size: int = 1
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 keeps fp32 main parameters in the optimizer
+    seed: int = 1234  # of fresh parameters; the data order has its own (data.seed)
+    stop_at_iteration: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("train_iterations", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stop_at_iteration is not None and not 1 <= self.stop_at_iteration <= self.train_iterations:
+            raise ValueError(
+                f"stop_at_iteration must lie between 1 and train_iterations {self.train_iterations}, "
+                f"got {self.stop_at_iteration}"
+            )
+
+    @property
+    def last_iteration(self) -> int:
+        """Where this job ends."""
+        return self.stop_at_iteration or self.train_iterations
+
+
+@dataclass
+class RunConfig:
+    """All sections of a run."""
+
+    model: EagleConfig
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def validate(self, world_size: int) -> None:
+        """Check the sections against each other and against the number of processes.
+
+        Raises `UserError` with the rule, the value and the nearest legal one.
+        """
+        data_parallel_size = self.parallel.data_parallel_size(world_size)
+        self.model.validate()
+        check_layout(self.model, self.parallel, self.data.length)
+        _check_batch(self.training.global_batch_size, data_parallel_size, self.parallel)
+        warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
+        if warmup >= self.training.train_iterations:
+            raise UserError(
+                f"optimizer.lr_warmup_iterations is {warmup}: must be below training.train_iterations "
+                f"{self.training.train_iterations}"
+            )
+
+
+def load_run_config(
+    path: str | Path, overrides: Iterable[str] = (), *, world_size: int | None = None
+) -> RunConfig:
+    """Read, complete and check the configuration of a run.
+
+    `overrides` are `a.b=c`; `world_size` is the number of processes, WORLD_SIZE of the environment (torchrun
+    sets it; 1 without) unless given. Raises `UserError`.
+    """
+    values = apply_overrides(load_yaml(path), overrides)
+    _complete_model(values)
+    config = from_dict(RunConfig, values)
+    config.validate(int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
+    if has_checkpoint(config.checkpoint.path):
+        _check_same_model(config.model, read_model_config(config.checkpoint.path), config.checkpoint.path)
+    elif config.checkpoint.load is not None:
+        _check_same_model(config.model, read_model_config(config.checkpoint.load), config.checkpoint.load)
+    return config
+
+
+def _complete_model(values: dict[str, Any]) -> None:
+    """Put the values of a preset, or of the checkpoint to start from, into the model section."""
+    model, checkpoint = values.get("model"), values.get("checkpoint")
+    if model:
+        values["model"] = expand_preset(model) if isinstance(model, dict) else model
+        return
+    values.pop("model", None)  # an empty section is a missing one: no run trains a default model
+    load = checkpoint.get("load") if isinstance(checkpoint, dict) else None
+    if isinstance(load, str):
+        values["model"] = to_dict(read_model_config(load))
+
+
+def _check_batch(batch: int, data_parallel_size: int, parallel: ParallelConfig) -> None:
+    if batch % data_parallel_size:
+        raise UserError(
+            f"training.global_batch_size is {batch}: must be a multiple of the data parallel size "
+            f"{data_parallel_size}{_nearest(batch, data_parallel_size)}"
+        )
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.num_model_chunks > 1 and (batch // data_parallel_size) % stages:
+        step = data_parallel_size * stages
+        raise UserError(
+            f"training.global_batch_size is {batch}: with virtual pipeline stages every data parallel rank "
+            f"needs a multiple of {stages} microbatches (pipeline_model_parallel_size){_nearest(batch, step)}"
+        )
+
+
+def _nearest(value: int, step: int) -> str:
+    below, above = value // step * step, -(-value // step) * step
+    return f"; nearest: {below} or {above}" if below else f"; nearest: {above}"
+
+
+def _check_same_model(model: EagleConfig, saved: EagleConfig, where: str) -> None:
+    """Sizes left null here are the data's, and compared when the data is known."""
+    differences = list(_differences(model, saved, "model"))
+    if differences:
+        raise UserError(f"{where}: the checkpoint is of another model: {'; '.join(differences)}")
+
+
+def _differences(here: Any, there: Any, where: str) -> Iterable[str]:
+    for f in fields(here):
+        a, b, name = getattr(here, f.name), getattr(there, f.name), f"{where}.{f.name}"
+        if is_dataclass(a):
+            yield from _differences(a, b, name)
+        elif a is not None and a != b and f.name != "initializer_range":
+            yield f"{name} is {b} there and {a} here"

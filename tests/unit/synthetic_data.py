@@ -1,0 +1,54 @@
+"""A loader of made-up packs, so that the training loop is tested without media, tokenizer or store."""
+
+from types import SimpleNamespace
+
+import torch
+
+from megatron_eagle.data.loader import Batch
+from megatron_eagle.model.presets import preset
+
+LENGTH = 64
+IMAGE_TOKEN = 7
+VOCABULARY = 504
+
+
+class SyntheticLoader:
+    """`data.loader.PackLoader`'s interface. A pack depends on its global position alone; every third has no
+    image. With `path: broken` the weights of the third iteration's packs are NaN."""
+
+    def __init__(self, config, *, global_batch_size, data_parallel_rank, data_parallel_size, decode_media):
+        self.manifest = SimpleNamespace(vocab_size=VOCABULARY, image_token_id=IMAGE_TOKEN)
+        self._broken = config.path == "broken"
+        self._batch, self._decode = global_batch_size, decode_media
+        self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size
+
+    def step(self, consumed_packs: int) -> list[Batch]:
+        packs = [self._pack(consumed_packs + i) for i in range(self._batch)]
+        normaliser = sum(pack.loss_weights.sum() for pack in packs)
+        if self._broken and consumed_packs == 2 * self._batch:
+            normaliser = torch.tensor(float("nan"))
+        for pack in packs:
+            pack.loss_weights /= normaliser
+        return packs[self._rank * self._share : (self._rank + 1) * self._share]
+
+    def _pack(self, position: int) -> Batch:
+        eagle = preset("tiny")
+        generator = torch.Generator().manual_seed(position)
+        ids = torch.randint(8, 24, (LENGTH,), generator=generator)  # few tokens: soon learned
+        tiles = position % 3
+        ids[3 : 3 + tiles * eagle.tokens_per_tile] = IMAGE_TOKEN
+        labels = torch.cat([ids[1:], ids[:1]])
+        weights = torch.rand(LENGTH, generator=generator) * (labels != IMAGE_TOKEN)
+        weights[[39, LENGTH - 1]] = 0
+        size = eagle.vision.image_size
+        pixels = torch.rand(tiles, 3, size, size, generator=generator) * 2 - 1
+        return Batch(
+            input_ids=ids,
+            labels=labels,
+            loss_weights=weights,
+            position_ids=torch.cat([torch.arange(40), torch.arange(LENGTH - 40)]),
+            document_bounds=[0, 40, LENGTH],
+            pixel_values=pixels if self._decode else None,
+            n_tiles=tiles,
+            sample_rows=[position],
+        )

@@ -1,0 +1,187 @@
+"""Run configuration, schedule, loss, metrics and the command line of training."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+import yaml
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.training.loss import megatron_loss, weighted_loss
+from megatron_eagle.training.metrics import LoggingConfig, RunLog, StepMetrics, plot_loss_curve, read_metrics
+from megatron_eagle.training.optimizer import OptimizerConfig, build_scheduler
+from megatron_eagle.training.run_config import RunConfig, load_run_config
+from tests.parallel.harness import launch
+from tests.paths import REPO
+
+MINIMAL = {
+    "model": {"preset": "tiny"},
+    "data": {"path": "nowhere", "length": 64},
+    "training": {"train_iterations": 100, "global_batch_size": 4},
+    "checkpoint": {"path": "nowhere/checkpoint"},
+}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    return file
+
+
+def test_a_run_is_read_with_presets_overrides_and_defaults(config_file):
+    overrides = ["optimizer.lr=1e-3", "model.text.num_hidden_layers=8", "parallel.context_parallel_size=2"]
+    config = load_run_config(config_file, overrides, world_size=2)
+    assert isinstance(config, RunConfig)
+    assert config.optimizer.lr == 1e-3 and config.optimizer.weight_decay == 0.05
+    assert config.model.text.num_hidden_layers == 8 and config.model.text.hidden_size == 64
+    assert config.training.last_iteration == 100
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["optimiser.lr=1"], 1, "unknown setting 'optimiser'; did you mean 'optimizer'?"),
+        (["training.train_iteration=1"], 1, "did you mean 'training.train_iterations'?"),
+        (["model.preset=tinny"], 1, "model.preset 'tinny' does not exist"),
+        (["model="], 1, "model: missing"),
+        (["model.text.hiden_size=2"], 1, "did you mean 'model.text.hidden_size'?"),
+        (["training.precision=fp16"], 1, "'fp16' is not one of 'bf16', 'fp32'"),
+        (["training.train_iterations=0"], 1, "training: train_iterations must be at least 1, got 0"),
+        (["training.stop_at_iteration=101"], 1, "must lie between 1 and train_iterations 100, got 101"),
+        (["optimizer.min_lr=1"], 1, "optimizer: min_lr must lie between 0 and lr 2e-05, got 1"),
+        (["optimizer.lr_warmup_iterations=100"], 1, "must be below training.train_iterations 100"),
+        (["checkpoint.save_interval=0"], 1, "checkpoint: save_interval must be at least 1, got 0"),
+        (["checkpoint.load=absent"], 1, "absent: no such folder; expected a checkpoint"),
+        ([], 3, "global_batch_size is 4: must be a multiple of the data parallel size 3; nearest: 3 or 6"),
+        ([], 8, "global_batch_size is 4: must be a multiple of the data parallel size 8; nearest: 8"),
+        (["parallel.tensor_model_parallel_size=2"], 3, "3 processes cannot hold tensor 2"),
+        (["parallel.tensor_model_parallel_size=4"], 4, "key-value heads .*: choose 1 or 2"),
+        (["parallel.pipeline_model_parallel_size=3"], 3, "4 language layers cannot be cut into 3"),
+        (["parallel.context_parallel_size=3"], 3, "data.length 64 must be a multiple of 6"),
+        (
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "training.global_batch_size=3",
+            ],
+            2,
+            "global_batch_size is 3: with virtual pipeline stages .* a multiple of 2 microbatches .* 2 or 4",
+        ),
+    ],
+)
+def test_impossible_runs_are_refused(config_file, overrides, world_size, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_run_config(config_file, overrides, world_size=world_size)
+    assert "\n" not in str(caught.value)
+
+
+def test_world_size_is_torchruns(config_file, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="data parallel size 3"):
+        load_run_config(config_file)
+
+
+class FakeOptimizer:
+    def __init__(self):
+        self.param_groups = [{"wd_mult": 1.0}, {"wd_mult": 0.0}]
+
+
+def learning_rates(**settings) -> list[float]:
+    optimizer = FakeOptimizer()
+    scheduler = build_scheduler(OptimizerConfig(lr=1.0, min_lr=0.1, **settings), optimizer, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(1)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.05
+    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+    return [*rates, optimizer.param_groups[0]["lr"]]
+
+
+def test_schedules():
+    cosine = learning_rates(lr_warmup_fraction=0.1)
+    assert cosine[:3] == pytest.approx([0.0, 0.1, 0.2]) and cosine[10] == 1.0 and cosine[100] == 0.1
+    assert cosine[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    constant = learning_rates(lr_decay_style="constant", lr_warmup_iterations=4)
+    assert constant[2] == 0.5 and set(constant[4:]) == {1.0}
+    wsd = learning_rates(lr_decay_style="wsd", lr_wsd_decay_fraction=0.2, lr_warmup_fraction=0.0)
+    assert set(wsd[:81]) == {1.0} and wsd[90] == pytest.approx(0.55) and wsd[100] == pytest.approx(0.1)
+
+
+def decayed_parameters() -> tuple[list[str], list[str]]:
+    """On one rank: names of the parameters with and without weight decay."""
+    from megatron_eagle.model.eagle import build_model
+    from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+    from megatron_eagle.training.optimizer import build_optimizer, wrap_models
+    from tests.parallel.cases import tiny_model
+
+    with model_parallel(ParallelConfig()) as mesh:
+        wrapped = wrap_models(build_model(tiny_model(), mesh, torch.device("cpu")))
+        optimizer = build_optimizer(OptimizerConfig(), wrapped).chained_optimizers[0]
+        names = {parameter: name for name, parameter in wrapped[0].module.named_parameters()}
+        decayed, kept = [], []
+        for parameter, (group, _) in optimizer.model_param_group_index_map.items():
+            multiplier = optimizer.optimizer.param_groups[group]["wd_mult"]
+            (decayed if multiplier else kept).append(names[parameter])
+        return decayed, kept
+
+
+def test_weight_decay_leaves_out_vectors():
+    decayed, kept = launch(decayed_parameters, 1)[0]
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert all(name.endswith("bias") or "norm" in name for name in kept)
+    assert len(decayed) == 30 and len(kept) == 36
+
+
+def test_loss_is_a_plain_weighted_sum():
+    losses = torch.tensor([[1.0, 2.0, 4.0]], requires_grad=True)
+    weights = torch.tensor([0.5, 0.0, 0.25])
+    loss, count, reported = megatron_loss(losses, weights)
+    assert loss.item() == reported.item() == 1.5
+    assert count.dtype == torch.int and not reported.requires_grad
+    weighted_loss(losses, weights).backward()
+    assert torch.equal(losses.grad[0], weights)
+
+
+def test_metrics_files(tmp_path):
+    logging = LoggingConfig(progress=False)
+    with RunLog(logging, tmp_path, active=True, iteration=0, last_iteration=3) as log:
+        for i in (1, 2, 3):
+            log.step(StepMetrics(i, 3.0 / i, 1.0, 1e-3, 100, 0.5))
+    assert [m.loss for m in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 1.5, 1.0]
+    assert list((tmp_path / "tensorboard").iterdir())
+    with RunLog(logging, tmp_path, active=True, iteration=1, last_iteration=3):
+        pass
+    assert [m.iteration for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    with RunLog(logging, tmp_path / "rank1", active=False, iteration=0, last_iteration=3) as log:
+        log.step(StepMetrics(1, 1.0, 1.0, 1e-3, 100, 0.5))
+    assert not (tmp_path / "rank1").exists()
+
+
+def test_loss_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match="no finished training step to draw"):
+        plot_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"iteration": 1, "loss": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens": 8, "seconds": 1.0}\n'
+    )
+    plot_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def train_main():
+    spec = importlib.util.spec_from_file_location("train_tool", REPO / "tools" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_command_line_refuses_before_any_process_group(config_file, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "run", "--config", str(config_file), "data.lenght=64"])
+    with pytest.raises(UserError, match=r"did you mean 'data.length'\?"):
+        train_main()()
+    monkeypatch.setenv("RANK", "1")
+    assert train_main()() == 2, "only rank 0 prints, every rank fails"
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,125 @@
+"""The training loop over made-up packs: resume, pipelines, stopping, what it writes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_eagle.training import loop
+from megatron_eagle.training.metrics import read_metrics
+from megatron_eagle.training.run_config import load_run_config
+from tests.parallel.harness import launch
+from tests.unit.synthetic_data import LENGTH, SyntheticLoader
+
+CONFIG = {
+    "model": {"preset": "tiny"},
+    "training": {"train_iterations": 6, "global_batch_size": 4, "precision": "fp32"},
+    "optimizer": {"lr": 5e-3, "lr_warmup_fraction": 0.2},
+    "logging": {"progress": False, "tensorboard": False},
+}
+
+
+def train_rank(config: str, world_size: int, overrides: list[str]) -> tuple[int, int]:
+    """On each rank: `loop.train` with the synthetic loader."""
+    loop.PackLoader = SyntheticLoader
+    state = loop.train(load_run_config(config, overrides, world_size=world_size))
+    return state.iteration, state.consumed_packs
+
+
+@pytest.fixture
+def job(tmp_path):
+    """`job(*overrides, world_size=1)` trains in `tmp_path / "run"` and returns its metrics."""
+    (tmp_path / "data" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text("{}")
+    sections = {"data": {"path": str(tmp_path / "data"), "length": LENGTH}}
+    sections["checkpoint"] = {"path": str(tmp_path / "run")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**CONFIG, **sections}))
+
+    def run(*overrides: str, world_size: int = 1):
+        launch(train_rank, world_size, str(tmp_path / "run.yaml"), world_size, list(overrides))
+        return read_metrics(tmp_path / "run" / "logs" / "metrics.jsonl")
+
+    run.root = tmp_path / "run"
+    return run
+
+
+def values(metrics) -> list[tuple]:
+    return [(m.iteration, m.loss, m.grad_norm, m.lr, m.tokens) for m in metrics]
+
+
+def test_stopped_and_resumed_equals_uninterrupted(job):
+    whole = job("checkpoint.save_interval=2")
+    assert sorted(path.name for path in job.root.iterdir() if path.is_dir()) == [
+        *("hf", "iter_0000002", "iter_0000004", "iter_0000006", "logs")
+    ]
+    assert (job.root / "hf" / "tokenizer.json").is_file()
+    assert [m.iteration for m in whole] == [1, 2, 3, 4, 5, 6]
+    assert whole[-1].loss < whole[0].loss and whole[0].tokens == 4 * LENGTH
+    shutil.rmtree(job.root)
+
+    stopped = job("training.stop_at_iteration=3")
+    assert values(stopped) == values(whole[:3])
+    # A line of an iteration that was not saved, and one cut by a kill, must not survive the resume.
+    with open(job.root / "logs" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({**vars(stopped[-1]), "iteration": 4}) + '\n{"iteration": 5, "lo')
+    assert values(job()) == values(whole)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]),
+        (2, ["parallel.context_parallel_size=2"]),
+        (2, ["parallel.tensor_model_parallel_size=2"]),
+        (2, []),
+    ],
+    ids=["vpp", "cp", "tp", "dp"],
+)
+def test_rank_0_logs_the_global_loss_in_every_layout(job, world_size, parallel, one_process):
+    metrics = job("training.stop_at_iteration=2", *parallel, world_size=world_size)
+    for (loss, norm), found in zip(one_process, metrics, strict=True):
+        assert found.loss == pytest.approx(loss, rel=1e-5)
+        assert found.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Loss and gradient norm of two iterations in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "tokenizer").mkdir()
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump(
+            {
+                **CONFIG,
+                "data": {"path": str(folder), "length": LENGTH},
+                "checkpoint": {"path": str(folder / "run")},
+            }
+        )
+    )
+    launch(train_rank, 1, str(folder / "run.yaml"), 1, ["training.stop_at_iteration=2"])
+    return [(m.loss, m.grad_norm) for m in read_metrics(folder / "run" / "logs" / "metrics.jsonl")]
+
+
+def test_bf16_and_start_from_weights(job, tmp_path):
+    first = job("training.precision=bf16", "training.stop_at_iteration=2")
+    other = [f"checkpoint.load={job.root}", f"checkpoint.path={tmp_path / 'second'}"]
+    job("training.precision=bf16", "training.stop_at_iteration=1", *other)
+    second = read_metrics(tmp_path / "second" / "logs" / "metrics.jsonl")
+    assert second[0].iteration == 1 and second[0].loss < first[0].loss
+    assert (tmp_path / "second" / "hf" / "tokenizer.json").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(job):
+    message = r"AgreedError: iteration 3: the loss is nan; stopped \(iteration 2 is saved\)"
+    with pytest.raises(RuntimeError, match=message):
+        job("data.path=broken", f"checkpoint.load={make_weights(job)}", "checkpoint.save_interval=2")
+    assert len(read_metrics(job.root / "logs" / "metrics.jsonl")) == 2
+
+
+def make_weights(job) -> Path:
+    """A checkpoint elsewhere, whose hf folder a run with broken data can copy."""
+    source = job.root.parent / "weights"
+    job("training.stop_at_iteration=1", f"checkpoint.path={source}")
+    return source
