@@ -105,8 +105,7 @@ def _give_frames(videos: Sequence[VideoWish], count: Callable[[list[int]], int],
     n = [min(video.minimum, video.wanted) for video in videos]
     least = count(n)
     if least > limit:
-        what = "with one tile per image and the fewest frames per video" if n else "as text and single tiles"
-        raise Problem("too long", f"needs {least} tokens {what}, the limit is {limit}")
+        raise Problem("too long", f"needs at least {least} tokens, the limit is {limit}")
     if n != wanted and count(wanted) <= limit:  # the usual case, decided without the walk there
         return wanted
     while n != wanted:

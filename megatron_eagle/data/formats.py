@@ -1,0 +1,283 @@
+"""Every input dialect, one JSON line at a time, into the canonical sample.
+
+Dialects: Eagle/LLaVA `conversations` with `image`, `video` or `data`; ShareGPT with `images` / `videos`;
+OpenAI/Qwen `messages` whose content is text or a list of typed parts.  A placeholder stands for one picture
+or video, which is used exactly once; in an answer it is plain text.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.sample import (
+    ASSISTANT,
+    OBSERVATION,
+    SYSTEM,
+    USER,
+    ImageRef,
+    Part,
+    Sample,
+    Turn,
+    VideoRef,
+    VideoSource,
+)
+
+OVERRIDES = ("fps", "min_frames", "max_frames", "max_tiles")
+_ROLES = {"human": USER, "gpt": ASSISTANT, USER: USER, ASSISTANT: ASSISTANT, SYSTEM: SYSTEM}
+_ROLES[OBSERVATION] = OBSERVATION
+_PLACEHOLDER = re.compile(r"<(image|video)(?:-([0-9]+))?>")
+_MAX_ANSWERS = 65535  # the store keeps a token's answer number in 16 bits
+
+
+@dataclass(frozen=True)
+class _Placeholder:
+    """`<image>` / `<image-i>` / `<video>` / `<video-i>` as written; `number` is 1-based, None without one."""
+
+    kind: str
+    number: int | None
+
+    def __str__(self) -> str:
+        return f"<{self.kind}>" if self.number is None else f"<{self.kind}-{self.number}>"
+
+
+_RawPart = Part | _Placeholder
+
+
+def read_sample(raw: bytes, *, root: str, file: str, line: int, overrides: Mapping | None = None) -> Sample:
+    """Read one line of an annotation file.
+
+    `root` is what media paths are relative to, `overrides` the sampling settings of the whole file.
+    Raises `Problem` for anything that cannot be used as it is.
+    """
+    record = _parse(raw)
+    if "document" in record or "documents" in record:
+        raise Problem("unsupported media", "documents are not supported yet; give their pages as images")
+    images, videos = _record_media(record, root)
+    turns, images, videos = _read_turns(record, root, images, videos)
+    answers = [parts for role, parts in turns if role == ASSISTANT]
+    if not answers or len(answers) > _MAX_ANSWERS:
+        raise Problem("no answer" if not answers else "too many answers", f"{len(answers)} assistant turns")
+    if not all(answers):
+        raise Problem("empty answer", "an assistant turn has no text")
+    return Sample(
+        turns=tuple(Turn(role, tuple(parts)) for role, parts in turns),
+        images=tuple(images),
+        videos=tuple(videos),
+        file=file,
+        line=line,
+        overrides={**(overrides or {}), **read_overrides(record)},
+    )
+
+
+def read_overrides(record: Mapping) -> dict[str, float]:
+    """Sampling settings given with a sample or a data set.  Raises `Problem` for no positive number."""
+    found = {key: record[key] for key in OVERRIDES if record.get(key) is not None}
+    if record.get("max_dynamic_tiles") is not None:
+        found["max_tiles"] = record["max_dynamic_tiles"]
+    for key, value in found.items():
+        types = (int, float) if key == "fps" else (int,)
+        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < 1e9:
+            raise Problem("bad setting", f"{key} must be a positive number, not {value!r}")
+    return found
+
+
+def _parse(raw: bytes) -> dict:
+    if not raw.strip():
+        raise Problem("empty line")
+    try:
+        record = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Problem("broken text", f"not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise Problem("broken JSON", str(error)) from None
+    if not isinstance(record, dict):
+        raise Problem("not a record", f"a line must hold one JSON object, not {type(record).__name__}")
+    return record
+
+
+def _record_media(record: dict, root: str) -> tuple[list[str], list[VideoSource]]:
+    """Media named beside the text, under any of the dialects' keys."""
+    if "lmdb_file" in record or "lmdb_key" in record:
+        raise Problem("unsupported media", "lmdb references are not read; unpack them to files")
+    images = _as_list(record.get("image")) + _as_list(record.get("images"))
+    videos = _as_list(record.get("video")) + _as_list(record.get("videos"))
+    for item in _as_list(record.get("data")):
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "image":
+            images += _as_list(item.get("image_list"))
+        elif kind == "video":
+            videos += _as_list(item.get("video_list"))
+        elif kind != "text":
+            raise Problem("unsupported media", f"data item of type {kind!r}")
+    return [_image_path(item, root) for item in images], [_video_source(item, root) for item in videos]
+
+
+def _read_turns(
+    record: dict, root: str, images: list[str], videos: list[VideoSource]
+) -> tuple[list[tuple[str, list[_RawPart]]], list[str], list[VideoSource]]:
+    """Turns with every placeholder resolved, and the media with those that typed parts brought along."""
+    key = next((key for key in ("messages", "conversations") if key in record), None)
+    if key is None:
+        raise Problem("unknown format", 'a record needs "conversations" or "messages"')
+    messages = record[key]
+    if not isinstance(messages, list) or not messages:
+        raise Problem("bad turn", f'"{key}" must be a list of turns')
+    listed = {"image": len(images), "video": len(videos)}
+    # In `messages` without media of their own beside them, text is text: pictures come as typed parts.
+    has_placeholders = key == "conversations" or any(listed.values())
+    images, videos = list(images), list(videos)
+    turns: list[tuple[str, list[_RawPart]]] = []
+    for number, message in enumerate(messages, 1):
+        role, content = _role_and_content(message, number)
+        parts: list[_RawPart] = []
+        for item in content if isinstance(content, list) else [content]:
+            if isinstance(item, str):
+                is_text = role in (SYSTEM, ASSISTANT) or not has_placeholders
+                parts += [_text(item)] if is_text else _split(_text(item))
+            else:
+                parts.append(_typed_part(item, root, images, videos))
+        if role in (SYSTEM, ASSISTANT):
+            if not all(isinstance(part, str) for part in parts):
+                raise Problem("bad turn", f"turn {number} ({role}) holds media")
+            parts = ["".join(parts)]
+        turns.append((role, _strip(parts)))
+    system = record.get("system")
+    if isinstance(system, str) and system.strip() and turns[0][0] != SYSTEM:
+        turns.insert(0, (SYSTEM, [_text(system)]))
+    _resolve(turns, listed)
+    return turns, images, videos
+
+
+def _role_and_content(message: object, number: int) -> tuple[str, str | list]:
+    if not isinstance(message, dict):
+        raise Problem("bad turn", f"turn {number} must be an object, not {type(message).__name__}")
+    name = message.get("from", message.get("role"))
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise Problem("unknown role", f"{name!r} in turn {number}; known are {', '.join(_ROLES)}")
+    content = message.get("value", message.get("content"))
+    if not isinstance(content, str | list):
+        raise Problem("bad turn", f"turn {number} ({role}) has no text")
+    return role, content
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Problem("broken text", "half of a surrogate pair") from None
+    return value
+
+
+def _split(text: str) -> list[_RawPart]:
+    """Cut text at its placeholders."""
+    parts: list[_RawPart] = []
+    end = 0
+    for match in _PLACEHOLDER.finditer(text):
+        parts += [text[end : match.start()], _Placeholder(match[1], int(match[2]) if match[2] else None)]
+        end = match.end()
+    return [*parts, text[end:]]
+
+
+def _typed_part(item: object, root: str, images: list[str], videos: list[VideoSource]) -> _RawPart:
+    """One part of a content list; media that it names are added to the lists."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind == "text" and isinstance(item.get("text"), str):
+        return _text(item["text"])
+    if kind in ("image", "image_url"):
+        value = item.get(kind, item.get("path"))
+        if value is None:  # stands for the next one listed beside the text
+            return _Placeholder("image", None)
+        images.append(_image_path(value, root))
+        return ImageRef(len(images) - 1)
+    if kind == "video":
+        if item.get("video", item.get("path")) is None:
+            return _Placeholder("video", None)
+        videos.append(_video_source(item, root))
+        return VideoRef(len(videos) - 1)
+    raise Problem("bad turn", f"content part of type {kind!r}")
+
+
+def _resolve(turns: list[tuple[str, list[_RawPart]]], listed: dict[str, int]) -> None:
+    """Replace every placeholder by a reference; media without one go to the start of the first user turn."""
+    missing: list[Part] = []
+    for kind, reference in (("image", ImageRef), ("video", VideoRef)):
+        written = [p for _, parts in turns for p in parts if isinstance(p, _Placeholder) and p.kind == kind]
+        numbers = [p.number for p in written if p.number is not None]
+        for number in numbers:
+            if not 1 <= number <= listed[kind] or numbers.count(number) > 1:
+                why = (
+                    "is used twice" if numbers.count(number) > 1 else f"but there are {listed[kind]} {kind}s"
+                )
+                raise Problem("placeholder mismatch", f"<{kind}-{number}> {why}")
+        free = [i for i in range(listed[kind]) if i + 1 not in numbers]
+        if len(written) - len(numbers) > len(free):
+            raise Problem("placeholder mismatch", f"{len(written)} <{kind}> for {listed[kind]} {kind}s")
+        for _, parts in turns:
+            for i, part in enumerate(parts):
+                if isinstance(part, _Placeholder) and part.kind == kind:
+                    parts[i] = reference(free.pop(0) if part.number is None else part.number - 1)
+        missing += map(reference, free)
+    if missing:
+        first = next((parts for role, parts in turns if role == USER), None)
+        if first is None:
+            raise Problem("placeholder mismatch", "media, but no user turn to show them in")
+        first[:0] = missing
+
+
+def _strip(parts: list[_RawPart]) -> list[_RawPart]:
+    """A turn's content without white space at its two ends and without empty parts."""
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return [part for part in parts if part != ""]
+
+
+def _as_list(value: object) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _image_path(item: object, root: str) -> str:
+    if isinstance(item, dict):
+        if "lmdb_file" in item or "lmdb_key" in item:
+            raise Problem("unsupported media", "lmdb references are not read; unpack them to files")
+        item = item.get("image", item.get("path", item.get("url")))
+    return _path(item, root)
+
+
+def _video_source(item: object, root: str) -> VideoSource:
+    if not isinstance(item, dict):
+        return VideoSource(_path(item, root))
+    if "lmdb_file" in item or "lmdb_key" in item:
+        raise Problem("unsupported media", "lmdb references are not read; unpack them to files")
+    start, end = (_seconds(item, f"{key}_time", key, f"video_{key}") for key in ("start", "end"))
+    if start is not None and end is not None and start >= end:
+        raise Problem("empty clip", f"start {float(start):g} s is not before end {float(end):g} s")
+    return VideoSource(_path(item.get("video", item.get("path")), root), start, end)
+
+
+def _seconds(item: dict, *keys: str) -> Fraction | None:
+    value = next((item[key] for key in keys if item.get(key) is not None), None)
+    if value is None:
+        return None
+    try:
+        if abs(float(value)) < 1e9:  # also leaves out what is infinite or not a number
+            # By its decimal digits: 0.1 must mean a tenth, or a frame at exactly that time would be lost.
+            return Fraction(str(value))
+    except (TypeError, ValueError):
+        pass
+    raise Problem("bad clip", f"{keys[0]} must be seconds, not {value!r}")
+
+
+def _path(value: object, root: str) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise Problem("bad media reference", f"expected a file name, not {value!r}")
+    value = value.removeprefix("file://")
+    if "://" in value or value.startswith("data:"):
+        raise Problem("unsupported media", f"{value[:60]} is no local file")
+    return os.path.join(root, _text(value))

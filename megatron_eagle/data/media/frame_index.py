@@ -1,0 +1,108 @@
+"""The frame table of a video file: frame number = rank in presentation order, read without decoding.
+
+Containers' own frame counts and frame rates are wrong on edit lists, variable frame rates and damaged files,
+so the table comes from the packets.
+"""
+
+import struct
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from megatron_eagle.data.ledger import Problem
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """Presentation times (in units of `time_base` seconds) of all shown frames and of all key frames.
+
+    `pts` int64 [n] and `keyframes` int64 are ascending; `last_duration` is the last packet's own duration in
+    the same unit (0 = unknown); `rotation` in degrees counter-clockwise brings a decoded frame upright.
+    """
+
+    pts: np.ndarray
+    keyframes: np.ndarray
+    time_base: Fraction
+    last_duration: int
+    rotation: int
+
+    def seek_points(self, pts: np.ndarray) -> np.ndarray:
+        """For each presentation time, that of the key frame from which its frame is decoded."""
+        rank = np.searchsorted(self.keyframes, pts, side="right") - 1
+        return self.keyframes[np.maximum(rank, 0)]
+
+
+def read_frame_table(path: str) -> FrameTable:
+    """Read the packets of the first video stream.
+
+    Raises `Problem` for a file that is missing, empty, cut off, no video, or has no frame that can be
+    decoded.
+    """
+    try:
+        size = Path(path).stat().st_size
+    except OSError:
+        raise Problem("missing media", path) from None
+    if size == 0:
+        raise Problem("empty file", path)
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise Problem("unreadable video", f"{path} has no video stream")
+            stream = container.streams.video[0]
+            packets = [p for p in container.demux(stream) if p.size and p.pts is not None]
+            time_base = stream.time_base
+        shown = [(p.pts, p.duration or 0) for p in packets if not (p.is_discard or p.is_corrupt)]
+        if not shown:
+            raise Problem("unreadable video", f"{path} has no frames with presentation times")
+        if (declared := _declared_size(path)) > size:
+            raise Problem("truncated video", f"{path} has {size} of {declared} bytes")
+        with av.open(path) as container:
+            rotation = next(container.decode(video=0)).rotation
+    except (av.error.FFmpegError, StopIteration) as error:
+        reason = error.strerror if isinstance(error, av.error.FFmpegError) else "no frame can be decoded"
+        raise Problem("unreadable video", f"{path}: {reason}") from None
+    return FrameTable(
+        pts=np.unique(np.array([pts for pts, _ in shown], np.int64)),
+        # Key frames that an edit list hides are still where decoding has to begin.
+        keyframes=np.unique(np.array([p.pts for p in packets if p.is_keyframe], np.int64)),
+        time_base=time_base,
+        last_duration=max(shown)[1],
+        rotation=round(rotation / 90) * 90,
+    )
+
+
+def _declared_size(path: str) -> int:
+    """Bytes that the file should have by its own outermost structure (MP4, AVI, Matroska); 0 = not known.
+
+    FFmpeg reads a file that was cut off as a shorter one, without a word.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64)
+        if head[:4] == b"RIFF":
+            return 8 + struct.unpack("<I", head[4:8])[0]
+        if head[:4] == b"\x1a\x45\xdf\xa3":
+            _, start = _ebml_size(head, 4)
+            start += _ebml_size(head, 4)[0]
+            size, body = _ebml_size(head, start + 4) if len(head) >= start + 12 else (0, 0)
+            return body + size if size else 0
+        if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+            return 0
+        end = 0
+        while len(head := (file.seek(end), file.read(16))[1]) >= 8:
+            size = struct.unpack(">I", head[:4])[0]
+            if size == 1 and len(head) == 16:
+                size = struct.unpack(">Q", head[8:])[0]
+            if size < 8:  # 0: this box goes on to the end of the file, however long that is
+                break
+            end += size
+        return end
+
+
+def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
+    """A Matroska element's size field at byte `at`: (size, where its body begins); unknown is 0."""
+    length = 9 - data[at].bit_length()
+    value = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)
+    return (0 if value == (1 << 7 * length) - 1 else value), at + length

@@ -1,0 +1,39 @@
+"""Pixels as the vision tower takes them: square tiles in [-1, 1].
+
+Shapes: n tiles, S tile size in pixels, h and w a picture's height and width.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def tile_image(image: Image.Image, grid: tuple[int, int], tile_size: int) -> torch.Tensor:
+    """Cut a picture into its grid (columns, rows) of tiles, row by row; a thumbnail follows if there are
+    several.
+
+    Returns float32 [n, 3, S, S] in [-1, 1].
+    """
+    columns, rows = grid
+    pixels = np.array(image)
+    whole = resize(pixels, columns * tile_size, rows * tile_size)
+    tiles = (
+        whole.view(3, rows, tile_size, columns, tile_size)
+        .permute(1, 3, 0, 2, 4)
+        .reshape(-1, 3, tile_size, tile_size)
+    )
+    if columns * rows > 1:
+        tiles = torch.cat([tiles, resize(pixels, tile_size, tile_size)[None]])
+    return normalize(tiles)
+
+
+def resize(pixels: np.ndarray, width: int, height: int) -> torch.Tensor:
+    """Bicubic, antialiased: uint8 [h, w, 3] -> uint8 [3, height, width]."""
+    source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(source, size=(height, width), mode="bicubic", antialias=True)
+    return resized[0].contiguous()
+
+
+def normalize(tiles: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+    return tiles.to(torch.float32).div_(255).sub_(0.5).div_(0.5)

@@ -1,0 +1,98 @@
+"""What has to be known of a media file before frames and grids are chosen; no pixels are kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from megatron_eagle.data.ads import ImageWish, SamplingSettings, VideoWish, wanted_frames
+from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.media.frame_index import FrameTable, read_frame_table
+from megatron_eagle.data.media.images import image_size
+from megatron_eagle.data.sample import VideoSource
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A media file as it was when it was probed: bytes and time of its last change (nanoseconds)."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """A picture's file and its size as shown, in pixels."""
+
+    file: FileFacts
+    width: int
+    height: int
+
+    def wish(self, settings: SamplingSettings, own_limit: int | None) -> ImageWish:
+        """What the picture asks of the sampler; `own_limit` caps its tiles below the run's."""
+        return ImageWish(self.width, self.height, own_limit or settings.max_tiles)
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """A clip: its file, the file's frame table, the first and last frame number, its duration in seconds."""
+
+    file: FileFacts
+    table: FrameTable
+    first: int
+    last: int
+    duration: Fraction
+
+    def wish(self, settings: SamplingSettings) -> VideoWish:
+        """What the clip asks of the sampler."""
+        wanted = wanted_frames(self.last - self.first + 1, self.duration, settings)
+        return VideoWish(self.first, self.last, wanted, settings.min_frames)
+
+    def times(self, frames: Sequence[int]) -> list[float]:
+        """Presentation times of frame numbers, in seconds of the file's own clock."""
+        time_base = self.table.time_base
+        return [
+            pts * time_base.numerator / time_base.denominator for pts in self.table.pts[list(frames)].tolist()
+        ]
+
+
+def probe_image(path: str, max_pixels: int) -> ImageFacts:
+    """Check a picture to its end and read its size.  Raises `Problem`."""
+    width, height = image_size(path, max_pixels=max_pixels)
+    return ImageFacts(_file_facts(path), width, height)
+
+
+def probe_video(source: VideoSource) -> VideoFacts:
+    """Read a video's frame table and find the clip in it.
+
+    The duration of N frames is span + span / (N - 1) of their presentation times (one frame: its own
+    duration, or a second if the file does not say); that of a clip with both ends given is end - start.  All
+    in exact rationals.  Raises `Problem`, also for a clip without frames.
+    """
+    table = read_frame_table(source.path)
+    n = len(table.pts)
+    begin = int(table.pts[0]) * table.time_base
+    span = (int(table.pts[-1]) - int(table.pts[0])) * table.time_base
+    duration = span + span / (n - 1) if n > 1 else (table.last_duration * table.time_base or Fraction(1))
+    first, last = 0, n - 1
+    if source.start is not None or source.end is not None:
+        start = begin if source.start is None else source.start
+        end = begin + duration if source.end is None else source.end
+        duration = end - start
+        # Frames with start <= t < end; an integer is below a rational exactly if it is below its ceiling.
+        bounds = [-((-t) // table.time_base) for t in (start, end)]
+        first, stop = np.searchsorted(table.pts, bounds, side="left").tolist()
+        last = stop - 1
+        if last < first:
+            raise Problem(
+                "empty clip", f"{source.path} shows no frame from {float(start):g} s to {float(end):g} s"
+            )
+    return VideoFacts(_file_facts(source.path), table, first, last, duration)
+
+
+def _file_facts(path: str) -> FileFacts:
+    status = Path(path).stat()
+    return FileFacts(path, status.st_size, status.st_mtime_ns)

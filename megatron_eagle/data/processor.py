@@ -1,0 +1,202 @@
+"""One annotation line into the rows of every length: read, probe, plan, render.  What each worker runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_eagle.data.ads import Plan, SamplingSettings, sample_media
+from megatron_eagle.data.formats import read_sample
+from megatron_eagle.data.iap import tile_count
+from megatron_eagle.data.ledger import LedgerEntry, Problem
+from megatron_eagle.data.media.exact import decode_frames
+from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
+from megatron_eagle.data.probe import ImageFacts, VideoFacts, probe_image, probe_video
+from megatron_eagle.data.sample import ImageRef, Sample, VideoRef
+from megatron_eagle.data.store import ImagePlan, SampleColumns, VideoPlan
+from megatron_eagle.data.template import VARIANTS, ShownVideo, Template
+from megatron_eagle.data.tokenizer import load_tokenizer
+from megatron_eagle.errors import UserError
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Everything that decides what a sample becomes.  Raises `UserError` for impossible values."""
+
+    tokenizer: str
+    lengths: tuple[int, ...]
+    sampling: SamplingSettings = SamplingSettings()
+    patch_size: int = 14
+    template: str = "train"
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
+            raise UserError(f"--max-tokens needs different positive lengths, got {list(self.lengths)}")
+        if self.patch_size < 1 or self.sampling.tile_size % (2 * self.patch_size):
+            raise UserError(
+                f"the tile size must be a multiple of twice the patch size, "
+                f"got {self.sampling.tile_size} and {self.patch_size}"
+            )
+        if self.template not in VARIANTS:
+            raise UserError(f"--template must be one of {', '.join(VARIANTS)}, got {self.template}")
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens of one tile: its patches, 2 x 2 merged into one."""
+        return (self.sampling.tile_size // self.patch_size // 2) ** 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the store keeps of a sample at one length."""
+
+    ids: np.ndarray
+    answers: np.ndarray
+    columns: SampleColumns
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line to be processed: its bytes, and where they come from."""
+
+    raw: bytes
+    source: int
+    file: str
+    line: int
+    root: str
+    overrides: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a line: its row at each length that has one, ledger entries for the others."""
+
+    rows: Mapping[int, Row]
+    dropped: tuple[LedgerEntry, ...]
+
+
+class SampleProcessor:
+    """Turns lines into rows.  Media are probed and text is tokenised once, then planned for every length."""
+
+    def __init__(self, settings: PreprocessSettings):
+        self._settings = settings
+        self._template = Template(
+            load_tokenizer(settings.tokenizer), settings.template, settings.tokens_per_tile
+        )
+        # Several questions about one video or picture usually follow each other.
+        self._probe_image = lru_cache(maxsize=1024)(lambda path: probe_image(path, settings.max_pixels))
+        self._probe_video = lru_cache(maxsize=32)(probe_video)
+
+    def process(self, task: Task) -> Outcome:
+        """Never raises for bad input: a sample that cannot be used becomes ledger entries."""
+        rows: dict[int, Row] = {}
+        dropped = []
+
+        def drop(problem: Problem, length: int | None = None) -> None:
+            dropped.append(LedgerEntry(task.file, task.line, str(problem), problem.kind, length))
+
+        try:
+            sample = read_sample(
+                task.raw, root=task.root, file=task.file, line=task.line, overrides=task.overrides
+            )
+            images = [self._probe_image(path) for path in sample.images]
+            videos = [self._probe_video(source) for source in sample.videos]
+            plans: dict[int, Plan] = {}
+            for length in self._settings.lengths:
+                try:
+                    plans[length] = self._plan(sample, images, videos, length)
+                except Problem as problem:
+                    drop(problem, length)
+            self._check_frames(videos, list(plans.values()))
+            for length, plan in plans.items():
+                rows[length] = self._row(task, sample, images, videos, plan)
+        except Problem as problem:
+            dropped.clear()
+            drop(problem)
+        return Outcome(rows, tuple(dropped))
+
+    def _sampling(self, sample: Sample) -> SamplingSettings:
+        own = {key: value for key, value in sample.overrides.items() if key != "max_tiles"}
+        return replace(self._settings.sampling, **own)
+
+    def _plan(self, sample: Sample, images: list[ImageFacts], videos: list[VideoFacts], length: int) -> Plan:
+        def count(tiles, frames):
+            shown = [ShownVideo(v.duration, v.times(f)) for v, f in zip(videos, frames, strict=True)]
+            return self._template.count(sample, tiles, shown)
+
+        sampling = self._sampling(sample)
+        image_wishes = [image.wish(sampling, sample.overrides.get("max_tiles")) for image in images]
+        return sample_media(image_wishes, [v.wish(sampling) for v in videos], count, length, sampling)
+
+    @staticmethod
+    def _check_frames(videos: list[VideoFacts], plans: list[Plan]) -> None:
+        """Decode every frame that some plan shows, so that training never meets one that cannot be."""
+        for i, video in enumerate(videos):
+            frames = sorted({frame for plan in plans for frame in plan.frames[i]})
+            pts = video.table.pts[frames]
+            for _ in decode_frames(video.file.path, pts.tolist(), video.table.seek_points(pts).tolist()):
+                pass
+
+    def _row(
+        self, task: Task, sample: Sample, images: list[ImageFacts], videos: list[VideoFacts], plan: Plan
+    ) -> Row:
+        tiles = [tile_count(grid) for grid in plan.grids]
+        shown = [ShownVideo(v.duration, v.times(f)) for v, f in zip(videos, plan.frames, strict=True)]
+        encoded = self._template.encode(sample, tiles, shown)
+        if len(encoded.ids) != plan.n_tokens:
+            raise RuntimeError(
+                f"planned {plan.n_tokens} tokens, rendered {len(encoded.ids)}: {task.file}:{task.line}"
+            )
+        answer_lengths = np.bincount(encoded.answers)[1:]
+        n_frames = sum(map(len, plan.frames))
+        n_visual = (sum(tiles) + n_frames) * self._template.tokens_per_tile
+        sampling = self._sampling(sample)
+        references = [p for turn in sample.turns for p in turn.parts if isinstance(p, ImageRef | VideoRef)]
+        columns = SampleColumns(
+            source=task.source,
+            line=task.line,
+            n_tokens=plan.n_tokens,
+            n_text=plan.n_tokens - n_visual,
+            n_visual=n_visual,
+            n_supervised=int(answer_lengths.sum()),
+            answer_lengths=tuple(answer_lengths.tolist()),
+            n_tiles=sum(tiles) + n_frames,
+            tiles_wanted=plan.tiles_wanted,
+            n_frames=n_frames,
+            frames_wanted=sum(video.wish(sampling).wanted for video in videos),
+            images=tuple(map(_image_plan, images, plan.grids)),
+            videos=tuple(map(_video_plan, videos, plan.frames)),
+            media_order=tuple(p.index if isinstance(p, ImageRef) else -1 - p.index for p in references),
+        )
+        return Row(encoded.ids, encoded.answers, columns)
+
+
+def _image_plan(image: ImageFacts, grid: tuple[int, int]) -> ImagePlan:
+    return ImagePlan(
+        path=image.file.path,
+        file_size=image.file.size,
+        mtime_ns=image.file.mtime_ns,
+        width=image.width,
+        height=image.height,
+        columns=grid[0],
+        rows=grid[1],
+    )
+
+
+def _video_plan(video: VideoFacts, frames: tuple[int, ...]) -> VideoPlan:
+    pts = video.table.pts[list(frames)]
+    return VideoPlan(
+        path=video.file.path,
+        file_size=video.file.size,
+        mtime_ns=video.file.mtime_ns,
+        rotation=video.table.rotation,
+        time_base_num=video.table.time_base.numerator,
+        time_base_den=video.table.time_base.denominator,
+        duration_num=video.duration.numerator,
+        duration_den=video.duration.denominator,
+        frames=frames,
+        pts=tuple(pts.tolist()),
+        seek_points=tuple(video.table.seek_points(pts).tolist()),
+    )

@@ -1,0 +1,267 @@
+"""The token store: everything that training needs of a data set, decided once, memory mapped.
+
+D/manifest.json   what the data was made with (`DataManifest`)
+D/tokenizer/      the tokenizer's files
+D/dropped.jsonl   the ledger
+D/<N>/            one folder per token limit N, rows in the order of the input:
+    tokens.bin/.idx    int32 token ids          (Megatron's indexed-dataset format)
+    answers.bin/.idx   uint16 answer per token, 1-based, 0 = unsupervised
+    samples.arrow      one row a sample: counts, source, media plan (Arrow IPC file)
+    packs.arrow        written by `packing`
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_eagle.data.iap import tile_count
+from megatron_eagle.data.indexed import TokenFile, TokenFileWriter
+from megatron_eagle.errors import UserError
+
+FORMAT_VERSION = 1
+_BATCH_ROWS = 1024  # rows per Arrow batch: row r is row r % 1024 of batch r // 1024
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """A picture: its file when it was probed, its size as shown, its grid of tiles.
+
+    A picture of several tiles is followed by a thumbnail of the whole.
+    """
+
+    path: str
+    file_size: int
+    mtime_ns: int
+    width: int
+    height: int
+    columns: int
+    rows: int
+
+    @property
+    def n_tiles(self) -> int:
+        return tile_count((self.columns, self.rows))
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """A video: its file when it was probed, and per shown frame its number in presentation order, its
+    presentation time and that of the key frame to start decoding at, in units of the time base (num / den s).
+
+    `duration_num / duration_den` is the clip's duration in seconds; `rotation` (degrees counter-clockwise)
+    brings a decoded frame upright.
+    """
+
+    path: str
+    file_size: int
+    mtime_ns: int
+    rotation: int
+    time_base_num: int
+    time_base_den: int
+    duration_num: int
+    duration_den: int
+    frames: tuple[int, ...]
+    pts: tuple[int, ...]
+    seek_points: tuple[int, ...]
+
+    @property
+    def times(self) -> list[float]:
+        """Seconds of the shown frames on the file's own clock."""
+        return [pts * self.time_base_num / self.time_base_den for pts in self.pts]
+
+
+@dataclass(frozen=True)
+class SampleColumns:
+    """One row of samples.arrow.
+
+    `source` numbers the manifest's `sources`; `answer_lengths` are the supervised tokens of each answer;
+    `media_order` lists the media as the text shows them: i is image i, -1 - j is video j.
+    """
+
+    source: int
+    line: int
+    n_tokens: int
+    n_text: int
+    n_visual: int
+    n_supervised: int
+    answer_lengths: tuple[int, ...]
+    n_tiles: int
+    tiles_wanted: int
+    n_frames: int
+    frames_wanted: int
+    images: tuple[ImagePlan, ...]
+    videos: tuple[VideoPlan, ...]
+    media_order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredSample(SampleColumns):
+    """A sample of the store: its columns, the source file, ids int32 [s] and answers uint16 [s]."""
+
+    file: str
+    ids: np.ndarray
+    answers: np.ndarray
+
+
+_INT, _LONG = pa.int32(), pa.int64()
+_IMAGE = pa.struct({f.name: {"path": pa.string()}.get(f.name, _LONG) for f in fields(ImagePlan)})
+_VIDEO = pa.struct(
+    {
+        f.name: {"path": pa.string(), "frames": pa.list_(_INT), "pts": pa.list_(_LONG)}.get(
+            f.name, pa.list_(_LONG) if f.name == "seek_points" else _LONG
+        )
+        for f in fields(VideoPlan)
+    }
+)
+_LISTS = {
+    "images": pa.list_(_IMAGE),
+    "videos": pa.list_(_VIDEO),
+    "answer_lengths": pa.list_(_INT),
+    "media_order": pa.list_(_INT),
+}
+SCHEMA = pa.schema({f.name: _LISTS.get(f.name, _INT) for f in fields(SampleColumns)})
+
+
+@dataclass(frozen=True)
+class DataManifest:
+    """What a store was made with and what it holds.
+
+    `fingerprint` covers tokenizer, template and tokens per tile: data and model must agree on it.  `counts`
+    maps each length (as text) to the numbers of the summary; `files` each file to its bytes and SHA-256.
+    """
+
+    fingerprint: str
+    template: str
+    tile_size: int
+    patch_size: int
+    tokens_per_tile: int
+    vocab_size: int
+    image_token_id: int
+    pad_token_id: int
+    lengths: list[int]
+    sources: list[str]
+    sampling: dict[str, float]
+    max_pixels: int
+    counts: dict[str, dict] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json."""
+        (folder / "manifest.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: str | Path) -> DataManifest:
+    """Read manifest.json.  Raises `UserError` for a folder that is no token store of this version."""
+    path = Path(folder) / "manifest.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} is no token store: no readable manifest.json; run preprocess_data"
+        ) from None
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has store format {content.get('format_version')}, not {FORMAT_VERSION}; "
+            "run preprocess_data again"
+        )
+    return DataManifest(**content)
+
+
+class StoreWriter:
+    """Writes the rows of one length into `folder`, which it makes."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True)
+        self._tokens = TokenFileWriter(folder / "tokens", np.int32)
+        self._answers = TokenFileWriter(folder / "answers", np.uint16)
+        self._path = folder / "samples.arrow"
+        self._file = pa.OSFile(str(self._path), "wb")
+        self._table = pa.ipc.new_file(self._file, SCHEMA)
+        self._pending: list[dict] = []
+        self.n_rows = 0
+
+    def add(self, ids: np.ndarray, answers: np.ndarray, columns: SampleColumns) -> None:
+        """Append one sample."""
+        self._tokens.add(ids)
+        self._answers.add(answers)
+        self._pending.append(asdict(columns))
+        self.n_rows += 1
+        if len(self._pending) == _BATCH_ROWS:
+            self._flush()
+
+    def close(self, rows: np.ndarray | None = None) -> None:
+        """Finish.  `rows` lists the added samples in the order of the final rows, repetitions included."""
+        self._flush()
+        self._table.close()
+        self._file.close()
+        self._tokens.close(rows)
+        self._answers.close(rows)
+        if rows is None:
+            return
+        table = pa.ipc.open_file(pa.memory_map(str(self._path))).read_all()
+        repeated = self._path.with_suffix(".new")
+        with pa.OSFile(str(repeated), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as out:
+            for start in range(0, len(rows), _BATCH_ROWS):
+                out.write_table(table.take(rows[start : start + _BATCH_ROWS]).combine_chunks())
+        repeated.replace(self._path)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._table.write_batch(pa.RecordBatch.from_pylist(self._pending, SCHEMA))
+            self._pending = []
+
+
+class SampleStore:
+    """The rows of one length; `store[i]` is a `StoredSample`.  Memory mapped: opening reads no sample.
+
+    `length` may be left out if the store has only one.  Raises `UserError` for a folder that is no store,
+    and for a length it was not made for, naming those it has.
+    """
+
+    def __init__(self, path: str | Path, length: int | None = None):
+        self.path = Path(path)
+        self.manifest = read_manifest(path)
+        lengths = self.manifest.lengths
+        if length is None and len(lengths) == 1:
+            length = lengths[0]
+        if length not in lengths:
+            asked = "needs a length" if length is None else f"has no plan for length {length}"
+            raise UserError(f"{path} {asked}; it has {', '.join(map(str, lengths))}")
+        self.length = length
+        self.folder = self.path / str(length)
+        self.tokens = TokenFile(self.folder / "tokens")
+        self.answers = TokenFile(self.folder / "answers")
+        try:
+            self._file = pa.ipc.open_file(pa.memory_map(str(self.folder / "samples.arrow")))
+        except (OSError, pa.ArrowInvalid):
+            raise UserError(
+                f"{self.folder}/samples.arrow cannot be read; preprocess the data again"
+            ) from None
+        self._batch = lru_cache(maxsize=64)(self._file.get_batch)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, row: int) -> StoredSample:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a store of {len(self)}")
+        batch = self._batch(row // _BATCH_ROWS)
+        values = {name: batch[name][row % _BATCH_ROWS].as_py() for name in SCHEMA.names}
+        values["images"] = tuple(ImagePlan(**image) for image in values["images"])
+        values["videos"] = tuple(
+            VideoPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in video.items()})
+            for video in values["videos"]
+        )
+        for name in ("answer_lengths", "media_order"):
+            values[name] = tuple(values[name])
+        file = self.manifest.sources[values["source"]]
+        return StoredSample(**values, file=file, ids=self.tokens[row], answers=self.answers[row])
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of all rows (read from the map when used)."""
+        batches = (self._file.get_batch(i) for i in range(self._file.num_record_batches))
+        return pa.chunked_array([batch[name] for batch in batches], SCHEMA.field(name).type)

@@ -1,0 +1,57 @@
+"""Make a token store from annotation files and media.  See `megatron_eagle/data/preprocess.py`."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from megatron_eagle.data.ads import SamplingSettings
+from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
+from megatron_eagle.data.preprocess import preprocess
+from megatron_eagle.data.processor import PreprocessSettings
+from megatron_eagle.data.summary import format_summary
+from megatron_eagle.data.template import VARIANTS
+from megatron_eagle.errors import UserError, run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("run", help="make a store")
+    add = command.add_argument
+    add("--recipe", required=True, help="JSON or YAML: name -> {annotation, root, repeat_time, ...}")
+    add("--tokenizer", required=True, help="folder with a tokenizer.json")
+    add("--output", required=True, help="the store's folder; an earlier store there is replaced")
+    add("--max-tokens", required=True, type=int, nargs="+", metavar="N", help="token limits to plan for")
+    add("--tile-size", type=int, default=448, help="pixels a side of a tile (default %(default)s)")
+    add("--patch-size", type=int, default=14, help="pixels a side of a vision patch (default %(default)s)")
+    add("--max-tiles", type=int, default=12, help="most tiles per picture (default %(default)s)")
+    add("--fps", type=float, default=2.0, help="frames wanted per second of video (default %(default)s)")
+    add("--min-frames", type=int, default=8, help="fewest frames per video (default %(default)s)")
+    add("--max-frames", type=int, default=512, help="most frames per video (default %(default)s)")
+    add(
+        "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger pictures are refused (%(default)s)"
+    )
+    add("--template", choices=VARIANTS, default="train", help="chat template variant (default %(default)s)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    args = parser.parse_args()
+    try:
+        sampling = SamplingSettings(
+            args.fps, args.min_frames, args.max_frames, args.max_tiles, args.tile_size
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    settings = PreprocessSettings(
+        args.tokenizer, tuple(args.max_tokens), sampling, args.patch_size, args.template, args.max_pixels
+    )
+    start = time.perf_counter()
+    manifest = preprocess(args.recipe, args.output, settings, args.workers)
+    print(format_summary(manifest.counts))
+    print(f"\n{time.perf_counter() - start:.1f} s -> {args.output}")
+    if any(counts["dropped"] for counts in manifest.counts.values()):
+        print(f"why samples were dropped: {Path(args.output) / 'dropped.jsonl'}")
+    if empty := [length for length, counts in manifest.counts.items() if not counts["rows"]]:
+        raise UserError(f"no sample is left at length {', '.join(empty)}; see {args.output}/dropped.jsonl")
+
+
+if __name__ == "__main__":
+    run_cli(main)
