@@ -14,11 +14,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
         UserError: the first rule that does not hold, its values, and legal ones.
     """
     vision, text = eagle.vision, eagle.text
-    tp, pp, cp = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     divided_by_tp = {
         "query heads of the language model": text.num_attention_heads,
         "key-value heads of the language model": text.num_key_value_heads,
@@ -33,13 +29,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
                 f"parallel.tensor_model_parallel_size {tp} does not divide the {size} {name}: "
                 f"choose {_choices(legal)}"
             )
-    stages = pp * parallel.num_model_chunks
-    if text.num_hidden_layers % stages:
-        divisors = [n for n in range(1, text.num_hidden_layers + 1) if text.num_hidden_layers % n == 0]
-        raise UserError(
-            f"{text.num_hidden_layers} language layers cannot be cut into {stages} equal stages: choose "
-            f"pipeline_model_parallel_size x virtual_pipeline_model_parallel_size among {_choices(divisors)}"
-        )
+    _check_stages(text.num_hidden_layers, parallel)
     # Zigzag cuts the sequence into 2 x CP chunks, sequence parallelism cuts a rank's tokens by TP.
     chunks = 2 * cp if cp > 1 else 1
     multiple = chunks
@@ -55,6 +45,32 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
         )
 
 
+def _check_stages(layers: int, parallel: ParallelConfig) -> None:
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_model_chunks
+    first = parallel.num_layers_in_first_pipeline_stage
+    if first is None:
+        if layers % (stages * chunks):
+            divisors = [n for n in range(1, layers + 1) if layers % n == 0]
+            raise UserError(
+                f"{layers} language layers cannot be cut into {stages * chunks} equal stages: choose "
+                f"pipeline_model_parallel_size x virtual_pipeline_model_parallel_size among "
+                f"{_choices(divisors)}, or set num_layers_in_first_pipeline_stage"
+            )
+        return
+    if stages == 1:
+        raise UserError("parallel.num_layers_in_first_pipeline_stage needs pipeline_model_parallel_size > 1")
+    legal = [
+        n
+        for n in range(chunks, layers, chunks)
+        if (layers - n) % ((stages - 1) * chunks) == 0 and layers - n >= (stages - 1) * chunks
+    ]
+    if first not in legal:
+        raise UserError(
+            f"parallel.num_layers_in_first_pipeline_stage {first} of {layers} language layers leaves no "
+            f"equal shares for {stages - 1} further stages x {chunks} chunks: choose {_choices(legal)}"
+        )
+
+
 def _choices(values: list[int]) -> str:
-    *most, last = map(str, values)
+    *most, last = map(str, values or ["another pipeline_model_parallel_size"])
     return f"{', '.join(most)} or {last}" if most else last

@@ -80,6 +80,7 @@ def language_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.d
         pipeline_dtype=dtype,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # The loss is a plain sum: the token weights are already divided by the global normaliser.

@@ -22,6 +22,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
+    # Language layers of the first pipeline stage, which also has the vision tower; null: as many as the
+    # others. The other stages share the rest equally.
+    num_layers_in_first_pipeline_stage: int | None = None
     # Which ranks divide the vision tiles of a pack (context_parallel/vision_sharding.py).
     vision_sharding: Literal["none", "cp", "cp_tp"] = "cp"
 

@@ -112,41 +112,45 @@ def gather_gradients(mesh: Mesh, wrapped: list) -> None:
 
 
 def run(layout: Layout, eagle: EagleConfig, dtype: torch.dtype = torch.float32) -> dict:
-    """On one rank: forward and backward of the global batch -> this rank's loss part and gradients."""
+    """On one rank: this rank's part of the loss and of the gradients of the global batch."""
     with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
         models = build_model(eagle, mesh, torch.device("cpu"), dtype)
         initialize_parameters(models, seed=1)
-        wrapped = wrap_models(models)
-        batch = global_batch(eagle)
-        per_rank = len(batch) // mesh.dp.size
-        mine = batch[mesh.dp.rank * per_rank : (mesh.dp.rank + 1) * per_rank]
-        for model in wrapped:
-            model.zero_grad_buffer()
+        return forward_backward(models, eagle, mesh, global_batch(eagle))
 
-        def forward_step(iterator, model):
-            pack = dict(next(iterator))
-            if mesh.pp.rank > 0:
-                pack["pixel_values"] = None
-            inputs = make_input(eagle, mesh, torch.device("cpu"), **pack)
-            return model(inputs), lambda losses: megatron_loss(losses, inputs.loss_weights)
 
-        iterators = [iter(mine) for _ in wrapped]
-        single = len(wrapped) == 1
-        losses = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators[0] if single else iterators,
-            model=wrapped[0] if single else wrapped,
-            num_microbatches=per_rank,
-            seq_length=LENGTH,
-            micro_batch_size=1,
-            forward_only=False,
-        )
-        gather_gradients(mesh, wrapped)
-        return {
-            "place": (mesh.tp.rank, mesh.dp_cp.rank),
-            "loss": float(sum(losses)) if mesh.is_last_stage() and mesh.tp.rank == 0 else 0.0,
-            "gradients": [entry for model in models for entry in _gradients(model)],
-        }
+def forward_backward(models: list[EagleModel], eagle: EagleConfig, mesh: Mesh, batch: list[dict]) -> dict:
+    """Training's own wrapper, schedule and loss over `batch`, divided over the data parallel ranks."""
+    wrapped = wrap_models(models)
+    per_rank = len(batch) // mesh.dp.size
+    mine = batch[mesh.dp.rank * per_rank : (mesh.dp.rank + 1) * per_rank]
+    for model in wrapped:
+        model.zero_grad_buffer()
+
+    def forward_step(iterator, model):
+        pack = dict(next(iterator))
+        if mesh.pp.rank > 0:
+            pack["pixel_values"] = None
+        inputs = make_input(eagle, mesh, torch.device("cpu"), **pack)
+        return model(inputs), lambda losses: megatron_loss(losses, inputs.loss_weights)
+
+    iterators = [iter(mine) for _ in wrapped]
+    single = len(wrapped) == 1
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=wrapped[0] if single else wrapped,
+        num_microbatches=per_rank,
+        seq_length=len(batch[0]["input_ids"]),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    gather_gradients(mesh, wrapped)
+    return {
+        "place": (mesh.tp.rank, mesh.dp_cp.rank),
+        "loss": float(sum(losses)) if mesh.is_last_stage() and mesh.tp.rank == 0 else 0.0,
+        "gradients": [entry for model in models for entry in _gradients(model)],
+    }
 
 
 def _gradients(model: EagleModel) -> list[tuple[str, int | None, torch.Tensor]]:

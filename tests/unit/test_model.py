@@ -136,6 +136,11 @@ def test_impossible_layouts_name_the_rule(layout, message):
     [
         ({"tensor_model_parallel_size": 8}, 128, "8 does not divide the 28 query heads .*: choose 1, 2 or 4"),
         ({"pipeline_model_parallel_size": 3}, 128, "28 language layers .* 3 equal stages: choose"),
+        (
+            {"pipeline_model_parallel_size": 4, "num_layers_in_first_pipeline_stage": 5},
+            128,
+            "5 of 28 .*: choose 1, 4, 7, 10",
+        ),
         ({"context_parallel_size": 3}, 128, "data.length 128 .* multiple of 6"),
         ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 126, "multiple of 4"),
     ],
