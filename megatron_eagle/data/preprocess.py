@@ -131,7 +131,7 @@ def _tasks(datasets: list[Dataset], bounds: list[np.ndarray], lines: list[tuple[
 
 
 def _repeated(sources: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """Final rows as numbers of written rows: a data set once through, then again what it repeats, and so on."""
+    """Final rows as numbers of written rows: a data set once, then what it repeats, and so on."""
     passes = []
     for source in np.unique(sources):
         rows = np.flatnonzero(sources == source)

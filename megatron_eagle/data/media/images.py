@@ -9,7 +9,7 @@ from megatron_eagle.data.ledger import Problem
 
 DEFAULT_MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 9459 x 9459
 # Decoders that read nothing but the file (Pillow's EPS reader, for one, starts a program).
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # EXIF orientation -> what brings the picture upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -1,0 +1,23 @@
+"""Group the samples of a token store into packs of one length.  See `megatron_eagle/data/packing.py`."""
+
+import argparse
+
+from megatron_eagle.data.packing import write_packs
+from megatron_eagle.errors import run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="folder of the token store")
+    parser.add_argument("--length", required=True, type=int, help="tokens per pack, a length the store has")
+    parser.add_argument("--seed", type=int, default=0, help="decides the composition (default %(default)s)")
+    args = parser.parse_args()
+    report = write_packs(args.data, args.length, args.seed)
+    print(
+        f"{report.n_rows:,} samples in {report.n_packs:,} packs of {args.length:,} tokens, "
+        f"{100 * report.fill:.2f} % full, {report.seconds:.2f} s -> {args.data}/{args.length}/packs.arrow"
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)
