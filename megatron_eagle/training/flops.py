@@ -1,0 +1,80 @@
+"""Model FLOPs of a training step, exactly: what the mathematics needs, not what recomputation repeats.
+
+A matrix product of [a, b] by [b, c] costs 2abc. Its backward costs as much for the input's gradient
+and as much again for the weight's. Attention over a causal document of n tokens has n^2 / 2 query-key
+pairs (the convention of FlashAttention's benchmarks); a tile of p patches has p^2.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron_eagle.model.presets import EagleConfig
+
+PARTS = ("vision", "connector", "language")
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one step, by part."""
+
+    language_linear: float
+    language_attention: float
+    vision: float
+    connector: float
+
+    @property
+    def total(self) -> float:
+        return self.language_linear + self.language_attention + self.vision + self.connector
+
+
+def training_flops(
+    eagle: EagleConfig,
+    *,
+    tokens: int,
+    sum_squared_lengths: int,
+    tiles: int,
+    trainable: Collection[str] = PARTS,
+) -> StepFlops:
+    """FLOPs of forward and backward over a batch.
+
+    Args:
+        tokens: through the language model and its output layer, image tokens included.
+        sum_squared_lengths: sum over documents of their squared length in tokens.
+        tiles: through the tower.
+        trainable: which of `PARTS` have gradients; a frozen part costs its forward, and the gradient of
+            its input where an earlier part is trained.
+    """
+    vision, text = eagle.vision, eagle.text
+    layers, h = text.num_hidden_layers, text.hidden_size
+    queries = text.num_attention_heads * text.head_dim
+    kv = text.num_key_value_heads * text.head_dim
+    layer = h * (queries + 2 * kv) + queries * h + 3 * h * text.intermediate_size
+    linear = layers * layer + h * text.vocab_size
+
+    patches, c = vision.num_patches, vision.hidden_size
+    tower_layer = 4 * c * c + 2 * c * vision.intermediate_size
+    embedding = vision.num_channels * vision.patch_size**2 * c
+    tower = patches * (vision.num_hidden_layers * tower_layer + embedding)
+    tower_attention = vision.num_hidden_layers * 2 * patches**2 * c
+    shuffled = c * eagle.shuffle_factor**2
+    connector = eagle.tokens_per_tile * (shuffled * h + h * h)
+
+    # Times a product is done: forward, for its input's gradient, for its weight's. The tower's very first
+    # product needs no input gradient; it is counted, as in everybody's 6 FLOPs per parameter and token.
+    passes, attention_passes, upstream = {}, {}, False
+    for part in PARTS:
+        trained = part in trainable
+        upstream |= trained
+        passes[part] = 1 + upstream + trained
+        attention_passes[part] = 3 if upstream else 1
+    return StepFlops(
+        language_linear=2 * tokens * linear * passes["language"],
+        language_attention=2
+        * 2
+        * layers
+        * (sum_squared_lengths / 2)
+        * queries
+        * attention_passes["language"],
+        vision=2 * tiles * (tower * passes["vision"] + tower_attention * attention_passes["vision"]),
+        connector=2 * tiles * connector * passes["connector"],
+    )
