@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,14 +12,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_eagle.data.loader import Batch, PackLoader
+from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
-from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.determinism import set_deterministic
 from megatron_eagle.runtime.device import Device, detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, model_parallel
-from megatron_eagle.training.agreement import AgreedError
+from megatron_eagle.training.agreement import AgreedError, raise_together
 from megatron_eagle.training.checkpoint import (
     TrainState,
     has_checkpoint,
@@ -36,7 +36,8 @@ from megatron_eagle.training.run_config import RunConfig
 def train(config: RunConfig) -> TrainState:
     """Run (or resume) `config` on the processes of this job up to its last iteration. Collective.
 
-    Raises `UserError`: data or checkpoint of another model, a loss that is not finite, unwritable folders.
+    `config` comes from `load_run_config`, which checks and completes it.
+    Raises `UserError`: unreadable data or checkpoint, unwritable folders, a loss that is not finite.
     """
     device = detect_device()
     set_deterministic(config.training.seed)
@@ -45,19 +46,12 @@ def train(config: RunConfig) -> TrainState:
         process_group(device),
         model_parallel(config.parallel, seed=config.training.seed) as mesh,
     ):
-        loader = PackLoader(
-            config.data,
-            global_batch_size=config.training.global_batch_size,
-            data_parallel_rank=mesh.dp.rank,
-            data_parallel_size=mesh.dp.size,
-            decode_media=mesh.pp.rank == 0,
-        )
-        manifest = loader.manifest
-        eagle = config.model.with_data(
-            vocab_size=manifest.vocab_size, image_token_index=manifest.image_token_id
-        )
-        job = _start(replace(config, model=eagle), mesh, device)
-        _run(job, loader)
+        loader = _open_data(config, mesh)
+        try:
+            job = _start(config, mesh, device)
+            _run(job, loader)
+        finally:
+            loader.close()
         return job.state
 
 
@@ -74,14 +68,28 @@ class _Job:
     state: TrainState
     saved_iteration: int | None  # of the latest checkpoint in checkpoint.path
 
-    @property
-    def eagle(self) -> EagleConfig:
-        return self.config.model
+
+def _open_data(config: RunConfig, mesh: Mesh) -> PackLoader:
+    """This rank's loader; what is wrong with the data is wrong for every rank, and said once."""
+    problem = None
+    try:
+        loader = PackLoader(
+            config.data,
+            global_batch_size=config.training.global_batch_size,
+            data_parallel_rank=mesh.dp.rank,
+            data_parallel_size=mesh.dp.size,
+            decode_media=mesh.pp.rank == 0,
+        )
+    except UserError as error:
+        problem = str(error)
+    raise_together(problem)
+    return loader
 
 
 def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     """Build the model and give it its weights: resumed, from another checkpoint, or fresh."""
     checkpoint, seed = config.checkpoint, config.training.seed
+    save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.path)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     models = build_model(config.model, mesh, device.torch_device, dtype)
     resume = has_checkpoint(checkpoint.path)
@@ -144,7 +152,7 @@ def _forward_backward(job: _Job, batches: list[Batch]) -> float:
     def forward_step(iterator, model):
         batch = next(iterator)
         inputs = make_input(
-            job.eagle,
+            job.config.model,
             mesh,
             job.device.torch_device,
             input_ids=batch.input_ids,
@@ -185,10 +193,8 @@ def _check_finite(name: str, value: float, job: _Job) -> None:
 
 
 def _save(job: _Job) -> None:
-    checkpoint = job.config.checkpoint
-    save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=job.config.data.path)
     save_checkpoint(
-        checkpoint.path,
+        job.config.checkpoint.path,
         models=job.models,
         optimizer=job.optimizer,
         scheduler=job.scheduler,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml, to_dict
 from megatron_eagle.data.loader import DataConfig
+from megatron_eagle.data.store import read_manifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.layout_rules import check_layout
 from megatron_eagle.model.presets import EagleConfig, expand_preset
@@ -91,12 +92,14 @@ def load_run_config(
     """Read, complete and check the configuration of a run.
 
     `overrides` are `a.b=c`; `world_size` is the number of processes, WORLD_SIZE of the environment (torchrun
-    sets it; 1 without) unless given. Raises `UserError`.
+    sets it; 1 without) unless given. What the model section leaves null is filled from the data's manifest.
+    Raises `UserError`: a setting, a layout, the data or a checkpoint that cannot belong to this run.
     """
     values = apply_overrides(load_yaml(path), overrides)
     _complete_model(values)
     config = from_dict(RunConfig, values)
     config.validate(int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
+    config.model = _fit_to_data(config.model, config.data)
     if has_checkpoint(config.checkpoint.path):
         _check_same_model(config.model, read_model_config(config.checkpoint.path), config.checkpoint.path)
     elif config.checkpoint.load is not None:
@@ -136,8 +139,23 @@ def _nearest(value: int, step: int) -> str:
     return f"; nearest: {below} or {above}" if below else f"; nearest: {above}"
 
 
+def _fit_to_data(model: EagleConfig, data: DataConfig) -> EagleConfig:
+    """The model with the data's vocabulary; refuses data that was prepared for another model."""
+    manifest = read_manifest(data.path)
+    if data.length not in manifest.lengths:
+        prepared = ", ".join(map(str, manifest.lengths))
+        raise UserError(f"data.length is {data.length}: {data.path} was prepared for {prepared}")
+    for name, theirs, ours in (
+        ("tile size", manifest.tile_size, model.vision.image_size),
+        ("patch size", manifest.patch_size, model.vision.patch_size),
+        ("number of tokens per tile", manifest.tokens_per_tile, model.tokens_per_tile),
+    ):
+        if theirs != ours:
+            raise UserError(f"{data.path}: its {name} is {theirs} and the model's {ours}; prepare it again")
+    return model.with_data(vocab_size=manifest.vocab_size, image_token_index=manifest.image_token_id)
+
+
 def _check_same_model(model: EagleConfig, saved: EagleConfig, where: str) -> None:
-    """Sizes left null here are the data's, and compared when the data is known."""
     differences = list(_differences(model, saved, "model"))
     if differences:
         raise UserError(f"{where}: the checkpoint is of another model: {'; '.join(differences)}")
@@ -148,5 +166,5 @@ def _differences(here: Any, there: Any, where: str) -> Iterable[str]:
         a, b, name = getattr(here, f.name), getattr(there, f.name), f"{where}.{f.name}"
         if is_dataclass(a):
             yield from _differences(a, b, name)
-        elif a is not None and a != b and f.name != "initializer_range":
+        elif a != b and f.name != "initializer_range":
             yield f"{name} is {b} there and {a} here"

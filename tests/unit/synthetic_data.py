@@ -1,10 +1,11 @@
 """A loader of made-up packs, so that the training loop is tested without media, tokenizer or store."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import torch
 
 from megatron_eagle.data.loader import Batch
+from megatron_eagle.data.store import DataManifest
 from megatron_eagle.model.presets import preset
 
 LENGTH = 64
@@ -12,13 +13,33 @@ IMAGE_TOKEN = 7
 VOCABULARY = 504
 
 
+def write_manifest(folder: Path) -> None:
+    """What of a token store is read besides its packs: the manifest and a tokenizer folder."""
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    eagle = preset("tiny")
+    DataManifest(
+        fingerprint="synthetic",
+        template="hf",
+        tile_size=eagle.vision.image_size,
+        patch_size=eagle.vision.patch_size,
+        tokens_per_tile=eagle.tokens_per_tile,
+        vocab_size=VOCABULARY,
+        image_token_id=IMAGE_TOKEN,
+        pad_token_id=0,
+        lengths=[LENGTH],
+        sources=[],
+        sampling={},
+        max_pixels=0,
+    ).save(folder)
+
+
 class SyntheticLoader:
     """`data.loader.PackLoader`'s interface. A pack depends on its global position alone; every third has no
-    image. With `path: broken` the weights of the third iteration's packs are NaN."""
+    image. Data in a folder named `broken`: the weights of the third iteration's packs are NaN."""
 
     def __init__(self, config, *, global_batch_size, data_parallel_rank, data_parallel_size, decode_media):
-        self.manifest = SimpleNamespace(vocab_size=VOCABULARY, image_token_id=IMAGE_TOKEN)
-        self._broken = config.path == "broken"
+        self._broken = Path(config.path).name == "broken"
         self._batch, self._decode = global_batch_size, decode_media
         self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size
 
@@ -30,6 +51,9 @@ class SyntheticLoader:
         for pack in packs:
             pack.loss_weights /= normaliser
         return packs[self._rank * self._share : (self._rank + 1) * self._share]
+
+    def close(self) -> None:
+        pass
 
     def _pack(self, position: int) -> Batch:
         eagle = preset("tiny")

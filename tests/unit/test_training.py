@@ -14,10 +14,10 @@ from megatron_eagle.training.optimizer import OptimizerConfig, build_scheduler
 from megatron_eagle.training.run_config import RunConfig, load_run_config
 from tests.parallel.harness import launch
 from tests.paths import REPO
+from tests.unit.synthetic_data import write_manifest
 
 MINIMAL = {
     "model": {"preset": "tiny"},
-    "data": {"path": "nowhere", "length": 64},
     "training": {"train_iterations": 100, "global_batch_size": 4},
     "checkpoint": {"path": "nowhere/checkpoint"},
 }
@@ -25,8 +25,9 @@ MINIMAL = {
 
 @pytest.fixture
 def config_file(tmp_path):
+    write_manifest(tmp_path / "data")
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(MINIMAL))
+    file.write_text(yaml.safe_dump({**MINIMAL, "data": {"path": str(tmp_path / "data"), "length": 64}}))
     return file
 
 
@@ -37,6 +38,7 @@ def test_a_run_is_read_with_presets_overrides_and_defaults(config_file):
     assert config.optimizer.lr == 1e-3 and config.optimizer.weight_decay == 0.05
     assert config.model.text.num_hidden_layers == 8 and config.model.text.hidden_size == 64
     assert config.training.last_iteration == 100
+    assert (config.model.text.vocab_size, config.model.image_token_index) == (504, 7), "the data's"
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,10 @@ def test_a_run_is_read_with_presets_overrides_and_defaults(config_file):
         (["parallel.tensor_model_parallel_size=4"], 4, "key-value heads .*: choose 1 or 2"),
         (["parallel.pipeline_model_parallel_size=3"], 3, "4 language layers cannot be cut into 3"),
         (["parallel.context_parallel_size=3"], 3, "data.length 64 must be a multiple of 6"),
+        (["data.path=absent"], 1, "absent is no token store"),
+        (["data.length=96"], 1, "data.length is 96: .*data was prepared for 64"),
+        (["model.vision.image_size=128"], 1, "its tile size is 64 and the model's 128; prepare it again"),
+        (["model.text.vocab_size=8"], 1, "tokenizer has 504 tokens and model.text.vocab_size is 8"),
         (
             [
                 "parallel.pipeline_model_parallel_size=2",

@@ -11,7 +11,7 @@ from megatron_eagle.training import loop
 from megatron_eagle.training.metrics import read_metrics
 from megatron_eagle.training.run_config import load_run_config
 from tests.parallel.harness import launch
-from tests.unit.synthetic_data import LENGTH, SyntheticLoader
+from tests.unit.synthetic_data import LENGTH, SyntheticLoader, write_manifest
 
 CONFIG = {
     "model": {"preset": "tiny"},
@@ -28,14 +28,20 @@ def train_rank(config: str, world_size: int, overrides: list[str]) -> tuple[int,
     return state.iteration, state.consumed_packs
 
 
+def write_run(folder: Path, data: str = "data") -> None:
+    """`folder` gets a run.yaml that saves in `run` beside it, and the data's manifest."""
+    write_manifest(folder / data)
+    sections = {
+        "data": {"path": str(folder / data), "length": LENGTH},
+        "checkpoint": {"path": str(folder / "run")},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump({**CONFIG, **sections}))
+
+
 @pytest.fixture
 def job(tmp_path):
     """`job(*overrides, world_size=1)` trains in `tmp_path / "run"` and returns its metrics."""
-    (tmp_path / "data" / "tokenizer").mkdir(parents=True)
-    (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_text("{}")
-    sections = {"data": {"path": str(tmp_path / "data"), "length": LENGTH}}
-    sections["checkpoint"] = {"path": str(tmp_path / "run")}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**CONFIG, **sections}))
+    write_run(tmp_path)
 
     def run(*overrides: str, world_size: int = 1):
         launch(train_rank, world_size, str(tmp_path / "run.yaml"), world_size, list(overrides))
@@ -88,16 +94,7 @@ def test_rank_0_logs_the_global_loss_in_every_layout(job, world_size, parallel, 
 def one_process(tmp_path_factory):
     """Loss and gradient norm of two iterations in one process."""
     folder = tmp_path_factory.mktemp("one")
-    (folder / "tokenizer").mkdir()
-    (folder / "run.yaml").write_text(
-        yaml.safe_dump(
-            {
-                **CONFIG,
-                "data": {"path": str(folder), "length": LENGTH},
-                "checkpoint": {"path": str(folder / "run")},
-            }
-        )
-    )
+    write_run(folder)
     launch(train_rank, 1, str(folder / "run.yaml"), 1, ["training.stop_at_iteration=2"])
     return [(m.loss, m.grad_norm) for m in read_metrics(folder / "run" / "logs" / "metrics.jsonl")]
 
@@ -111,15 +108,9 @@ def test_bf16_and_start_from_weights(job, tmp_path):
     assert (tmp_path / "second" / "hf" / "tokenizer.json").is_file()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(job):
+def test_a_loss_that_is_not_finite_stops_the_run(job, tmp_path):
+    write_run(tmp_path, data="broken")
     message = r"AgreedError: iteration 3: the loss is nan; stopped \(iteration 2 is saved\)"
     with pytest.raises(RuntimeError, match=message):
-        job("data.path=broken", f"checkpoint.load={make_weights(job)}", "checkpoint.save_interval=2")
+        job("checkpoint.save_interval=2")
     assert len(read_metrics(job.root / "logs" / "metrics.jsonl")) == 2
-
-
-def make_weights(job) -> Path:
-    """A checkpoint elsewhere, whose hf folder a run with broken data can copy."""
-    source = job.root.parent / "weights"
-    job("training.stop_at_iteration=1", f"checkpoint.path={source}")
-    return source
