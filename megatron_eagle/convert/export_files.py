@@ -65,7 +65,7 @@ def write_processor(folder: Path, config: EagleConfig, carried: Carried, max_til
     Raises:
         UserError: the tokenizer lacks a token that the model needs, or has other ids than the model.
     """
-    generation = carried.json("generation_config.json")
+    generation = _public(carried.json("generation_config.json"))
     if carried.tokenizer_files:
         ids = _copy_tokenizer(folder, config, carried)
         stop = generation.get("eos_token_id")

@@ -70,6 +70,18 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         )
         self.post_init()
 
+    def save_pretrained(self, save_directory, state_dict=None, **kwargs):
+        """As in transformers, always under the released checkpoint's names.
+
+        transformers 5 drops one level of the tower's names in memory and only restores it for a model that
+        was loaded, not for one built from a configuration.
+        """
+        if state_dict is None and getattr(self, "_weight_conversions", None) is None:
+            prefix, tensors = "vision_model.", self.state_dict()
+            short = {name for name in tensors if name.startswith(prefix) and prefix * 2 not in name}
+            state_dict = {prefix + k if k in short else k: tensor for k, tensor in tensors.items()}
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
 

@@ -160,12 +160,13 @@ def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFra
         return av.open(name if data is None else io.BytesIO(data))
 
     try:
-        stamps, keyframes, unit = _frame_table(opened)
+        stamps, keyframes, unit, last_duration = _frame_table(opened)
         if not stamps:
             raise ValueError(f"video has no frames: {name}")
         times = [stamp * unit for stamp in stamps]
         # The last frame is shown as long as the others are on average.
-        end = times[-1] + (times[-1] - times[0]) / max(len(times) - 1, 1)
+        span = times[-1] - times[0]
+        end = times[-1] + (span / (len(times) - 1) if span else last_duration * unit or Fraction(1))
         start = times[0] if video_start is None else Fraction(str(video_start))
         stop = end if video_end is None else Fraction(str(video_end))
         inside = [i for i, t in enumerate(times) if start <= t and (video_end is None or t < stop)]
@@ -176,9 +177,10 @@ def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFra
         wanted = np.linspace(inside[0], inside[-1], n).round().astype(int).tolist()
         frames = _decode(opened, [stamps[i] for i in wanted], keyframes)
     except av.error.FFmpegError as error:
-        raise ValueError(f"video cannot be read: {name} ({error})") from None
-    fps = float(n / duration) if duration > 0 else DEFAULT_FPS
-    return VideoFrames([frames[stamps[i]] for i in wanted], fps, [float(times[i]) for i in wanted])
+        raise ValueError(f"video cannot be read: {name} ({error.strerror})") from None
+    return VideoFrames(
+        [frames[stamps[i]] for i in wanted], float(n / duration), [float(times[i]) for i in wanted]
+    )
 
 
 class Eagle2_5_VLProcessor(ProcessorMixin):
@@ -312,6 +314,8 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         rows = [self._encode(media.expand(one)) for one in texts]
         media.check_all_used()
         padded = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
+        # transformers 4 advises to pad while tokenizing, which rows of ids cannot.
+        getattr(self.tokenizer, "deprecation_warnings", {})["Asking-to-pad-a-fast-tokenizer"] = True
         data = dict(self.tokenizer.pad({"input_ids": rows}, **padded))
         return BatchFeature({**data, **media.tensors()}, tensor_type=return_tensors)
 
@@ -331,7 +335,8 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         special = self._special_tokens()
 
         def shield(text):
-            return special.sub(lambda match: _SHIELD.join(match.group()), text.replace(_SHIELD, ""))
+            text = text.replace(_SHIELD, "")
+            return special.sub(lambda match: match.group()[0] + _SHIELD + match.group()[1:], text)
 
         conversation = [dict(message) for message in conversation]
         for message in conversation:
@@ -448,19 +453,21 @@ def _with_metadata(videos, kwargs: dict) -> list[VideoFrames]:
     return result
 
 
-def _frame_table(opened) -> tuple[list[int], list[int], Fraction]:
-    """Presentation times of the shown frames and of the key frames, and their unit in seconds.
+def _frame_table(opened) -> tuple[list[int], list[int], Fraction, int]:
+    """Presentation times of the shown frames and of the key frames, their unit in seconds, and the duration
+    of the last packet in it (0: unknown).
 
     From the packets, without decoding: a container's own counts and rates are wrong on edit lists, variable
     frame rates and damaged files.
     """
     with opened() as container:
         if not container.streams.video:
-            return [], [], Fraction(1)
+            return [], [], Fraction(1), 0
         stream = container.streams.video[0]
         packets = [p for p in container.demux(stream) if p.size and p.pts is not None]
-        shown = {p.pts for p in packets if not (p.is_discard or p.is_corrupt)}
-        return sorted(shown), sorted({p.pts for p in packets if p.is_keyframe}), stream.time_base
+        shown = {p.pts: p.duration or 0 for p in packets if not (p.is_discard or p.is_corrupt)}
+        keyframes = sorted({p.pts for p in packets if p.is_keyframe})
+        return sorted(shown), keyframes, stream.time_base, shown[max(shown)] if shown else 0
 
 
 def _decode(opened, wanted: list[int], keyframes: list[int]) -> dict[int, Image.Image]:
