@@ -30,6 +30,7 @@ from megatron_eagle.training.checkpoint import (
 from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.metrics import RunLog, StepMetrics
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
+from megatron_eagle.training.parts import freeze
 from megatron_eagle.training.run_config import RunConfig
 
 
@@ -97,6 +98,7 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
         load_checkpoint(checkpoint.load, models=models)
     elif not resume:
         initialize_parameters(models, seed)
+    freeze(models, config.optimizer.trainable, config.optimizer.first_new_token)
     wrapped = wrap_models(models)
     optimizer = build_optimizer(config.optimizer, wrapped)
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iterations)

@@ -1,7 +1,7 @@
 """Adam through Megatron's distributed optimizer, and the learning-rate schedule."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -10,13 +10,19 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_eagle.context_parallel.vision_sharding import sum_tower_gradients
 from megatron_eagle.runtime.megatron_cpu import fix_torch_adam_in_distributed_optimizer
+from megatron_eagle.training.flops import PARTS
+from megatron_eagle.training.parts import check_parts, mask_old_token_rows, optimizer_overrides
 
 
 @dataclass
@@ -40,6 +46,11 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     clip_grad: float = 1.0  # L2 norm over all parameters; 0 switches clipping off
+    # Parts with gradients, of vision, connector, language; new_token_rows in place of language trains the
+    # embedding and output rows from first_new_token on. A multiplier scales lr and min_lr of a part.
+    trainable: tuple[str, ...] = PARTS
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    first_new_token: int | None = None
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -57,6 +68,7 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name):g}")
         if self.adam_eps <= 0:
             raise ValueError(f"adam_eps must be above 0, got {self.adam_eps:g}")
+        check_parts(self.trainable, self.lr_multipliers, self.first_new_token)
 
     def warmup_iterations(self, train_iterations: int) -> int:
         """Iterations of linear warm-up in a run of `train_iterations`."""
@@ -83,10 +95,10 @@ def _finalize_model_grads(models, num_tokens, **kwargs) -> None:
     # weights carry the division already.
     finalize_model_grads(models, None, **kwargs)
     # A tower that tensor parallel ranks hold whole has seen other tiles on each of them.
-    whole = [
-        p for model in models for p in model.parameters() if getattr(p, "sum_over_tensor_parallel", False)
-    ]
-    sum_tower_gradients([p.main_grad for p in whole if p.requires_grad], models[0].tp_group)
+    trained = [p for model in models for p in model.parameters() if p.requires_grad]
+    whole = [p.main_grad for p in trained if getattr(p, "sum_over_tensor_parallel", False)]
+    sum_tower_gradients(whole, models[0].tp_group)
+    mask_old_token_rows(models)
 
 
 def build_optimizer(config: OptimizerConfig, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
@@ -109,7 +121,9 @@ def build_optimizer(config: OptimizerConfig, models: Sequence[DistributedDataPar
         bf16=model_config.bf16,
         params_dtype=torch.bfloat16 if model_config.bf16 else torch.float32,
     )
-    return get_megatron_optimizer(megatron_config, list(models), use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(megatron_config)
+    overrides |= optimizer_overrides(config.lr_multipliers, config.lr, config.min_lr)
+    return get_megatron_optimizer(megatron_config, list(models), overrides, use_gloo_process_groups=False)
 
 
 def build_scheduler(

@@ -119,9 +119,11 @@ def run(layout: Layout, eagle: EagleConfig, dtype: torch.dtype = torch.float32) 
         return forward_backward(models, eagle, mesh, global_batch(eagle))
 
 
-def forward_backward(models: list[EagleModel], eagle: EagleConfig, mesh: Mesh, batch: list[dict]) -> dict:
+def forward_backward(
+    models: list[EagleModel], eagle: EagleConfig, mesh: Mesh, batch: list[dict], wrapped: list | None = None
+) -> dict:
     """Training's own wrapper, schedule and loss over `batch`, divided over the data parallel ranks."""
-    wrapped = wrap_models(models)
+    wrapped = wrapped or wrap_models(models)
     per_rank = len(batch) // mesh.dp.size
     mine = batch[mesh.dp.rank * per_rank : (mesh.dp.rank + 1) * per_rank]
     for model in wrapped:
@@ -156,6 +158,8 @@ def forward_backward(models: list[EagleModel], eagle: EagleConfig, mesh: Mesh, b
 def _gradients(model: EagleModel) -> list[tuple[str, int | None, torch.Tensor]]:
     entries = []
     for local_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         sharded = getattr(parameter, "tensor_model_parallel", False)
         name = global_name(local_name, model)
         entries.append((name, parameter.partition_dim if sharded else None, parameter.main_grad.clone()))
