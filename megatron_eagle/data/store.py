@@ -218,19 +218,17 @@ class StoreWriter:
 class SampleStore:
     """The rows of one length; `store[i]` is a `StoredSample`.  Memory mapped: opening reads no sample.
 
-    `length` may be left out if the store has only one.  Raises `UserError` for a folder that is no store,
-    and for a length it was not made for, naming those it has.
+    `length` defaults to the longest.  Raises `UserError` for a folder that is no store, and for a length
+    that it was not made for, naming those it has.
     """
 
     def __init__(self, path: str | Path, length: int | None = None):
         self.path = Path(path)
         self.manifest = read_manifest(path)
         lengths = self.manifest.lengths
-        if length is None and len(lengths) == 1:
-            length = lengths[0]
+        length = max(lengths) if length is None else length
         if length not in lengths:
-            asked = "needs a length" if length is None else f"has no plan for length {length}"
-            raise UserError(f"{path} {asked}; it has {', '.join(map(str, lengths))}")
+            raise UserError(f"{path} has no plan for length {length}; it has {', '.join(map(str, lengths))}")
         self.length = length
         self.folder = self.path / str(length)
         self.tokens = TokenFile(self.folder / "tokens")

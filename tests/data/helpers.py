@@ -1,6 +1,8 @@
 """What the data tests share: a small tokenizer, pictures, clips whose frames can be told apart, records."""
 
 import json
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,6 +10,11 @@ import av
 import numpy as np
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_eagle.data.ads import SamplingSettings
+from megatron_eagle.data.preprocess import preprocess
+from megatron_eagle.data.processor import PreprocessSettings
+from tests.paths import REPO
 
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"),
@@ -106,3 +113,23 @@ def conversation(question: str, answer: str, **media) -> dict:
         "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
         **media,
     }
+
+
+def run_tool(name: str, *arguments) -> subprocess.CompletedProcess:
+    """Run tools/NAME.py as a user does."""
+    command = [sys.executable, str(REPO / "tools" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def make_store(
+    folder: Path, tokenizer_dir: Path, records: list, lengths: tuple[int, ...] = (256,), **settings
+) -> Path:
+    """Preprocess records whose media lie in `folder`, with tiles of 28 pixels, one token each."""
+    write_jsonl(folder / "data.jsonl", records)
+    recipe = {"data": {"annotation": "data.jsonl", **settings.pop("recipe", {})}}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    sampling = SamplingSettings(tile_size=28, **settings.pop("sampling", {}))
+    workers = settings.pop("workers", 1)
+    chosen = PreprocessSettings(str(tokenizer_dir), lengths, sampling, **settings)
+    preprocess(folder / "recipe.json", folder / "store", chosen, workers)
+    return folder / "store"

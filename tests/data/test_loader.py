@@ -1,0 +1,177 @@
+"""One global order whatever the layout, one integer of state, weights that add up to one."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_eagle.data.dataset import LOSS_WEIGHTINGS
+from megatron_eagle.data.loader import DataConfig, PackLoader
+from megatron_eagle.data.packing import write_packs
+from megatron_eagle.data.store import SampleStore
+from megatron_eagle.errors import UserError
+from tests.data.helpers import conversation, make_image, make_store, make_video
+
+LENGTH = 200
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, tokenizer_dir):
+    """24 samples: text of one or two answers, two pictures, a clip."""
+    folder = tmp_path_factory.mktemp("loader")
+    make_image(folder / "a.png", (112, 56))
+    make_image(folder / "b.png", (20, 20), seed=1)
+    make_video(folder / "v.mp4", 40)
+    records = []
+    for k in range(8):
+        two_turns = conversation("Hi", "Yes " * (k + 1))
+        two_turns["conversations"] += conversation("And?", "No.")["conversations"]
+        records += [
+            two_turns,
+            conversation("<image-2> or <image-1>?", "Both " * k + "all.", image=["a.png", "b.png"]),
+            conversation("<video>", "A clip.", video="v.mp4"),
+        ]
+    store = make_store(folder, tokenizer_dir, records, (LENGTH,), sampling={"min_frames": 2, "fps": 1})
+    write_packs(store, LENGTH, seed=0)
+    return store
+
+
+def loader(path, *, gbs=4, rank=0, size=1, decode=False, **config):
+    return PackLoader(
+        DataConfig(str(path), LENGTH, **config),
+        global_batch_size=gbs,
+        data_parallel_rank=rank,
+        data_parallel_size=size,
+        decode_media=decode,
+    )
+
+
+def global_rows(path, consumed, size, gbs=4):
+    """The rows of a global batch in global order, put together from all ranks."""
+    ranks = [loader(path, gbs=gbs, rank=r, size=size).step(consumed) for r in range(size)]
+    return [batch.sample_rows for microbatch in zip(*ranks, strict=True) for batch in microbatch]
+
+
+def test_the_global_order_does_not_depend_on_the_layout(path):
+    n = loader(path).packs_per_epoch
+    consumed = 0
+    sequence = []
+    while consumed < 2 * n:  # dp 4 -> 2 -> 1, mid-epoch
+        size = (4, 2, 1)[consumed // 4 % 3]
+        sequence += global_rows(path, consumed, size)
+        consumed += 4
+    alone = loader(path, gbs=1)
+    assert sequence == [alone.step(p)[0].sample_rows for p in range(consumed)]
+    for epoch in (sequence[:n], sequence[n : 2 * n]):
+        assert sorted(row for rows in epoch for row in rows) == list(range(24))
+    assert sequence[:n] != sequence[n : 2 * n]
+
+
+def test_state_is_the_number_of_consumed_packs(path):
+    straight = loader(path)
+    first, second, third = (straight.step(c) for c in (0, 4, 8))
+    resumed = loader(path).step(8)
+    for a, b in zip(third, resumed, strict=True):
+        torch.testing.assert_close(vars(a), vars(b))
+    assert first[0].sample_rows != second[0].sample_rows
+    assert loader(path, seed=1).step(0)[0].sample_rows != first[0].sample_rows
+
+
+@pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
+@pytest.mark.parametrize("multi_turn", [False, True])
+def test_weights_equal_brute_force(path, weighting, multi_turn):
+    store = SampleStore(path)
+    batches = loader(path, gbs=3, loss_weighting=weighting, multi_turn=multi_turn).step(3)
+    power = {"square": -0.5, "token": 0, "sample": -1}[weighting]
+    expected = []
+    for batch in batches:
+        weights = np.zeros(LENGTH)
+        for row, start in zip(batch.sample_rows, batch.document_bounds, strict=False):
+            sample = store[row]
+            for i in range(1, sample.n_tokens):
+                if answer := sample.answers[i]:
+                    n = (sample.answers == answer).sum() if multi_turn else (sample.answers > 0).sum()
+                    weights[start + i - 1] = float(n) ** power
+        expected.append(weights)
+    expected = np.array(expected) / np.sum(expected)
+    actual = torch.stack([batch.loss_weights for batch in batches]).numpy()
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    assert actual.sum() == pytest.approx(1)
+
+
+def test_layout_of_a_batch(path):
+    store = SampleStore(path)
+    for batch in loader(path, gbs=loader(path).packs_per_epoch).step(0):
+        bounds = batch.document_bounds
+        assert (bounds[0], bounds[-1]) == (0, LENGTH)
+        assert bounds == sorted(set(bounds))
+        assert len(bounds) - 1 in (len(batch.sample_rows), len(batch.sample_rows) + 1)
+        assert batch.labels.tolist() == [*batch.input_ids.tolist()[1:], 0]
+        for row, start, end in zip(batch.sample_rows, bounds, bounds[1:], strict=False):
+            assert batch.input_ids[start:end].tolist() == store[row].ids.tolist()
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            assert batch.position_ids[start:end].tolist() == list(range(end - start))
+            assert batch.loss_weights[end - 1] == 0
+        padding = bounds[len(batch.sample_rows)]
+        assert not batch.loss_weights[padding:].any()
+        image_tokens = (batch.input_ids == store.manifest.image_token_id).sum()
+        assert image_tokens == batch.n_tiles * store.manifest.tokens_per_tile
+        assert batch.pixel_values is None
+        assert (batch.input_ids.dtype, batch.loss_weights.dtype) == (torch.int64, torch.float32)
+
+
+def test_pixels_follow_the_image_tokens(path):
+    whole = loader(path, gbs=loader(path).packs_per_epoch, decode=True)
+    for batch in whole.step(0):
+        assert batch.pixel_values.shape == (batch.n_tiles, 3, 28, 28)
+        assert batch.pixel_values.dtype == torch.float32
+        offset = 0
+        for row in batch.sample_rows:
+            kind = row % 3
+            n = SampleStore(path)[row].n_tiles
+            tiles = batch.pixel_values[offset : offset + n]
+            if kind == 1:  # the second picture is shown first: 1 tile, then 8 + thumbnail of the first
+                assert n == 10
+                torch.testing.assert_close(tiles[9], first_thumbnail(path))
+            elif kind == 2:
+                assert n == 4
+                assert not torch.equal(tiles[0], tiles[3])
+            else:
+                assert n == 0
+            offset += n
+        assert offset == batch.n_tiles
+    whole.close()
+
+
+def first_thumbnail(path):
+    from megatron_eagle.data.media.images import load_image
+    from megatron_eagle.data.media.tiles import tile_image
+
+    return tile_image(load_image(str(path.parent / "a.png")), (1, 1), 28)[0]
+
+
+def test_a_pack_without_pictures_has_no_tiles(tmp_path, tokenizer_dir):
+    path = make_store(tmp_path, tokenizer_dir, [conversation("Hi", "Ho")], (LENGTH,))
+    write_packs(path, LENGTH, 0)
+    batch = loader(path, gbs=1, decode=True).step(0)[0]
+    assert batch.pixel_values.shape == (0, 3, 28, 28)
+
+
+def test_mistakes_are_one_line(path, tmp_path):
+    with pytest.raises(UserError, match="must be a multiple of the data-parallel size 3"):
+        loader(path, size=3)
+    with pytest.raises(UserError, match="loss_weighting must be one of square, token, sample"):
+        loader(path, loss_weighting="cube")
+    with pytest.raises(UserError, match="no token store"):
+        loader(tmp_path)
+
+
+def test_media_that_changed_are_refused(tmp_path, tokenizer_dir):
+    make_image(tmp_path / "a.png", (56, 56))
+    path = make_store(tmp_path, tokenizer_dir, [conversation("<image>", "x", image="a.png")], (LENGTH,))
+    write_packs(path, LENGTH, 0)
+    make_image(tmp_path / "a.png", (30, 30))
+    with pytest.raises(UserError, match=r"media changed since preprocessing: .*data\.jsonl:1"):
+        loader(path, gbs=1, decode=True).step(0)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="missing media"):
+        loader(path, gbs=1, decode=True).step(0)
