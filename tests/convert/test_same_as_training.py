@@ -1,0 +1,144 @@
+"""The exported processor and the training data path see the same ids and the same pixels."""
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from megatron_eagle.convert.hf_model.image_processing_eagle2_5_vl import select_grid
+from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_image as hf_load_image
+from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_video
+from megatron_eagle.data import iap
+from megatron_eagle.data.ads import SamplingSettings
+from megatron_eagle.data.media.images import load_image
+from megatron_eagle.data.media.tiles import tile_image
+from megatron_eagle.data.media.video import load_frames
+from megatron_eagle.data.probe import probe_video
+from megatron_eagle.data.processor import PreprocessSettings, SampleProcessor, Task
+from megatron_eagle.data.sample import VideoSource
+from tests.convert.hf_folder import TILE
+from tests.convert.media import write_picture, write_video
+from tests.paths import MEDIA, need_media
+
+N_FRAMES = 6
+
+
+@pytest.fixture(scope="module")
+def hf(exported):
+    return AutoProcessor.from_pretrained(exported, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def training(source):
+    sampling = SamplingSettings(
+        min_frames=N_FRAMES, max_frames=N_FRAMES, max_tiles=6, tile_size=TILE
+    )  # as the source's config.json
+    settings = PreprocessSettings(str(source), (100_000,), sampling, patch_size=16, template="hf")
+    return SampleProcessor(settings)
+
+
+def training_ids(training, messages) -> list[int]:
+    raw = json.dumps({"messages": messages}).encode()
+    outcome = training.process(Task(raw, source=0, file="f", line=1, root="", overrides={}))
+    assert not outcome.dropped
+    return outcome.rows[100_000].ids.tolist()
+
+
+def processor_inputs(hf, messages):
+    prompt = hf.apply_chat_template(messages, tokenize=False)
+    images, videos = hf.process_vision_info(messages)
+    return hf(text=[prompt], images=images, videos=videos, return_tensors="pt")
+
+
+def conversations(folder):
+    wide = write_picture(folder / "wide.png", 300, 100)
+    square = write_picture(folder / "square.png", 111, 111)
+    clip = {"type": "video", "video": write_video(folder / "video.mp4"), "nframes": N_FRAMES}
+    cut = {**clip, "video_start": 0.35, "video_end": 2.65}
+
+    def picture(path):
+        return {"type": "image", "image": path}
+
+    def ask(*content):
+        return [
+            {
+                "role": "user",
+                "content": [c if isinstance(c, dict) else {"type": "text", "text": c} for c in content],
+            },
+            {"role": "assistant", "content": "An answer, with <image> and <|im_end|> as text."},
+        ]
+
+    yield ask("No picture at all.")
+    yield ask(picture(wide), "What is it?")
+    yield ask(picture(wide), " and ", picture(square), "\nWhich is wide? \n")
+    yield ask(clip, "What happens?")
+    yield ask("  Compare", cut, picture(square), clip, "<|im_start|>system <IMG_CONTEXT> <img>")
+    yield [
+        {"role": "system", "content": "Be brief."},
+        *ask(picture(square), "A?"),
+        *ask("And b?", picture(wide)),
+    ]
+
+
+def test_ids_are_equal(hf, training, tmp_path):
+    for messages in conversations(tmp_path):
+        ours = processor_inputs(hf, messages)["input_ids"][0].tolist()
+        theirs = training_ids(training, messages)
+        assert hf.decode(ours) == hf.decode(theirs)
+        assert ours == theirs
+
+
+def test_grids_are_equal():
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        width = int(rng.integers(1, 3000))
+        height = width if rng.random() < 0.3 else int(rng.integers(1, 3000))
+        limit = int(rng.integers(1, 37))
+        ours = select_grid(width, height, 448, limit)
+        assert ours == iap.select_grid(width, height, tile_size=448, max_tiles=limit)
+
+
+def assert_same_picture(hf, path):
+    image = load_image(path)
+    grid = iap.select_grid(*image.size, tile_size=TILE, max_tiles=6)
+    ours = hf.image_processor(images=[hf_load_image(path)])["pixel_values"]
+    assert torch.equal(ours, tile_image(image, grid, TILE))
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "I;16"])
+def test_pictures_are_equal_bit_for_bit(hf, tmp_path, mode, orientation):
+    assert_same_picture(hf, write_picture(tmp_path / "p.png", 190, 70, mode, orientation))
+
+
+def test_a_jpeg_is_equal_bit_for_bit(hf, tmp_path):
+    assert_same_picture(hf, write_picture(tmp_path / "p.jpg", 190, 170, "RGB", 8))
+
+
+def assert_same_video(hf, path, start=None, end=None):
+    clip = {} if start is None else {"video_start": start, "video_end": end}
+    facts = probe_video(VideoSource(path, *(None if t is None else Fraction(str(t)) for t in (start, end))))
+    ours = load_video(path, **clip)
+    frames = np.linspace(facts.first, facts.last, len(ours)).round().astype(int)
+    assert ours.timestamps == facts.times(frames.tolist())
+    assert ours.fps == float(len(ours) / facts.duration)
+    pts = facts.table.pts[frames]
+    points = facts.table.seek_points(pts)
+    theirs = load_frames(path, pts.tolist(), points.tolist(), rotation=facts.table.rotation, tile_size=TILE)
+    assert torch.equal(hf.image_processor(videos=[ours])["pixel_values"], theirs)
+
+
+def test_videos_are_equal_bit_for_bit(hf, tmp_path):
+    path = write_video(tmp_path / "v.mp4", frames=31)
+    assert_same_video(hf, path)
+    assert_same_video(hf, path, 0.5, 2.25)
+    assert_same_video(hf, write_video(tmp_path / "one.mp4", frames=1))
+
+
+@need_media
+@pytest.mark.parametrize("name", ["decord_rot90.mov", "decord_unordered.mov", "lf_2.avi", "tc_av1.mkv"])
+def test_odd_videos_are_equal_bit_for_bit(hf, name):
+    assert_same_video(hf, str(MEDIA / "video" / name))
