@@ -112,9 +112,11 @@ class SampleProcessor:
             self._check_frames(videos, list(plans.values()))
             for length, plan in plans.items():
                 rows[length] = self._row(task, sample, images, videos, plan)
-        except Problem as problem:
+        except Exception as error:  # one strange file must not end a run of millions; the summary counts it
+            rows.clear()
             dropped.clear()
-            drop(problem)
+            unexpected = Problem("unexpected error", f"{type(error).__name__}: {error}")
+            drop(error if isinstance(error, Problem) else unexpected)
         return Outcome(rows, tuple(dropped))
 
     def _sampling(self, sample: Sample) -> SamplingSettings:

@@ -190,6 +190,12 @@ def test_damage_inside_a_video_is_found(tmp_path, codec):
         frames_of(path, list(range(60)))
 
 
+def test_tags_need_not_be_utf8(tmp_path):
+    path = make_video(tmp_path / "a.mp4", 12)
+    path.write_bytes(path.read_bytes().replace(b"isomiso2", b"isomi\xe7o2"))
+    assert frames_of(path, [11]) == [11]
+
+
 def test_bad_videos_say_what_is_wrong(tmp_path):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("hello")

@@ -6,6 +6,7 @@ import av
 import numpy as np
 
 from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.media.frame_index import open_video
 
 
 class _Missed(Exception):
@@ -84,7 +85,7 @@ def _decode_linear(path: str, pts: Sequence[int]) -> Iterator[av.VideoFrame]:
 
 
 def _open(path: str) -> av.container.InputContainer:
-    container = av.open(path)
+    container = open_video(path)
     container.streams.video[
         0
     ].thread_type = "NONE"  # many files are decoded side by side; errors come in order

@@ -35,6 +35,11 @@ class FrameTable:
         return self.keyframes[np.maximum(rank, 0)]
 
 
+def open_video(path: str) -> av.container.InputContainer:
+    """Open a file for reading; titles and tags that are not UTF-8 do no harm.  Raises what PyAV raises."""
+    return av.open(path, metadata_errors="replace")
+
+
 def read_frame_table(path: str) -> FrameTable:
     """Read the packets of the first video stream.
 
@@ -48,7 +53,7 @@ def read_frame_table(path: str) -> FrameTable:
     if size == 0:
         raise Problem("empty file", path)
     try:
-        with av.open(path) as container:
+        with open_video(path) as container:
             if not container.streams.video:
                 raise Problem("unreadable video", f"{path} has no video stream")
             stream = container.streams.video[0]
@@ -59,7 +64,7 @@ def read_frame_table(path: str) -> FrameTable:
             raise Problem("unreadable video", f"{path} has no frames with presentation times")
         if (declared := _declared_size(path)) > size:
             raise Problem("truncated video", f"{path} has {size} of {declared} bytes")
-        with av.open(path) as container:
+        with open_video(path) as container:
             rotation = next(container.decode(video=0)).rotation
     except (av.error.FFmpegError, StopIteration) as error:
         reason = error.strerror if isinstance(error, av.error.FFmpegError) else "no frame can be decoded"
