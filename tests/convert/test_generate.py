@@ -1,4 +1,4 @@
-"""tools/generate.py: answers from the exported folder alone, streamed or from a file; mistakes in one line."""
+"""tools/generate.py: answers from the exported folder alone, streamed or from a file; one-line errors."""
 
 import json
 import os
