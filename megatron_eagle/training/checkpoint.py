@@ -208,11 +208,12 @@ def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str
         source = Path(data) / "tokenizer" if checkpoint is None else Path(checkpoint) / HF_FOLDER
         partial = Path(root) / f".{HF_FOLDER}.saving"
         try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial)
             partial.rename(Path(root) / HF_FOLDER)
         except OSError as error:
-            problem = f"{root}: cannot copy {source} into the checkpoint: {error}"
+            problem = f"{root}: cannot give the checkpoint a copy of {source}: {error}"
     raise_together(problem)
 
 

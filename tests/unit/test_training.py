@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_eagle.config import save_yaml, to_dict
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.loss import megatron_loss, weighted_loss
 from megatron_eagle.training.metrics import LoggingConfig, RunLog, StepMetrics, plot_loss_curve, read_metrics
@@ -81,6 +82,25 @@ def test_impossible_runs_are_refused(config_file, overrides, world_size, message
     with pytest.raises(UserError, match=message) as caught:
         load_run_config(config_file, overrides, world_size=world_size)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(config_file, tmp_path):
+    """By its run.yaml, before anything is loaded. Without a model section a run takes the checkpoint's."""
+    folder = tmp_path / "other" / "iter_0000005"
+    folder.mkdir(parents=True)
+    for name in ("metadata.json", ".metadata", "common.pt", "state.json"):
+        (folder / name).touch()
+    model = to_dict(load_run_config(config_file, ["model.text.hidden_size=128"]).model)
+    save_yaml({"model": model}, folder / "run.yaml")
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("5\n")
+
+    for setting in (f"checkpoint.path={folder.parent}", f"checkpoint.load={folder.parent}"):
+        with pytest.raises(
+            UserError, match=r"another model: model\.text\.hidden_size is 128 there and 64 here"
+        ):
+            load_run_config(config_file, [setting])
+    config = load_run_config(config_file, ["model=", f"checkpoint.load={folder.parent}"])
+    assert config.model.text.hidden_size == 128
 
 
 def test_world_size_is_torchruns(config_file, monkeypatch):
