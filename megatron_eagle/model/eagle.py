@@ -20,7 +20,7 @@ from megatron_eagle.context_parallel.vision_sharding import VisionShare, exchang
 from megatron_eagle.model.connector import Connector
 from megatron_eagle.model.language import LanguageModel
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.model.specs import connector_config, language_config, vision_config
+from megatron_eagle.model.specs import RecomputeConfig, connector_config, language_config, vision_config
 from megatron_eagle.model.vision import VisionModel
 from megatron_eagle.runtime.parallel import Mesh
 
@@ -43,8 +43,15 @@ class ModelInput:
 class EagleModel(MegatronModule):
     """One pipeline chunk of Eagle 2.5."""
 
-    def __init__(self, eagle: EagleConfig, mesh: Mesh, dtype: torch.dtype, chunk: int = 0) -> None:
-        config = language_config(eagle, mesh.config, dtype)
+    def __init__(
+        self,
+        eagle: EagleConfig,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        chunk: int,
+        recompute: RecomputeConfig,
+    ) -> None:
+        config = language_config(eagle, mesh.config, dtype, recompute)
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
         self.eagle, self.mesh = eagle, mesh
@@ -53,7 +60,7 @@ class EagleModel(MegatronModule):
         self.share_embeddings_and_output_weights = eagle.text.tie_word_embeddings
         if self.pre_process:
             groups = _tower_groups(mesh)
-            tower = vision_config(eagle, mesh.config, dtype)
+            tower = vision_config(eagle, mesh.config, dtype, recompute)
             self.vision_model = VisionModel(eagle.vision, tower, groups)
             self.connector = Connector(
                 eagle.vision.hidden_size * eagle.shuffle_factor**2,
@@ -103,7 +110,12 @@ class EagleModel(MegatronModule):
             # Each tensor parallel rank uses other rows of the same features: backward adds them up.
             features = copy_to_tensor_model_parallel_region(features, group=self.mesh.tp.group)
         received = exchange_features(features, inputs.vision)
-        return hidden.index_copy(0, inputs.image_rows, received.unsqueeze(1))
+        hidden = hidden.index_copy(0, inputs.image_rows, received.unsqueeze(1))
+        if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+            # Checkpointed layers get no gradients unless their input asks for one, and it does not where
+            # everything before them is frozen.
+            hidden = hidden if hidden.requires_grad else hidden.requires_grad_()
+        return hidden
 
     def forward(self, inputs: ModelInput) -> Tensor:
         """-> per-token cross-entropy fp32 [1, s] on the last stage (this rank's share of the logits
@@ -127,11 +139,16 @@ def _tower_groups(mesh: Mesh) -> ProcessGroupCollection:
 
 
 def build_model(
-    eagle: EagleConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype = torch.float32
+    eagle: EagleConfig,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    recompute: RecomputeConfig | None = None,
 ) -> list[EagleModel]:
     """This rank's model chunks, one per virtual pipeline stage, with parameters not yet set.
 
     Follow with `model.initialization.initialize_parameters` or `training.checkpoint.load_checkpoint`.
     """
+    recompute = recompute or RecomputeConfig()
     chunks = range(mesh.config.num_model_chunks)
-    return [EagleModel(eagle, mesh, dtype, chunk).to(device) for chunk in chunks]
+    return [EagleModel(eagle, mesh, dtype, chunk, recompute).to(device) for chunk in chunks]

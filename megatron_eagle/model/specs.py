@@ -4,7 +4,9 @@ The vision tower and the connector have their own configurations: one pipeline s
 sequence parallelism. They are tensor parallel like the language model.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -25,6 +27,30 @@ from megatron_eagle.context_parallel.attention import CoreAttention
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
+
+
+@dataclass
+class RecomputeConfig:
+    """Activations that backward computes again instead of keeping them.
+
+    `selective` keeps everything but core attention's (Megatron's default choice); `full` keeps only each
+    layer's input. The tower has no selective form: its attention keeps no score matrix.
+    """
+
+    language: Literal["none", "selective", "full"] = "none"
+    vision: Literal["none", "full"] = "none"
+
+
+# Megatron's words for the policies of `RecomputeConfig`.
+_RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 
 
 def _leave_unset(weight: Tensor) -> Tensor:
@@ -59,7 +85,9 @@ def tower_parallel_size(parallel: ParallelConfig) -> int:
     return 1 if parallel.vision_sharding == "cp_tp" else parallel.tensor_model_parallel_size
 
 
-def language_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def language_config(
+    eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: RecomputeConfig
+) -> TransformerConfig:
     """Qwen2.5 under the whole layout."""
     text = eagle.text
     interleaved = parallel.num_model_chunks > 1
@@ -91,11 +119,14 @@ def language_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.d
         batch_p2p_comm=not interleaved,
         batch_p2p_sync=on_gpu,
         deallocate_pipeline_outputs=on_gpu,
+        **_RECOMPUTE[recompute.language],
         **_common(parallel.tensor_model_parallel_size, dtype),
     )
 
 
-def vision_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def vision_config(
+    eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: RecomputeConfig
+) -> TransformerConfig:
     """SigLIP2: LayerNorm, tanh GELU, biases everywhere."""
     vision = eagle.vision
     return TransformerConfig(
@@ -106,6 +137,7 @@ def vision_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dty
         normalization="LayerNorm",
         layernorm_epsilon=vision.layer_norm_eps,
         activation_func=partial(F.gelu, approximate="tanh"),
+        **_RECOMPUTE[recompute.vision],
         **_common(tower_parallel_size(parallel), dtype),
     )
 

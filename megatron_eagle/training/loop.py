@@ -92,7 +92,7 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     checkpoint, seed = config.checkpoint, config.training.seed
     save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.path)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    models = build_model(config.model, mesh, device.torch_device, dtype)
+    models = build_model(config.model, mesh, device.torch_device, dtype, config.recompute)
     resume = has_checkpoint(checkpoint.path)
     if not resume and checkpoint.load is not None:
         load_checkpoint(checkpoint.load, models=models)

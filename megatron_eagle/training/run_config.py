@@ -21,6 +21,7 @@ from megatron_eagle.data.store import read_manifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.layout_rules import check_layout
 from megatron_eagle.model.presets import EagleConfig, expand_preset
+from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.checkpoint import CheckpointConfig, has_checkpoint, read_model_config
 from megatron_eagle.training.metrics import LoggingConfig
@@ -66,6 +67,7 @@ class RunConfig:
     training: TrainingConfig
     checkpoint: CheckpointConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

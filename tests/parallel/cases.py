@@ -14,6 +14,7 @@ from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters, join_tensor_parallel
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import EagleConfig, preset
+from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
 from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.optimizer import wrap_models
@@ -111,10 +112,15 @@ def gather_gradients(mesh: Mesh, wrapped: list) -> None:
                 torch.distributed.all_gather_into_tensor(full, shard, group=mesh.dp_cp.group)
 
 
-def run(layout: Layout, eagle: EagleConfig, dtype: torch.dtype = torch.float32) -> dict:
+def run(
+    layout: Layout,
+    eagle: EagleConfig,
+    dtype: torch.dtype = torch.float32,
+    recompute: RecomputeConfig | None = None,
+) -> dict:
     """On one rank: this rank's part of the loss and of the gradients of the global batch."""
     with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
-        models = build_model(eagle, mesh, torch.device("cpu"), dtype)
+        models = build_model(eagle, mesh, torch.device("cpu"), dtype, recompute)
         initialize_parameters(models, seed=1)
         return forward_backward(models, eagle, mesh, global_batch(eagle))
 

@@ -1,8 +1,12 @@
 """Every parallel layout against one process: the loss and all parameter gradients."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
+from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
+from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from tests.parallel.cases import LAYOUTS, ONE_PROCESS, Layout, Outcome, combine, run, tiny_model
 from tests.parallel.harness import launch
@@ -36,6 +40,38 @@ def test_a_dropped_collective_is_noticed(name, reference):
     [cell] = [cell for cell in LAYOUTS if cell.name == SABOTAGES[name][0]]
     results = launch(run_sabotaged, cell.world_size, name, cell, tiny_model())
     assert combine(results, check_replicas=False).worst(reference)[0] > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("layout", "language", "vision"),
+    [
+        ("TP2+SP x CP2, cp_tp", "selective", "none"),
+        ("TP2+SP x CP2, cp_tp", "full", "full"),
+        ("PP2 x VPP2, none", "full", "full"),
+        ("TP2 x CP2, cp", "none", "full"),
+    ],
+)
+def test_recomputation_is_exact(layout, language, vision, reference):
+    [cell] = [cell for cell in LAYOUTS if cell.name == layout]
+    recompute = RecomputeConfig(language, vision)
+    results = launch(run, cell.world_size, cell, tiny_model(), torch.float32, recompute)
+    assert combine(results).worst(reference)[0] <= TOLERANCE
+
+
+def _attention_calls(recompute: RecomputeConfig) -> int:
+    with patch.object(
+        ReferenceAttention, "forward", autospec=True, side_effect=ReferenceAttention.forward
+    ) as f:
+        run(ONE_PROCESS, tiny_model(), torch.float32, recompute)
+        return f.call_count
+
+
+def test_recomputation_takes_place():
+    calls = [
+        launch(_attention_calls, 1, RecomputeConfig(policy))[0] for policy in ("none", "selective", "full")
+    ]
+    layers, packs = tiny_model().text.num_hidden_layers, 4
+    assert calls == [layers * packs, 2 * layers * packs, 2 * layers * packs]
 
 
 def test_tied_embeddings_across_the_pipeline():

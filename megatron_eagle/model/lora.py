@@ -1,0 +1,282 @@
+"""LoRA on the language model: trained low-rank matrices beside frozen linear layers, in every layout.
+
+    y = W x + alpha / rank * B A x          (Hu et al. 2021, arXiv:2106.09685, section 4.1)
+
+q, k, v, o, gate, up and down each have their own A and B, as in peft, although Megatron fuses q, k, v and
+gate, up into one layer: their products are laid side by side as the fused layer's rows are.
+
+Tensor parallelism (out and in are features, r the rank):
+
+    q k v gate up   A [r, in] on every rank         B [out / tp, r]
+    o down          A [r, in / tp]                  B [out, r] on every rank
+
+Only the r features between A and B travel, and each hop's backward makes the gradients whole:
+
+    q k v gate up   without sequence parallelism every rank has all tokens and the same r features, whose
+                    gradients, one part from each rank's share of B, are summed over the ranks. The
+                    gradient of A then is whole and equal everywhere. With sequence parallelism the r
+                    features of a rank's tokens are gathered, backward is a reduce-scatter, and each rank
+                    has the gradient of A from its own tokens: marked `sequence_parallel`, Megatron sums it.
+    o down          every rank's share of A gives a part of the r features: summed over the ranks, or
+                    under sequence parallelism reduce-scattered, so that each rank multiplies its tokens
+                    by B. The gradient of B then comes from those tokens alone: marked, and summed.
+
+Shapes: s tokens of this context parallel rank, r rows of its hidden states (s, or s / tp under sequence
+parallelism), b = 1.
+"""
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.model.initialization import global_name, tensor_parallel_shard
+
+# Hugging Face's modules of a layer, in the order in which Megatron fuses them.
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: tuple[Target, ...] = Target.__args__
+
+
+@dataclass
+class LoraConfig:
+    """Adapters on `target_modules` of every language layer; in place of the layers' own weights they train.
+
+    Raises:
+        ValueError: naming the rule and the value.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0  # the adapters' product is scaled by alpha / rank
+    target_modules: list[Target] = field(default_factory=lambda: list(TARGETS))
+    # Training draws no random numbers: a resumed run is exact, and every layout computes the same.
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha:g}")
+        if not self.target_modules:
+            raise ValueError(f"target_modules is empty: name some of {', '.join(TARGETS)}")
+        if self.dropout != 0:
+            raise ValueError(f"dropout must be 0, got {self.dropout:g}: training draws no random numbers")
+        self.target_modules = [name for name in TARGETS if name in self.target_modules]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class _Adapter(torch.nn.Module):
+    """The adapters of one Megatron layer: `{target}_a` [r, in] and `{target}_b` [out, r] for each target.
+
+    Both are held and called together: Megatron's wrapper gathers a module's parameters when it is called.
+    """
+
+    # The axis of A and of B that tensor parallel ranks divide; None: every rank has the whole factor.
+    split: Mapping[str, int | None]
+
+    def __init__(
+        self, sizes: Mapping[str, tuple[int, int]], weight: Tensor, config: LoraConfig, model: EagleModel
+    ) -> None:
+        """`sizes`: in and out features of this rank by target; `weight`: the layer's, for type and device."""
+        super().__init__()
+        self.tp = model.mesh.tp
+        self.sequence_parallel = model.config.sequence_parallel
+        self.rank, self.scale = config.rank, config.scale
+        self.targets = list(sizes)
+        for target, (size_in, size_out) in sizes.items():
+            for factor, shape in (("a", (self.rank, size_in)), ("b", (size_out, self.rank))):
+                parameter = torch.nn.Parameter(weight.new_empty(shape))
+                axis = self.split[factor]
+                if axis is None:
+                    # Seen by this rank's tokens alone: Megatron sums its gradient over the ranks.
+                    parameter.sequence_parallel = self.sequence_parallel
+                else:
+                    # Also tells the gradient norm not to count one rank's share as everyone's.
+                    set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+                self.register_parameter(f"{target}_{factor}", parameter)
+
+    def a(self, target: str) -> Tensor:
+        return getattr(self, f"{target}_a")
+
+    def b(self, target: str) -> Tensor:
+        return getattr(self, f"{target}_b")
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
+        """Megatron's description for checkpoints: whole shapes, the same for every layout."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        axes = {name: self.split[name[-1]] for name in state if self.split[name[-1]] is not None}
+        groups = {"tp_group": self.tp.group, "dp_cp_group": metadata["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
+
+
+class ColumnAdapter(_Adapter):
+    """Beside a column parallel layer, whose rows on this rank are `groups` times `widths` features."""
+
+    split = {"a": None, "b": 0}
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        groups: int,
+        weight: Tensor,
+        config: LoraConfig,
+        model: EagleModel,
+    ) -> None:
+        targets = [target for target in widths if target in config.target_modules]
+        sizes = {target: (weight.shape[1], groups * widths[target]) for target in targets}
+        super().__init__(sizes, weight, config, model)
+        self.widths, self.groups = dict(widths), groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[r, b, in] -> [s, b, out / tp], in the fused layer's order."""
+        low = F.linear(x, torch.cat([self.a(target) for target in self.targets])) * self.scale
+        if self.sequence_parallel:
+            low = gather_from_sequence_parallel_region(low, group=self.tp.group)
+        else:
+            low = copy_to_tensor_model_parallel_region(low, group=self.tp.group)
+        by_target = dict(zip(self.targets, low.split(self.rank, -1), strict=True))
+        lead = low.shape[:-1]
+        parts = [
+            F.linear(by_target[name], self.b(name)).view(*lead, self.groups, width)
+            if name in by_target
+            else low.new_zeros(*lead, self.groups, width)
+            for name, width in self.widths.items()
+        ]
+        return torch.cat(parts, -1).flatten(-2)
+
+
+class RowAdapter(_Adapter):
+    """Beside a row parallel layer."""
+
+    split = {"a": 1, "b": None}
+
+    def __init__(self, target: str, weight: Tensor, config: LoraConfig, model: EagleModel) -> None:
+        super().__init__({target: (weight.shape[1], weight.shape[0])}, weight, config, model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, in / tp] -> [r, b, out]."""
+        [target] = self.targets
+        low = F.linear(x, self.a(target)) * self.scale
+        if self.sequence_parallel:
+            low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp.group)
+        else:
+            low = reduce_from_tensor_model_parallel_region(low, group=self.tp.group)
+        return F.linear(low, self.b(target))
+
+
+def add_lora(models: Iterable[EagleModel], config: LoraConfig, *, seed: int = 0) -> None:
+    """Freeze the language model and put adapters on it, in place; before the data-parallel wrapper is put on.
+
+    Vision tower and connector stay as they are. The adapters are fresh (`seed`): B is zero, so that nothing
+    changes yet. Weights that are to be loaded or drawn for a model without adapters come before this call, a
+    checkpoint with adapters after it.
+
+    Raises:
+        UserError: a layer is fused with its norm, and shows an adapter no normalised input.
+    """
+    for model in models:
+        model.language_model.requires_grad_(False)
+        for layer in model.language_model.decoder.layers:
+            _adapt(layer, config, model)
+        if model.pre_process:
+            # Recomputation gives gradients to nothing of a layer whose input needs none.
+            model.language_model.embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())
+        _initialize(model, seed)
+
+
+def adapters(model: EagleModel) -> Iterator[tuple[int, Target, Tensor, Tensor]]:
+    """(global layer number from 0, target, A, B) of everything `add_lora` put on one pipeline chunk."""
+    for layer in model.language_model.decoder.layers:
+        for module in layer.modules():
+            if isinstance(module, _Adapter):
+                for target in module.targets:
+                    yield layer.layer_number - 1, target, module.a(target), module.b(target)
+
+
+def check_same_lora(config: LoraConfig | None, saved: LoraConfig | None, where: Any) -> None:
+    """Refuse a checkpoint `where` whose adapters are not those of the run.
+
+    Raises:
+        UserError: what each of them has.
+    """
+    if config != saved:
+        own, theirs = (
+            "none"
+            if lora is None
+            else f"rank {lora.rank}, alpha {lora.alpha:g}, {'+'.join(lora.target_modules)}"
+            for lora in (config, saved)
+        )
+        raise UserError(
+            f"{where}: the checkpoint's LoRA adapters are ({theirs}) and the run's lora section says ({own}); "
+            "make them equal, or merge the adapters (convert_hf.py export, then import)"
+        )
+
+
+def _adapt(layer: TransformerLayer, config: LoraConfig, model: EagleModel) -> None:
+    attention, mlp = layer.self_attention, layer.mlp
+    head, groups = attention.hidden_size_per_attention_head, attention.num_query_groups_per_partition
+    queries = attention.num_attention_heads_per_partition // groups * head
+    gate = mlp.linear_fc1.weight.shape[0] // 2
+    for owner, name, widths, fused_groups in (
+        (attention, "qkv", {"q_proj": queries, "k_proj": head, "v_proj": head}, groups),
+        (mlp, "fc1", {"gate_proj": gate, "up_proj": gate}, 1),
+        (attention, "proj", ["o_proj"], None),
+        (mlp, "fc2", ["down_proj"], None),
+    ):
+        if not any(target in config.target_modules for target in widths):
+            continue
+        linear = getattr(owner, f"linear_{name}")
+        if hasattr(linear, "layer_norm_weight"):
+            raise UserError("lora needs a model specification whose norms are modules of their own")
+        if fused_groups is None:
+            adapter = RowAdapter(widths[0], linear.weight, config, model)
+        else:
+            adapter = ColumnAdapter(widths, fused_groups, linear.weight, config, model)
+        # Beside the layer, not around it: the base keeps its parameter names, here and in checkpoints.
+        owner.add_module(f"lora_{name}", adapter)
+        linear.register_forward_hook(_adding(adapter))
+
+
+def _adding(adapter: _Adapter):
+    def hook(linear, inputs: Sequence[Any], output: tuple) -> tuple:
+        return output[0] + adapter(inputs[0]), *output[1:]
+
+    return hook
+
+
+@torch.no_grad()
+def _initialize(model: EagleModel, seed: int) -> None:
+    """A as peft's (kaiming uniform with a = sqrt 5: within 1 / sqrt(in)), from its global name; B zero."""
+    tp = model.mesh.tp
+    for local_name, parameter in model.named_parameters():
+        if ".lora_" not in local_name:
+            continue
+        if local_name.endswith("_b"):
+            parameter.zero_()
+            continue
+        name = global_name(local_name, model)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        rows, columns = parameter.shape
+        split = getattr(parameter, "tensor_model_parallel", False)
+        full = torch.empty(rows, columns * (tp.size if split else 1))
+        bound = 1 / math.sqrt(full.shape[1])
+        full.uniform_(-bound, bound, generator=generator)
+        parameter.copy_(tensor_parallel_shard(full, name, 1, tp.size, tp.rank) if split else full)
