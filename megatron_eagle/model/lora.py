@@ -5,21 +5,23 @@
 q, k, v, o, gate, up and down each have their own A and B, as in peft, although Megatron fuses q, k, v and
 gate, up into one layer: their products are laid side by side as the fused layer's rows are.
 
-Tensor parallelism (out and in are features, r the rank):
+Tensor parallelism (in, out: features; rank: of the product):
 
-    q k v gate up   A [r, in] on every rank         B [out / tp, r]
-    o down          A [r, in / tp]                  B [out, r] on every rank
+    q k v gate up   A [rank, in] on every rank           B [out / tp, rank]
+    o down          A [rank, in / tp]                    B [out, rank] on every rank
 
-Only the r features between A and B travel, and each hop's backward makes the gradients whole:
+Only the `rank` features between A and B travel between ranks, and backward makes every gradient whole:
 
-    q k v gate up   without sequence parallelism every rank has all tokens and the same r features, whose
-                    gradients, one part from each rank's share of B, are summed over the ranks. The
-                    gradient of A then is whole and equal everywhere. With sequence parallelism the r
-                    features of a rank's tokens are gathered, backward is a reduce-scatter, and each rank
-                    has the gradient of A from its own tokens: marked `sequence_parallel`, Megatron sums it.
-    o down          every rank's share of A gives a part of the r features: summed over the ranks, or
-                    under sequence parallelism reduce-scattered, so that each rank multiplies its tokens
-                    by B. The gradient of B then comes from those tokens alone: marked, and summed.
+    q k v gate up   Without sequence parallelism all ranks have all tokens. Each rank's share of B gives the
+                    features a part of their gradient; the parts are summed on the way back, and A's gradient
+                    is whole and equal everywhere. With it, the features of each rank's tokens are gathered,
+                    and backward is a reduce-scatter: A's gradient then comes from each rank's own tokens.
+    o down          Each rank's share of A gives a part of the features. Without sequence parallelism they
+                    are summed, and B's gradient is whole and equal everywhere. With it they are
+                    reduce-scattered, and B's gradient comes from each rank's own tokens.
+
+A factor whose gradient comes from a rank's own tokens is marked `sequence_parallel`, as norm weights are:
+Megatron sums its gradient over the tensor parallel ranks.
 
 Shapes: s tokens of this context parallel rank, r rows of its hidden states (s, or s / tp under sequence
 parallelism), b = 1.
@@ -29,7 +31,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -50,7 +52,7 @@ from megatron_eagle.model.initialization import global_name, tensor_parallel_sha
 
 # Hugging Face's modules of a layer, in the order in which Megatron fuses them.
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGETS: tuple[Target, ...] = Target.__args__
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 @dataclass
@@ -84,7 +86,7 @@ class LoraConfig:
 
 
 class _Adapter(torch.nn.Module):
-    """The adapters of one Megatron layer: `{target}_a` [r, in] and `{target}_b` [out, r] for each target.
+    """The adapters of one Megatron layer: for each target `{target}_a` [rank, in], `{target}_b` [out, rank].
 
     Both are held and called together: Megatron's wrapper gathers a module's parameters when it is called.
     """
@@ -197,8 +199,7 @@ def add_lora(models: Iterable[EagleModel], config: LoraConfig, *, seed: int = 0)
         for layer in model.language_model.decoder.layers:
             _adapt(layer, config, model)
         if model.pre_process:
-            # Recomputation gives gradients to nothing of a layer whose input needs none.
-            model.language_model.embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())
+            model.language_model.embedding.register_forward_hook(_needing_gradient)
         _initialize(model, seed)
 
 
@@ -218,16 +219,16 @@ def check_same_lora(config: LoraConfig | None, saved: LoraConfig | None, where: 
         UserError: what each of them has.
     """
     if config != saved:
-        own, theirs = (
-            "none"
-            if lora is None
-            else f"rank {lora.rank}, alpha {lora.alpha:g}, {'+'.join(lora.target_modules)}"
-            for lora in (config, saved)
-        )
         raise UserError(
-            f"{where}: the checkpoint's LoRA adapters are ({theirs}) and the run's lora section says ({own}); "
-            "make them equal, or merge the adapters (convert_hf.py export, then import)"
+            f"{where}: its LoRA adapters are {_described(saved)}, the run's lora section wants "
+            f"{_described(config)}; make them equal, or merge them (convert_hf.py export, then import)"
         )
+
+
+def _described(config: LoraConfig | None) -> str:
+    if config is None:
+        return "(none)"
+    return f"(rank {config.rank}, alpha {config.alpha:g}, {'+'.join(config.target_modules)})"
 
 
 def _adapt(layer: TransformerLayer, config: LoraConfig, model: EagleModel) -> None:
@@ -260,6 +261,11 @@ def _adding(adapter: _Adapter):
         return output[0] + adapter(inputs[0]), *output[1:]
 
     return hook
+
+
+def _needing_gradient(embedding, inputs: tuple, hidden: Tensor) -> Tensor:
+    """Recomputation gives no gradient to anything in a layer whose input needs none."""
+    return hidden.requires_grad_()
 
 
 @torch.no_grad()
