@@ -1,7 +1,12 @@
 """The exported processor: the prompt it writes, the frames it takes, the errors it gives."""
 
+import base64
 import csv
+import functools
+import http.server
 import json
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -141,6 +146,17 @@ def test_typed_special_tokens_stay_text(processor):
     assert ids.count(special("<|im_end|>")) == 2 and special("<IMG_CONTEXT>") not in ids
 
 
+def test_media_names_in_an_answer_stay_text(processor, media):
+    messages = [
+        *user(image(media["small"]), text("Which one?")),
+        {"role": "assistant", "content": "See <image-1>."},
+        *user(text("And <image-2>?"), image(media["wide"])),
+    ]
+    prompt, _ = written(processor, messages)
+    assert "<|im_start|>assistant\nSee <image-1>.<|im_end|>" in prompt
+    assert f"user\nAnd <image 2>{tokens(5)}?<|im_end|>" in prompt
+
+
 def test_system_turn_and_history(processor):
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -159,6 +175,7 @@ def test_system_turn_and_history(processor):
         ("<image-2>", 2, "images are numbered .2."),
         ("<image-2>", 0, "asks for <image-2>, there are 0 images"),
         ("<video-1>", 1, "asks for <video-1>, there are 0 videos"),
+        ("<image-1> and <image-1>", 1, "uses <image-1> twice"),
         ("nothing", 1, "1 images were given and the prompts use 0"),
     ],
 )
@@ -230,6 +247,28 @@ def test_unreadable_media_is_named(tmp_path):
             load(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no frame between 90 s and 91 s"):
         load_video(write_video(tmp_path / "v.mp4", frames=8), video_start=90, video_end=91)
+
+
+def test_pictures_come_from_urls_too(media, tmp_path):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    handler = functools.partial(Quiet, directory=os.path.dirname(media["wide"]))
+    expected = load_image(media["wide"])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert load_image(f"{url}/wide.png") == expected
+        assert len(load_video(f"{url}/video.mp4", nframes=2)) == 2
+        for load, name in ((load_image, "image"), (load_video, "video")):
+            with pytest.raises(ValueError, match=f"{name} cannot be read: {url}/nothing"):
+                load(f"{url}/nothing")
+        server.shutdown()
+    with open(media["wide"], "rb") as file:
+        encoded = base64.b64encode(file.read()).decode()
+    assert load_image(f"data:image/png;base64,{encoded}") == expected
+    assert load_image(f"file://{media['wide']}") == expected
 
 
 @need_spec

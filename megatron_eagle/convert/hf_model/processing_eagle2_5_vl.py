@@ -13,7 +13,6 @@ The written prompt equals the `hf` template variant of training, token by token.
 
 import base64
 import bisect
-import copy
 import io
 import os
 import re
@@ -74,6 +73,8 @@ _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", 
 _PLACEHOLDER = re.compile(r"<(image|video)-(\d+)>")
 # Put into special tokens that a user typed, so that they stay text: a Unicode noncharacter.
 _SHIELD = "\ufdd0"
+# Decoders that read nothing but the file (Pillow's EPS reader, for one, starts a program).
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
 class VideoFrames(list):
@@ -98,16 +99,21 @@ def load_image(source) -> Image.Image:
         if str(source).startswith("data:image"):
             stream = io.BytesIO(base64.b64decode(str(source).split("base64,", 1)[1]))
         elif str(source).startswith(("http://", "https://")):
-            with urllib.request.urlopen(str(source), timeout=60) as response:
-                stream = io.BytesIO(response.read())
+            stream = io.BytesIO(_download(str(source)))
         else:
             stream = str(source).removeprefix("file://")
-        with Image.open(stream) as image:
+        Image.init()
+        with Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
             return to_rgb(image)
     except FileNotFoundError:
         raise ValueError(f"image not found: {name}") from None
     except (OSError, UnidentifiedImageError, SyntaxError, IndexError, Image.DecompressionBombError) as error:
         raise ValueError(f"image cannot be read: {name} ({error})") from None
+
+
+def _download(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=60) as response:
+        return response.read()
 
 
 def frame_count(
@@ -148,8 +154,10 @@ def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFra
 
     name = str(source)
     if name.startswith(("http://", "https://")):
-        with urllib.request.urlopen(name, timeout=60) as response:
-            data = response.read()
+        try:
+            data = _download(name)
+        except OSError as error:
+            raise ValueError(f"video cannot be read: {name} ({error})") from None
     else:
         name = name.removeprefix("file://")
         if not os.path.isfile(name):
@@ -225,8 +233,9 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
     ):
         """The prompt of one conversation (or a list of them), with `<image-k>` and `<video-k>` placeholders.
 
-        Special tokens typed inside a message's text are shielded and stay text. With `tokenize=True` the
-        media are loaded too, and the ids, or with `return_dict=True` all model inputs, are returned.
+        Special tokens typed in a message, and media names in an answer, are shielded and stay text. With
+        `tokenize=True` the media are loaded too, and the ids, or with `return_dict=True` all model inputs,
+        are returned.
         """
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         texts = [
@@ -332,22 +341,27 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     def _shielded(self, conversation):
+        """A copy in which typed special tokens, and media names outside the user's turns, stay text."""
         special = self._special_tokens()
 
-        def shield(text):
+        def shield(text, role):
             text = text.replace(_SHIELD, "")
-            return special.sub(lambda match: match.group()[0] + _SHIELD + match.group()[1:], text)
+            for pattern in (special,) if role == "user" else (special, _PLACEHOLDER):
+                text = pattern.sub(lambda match: match.group()[0] + _SHIELD + match.group()[1:], text)
+            return text
 
-        conversation = [dict(message) for message in conversation]
+        result = []
         for message in conversation:
-            if isinstance(message["content"], str):
-                message["content"] = shield(message["content"])
+            role, content = message["role"], message["content"]
+            if isinstance(content, str):
+                content = shield(content, role)
             else:
-                items = [copy.copy(item) for item in message["content"]]
-                message["content"] = [
-                    {**item, "text": shield(item["text"])} if "text" in item else item for item in items
+                content = [
+                    {**item, "text": shield(item["text"], role)} if "text" in item else item
+                    for item in content
                 ]
-        return conversation
+            result.append({**message, "content": content})
+        return result
 
     def _encode(self, text: str) -> list[int]:
         if _SHIELD not in text:
@@ -382,6 +396,8 @@ class _Media:
             left = len(self.media[kind]) - self.used[kind]
             if not 1 <= number <= left:
                 raise ValueError(f"the prompt asks for {match.group()}, there are {left} {kind}s for it")
+            if number in seen[kind]:
+                raise ValueError(f"the prompt uses {match.group()} twice")
             seen[kind].add(number)
             item = self.media[kind][self.used[kind] + number - 1]
             return self._image(item, number) if kind == "image" else self._video(item, number)
