@@ -27,6 +27,8 @@ class ParallelConfig:
     num_layers_in_first_pipeline_stage: int | None = None
     # Which ranks divide the vision tiles of a pack (context_parallel/vision_sharding.py).
     vision_sharding: Literal["none", "cp", "cp_tp"] = "cp"
+    # Reduce gradients over data parallel ranks, bucket by bucket, during the last backward.
+    overlap_grad_reduce: bool = False
 
     @property
     def model_parallel_size(self) -> int:

@@ -80,14 +80,23 @@ class OptimizerConfig:
 def wrap_models(models: Sequence[MegatronModule]) -> list[DistributedDataParallel]:
     """Megatron's data-parallel wrapper around each model chunk.
 
-    Gradients accumulate in fp32 and are summed, never averaged, over data and context parallel ranks.
+    Gradients accumulate in fp32 and are summed, never averaged, over data and context parallel ranks;
+    with `parallel.overlap_grad_reduce` while the last microbatch's backward still runs.
     bf16 models are built in bf16 and need no `Float16Module`: it would also round the buffers that must
     stay fp32 (rotary frequencies).
     """
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    for model in models:
-        model.config.finalize_model_grads_func = _finalize_model_grads
-    return [DistributedDataParallel(model.config, config, model) for model in models]
+    overlap = models[0].mesh.config.overlap_grad_reduce
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap
+    )
+    wrapped = [DistributedDataParallel(model.config, config, model) for model in models]
+    schedule = models[0].config  # the one that Megatron's schedules read
+    schedule.finalize_model_grads_func = _finalize_model_grads
+    if overlap:
+        # Without it, every microbatch would start the reduction, not only the last.
+        no_sync = [model.no_sync for model in wrapped]
+        schedule.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
 
 
 def _finalize_model_grads(models, num_tokens, **kwargs) -> None:
