@@ -304,6 +304,8 @@ def _content(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | N
         content["optimizer"] = optimizer.sharded_state_dict(
             dict(content), is_loading=loading, metadata=dict(_CONTENT)
         )
+        if not content["optimizer"]["param_state"]:
+            del content["optimizer"]["param_state"]  # nothing trains on this rank
     return content
 
 

@@ -17,9 +17,10 @@ from megatron_eagle.training import checkpoint
 from megatron_eagle.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
+from megatron_eagle.training.parts import freeze
 from tests.parallel.cases import LENGTH, global_batch
 
-OPTIMIZER = OptimizerConfig(lr=5e-3, lr_warmup_fraction=0.0, weight_decay=0.1)
+OPTIMIZER = {"lr": 5e-3, "lr_warmup_fraction": 0.0, "weight_decay": 0.1}
 CPU = torch.device("cpu")
 
 
@@ -64,6 +65,7 @@ def _run(
     save: str | None = None,
     weights_only: bool = False,
     dtype: torch.dtype = torch.float32,
+    optimizer_settings: dict | None = None,
 ) -> dict:
     """Start fresh or from `load`, train up to iteration `until`, save.
 
@@ -75,9 +77,11 @@ def _run(
         initialize_parameters(models, seed=1 if load is None else 2)
         if load is not None and weights_only:
             load_checkpoint(load, models=models)
+        config = OptimizerConfig(**OPTIMIZER | (optimizer_settings or {}))
+        freeze(models, config.trainable, config.first_new_token)
         wrapped = wrap_models(models)
-        optimizer = build_optimizer(OPTIMIZER, wrapped)
-        scheduler = build_scheduler(OPTIMIZER, optimizer, train_iterations=20)
+        optimizer = build_optimizer(config, wrapped)
+        scheduler = build_scheduler(config, optimizer, train_iterations=20)
         state = TrainState()
         if load is not None and not weights_only:
             state = load_checkpoint(load, models=wrapped, optimizer=optimizer, scheduler=scheduler)

@@ -95,6 +95,18 @@ def test_bf16_keeps_its_fp32_main_parameters(tmp_path):
         assert torch.equal(parameter, resumed["parameters"][name]), name
 
 
+def test_frozen_parts_and_their_learning_rates(tmp_path):
+    """The second stage of two pipeline stages trains nothing; the parts' groups differ in nothing but lr."""
+    settings = {"trainable": ["vision", "connector"], "lr_multipliers": {"vision": 0.1}}
+    whole = steps(1, {}, until=4, optimizer_settings=settings)[0]
+    steps(2, PP2, until=2, save=str(tmp_path / "pp2"), optimizer_settings=settings)
+    moved = steps(1, {}, until=4, load=str(tmp_path / "pp2"), optimizer_settings=settings)[0]
+    assert moved["losses"] == pytest.approx(whole["losses"][2:], rel=1e-5)
+    steps(1, {}, until=2, save=str(tmp_path / "one"), optimizer_settings=settings)
+    resumed = steps(1, {}, until=4, load=str(tmp_path / "one"), optimizer_settings=settings)[0]
+    assert resumed["losses"] == whole["losses"][2:] and resumed["norms"] == whole["norms"][2:]
+
+
 def test_weights_only_start(saved, uninterrupted):
     """From the weights of step 2 with a fresh optimizer: the same loss, iteration 0."""
     started = steps(2, TP2, until=1, load=str(saved), weights_only=True)[0]
