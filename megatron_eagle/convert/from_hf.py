@@ -1,5 +1,6 @@
 """Import: a Hugging Face folder becomes a Megatron checkpoint that any layout can load."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def import_hf(hf: str | Path, checkpoint: str | Path) -> EagleConfig:
 
     Every tensor is accounted for before anything is written: one that is missing, unexpected or of another
     shape is an error, and none keeps a random value. Weights are stored as bf16 if all of them are, else as
-    fp32, which holds fp16 and bf16 exactly.
+    fp32, which holds fp16 and bf16 exactly. The folder appears when it is complete.
 
     Returns:
         The model's configuration.
@@ -40,14 +41,19 @@ def import_hf(hf: str | Path, checkpoint: str | Path) -> EagleConfig:
     plan.check_hf(weights.shapes, str(source))
 
     dtype = torch.bfloat16 if set(weights.dtypes.values()) == {"BF16"} else torch.float32
+    partial = target.parent / f".{target.name}.importing"
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        write_carried(target, source, weights, plan.carried)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        partial.mkdir(parents=True)
+        write_carried(partial, source, weights, plan.carried)
+        with whole_model(config, dtype) as (model, _, _):
+            fill(model, plan, weights)
+            save_checkpoint(partial, models=[model], model_config=config)
+        partial.replace(target)
     except OSError as error:
         raise UserError(f"{target}: cannot write here: {error}") from None
-    with whole_model(config, dtype) as (model, _, _):
-        fill(model, plan, weights)
-        save_checkpoint(target, models=[model], model_config=config)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return config
 
 
