@@ -31,7 +31,7 @@ MAX_TOKENS = 152
 TILE_SIZE, PATCH_SIZE, MAX_TILES = 64, 16, 6
 FEWER_TILES = 4  # what MAX_TOKENS leaves to each of four pictures
 FPS, MIN_FRAMES = 4, 4
-STOP_AT = 120  # iteration of the checkpoint that is continued under another layout
+STOP_AT = 100  # iteration of the checkpoint that is continued under another layout
 TENSOR_PARALLEL = ["parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=1"]
 CONTEXT_PARALLEL = ["parallel.tensor_model_parallel_size=1", "parallel.context_parallel_size=2"]
 LOSS_TOLERANCE = 1e-5
@@ -139,13 +139,7 @@ def request(about: Conversation, question: str) -> dict:
         "prompt": question,
         "images": [str(media / file) for file in about.images],
         "videos": [
-            {
-                "video": str(media / video["video"]),
-                "video_start": video["start_time"],
-                "video_end": video["end_time"],
-                "fps": FPS,
-                "max_frames": MIN_FRAMES,
-            }
+            {**video, "video": str(media / video["video"]), "fps": FPS, "max_frames": MIN_FRAMES}
             for video in about.videos
         ],
         "max_tiles": FEWER_TILES if len(about.images) > 2 else MAX_TILES,
@@ -173,18 +167,18 @@ def last_screen(right: int, followed: int, count: int, seconds: float) -> None:
     python = shown(Path(sys.executable))
     print(
         f"""
-Demo finished in {seconds:.0f} s: {right} of {count} training answers are right; with the pictures swapped,
+Demo finished in {seconds:.0f} s. {right} of {count} training answers are right; with the pictures swapped,
 {followed} answers change to the other picture's.
 
-  {shown(OUT / "data")}         token store, packs and the ledger of what was dropped (dropped.jsonl)
-  {shown(OUT / "checkpoint")}   Megatron checkpoints of both layouts
-  {shown(OUT / "hf")}           the exported model (transformers, trust_remote_code)
+  {shown(OUT / "data")}            token store, packs and the ledger of what was dropped (dropped.jsonl)
+  {shown(OUT / "checkpoint")}      Megatron checkpoints of both layouts
+  {shown(OUT / "hf")}              the exported model (transformers, trust_remote_code)
   {shown(OUT / "answers.jsonl")}   every question and the model's answer
-  {shown(OUT / "loss.png")}     loss curve; TensorBoard files in {shown(OUT / "checkpoint" / "logs")}
+  {shown(OUT / "loss.png")}        loss curve; TensorBoard files in {shown(OUT / "checkpoint" / "logs")}
 
 Ask it yourself:
-  {python} tools/generate.py --hf runs/demo/hf --image runs/demo/media/chelsea.png \\
-      --prompt "What is shown in this picture?"
+  {python} tools/generate.py --hf runs/demo/hf --max-tiles {MAX_TILES} \\
+      --image runs/demo/media/chelsea.png --prompt "What is shown in this picture?"
 """
     )
 
