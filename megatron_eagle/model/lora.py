@@ -198,8 +198,6 @@ def add_lora(models: Iterable[EagleModel], config: LoraConfig, *, seed: int = 0)
         model.language_model.requires_grad_(False)
         for layer in model.language_model.decoder.layers:
             _adapt(layer, config, model)
-        if model.pre_process:
-            model.language_model.embedding.register_forward_hook(_needing_gradient)
         _initialize(model, seed)
 
 
@@ -261,11 +259,6 @@ def _adding(adapter: _Adapter):
         return output[0] + adapter(inputs[0]), *output[1:]
 
     return hook
-
-
-def _needing_gradient(embedding, inputs: tuple, hidden: Tensor) -> Tensor:
-    """Recomputation gives no gradient to anything in a layer whose input needs none."""
-    return hidden.requires_grad_()
 
 
 @torch.no_grad()
