@@ -4,6 +4,8 @@ All text is kept.  Visual tokens are maximised subject to the token limit, time 
 handed out with one tile per picture, then the largest tile limit that still fits is given to all pictures.
 """
 
+import bisect
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,21 +103,38 @@ def sample_media(
 
 def _give_frames(videos: Sequence[VideoWish], count: Callable[[list[int]], int], limit: int) -> list[int]:
     """Frames per video: one more for the relatively emptiest video, until one more does not fit."""
-    wanted = [video.wanted for video in videos]
-    n = [min(video.minimum, video.wanted) for video in videos]
-    least = count(n)
+    start = [min(video.minimum, video.wanted) for video in videos]
+    least = count(start)
     if least > limit:
         raise Problem("too long", f"needs at least {least} tokens, the limit is {limit}")
-    if n != wanted and count(wanted) <= limit:  # the usual case, decided without the walk there
-        return wanted
-    while n != wanted:
-        open_videos = [i for i in range(len(n)) if n[i] < wanted[i]]
-        emptiest = min(open_videos, key=lambda i: Fraction(n[i], wanted[i]))
-        more = [k + (i == emptiest) for i, k in enumerate(n)]
-        if count(more) > limit:
-            break
-        n = more
-    return n
+    order = _giving_order(videos, start)
+
+    def after(steps: int) -> list[int]:
+        return [n + order[:steps].count(i) for i, n in enumerate(start)]
+
+    def fits(steps: int) -> bool:
+        return count(after(steps)) <= limit
+
+    if fits(len(order)):
+        return after(len(order))
+    # A frame costs far more than the others' labels may change by, so the first step that does not fit is
+    # found by halving; a few steps before it are tried all the same, for tiles of very few tokens.
+    first = bisect.bisect_left(range(1, len(order)), True, key=lambda steps: not fits(steps)) + 1
+    near = range(max(1, first - 4), first)
+    return after(next((steps for steps in near if not fits(steps)), first) - 1)
+
+
+def _giving_order(videos: Sequence[VideoWish], start: Sequence[int]) -> list[int]:
+    """Which video each further frame goes to: the one with the smallest share of its wish, or the first."""
+    heap = [(Fraction(n, v.wanted), i, n) for i, (v, n) in enumerate(zip(videos, start, strict=True))]
+    heapq.heapify(heap)
+    order = []
+    while heap:
+        share, i, n = heapq.heappop(heap)
+        if share < 1:
+            order.append(i)
+            heapq.heappush(heap, (Fraction(n + 1, videos[i].wanted), i, n + 1))
+    return order
 
 
 def _frames(videos: Sequence[VideoWish], n: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -74,9 +74,13 @@ def _read_entry(recipe: Path, name: str, entry: object) -> Dataset:
     annotation = _find(recipe, entry["annotation"])
     if not annotation.is_file():
         raise UserError(f"{where}: the annotation file {entry['annotation']} does not exist")
-    with annotation.open("rb") as file:
-        if file.read(64).lstrip()[:1] == b"[":
-            raise UserError(f"{where}: {annotation} is one JSON list; write it as one record a line (JSONL)")
+    try:
+        with annotation.open("rb") as file:
+            is_list = file.read(64).lstrip()[:1] == b"["
+    except OSError as error:
+        raise UserError(f"{where}: cannot read {annotation}: {error.strerror}") from None
+    if is_list:
+        raise UserError(f"{where}: {annotation} is one JSON list; write one record a line (JSONL)")
     root = annotation.parent if entry.get("root") in (None, "") else _find(recipe, str(entry["root"]))
     repeat_time = entry.get("repeat_time", 1)
     if (

@@ -57,9 +57,15 @@ def read_frame_table(path: str) -> FrameTable:
             if not container.streams.video:
                 raise Problem("unreadable video", f"{path} has no video stream")
             stream = container.streams.video[0]
-            packets = [p for p in container.demux(stream) if p.size and p.pts is not None]
+            shown, keyframes = [], []
+            for packet in container.demux(stream):
+                if packet.size == 0 or packet.pts is None:
+                    continue
+                if packet.is_keyframe:  # also those that an edit list hides: decoding begins there
+                    keyframes.append(packet.pts)
+                if not (packet.is_discard or packet.is_corrupt):
+                    shown.append((packet.pts, packet.duration or 0))
             time_base = stream.time_base
-        shown = [(p.pts, p.duration or 0) for p in packets if not (p.is_discard or p.is_corrupt)]
         if not shown:
             raise Problem("unreadable video", f"{path} has no frames with presentation times")
         if (declared := _declared_size(path)) > size:
@@ -71,8 +77,7 @@ def read_frame_table(path: str) -> FrameTable:
         raise Problem("unreadable video", f"{path}: {reason}") from None
     return FrameTable(
         pts=np.unique(np.array([pts for pts, _ in shown], np.int64)),
-        # Key frames that an edit list hides are still where decoding has to begin.
-        keyframes=np.unique(np.array([p.pts for p in packets if p.is_keyframe], np.int64)),
+        keyframes=np.unique(np.array(keyframes, np.int64)),
         time_base=time_base,
         last_duration=max(shown)[1],
         rotation=round(rotation / 90) * 90,
@@ -87,7 +92,8 @@ def _declared_size(path: str) -> int:
     with open(path, "rb") as file:
         head = file.read(64)
         if head[:4] == b"RIFF":
-            return 8 + struct.unpack("<I", head[4:8])[0]
+            size = struct.unpack("<I", head[4:8])[0]
+            return 8 + size if size < 0xFFFFFFFF else 0
         if head[:4] == b"\x1a\x45\xdf\xa3":
             _, start = _ebml_size(head, 4)
             start += _ebml_size(head, 4)[0]
@@ -100,7 +106,8 @@ def _declared_size(path: str) -> int:
             size = struct.unpack(">I", head[:4])[0]
             if size == 1 and len(head) == 16:
                 size = struct.unpack(">Q", head[8:])[0]
-            if size < 8:  # 0: this box goes on to the end of the file, however long that is
+            # A size of 0 means up to the end of the file; after the last box there may be bytes of no box.
+            if size < 8 or not all(32 <= byte < 127 for byte in head[4:8]):
                 break
             end += size
         return end

@@ -9,8 +9,7 @@ from PIL import Image
 
 
 def tile_image(image: Image.Image, grid: tuple[int, int], tile_size: int) -> torch.Tensor:
-    """Cut a picture into its grid (columns, rows) of tiles, row by row; a thumbnail follows if there are
-    several.
+    """Cut a picture into its grid (columns, rows) of tiles, row by row; several are followed by a thumbnail.
 
     Returns float32 [n, 3, S, S] in [-1, 1].
     """
