@@ -53,6 +53,26 @@ def test_logits_takes_a_flat_sequence_without_pictures(checkpoint, hf):
     assert torch.equal(logits(checkpoint, ids[0]), logits(checkpoint, ids, None))
 
 
+def test_logits_ignores_a_launchers_environment(checkpoint, hf, monkeypatch):
+    ids, pixels = make_prompt(hf, 1)
+    expected = logits(checkpoint, ids, pixels)
+    for name, value in {"RANK": 3, "WORLD_SIZE": 8, "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert torch.equal(logits(checkpoint, ids, pixels), expected)
+
+
+def test_logits_uses_a_group_that_exists_and_leaves_it(checkpoint, hf):
+    ids, pixels = make_prompt(hf, 1)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        first = logits(checkpoint, ids, pixels)
+        assert torch.distributed.is_initialized()
+        assert torch.equal(logits(checkpoint, ids, pixels), first)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_logits_refuses_what_does_not_fit(checkpoint, hf, tmp_path):
     ids, pixels = make_prompt(hf, 2)
     with pytest.raises(UserError, match="8 image tokens.*1 tiles x 4 = 4 image features"):
