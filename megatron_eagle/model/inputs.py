@@ -103,6 +103,8 @@ def _check_images(eagle: EagleConfig, image_tokens: int, pixel_values: Tensor) -
     if pixel_values.shape[2:] != (size, size):
         found = " x ".join(str(n) for n in pixel_values.shape[2:])
         raise UserError(f"tiles are {found} pixels and the model's vision.image_size is {size}")
+    if not torch.isfinite(pixel_values.sum()):
+        raise UserError("tiles hold NaN or infinite pixels: look at the media of this pack's samples")
     expected = pixel_values.shape[0] * eagle.tokens_per_tile
     if image_tokens != expected:
         raise UserError(

@@ -1,8 +1,11 @@
 """What an Eagle 2.5 model is: its sizes, in Hugging Face's words, and presets of them."""
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from megatron_eagle.config import to_dict
@@ -26,6 +29,13 @@ class VisionConfig:
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
 
+    @classmethod
+    def from_hf(cls, hf: dict) -> "VisionConfig":
+        """From a `SiglipVisionModel` configuration. Raises UserError for another tower."""
+        with _missing_keys_named():
+            _require(hf, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
+            return cls(**_known(cls, hf))
+
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
@@ -45,6 +55,16 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "TextConfig":
+        """From a Qwen2 or Qwen2.5 configuration. Raises UserError for another architecture."""
+        with _missing_keys_named():
+            _require(hf, model_type="qwen2", use_sliding_window=False, rope_scaling=None)
+            # transformers 5 moved rope_theta into rope_parameters.
+            rope = hf.get("rope_parameters") or {}
+            theta = hf.get("rope_theta", rope.get("rope_theta", 1e6))
+            return cls(**{**_known(cls, hf), "rope_theta": theta})
 
     @property
     def head_dim(self) -> int:
@@ -146,37 +166,22 @@ class EagleConfig:
         Raises:
             UserError: a part this implementation does not have, or a missing key.
         """
-        try:
-            if hf["model_type"] != "eagle_2_5_vl":
-                raise UserError(f"config.json: model_type is {hf['model_type']!r}, not 'eagle_2_5_vl'")
-            vision, text = hf["vision_config"], hf["text_config"]
-            supported = {
-                "vision_config.model_type": (vision["model_type"], "siglip_vision_model"),
-                "vision_config.hidden_act": (vision.get("hidden_act"), "gelu_pytorch_tanh"),
-                "text_config.model_type": (text["model_type"], "qwen2"),
-                "select_layer": (hf.get("select_layer", -1), -1),
-                "use_pixel_shuffle": (hf.get("use_pixel_shuffle", True), True),
-                "mlp_connector_layers": (hf.get("mlp_connector_layers", 2), 2),
-                "text_config.use_sliding_window": (text.get("use_sliding_window", False), False),
-                "text_config.rope_scaling": (text.get("rope_scaling"), None),
-            }
-            for name, (value, expected) in supported.items():
-                if value != expected:
-                    raise UserError(f"config.json: {name} is {value!r}; only {expected!r} is supported")
-            # transformers 5 moved rope_theta into rope_parameters.
-            rope = text.get("rope_parameters") or {}
-            extra = {"rope_theta": text.get("rope_theta", rope.get("rope_theta", 1e6))}
-            extra["tie_word_embeddings"] = text.get(
-                "tie_word_embeddings", hf.get("tie_word_embeddings", False)
+        with _missing_keys_named():
+            _require(
+                hf,
+                model_type="eagle_2_5_vl",
+                select_layer=-1,
+                use_pixel_shuffle=True,
+                mlp_connector_layers=2,
             )
+            text = dict(hf["text_config"])
+            text.setdefault("tie_word_embeddings", hf.get("tie_word_embeddings", False))
             return cls(
-                vision=VisionConfig(**_known(VisionConfig, vision)),
-                text=TextConfig(**{**_known(TextConfig, text), **extra}),
+                vision=VisionConfig.from_hf(hf["vision_config"]),
+                text=TextConfig.from_hf(text),
                 image_token_index=hf["image_token_index"],
                 downsample_ratio=hf.get("downsample_ratio", 0.5),
             ).validate()
-        except KeyError as error:
-            raise UserError(f"config.json: {error.args[0]} is missing") from None
 
     def to_hf(self) -> dict:
         """Contents of `config.json`, without what only an exporter knows (`auto_map`, dtype)."""
@@ -214,7 +219,27 @@ class EagleConfig:
 
 
 def _known(cls: type, values: dict) -> dict:
-    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+    required = {f.name for f in fields(cls)} - {"layer_norm_eps", "num_channels"} - set(_OPTIONAL_IN_HF)
+    return {f.name: values[f.name] for f in fields(cls) if f.name in values or f.name in required}
+
+
+# What a configuration may leave out, because transformers has the default that this file has.
+_OPTIONAL_IN_HF = ("rope_theta", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
+
+
+def _require(hf: dict, **expected: object) -> None:
+    """Refuse what this implementation does not have; a key that is left out has the expected value."""
+    for name, value in expected.items():
+        if hf.get(name, value) != value:
+            raise UserError(f"config.json: {name} is {hf[name]!r}; only {value!r} is supported")
+
+
+@contextmanager
+def _missing_keys_named() -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"config.json: {error.args[0]} is missing") from None
 
 
 PRESETS: dict[str, EagleConfig] = {
@@ -241,6 +266,11 @@ PRESETS: dict[str, EagleConfig] = {
         image_token_index=151667,
     ),
 }
+# Real widths at cut depth: what one GPU can train, for measuring kernels and memory. 1.1 B parameters.
+PRESETS["eagle2.5-1b-proxy"] = copy.deepcopy(PRESETS["eagle2.5-8b"])
+PRESETS["eagle2.5-1b-proxy"].vision.num_hidden_layers = 4
+PRESETS["eagle2.5-1b-proxy"].text.num_hidden_layers = 2
+PRESETS["eagle2.5-1b-proxy"].text.tie_word_embeddings = True
 
 
 def preset(name: str) -> EagleConfig:
@@ -255,13 +285,36 @@ def preset(name: str) -> EagleConfig:
 
 
 def expand_preset(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A run file's `model` section with `preset: NAME` replaced by that preset's values.
+    """A run file's `model` section with `preset: NAME` and `hf: FILE` replaced by the values they stand for.
 
-    What the section itself says wins over the preset; `config.from_dict` checks the result.
+    `hf` is a config.json of Eagle 2.5, or of a Qwen2.5 or SigLIP model, which replaces that part of the
+    preset. What the section itself says wins; `config.from_dict` checks the result.
+
+    Raises:
+        UserError: no such preset, or a file that is no such configuration.
     """
     own = dict(model)
-    name = own.pop("preset", None)
-    return _merged(to_dict(preset(name)), own) if name is not None else own
+    name, file = own.pop("preset", None), own.pop("hf", None)
+    base = {} if name is None else to_dict(preset(name))
+    if file is not None:
+        base = _merged(base, _read_hf(Path(file)))
+    return _merged(base, own)
+
+
+def _read_hf(file: Path) -> dict[str, Any]:
+    try:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.hf: {file} cannot be read as a config.json: {error}") from None
+    kinds = {
+        "eagle_2_5_vl": lambda: to_dict(EagleConfig.from_hf(hf)),
+        "qwen2": lambda: {"text": to_dict(TextConfig.from_hf(hf))},
+        "siglip_vision_model": lambda: {"vision": to_dict(VisionConfig.from_hf(hf))},
+    }
+    kind = hf.get("model_type") if isinstance(hf, dict) else None
+    if kind not in kinds:
+        raise UserError(f"model.hf: {file} has model_type {kind!r}: one of {', '.join(kinds)} is needed")
+    return kinds[kind]()
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

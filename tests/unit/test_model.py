@@ -1,5 +1,7 @@
 """Sizes, presets and the errors a user can run into before the first step."""
 
+import json
+
 import pytest
 import torch
 
@@ -27,8 +29,45 @@ def test_a_section_wins_over_its_preset():
     section = expand_preset({"preset": "tiny", "text": {"num_hidden_layers": 2}})
     eagle = from_dict(EagleConfig, section, where="model")
     assert (eagle.text.num_hidden_layers, eagle.text.hidden_size) == (2, 64)
-    with pytest.raises(UserError, match="choose one of tiny, eagle2.5-8b"):
+    with pytest.raises(UserError, match="choose one of tiny, eagle2.5-8b, eagle2.5-1b-proxy"):
         expand_preset({"preset": "huge"})
+
+
+def test_the_proxy_is_the_8b_model_cut():
+    proxy, whole = preset("eagle2.5-1b-proxy").validate(), preset("eagle2.5-8b")
+    assert (proxy.text.hidden_size, proxy.vision.hidden_size) == (
+        whole.text.hidden_size,
+        whole.vision.hidden_size,
+    )
+
+
+def test_sizes_from_hugging_face_files(tmp_path):
+    # Qwen2.5-0.5B's published sizes.
+    qwen = {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "rope_theta": 1000000.0,
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(qwen))
+    section = expand_preset({"preset": "eagle2.5-8b", "hf": str(file)})
+    eagle = from_dict(EagleConfig, section).validate()
+    assert (eagle.text.hidden_size, eagle.text.tie_word_embeddings, eagle.text.head_dim) == (896, True, 64)
+    assert eagle.vision == preset("eagle2.5-8b").vision
+    for broken, message in [
+        ({**qwen, "model_type": "llama"}, "has model_type 'llama'"),
+        ({k: v for k, v in qwen.items() if k != "hidden_size"}, "hidden_size is missing"),
+        ({**qwen, "rope_scaling": {"type": "yarn"}}, "rope_scaling is"),
+    ]:
+        file.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=message):
+            expand_preset({"hf": str(file)})
 
 
 @pytest.mark.parametrize(
@@ -71,14 +110,16 @@ def test_pixel_shuffle_folds_squares():
     ]
 
 
-def _logits(ids: torch.Tensor, bounds: list[int], tiles: int, size: int) -> torch.Tensor | str:
+def _logits(
+    ids: torch.Tensor, bounds: list[int], tiles: int, size: int, pixel: float = 1.0
+) -> torch.Tensor | str:
     eagle = tiny_model()
     cpu = torch.device("cpu")
     with model_parallel(ParallelConfig()) as mesh:
         [model] = build_model(eagle, mesh, cpu)
         initialize_parameters([model], seed=0)
         positions = torch.cat([torch.arange(b - a) for a, b in zip(bounds, bounds[1:], strict=False)])
-        pixels = torch.ones(tiles, 3, size, size)
+        pixels = torch.full((tiles, 3, size, size), pixel)
         try:
             inputs = make_input(
                 eagle,
@@ -104,16 +145,17 @@ def test_packed_samples_do_not_see_each_other_and_equal_themselves_alone():
 
 
 @pytest.mark.parametrize(
-    ("tiles", "size", "message"),
+    ("tiles", "size", "pixel", "message"),
     [
-        (2, 64, "4 image tokens (id 7) but 2 tiles x 4 = 8 image features"),
-        (1, 32, "tiles are 32 x 32 pixels"),
+        (1, 64, float("nan"), "NaN"),
+        (2, 64, 1.0, "4 image tokens (id 7) but 2 tiles x 4 = 8 image features"),
+        (1, 32, 1.0, "tiles are 32 x 32 pixels"),
     ],
 )
-def test_text_and_tiles_must_match(tiles, size, message):
+def test_text_and_tiles_must_match(tiles, size, pixel, message):
     ids = torch.full((8,), 20)
     ids[2:6] = IMAGE_TOKEN
-    [found] = launch(_logits, 1, ids, [0, 8], tiles, size)
+    [found] = launch(_logits, 1, ids, [0, 8], tiles, size, pixel)
     assert message in found
 
 
