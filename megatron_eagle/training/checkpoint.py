@@ -40,6 +40,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_eagle.config import from_dict, load_yaml, save_yaml, to_dict
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.training.agreement import AgreedError, raise_together
 
@@ -109,6 +110,13 @@ def read_model_config(root: str | Path) -> EagleConfig:
     if model is None:
         raise UserError(f"{run_file}: no model section; the checkpoint was not written by this project")
     return from_dict(EagleConfig, model, f"{run_file}: model")
+
+
+def read_lora_config(root: str | Path) -> LoraConfig | None:
+    """The adapters on the latest checkpoint's language model, which stay apart from its weights."""
+    run_file = checkpoint_folder(root) / "run.yaml"
+    section = load_yaml(run_file).get("lora")
+    return None if section is None else from_dict(LoraConfig, section, f"{run_file}: lora")
 
 
 def read_train_state(root: str | Path) -> TrainState:

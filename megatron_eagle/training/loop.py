@@ -16,6 +16,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.lora import add_lora
 from megatron_eagle.runtime.determinism import set_deterministic
 from megatron_eagle.runtime.device import Device, detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, model_parallel
@@ -24,6 +25,7 @@ from megatron_eagle.training.checkpoint import (
     TrainState,
     has_checkpoint,
     load_checkpoint,
+    read_lora_config,
     save_checkpoint,
     save_hf_folder,
 )
@@ -93,12 +95,19 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.path)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     models = build_model(config.model, mesh, device.torch_device, dtype, config.recompute)
+    freeze(models, config.optimizer.trainable, config.optimizer.first_new_token)
     resume = has_checkpoint(checkpoint.path)
-    if not resume and checkpoint.load is not None:
-        load_checkpoint(checkpoint.load, models=models)
+    source = checkpoint.path if resume else checkpoint.load
+    # Saved adapters are read with the weights; new ones go onto finished weights.
+    has_adapters = source is not None and read_lora_config(source) is not None
+    if config.lora is not None and has_adapters:
+        add_lora(models, config.lora, seed=seed)
+    if not resume and source is not None:
+        load_checkpoint(source, models=models)
     elif not resume:
         initialize_parameters(models, seed)
-    freeze(models, config.optimizer.trainable, config.optimizer.first_new_token)
+    if config.lora is not None and not has_adapters:
+        add_lora(models, config.lora, seed=seed)
     wrapped = wrap_models(models)
     optimizer = build_optimizer(config.optimizer, wrapped)
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iterations)

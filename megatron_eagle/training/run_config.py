@@ -20,10 +20,16 @@ from megatron_eagle.data.loader import DataConfig
 from megatron_eagle.data.store import read_manifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.layout_rules import check_layout
+from megatron_eagle.model.lora import LoraConfig, check_same_lora
 from megatron_eagle.model.presets import EagleConfig, expand_preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
-from megatron_eagle.training.checkpoint import CheckpointConfig, has_checkpoint, read_model_config
+from megatron_eagle.training.checkpoint import (
+    CheckpointConfig,
+    has_checkpoint,
+    read_lora_config,
+    read_model_config,
+)
 from megatron_eagle.training.metrics import LoggingConfig
 from megatron_eagle.training.optimizer import OptimizerConfig
 
@@ -69,6 +75,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    # Adapters train in place of the language model's own weights; null: none.
+    lora: LoraConfig | None = None
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def validate(self, world_size: int) -> None:
@@ -86,6 +94,10 @@ class RunConfig:
                 f"optimizer.lr_warmup_iterations is {warmup}: must be below training.train_iterations "
                 f"{self.training.train_iterations}"
             )
+        if self.lora is not None and "language" not in self.optimizer.trainable:
+            raise UserError(
+                "lora trains the language model through its adapters: add language to optimizer.trainable"
+            )
 
 
 def load_run_config(
@@ -102,10 +114,15 @@ def load_run_config(
     config = from_dict(RunConfig, values)
     config.validate(int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
     config.model = _fit_to_data(config.model, config.data)
-    if has_checkpoint(config.checkpoint.path):
-        _check_same_model(config.model, read_model_config(config.checkpoint.path), config.checkpoint.path)
-    elif config.checkpoint.load is not None:
-        _check_same_model(config.model, read_model_config(config.checkpoint.load), config.checkpoint.load)
+    path, load = config.checkpoint.path, config.checkpoint.load
+    if has_checkpoint(path):
+        _check_same_model(config.model, read_model_config(path), path)
+        check_same_lora(config.lora, read_lora_config(path), path)
+    elif load is not None:
+        _check_same_model(config.model, read_model_config(load), load)
+        saved = read_lora_config(load)
+        if saved is not None:  # weights without adapters may get new ones
+            check_same_lora(config.lora, saved, load)
     return config
 
 
