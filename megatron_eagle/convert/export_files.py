@@ -47,6 +47,7 @@ def write_config(
     for part in ("vision_config", "text_config"):
         merged[part] = {**source.get(part, {}), **own[part]}
     merged["vision_config"]["vision_use_head"] = has_head
+    merged["text_config"].setdefault("sliding_window", None)  # transformers 4.51 warns of its default
     # vLLM reads the tile limits under these names.
     merged["min_dynamic_patch"] = merged["min_dynamic_tiles"]
     merged["max_dynamic_patch"] = merged["max_dynamic_tiles"]
