@@ -40,9 +40,6 @@ class _Placeholder:
     kind: str
     number: int | None
 
-    def __str__(self) -> str:
-        return f"<{self.kind}>" if self.number is None else f"<{self.kind}-{self.number}>"
-
 
 _RawPart = Part | _Placeholder
 
@@ -147,7 +144,7 @@ def _read_turns(
         turns.append((role, _strip(parts)))
     system = record.get("system")
     if isinstance(system, str) and system.strip() and turns[0][0] != SYSTEM:
-        turns.insert(0, (SYSTEM, [_text(system)]))
+        turns.insert(0, (SYSTEM, [_text(system.strip())]))
     _resolve(turns, listed)
     return turns, images, videos
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,7 @@ from megatron_eagle.data.tokenizer import (
 )
 from megatron_eagle.errors import UserError
 
-_CHUNK = 16  # lines per task of a worker
+_CHUNK = 4  # lines per task of a worker: few, so that the bar moves also where every line is a long video
 
 
 def preprocess(
@@ -163,6 +164,7 @@ def _run(chunks: Iterable[list[Task]], settings: PreprocessSettings, workers: in
 
 
 def _start_worker(settings: PreprocessSettings) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     _work.processor = SampleProcessor(settings)
 
 

@@ -1,5 +1,7 @@
 """Pictures upright and in RGB, videos frame-exact, damage found before training."""
 
+import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -73,6 +75,12 @@ def test_bad_pictures_say_what_is_wrong(tmp_path):
             image_size(str(tmp_path / name))
     with pytest.raises(Problem, match="image too large: .* has 300x200 pixels, limit 59999"):
         image_size(str(good), max_pixels=59_999)
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "bomb.png").write_bytes(png + struct.pack(">I", 9) + b"IDAT" + bytes(13))
+    with pytest.raises(Problem, match="image too large"):
+        image_size(str(tmp_path / "bomb.png"))
     facts = probe_image(str(good), 60_000)
     assert (facts.width, facts.height, facts.file.size) == (300, 200, good.stat().st_size)
 
