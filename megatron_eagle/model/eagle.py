@@ -19,6 +19,7 @@ from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.vision_sharding import VisionShare, exchange_features
 from megatron_eagle.model.connector import Connector
 from megatron_eagle.model.language import LanguageModel
+from megatron_eagle.model.layers import LayerClasses, LayersConfig, choose_layers
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import RecomputeConfig, connector_config, language_config, vision_config
 from megatron_eagle.model.vision import VisionModel
@@ -50,6 +51,7 @@ class EagleModel(MegatronModule):
         dtype: torch.dtype,
         chunk: int,
         recompute: RecomputeConfig,
+        classes: LayerClasses,
     ) -> None:
         config = language_config(eagle, mesh.config, dtype, recompute)
         super().__init__(config=config)
@@ -61,7 +63,7 @@ class EagleModel(MegatronModule):
         if self.pre_process:
             groups = _tower_groups(mesh)
             tower = vision_config(eagle, mesh.config, dtype, recompute)
-            self.vision_model = VisionModel(eagle.vision, tower, groups)
+            self.vision_model = VisionModel(eagle.vision, tower, classes, groups)
             self.connector = Connector(
                 eagle.vision.hidden_size * eagle.shuffle_factor**2,
                 eagle.shuffle_factor,
@@ -73,7 +75,7 @@ class EagleModel(MegatronModule):
                 for parameter in (*self.vision_model.parameters(), *self.connector.parameters()):
                     parameter.tensor_model_parallel = False
                     parameter.sum_over_tensor_parallel = True
-        self.language_model = LanguageModel(eagle.text, config, mesh, chunk)
+        self.language_model = LanguageModel(eagle.text, config, classes, mesh, chunk)
 
     @property
     def has_whole_tower(self) -> bool:
@@ -144,11 +146,15 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     recompute: RecomputeConfig | None = None,
+    layers: LayersConfig | None = None,
 ) -> list[EagleModel]:
     """This rank's model chunks, one per virtual pipeline stage, with parameters not yet set.
 
     Follow with `model.initialization.initialize_parameters` or `training.checkpoint.load_checkpoint`.
+
+    Raises:
+        UserError: `layers` names a library that cannot be used here.
     """
-    recompute = recompute or RecomputeConfig()
+    recompute, classes = recompute or RecomputeConfig(), choose_layers(layers or LayersConfig())
     chunks = range(mesh.config.num_model_chunks)
-    return [EagleModel(eagle, mesh, dtype, chunk, recompute).to(device) for chunk in chunks]
+    return [EagleModel(eagle, mesh, dtype, chunk, recompute, classes).to(device) for chunk in chunks]

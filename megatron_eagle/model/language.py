@@ -5,6 +5,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedRotaryEmbedding
+from megatron_eagle.model.layers import LayerClasses
 from megatron_eagle.model.presets import TextConfig
 from megatron_eagle.model.specs import language_block
 from megatron_eagle.runtime.parallel import Mesh
@@ -13,11 +14,13 @@ from megatron_eagle.runtime.parallel import Mesh
 class LanguageModel(GPTModel):
     """One pipeline chunk of the language model."""
 
-    def __init__(self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int) -> None:
+    def __init__(
+        self, text: TextConfig, config: TransformerConfig, classes: LayerClasses, mesh: Mesh, chunk: int
+    ) -> None:
         stage = chunk if mesh.config.num_model_chunks > 1 else None
         super().__init__(
             config,
-            language_block(config, stage),
+            language_block(config, classes, stage),
             vocab_size=text.padded_vocab_size,
             max_sequence_length=text.max_position_embeddings,
             pre_process=mesh.is_first_stage(chunk),

@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -22,9 +21,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagle_kernels.rms_norm import rms_norm
 from megatron_eagle.context_parallel.attention import CoreAttention
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
+from megatron_eagle.model.layers import LayerClasses
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
 
@@ -152,27 +151,6 @@ def connector_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.
     )
 
 
-class RMSNorm(torch.nn.Module):
-    """Qwen2's norm. Megatron's own torch norm refuses sequence parallelism; this one marks its weight,
-    whose gradient Megatron then sums over the tensor parallel ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class LayerNorm(torch.nn.LayerNorm):
-    """The tower's norm behind Megatron's constructor."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-
-
 class BidirectionalAttention(MegatronModule):
     """The tower's core attention: every patch of a tile sees every other (Megatron's own is causal)."""
 
@@ -185,20 +163,18 @@ class BidirectionalAttention(MegatronModule):
         return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
 
 
-def _layer(norm, core_attention, mask: AttnMaskType) -> ModuleSpec:
+def _layer(classes: LayerClasses, norm, core_attention, mask: AttnMaskType) -> ModuleSpec:
+    column, row = classes.column_parallel_linear, classes.row_parallel_linear
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column,
             core_attention=core_attention,
-            linear_proj=RowParallelLinear,
+            linear_proj=row,
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
         ),
-    )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -207,20 +183,23 @@ def _layer(norm, core_attention, mask: AttnMaskType) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def language_block(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
+def language_block(
+    config: TransformerConfig, classes: LayerClasses, chunk: int | None
+) -> TransformerBlockSubmodules:
     """The language layers of virtual pipeline stage `chunk` (None without interleaving)."""
     core = ModuleSpec(module=CoreAttention, params={"backend": ReferenceAttention()})
-    layer = _layer(RMSNorm, core, AttnMaskType.causal)
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, chunk), layer_norm=RMSNorm)
+    layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal)
+    layers = [layer] * get_num_layers_to_build(config, chunk)
+    return TransformerBlockSubmodules(layers, layer_norm=classes.rms_norm)
 
 
-def vision_block(config: TransformerConfig) -> TransformerBlockSubmodules:
+def vision_block(config: TransformerConfig, classes: LayerClasses) -> TransformerBlockSubmodules:
     """All layers of the tower."""
-    layer = _layer(LayerNorm, BidirectionalAttention, AttnMaskType.no_mask)
-    return TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=LayerNorm)
+    layer = _layer(classes, classes.layer_norm, BidirectionalAttention, AttnMaskType.no_mask)
+    return TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=classes.layer_norm)

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_eagle.model import presets
+from megatron_eagle.model.layers import LayerClasses
 from megatron_eagle.model.specs import vision_block
 
 
@@ -18,7 +19,11 @@ class VisionModel(MegatronModule):
     """Tiles to patch features; no class token, no pooling head."""
 
     def __init__(
-        self, vision: presets.VisionConfig, config: TransformerConfig, groups: ProcessGroupCollection
+        self,
+        vision: presets.VisionConfig,
+        config: TransformerConfig,
+        classes: LayerClasses,
+        groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
         dtype = config.params_dtype
@@ -26,7 +31,7 @@ class VisionModel(MegatronModule):
             vision.num_channels, vision.hidden_size, vision.patch_size, vision.patch_size, dtype=dtype
         )
         self.position_embedding = torch.nn.Embedding(vision.num_patches, vision.hidden_size, dtype=dtype)
-        self.encoder = TransformerBlock(config, vision_block(config), pg_collection=groups)
+        self.encoder = TransformerBlock(config, vision_block(config, classes), pg_collection=groups)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[n, channels, S, S] in [-1, 1] -> [n, p, h] after the final norm, patches row-major."""

@@ -94,7 +94,7 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     checkpoint, seed = config.checkpoint, config.training.seed
     save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.path)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    models = build_model(config.model, mesh, device.torch_device, dtype, config.recompute)
+    models = build_model(config.model, mesh, device.torch_device, dtype, config.recompute, config.layers)
     freeze(models, config.optimizer.trainable, config.optimizer.first_new_token)
     resume = has_checkpoint(checkpoint.path)
     source = checkpoint.path if resume else checkpoint.load

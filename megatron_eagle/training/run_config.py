@@ -19,6 +19,7 @@ from megatron_eagle.config import apply_overrides, from_dict, load_yaml, to_dict
 from megatron_eagle.data.loader import DataConfig
 from megatron_eagle.data.store import read_manifest
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.layout_rules import check_layout
 from megatron_eagle.model.lora import LoraConfig, check_same_lora
 from megatron_eagle.model.presets import EagleConfig, expand_preset
@@ -74,6 +75,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     # Adapters train in place of the language model's own weights; null: none.
     lora: LoraConfig | None = None

@@ -5,7 +5,7 @@ from unittest.mock import patch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_eagle.context_parallel import gather_kv, vision_sharding
-from megatron_eagle.model import eagle, specs
+from megatron_eagle.model import eagle, layers
 from megatron_eagle.training import optimizer
 from tests.parallel.cases import Layout, run
 
@@ -15,7 +15,7 @@ def _keep_own_tokens(x, layout, group):
     return x[layout.token_index(group.rank())]
 
 
-class _UnmarkedNorm(specs.RMSNorm):
+class _UnmarkedNorm(layers.RMSNorm):
     """Megatron no longer knows that this weight's gradient must be summed over tensor parallel ranks."""
 
     def __init__(self, *args, **kwargs):
@@ -51,7 +51,7 @@ SABOTAGES = {
     ),
     "norm weights over tensor parallel ranks": (
         "TP2+SP, none",
-        lambda: patch.object(specs, "RMSNorm", _UnmarkedNorm),
+        lambda: patch.object(layers, "RMSNorm", _UnmarkedNorm),
     ),
     "gradients over data parallel ranks": (
         "DP2, none",
