@@ -142,7 +142,7 @@ def request(about: Conversation, question: str) -> dict:
             {**video, "video": str(media / video["video"]), "fps": FPS, "max_frames": MIN_FRAMES}
             for video in about.videos
         ],
-        "max_tiles": FEWER_TILES if len(about.images) > 2 else MAX_TILES,
+        **({"max_tiles": FEWER_TILES} if len(about.images) > 2 else {}),
     }
 
 
@@ -177,8 +177,8 @@ Demo finished in {seconds:.0f} s. {right} of {count} training answers are right;
   {shown(OUT / "loss.png")}        loss curve; TensorBoard files in {shown(OUT / "checkpoint" / "logs")}
 
 Ask it yourself:
-  {python} tools/generate.py --hf runs/demo/hf --max-tiles {MAX_TILES} \\
-      --image runs/demo/media/chelsea.png --prompt "What is shown in this picture?"
+  {python} tools/generate.py --hf runs/demo/hf --image runs/demo/media/chelsea.png \\
+      --prompt "What is shown in this picture?"
 """
     )
 

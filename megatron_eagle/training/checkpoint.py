@@ -39,6 +39,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_eagle.config import from_dict, load_yaml, save_yaml, to_dict
+from megatron_eagle.data.store import read_manifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.presets import EagleConfig
@@ -207,7 +208,8 @@ def load_checkpoint(
 
 
 def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str | Path) -> None:
-    """Give `root` its `hf/` folder, if it has none: that of `checkpoint`, else the tokenizer of `data`.
+    """Give `root` its `hf/` folder, if it has none: that of `checkpoint`, else the tokenizer and the tile
+    limit of `data`.
 
     Collective. Raises `UserError` if neither source exists or `root` cannot be written.
     """
@@ -219,6 +221,9 @@ def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str
             partial.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial)
+            if checkpoint is None:
+                limits = {"max_dynamic_tiles": read_manifest(data).sampling["max_tiles"]}
+                (partial / "preprocessor_config.json").write_text(json.dumps(limits))
             partial.rename(Path(root) / HF_FOLDER)
         except OSError as error:
             problem = f"{root}: cannot give the checkpoint a copy of {source}: {error}"

@@ -226,6 +226,7 @@ LAYOUTS = [
         ("CP2", 2, _CP2),
         ("CP4", 4, _CP4),
         ("DP2", 2, {}),
+        ("DP4 overlapped", 4, {"overlap_grad_reduce": True}),  # one rank has no image at all
         ("DP2 overlapped", 2, {"overlap_grad_reduce": True}),
         ("DP2 x CP2 overlapped", 4, _CP2 | {"overlap_grad_reduce": True}),
         ("TP2 x CP2", 4, _TP2 | _CP2),
