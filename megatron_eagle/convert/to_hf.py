@@ -8,20 +8,27 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_eagle.config import load_yaml
 from megatron_eagle.convert.carried import Carried
 from megatron_eagle.convert.export_files import write_config, write_processor
+from megatron_eagle.convert.lora import merged
 from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, write_shards
-from megatron_eagle.convert.whole_model import whole_model
+from megatron_eagle.convert.whole_model import trained_type, whole_model
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.checkpoint import checkpoint_folder, load_checkpoint, read_model_config
+from megatron_eagle.training.checkpoint import (
+    checkpoint_folder,
+    load_checkpoint,
+    read_lora_config,
+    read_model_config,
+)
 
 # Names an exported folder's own files, so that a later export may replace them and nothing else.
 RECORD = "megatron_eagle_export.json"
 
 
-def export_hf(checkpoint: str | Path, hf: str | Path, *, max_tiles: int | None = None) -> list[str]:
+def export_hf(
+    checkpoint: str | Path, hf: str | Path, *, max_tiles: int | None = None, merge: bool = True
+) -> list[str]:
     """Write the latest weights in `checkpoint` as a Hugging Face checkpoint into the folder `hf`.
 
     An imported model keeps its source's names, shards, types and pooling head, bit for bit where training did
@@ -29,6 +36,8 @@ def export_hf(checkpoint: str | Path, hf: str | Path, *, max_tiles: int | None =
 
     Args:
         max_tiles: tiles per picture for the exported processor; default: the source's, else 12.
+        merge: add the checkpoint's LoRA adapters, if it has any, to the weights that they adapt. Without it
+            the folder is their base (`convert.lora.export_adapter` writes them).
 
     Returns:
         Names of the files written.
@@ -59,7 +68,7 @@ def export_hf(checkpoint: str | Path, hf: str | Path, *, max_tiles: int | None =
         partial.mkdir(parents=True)
         write_config(partial, config, carried, dtypes, has_head=bool(extra))
         write_processor(partial, config, carried, max_tiles)
-        write_shards(partial, _tensors(checkpoint, plan, dtypes, extra), weight_map)
+        write_shards(partial, _tensors(checkpoint, plan, dtypes, extra, merge), weight_map)
         files = sorted(path.name for path in partial.iterdir())
         record = {"iteration": int(checkpoint_folder(checkpoint).name[5:]), "files": files}
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -72,22 +81,22 @@ def export_hf(checkpoint: str | Path, hf: str | Path, *, max_tiles: int | None =
 
 
 def _tensors(
-    checkpoint: Path, plan: Plan, dtypes: dict[str, str], extra: dict[str, Tensor]
+    checkpoint: Path, plan: Plan, dtypes: dict[str, str], extra: dict[str, Tensor], merge: bool
 ) -> Iterator[tuple[str, Tensor]]:
     yield from extra.items()
+    lora = read_lora_config(checkpoint)
     # fp32 holds whatever the checkpoint stores exactly.
-    with whole_model(plan.config, DTYPES["F32"]) as (model, _, _):
+    with whole_model(plan.config, DTYPES["F32"], lora) as (model, _, _):
         load_checkpoint(checkpoint, models=[model])
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        for name, tensor in plan.to_hf(parameters.__getitem__):
+        tensors = plan.to_hf(parameters.__getitem__)
+        for name, tensor in merged(tensors, model, lora) if lora is not None and merge else tensors:
             yield name, tensor.cpu().to(DTYPES[dtypes[name]])
 
 
 def _dtypes(plan: Plan, carried: Carried, checkpoint: Path) -> dict[str, str]:
     """Type of every exported tensor: the source's, or for a model from scratch the one it was trained in."""
-    training = load_yaml(checkpoint_folder(checkpoint) / "run.yaml").get("training") or {}
-    trained_in = "BF16" if training.get("precision") == "bf16" else "F32"
-    return {**dict.fromkeys(plan.hf_shapes, trained_in), **carried.dtypes}
+    return {**dict.fromkeys(plan.hf_shapes, trained_type(checkpoint)), **carried.dtypes}
 
 
 def _check_target(target: Path) -> None:

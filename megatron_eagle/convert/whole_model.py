@@ -2,20 +2,28 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
+from megatron_eagle.config import load_yaml
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel, build_model
+from megatron_eagle.model.lora import LoraConfig, add_lora
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.device import Device, detect_device
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
+from megatron_eagle.training.checkpoint import checkpoint_folder
 
 
 @contextlib.contextmanager
-def whole_model(config: EagleConfig, dtype: torch.dtype) -> Iterator[tuple[EagleModel, Mesh, Device]]:
+def whole_model(
+    config: EagleConfig, dtype: torch.dtype, lora: LoraConfig | None = None
+) -> Iterator[tuple[EagleModel, Mesh, Device]]:
     """The model, unsplit, with parameters not yet set; process groups of one exist while it is entered.
+
+    With `lora` it has these adapters, beside its own weights.
 
     A default process group that exists already is used and left as it is (every rank then holds the whole
     model and must enter together); otherwise a group of one is made, without any network port, and destroyed.
@@ -29,7 +37,15 @@ def whole_model(config: EagleConfig, dtype: torch.dtype) -> Iterator[tuple[Eagle
     device = detect_device()
     with _group_of_one(device), device.context(), model_parallel(ParallelConfig()) as mesh:
         (model,) = build_model(config, mesh, device.torch_device, dtype)
+        if lora is not None:
+            add_lora([model], lora)
         yield model, mesh, device
+
+
+def trained_type(checkpoint: str | Path) -> str:
+    """safetensors' name of the type in which the run that wrote `checkpoint` trained."""
+    training = load_yaml(checkpoint_folder(checkpoint) / "run.yaml").get("training") or {}
+    return "BF16" if training.get("precision") == "bf16" else "F32"
 
 
 @contextlib.contextmanager

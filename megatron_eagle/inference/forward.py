@@ -8,15 +8,16 @@ from torch import Tensor
 from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.inputs import make_input
-from megatron_eagle.training.checkpoint import load_checkpoint, read_model_config
+from megatron_eagle.training.checkpoint import load_checkpoint, read_lora_config, read_model_config
 
 
 @torch.no_grad()
 def logits(checkpoint: str | Path, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
     """Logits of one sequence under the latest weights in a Megatron checkpoint of any layout.
 
-    Loads the whole model in fp32 into this process (its GPU if it has one) and releases it again. A process
-    group is made if there is none, without a network port, and destroyed; an existing one is left alone.
+    Loads the whole model in fp32 into this process (its GPU if it has one), LoRA adapters beside their base,
+    and releases it again. A process group is made if there is none, without a network port, and destroyed; an
+    existing one is left alone.
 
     Args:
         checkpoint: the checkpoint's folder.
@@ -43,7 +44,7 @@ def logits(checkpoint: str | Path, input_ids: Tensor, pixel_values: Tensor | Non
     vision = config.vision
     if pixel_values is None:
         pixel_values = torch.zeros(0, vision.num_channels, vision.image_size, vision.image_size)
-    with whole_model(config, torch.float32) as (model, mesh, device):
+    with whole_model(config, torch.float32, read_lora_config(checkpoint)) as (model, mesh, device):
         inputs = make_input(
             config,
             mesh,

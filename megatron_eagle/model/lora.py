@@ -190,9 +190,6 @@ def add_lora(models: Iterable[EagleModel], config: LoraConfig, *, seed: int = 0)
     Vision tower and connector stay as they are. The adapters are fresh (`seed`): B is zero, so that nothing
     changes yet. Weights that are to be loaded or drawn for a model without adapters come before this call, a
     checkpoint with adapters after it.
-
-    Raises:
-        UserError: a layer is fused with its norm, and shows an adapter no normalised input.
     """
     for model in models:
         model.language_model.requires_grad_(False)
@@ -243,8 +240,6 @@ def _adapt(layer: TransformerLayer, config: LoraConfig, model: EagleModel) -> No
         if not any(target in config.target_modules for target in widths):
             continue
         linear = getattr(owner, f"linear_{name}")
-        if hasattr(linear, "layer_norm_weight"):
-            raise UserError("lora needs a model specification whose norms are modules of their own")
         if fused_groups is None:
             adapter = RowAdapter(widths[0], linear.weight, config, model)
         else:

@@ -1,0 +1,136 @@
+"""LoRA adapters on their way out: merged into the weights that they adapt, or in a folder that peft loads.
+
+The folder has peft's two files (huggingface.co/docs/peft, "PEFT checkpoint format"):
+
+    adapter_config.json         rank, alpha, which modules; `target_modules` is a pattern, because the tower
+                                has modules of the same names and no adapters
+    adapter_model.safetensors   base_model.model.{module}.lora_A.weight [rank, in], .lora_B.weight [out, rank]
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_eagle.config import load_yaml
+from megatron_eagle.convert.shards import DTYPES, save
+from megatron_eagle.convert.whole_model import trained_type, whole_model
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.model.lora import LoraConfig, adapters
+from megatron_eagle.training.checkpoint import (
+    checkpoint_folder,
+    load_checkpoint,
+    read_lora_config,
+    read_model_config,
+)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def merged(
+    tensors: Iterable[tuple[str, Tensor]], model: EagleModel, config: LoraConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """HF tensors of the base, with each adapted one W replaced by W + alpha / rank * B A."""
+    factors = {f"{module}.weight": pair for module, pair in _by_module(model).items()}
+    for name, tensor in tensors:
+        if name in factors:
+            a, b = factors.pop(name)
+            tensor = tensor + config.scale * (b @ a)
+        yield name, tensor
+    if factors:  # the table of names and the adapters have drifted apart: a fault of this code
+        raise AssertionError(f"no Hugging Face tensor for the adapters of {sorted(factors)}")
+
+
+def export_adapter(
+    checkpoint: str | Path, folder: str | Path, *, base: str | Path | None = None
+) -> list[str]:
+    """Write the adapters of the latest weights in `checkpoint` into `folder`, as peft does. Earlier adapters
+    there are replaced.
+
+    Args:
+        base: the Hugging Face folder of the model that they adapt, for peft to find it (`export_hf` with
+            `merge=False` writes it); default: not named, for the checkpoint that the run started from.
+
+    Returns:
+        Names of the files written.
+
+    Raises:
+        UserError: no checkpoint, or one without adapters; parts besides the adapters were trained and `base`
+            is not given; or `folder` holds something else than adapters.
+    """
+    checkpoint, target = Path(checkpoint), Path(folder)
+    model_config, config = read_model_config(checkpoint), read_lora_config(checkpoint)
+    if config is None:
+        raise UserError(f"{checkpoint}: it has no LoRA adapters; export its weights with --hf alone")
+    others = _trained_besides(checkpoint)
+    if others and base is None:
+        raise UserError(
+            f"{checkpoint}: {' and '.join(others)} trained besides the adapters, which therefore do not fit "
+            "the model that the run started from; export their base too (--hf)"
+        )
+    if target.exists() and not (
+        target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))
+    ):
+        raise UserError(f"{target}: exists and holds no adapters; choose a new or empty folder")
+    with whole_model(model_config, DTYPES["F32"], config) as (model, _, _):
+        load_checkpoint(checkpoint, models=[model])
+        factors = _by_module(model)
+    dtype = DTYPES[trained_type(checkpoint)]
+    tensors = {
+        f"base_model.model.{module}.lora_{letter}.weight": factor.cpu().to(dtype)
+        for module, pair in factors.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    }
+    partial = target.parent / f".{target.name}.exporting"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        partial.mkdir(parents=True)
+        save(tensors, partial / WEIGHTS)
+        (partial / CONFIG).write_text(json.dumps(_peft_config(config, base), indent=2) + "\n")
+        target.mkdir(exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            os.replace(partial / name, target / name)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write here: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [CONFIG, WEIGHTS]
+
+
+def _by_module(model: EagleModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by the Hugging Face module that they adapt."""
+    found = {}
+    for layer, target, a, b in adapters(model):
+        block = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        found[f"language_model.model.layers.{layer}.{block}.{target}"] = (a.detach(), b.detach())
+    return found
+
+
+def _peft_config(config: LoraConfig, base: str | Path | None) -> dict:
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None if base is None else str(base),
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
+        "lora_dropout": config.dropout,
+        # One group, at the end: vLLM reads the names of the modules out of it.
+        "target_modules": rf"language_model\.model\.layers\.\d+\.\w+\.({'|'.join(config.target_modules)})",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _trained_besides(checkpoint: Path) -> list[str]:
+    """Parts whose own weights trained in the run that wrote `checkpoint`."""
+    optimizer = load_yaml(checkpoint_folder(checkpoint) / "run.yaml").get("optimizer") or {}
+    return [part for part in optimizer.get("trainable", []) if part != "language"]
