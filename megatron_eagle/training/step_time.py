@@ -1,0 +1,240 @@
+"""How long a training step takes under a layout: FLOPs, bytes and published speeds, nothing overlapped.
+
+An estimate for ranking layouts, not a promise: kernels reach their published speeds, every collective
+waits for the computation (as the training loop has it now), context parallel ranks have equal attention
+work, and latencies are left out.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.model.specs import tower_parallel_size
+from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.training.flops import StepFlops, training_flops
+from megatron_eagle.training.memory_shapes import (
+    FP32,
+    Workload,
+    count_parameters,
+    language_layer,
+    stage_layers,
+    tower_activations,
+    tower_tiles,
+)
+
+# Flash attention's backward does five matrix products for the forward's two, one more than the gradients
+# need (it computes the scores again); training_flops counts three times the forward.
+ATTENTION_EXECUTED = 3.5 / 3
+# A kept activation is written, read by the forward, read by the backward, its gradient written and read.
+ACTIVATION_PASSES = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs and links, SI units per GPU; the defaults are H200s in nodes of eight."""
+
+    peak: float = 989e12  # dense bf16 FLOP/s, NVIDIA H200 datasheet; MFU is quoted against it
+    gemm: float = 790e12  # bf16 matrix products as measured on one H200 (README, roofline)
+    # FlashAttention-2 on Hopper: 35 % of the peak (abstract of the FlashAttention-3 paper, arXiv 2407.08608).
+    attention: float = 0.35 * 989e12
+    memory: float = 4.8e12  # byte/s, NVIDIA H200 datasheet
+    nvlink: float = 450e9  # byte/s in one direction: NVLink 4 is 900 GB/s both ways together (datasheet)
+    network: float = 50e9  # byte/s in one direction: one 400 Gb/s adapter per GPU (HGX H200 reference design)
+    gpus_per_node: int = 8
+
+    def bandwidth(self, size: int, stride: int) -> float:
+        """Byte/s that a ring over `size` ranks, `stride` apart, passes through each of them.
+
+        Members on one node share its network adapters, one each.
+        """
+        together = max(1, self.gpus_per_node // stride)
+        return self.nvlink if size <= together else min(self.nvlink, self.network * together)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step by what they are spent on."""
+
+    matrix_products: float
+    attention: float
+    vision: float  # tower and connector, on the slowest stage
+    elementwise: float  # memory traffic of everything that is no matrix product, and the optimizer
+    tensor_parallel: float
+    context_parallel: float
+    data_parallel: float
+    pipeline: float  # transfers between stages, and waiting for other stages
+    mfu: float  # model FLOPs of the step over the peak of all GPUs
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {name: value for name, value in vars(self).items() if name != "mfu"}
+
+
+def step_time(
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    data_parallel_size: int,
+    workload: Workload,
+    *,
+    mean_tiles: float,
+    sum_squared_lengths: float,
+    machine: Machine,
+) -> StepTime:
+    """Estimated step of `workload` on `parallel.model_parallel_size * data_parallel_size` GPUs.
+
+    Args:
+        mean_tiles: tiles of a pack on average (`workload.tiles` is the most, which memory must hold).
+        sum_squared_lengths: squared lengths of a pack's documents, summed, on average.
+    """
+    average = replace(workload, tiles=round(mean_tiles))
+    stages = range(parallel.pipeline_model_parallel_size)
+    per_stage = [
+        _microbatch(eagle, parallel, average, stage, sum_squared_lengths, machine) for stage in stages
+    ]
+    seconds = [sum(parts.values()) for parts in per_stage]
+    slowest = max(stages, key=lambda stage: seconds[stage])
+    m = workload.microbatches
+    parts = {name: m * value for name, value in per_stage[slowest].items()}
+    # The pipeline fills and drains once a step, through one chunk of every other stage.
+    parts["pipeline"] += (sum(seconds) - seconds[slowest]) / parallel.num_model_chunks
+    reduction, optimizer = _finish(eagle, parallel, data_parallel_size, workload, machine)
+    parts["elementwise"] += optimizer
+    model_flops = training_flops(
+        eagle,
+        tokens=workload.sequence_length,
+        sum_squared_lengths=sum_squared_lengths,
+        tiles=mean_tiles,
+        trainable=workload.trainable,
+    ).total
+    gpus = parallel.model_parallel_size * data_parallel_size
+    total = sum(parts.values()) + reduction
+    mfu = m * data_parallel_size * model_flops / (gpus * machine.peak * total)
+    return StepTime(**parts, data_parallel=reduction, mfu=mfu)
+
+
+def _microbatch(
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    workload: Workload,
+    stage: int,
+    sum_squared_lengths: float,
+    machine: Machine,
+) -> dict[str, float]:
+    """Seconds of forward and backward of one pack on a rank of `stage`."""
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    first, last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
+    layers, e = stage_layers(eagle, parallel, stage), workload.element_size
+    tiles = tower_tiles(parallel, workload.tiles) if first else 0
+
+    def flops(layers: int, trainable: Collection[str]) -> StepFlops:
+        model = replace(eagle, text=replace(eagle.text, num_hidden_layers=layers))
+        tokens = workload.sequence_length
+        squares = sum_squared_lengths
+        return training_flops(
+            model, tokens=tokens, sum_squared_lengths=squares, tiles=tiles, trainable=trainable
+        )
+
+    step, forward = flops(layers, workload.trainable), flops(layers, ())
+    head, head_forward = flops(0, workload.trainable).language_linear, flops(0, ()).language_linear
+    linear, attention = step.language_linear, step.language_attention * ATTENTION_EXECUTED
+    vision = step.vision + step.connector
+    if not last:
+        linear -= head
+    if workload.recompute.language == "full":
+        linear += forward.language_linear - head_forward
+    if workload.recompute.language != "none":
+        attention += forward.language_attention
+    if workload.recompute.vision == "full":
+        vision += forward.vision
+
+    kept = layers * language_layer(eagle, parallel, workload).total
+    kept += tower_activations(eagle, parallel, workload) if first else 0
+    rows = workload.sequence_length // cp * eagle.text.padded_vocab_size // tp
+    logits = rows * (e + FP32) if last else 0
+    # A gradient is written, then added to the fp32 buffer.
+    accumulation = count_parameters(eagle, parallel, stage).trained(workload.trainable) * (2 * e + 2 * FP32)
+    traffic = ACTIVATION_PASSES * (kept + logits) + accumulation
+    return {
+        "matrix_products": linear / (tp * cp) / machine.gemm,
+        "attention": attention / (tp * cp) / machine.attention,
+        "vision": vision / tower_parallel_size(parallel) / machine.gemm,
+        "elementwise": traffic / machine.memory,
+        "tensor_parallel": _tensor_bytes(eagle, parallel, workload, layers, tiles, last)
+        / machine.bandwidth(tp, 1),
+        "context_parallel": _context_bytes(eagle, parallel, workload, layers, first)
+        / machine.bandwidth(cp, tp),
+        "pipeline": _stage_bytes(eagle, parallel, workload)
+        / machine.bandwidth(parallel.pipeline_model_parallel_size, machine.gpus_per_node),
+    }
+
+
+def _tensor_bytes(
+    eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, layers: int, tiles: int, last: bool
+) -> float:
+    """Bytes through a rank's link for one pack; an all-reduce is a reduce-scatter and an all-gather."""
+    tp = parallel.tensor_model_parallel_size
+    s, h = workload.sequence_length // parallel.context_parallel_size, eagle.text.hidden_size
+    e = workload.element_size
+    # Two all-reduces each way. Sequence parallelism gathers the column-parallel inputs once more.
+    halves = layers * (10 if parallel.sequence_parallel else 8)
+    if last:
+        halves += 3 if parallel.sequence_parallel else 2  # gradient of the output layer's input
+    moved = halves * s * h * e
+    if tiles:
+        moved += 2 * s * h * e  # the embedding
+        if tower_parallel_size(parallel) > 1:
+            vision = eagle.vision
+            moved += 8 * vision.num_hidden_layers * tiles * vision.num_patches * vision.hidden_size * e
+            # The connector's output, and the gradient of its input.
+            moved += 2 * tiles * eagle.tokens_per_tile * h * e
+            moved += 2 * tiles * vision.num_patches * vision.hidden_size * e
+    return moved * (tp - 1) / tp
+
+
+def _context_bytes(
+    eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, layers: int, first: bool
+) -> float:
+    """Keys and values gathered forward and again backward, their fp32 gradients scattered; image features."""
+    cp, text = parallel.context_parallel_size, eagle.text
+    keys = 2 * workload.sequence_length * text.num_key_value_heads * text.head_dim
+    moved = layers * keys // parallel.tensor_model_parallel_size * (2 * workload.element_size + FP32)
+    if first and parallel.vision_sharding != "none":
+        features = workload.tiles * eagle.tokens_per_tile * text.hidden_size * workload.element_size
+        moved += 2 * features / cp
+    return moved * (cp - 1) / cp
+
+
+def _stage_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> float:
+    """Hidden states to the next stage and their gradient back, once per chunk."""
+    if parallel.pipeline_model_parallel_size == 1:
+        return 0.0
+    rows = workload.sequence_length // parallel.context_parallel_size
+    if parallel.sequence_parallel:
+        rows //= parallel.tensor_model_parallel_size
+    return 2 * parallel.num_model_chunks * rows * eagle.text.hidden_size * workload.element_size
+
+
+def _finish(
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    data_parallel_size: int,
+    workload: Workload,
+    machine: Machine,
+) -> tuple[float, float]:
+    """Seconds of the gradients' reduction with the weights' gathering, and of Adam, on the fullest stage."""
+    tp, e = parallel.tensor_model_parallel_size, workload.element_size
+    stages = range(parallel.pipeline_model_parallel_size)
+    counts = [count_parameters(eagle, parallel, stage) for stage in stages]
+    largest = max(count.trained(workload.trainable) for count in counts)
+    ranks = data_parallel_size * parallel.context_parallel_size
+    seconds = largest * (FP32 + e) * (ranks - 1) / ranks / machine.bandwidth(ranks, tp)
+    if parallel.vision_sharding == "cp_tp":
+        seconds += 2 * counts[0].tower(workload.trainable) * FP32 * (tp - 1) / tp / machine.bandwidth(tp, 1)
+    # Read: gradient, weight, two moments. Written: weight, two moments, and the rounded weight.
+    adam = largest / ranks * (7 * FP32 + e) / machine.memory
+    return seconds, adam
