@@ -29,7 +29,7 @@ def write_manifest(folder: Path) -> None:
         pad_token_id=0,
         lengths=[LENGTH],
         sources=[],
-        sampling={},
+        sampling={"max_tiles": 4},
         max_pixels=0,
     ).save(folder)
 
