@@ -1,9 +1,11 @@
 """LoRA under every kind of layout: all gradients, what it costs, training, checkpoints."""
 
+import shutil
 from unittest.mock import patch
 
 import pytest
 import torch
+import yaml
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_eagle.config import from_dict
@@ -21,8 +23,10 @@ from megatron_eagle.training.checkpoint import (
     save_checkpoint,
 )
 from megatron_eagle.training.flops import PARTS
+from megatron_eagle.training.metrics import read_metrics
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
+from megatron_eagle.training.run_config import load_run_config
 from tests.parallel.cases import (
     ONE_PROCESS,
     Outcome,
@@ -33,6 +37,7 @@ from tests.parallel.cases import (
     tiny_model,
 )
 from tests.parallel.harness import launch
+from tests.unit.test_training_loop import train_rank, write_run
 
 TOLERANCE = 1e-5  # max |g - ref| / max |ref| per tensor, fp32
 ALL = LoraConfig(rank=3, alpha=6.0)
@@ -230,6 +235,41 @@ def test_checkpoint_of_tp2sp_continues_in_another_layout(world_size, parallel, s
     assert read_lora_config(folder) == ALL
     [third] = train_on(world_size, parallel, 3, load=folder)
     assert third == pytest.approx(steps[2], rel=1e-5)
+
+
+@pytest.fixture
+def job(tmp_path):
+    """`job(*overrides, world_size=1)`: losses of the training loop, with adapters on trained weights."""
+    write_run(tmp_path)
+    train_rank(str(tmp_path / "run.yaml"), 1, ["training.stop_at_iteration=1"])
+    sections = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    sections["checkpoint"] = {"path": str(tmp_path / "adapters"), "load": str(tmp_path / "run")}
+    sections["lora"] = {"rank": 2}
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(sections))
+
+    def run(*overrides: str, world_size: int = 1) -> list[float]:
+        arguments = str(tmp_path / "lora.yaml"), world_size, list(overrides)
+        launch(train_rank, world_size, *arguments) if world_size > 1 else train_rank(*arguments)
+        return [m.loss for m in read_metrics(tmp_path / "adapters" / "logs" / "metrics.jsonl")]
+
+    return run
+
+
+def test_a_run_with_a_lora_section_resumes_in_another_layout(job, tmp_path):
+    whole = job("training.stop_at_iteration=4")
+    shutil.rmtree(tmp_path / "adapters")
+    job("training.stop_at_iteration=2")
+    tensor_parallel = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    resumed = job("training.stop_at_iteration=4", *tensor_parallel, world_size=2)
+    assert resumed == pytest.approx(whole, rel=1e-4)
+    assert whole[3] < whole[0]
+    for override, message in (
+        ("lora.rank=4", r"adapters: its LoRA adapters are \(rank 2, .*the run's lora section wants \(rank 4"),
+        ("lora=null", r"adapters: its LoRA adapters are \(rank 2, .*wants \(none\)"),
+        ("optimizer.trainable=[connector]", "lora trains the language model through its adapters"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_run_config(tmp_path / "lora.yaml", [override], world_size=1)
 
 
 @pytest.mark.parametrize(
