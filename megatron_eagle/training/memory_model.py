@@ -139,7 +139,7 @@ def _backward_moments(
     # A layer that kept its input alone is whole again during its backward; in fp32 its norm keeps that input.
     restored = layer.total - (layer.input if e == FP32 else 0) if full else 0
     moments = []
-    for chunk, (language, tower) in enumerate(_in_flight(parallel, workload.microbatches, stage, kept)):
+    for chunk, (language, tower) in enumerate(in_flight(parallel, workload.microbatches, stage, kept)):
         if last and chunk == chunks - 1:
             moments.append(_Moment("loss", language, tower, logits=_loss(eagle, parallel, workload)))
             language -= final_norm
@@ -236,7 +236,7 @@ def _adam(workload: Workload, largest: int, shard: int) -> int:
     return shard * FP32 if workload.device == "cuda" else 2 * largest * FP32
 
 
-def _in_flight(
+def in_flight(
     parallel: ParallelConfig, microbatches: int, stage: int, per_chunk: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """Largest (language, vision) bytes held when a backward of each chunk begins: walks Megatron's schedule.

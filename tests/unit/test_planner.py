@@ -1,6 +1,7 @@
 """The planner: states and parameters of the 8B model by hand, the schedule, ranking, refusals, the tool."""
 
 import json
+import math
 import runpy
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
-from megatron_eagle.training.memory_model import _in_flight, fullest_stage, peak_memory
+from megatron_eagle.training.memory_model import fullest_stage, in_flight, peak_memory
 from megatron_eagle.training.memory_shapes import Workload, count_parameters, language_layer
 from megatron_eagle.training.planner import PackShape, plan_layouts, preset_run
 from megatron_eagle.training.step_time import Machine, step_time
@@ -51,7 +52,7 @@ def test_states_of_the_8b_model_by_hand():
     memory = peak_memory(EAGLE, parallel, 4, WORKLOAD, stage=0)
     assert memory.weights == 2 * parameters
     assert memory.gradients == 4 * parameters
-    assert memory.optimizer == 12 * parameters // 8  # fp32 weights and two moments over 2 x 4 ranks
+    assert memory.optimizer == 12 * math.ceil(parameters / 8)  # fp32 weights and two moments over 2 x 4 ranks
     last = peak_memory(EAGLE, parallel, 4, WORKLOAD, stage=1)
     assert last.weights == 2 * (14 * layer + 3584 + embedding)
 
@@ -128,7 +129,7 @@ def test_frozen_parts_have_no_gradients_states_or_tower_activations():
 def test_microbatches_in_flight(parallel, stage, microbatches, held):
     """Counted in chunks when a backward of each chunk begins."""
     chunks = parallel.num_model_chunks
-    assert [sum(at) for at in _in_flight(parallel, microbatches, stage, [(1, 0)] * chunks)] == held
+    assert [sum(at) for at in in_flight(parallel, microbatches, stage, [(1, 0)] * chunks)] == held
 
 
 def test_a_ring_across_nodes_uses_the_adapters_of_its_members():
