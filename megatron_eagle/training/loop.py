@@ -162,17 +162,20 @@ def _forward_backward(job: _Job, batches: list[Batch]) -> float:
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        inputs = make_input(
-            job.config.model,
-            mesh,
-            job.device.torch_device,
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            document_bounds=batch.document_bounds,
-            pixel_values=batch.pixel_values,
-            labels=batch.labels,
-            loss_weights=batch.loss_weights,
-        )
+        try:
+            inputs = make_input(
+                job.config.model,
+                mesh,
+                job.device.torch_device,
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                document_bounds=batch.document_bounds,
+                pixel_values=batch.pixel_values,
+                labels=batch.labels,
+                loss_weights=batch.loss_weights,
+            )
+        except UserError as error:
+            raise UserError(f"the pack of store rows {batch.sample_rows}: {error}") from None
         return model(inputs), lambda token_losses: megatron_loss(token_losses, inputs.loss_weights)
 
     iterators = [iter(batches) for _ in models]  # every chunk walks through all microbatches

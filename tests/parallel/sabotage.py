@@ -2,7 +2,9 @@
 
 from unittest.mock import patch
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel import cross_entropy
 
 from megatron_eagle.context_parallel import gather_kv, vision_sharding
 from megatron_eagle.model import eagle, layers
@@ -31,6 +33,20 @@ class _OneWayExchange(vision_sharding._Exchange):
         return grad.new_zeros((ctx.num_features, grad.shape[1])), None
 
 
+class _TorchWithoutAllReduce:
+    """torch for one module, with an all-reduce that leaves every rank what it had."""
+
+    class distributed:
+        ReduceOp = torch.distributed.ReduceOp
+
+        @staticmethod
+        def all_reduce(tensor, op=None, group=None):
+            pass
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
 # What is left out -> (a layout of the table that must notice, the patch).
 SABOTAGES = {
     "dK/dV reduce-scatter": (
@@ -52,6 +68,10 @@ SABOTAGES = {
     "norm weights over tensor parallel ranks": (
         "TP2+SP, none",
         lambda: patch.object(layers, "RMSNorm", _UnmarkedNorm),
+    ),
+    "cross-entropy over tensor parallel ranks": (
+        "TP2, none",
+        lambda: patch.object(cross_entropy, "torch", _TorchWithoutAllReduce()),
     ),
     "gradients over data parallel ranks": (
         "DP2, none",

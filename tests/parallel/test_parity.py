@@ -6,9 +6,21 @@ import pytest
 import torch
 
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
+from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from tests.parallel.cases import LAYOUTS, ONE_PROCESS, Layout, Outcome, combine, run, tiny_model
+from tests.parallel.cases import (
+    LAYOUTS,
+    ONE_PROCESS,
+    Layout,
+    Outcome,
+    combine,
+    forward_backward,
+    global_batch,
+    run,
+    tiny_model,
+)
 from tests.parallel.harness import launch
 from tests.parallel.sabotage import SABOTAGES, run_sabotaged
 
@@ -56,6 +68,26 @@ def test_recomputation_is_exact(layout, language, vision, reference):
     recompute = RecomputeConfig(language, vision)
     results = launch(run, cell.world_size, cell, tiny_model(), torch.float32, recompute)
     assert combine(results).worst(reference)[0] <= TOLERANCE
+
+
+def _with_padding(padding: int) -> dict:
+    """One pack whose last document is `padding` tokens without weights."""
+    eagle = tiny_model()
+    pack = global_batch(eagle)[3]
+    length = pack["document_bounds"][-2] + padding
+    for name in ("input_ids", "position_ids", "labels", "loss_weights"):
+        pack[name] = pack[name][:length]
+    pack["loss_weights"][length - padding :] = 0
+    pack["document_bounds"] = sorted({*pack["document_bounds"][:-1], length})
+    with model_parallel(ParallelConfig()) as mesh:
+        models = build_model(eagle, mesh, torch.device("cpu"))
+        initialize_parameters(models, seed=1)
+        return forward_backward(models, eagle, mesh, [pack])
+
+
+def test_padding_changes_nothing():
+    plain, padded = (combine(launch(_with_padding, 1, padding)) for padding in (0, 8))
+    assert padded.worst(plain)[0] <= TOLERANCE
 
 
 def _attention_calls(recompute: RecomputeConfig) -> int:
