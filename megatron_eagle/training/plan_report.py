@@ -30,7 +30,8 @@ def render(
         f"{config.training.precision}; {packs.mean_tiles:.4g} tiles a pack ({packs.tiles} at most), "
         f"longest document {packs.longest_document:,}",
         f"recompute: language {recompute.language}, vision {recompute.vision}; "
-        f"trained: {', '.join(config.optimizer.trainable)}; assumes a fused attention kernel (the reference one is quadratic in memory)",
+        f"trained: {', '.join(config.optimizer.trainable)}",
+        "assumes a fused attention kernel (the reference attention is quadratic in memory) and no overlap",
         f"{len(fitting)} layouts fit, {len(plans.legal) - len(fitting)} do not, "
         f"{plans.refused.total()} refused",
         "",

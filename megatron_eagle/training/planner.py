@@ -125,7 +125,8 @@ def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterab
         "checkpoint": {"path": ""},
     }
     values = apply_overrides(values, overrides)
-    values["model"] = expand_preset(values["model"])
+    if isinstance(values["model"], dict):  # from_dict says what is wrong with anything else
+        values["model"] = expand_preset(values["model"])
     config = from_dict(RunConfig, values)
     if config.model.text.vocab_size is None:
         raise UserError(f"preset {name} takes its vocabulary from data: add model.text.vocab_size=N")
@@ -140,7 +141,7 @@ def plan_layouts(
     """Try every layout of `gpus` GPUs with `gpu_memory` bytes each for the run `config`.
 
     `config.parallel` plays no part. Raises `UserError`: less than one GPU, no memory beyond
-    `RESERVED_BYTES`, a LoRA run, or no legal layout at all.
+    `RESERVED_BYTES`, more tiles than a pack holds, a LoRA run, or no legal layout at all.
     """
     if gpus < 1:
         raise UserError(f"--gpus is {gpus}: must be at least 1")
@@ -148,6 +149,11 @@ def plan_layouts(
         raise UserError(
             f"--gpu-memory is {gpu_memory / 1e9:g} GB: must be above the {RESERVED_BYTES / 1e9:g} GB that "
             "the CUDA context, NCCL and the allocator take"
+        )
+    if packs.tiles * config.model.tokens_per_tile > config.data.length:
+        raise UserError(
+            f"{packs.tiles} tiles of {config.model.tokens_per_tile} tokens do not fit a pack of "
+            f"{config.data.length} tokens: at most {config.data.length // config.model.tokens_per_tile}"
         )
     if config.lora is not None:
         raise UserError("the planner counts whole gradients and optimizer states: remove the lora section")

@@ -34,7 +34,7 @@ class Machine:
     """GPUs and links, SI units per GPU; the defaults are H200s in nodes of eight."""
 
     peak: float = 989e12  # dense bf16 FLOP/s, NVIDIA H200 datasheet; MFU is quoted against it
-    gemm: float = 790e12  # bf16 matrix products as measured on one H200 (README, roofline)
+    gemm: float = 790e12  # bf16 matrix products, as measured on one H200
     # FlashAttention-2 on Hopper: 35 % of the peak (abstract of the FlashAttention-3 paper, arXiv 2407.08608).
     attention: float = 0.35 * 989e12
     memory: float = 4.8e12  # byte/s, NVIDIA H200 datasheet

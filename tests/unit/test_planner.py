@@ -193,6 +193,8 @@ def test_nothing_fits():
         (("--length", "32769", "data.length=32769", "--gpus", "3"), None),
         (("lora.rank=8",), "remove the lora section"),
         (("model.preset=tiny",), "takes its vocabulary from data"),
+        (("model=3",), "model: expected a mapping"),
+        (("--tiles", "200"), "200 tiles of 256 tokens do not fit a pack of 32768 tokens: at most 128"),
         (("--json", "/nowhere/plan.json"), "cannot write here"),
     ],
 )
