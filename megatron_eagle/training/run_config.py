@@ -5,6 +5,7 @@ parallel:   {tensor_model_parallel_size: 2}
 data:       {path: data/demo, length: 2048}
 training:   {train_iterations: 200, global_batch_size: 4, precision: fp32}
 optimizer:  {lr: 1e-3}
+lora:       {rank: 16, alpha: 32}       left out: the language model's own weights train
 checkpoint: {path: runs/demo/checkpoint, save_interval: 50}
 logging:    {tensorboard: true}
 """
