@@ -113,8 +113,8 @@ def main() -> None:
             transient = (predicted.total - predicted.states) / (measured["peak"] - measured["before"]) - 1
             print(
                 f'- {{run: "{cell}", rank: {rank}, measured_mb: {measured["peak"] / 1e6:.1f}, predicted_mb: '
-                f"{predicted.total / 1e6:.1f}, error: {100 * error:+.1f} %, "
-                f'error_without_states: {100 * transient:+.1f} %, moment: "{predicted.moment}"}}',
+                f"{predicted.total / 1e6:.1f}, error_percent: {100 * error:+.1f}, "
+                f'error_percent_without_states: {100 * transient:+.1f}, moment: "{predicted.moment}"}}',
                 flush=True,
             )
 
