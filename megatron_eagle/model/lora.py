@@ -108,10 +108,10 @@ class _Adapter(torch.nn.Module):
                 parameter = torch.nn.Parameter(weight.new_empty(shape))
                 axis = self.split[factor]
                 if axis is None:
-                    # Seen by this rank's tokens alone: Megatron sums its gradient over the ranks.
+                    # Its gradient is of this rank's tokens alone: Megatron sums it over the ranks.
                     parameter.sequence_parallel = self.sequence_parallel
                 else:
-                    # Also tells the gradient norm not to count one rank's share as everyone's.
+                    # Without it, the gradient norm would count rank 0's share and no other.
                     set_tensor_model_parallel_attributes(parameter, True, axis, 1)
                 self.register_parameter(f"{target}_{factor}", parameter)
 
