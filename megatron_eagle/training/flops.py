@@ -34,6 +34,7 @@ def training_flops(
     sum_squared_lengths: int,
     tiles: int,
     trainable: Collection[str] = PARTS,
+    adapters: bool = False,
 ) -> StepFlops:
     """FLOPs of forward and backward over a batch.
 
@@ -43,6 +44,8 @@ def training_flops(
         tiles: through the tower.
         trainable: which of `PARTS` have gradients; a frozen part costs its forward, and the gradient of
             its input where an earlier part is trained.
+        adapters: low-rank adapters train in place of the language model's weights; their own products,
+            below one part in a hundred, are left out.
     """
     vision, text = eagle.vision, eagle.text
     layers, h = text.num_hidden_layers, text.hidden_size
@@ -67,6 +70,8 @@ def training_flops(
         upstream |= trained
         passes[part] = 1 + upstream + trained
         attention_passes[part] = 3 if upstream else 1
+    if adapters:
+        passes["language"], attention_passes["language"] = 2, 3
     return StepFlops(
         language_linear=2 * tokens * linear * passes["language"],
         language_attention=2

@@ -16,6 +16,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.layers import choose_layers
 from megatron_eagle.model.lora import add_lora
 from megatron_eagle.runtime.determinism import set_deterministic
 from megatron_eagle.runtime.device import Device, detect_device, process_group
@@ -29,6 +30,7 @@ from megatron_eagle.training.checkpoint import (
     save_checkpoint,
     save_hf_folder,
 )
+from megatron_eagle.training.flops import training_flops
 from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.metrics import RunLog, StepMetrics
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
@@ -132,6 +134,7 @@ def _run(job: _Job, loader: PackLoader) -> None:
         last_iteration=last,
     )
     with log:
+        log.message(choose_layers(config.layers).reason)
         if job.saved_iteration is not None:
             log.message(f"resumed from {root} at iteration {state.iteration}")
         if state.iteration >= last:
@@ -139,7 +142,7 @@ def _run(job: _Job, loader: PackLoader) -> None:
         while state.iteration < last:
             started = time.perf_counter()
             lr = get_canonical_lr_for_logging(job.optimizer.param_groups)
-            loss = _forward_backward(job, loader.step(state.consumed_packs))
+            loss, flops = _forward_backward(job, loader.step(state.consumed_packs))
             _check_finite("loss", loss, job)
             _, grad_norm, _ = job.optimizer.step()
             _check_finite("gradient norm", grad_norm, job)
@@ -147,14 +150,17 @@ def _run(job: _Job, loader: PackLoader) -> None:
             state.iteration += 1
             state.consumed_packs += config.training.global_batch_size
             seconds = time.perf_counter() - started
-            log.step(StepMetrics(state.iteration, loss, float(grad_norm), lr, tokens, seconds))
+            tflops = flops / torch.distributed.get_world_size() / seconds / 1e12
+            mfu = tflops / config.logging.peak_tflops if config.logging.peak_tflops else None
+            log.step(StepMetrics(state.iteration, loss, float(grad_norm), lr, tokens, seconds, tflops, mfu))
             if state.iteration == last or (interval and state.iteration % interval == 0):
                 _save(job)
                 log.message(f"saved iteration {state.iteration} in {root}")
 
 
-def _forward_backward(job: _Job, batches: list[Batch]) -> float:
-    """Gradients of one global batch, ready for the optimizer; returns its loss, on every rank."""
+def _forward_backward(job: _Job, batches: list[Batch]) -> tuple[float, float]:
+    """Gradients of one global batch, ready for the optimizer; returns its loss and its model FLOPs, on every
+    rank."""
     mesh, models = job.mesh, job.models
     for model in models:
         model.zero_grad_buffer()
@@ -189,11 +195,35 @@ def _forward_backward(job: _Job, batches: list[Batch]) -> float:
         micro_batch_size=1,
         forward_only=False,
     )
-    # Parts exist on the last pipeline stage, once per tensor parallel rank.
-    own = torch.stack(parts).double().sum() if parts and mesh.tp.rank == 0 else 0.0
-    loss = torch.as_tensor(own, dtype=torch.float64, device=job.device.torch_device)
-    torch.distributed.all_reduce(loss)
-    return loss.item()
+    # The loss's parts exist on the last pipeline stage, once per tensor parallel rank; the FLOPs are those of
+    # a pack, once per data parallel rank.
+    own = torch.zeros(2, dtype=torch.float64)
+    if mesh.is_last_stage() and mesh.tp.rank == 0:
+        own[0] = float(sum(parts))
+        own[1] = _model_flops(job.config, batches) if mesh.cp.rank == 0 else 0.0
+    totals = own.to(job.device.torch_device)
+    torch.distributed.all_reduce(totals)
+    loss, flops = totals.tolist()
+    return loss, flops
+
+
+def _model_flops(config: RunConfig, batches: list[Batch]) -> float:
+    """FLOPs of these packs' samples; padding does not count."""
+    lengths = [
+        end - start
+        for batch in batches
+        for start, end, _ in zip(
+            batch.document_bounds, batch.document_bounds[1:], batch.sample_rows, strict=False
+        )
+    ]
+    return training_flops(
+        config.model,
+        tokens=sum(lengths),
+        sum_squared_lengths=sum(n * n for n in lengths),
+        tiles=sum(batch.n_tiles for batch in batches),
+        trainable=config.optimizer.trainable,
+        adapters=config.lora is not None,
+    ).total
 
 
 def _check_finite(name: str, value: float, job: _Job) -> None:

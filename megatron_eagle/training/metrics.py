@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from megatron_eagle.errors import UserError
@@ -18,6 +19,9 @@ class LoggingConfig:
 
     path: str | None = None
     tensorboard: bool = True
+    # Of one device, for the model FLOPs utilisation (MFU): 989 is the H100's and H200's in dense bf16, by the
+    # data sheet. null leaves MFU out, as on a CPU.
+    peak_tflops: float | None = 989.0 if torch.cuda.is_available() else None
     progress: bool = True
 
 
@@ -31,6 +35,8 @@ class StepMetrics:
     lr: float  # used by this iteration
     tokens: int  # of the global batch, padding included
     seconds: float  # wall clock, data included
+    tflops: float  # model TFLOP/s of one process (training/flops.py), padding and recomputation left out
+    mfu: float | None = None  # tflops / logging.peak_tflops
 
 
 class RunLog:
@@ -87,9 +93,13 @@ class RunLog:
             for name in ("loss", "grad_norm", "lr", "seconds"):
                 self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.iteration)
             self._board.add_scalar("train/tokens_per_second", rate, metrics.iteration)
+            self._board.add_scalar("train/tflops", metrics.tflops, metrics.iteration)
+            if metrics.mfu is not None:
+                self._board.add_scalar("train/mfu", metrics.mfu, metrics.iteration)
+        mfu = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%}"
         self._bar.set_postfix_str(
             f"loss {metrics.loss:.4f}, grad norm {metrics.grad_norm:.3f}, lr {metrics.lr:.2e}, "
-            f"{rate:,.0f} tokens/s, {metrics.seconds:.2f} s",
+            f"{rate:,.0f} tokens/s, {metrics.seconds:.2f} s{mfu}",
             refresh=False,
         )
         self._bar.update()

@@ -1,7 +1,9 @@
 """Run configuration, schedule, loss, metrics and the command line of training."""
 
 import importlib.util
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -175,14 +177,14 @@ def test_metrics_files(tmp_path):
     logging = LoggingConfig(progress=False)
     with RunLog(logging, tmp_path, active=True, iteration=0, last_iteration=3) as log:
         for i in (1, 2, 3):
-            log.step(StepMetrics(i, 3.0 / i, 1.0, 1e-3, 100, 0.5))
+            log.step(StepMetrics(i, 3.0 / i, 1.0, 1e-3, 100, 0.5, 0.1))
     assert [m.loss for m in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 1.5, 1.0]
     assert list((tmp_path / "tensorboard").iterdir())
     with RunLog(logging, tmp_path, active=True, iteration=1, last_iteration=3):
         pass
     assert [m.iteration for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
     with RunLog(logging, tmp_path / "rank1", active=False, iteration=0, last_iteration=3) as log:
-        log.step(StepMetrics(1, 1.0, 1.0, 1e-3, 100, 0.5))
+        log.step(StepMetrics(1, 1.0, 1.0, 1e-3, 100, 0.5, 0.1))
     assert not (tmp_path / "rank1").exists()
 
 
@@ -190,9 +192,8 @@ def test_loss_curve(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match="no finished training step to draw"):
         plot_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"iteration": 1, "loss": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens": 8, "seconds": 1.0}\n'
-    )
+    step = StepMetrics(1, loss=2.0, grad_norm=1.0, lr=0.1, tokens=8, seconds=1.0, tflops=0.1)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(asdict(step)) + "\n")
     plot_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
