@@ -15,7 +15,8 @@ def main() -> None:
     report = write_packs(args.data, args.length, args.seed)
     print(
         f"{report.n_rows:,} samples in {report.n_packs:,} packs of {args.length:,} tokens, "
-        f"{100 * report.fill:.2f} % full, {report.seconds:.2f} s -> {args.data}/{args.length}/packs.arrow"
+        f"{100 * report.fill:.2f} % full, cost of attention and vision +- {100 * report.cost_spread:.1f} %, "
+        f"{report.seconds:.2f} s -> {args.data}/{args.length}/packs.arrow"
     )
 
 

@@ -1,7 +1,8 @@
 """The order of packs, and batches ready when they are asked for.
 
 The whole state is one integer, the number of packs consumed.  Which packs a global batch holds depends on
-nothing but the seed and that number; only who gets which of them depends on the data-parallel layout.
+nothing but the seed and that number; only who gets which of them depends on the data-parallel layout: the
+ranks share a global batch so that all have about the same to do.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from megatron_eagle.data.balance import assign, pack_costs
 from megatron_eagle.data.dataset import LOSS_WEIGHTINGS, Batch, assemble, media_loaders, normalizer
 from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.store import DataManifest, SampleStore
@@ -38,8 +40,8 @@ class PackLoader:
     """The batches of one data-parallel rank.
 
     Pack number p of the run is that at place p % n of a permutation of the n packs, seeded by (seed, p //
-    n): an epoch holds every pack once.  Microbatch i of data-parallel rank r in the global batch that starts
-    at c is pack c + i * data_parallel_size + r.
+    n): an epoch holds every pack once.  The packs of a global batch are shared among the ranks by cost (see
+    `balance.assign`), equally many each; a rank keeps those it gets in their global order.
 
     Raises `UserError` for an unusable configuration, or if the pack index is missing or made for other data.
     """
@@ -113,13 +115,18 @@ class PackLoader:
     def _permute(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._index))
 
+    def _own(self, packs: np.ndarray) -> np.ndarray:
+        """Places of this rank's packs in a global batch."""
+        patches = self._index.column("n_tiles", packs) * self.manifest.patches_per_tile
+        return assign(pack_costs(self._index.column("sum_squares", packs), patches), self._size)[self._rank]
+
     def _load(self, consumed_packs: int) -> list[Batch]:
         weighting = {"weighting": self._config.loss_weighting, "multi_turn": self._config.multi_turn}
         packs = self.packs(consumed_packs)
         total = normalizer(self._index, packs, **weighting)
         batches = [
             assemble(self._store, self._index.rows(int(pack)), total=total, **weighting)
-            for pack in packs[self._rank :: self._size]
+            for pack in packs[self._own(packs)]
         ]
         if self._media_pool is not None:
             # All of the step's media are handed to the threads before the first is waited for.

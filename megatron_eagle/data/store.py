@@ -149,6 +149,11 @@ class DataManifest:
     files: dict[str, dict] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def patches_per_tile(self) -> int:
+        """Vision patches of one tile."""
+        return (self.tile_size // self.patch_size) ** 2
+
     def save(self, folder: Path) -> None:
         """Write manifest.json."""
         (folder / "manifest.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

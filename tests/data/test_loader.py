@@ -45,21 +45,29 @@ def loader(path, *, gbs=4, rank=0, size=1, decode=False, **config):
     )
 
 
-def global_rows(path, consumed, size, gbs=4):
-    """The rows of a global batch in global order, put together from all ranks."""
+def shared_rows(path, consumed, size, gbs):
+    """The packs of a global batch as lists of rows, in global order, put together from all ranks."""
     ranks = [loader(path, gbs=gbs, rank=r, size=size).step(consumed) for r in range(size)]
-    return [batch.sample_rows for microbatch in zip(*ranks, strict=True) for batch in microbatch]
+    assert {len(batches) for batches in ranks} == {gbs // size}
+    reader = loader(path, gbs=gbs)
+    packs = [reader._index.rows(int(pack)) for pack in reader.packs(consumed)]
+    shared = [batch.sample_rows for batches in ranks for batch in batches]
+    assert sorted(shared) == sorted(packs)
+    for batches in ranks:  # each rank keeps the global order
+        remaining = iter(packs)
+        assert all(batch.sample_rows in remaining for batch in batches)
+    return packs
 
 
 def test_the_global_order_does_not_depend_on_the_layout(path):
     n = loader(path).packs_per_epoch
+    alone = loader(path, gbs=1)
     consumed = 0
     sequence = []
-    while consumed < 2 * n:  # dp 4 -> 2 -> 1, mid-epoch
-        size = (4, 2, 1)[consumed // 4 % 3]
-        sequence += global_rows(path, consumed, size)
-        consumed += 4
-    alone = loader(path, gbs=1)
+    while consumed < 2 * n:  # dp 4 -> 2 -> 8, mid-epoch
+        sequence += shared_rows(path, consumed, (4, 2, 8)[consumed // 8 % 3], gbs=8)
+        consumed += 8
+    assert n % 8
     assert sequence == [alone.step(p)[0].sample_rows for p in range(consumed)]
     for epoch in (sequence[:n], sequence[n : 2 * n]):
         assert sorted(row for rows in epoch for row in rows) == list(range(24))
