@@ -140,7 +140,7 @@ def plan_layouts(
 ) -> Plans:
     """Try every layout of `gpus` GPUs with `gpu_memory` bytes each for the run `config`.
 
-    `config.parallel` plays no part. Raises `UserError`: less than one GPU, no memory beyond
+    The sizes in `config.parallel` play no part. Raises `UserError`: less than one GPU, no memory beyond
     `RESERVED_BYTES`, more tiles than a pack holds, a LoRA run, or no legal layout at all.
     """
     if gpus < 1:
@@ -216,19 +216,23 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
     for tp in sizes:
         for pp in (n for n in sizes if (gpus // tp) % n == 0 and n <= layers):
             for cp in (n for n in sizes if (gpus // tp // pp) % n == 0):
-                for parallel in _variants(layers, tp, pp):
+                for parallel in _variants(config.parallel, layers, tp, pp):
                     shardings = ["none"] + ["cp"] * (cp > 1) + ["cp_tp"] * (tp > 1)
                     for sharding in shardings:
                         yield replace(parallel, context_parallel_size=cp, vision_sharding=sharding)
 
 
-def _variants(layers: int, tp: int, pp: int) -> Iterator[ParallelConfig]:
-    """With and without sequence parallelism, virtual stages and a first stage of its own size."""
+def _variants(base: ParallelConfig, layers: int, tp: int, pp: int) -> Iterator[ParallelConfig]:
+    """With and without sequence parallelism, virtual stages and a first stage of its own size.
+
+    What else `base` says stays.
+    """
     share = -(-layers // pp)
     for sequence_parallel in (False, True) if tp > 1 else (False,):
         for chunks in range(1, share + 1) if pp > 1 else (1,):
             for first in (None, *range(chunks, share, chunks)) if pp > 1 else (None,):
-                yield ParallelConfig(
+                yield replace(
+                    base,
                     tensor_model_parallel_size=tp,
                     sequence_parallel=sequence_parallel,
                     pipeline_model_parallel_size=pp,
