@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
-from megatron_eagle.context_parallel.layout import zigzag
+from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.context_parallel.vision_sharding import share_vision
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import ModelInput
@@ -35,10 +35,16 @@ def make_input(
             that do not hold the vision tower.
         labels, loss_weights: [S], already shifted: entry i belongs to the prediction made at token i.
     Raises:
-        UserError: the image tokens and the tiles of the pack do not match, or the pack's length does
-            not fit the layout.
+        UserError: the image tokens and the tiles of the pack do not match, or the pack does not
+            fit the layout (`planning.plan_layout`).
     """
-    layout = zigzag(len(input_ids), mesh.cp.size)
+    layout = plan_layout(
+        mesh.config.context_parallel_layout,
+        len(input_ids),
+        mesh.cp.size,
+        document_bounds,
+        mesh.config.context_parallel_chunk_size,
+    )
     index = layout.token_index(mesh.cp.rank)
 
     def local(x: Tensor | None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Which parallel layouts a model and a sequence length allow, checked before any process group exists."""
 
+from megatron_eagle.context_parallel.planning import sequence_multiple
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
@@ -30,16 +31,17 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
                 f"choose {_choices(legal)}"
             )
     _check_stages(text.num_hidden_layers, parallel)
-    # Zigzag cuts the sequence into 2 x CP chunks, sequence parallelism cuts a rank's tokens by TP.
-    chunks = 2 * cp if cp > 1 else 1
-    multiple = chunks
-    if parallel.sequence_parallel:
-        while multiple % chunks or (multiple // cp) % tp:
-            multiple += chunks
+    multiple = sequence_multiple(
+        parallel.context_parallel_layout,
+        cp,
+        sequence_parallel=tp if parallel.sequence_parallel else 1,
+        chunk_size=parallel.context_parallel_chunk_size,
+    )
     if sequence_length % multiple:
         nearest = max(round(sequence_length / multiple), 1) * multiple
         raise UserError(
             f"data.length {sequence_length} must be a multiple of {multiple} for context_parallel_size {cp}"
+            f"{_shown_layout(parallel)}"
             f"{f' with sequence parallelism over {tp}' if parallel.sequence_parallel else ''}: "
             f"the nearest is {nearest}"
         )
@@ -69,6 +71,13 @@ def _check_stages(layers: int, parallel: ParallelConfig) -> None:
             f"parallel.num_layers_in_first_pipeline_stage {first} of {layers} language layers leaves no "
             f"equal shares for {stages - 1} further stages x {chunks} chunks: choose {_choices(legal)}"
         )
+
+
+def _shown_layout(parallel: ParallelConfig) -> str:
+    if parallel.context_parallel_size == 1:
+        return ""
+    name, chunk_size = parallel.context_parallel_layout, parallel.context_parallel_chunk_size
+    return f" ({name}, chunks of {chunk_size})" if name == "balanced" and chunk_size else f" ({name})"
 
 
 def _choices(values: list[int]) -> str:

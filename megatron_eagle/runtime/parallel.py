@@ -22,6 +22,11 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
+    # Which tokens of a pack each context parallel rank holds (context_parallel/layout.py, balanced.py): the
+    # paper's zigzag over the pack, or placement by the work in its documents, in chunks of so many tokens
+    # (null: 128, fewer for short packs).
+    context_parallel_layout: Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"] = "zigzag"
+    context_parallel_chunk_size: int | None = None
     # Language layers of the first pipeline stage, which also has the vision tower; null: as many as the
     # others. The other stages share the rest equally.
     num_layers_in_first_pipeline_stage: int | None = None
@@ -53,6 +58,7 @@ class ParallelConfig:
             "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
             "context_parallel_size": self.context_parallel_size,
             "virtual_pipeline_model_parallel_size": self.num_model_chunks,
+            "context_parallel_chunk_size": self.context_parallel_chunk_size or 1,
         }
         for name, size in sizes.items():
             if size < 1:

@@ -236,3 +236,16 @@ LAYOUTS = [
     ]
     for cell in _with_vision_sharding(*row)
 ]
+
+
+def _context(name: str, world_size: int, layout: str, parallel: dict) -> Layout:
+    return Layout(f"{name}, {layout}", world_size, parallel | {"context_parallel_layout": layout})
+
+
+LAYOUTS += [
+    _context("CP2", 2, "contiguous", _CP2),
+    _context("CP2", 2, "zigzag_per_document", _CP2),
+    _context("CP4", 4, "balanced", _CP4),
+    _context("TP2+SP x CP2", 4, "balanced", _TP2 | _SP | _CP2 | {"vision_sharding": "cp_tp"}),
+    _context("PP2 x CP2", 4, "balanced", _PP2 | _CP2),
+]

@@ -1,0 +1,100 @@
+"""The layout that looks at the work: equal tokens and nearly equal attention per rank, documents kept close.
+
+Attention's work is the number of query-key pairs (the causal area) and differs from token to token; all
+other work is the same for every token, and is counted as so many pairs; so is a key that must come from
+another rank. The pack is cut into small chunks and these are handed out from the top down: the ranks are
+halved, and one half takes a window of the list of chunks (cyclic, of exactly its number of tokens). Slid
+along the list, some window comes within about a chunk of half the work; of all windows the one is taken
+that leaves the least work on the busier half, foreign keys included. So short documents stay on one rank,
+longer ones inside the smallest halving that balances, and a rank has few runs. Chunks that are too large
+for that to balance are dealt out longest-processing-time first, within the smallest group of ranks that it
+helps: the heaviest chunk to the rank that has the least work so far and still has room.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_eagle.context_parallel.layout import SequenceLayout, merge_adjacent
+
+# Work outside attention of one token, in query-key pairs. Eagle2.5-8B: 6 x 6.5e9 FLOPs a token at 600
+# TFLOP/s against 14 x 28 layers x 28 heads x 128 FLOPs a pair at 400, both forward and backward, make
+# 18,600; the ratio changes slowly with the size of the model, and rounding down weighs attention more.
+DENSE_PAIRS = 16384
+# A key from another rank: 8 KiB a layer (keys and values forward and backward in bf16, gradients in fp32)
+# at 300 GB/s, in pairs of the same arithmetic, were nothing of it hidden behind attention.
+KEY_PAIRS = 256
+# Beyond this excess of the busiest rank over the mean, longest-processing-time is tried.
+TOLERANCE = 0.04
+
+
+def causal_area(tokens: np.ndarray, document_bounds: Sequence[int]) -> np.ndarray:
+    """Query-key pairs of all queries before each of `tokens` (0 to the pack's length): int64."""
+    bounds = np.asarray(document_bounds)
+    sizes = np.diff(bounds)
+    whole = np.concatenate([[0], (sizes * (sizes + 1) // 2).cumsum()])
+    document = np.minimum(np.searchsorted(bounds, tokens, side="right") - 1, len(sizes) - 1)
+    inside = tokens - bounds[document]
+    return whole[document] + inside * (inside + 1) // 2
+
+
+def balanced(
+    length: int, size: int, document_bounds: Sequence[int], chunk_size: int, dense_pairs: int = DENSE_PAIRS
+) -> SequenceLayout:
+    """Place chunks of `chunk_size` tokens so that every rank has the same work and few foreign keys.
+
+    Args:
+        chunk_size: divides length / size. Smaller: better balance, same number of runs.
+        dense_pairs: work outside attention of a token, in query-key pairs.
+    """
+    starts = np.arange(0, length + 1, chunk_size)
+    work = np.diff(causal_area(starts, document_bounds)) + dense_pairs * chunk_size
+    bounds = np.asarray(document_bounds)
+    # Keys that a chunk needs from other ranks if it is separated from the chunk before it.
+    foreign = starts[:-1] - bounds[np.searchsorted(bounds, starts[:-1], side="right") - 1]
+    limit = work.sum() / size * (1 + TOLERANCE)
+    placed = _bisect(np.arange(len(work)), size, work, foreign, limit)
+    ranges = (np.stack([starts[chunks], starts[chunks + 1]], axis=1) for chunks in placed)
+    return SequenceLayout(length, tuple(merge_adjacent(own) for own in ranges))
+
+
+def _bisect(
+    chunks: np.ndarray, size: int, work: np.ndarray, foreign: np.ndarray, limit: float
+) -> list[np.ndarray]:
+    """Divide `chunks` (ascending) over `size` ranks of which none should have more work than `limit`."""
+    if size == 1:
+        return [chunks]
+    half = size // 2
+    count, width = len(chunks), len(chunks) // size * half
+    own = work[chunks]
+    sums = np.concatenate([[0], own, own]).cumsum()
+    window = sums[width : width + count] - sums[:count]
+    busier = np.maximum(window / half, (sums[count] - window) / (size - half))
+    # Where neighbours in the list are not neighbours in the pack, the cut costs nothing more.
+    cut = foreign[chunks] * (np.diff(chunks, prepend=-2) == 1)
+    first = int(np.argmin(busier + KEY_PAIRS * (cut + np.roll(cut, -width))))
+    inside = np.zeros(count, dtype=bool)
+    inside[np.arange(first, first + width) % count] = True
+    halves = [(chunks[inside], half), (chunks[~inside], size - half)]
+    halves.sort(key=lambda part: part[0][0])  # neighbouring ranks hold neighbouring tokens
+    placed = [held for part, ranks in halves for held in _bisect(part, ranks, work, foreign, limit)]
+    heaviest = max(work[held].sum() for held in placed)
+    if heaviest > limit:
+        dealt = _longest_processing_time(chunks, size, own)
+        if max(work[held].sum() for held in dealt) < heaviest:
+            return dealt
+    return placed
+
+
+def _longest_processing_time(chunks: np.ndarray, size: int, work: np.ndarray) -> list[np.ndarray]:
+    """Heaviest chunk first, each to the least loaded rank that has room; ties by number."""
+    room = len(chunks) // size
+    ranks = [(0, rank) for rank in range(size)]
+    held: list[list[int]] = [[] for _ in range(size)]
+    for place in np.argsort(-work, kind="stable").tolist():
+        load, rank = heapq.heappop(ranks)
+        held[rank].append(place)
+        if len(held[rank]) < room:
+            heapq.heappush(ranks, (load + int(work[place]), rank))
+    return [chunks[np.sort(own)] for own in held]
