@@ -93,7 +93,7 @@ def reference() -> Outcome:
         (2, TP2_SP),
         (2, PP2),
         (2, CP2),
-        (4, TP2_SP | VPP2),
+        pytest.param(4, TP2_SP | VPP2, marks=pytest.mark.slow),
         pytest.param(2, {"overlap_grad_reduce": True}, marks=pytest.mark.slow),
         pytest.param(4, TP2_SP | CP2 | {"vision_sharding": "cp_tp"}, marks=pytest.mark.slow),
         pytest.param(8, TP2_SP | PP2 | CP2, marks=pytest.mark.slow),
