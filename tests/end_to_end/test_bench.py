@@ -17,5 +17,9 @@ def test_packing_beats_streaming_and_grows_linearly(tmp_path):
     rows = {(row["samples"], row["packer"]): row for row in card["rows"]}
     assert rows[20_000, "ours"]["fill %"] >= 99.9
     assert rows[2_000, "ours"]["fill %"] >= 99 > rows[2_000, "next fit"]["fill %"]
+    assert rows[2_000, "ours"]["fill %"] > rows[2_000, "least loaded"]["fill %"]
+    assert rows[20_000, "ours"]["even steps % (1 pack a rank)"] >= 95
+    assert rows[20_000, "best fit"]["even steps % (1 pack a rank)"] < 50
+    assert rows[1_000_000, "ours"]["CPU s"] < 4
     # Ten times the samples: far from a hundred times the time.
     assert rows[200_000, "ours"]["CPU s"] < 40 * rows[20_000, "ours"]["CPU s"]

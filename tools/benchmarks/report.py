@@ -20,6 +20,8 @@ class Report:
 
     title: str
     rows: list[dict[str, str | int | float]]
+    flags: str = ""
+    """Flags of the command line, beside the name, that made this report."""
 
     def table(self) -> str:
         """Aligned plain text."""
@@ -34,7 +36,7 @@ class Report:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         return {
             "name": name,
-            "command": f"python tools/bench.py {name}",
+            "command": f"python tools/bench.py {name} {self.flags}".rstrip(),
             "commit": commit or "unknown",
             "machine": f"{platform.machine()} {platform.system()}, Python {platform.python_version()}",
             "date": date.today().isoformat(),
