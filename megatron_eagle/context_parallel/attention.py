@@ -1,5 +1,8 @@
 """Core attention of the language model: packed documents, grouped queries, context parallel keys.
 
+Context parallel ranks are Ulysses groups (adjacent ranks, which trade tokens for heads) times the ranks that
+exchange keys; either may be a group of one.
+
 Shapes: s local tokens, S tokens of the pack, b batch (1: a microbatch is one pack), np query heads,
 ng key-value heads, d head size, all per tensor parallel rank. Queries and keys arrive rotated.
 """
@@ -11,9 +14,12 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron_eagle.context_parallel.exchange import KeyExchange
 from megatron_eagle.context_parallel.gather_kv import GatherKVAttention
 from megatron_eagle.context_parallel.layout import Segment, SequenceLayout
+from megatron_eagle.context_parallel.ulysses import HeadsToTokens, TokensToHeads
 
 
 @dataclass
@@ -25,8 +31,8 @@ class PackedSequence(PackedSeqParams):
     """
 
     position_ids: Tensor | None = None  # [s] positions of the local tokens inside their documents
-    layout: SequenceLayout | None = None
-    segments: tuple[Segment, ...] = ()  # what the local queries see
+    layout: SequenceLayout | None = None  # over all context parallel ranks
+    exchange: KeyExchange | None = None  # this rank's part, on its device
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
@@ -41,7 +47,11 @@ class AttentionBackend(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float
     ) -> tuple[Tensor, Tensor]:
-        """q [s, np, d], k and v [S, ng, d] -> out [s, np, d] and log-sum-exp fp32 [np, s]."""
+        """q [s, np, d], k and v [keys, ng, d] -> out [s, np, d] and log-sum-exp fp32 [np, s].
+
+        Segments follow each other without gaps, in queries and in keys: their ends are the cumulative
+        lengths of a varlen kernel.
+        """
 
     def backward(
         self,
@@ -54,7 +64,32 @@ class AttentionBackend(Protocol):
         segments: tuple[Segment, ...],
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> grad_q like q; grad_k and grad_v fp32 [S, ng, d], zero where nothing attended."""
+        """-> grad_q like q; grad_k and grad_v [keys, ng, d], fp32 or the type of k."""
+
+
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    backend: AttentionBackend,
+    exchange: KeyExchange,
+    scale: float,
+    key_group: ProcessGroup,
+    ulysses_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Attention of this rank's queries over the pack: q [s, np, d], k and v [s, ng, d] -> [s, np, d].
+
+    Args:
+        exchange: `plan_exchange` of this rank's place in `key_group`, on the device of q.
+        key_group: ranks that hold other tokens in attention.
+        ulysses_group: ranks that take other heads in attention; None: this rank takes all.
+    """
+    if ulysses_group is not None:
+        q, k, v = TokensToHeads.apply(q, k, v, ulysses_group)
+    # One key-value head at a time where keys travel, so that they do so while attention runs.
+    parts = 1 if exchange.kind == "none" else k.shape[1]
+    out = GatherKVAttention.apply(q, k, v, backend, exchange, scale, key_group, parts)
+    return out if ulysses_group is None else HeadsToTokens.apply(out, ulysses_group)
 
 
 class CoreAttention(MegatronModule):
@@ -75,7 +110,9 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.backend = backend
-        self.cp_group = pg_collection.cp
+        # Groups of Megatron's hierarchical context parallelism: adjacent ranks first.
+        hierarchy = getattr(pg_collection, "hcp", None)
+        self.ulysses_group, self.key_group = hierarchy or (None, pg_collection.cp)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(
@@ -89,15 +126,15 @@ class CoreAttention(MegatronModule):
         packed_seq_params: PackedSequence | None = None,
     ) -> Tensor:
         """query [s, 1, np, d], key and value [s, 1, ng, d] -> [s, 1, np * d]."""
-        out = GatherKVAttention.apply(
+        out = context_parallel_attention(
             query.squeeze(1),
             key.squeeze(1),
             value.squeeze(1),
             self.backend,
-            packed_seq_params.layout,
-            packed_seq_params.segments,
+            packed_seq_params.exchange,
             self.scale,
-            self.cp_group,
+            self.key_group,
+            self.ulysses_group,
         )
         return out.flatten(1).unsqueeze(1)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
+from megatron_eagle.context_parallel.exchange import plan_exchange
 from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.context_parallel.vision_sharding import share_vision
 from megatron_eagle.errors import UserError
@@ -38,13 +39,15 @@ def make_input(
         UserError: the image tokens and the tiles of the pack do not match, or the pack does not
             fit the layout (`planning.plan_layout`).
     """
-    layout = plan_layout(
+    ulysses = mesh.config.ulysses_parallel_size
+    key_layout = plan_layout(  # what ranks hold in attention
         mesh.config.context_parallel_layout,
         len(input_ids),
-        mesh.cp.size,
+        mesh.cp.size // ulysses,
         document_bounds,
         mesh.config.context_parallel_chunk_size,
     )
+    layout = key_layout.cut_each(ulysses)
     index = layout.token_index(mesh.cp.rank)
 
     def local(x: Tensor | None) -> Tensor | None:
@@ -57,7 +60,7 @@ def make_input(
         packed=PackedSequence(
             position_ids=local(position_ids),
             layout=layout,
-            segments=layout.segments(mesh.cp.rank, document_bounds),
+            exchange=plan_exchange(key_layout, mesh.cp.rank // ulysses, document_bounds).to(device),
         ),
     )
     if pixel_values is not None:

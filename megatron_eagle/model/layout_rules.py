@@ -30,10 +30,19 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
                 f"parallel.tensor_model_parallel_size {tp} does not divide the {size} {name}: "
                 f"choose {_choices(legal)}"
             )
+    ulysses, heads = parallel.ulysses_parallel_size, text.num_key_value_heads // tp
+    if heads % ulysses:
+        legal = [n for n in range(1, heads + 1) if heads % n == 0 and cp % n == 0]
+        raise UserError(
+            f"parallel.ulysses_parallel_size {ulysses} does not divide the {heads} key-value heads of a "
+            f"tensor parallel rank ({text.num_key_value_heads} over {tp}): choose {_choices(legal)}; "
+            f"the other context parallel ranks exchange keys"
+        )
     _check_stages(text.num_hidden_layers, parallel)
     multiple = sequence_multiple(
         parallel.context_parallel_layout,
-        cp,
+        cp // ulysses,
+        ulysses,
         sequence_parallel=tp if parallel.sequence_parallel else 1,
         chunk_size=parallel.context_parallel_chunk_size,
     )

@@ -27,6 +27,9 @@ class ParallelConfig:
     # (null: 128, fewer for short packs).
     context_parallel_layout: Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"] = "zigzag"
     context_parallel_chunk_size: int | None = None
+    # Adjacent context parallel ranks that divide heads around attention (context_parallel/ulysses.py); the
+    # others exchange keys.
+    ulysses_parallel_size: int = 1
     # Language layers of the first pipeline stage, which also has the vision tower; null: as many as the
     # others. The other stages share the rest equally.
     num_layers_in_first_pipeline_stage: int | None = None
@@ -58,11 +61,18 @@ class ParallelConfig:
             "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
             "context_parallel_size": self.context_parallel_size,
             "virtual_pipeline_model_parallel_size": self.num_model_chunks,
-            "context_parallel_chunk_size": self.context_parallel_chunk_size or 1,
+            "ulysses_parallel_size": self.ulysses_parallel_size,
         }
+        if self.context_parallel_chunk_size is not None:
+            sizes["context_parallel_chunk_size"] = self.context_parallel_chunk_size
         for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"parallel.{name} is {size}: must be at least 1")
+        if self.context_parallel_size % self.ulysses_parallel_size:
+            raise UserError(
+                f"parallel.ulysses_parallel_size {self.ulysses_parallel_size} does not divide "
+                f"context_parallel_size {self.context_parallel_size}: choose one of its divisors"
+            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError(
                 "parallel.sequence_parallel needs tensor_model_parallel_size > 1 "
@@ -132,11 +142,15 @@ def model_parallel(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Mesh
         UserError: as `ParallelConfig.data_parallel_size`.
     """
     config.data_parallel_size(torch.distributed.get_world_size())
+    ulysses, hierarchy = config.ulysses_parallel_size, None
+    if ulysses > 1:  # groups of adjacent ranks divide heads, groups across them exchange keys
+        hierarchy = [ulysses, config.context_parallel_size // ulysses]
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        hierarchical_context_parallel_sizes=hierarchy,
         create_gloo_process_groups=False,
     )
     try:

@@ -201,6 +201,7 @@ _SP = {"sequence_parallel": True}
 _PP2, _PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
 _VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 _CP2, _CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
+_U2 = {"ulysses_parallel_size": 2}
 ONE_PROCESS = Layout("one process", 1)
 
 
@@ -248,4 +249,8 @@ LAYOUTS += [
     _context("CP4", 4, "balanced", _CP4),
     _context("TP2+SP x CP2", 4, "balanced", _TP2 | _SP | _CP2 | {"vision_sharding": "cp_tp"}),
     _context("PP2 x CP2", 4, "balanced", _PP2 | _CP2),
+    _context("Ulysses 2", 2, "balanced", _CP2 | _U2),
+    _context("Ulysses 2 x CP2", 4, "balanced", _CP4 | _U2),
+    _context("Ulysses 2 x CP2", 4, "zigzag_per_document", _CP4 | _U2),
+    _context("TP2+SP x Ulysses 2 x CP2", 8, "balanced", _TP2 | _SP | _CP4 | _U2),
 ]

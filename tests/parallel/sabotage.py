@@ -6,15 +6,54 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import cross_entropy
 
-from megatron_eagle.context_parallel import gather_kv, vision_sharding
+from megatron_eagle.context_parallel import attention, gather_kv, ulysses, vision_sharding
 from megatron_eagle.model import eagle, layers
 from megatron_eagle.training import optimizer
 from tests.parallel.cases import Layout, run
 
 
-def _keep_own_tokens(x, layout, group):
+class _Alone:
+    """Stands for torch.distributed: every rank receives its own part and nothing from the others."""
+
+    @staticmethod
+    def reduce_scatter_tensor(output, tensor, group, async_op):
+        output.copy_(tensor.chunk(group.size())[group.rank()])
+        return _Done()
+
+    @staticmethod
+    def all_to_all_single(output, tensor, output_counts, input_counts, group, async_op):
+        own = group.rank()
+        output.zero_().split(output_counts)[own].copy_(tensor.split(input_counts)[own])
+        return _Done()
+
+
+class _Done:
+    def wait(self):
+        pass
+
+
+def _keep_own_gradients(grad, exchange, group, start_return=gather_kv.start_return):
     """Key and value gradients of the other ranks' queries are lost."""
-    return x[layout.token_index(group.rank())]
+    with patch.object(gather_kv, "dist", _Alone):
+        return start_return(grad, exchange, group)
+
+
+class _OneWayUlysses(ulysses.TokensToHeads):
+    """Gradients of the heads that other ranks took are lost."""
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with patch.object(ulysses, "_exchange", lambda parts, group: parts):
+            return ulysses.TokensToHeads.backward(ctx, *grads)
+
+
+class _OneWayUlyssesOutput(ulysses.HeadsToTokens):
+    """Output gradients of other ranks' tokens are lost."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        with patch.object(ulysses, "_exchange", lambda parts, group: parts):
+            return ulysses.HeadsToTokens.backward(ctx, grad)
 
 
 class _UnmarkedNorm(layers.RMSNorm):
@@ -49,9 +88,21 @@ class _TorchWithoutAllReduce:
 
 # What is left out -> (a layout of the table that must notice, the patch).
 SABOTAGES = {
-    "dK/dV reduce-scatter": (
+    "dK/dV, reduce-scatter": (
         "CP2, none",
-        lambda: patch.object(gather_kv, "reduce_scatter_sequence", _keep_own_tokens),
+        lambda: patch.object(gather_kv, "start_return", _keep_own_gradients),
+    ),
+    "dK/dV, all-to-all": (
+        "CP4, balanced",
+        lambda: patch.object(gather_kv, "start_return", _keep_own_gradients),
+    ),
+    "Ulysses before attention, backward": (
+        "Ulysses 2, balanced",
+        lambda: patch.object(attention, "TokensToHeads", _OneWayUlysses),
+    ),
+    "Ulysses after attention, backward": (
+        "Ulysses 2, balanced",
+        lambda: patch.object(attention, "HeadsToTokens", _OneWayUlyssesOutput),
     ),
     "vision features, backward exchange": (
         "CP2, cp",

@@ -166,6 +166,14 @@ def test_text_and_tiles_must_match(tiles, size, pixel, message):
         ({"virtual_pipeline_model_parallel_size": 2}, "needs pipeline_model_parallel_size > 1"),
         ({"context_parallel_size": 0}, "must be at least 1"),
         ({"tensor_model_parallel_size": 3}, "start a multiple of 3 processes"),
+        (
+            {"context_parallel_size": 4, "ulysses_parallel_size": 3},
+            "3 does not divide context_parallel_size 4",
+        ),
+        (
+            {"context_parallel_size": 4, "context_parallel_chunk_size": 0},
+            "chunk_size is 0: must be at least 1",
+        ),
     ],
 )
 def test_impossible_layouts_name_the_rule(layout, message):
@@ -185,6 +193,20 @@ def test_impossible_layouts_name_the_rule(layout, message):
         ),
         ({"context_parallel_size": 3}, 128, "data.length 128 .* multiple of 6"),
         ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 126, "multiple of 4"),
+        (
+            {"tensor_model_parallel_size": 2, "context_parallel_size": 4, "ulysses_parallel_size": 4},
+            128,
+            r"4 does not divide the 2 key-value heads .* \(4 over 2\): choose 1 or 2; the other",
+        ),
+        (
+            {
+                "context_parallel_size": 4,
+                "context_parallel_layout": "balanced",
+                "context_parallel_chunk_size": 64,
+            },
+            128,
+            r"multiple of 256 .* \(balanced, chunks of 64\): the nearest is 256",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit_the_8b_model_name_the_rule(layout, length, message):

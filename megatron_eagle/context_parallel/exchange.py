@@ -1,0 +1,152 @@
+"""Which keys travel between context parallel ranks for one pack: computed on the host, nothing is negotiated.
+
+Queries stay where they are. A rank needs the keys from the start of each of its documents up to its last
+token of that document. If the busiest rank would receive or send well under what an all-gather moves, exactly
+those keys are exchanged (`ranges`); if no rank needs a foreign key, nothing is (`none`); else all keys are
+gathered everywhere (`gather`).
+
+Three orders of keys occur:
+    received   as the collective delivers them: by sender, each sender's in the order it holds them
+    natural    the same keys in the order of the pack
+    keys       as attention reads them: one run per segment, so that one varlen call does all segments.
+               Keys that several segments of a rank see occur once in each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_eagle.context_parallel.layout import Segment, SequenceLayout
+
+# `ranges` replaces the all-gather below this part of its traffic. Not 1: point-to-point messages reach less
+# of a link's bandwidth than a ring, and an NVLink switch multicasts an all-gather. Not measured yet.
+RANGES_BELOW = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class KeyExchange:
+    """One rank's part in the exchange of a pack's keys. s: its tokens; r: rows it receives, its own too."""
+
+    kind: Literal["none", "ranges", "gather"]
+    segments: tuple[Segment, ...]  # what the local queries see, in rows of `keys`
+    num_received: int  # r
+    key_rows: Tensor | None  # int64 [keys]: received row of each; None: already in this order
+    # Gradients on the way back: (first key, one past the last, first natural row) of runs to be added up,
+    # and the natural row of each received row, int64 [r].
+    folds: tuple[tuple[int, int, int], ...]
+    natural_rows: Tensor
+    # Only for `ranges`: local rows to send, by receiver; rows to and from each rank; and where the
+    # gradients of local row i arrive: int64 [most receivers of a row, s], sum(send_counts) for nowhere.
+    send_rows: Tensor | None = None
+    send_counts: tuple[int, ...] = ()
+    receive_counts: tuple[int, ...] = ()
+    return_rows: Tensor | None = None
+
+    def to(self, device: torch.device) -> "KeyExchange":
+        """The same with its index tensors on `device`."""
+        names = ("key_rows", "natural_rows", "send_rows", "return_rows")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(
+            self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None}
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """What all ranks of a layout need of a pack."""
+
+    needed: np.ndarray  # bool [size, length]: whether the rank's queries see the token's key
+    received: np.ndarray  # int [size]: keys of other ranks that it needs
+    sent: np.ndarray  # int [size]: keys that it must send, counted once per receiver
+
+    def kind(self, ranges_below: float = RANGES_BELOW) -> Literal["none", "ranges", "gather"]:
+        """The cheapest exchange, the same on every rank."""
+        size, length = self.needed.shape
+        busiest = max(self.received.max(), self.sent.max())
+        if busiest == 0:
+            return "none"
+        return "ranges" if busiest < ranges_below * (length - length // size) else "gather"
+
+
+def measure_traffic(layout: SequenceLayout, document_bounds: Sequence[int]) -> Traffic:
+    """Mark the keys that each rank needs."""
+    needed = np.zeros((layout.size, layout.length), dtype=bool)
+    for rank in range(layout.size):
+        table = layout.segment_table(rank, document_bounds)
+        change = np.zeros(layout.length + 1, dtype=np.int32)
+        np.add.at(change, table[:, 2], 1)
+        np.add.at(change, table[:, 3], -1)
+        needed[rank] = change.cumsum()[:-1] > 0
+    share = layout.length // layout.size
+    readers = needed.sum(axis=0)[layout.rank_major_order.numpy()].reshape(layout.size, share)
+    return Traffic(needed, needed.sum(axis=1) - share, readers.sum(axis=1) - share)
+
+
+def plan_exchange(
+    layout: SequenceLayout, rank: int, document_bounds: Sequence[int], ranges_below: float = RANGES_BELOW
+) -> KeyExchange:
+    """The part of `rank` of the group that holds `layout`.
+
+    Args:
+        document_bounds: 0, the ends of all documents but the last, and the pack's length.
+        ranges_below: part of the all-gather's traffic below which only the needed keys are exchanged.
+    """
+    traffic = measure_traffic(layout, document_bounds)
+    kind = traffic.kind(ranges_below)
+    needed = traffic.needed if kind != "gather" else np.ones_like(traffic.needed)
+    order = layout.rank_major_order.numpy()
+    held = order.reshape(layout.size, -1)
+    received = order[needed[rank][order]]  # token of each received row
+    natural = np.cumsum(needed[rank]) - 1  # natural row of a needed token
+    row = np.empty(layout.length, dtype=np.int64)
+    row[received] = np.arange(len(received))
+
+    table = layout.segment_table(rank, document_bounds)
+    sizes = table[:, 3] - table[:, 2]
+    ends = sizes.cumsum()
+    starts = ends - sizes
+    tokens = np.concatenate([np.arange(start, end) for start, end in table[:, 2:].tolist()])
+    key_rows = row[tokens]
+    in_order = len(key_rows) == len(received) and bool((key_rows == np.arange(len(received))).all())
+    plan = KeyExchange(
+        kind=kind,
+        segments=tuple(
+            Segment(*part) for part in np.stack([table[:, 0], table[:, 1], starts, ends], axis=1).tolist()
+        ),
+        num_received=len(received),
+        key_rows=None if in_order else torch.from_numpy(key_rows),
+        folds=_runs(starts, ends, natural[table[:, 2]]),
+        natural_rows=torch.from_numpy(natural[received]),
+    )
+    if kind != "ranges":
+        return plan
+    wanted = needed[:, held[rank]]  # [receiver, own row]
+    return replace(
+        plan,
+        send_rows=torch.from_numpy(np.nonzero(wanted)[1]),
+        send_counts=tuple(wanted.sum(axis=1).tolist()),
+        receive_counts=tuple(needed[rank][held].sum(axis=1).tolist()),
+        return_rows=torch.from_numpy(_return_rows(wanted)),
+    )
+
+
+def _runs(starts: np.ndarray, ends: np.ndarray, natural: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    """Segments' keys as runs: a segment goes on with the run before if it does so in the pack too."""
+    runs: list[list[int]] = []
+    for start, end, row in zip(starts.tolist(), ends.tolist(), natural.tolist(), strict=True):
+        if runs and row == runs[-1][2] + start - runs[-1][0]:
+            runs[-1][1] = end
+        else:
+            runs.append([start, end, row])
+    return tuple((start, end, row) for start, end, row in runs)
+
+
+def _return_rows(wanted: np.ndarray) -> np.ndarray:
+    """bool [receiver, own row] -> int64 [most receivers, own row] rows of what the receivers send back, in
+    the order of their ranks, so that sums have one order."""
+    place = np.where(wanted, wanted.ravel().cumsum().reshape(wanted.shape) - 1, wanted.sum())
+    return np.sort(place, axis=0)[: wanted.sum(axis=0).max()]
