@@ -75,7 +75,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8") from error
     try:
-        value = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader that refuses duplicate keys
+        value = _parse(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {_yaml_problem(error)}") from error
     if value is None:
@@ -103,7 +103,7 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
         if not equals or not all(parts):
             raise UserError(f"override {override!r}: expected NAME=VALUE with a dotted name, as in a.b=c")
         try:
-            value = yaml.load(text, Loader=_StrictLoader)
+            value = _parse(text)
         except yaml.YAMLError as error:
             raise UserError(
                 f"override {override!r}: the value is not valid YAML: {_yaml_problem(error)}"
@@ -139,6 +139,15 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+def _parse(text: str) -> Any:
+    """YAML to plain values, as `yaml.safe_load` does, with duplicate keys refused."""
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -4,6 +4,7 @@ All have the same parameter names, so that a checkpoint fits every choice. What 
 offers is looked up by importing it: without Transformer Engine its names in Megatron are mocks.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -58,25 +59,14 @@ class LayerNorm(torch.nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
-def why_no_transformer_engine() -> str | None:
-    """Why Transformer Engine cannot be used here, or None if it can."""
+def why_not(module: str) -> str | None:
+    """Why an optional library for the GPU cannot be used here, or None if it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     try:
-        import transformer_engine.pytorch  # noqa: F401
+        importlib.import_module(module)
     except (ImportError, OSError) as error:
-        return f"transformer_engine does not import: {error}"
-    return None
-
-
-def why_no_apex() -> str | None:
-    """Why Apex's fused norm cannot be used here, or None if it can."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    try:
-        from apex.normalization import FusedLayerNorm  # noqa: F401
-    except (ImportError, OSError) as error:
-        return f"apex does not import: {error}"
+        return f"{module} does not import: {error}"
     return None
 
 
@@ -86,14 +76,14 @@ def choose_layers(config: LayersConfig) -> LayerClasses:
     Raises:
         UserError: it names a library that cannot be used here.
     """
-    no_engine = why_no_transformer_engine()
+    no_engine, no_apex = why_not("transformer_engine.pytorch"), why_not("apex.normalization")
     linear, norm = config.linear, config.norm
     if linear == "auto":
         linear = "local" if no_engine else "transformer_engine"
     if norm == "auto":
         norm = "eager" if no_engine else "transformer_engine"
     for name, choice in (("linear", linear), ("norm", norm)):
-        missing = {"transformer_engine": no_engine, "apex": why_no_apex()}.get(choice)
+        missing = {"transformer_engine": no_engine, "apex": no_apex}.get(choice)
         if missing:
             raise UserError(f"layers.{name} {choice}: {missing}; choose another or leave it at auto")
     column, row = ColumnParallelLinear, RowParallelLinear

@@ -21,7 +21,7 @@ def test_without_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(layers.why_no_transformer_engine() is not None, reason="no Transformer Engine")
+@pytest.mark.skipif(layers.why_not("transformer_engine.pytorch") is not None, reason="no Transformer Engine")
 def test_transformer_engine_takes_what_specifications_give():
     classes = choose_layers(LayersConfig("transformer_engine", "transformer_engine"))
     linear = inspect.signature(classes.column_parallel_linear.__init__).parameters
