@@ -6,19 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters
-from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training import checkpoint
 from megatron_eagle.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
-from tests.parallel.cases import LENGTH, global_batch
+from tests.parallel.cases import global_batch, run_schedule
 
 OPTIMIZER = {"lr": 5e-3, "lr_warmup_fraction": 0.0, "weight_decay": 0.1}
 CPU = torch.device("cpu")
@@ -110,30 +107,6 @@ def _run(
 
 
 def _forward_backward(eagle, mesh, wrapped) -> float:
-    batch = global_batch(eagle)
-    share = len(batch) // mesh.dp.size
-    mine = batch[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
-    for model in wrapped:
-        model.zero_grad_buffer()
-
-    def forward_step(iterator, model):
-        pack = dict(next(iterator))
-        if mesh.pp.rank > 0:
-            pack["pixel_values"] = None
-        inputs = make_input(eagle, mesh, CPU, **pack)
-        return model(inputs), lambda losses: megatron_loss(losses, inputs.loss_weights)
-
-    iterators = [iter(mine) for _ in wrapped]
-    single = len(wrapped) == 1
-    parts = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators[0] if single else iterators,
-        model=wrapped[0] if single else wrapped,
-        num_microbatches=share,
-        seq_length=LENGTH,
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    total = torch.tensor(float(sum(parts)) if parts and mesh.tp.rank == 0 else 0.0, dtype=torch.float64)
-    torch.distributed.all_reduce(total)
-    return total.item()
+    loss = torch.tensor(run_schedule(wrapped, eagle, mesh, global_batch(eagle)), dtype=torch.float64)
+    torch.distributed.all_reduce(loss)
+    return loss.item()

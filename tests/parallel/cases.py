@@ -125,11 +125,9 @@ def run(
         return forward_backward(models, eagle, mesh, global_batch(eagle))
 
 
-def forward_backward(
-    models: list[EagleModel], eagle: EagleConfig, mesh: Mesh, batch: list[dict], wrapped: list | None = None
-) -> dict:
-    """Training's own wrapper, schedule and loss over `batch`, divided over the data parallel ranks."""
-    wrapped = wrapped or wrap_models(models)
+def run_schedule(wrapped: list, eagle: EagleConfig, mesh: Mesh, batch: list[dict]) -> float:
+    """Training's own schedule and loss over `batch`, divided over the data parallel ranks -> this rank's
+    part of the loss."""
     per_rank = len(batch) // mesh.dp.size
     mine = batch[mesh.dp.rank * per_rank : (mesh.dp.rank + 1) * per_rank]
     for model in wrapped:
@@ -144,7 +142,7 @@ def forward_backward(
 
     iterators = [iter(mine) for _ in wrapped]
     single = len(wrapped) == 1
-    losses = get_forward_backward_func()(
+    parts = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators[0] if single else iterators,
         model=wrapped[0] if single else wrapped,
@@ -153,10 +151,19 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=False,
     )
+    return float(sum(parts)) if mesh.is_last_stage() and mesh.tp.rank == 0 else 0.0
+
+
+def forward_backward(
+    models: list[EagleModel], eagle: EagleConfig, mesh: Mesh, batch: list[dict], wrapped: list | None = None
+) -> dict:
+    """This rank's part of the loss and of the gradients of `batch`; puts on training's wrapper if need be."""
+    wrapped = wrapped or wrap_models(models)
+    loss = run_schedule(wrapped, eagle, mesh, batch)
     gather_gradients(mesh, wrapped)
     return {
         "place": (mesh.tp.rank, mesh.dp_cp.rank),
-        "loss": float(sum(losses)) if mesh.is_last_stage() and mesh.tp.rank == 0 else 0.0,
+        "loss": loss,
         "gradients": [entry for model in models for entry in _gradients(model)],
     }
 
