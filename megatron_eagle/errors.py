@@ -1,5 +1,6 @@
 """A user's mistake is one clear line (what, where, what to do) and a non-zero exit, never a traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `tool | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
