@@ -1,13 +1,13 @@
 """Make a token store from annotation files and media.  See `megatron_eagle/data/preprocess.py`."""
 
 import argparse
-import os
 import time
 from pathlib import Path
 
 from megatron_eagle.data.ads import SamplingSettings
+from megatron_eagle.data.engines import ENGINES
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
-from megatron_eagle.data.preprocess import preprocess
+from megatron_eagle.data.preprocess import Execution, preprocess
 from megatron_eagle.data.processor import PreprocessSettings
 from megatron_eagle.data.summary import format_summary
 from megatron_eagle.data.template import VARIANTS
@@ -32,7 +32,9 @@ def main() -> None:
         "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger pictures are refused (%(default)s)"
     )
     add("--template", choices=VARIANTS, default="train", help="chat template variant (default %(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    add("--workers", type=int, help="processes (default: one per core)")
+    add("--engine", choices=ENGINES, default="local", help="this machine, or a Ray cluster (RAY_ADDRESS)")
+    add("--fresh", action="store_true", help="do not use what an earlier run has left")
     args = parser.parse_args()
     try:
         sampling = SamplingSettings(
@@ -43,8 +45,9 @@ def main() -> None:
     settings = PreprocessSettings(
         args.tokenizer, tuple(args.max_tokens), sampling, args.patch_size, args.template, args.max_pixels
     )
+    execution = Execution(args.workers, args.engine, args.fresh)
     start = time.perf_counter()
-    manifest = preprocess(args.recipe, args.output, settings, args.workers)
+    manifest = preprocess(args.recipe, args.output, settings, execution)
     print(format_summary(manifest.counts))
     print(f"\n{time.perf_counter() - start:.1f} s -> {args.output}")
     if any(counts["dropped"] for counts in manifest.counts.values()):

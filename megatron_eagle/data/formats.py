@@ -26,6 +26,12 @@ from megatron_eagle.data.sample import (
     VideoSource,
 )
 
+# Kinds of problems that follow from the annotation and the settings alone, whatever becomes of the media.
+TEXT_PROBLEMS = frozenset(
+    ("empty line", "broken text", "broken JSON", "not a record", "unknown format", "unknown role", "bad turn")
+    + ("no answer", "empty answer", "too many answers", "bad setting", "bad media reference", "bad clip")
+    + ("empty clip", "placeholder mismatch", "unsupported media", "too long")
+)
 OVERRIDES = ("fps", "min_frames", "max_frames", "max_tiles")
 _ROLES = {"human": USER, "gpt": ASSISTANT, USER: USER, ASSISTANT: ASSISTANT, SYSTEM: SYSTEM}
 _ROLES[OBSERVATION] = OBSERVATION

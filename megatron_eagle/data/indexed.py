@@ -5,6 +5,7 @@ so that preprocessing needs neither Megatron nor torch, and so that a repeated s
 it repeats.
 """
 
+import os
 import struct
 from pathlib import Path
 
@@ -17,33 +18,51 @@ _CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}  # of Megatron's `DType
 
 
 class TokenFileWriter:
-    """Appends sequences to `prefix`.bin; `close` writes `prefix`.idx."""
+    """Appends sequences to `prefix`.bin, after the first `n_kept` elements of a file that is there."""
 
-    def __init__(self, prefix: Path, dtype: type):
-        self._prefix = prefix
+    def __init__(self, prefix: Path, dtype: type, n_kept: int = 0):
         self._dtype = np.dtype(dtype)
-        self._file = prefix.with_suffix(".bin").open("wb")
-        self._lengths: list[int] = []
+        path = prefix.with_suffix(".bin")
+        path.touch()
+        self._file = path.open("r+b")
+        self._file.truncate(n_kept * self._dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    @staticmethod
+    def n_elements(prefix: Path, dtype: type) -> int:
+        """Whole elements that `prefix`.bin holds; 0 if there is none."""
+        path = prefix.with_suffix(".bin")
+        return path.stat().st_size // np.dtype(dtype).itemsize if path.exists() else 0
 
     def add(self, sequence: np.ndarray) -> None:
         """Append one sequence (1-D, of the writer's dtype)."""
         self._file.write(np.ascontiguousarray(sequence, self._dtype).data)
-        self._lengths.append(len(sequence))
 
-    def close(self, rows: np.ndarray | None = None) -> None:
-        """Finish.  `rows` lists the sequences in the order of the final rows; one may occur several times."""
+    def sync(self) -> None:
+        """Return when everything added is on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
-        lengths = np.array(self._lengths, np.int32)
-        pointers = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1].astype(np.int64) * self._dtype.itemsize, out=pointers[1:])
-        if rows is not None:
-            lengths, pointers = lengths[rows], pointers[rows]
-        with self._prefix.with_suffix(".idx").open("wb") as index:
-            index.write(_MAGIC + struct.pack("<QB", 1, _CODES[self._dtype]))
-            index.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
-            index.write(lengths.data)
-            index.write(pointers.data)
-            index.write(np.arange(len(lengths) + 1, dtype=np.int64).data)  # every sequence is a document
+
+
+def write_index(prefix: Path, dtype: type, lengths: np.ndarray, order: np.ndarray | None = None) -> None:
+    """Write `prefix`.idx for sequences of `lengths` (int32) that lie in `prefix`.bin one after the other.
+
+    `order` lists them in the order of the final rows; one may occur several times.
+    """
+    pointers = np.zeros(len(lengths), np.int64)
+    np.cumsum(lengths[:-1].astype(np.int64) * np.dtype(dtype).itemsize, out=pointers[1:])
+    if order is not None:
+        lengths, pointers = lengths[order], pointers[order]
+    with prefix.with_suffix(".idx").open("wb") as index:
+        index.write(_MAGIC + struct.pack("<QB", 1, _CODES[np.dtype(dtype)]))
+        index.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
+        index.write(lengths.data)
+        index.write(pointers.data)
+        index.write(np.arange(len(lengths) + 1, dtype=np.int64).data)  # every sequence is a document
 
 
 class TokenFile:

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_eagle.data.iap import tile_count
-from megatron_eagle.data.indexed import TokenFile, TokenFileWriter
+from megatron_eagle.data.indexed import TokenFile
 from megatron_eagle.errors import UserError
 
 FORMAT_VERSION = 1
-_BATCH_ROWS = 1024  # rows per Arrow batch: row r is row r % 1024 of batch r // 1024
+BATCH_ROWS = 1024  # rows per Arrow batch: row r is row r % 1024 of batch r // 1024
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ class DataManifest:
 
     `fingerprint` covers tokenizer, template and tokens per tile: data and model must agree on it.  `counts`
     maps each length (as text) to the numbers of the summary; `files` each file to its bytes and SHA-256.
+    `input_key` stands for everything that the store follows from, except the media themselves.
     """
 
     fingerprint: str
@@ -147,6 +148,7 @@ class DataManifest:
     max_pixels: int
     counts: dict[str, dict] = field(default_factory=dict)
     files: dict[str, dict] = field(default_factory=dict)
+    input_key: str = ""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -174,50 +176,6 @@ def read_manifest(folder: str | Path) -> DataManifest:
             "run preprocess_data again"
         )
     return DataManifest(**content)
-
-
-class StoreWriter:
-    """Writes the rows of one length into `folder`, which it makes."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True)
-        self._tokens = TokenFileWriter(folder / "tokens", np.int32)
-        self._answers = TokenFileWriter(folder / "answers", np.uint16)
-        self._path = folder / "samples.arrow"
-        self._file = pa.OSFile(str(self._path), "wb")
-        self._table = pa.ipc.new_file(self._file, SCHEMA)
-        self._pending: list[dict] = []
-        self.n_rows = 0
-
-    def add(self, ids: np.ndarray, answers: np.ndarray, columns: SampleColumns) -> None:
-        """Append one sample."""
-        self._tokens.add(ids)
-        self._answers.add(answers)
-        self._pending.append(asdict(columns))
-        self.n_rows += 1
-        if len(self._pending) == _BATCH_ROWS:
-            self._flush()
-
-    def close(self, rows: np.ndarray | None = None) -> None:
-        """Finish.  `rows` lists the added samples in the order of the final rows, repetitions included."""
-        self._flush()
-        self._table.close()
-        self._file.close()
-        self._tokens.close(rows)
-        self._answers.close(rows)
-        if rows is None:
-            return
-        table = pa.ipc.open_file(pa.memory_map(str(self._path))).read_all()
-        repeated = self._path.with_suffix(".new")
-        with pa.OSFile(str(repeated), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as out:
-            for start in range(0, len(rows), _BATCH_ROWS):
-                out.write_table(table.take(rows[start : start + _BATCH_ROWS]).combine_chunks())
-        repeated.replace(self._path)
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._table.write_batch(pa.RecordBatch.from_pylist(self._pending, SCHEMA))
-            self._pending = []
 
 
 class SampleStore:
@@ -252,8 +210,8 @@ class SampleStore:
     def __getitem__(self, row: int) -> StoredSample:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store of {len(self)}")
-        batch = self._batch(row // _BATCH_ROWS)
-        values = {name: batch[name][row % _BATCH_ROWS].as_py() for name in SCHEMA.names}
+        batch = self._batch(row // BATCH_ROWS)
+        values = {name: batch[name][row % BATCH_ROWS].as_py() for name in SCHEMA.names}
         values["images"] = tuple(ImagePlan(**image) for image in values["images"])
         values["videos"] = tuple(
             VideoPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in video.items()})

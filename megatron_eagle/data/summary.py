@@ -1,10 +1,12 @@
 """The counts of a preprocessing run, and the table that its last screen shows."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
 
 from megatron_eagle.data.ledger import LedgerEntry, count_kinds
-from megatron_eagle.data.store import SampleColumns
 
 
 @dataclass
@@ -30,25 +32,39 @@ class LengthCounts:
     visual_tokens: int = 0
     supervised_tokens: int = 0
 
-    def add(self, columns: SampleColumns) -> None:
-        """Count one kept sample."""
-        image_tiles = columns.n_tiles - columns.n_frames
-        self.kept += 1
-        self.lost_frames += columns.n_frames < columns.frames_wanted
-        self.lost_tiles += image_tiles < columns.tiles_wanted
-        self.frames_wanted += columns.frames_wanted
-        self.frames_kept += columns.n_frames
-        self.tiles_wanted += columns.tiles_wanted
-        self.tiles_kept += image_tiles
-        self.text_tokens += columns.n_text
-        self.visual_tokens += columns.n_visual
-        self.supervised_tokens += columns.n_supervised
+    @classmethod
+    def of(
+        cls,
+        samples: pa.Table,
+        n_lines: int,
+        not_taken: int,
+        n_rows: int,
+        ledger: list[LedgerEntry],
+        length: int,
+    ) -> "LengthCounts":
+        """Count the kept samples (`store.SampleColumns`) and what the ledger holds of this length."""
 
-    def finish(self, n_lines: int, not_taken: int, rows: int, ledger: list[LedgerEntry], length: int) -> dict:
-        """Fill in what is known at the end; returns the counts as a dict for the manifest."""
-        self.input, self.not_taken, self.rows = n_lines, not_taken, rows
-        self.dropped = dict(sorted(count_kinds(ledger, length).items()))
-        return asdict(self)
+        def column(name: str) -> np.ndarray:
+            return np.asarray(samples[name]).astype(np.int64)
+
+        frames, frames_wanted = column("n_frames"), column("frames_wanted")
+        tiles, tiles_wanted = column("n_tiles") - frames, column("tiles_wanted")
+        return cls(
+            input=n_lines,
+            not_taken=not_taken,
+            kept=len(samples),
+            rows=n_rows,
+            dropped=dict(sorted(count_kinds(ledger, length).items())),
+            lost_frames=int((frames < frames_wanted).sum()),
+            lost_tiles=int((tiles < tiles_wanted).sum()),
+            frames_wanted=int(frames_wanted.sum()),
+            frames_kept=int(frames.sum()),
+            tiles_wanted=int(tiles_wanted.sum()),
+            tiles_kept=int(tiles.sum()),
+            text_tokens=int(column("n_text").sum()),
+            visual_tokens=int(column("n_visual").sum()),
+            supervised_tokens=int(column("n_supervised").sum()),
+        )
 
 
 def format_summary(counts: dict[str, dict]) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_eagle.data.ads import SamplingSettings
-from megatron_eagle.data.preprocess import preprocess
+from megatron_eagle.data.preprocess import Execution, preprocess
 from megatron_eagle.data.processor import PreprocessSettings
 from tests.paths import REPO
 
@@ -121,6 +121,11 @@ def run_tool(name: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def make_store(
     folder: Path, tokenizer_dir: Path, records: list, lengths: tuple[int, ...] = (256,), **settings
 ) -> Path:
@@ -129,7 +134,7 @@ def make_store(
     recipe = {"data": {"annotation": "data.jsonl", **settings.pop("recipe", {})}}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     sampling = SamplingSettings(tile_size=28, **settings.pop("sampling", {}))
-    workers = settings.pop("workers", 1)
+    execution = Execution(settings.pop("workers", 1), fresh=True)
     chosen = PreprocessSettings(str(tokenizer_dir), lengths, sampling, **settings)
-    preprocess(folder / "recipe.json", folder / "store", chosen, workers)
+    preprocess(folder / "recipe.json", folder / "store", chosen, execution)
     return folder / "store"
