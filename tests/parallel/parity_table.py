@@ -1,31 +1,80 @@
-"""`make parity`: print every layout's worst error against one process."""
+"""`make parity`: every layout's worst error against one process (`--write`: into README.md and its card)."""
 
+import argparse
+import json
+import platform
+import re
+import subprocess
 import time
+from datetime import date
 
 from tests.parallel.cases import LAYOUTS, ONE_PROCESS, combine, run, tiny_model
 from tests.parallel.harness import launch
 from tests.parallel.test_parity import TOLERANCE
+from tests.paths import REPO
+
+CARD = REPO / "examples" / "cards" / "parity.json"
+BLOCK = re.compile(r"(<!-- parity table: [^>]* -->\n).*?(<!-- end of parity table -->)", re.DOTALL)
 
 
-def main() -> int:
-    """Print the table; 1 if a cell is over the tolerance."""
+def measure():
+    """One row per layout, as it is finished."""
     eagle = tiny_model()
     reference = combine(launch(run, 1, ONE_PROCESS, eagle))
-    tensors = len(reference.gradients)
-    print(f"fp32, loss and {tensors} gradients, max |g - ref| / max |ref| <= {TOLERANCE:g}\n")
-    print("| layout | processes | loss | worst gradient | in | seconds |")
-    print("|---|---|---|---|---|---|")
-    failed = False
     for layout in LAYOUTS:
         start = time.perf_counter()
         errors = combine(launch(run, layout.world_size, layout, eagle)).errors(reference)
         seconds = time.perf_counter() - start
         loss = errors.pop("loss")
         worst, name = max((error, name) for name, error in errors.items())
-        failed |= not max(loss, worst) <= TOLERANCE
-        cells = (layout, layout.world_size, f"{loss:.1e}", f"{worst:.1e}", name, f"{seconds:.1f}")
-        print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    return int(failed)
+        yield {
+            "layout": layout.name,
+            "processes": layout.world_size,
+            "loss": float(f"{loss:.1e}"),
+            "worst gradient": float(f"{worst:.1e}"),
+            "in": name,
+            "seconds": round(seconds, 1),
+        }
+
+
+def write(rows: list[dict], lines: list[str]) -> None:
+    """Record the table in `CARD` and between the marks in README.md."""
+    git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
+    card = {
+        "name": "parity",
+        "command": "make parity",
+        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        "machine": f"{platform.machine()} {platform.system()}, CPU, gloo",
+        "date": date.today().isoformat(),
+        "tolerance": TOLERANCE,
+        "rows": rows,
+    }
+    CARD.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    table = "\n".join([f"Measured on {card['date']} at commit {card['commit']}.", "", *lines])
+    readme = REPO / "README.md"
+    text = BLOCK.sub(lambda match: f"{match[1]}{table}\n{match[2]}", readme.read_text(encoding="utf-8"))
+    readme.write_text(text, encoding="utf-8")
+
+
+def main() -> int:
+    """Print the table; 1 if a cell is over the tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--write", action="store_true", help="also record the table in README.md and its card"
+    )
+    arguments = parser.parse_args()
+    print(f"fp32, loss and every gradient, max |g - ref| / max |ref| <= {TOLERANCE:g}\n")
+    rows, lines = [], []
+    for row in measure():
+        if not rows:
+            lines += [f"| {' | '.join(row)} |", "|---" * len(row) + "|"]
+            print("\n".join(lines))
+        lines.append(f"| {' | '.join(map(str, row.values()))} |")
+        print(lines[-1], flush=True)
+        rows.append(row)
+    if arguments.write:
+        write(rows, lines)
+    return int(any(not max(row["loss"], row["worst gradient"]) <= TOLERANCE for row in rows))
 
 
 if __name__ == "__main__":
