@@ -19,7 +19,7 @@ test-all: env lint
 	$(BIN)/python -m pytest -m "not gpu"
 
 parity: env
-	$(BIN)/python -m tests.parallel.parity_table
+	$(BIN)/python -W ignore -m tests.parallel.parity_table
 
 lint: env
 	$(BIN)/ruff check .
