@@ -1,4 +1,4 @@
-"""Measure one thing beside its peers in the same run: `bench.py NAME [--large] [--json FILE]`."""
+"""Measure one thing beside its peers in the same run: `bench.py NAME [options] [--json FILE]`."""
 
 import argparse
 import importlib
@@ -8,7 +8,7 @@ from benchmarks.report import write_json
 
 from megatron_eagle.errors import UserError, run_cli
 
-BENCHMARKS = ("packing", "tiles")
+BENCHMARKS = ("context_parallel", "packing", "tiles")
 
 
 def main() -> None:
@@ -19,11 +19,14 @@ def main() -> None:
     parser.add_argument(
         "--large", action="store_true", help="also the sizes that take minutes or much memory"
     )
+    parser.add_argument("--packs", metavar="DIR", help="a store's length folder, instead of made-up packs")
+    parser.add_argument("--plot", metavar="FILE", help="draw the numbers, as PNG")
     arguments = parser.parse_args()
     run = importlib.import_module(f"benchmarks.{arguments.name}").run
-    if arguments.large and "large" not in inspect.signature(run).parameters:
-        raise UserError(f"{arguments.name} has no larger sizes; leave out --large")
-    report = run(**({"large": True} if arguments.large else {}))
+    options = {name: value for name in ("large", "packs", "plot") if (value := getattr(arguments, name))}
+    for name in options.keys() - inspect.signature(run).parameters.keys():
+        raise UserError(f"{arguments.name} takes no --{name}; leave it out")
+    report = run(**options)
     print(report.table())
     if arguments.json:
         write_json(report, arguments.name, arguments.json)

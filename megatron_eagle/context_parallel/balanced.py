@@ -22,9 +22,10 @@ from megatron_eagle.context_parallel.layout import SequenceLayout, merge_adjacen
 # TFLOP/s against 14 x 28 layers x 28 heads x 128 FLOPs a pair at 400, both forward and backward, make
 # 18,600; the ratio changes slowly with the size of the model, and rounding down weighs attention more.
 DENSE_PAIRS = 16384
-# A key from another rank: 8 KiB a layer (keys and values forward and backward in bf16, gradients in fp32)
-# at 300 GB/s, in pairs of the same arithmetic, were nothing of it hidden behind attention.
-KEY_PAIRS = 256
+# A key from another rank, in pairs. It is 8 KiB a layer (keys and values forward and backward in bf16, their
+# gradients in fp32), the time of 256 pairs at 300 GB/s, a quarter of which no attention hides (the first of
+# four head groups).
+KEY_PAIRS = 64
 # Beyond this excess of the busiest rank over the mean, longest-processing-time is tried.
 TOLERANCE = 0.04
 

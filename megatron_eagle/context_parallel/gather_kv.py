@@ -15,6 +15,7 @@ rank runs one kernel on all its keys and waits once per head group. What the rin
 of a pack, at 128K tokens and 4 heads 0.27 GB in bf16, of which only two head groups exist at a time.
 """
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -53,21 +54,23 @@ def start_gather(kv: Tensor, exchange: KeyExchange, group: dist.ProcessGroup | N
 
 
 def start_return(
-    grad: Tensor, exchange: KeyExchange, group: dist.ProcessGroup | None
+    grad_k: Tensor, grad_v: Tensor, exchange: KeyExchange, group: dist.ProcessGroup | None
 ) -> Callable[[], Tensor]:
-    """Begin to send gradients of keys back to their tokens' ranks; the returned function waits for the sum.
+    """Begin to send gradients of keys and values back to their tokens' ranks.
 
     Args:
-        grad: [keys, ...] in the order that `exchange.segments` means.
+        grad_k, grad_v: [keys, h, d] in the order that `exchange.segments` means.
     Returns:
-        a function that gives fp32 [s, ...]: the sum over all ranks, for this rank's tokens.
+        a function that waits and gives fp32 [s, 2, h, d]: the sum over all ranks, for this rank's tokens.
     """
     if exchange.key_rows is None:
-        rows = grad.float()
+        rows = torch.stack([grad_k, grad_v], dim=1).float()
     else:
-        natural = grad.new_zeros((exchange.num_received, *grad.shape[1:]), dtype=torch.float32)
+        shape = (exchange.num_received, 2, *grad_k.shape[1:])
+        natural = grad_k.new_zeros(shape, dtype=torch.float32)
         for start, end, row in exchange.folds:
-            natural[row : row + end - start] += grad[start:end]
+            natural[row : row + end - start, 0] += grad_k[start:end]
+            natural[row : row + end - start, 1] += grad_v[start:end]
         rows = natural.index_select(0, exchange.natural_rows)
     if exchange.kind == "none":
         return lambda: rows
@@ -137,7 +140,8 @@ class GatherKVAttention(torch.autograd.Function):
                 ctx.scale,
             )
             grads_q.append(grad_q)
-            returning.append(start_return(torch.stack([grad_k, grad_v], dim=1), exchange, group))
+            returning.append(start_return(grad_k, grad_v, exchange, group))
+            del grad_k, grad_v, keys, values  # the next group's are about to exist
         grad_k, grad_v = _joined([finish().to(k.dtype) for finish in returning], 2).unbind(1)
         return _joined(grads_q, 1), grad_k, grad_v, None, None, None, None, None
 
@@ -160,12 +164,11 @@ def _gathered(k, v, exchange, group, heads):
     if exchange.kind == "none" and exchange.key_rows is None:
         yield from ((k[:, own], v[:, own]) for _, own in heads)
         return
-    pending = start(heads[0][1])
-    for number in range(len(heads)):
-        finish = pending
-        if number + 1 < len(heads):
-            pending = start(heads[number + 1][1])
-        yield finish().unbind(1)
+    pending = deque([start(heads[0][1])])
+    for _, following in [*heads[1:], (None, None)]:
+        if following is not None:
+            pending.append(start(following))
+        yield pending.popleft()().unbind(1)  # nothing here keeps what was received
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:

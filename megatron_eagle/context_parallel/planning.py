@@ -18,9 +18,9 @@ from megatron_eagle.errors import UserError
 
 LayoutName = Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"]
 LAYOUT_NAMES: tuple[str, ...] = get_args(LayoutName)
-# Tokens of a chunk of `balanced` unless set: the rows of an attention kernel's tile, so that a cut wastes no
-# part of one, but not fewer than so many chunks a rank.
-CHUNK_SIZE, CHUNKS_PER_RANK = 128, 16
+# Tokens of a chunk of `balanced` unless set, but not fewer than so many chunks a rank. Smaller chunks balance
+# no better at 128K tokens, for a cut wastes part of an attention kernel's tile.
+CHUNK_SIZE, CHUNKS_PER_RANK = 64, 16
 
 
 def plan_layout(

@@ -24,7 +24,7 @@ class ParallelConfig:
     context_parallel_size: int = 1
     # Which tokens of a pack each context parallel rank holds (context_parallel/layout.py, balanced.py): the
     # paper's zigzag over the pack, or placement by the work in its documents, in chunks of so many tokens
-    # (null: 128, fewer for short packs).
+    # (null: 64, fewer for short packs).
     context_parallel_layout: Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"] = "zigzag"
     context_parallel_chunk_size: int | None = None
     # Adjacent context parallel ranks that divide heads around attention (context_parallel/ulysses.py); the

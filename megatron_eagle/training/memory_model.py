@@ -8,7 +8,7 @@ nothing is fitted to a measurement. `tests/parallel/test_memory_model.py` compar
 
 from dataclasses import dataclass
 
-from megatron_eagle.context_parallel.layout import zigzag
+from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import tower_parallel_size
 from megatron_eagle.runtime.parallel import ParallelConfig
@@ -191,25 +191,35 @@ def _feed_forward(eagle: EagleConfig, parallel: ParallelConfig, workload: Worklo
 def _attention(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
     """Backward of core attention, while the residual's gradient waits.
 
-    Gathered keys and values, gradients of q and of the output, and either the score matrices with the fp32
-    gradients of keys and values, or those gradients once more stacked and once more in the order of ranks.
+    Gradients of q and of the output, and either the score matrices with the fp32 gradients of keys and
+    values, or those gradients stacked. With context parallelism that is so for one key-value head at a time,
+    with its gathered keys and values and those of the next head, fp32 gradients of the local ones, and the
+    head's gradients of gathered ones once in the order of the pack and once in the order of ranks.
     """
     tp, cp, e = parallel.tensor_model_parallel_size, parallel.context_parallel_size, workload.element_size
     keys = 2 * workload.sequence_length * kv_size(eagle) // tp
     s, q = workload.sequence_length // cp, query_size(eagle) // tp
-    held = keys * e + 2 * s * q * e + rank_rows(parallel, workload) * eagle.text.hidden_size * e
+    held = 2 * s * q * e + rank_rows(parallel, workload) * eagle.text.hidden_size * e
     scores = _score_matrices(eagle, parallel, workload) if workload.device == "cpu" else 0
-    return held + max(keys * FP32 + scores, keys * FP32 * (2 if cp == 1 else 3))
+    if cp == parallel.ulysses_parallel_size:
+        keys //= cp
+        return held + keys * FP32 + max(scores, keys * FP32)
+    heads = eagle.text.num_key_value_heads // tp // parallel.ulysses_parallel_size
+    group = keys // (eagle.text.num_key_value_heads // tp)
+    return held + 2 * group * e + keys // cp * FP32 + group * FP32 + max(scores // heads, 2 * group * FP32)
 
 
 def _score_matrices(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
     """The reference attention's backward, segment after segment: four fp32 matrices [heads, queries, keys]
     at once (weights, their gradient, two steps of the scores' gradient) and one to three of the segment
     before, whose names are assigned one after the other."""
-    heads = eagle.text.num_attention_heads // parallel.tensor_model_parallel_size
+    ulysses = parallel.ulysses_parallel_size
+    heads = eagle.text.num_attention_heads // parallel.tensor_model_parallel_size // ulysses
     length, longest = workload.sequence_length, workload.longest_document or workload.sequence_length
-    layout = zigzag(length, parallel.context_parallel_size)
     bounds = [*range(0, length, longest), length]
+    ranks = parallel.context_parallel_size // ulysses
+    name, chunk_size = parallel.context_parallel_layout, parallel.context_parallel_chunk_size
+    layout = plan_layout(name, length, ranks, bounds, chunk_size)
     worst = 0
     for rank in range(layout.size):
         before = 0

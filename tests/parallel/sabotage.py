@@ -32,10 +32,10 @@ class _Done:
         pass
 
 
-def _keep_own_gradients(grad, exchange, group, start_return=gather_kv.start_return):
+def _keep_own_gradients(*args, start_return=gather_kv.start_return):
     """Key and value gradients of the other ranks' queries are lost."""
     with patch.object(gather_kv, "dist", _Alone):
-        return start_return(grad, exchange, group)
+        return start_return(*args)
 
 
 class _OneWayUlysses(ulysses.TokensToHeads):
