@@ -31,12 +31,11 @@ format: env
 
 env: $(STAMP)
 
-# The stamp is written last, so that an interrupted installation is started again from nothing.
-$(STAMP): setup.py constraints-cpu.txt Makefile
+# The stamp is written last: an interrupted installation is started again from nothing, and a complete one is
+# brought up to date in place when its list of packages changes.
+$(STAMP): setup.py constraints-cpu.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Needs $(PYTHON) on PATH; or name another with PYTHON=..."; exit 1; }
-	@echo "[env] creating $(VENV) with $$($(PYTHON) --version)"
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
+	@test -e $@ || { echo "[env] creating $(VENV) with $$($(PYTHON) --version)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@echo "[env] torch 2.13.0$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	@echo "[env] megatron-core, transformers and the rest of constraints-cpu.txt"
