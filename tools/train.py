@@ -11,7 +11,8 @@ def main() -> int | None:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, or resume where the checkpoint folder stands")
-    run.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file")
+    run.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file, or one of stages")
+    run.add_argument("--stage", metavar="NAME", help="only this stage of a file of stages (default: all)")
     run.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
     arguments = parser.parse_args()
 
@@ -19,14 +20,13 @@ def main() -> int | None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     from megatron_eagle.training.agreement import AgreedError
-    from megatron_eagle.training.loop import train
-    from megatron_eagle.training.run_config import load_run_config
+    from megatron_eagle.training.stages import load_stages, train_stages
 
     started = False
     try:
-        config = load_run_config(arguments.config, arguments.overrides)
+        configs = load_stages(arguments.config, arguments.overrides, stage=arguments.stage)
         started = True
-        train(config)
+        train_stages(configs)
     except UserError as error:
         # Every rank reads the same configuration and raises the same agreed errors: one of them prints.
         if os.environ.get("RANK", "0") != "0" and (not started or isinstance(error, AgreedError)):

@@ -112,7 +112,16 @@ def load_run_config(
     sets it; 1 without) unless given. What the model section leaves null is filled from the data's manifest.
     Raises `UserError`: a setting, a layout, the data or a checkpoint that cannot belong to this run.
     """
-    values = apply_overrides(load_yaml(path), overrides)
+    values = load_yaml(path)
+    if "stages" in values:
+        raise UserError(f"{path}: a file of stages; this reads a single run")
+    return complete_run_config(apply_overrides(values, overrides), world_size=world_size)
+
+
+def complete_run_config(
+    values: dict[str, Any], *, world_size: int | None = None, load_later: bool = False
+) -> RunConfig:
+    """As `load_run_config`, from the settings themselves. `load_later`: checkpoint.load is not there yet."""
     _complete_model(values)
     config = from_dict(RunConfig, values)
     config.validate(int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
@@ -121,7 +130,7 @@ def load_run_config(
     if has_checkpoint(path):
         _check_same_model(config.model, read_model_config(path), path)
         check_same_lora(config.lora, read_lora_config(path), path)
-    elif load is not None:
+    elif load is not None and not (load_later and not has_checkpoint(load)):
         _check_same_model(config.model, read_model_config(load), load)
         saved = read_lora_config(load)
         if saved is not None:  # weights without adapters may get new ones
@@ -136,9 +145,11 @@ def _complete_model(values: dict[str, Any]) -> None:
         values["model"] = expand_preset(model) if isinstance(model, dict) else model
         return
     values.pop("model", None)  # an empty section is a missing one: no run trains a default model
-    load = checkpoint.get("load") if isinstance(checkpoint, dict) else None
-    if isinstance(load, str):
-        values["model"] = to_dict(read_model_config(load))
+    for place in ("path", "load"):
+        root = checkpoint.get(place) if isinstance(checkpoint, dict) else None
+        if isinstance(root, str) and (place == "load" or has_checkpoint(root)):
+            values["model"] = to_dict(read_model_config(root))
+            return
 
 
 def _check_batch(batch: int, data_parallel_size: int, parallel: ParallelConfig) -> None:

@@ -1,0 +1,149 @@
+"""Stages from one file: what is common stands at the top level, what a stage changes under its name.
+
+model: {preset: eagle2.5-8b}
+checkpoint: {path: runs/eagle, load: checkpoints/start}   `load` starts the first stage
+stages:                                                    in this order
+  stage1: {data: {path: data/captions, length: 32768}, training: {train_iterations: 1000}, ...}
+  stage2: {data: {path: data/mixed, length: 65536}, parallel: {context_parallel_size: 4}, ...}
+
+A stage is a run of its own with its checkpoints in `checkpoint.path`/NAME. It starts from the weights of the
+stage before it, under whatever layout, with a fresh optimizer and schedule, at the start of its own data.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.config import apply_overrides, load_yaml, nearest, to_dict
+from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.device import detect_device, process_group
+from megatron_eagle.training.checkpoint import TrainState, has_checkpoint, read_train_state
+from megatron_eagle.training.loop import train
+from megatron_eagle.training.run_config import RunConfig, complete_run_config
+
+# Overrides of these change where all stages lie, not one stage's setting.
+_COMMON_PATHS = ("checkpoint.path", "checkpoint.load", "logging.path")
+
+
+def load_stages(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    stage: str | None = None,
+    world_size: int | None = None,
+) -> list[RunConfig]:
+    """The runs that the file stands for: its one run, all its stages in turn, or the one named `stage`.
+
+    Overrides hold for every stage. All runs are checked before the first starts, as by `load_run_config`.
+    Raises `UserError`: also for a stage that does not exist, or whose predecessor has not finished.
+    """
+    values, overrides = load_yaml(path), list(overrides)
+    sections = values.pop("stages", None)
+    if sections is None:
+        if stage is not None:
+            raise UserError(f"{path}: it has no stages; leave out --stage {stage}")
+        return [complete_run_config(apply_overrides(values, overrides), world_size=world_size)]
+    names = _check_sections(sections, str(path))
+    if stage is not None and stage not in names:
+        guess = nearest(stage, names)
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        raise UserError(f"{path}: there is no stage {stage!r}, only {', '.join(names)}{hint}")
+
+    runs = _resolve(values, dict(zip(names, sections.values(), strict=True)), overrides)
+    configs, previous = [], None
+    for name, run in runs.items():
+        if stage is None or name == stage:
+            starts = not has_checkpoint((run.get("checkpoint") or {}).get("path") or "")
+            if previous is not None and not configs and starts:
+                _check_finished(previous, name, runs[previous])
+            if configs and not run.get("model"):  # the first stage's is that of its checkpoint
+                run["model"] = to_dict(configs[0].model)
+            config = complete_run_config(run, world_size=world_size, load_later=bool(configs))
+            configs.append(config)
+        previous = name
+    return configs
+
+
+def train_stages(configs: Sequence[RunConfig]) -> TrainState:
+    """Run (or resume) stages in turn; the finished ones at the front are passed over. Collective.
+
+    Returns the state of the last stage that ran. A stage that is told to end early ends all.
+    Raises `UserError` as `train`.
+    """
+    while len(configs) > 1 and _finished(configs[0].checkpoint.path, configs[0].training.train_iterations):
+        configs = configs[1:]
+    device = detect_device()
+    with process_group(device):  # one for all stages: the launcher's rendezvous serves once
+        for config in configs:
+            state = train(config)
+            if state.iteration < config.training.train_iterations:
+                break
+    return state
+
+
+def _check_sections(sections: Any, where: str) -> list[str]:
+    if not isinstance(sections, dict) or not sections:
+        raise UserError(f"{where}: stages must map names to settings, as in `stages: {{stage1: {{...}}}}`")
+    for name, section in sections.items():
+        if not re.fullmatch(r"\w[\w.-]*", str(name)):
+            raise UserError(f"{where}: stage {name!r} names a folder: use letters, digits, '_', '-' and '.'")
+        if not isinstance(section, dict):
+            raise UserError(f"{where}: stages.{name}: expected the settings that this stage changes")
+        if "model" in section:
+            raise UserError(f"{where}: stages.{name}.model: set the one model of all stages at the top level")
+        for place in _COMMON_PATHS:
+            first, last = place.split(".")
+            if last in (section.get(first) or {}):
+                raise UserError(
+                    f"{where}: stages.{name}.{place}: set {place} at the top level; every stage has a folder "
+                    "of its name there, and starts from the stage before it"
+                )
+    return [str(name) for name in sections]
+
+
+def _resolve(common: dict, sections: dict[str, dict], overrides: list[str]) -> dict[str, dict]:
+    """Name -> settings of the run."""
+    everywhere = [text for text in overrides if text.partition("=")[0].strip() in _COMMON_PATHS]
+    common = apply_overrides(common, everywhere)
+    rest = [text for text in overrides if text not in everywhere]
+    runs: dict[str, dict] = {}
+    previous = None
+    for name, section in sections.items():
+        run = apply_overrides(_merge(common, section), rest)
+        for place in ("checkpoint", "logging"):
+            root = (run.get(place) or {}).get("path")
+            if root is not None:
+                run[place]["path"] = os.path.join(str(root), name)
+        if previous is not None and run.get("checkpoint"):
+            run["checkpoint"]["load"] = runs[previous]["checkpoint"]["path"]
+        runs[name], previous = run, name
+    return runs
+
+
+def _merge(common: Any, section: Any) -> Any:
+    """Settings of `section` over those of `common`, level by level."""
+    if not isinstance(common, dict) or not isinstance(section, dict):
+        return section
+    merged = dict(common)
+    for key, value in section.items():
+        merged[key] = _merge(common[key], value) if key in common else value
+    return merged
+
+
+def _check_finished(previous: str, name: str, run: dict) -> None:
+    path = run["checkpoint"]["path"]
+    last = (run.get("training") or {}).get("train_iterations")
+    if not _finished(path, last):
+        state = (
+            f"stands at iteration {read_train_state(path).iteration}" if has_checkpoint(path) else "is absent"
+        )
+        raise UserError(
+            f"stage {name} starts from the weights of {previous}, whose checkpoint {path} {state} "
+            f"and should be at {last}: run --stage {previous} first"
+        )
+
+
+def _finished(path: str, last: int) -> bool:
+    return has_checkpoint(path) and read_train_state(path).iteration >= last
