@@ -1,0 +1,111 @@
+"""Rotary positions with a position per token: packed documents and context parallel chunks need no more.
+
+Half-split rotation (Qwen2): with x = [a, b] in halves, y = [a cos - b sin, b cos + a sin]. Cosines and sines
+come from a table made once a step: computed inside the kernel they would spill registers.
+Bytes moved per element of type size b: 2b, forward and backward; the table is small beside all heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eagle_kernels.dispatch import Implementation, check_width, jit, rows_per_program, tl, triton, use_triton
+
+_WARPS = 4
+
+
+def rotary_table(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """positions [s], head size `dim` -> cosines and sines fp32 [s, dim / 2]."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    angles = torch.outer(positions.float(), base**-exponent)
+    return angles.cos(), angles.sin()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: Implementation = "auto") -> Tensor:
+    """x [s, heads, d], cos and sin fp32 [s, d / 2] of `rotary_table` -> [s, heads, d]; computed in fp32.
+
+    Raises:
+        ValueError: shapes differ; for Triton also if d / 2 is no power of two of at least 16.
+    """
+    if x.dim() != 3 or not cos.shape == sin.shape == (x.shape[0], x.shape[-1] // 2):
+        shapes = f"x {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}"
+        raise ValueError(f"rope: shapes do not fit: {shapes}")
+    if not use_triton(implementation, x):
+        a, b = x.float().chunk(2, dim=-1)
+        c, s = cos[:, None], sin[:, None]
+        return torch.cat([a * c - b * s, b * c + a * s], dim=-1).to(x.dtype)
+    half = x.shape[-1] // 2
+    check_width("rope", half)
+    if half & (half - 1):
+        raise ValueError(f"rope: half of the head size must be a power of two for Triton, got {half}")
+    return _Rope.apply(x, cos.contiguous(), sin.contiguous())
+
+
+@jit
+def rotate_kernel(
+    X,
+    COS,
+    SIN,
+    Y,
+    n_rows,
+    n_heads,
+    row_stride,
+    head_stride,
+    BACKWARD: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """HEADS heads of ROWS tokens; backward rotates the other way."""
+    columns = tl.arange(0, HALF)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for i in range(ROWS):
+        row = first + i
+        mask = (heads < n_heads)[:, None] & (row < n_rows)
+        cos = tl.load(COS + row * HALF + columns, mask=row < n_rows, other=0.0)[None, :]
+        sin = tl.load(SIN + row * HALF + columns, mask=row < n_rows, other=0.0)[None, :]
+        if BACKWARD:
+            sin = -sin
+        at = X + row * row_stride + heads[:, None] * head_stride + columns[None, :]
+        a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+        to = Y + (row * n_heads + heads[:, None]) * (2 * HALF) + columns[None, :]
+        tl.store(to, (a * cos - b * sin).to(Y.dtype.element_ty), mask=mask)
+        tl.store(to + HALF, (b * cos + a * sin).to(Y.dtype.element_ty), mask=mask)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    n_rows, n_heads, dim = x.shape
+    heads = min(triton.next_power_of_2(n_heads), 32)
+    step = rows_per_program(n_rows)
+    rotate_kernel[(triton.cdiv(n_rows, step), triton.cdiv(n_heads, heads))](
+        x,
+        cos,
+        sin,
+        y,
+        n_rows,
+        n_heads,
+        x.stride(0),
+        x.stride(1),
+        BACKWARD=backward,
+        HALF=dim // 2,
+        HEADS=heads,
+        ROWS=step,
+        num_warps=_WARPS,
+    )
+    return y
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, backward=False)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rotate(grad, *ctx.saved_tensors, backward=True), None, None

@@ -1,0 +1,211 @@
+"""Every Triton kernel in the interpreter against fp64: `python -m tests.kernels.interpreted`.
+
+Prints JSON: per check, the largest error of each output and gradient relative to the largest reference value.
+A process of its own with TRITON_INTERPRET=1, because triton reads TRITON_INTERPRET once, when it is imported.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eagle_kernels.layer_norm import layer_norm
+from eagle_kernels.linear_cross_entropy import linear_cross_entropy
+from eagle_kernels.rms_norm import rms_norm
+from eagle_kernels.rope import rope, rotary_table
+from eagle_kernels.swiglu import swiglu
+
+LIMITS = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def compare(function: Callable, reference: Callable, *inputs: Tensor) -> float:
+    """Outputs and gradients of `function` against `reference` in fp64 -> the worst error."""
+    ours = [x.detach().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got, expected = function(*ours), reference(*exact)
+    if isinstance(got, Tensor):
+        got, expected = (got,), (expected,)
+    grads = [torch.randn_like(y) for y in got]
+    worst = max(_error(y, e) for y, e in zip(got, expected, strict=True))
+    actual = torch.autograd.grad(got, ours, grads)
+    wanted = torch.autograd.grad(expected, exact, [g.double() for g in grads])
+    return max(worst, *(_error(a, w) for a, w in zip(actual, wanted, strict=True)))
+
+
+def _rms64(x: Tensor, weight: Tensor, residual: Tensor | None = None):
+    total = x if residual is None else x + residual
+    y = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-6) * weight
+    return y if residual is None else (y, total)
+
+
+def check_rms_norm(dtype: torch.dtype) -> dict[str, float]:
+    """Odd row counts and widths, rows that are not adjacent, a residual."""
+    weight = (1 + 0.1 * torch.randn(144)).to(dtype)
+    x, wide = torch.randn(37, 144).to(dtype), torch.randn(5, 3, 400).to(dtype)
+    return {
+        "rows": compare(lambda x, w: rms_norm(x, w, 1e-6, None, "triton"), _rms64, x, weight),
+        "strided": compare(
+            lambda x, w: rms_norm(x[..., 16:160], w, 1e-6, None, "triton"),
+            lambda x, w: _rms64(x[..., 16:160], w),
+            wide,
+            weight,
+        ),
+        "residual": compare(
+            lambda x, w, r: rms_norm(x, w, 1e-6, r, "triton"),
+            _rms64,
+            x,
+            weight,
+            torch.randn(37, 144).to(dtype),
+        ),
+    }
+
+
+def check_rms_norm_rounding(dtype: torch.dtype) -> dict[str, float]:
+    """Triton and the eager twin round in the same order: in bf16 hardly an element differs at all."""
+    weight, x = (1 + 0.1 * torch.randn(512)).to(dtype), torch.randn(64, 512).to(dtype)
+    eager, kernel = (rms_norm(x, weight, 1e-6, None, name) for name in ("eager", "triton"))
+    differing = (kernel != eager).double().mean().item()
+    errors = {"rows": _error(kernel, eager.double())}
+    return errors | ({"share of other bits": differing} if dtype == torch.bfloat16 else {})
+
+
+def check_layer_norm(dtype: torch.dtype) -> dict[str, float]:
+    """Odd row counts, and rows far from zero, where one-pass variance would cancel."""
+    weight, bias = (1 + 0.1 * torch.randn(144)).to(dtype), torch.randn(144).to(dtype)
+    reference = lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-6)  # noqa: E731
+    ours = lambda x, w, b: layer_norm(x, w, b, 1e-6, "triton")  # noqa: E731
+    near, far = torch.randn(37, 144), torch.randn(9, 144) + 20
+    return {
+        "rows": compare(ours, reference, near.to(dtype), weight, bias),
+        "far": compare(ours, reference, far.to(dtype), weight, bias),
+    }
+
+
+def check_swiglu(dtype: torch.dtype) -> dict[str, float]:
+    """More than one block of columns, and a gradient written over its input."""
+    reference = lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]  # noqa: E731
+    x = torch.randn(7, 2 * 1040).to(dtype)
+    scratch = x.clone().requires_grad_()
+    overwritten = swiglu(scratch * 1, "triton", reuse_input=True)
+    grad = torch.randn_like(overwritten)
+    exact = x.double().requires_grad_()
+    return {
+        "blocks": compare(lambda x: swiglu(x, "triton"), reference, x),
+        "strided": compare(
+            lambda x: swiglu(x[:, ::2, :], "triton"), lambda x: reference(x[:, ::2, :]), x.view(1, 7, -1)
+        ),
+        "in place": _error(
+            torch.autograd.grad(overwritten, scratch, grad)[0],
+            torch.autograd.grad(reference(exact), exact, grad.double())[0],
+        ),
+    }
+
+
+def check_rope(dtype: torch.dtype) -> dict[str, float]:
+    """Positions far out, head counts that fill no block, a slice of a packed projection."""
+    positions = torch.tensor([0, 1, 2, 0, 1, 131071, 77, 5, 5])
+    cos, sin = rotary_table(positions, 64, 1e6)
+
+    def reference(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        c, s = cos.double()[:, None], sin.double()[:, None]
+        return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
+
+    packed = torch.randn(9, 5, 192).to(dtype)
+    return {
+        "heads": compare(lambda x: rope(x, cos, sin, "triton"), reference, torch.randn(9, 7, 64).to(dtype)),
+        "slice": compare(
+            lambda x: rope(x[..., 64:128], cos, sin, "triton"), lambda x: reference(x[..., 64:128]), packed
+        ),
+    }
+
+
+def check_bad_values(dtype: torch.dtype) -> dict[str, float]:
+    """NaN and infinity reach exactly the rows that hold them."""
+    x, weight = torch.randn(6, 64).to(dtype), torch.ones(64, dtype=dtype)
+    x[1, 3], x[4, 5] = float("nan"), float("inf")
+    expected = torch.tensor([True, False, True, True, False, True])
+    outputs = {
+        "rms_norm": rms_norm(x, weight, 1e-6, None, "triton"),
+        "layer_norm": layer_norm(x, weight, weight, 1e-6, "triton"),
+        "swiglu": swiglu(x.repeat(1, 2), "triton"),
+        "linear_cross_entropy": linear_cross_entropy(
+            x, torch.ones(32, 64, dtype=dtype), torch.zeros(6).long(), torch.ones(6), implementation="triton"
+        )[:, None],
+    }
+    return {name: float((y.isfinite().all(-1) != expected).sum()) for name, y in outputs.items()}
+
+
+def check_linear_cross_entropy(dtype: torch.dtype) -> dict[str, float]:
+    """Padding rows, unsupervised tokens with labels that are none, chunks that do not divide, more rows than
+    a block; one supervised token and none."""
+    n, n_rows, vocab_size = 11, 4224, 4203
+    x, weight = torch.randn(n, 48).to(dtype), (torch.randn(n_rows, 48) * 0.3).to(dtype)
+    labels, token_weights = torch.randint(vocab_size, (n,)), torch.rand(n)
+    labels[3], token_weights[3] = -100, 0
+    labels[0] = vocab_size - 1
+    errors = {}
+    for name, kept in (
+        ("many", token_weights),
+        ("one", token_weights * (torch.arange(n) == 5)),
+        ("none", None),
+    ):
+        weights = torch.zeros(n) if kept is None else kept
+
+        def reference(x: Tensor, weight: Tensor, weights: Tensor = weights) -> Tensor:
+            logits = (x @ weight.t())[:, :vocab_size]
+            lse = logits.logsumexp(-1)
+            loss = lse - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] + 1e-3 * lse**2
+            return loss * (weights > 0)
+
+        ours = [t.detach().requires_grad_() for t in (x, weight)]
+        exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+        options = {"vocab_size": vocab_size, "z_loss": 1e-3, "chunk_size": 4, "implementation": "triton"}
+        losses, expected = linear_cross_entropy(*ours, labels, weights, **options), reference(*exact)
+        torch.dot(losses, weights).backward()
+        torch.dot(expected, weights.double()).backward()
+        if kept is None:
+            errors[name] = max(losses.abs().max().item(), *(t.grad.abs().max().item() for t in ours))
+            continue
+        errors[f"{name}, loss"] = _error(losses, expected)
+        for what, a, e in zip(("x", "weight"), ours, exact, strict=True):
+            errors[f"{name}, {what}"] = _error(a.grad, e.grad)
+        errors[f"{name}, padding rows"] = ours[1].grad[vocab_size:].abs().max().item()
+    return errors
+
+
+CHECKS = [
+    check_rms_norm,
+    check_rms_norm_rounding,
+    check_layer_norm,
+    check_swiglu,
+    check_rope,
+    check_linear_cross_entropy,
+    check_bad_values,
+]
+
+
+def main() -> None:
+    """Run all checks in both types."""
+    from eagle_kernels.dispatch import is_interpreted
+    from tests.kernels.interpreter_bf16 import repair
+
+    assert is_interpreted(), "set TRITON_INTERPRET=1"
+    repair()
+    torch.set_num_threads(1)
+    results = {}
+    for dtype in LIMITS:
+        for check in CHECKS:
+            torch.manual_seed(0)
+            results[f"{check.__name__} {dtype}"] = check(dtype)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

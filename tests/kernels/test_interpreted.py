@@ -1,0 +1,61 @@
+"""The Triton kernels in the interpreter, and what they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from eagle_kernels.dispatch import explain
+from eagle_kernels.layer_norm import layer_norm
+from eagle_kernels.rms_norm import rms_norm
+from eagle_kernels.rope import rope, rotary_table
+from eagle_kernels.swiglu import swiglu
+from tests.kernels.interpreted import CHECKS, LIMITS
+from tests.paths import REPO
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "tests.kernels.interpreted"]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_equals_fp64(check, dtype, results):
+    errors = results[f"{check.__name__} {dtype}"]
+    assert {name: error for name, error in errors.items() if not error <= LIMITS[dtype]} == {}
+
+
+def test_auto_is_eager_without_cuda():
+    assert explain("auto", torch.device("cpu")) == (
+        False,
+        "eager (auto: the tensors are on cpu, not on CUDA)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: rms_norm(torch.ones(2, 32), torch.ones(32), 1e-6, None, "triton"),
+            "on cpu, not on CUDA; choose",
+        ),
+        (lambda: rms_norm(torch.ones(2, 32), torch.ones(16), 1e-6), r"x \[2, 32\], weight \[16\]"),
+        (lambda: layer_norm(torch.ones(2, 32), torch.ones(32), torch.ones(2), 1e-6), r"bias \[2\]"),
+        (lambda: swiglu(torch.ones(2, 33)), "even row length, got 33"),
+        (lambda: swiglu(torch.ones(2, 32), "cuda"), "auto, triton or eager, not 'cuda'"),
+        (lambda: rope(torch.ones(3, 2, 32), *rotary_table(torch.arange(4), 32, 1e6)), "shapes do not fit"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
