@@ -1,6 +1,7 @@
 """Makes the README's file map from the docstrings: `python -m tests.end_to_end.file_map`."""
 
 import ast
+import json
 import subprocess
 from itertools import groupby
 from pathlib import Path
@@ -58,6 +59,8 @@ def _describe(file: Path) -> str | None:
     if file.as_posix() in DESCRIPTIONS:
         return DESCRIPTIONS[file.as_posix()]
     text = (REPO / file).read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".json":  # a card
+        return json.loads(text).get("title")
     if file.suffix == ".py":
         docstring = ast.get_docstring(ast.parse(text))
         return docstring.splitlines()[0].rstrip(".:") if docstring else None

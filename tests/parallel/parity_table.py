@@ -42,6 +42,7 @@ def write(rows: list[dict], lines: list[str]) -> None:
     git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
     card = {
         "name": "parity",
+        "title": "every parallel layout against one process: loss and all gradients",
         "command": "make parity",
         "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
         "machine": f"{platform.machine()} {platform.system()}, CPU, gloo",
