@@ -64,10 +64,9 @@ def _describe(file: Path) -> str | None:
     if file.suffix == ".py":
         docstring = ast.get_docstring(ast.parse(text))
         return docstring.splitlines()[0].rstrip(".:") if docstring else None
-    first = text.lstrip().split("\n", 1)[0]
-    return (
-        first.lstrip("# ").rstrip(".") if file.suffix in (".yaml", ".yml") and first.startswith("#") else None
-    )
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#!")]
+    # YAML, scripts, Markdown: the first comment or heading.
+    return lines[0].lstrip("# ").rstrip(".") if lines and lines[0].startswith("#") else None
 
 
 def _order(file: Path) -> tuple:
