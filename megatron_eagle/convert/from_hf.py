@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 
 from megatron_eagle.convert.carried import write_carried
+from megatron_eagle.convert.checkpoint_files import pieces_of, write_checkpoint
 from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.convert.shards import HfWeights, read_json
-from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.training.checkpoint import save_checkpoint
 
 
 def import_hf(hf: str | Path, checkpoint: str | Path) -> EagleConfig:
@@ -19,7 +18,8 @@ def import_hf(hf: str | Path, checkpoint: str | Path) -> EagleConfig:
 
     Every tensor is accounted for before anything is written: one that is missing, unexpected or of another
     shape is an error, and none keeps a random value. Weights are stored as bf16 if all of them are, else as
-    fp32, which holds fp16 and bf16 exactly. The folder appears when it is complete.
+    fp32, which holds fp16 and bf16 exactly. One tensor at a time is in memory. The folder appears when it is
+    complete.
 
     Returns:
         The model's configuration.
@@ -46,22 +46,10 @@ def import_hf(hf: str | Path, checkpoint: str | Path) -> EagleConfig:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         partial.mkdir(parents=True)
         write_carried(partial, source, weights, plan.carried)
-        with whole_model(config, dtype) as (model, _, _):
-            fill(model, plan, weights)
-            save_checkpoint(partial, models=[model], model_config=config)
+        write_checkpoint(partial, config, pieces_of(plan, weights.read), dtype)
         partial.replace(target)
     except OSError as error:
         raise UserError(f"{target}: cannot write here: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
-
-
-@torch.no_grad()
-def fill(model: torch.nn.Module, plan: Plan, weights: HfWeights) -> None:
-    """Set every parameter of the whole model from HF tensors."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in plan.to_model(weights.read):
-        parameters.pop(name).copy_(tensor)
-    if parameters:  # the table and the model have drifted apart: a fault of this code, not of the user
-        raise AssertionError(f"no Hugging Face tensor for {sorted(parameters)}")

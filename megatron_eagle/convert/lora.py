@@ -16,33 +16,42 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_eagle.config import load_yaml
+from megatron_eagle.convert.checkpoint_files import CheckpointWeights
+from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.convert.shards import DTYPES, save
-from megatron_eagle.convert.whole_model import trained_type, whole_model
+from megatron_eagle.convert.whole_model import trained_type
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.eagle import EagleModel
-from megatron_eagle.model.lora import LoraConfig, adapters
-from megatron_eagle.training.checkpoint import (
-    checkpoint_folder,
-    load_checkpoint,
-    read_lora_config,
-    read_model_config,
-)
+from megatron_eagle.model.lora import LoraConfig
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.training.checkpoint import checkpoint_folder, read_lora_config, read_model_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Hugging Face's module -> the block it is in, and the model's adapter beside that block's fused layer.
+_BESIDE = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("self_attn", "self_attention.lora_qkv")),
+    "o_proj": ("self_attn", "self_attention.lora_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), ("mlp", "mlp.lora_fc1")),
+    "down_proj": ("mlp", "mlp.lora_fc2"),
+}
 
 
 def merged(
-    tensors: Iterable[tuple[str, Tensor]], model: EagleModel, config: LoraConfig
+    tensors: Iterable[tuple[str, Tensor]], weights: CheckpointWeights, model: EagleConfig, config: LoraConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors of the base, with each adapted one W replaced by W + alpha / rank * B A."""
-    factors = {f"{module}.weight": pair for module, pair in _by_module(model).items()}
+    """HF tensors of the base, with each adapted one W replaced by W + alpha / rank * B A, in fp32."""
+    factors = {f"{module}.weight": pair for module, pair in _by_module(model, config).items()}
     for name, tensor in tensors:
         if name in factors:
-            a, b = factors.pop(name)
-            tensor = tensor + config.scale * (b @ a)
+            a, b = (weights.read(factor).float() for factor in factors.pop(name))
+            tensor = tensor.float() + config.scale * (b @ a)
         yield name, tensor
     if factors:  # the table of names and the adapters have drifted apart: a fault of this code
         raise AssertionError(f"no Hugging Face tensor for the adapters of {sorted(factors)}")
+
+
+def adapter_names(model: EagleConfig, config: LoraConfig) -> list[str]:
+    """The adapters' parameters, by the model's names."""
+    return [name for pair in _by_module(model, config).values() for name in pair]
 
 
 def export_adapter(
@@ -76,13 +85,12 @@ def export_adapter(
         target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))
     ):
         raise UserError(f"{target}: exists and holds no adapters; choose a new or empty folder")
-    with whole_model(model_config, DTYPES["F32"], config) as (model, _, _):
-        load_checkpoint(checkpoint, models=[model])
-        factors = _by_module(model)
+    weights = CheckpointWeights(checkpoint)
+    weights.check(Plan(model_config, carries_head=False), adapter_names(model_config, config))
     dtype = DTYPES[trained_type(checkpoint)]
     tensors = {
-        f"base_model.model.{module}.lora_{letter}.weight": factor.cpu().to(dtype)
-        for module, pair in factors.items()
+        f"base_model.model.{module}.lora_{letter}.weight": weights.read(factor).to(dtype).contiguous()
+        for module, pair in _by_module(model_config, config).items()
         for letter, factor in zip("AB", pair, strict=True)
     }
     partial = target.parent / f".{target.name}.exporting"
@@ -101,12 +109,14 @@ def export_adapter(
     return [CONFIG, WEIGHTS]
 
 
-def _by_module(model: EagleModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by the Hugging Face module that they adapt."""
+def _by_module(model: EagleConfig, config: LoraConfig) -> dict[str, tuple[str, str]]:
+    """The model's names of A and B, by the Hugging Face module that they adapt."""
     found = {}
-    for layer, target, a, b in adapters(model):
-        block = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-        found[f"language_model.model.layers.{layer}.{block}.{target}"] = (a.detach(), b.detach())
+    for layer in range(model.text.num_hidden_layers):
+        for target in config.target_modules:
+            block, beside = _BESIDE[target]
+            ours = f"language_model.decoder.layers.{layer}.{beside}.{target}"
+            found[f"language_model.model.layers.{layer}.{block}.{target}"] = (f"{ours}_a", f"{ours}_b")
     return found
 
 

@@ -17,16 +17,20 @@ from megatron_eagle.model.presets import EagleConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """How the HF tensors of one rule lie in the model's tensor; `join` and `split` are exact inverses."""
+    """How the HF tensors of one rule lie in the model's tensor; `join` and `split` are exact inverses.
 
-    join: Callable[[list[Tensor], "Plan"], Tensor]
+    `join` gives the model's tensor as blocks of rows, one below the other: nothing is copied to put them
+    together, and a file may hold them apart.
+    """
+
+    join: Callable[[list[Tensor], "Plan"], list[Tensor]]
     split: Callable[[Tensor, "Plan"], list[Tensor]]
 
 
-def _join_groups(parts: list[Tensor], groups: int) -> Tensor:
+def _join_groups(parts: list[Tensor], groups: int) -> list[Tensor]:
     """[q rows, ...], [k rows, ...], [v rows, ...] -> per KV group its queries, its key, its value."""
     grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
-    return torch.cat(grouped, dim=1).reshape(-1, *parts[0].shape[1:])
+    return [torch.cat(grouped, dim=1).reshape(-1, *parts[0].shape[1:])]
 
 
 def _split_groups(tensor: Tensor, groups: int, queries: int) -> list[Tensor]:
@@ -35,17 +39,17 @@ def _split_groups(tensor: Tensor, groups: int, queries: int) -> list[Tensor]:
     return [part.reshape(-1, *tensor.shape[1:]) for part in parts]
 
 
-def _pad_rows(parts: list[Tensor], plan: "Plan") -> Tensor:
+def _pad_rows(parts: list[Tensor], plan: "Plan") -> list[Tensor]:
     """Zeros for the padding rows: no id refers to them, the loss gives them no probability, and so their
     gradient is zero and they stay zero."""
-    rows = parts[0].new_zeros(plan.config.text.padded_vocab_size, *parts[0].shape[1:])
-    rows[: len(parts[0])] = parts[0]
-    return rows
+    missing = plan.config.text.padded_vocab_size - len(parts[0])
+    padding = [parts[0].new_zeros(missing, *parts[0].shape[1:])] if missing else []
+    return parts + padding
 
 
-SAME = Layout(lambda parts, plan: parts[0], lambda tensor, plan: [tensor])
+SAME = Layout(lambda parts, plan: parts, lambda tensor, plan: [tensor])
 # Gate rows above up rows.
-STACKED = Layout(lambda parts, plan: torch.cat(parts), lambda tensor, plan: list(tensor.chunk(2)))
+STACKED = Layout(lambda parts, plan: parts, lambda tensor, plan: list(tensor.chunk(2)))
 # Grouped queries: Megatron keeps the query heads of a KV head beside it, so that both are split together.
 LANGUAGE_QKV = Layout(
     lambda parts, plan: _join_groups(parts, plan.config.text.num_key_value_heads),
@@ -209,10 +213,14 @@ class Plan:
         if problems:
             raise UserError(f"{where}: its tensors do not fit its config.json: {'; '.join(problems)}")
 
-    def to_model(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The model's tensors, one at a time, from a reader of HF tensors."""
-        for entry in self.entries:
-            yield entry.model, entry.layout.join([read(name) for name in entry.hf], self)
+    def blocks(self, entry: Entry, read: Callable[[str], Tensor]) -> list[Tensor]:
+        """One tensor of the model, as blocks of its rows, from a reader of HF tensors."""
+        return entry.layout.join([read(name) for name in entry.hf], self)
+
+    def block_shapes(self, entry: Entry) -> list[tuple[int, ...]]:
+        """Shapes of `blocks`, without values."""
+        empty = [torch.empty(shape, device="meta") for shape in entry.hf.values()]
+        return [tuple(block.shape) for block in entry.layout.join(empty, self)]
 
     def to_hf(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The HF tensors of the model (not the carried ones) from a reader of the model's tensors."""

@@ -1,5 +1,7 @@
-"""Sharded safetensors checkpoints as Hugging Face lays them out: read by name, written shard by shard."""
+"""Sharded safetensors checkpoints as Hugging Face lays them out: read and written tensor by tensor."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -19,6 +21,7 @@ SHARD_BYTES = 5_000_000_000
 
 # safetensors' names of the types a checkpoint may hold.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ORDER = ("F32", "BF16", "F16")
 
 
 def read_json(path: Path) -> dict:
@@ -57,7 +60,7 @@ class HfWeights:
         self.weight_map = self._weight_map()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files = {}
+        self._starts: dict[str, int] = {}
         for file in sorted(set(self.weight_map.values())):
             self._open(file)
 
@@ -88,7 +91,10 @@ class HfWeights:
                 f"{path}: the index names this shard and it is missing; copy the checkpoint again"
             )
         try:
-            file = self._files[name] = safe_open(path, "pt")
+            file = safe_open(path, "pt")
+            with open(path, "rb") as raw:
+                header_bytes = int.from_bytes(raw.read(8), "little")
+                header = json.loads(raw.read(header_bytes))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: truncated or not a safetensors file: {error}") from None
         named = {tensor for tensor, shard in self.weight_map.items() if shard == name}
@@ -102,12 +108,23 @@ class HfWeights:
             view = file.get_slice(tensor)
             self.shapes[tensor] = tuple(view.get_shape())
             self.dtypes[tensor] = view.get_dtype()
+            self._starts[tensor] = 8 + header_bytes + header[tensor]["data_offsets"][0]
             if self.dtypes[tensor] not in DTYPES:
                 raise UserError(f"{path}: {tensor} is {self.dtypes[tensor]}; supported: {', '.join(DTYPES)}")
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in its own type."""
-        return self._files[self.weight_map[name]].get_tensor(name)
+        """One tensor, in its own type. It is read, not mapped: pages of a mapped file count as memory."""
+        path = self.folder / self.weight_map[name]
+        tensor = torch.empty(self.shapes[name], dtype=DTYPES[self.dtypes[name]])
+        left = _bytes_of(tensor)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(self._starts[name])
+            while len(left):
+                count = file.readinto(left)
+                if not count:
+                    raise UserError(f"{path}: it became shorter while it was read")
+                left = left[count:]
+        return tensor
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str, str]:
@@ -126,26 +143,64 @@ def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str,
     return {name: file for file, names in zip(files, shards, strict=True) for name in names}
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], weight_map: Mapping[str, str]) -> None:
-    """Write tensors that arrive in any order; a shard is written, and its memory released, once complete.
+def write_shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    weight_map: Mapping[str, str],
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> None:
+    """Write tensors that arrive in any order, each at once to its place in its file.
 
-    Also writes the index, unless the only file is `model.safetensors`.
+    The files are byte for byte those of the safetensors library. Also writes the index, unless the only file
+    is `model.safetensors`.
+
+    Args:
+        kinds: tensor name -> its safetensors type and shape, known before the tensors are.
     """
-    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in weight_map.values()}
-    left = {file: sum(f == file for f in weight_map.values()) for file in waiting}
-    total = 0
-    for name, tensor in tensors:
-        file = weight_map[name]
-        waiting[file][name] = tensor.contiguous()
-        total += tensor.numel() * tensor.element_size()
-        left[file] -= 1
-        if not left[file]:
-            save(waiting.pop(file), folder / file)
-    if waiting:
-        raise ValueError(f"no tensors for {sorted(waiting)}")
+    with contextlib.ExitStack() as opened:
+        files, starts = {}, {}
+        for file in sorted(set(weight_map.values())):
+            header, places, total = _header({n: kinds[n] for n, f in weight_map.items() if f == file})
+            stream = files[file] = opened.enter_context(open(folder / file, "wb", buffering=0))
+            _write(stream, 0, memoryview(header))
+            stream.truncate(len(header) + total)
+            starts |= {name: len(header) + place for name, place in places.items()}
+        for name, tensor in tensors:
+            dtype, shape = kinds[name]
+            if tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+            _write(files[weight_map[name]], starts.pop(name), _bytes_of(tensor.contiguous()))
+        if starts:
+            raise ValueError(f"no tensors for {sorted(starts)}")
     if set(weight_map.values()) != {SINGLE}:
+        total = sum(tensor_bytes(shape, dtype) for dtype, shape in kinds.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _header(kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+    """Header of a safetensors file, place of each tensor after it, and bytes of all tensors."""
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    # The library's order: wide types first, so that every tensor is aligned.
+    for name in sorted(kinds, key=lambda name: (_ORDER.index(kinds[name][0]), name)):
+        dtype, shape = kinds[name]
+        places[name], end = end, end + tensor_bytes(shape, dtype)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [places[name], end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places, end
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(file: io.FileIO, start: int, data: memoryview) -> None:
+    file.seek(start)
+    while len(data):
+        data = data[file.write(data) :]
 
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:

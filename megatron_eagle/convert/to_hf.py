@@ -1,5 +1,6 @@
 """Export: a Megatron checkpoint of any layout becomes a Hugging Face folder that runs by itself."""
 
+import itertools
 import json
 import os
 import shutil
@@ -9,18 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_eagle.convert.carried import Carried
+from megatron_eagle.convert.checkpoint_files import CheckpointWeights
 from megatron_eagle.convert.export_files import write_config, write_processor
-from megatron_eagle.convert.lora import merged
+from megatron_eagle.convert.lora import adapter_names, merged
 from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, write_shards
-from megatron_eagle.convert.whole_model import trained_type, whole_model
+from megatron_eagle.convert.whole_model import trained_type
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.checkpoint import (
-    checkpoint_folder,
-    load_checkpoint,
-    read_lora_config,
-    read_model_config,
-)
+from megatron_eagle.model.lora import LoraConfig
+from megatron_eagle.training.checkpoint import read_lora_config, read_model_config
 
 # Names an exported folder's own files, so that a later export may replace them and nothing else.
 RECORD = "megatron_eagle_export.json"
@@ -32,7 +30,8 @@ def export_hf(
     """Write the latest weights in `checkpoint` as a Hugging Face checkpoint into the folder `hf`.
 
     An imported model keeps its source's names, shards, types and pooling head, bit for bit where training did
-    not change them. The folder appears when it is complete. An earlier export there is replaced.
+    not change them. One tensor at a time is in memory. The folder appears when it is complete. An earlier
+    export there is replaced.
 
     Args:
         max_tiles: tiles per picture for the exported processor; default: the source's, else 12.
@@ -54,6 +53,9 @@ def export_hf(
     shapes = {name: tuple(tensor.shape) for name, tensor in extra.items()}
     plan.check_hf({**plan.hf_shapes, **shapes}, str(carried.folder))
 
+    lora = read_lora_config(checkpoint)
+    weights = CheckpointWeights(checkpoint)
+    weights.check(plan, () if lora is None else adapter_names(config, lora))
     dtypes = _dtypes(plan, carried, checkpoint)
     weight_map = carried.weight_map or plan_shards(
         {name: tensor_bytes(shape, dtypes[name]) for name, shape in plan.hf_shapes.items()}
@@ -68,9 +70,11 @@ def export_hf(
         partial.mkdir(parents=True)
         write_config(partial, config, carried, dtypes, has_head=bool(extra))
         write_processor(partial, config, carried, max_tiles)
-        write_shards(partial, _tensors(checkpoint, plan, dtypes, extra, merge), weight_map)
+        tensors = _tensors(weights, plan, dtypes, extra, lora if merge else None)
+        kinds = {name: (dtypes[name], shape) for name, shape in plan.hf_shapes.items()}
+        write_shards(partial, tensors, weight_map, kinds)
         files = sorted(path.name for path in partial.iterdir())
-        record = {"iteration": int(checkpoint_folder(checkpoint).name[5:]), "files": files}
+        record = {"iteration": int(weights.folder.name[5:]), "files": files}
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         _publish(partial, target)
     except OSError as error:
@@ -81,17 +85,17 @@ def export_hf(
 
 
 def _tensors(
-    checkpoint: Path, plan: Plan, dtypes: dict[str, str], extra: dict[str, Tensor], merge: bool
+    weights: CheckpointWeights,
+    plan: Plan,
+    dtypes: dict[str, str],
+    extra: dict[str, Tensor],
+    lora: LoraConfig | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    yield from extra.items()
-    lora = read_lora_config(checkpoint)
-    # fp32 holds whatever the checkpoint stores exactly.
-    with whole_model(plan.config, DTYPES["F32"], lora) as (model, _, _):
-        load_checkpoint(checkpoint, models=[model])
-        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        tensors = plan.to_hf(parameters.__getitem__)
-        for name, tensor in merged(tensors, model, lora) if lora is not None and merge else tensors:
-            yield name, tensor.cpu().to(DTYPES[dtypes[name]])
+    tensors = plan.to_hf(weights.read)
+    if lora is not None:
+        tensors = merged(tensors, weights, plan.config, lora)
+    for name, tensor in itertools.chain(extra.items(), tensors):
+        yield name, tensor.to(DTYPES[dtypes[name]])
 
 
 def _dtypes(plan: Plan, carried: Carried, checkpoint: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from megatron_eagle.convert.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
 from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
-from megatron_eagle.convert.shards import plan_shards, write_shards
+from megatron_eagle.convert.shards import DTYPES, plan_shards, write_shards
 
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"),
@@ -86,7 +86,13 @@ def rewrite_weights(folder: Path, change, shard_bytes: int = 10**9) -> None:
     tensors = change(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").unlink()
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    write_shards(folder, tensors.items(), plan_shards(sizes, shard_bytes))
+    write_shards(folder, tensors.items(), plan_shards(sizes, shard_bytes), kinds_of(tensors))
+
+
+def kinds_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """safetensors types and shapes."""
+    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64"}
+    return {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def test_8b_has_the_released_tensors_and_parameters():
 def test_every_tensor_survives_both_ways_and_none_is_used_twice():
     plan = Plan(small(), carries_head=False)
     hf = {name: torch.randn(shape) for name, shape in plan.hf_shapes.items()}
-    model = dict(plan.to_model(hf.__getitem__))
+    model = {entry.model: torch.cat(plan.blocks(entry, hf.__getitem__)) for entry in plan.entries}
     back = list(plan.to_hf(model.__getitem__))
     assert sorted(name for name, _ in back) == sorted(hf)
     assert all(torch.equal(tensor, hf[name]) for name, tensor in back)
@@ -50,14 +50,15 @@ def test_queries_lie_beside_their_key_value_head():
     entry = next(
         e for e in plan.entries if e.model.endswith("decoder.layers.0.self_attention.linear_qkv.bias")
     )
-    joined = entry.layout.join([read(name) for name in entry.hf], plan)
+    [joined] = plan.blocks(entry, read)
     assert joined[::16].tolist() == [0, 1, 100, 200, 2, 3, 101, 201]
 
 
 def test_vocabulary_is_padded_with_zeros_and_cut_again():
     plan = Plan(small(), carries_head=False)
     hf = {name: torch.ones(shape) for name, shape in plan.hf_shapes.items()}
-    rows = dict(plan.to_model(hf.__getitem__))["language_model.output_layer.weight"]
+    [entry] = [e for e in plan.entries if e.model == "language_model.output_layer.weight"]
+    rows = torch.cat(plan.blocks(entry, hf.__getitem__))
     assert rows.shape == (512, 64)
     assert rows[:5].eq(1).all() and rows[5:].eq(0).all()
 

@@ -1,0 +1,225 @@
+"""The weights in a Megatron checkpoint, tensor by tensor: one process, no model, no process group.
+
+What `training.checkpoint` saves and loads has one key for all layers of a kind, as
+`language_model.decoder.layers.mlp.linear_fc2.weight`, whose first axis is the layer. A file holds it in
+chunks: boxes of the whole tensor, cut by whatever layout wrote it. Here a chunk is written as soon as its
+values are known, and read where a tensor needs it, so that memory holds one tensor of one layer at a time.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_eagle.config import save_yaml, to_dict
+from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.training.checkpoint import _CONTENT, TRACKER, TrainState, _read_index, checkpoint_folder
+
+_LAYER = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
+
+
+def key_of(name: str) -> tuple[str, int | None]:
+    """Key in a checkpoint of the model's parameter `name`, and its place on the key's first axis (None: the
+    key is this parameter alone)."""
+    match = _LAYER.fullmatch(name)
+    return (f"{match[1]}.{match[3]}", int(match[2])) if match else (name, None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One chunk to write: its box in the whole tensor `key`, and how to get its values in its turn."""
+
+    key: str
+    shape: tuple[int, ...]  # of the whole tensor
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def key_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Every key of a checkpoint of the plan's model, with its whole shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in plan.entries:
+        blocks = plan.block_shapes(entry)
+        own = (sum(block[0] for block in blocks), *blocks[0][1:])
+        key, layer = key_of(entry.model)
+        shapes[key] = own if layer is None else (layer + 1, *own)  # layers come in order
+    return shapes
+
+
+def pieces_of(plan: Plan, read: Callable[[str], Tensor]) -> Iterable[Piece]:
+    """The chunks of the plan's model, from a reader of HF tensors. To be written in this order."""
+    shapes = key_shapes(plan)
+    held: tuple[str, list[Tensor]] = ("", [])
+
+    def block(entry, number: int) -> Tensor:
+        nonlocal held
+        if held[0] != entry.model:
+            held = (entry.model, plan.blocks(entry, read))
+        return held[1][number]
+
+    for entry in plan.entries:
+        key, layer = key_of(entry.model)
+        row = 0
+        for number, size in enumerate(plan.block_shapes(entry)):
+            offset = (row, *[0] * (len(size) - 1))
+            row += size[0]
+            if layer is not None:
+                offset, size = (layer, *offset), (1, *size)
+            yield Piece(key, shapes[key], offset, size, lambda e=entry, n=number: block(e, n))
+
+
+def write_checkpoint(
+    root: Path, config: EagleConfig, pieces: Iterable[Piece], dtype: torch.dtype, *, iteration: int = 0
+) -> None:
+    """Write the chunks into the new checkpoint `root`, one after the other, as `save_checkpoint` would.
+
+    The folder is complete once this returns; the caller sees to it that nobody finds it before.
+    """
+    folder = root / f"iter_{iteration:07d}"
+    folder.mkdir(parents=True)
+    torch_checkpoint.save(
+        {},
+        storage_writer=torch_checkpoint.FileSystemWriter(folder, sync_files=True),
+        planner=_PiecePlanner(pieces, dtype),
+        no_dist=True,
+    )
+    torch.save({"content_metadata": dict(_CONTENT)}, folder / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    save_yaml({"model": to_dict(config)}, folder / "run.yaml")
+    (folder / "state.json").write_text(json.dumps(to_dict(TrainState(iteration))))
+    (root / TRACKER).write_text(f"{iteration}\n")
+
+
+class _PiecePlanner(torch_checkpoint.DefaultSavePlanner):
+    """Saves pieces in place of a state dict: torch asks for the values of one item at a time."""
+
+    def __init__(self, pieces: Iterable[Piece], dtype: torch.dtype) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.dtype = dtype
+        self.pieces = {MetadataIndex(piece.key, torch.Size(piece.offset)): piece for piece in pieces}
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for index, piece in self.pieces.items():
+            chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))
+            data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), torch.Size(piece.shape))
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        index = MetadataIndex(write_item.index.fqn, write_item.index.offset)
+        piece = self.pieces[index]
+        return piece.read().to(self.dtype).reshape(piece.size).contiguous()
+
+
+class CheckpointWeights:
+    """The latest weights in a checkpoint of any layout, read by parameter name.
+
+    Attributes:
+        shapes: key -> shape of the whole tensor, without the optimizer's.
+
+    Raises:
+        UserError: no checkpoint there, or a damaged index.
+    """
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        self.folder = checkpoint_folder(checkpoint)
+        index = _read_index(self.folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._types: dict[str, torch.dtype] = {}
+        self._chunks: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], object]]] = {}
+        for key, tensor in index.state_dict_metadata.items():
+            if key.startswith("optimizer.") or not hasattr(tensor, "chunks"):
+                continue
+            self.shapes[key], self._types[key] = tuple(tensor.size), tensor.properties.dtype
+            sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in tensor.chunks}
+            self._chunks[key] = [(offset, size, None) for offset, size in sizes.items()]
+        files = {(i.fqn, tuple(i.offset or ())): info for i, info in index.storage_data.items()}
+        for key, chunks in self._chunks.items():
+            self._chunks[key] = [(offset, size, files.get((key, offset))) for offset, size, _ in chunks]
+
+    def check(self, plan: Plan, adapters: Iterable[str] = ()) -> None:
+        """Compare keys and shapes with those of the plan's model and the parameters `adapters` of its LoRA.
+
+        Raises:
+            UserError: keys are missing, unexpected or of another shape; some are named.
+        """
+        wanted: dict[str, tuple[int, ...] | None] = dict(key_shapes(plan))
+        wanted |= {key_of(name)[0]: None for name in adapters}
+        for names, what in (
+            (wanted.keys() - self.shapes.keys(), "lacks weights that the model needs"),
+            (self.shapes.keys() - wanted.keys(), "holds tensors that the model lacks"),
+        ):
+            if names:
+                some = ", ".join(sorted(names)[:4])
+                raise UserError(f"{self.folder}: the checkpoint {what} ({len(names)}): {some}")
+        for key, shape in wanted.items():
+            if shape is not None and self.shapes[key] != shape:
+                raise UserError(f"{self.folder}: {key} has shape {self.shapes[key]}, the model's is {shape}")
+
+    def read(self, name: str) -> Tensor:
+        """One parameter by the model's name for it, whole, in the type it is stored in.
+
+        Raises:
+            UserError: a file is missing or damaged, or does not hold all of it.
+        """
+        key, layer = key_of(name)
+        shape = self.shapes[key]
+        start = (0,) * len(shape) if layer is None else (layer, *[0] * (len(shape) - 1))
+        size = shape if layer is None else (1, *shape[1:])
+        result, found = None, 0
+        for offset, extent, file in self._chunks[key]:
+            low = [max(a, b) for a, b in zip(start, offset, strict=True)]
+            ends = zip(start, size, offset, extent, strict=True)
+            high = [min(a + n, b + m) for a, n, b, m in ends]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            chunk = self._read_chunk(key, file, extent)
+            if extent == size and offset == start:
+                result, found = chunk, chunk.numel()
+                break
+            if result is None:
+                result = torch.empty(size, dtype=self._types[key])
+            box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+            part = chunk[_shifted(box, offset)]
+            result[_shifted(box, start)] = part
+            found += part.numel()
+        if result is None or found != result.numel():
+            raise UserError(f"{self.folder}: its files do not hold all of {name}; copy the checkpoint again")
+        return result if layer is None else result[0]
+
+    def _read_chunk(self, key: str, file, size: tuple[int, ...]) -> Tensor:
+        name = getattr(file, "relative_path", "")
+        # A name with a folder in it could point anywhere.
+        if not name or Path(name).name != name:
+            raise UserError(f"{self.folder / '.metadata'}: {key} lies in {name!r}, which is no file name")
+        path = self.folder / name
+        try:
+            with open(path, "rb") as stream:
+                view = _create_file_view(stream, file.offset, file.length)
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing; copy the checkpoint again") from None
+        except Exception as error:  # whatever torch finds wrong with the bytes
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{path}: damaged, {key} cannot be read: {reason}") from error
+        if tuple(tensor.shape) != size or tensor.dtype != self._types[key]:
+            raise UserError(f"{path}: damaged, {key} has another shape or type than the index says")
+        return tensor
+
+
+def _shifted(box: tuple[slice, ...], origin: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(s.start - o, s.stop - o) for s, o in zip(box, origin, strict=True))
