@@ -4,31 +4,35 @@
     C/iter_0000120/                       common.pt, .metadata, __*.distcp, metadata.json (Megatron)
                                           run.yaml    the run's configuration, resolved
                                           state.json  {"iteration": ..., "consumed_packs": ...}
+                                          manifest.json  size and SHA-256 of every other file
     C/hf/                                 what an export to Hugging Face needs and training does not touch
 
 Keys in a checkpoint do not know ranks: layers carry their global index, tensors their global shape,
 optimizer state is stored per parameter (`fully_reshardable`). Saving goes to a hidden folder beside the
-target, which is renamed when every file is on disk; the tracker follows. A process killed at any point leaves
-the last checkpoint loadable. There is no random state: training draws no random numbers (no dropout; the data
-order is a function of the seed and of `consumed_packs`).
+target, which is renamed when every file is on disk; the tracker follows. A process killed at any point, or a
+disk that is full, leaves the last checkpoint loadable. There is no random state: training draws no random
+numbers (no dropout; the data order is a function of the seed and of `consumed_packs`).
 
 Reading executes nothing from the files: `torch.load` runs weights-only, no pickled objects are requested, and
 the index (`.metadata`, a pickle) may only name the classes torch writes into it.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -44,6 +48,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.training.agreement import AgreedError, raise_together
+from megatron_eagle.training.manifest import hash_written, verify, write_manifest
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
@@ -61,23 +66,30 @@ class CheckpointConfig:
 
     `path` is saved to, and resumed from if it holds a checkpoint; otherwise `load` gives the initial weights
     (null: fresh ones). The last iteration is always saved, and every `save_interval` iterations before it.
+    `keep_last` deletes older ones after a save (null: none). `verify` reads a checkpoint twice on loading:
+    first to compare every file with its manifest.
     """
 
     path: str
     load: str | None = None
     save_interval: int | None = None
+    keep_last: int | None = None
+    verify: bool = True
 
     def __post_init__(self) -> None:
-        if self.save_interval is not None and self.save_interval < 1:
-            raise ValueError(f"save_interval must be at least 1, got {self.save_interval}")
+        for name in ("save_interval", "keep_last"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: finished iterations, and packs read (the whole state of the data loader)."""
+    """Where a run stands: finished iterations, packs read (the whole state of the data loader)."""
 
     iteration: int = 0
     consumed_packs: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # what a loss spike is measured against
 
 
 def has_checkpoint(root: str | Path) -> bool:
@@ -139,13 +151,16 @@ def save_checkpoint(
     model_config: EagleConfig | None = None,
     iteration: int = 0,
     consumed_packs: int = 0,
+    recent_losses: Sequence[float] = (),
+    keep_last: int | None = None,
 ) -> Path:
     """Save this iteration and make it the latest. Collective over all ranks; returns the checkpoint's folder.
 
     `models` are this rank's chunks, wrapped or not. `run_config` is any configuration with a `model` section
-    (dataclass or mapping); a tool without a run gives only `model_config`.
-    Raises `UserError` where `root` cannot be written or its latest checkpoint is this very iteration (it is
-    never overwritten in place).
+    (dataclass or mapping); a tool without a run gives only `model_config`. `keep_last`: afterwards, of the
+    checkpoints up to this one, all but so many are deleted.
+    Raises `AgreedError` where `root` cannot be written (a full disk: what was written is removed, the latest
+    checkpoint stays) or its latest checkpoint is this very iteration (it is never overwritten in place).
     """
     root, rank = Path(root), torch.distributed.get_rank()
     target = _iteration_folder(root, iteration)
@@ -157,19 +172,25 @@ def save_checkpoint(
         _share_step(content["optimizer"])
     if scheduler is not None:
         content["scheduler"] = scheduler.state_dict()
-    dist_checkpointing.save(content, str(partial), _InProcessSave(), content_metadata=dict(_CONTENT))
-
-    problem = None
+    problem = _write_tensors(content, partial)
+    hashed = {} if problem else hash_written(partial)
     if rank == 0:
         try:
-            run = to_dict(run_config) if run_config is not None else {"model": to_dict(model_config)}
-            save_yaml(run, partial / "run.yaml")
-            state = {"iteration": iteration, "consumed_packs": consumed_packs}
-            (partial / "state.json").write_text(json.dumps(state))
-            _publish(root, target, partial, iteration)
+            if problem is None:
+                run = to_dict(run_config) if run_config is not None else {"model": to_dict(model_config)}
+                save_yaml(run, partial / "run.yaml")
+                state = TrainState(iteration, consumed_packs, list(recent_losses))
+                (partial / "state.json").write_text(json.dumps(to_dict(state)))
+                write_manifest(partial, hashed)
+                _publish(root, target, partial, iteration)
         except OSError as error:
-            problem = f"{root}: cannot finish the checkpoint of iteration {iteration}: {error}"
+            problem = _reason(error)
+        if problem is not None:
+            shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its space back
+            problem = f"{root}: iteration {iteration} could not be saved: {problem}; {_stays(root)}"
     raise_together(problem)
+    if rank == 0 and keep_last is not None:
+        _retain(root, iteration, keep_last)
     return target
 
 
@@ -179,14 +200,18 @@ def load_checkpoint(
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    verify_files: bool = True,
 ) -> TrainState:
     """Load the latest checkpoint in `root` into this layout, whatever layout wrote it. Collective.
 
     Weights only without `optimizer`. Learning rate, decay and the like stay those of the running
     configuration; a checkpoint brings weights, moments and the step.
-    Raises `UserError`: no checkpoint there, or its tensors are not exactly the model's (names are given).
+    Raises `UserError`: no checkpoint there, a file that differs from the manifest (unless `verify_files` is
+    false), or tensors that are not exactly the model's (names are given).
     """
     folder = checkpoint_folder(root)
+    if verify_files:
+        verify(folder)
     if optimizer is not None:
         settings = [dict(group) for group in optimizer.param_groups]
     content = _content(models, optimizer, loading=True)
@@ -230,28 +255,6 @@ def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str
     raise_together(problem)
 
 
-class _InProcessSave(SaveShardedStrategy):
-    """Writes Megatron's `torch_dist` format with torch's own writer, in this process, with fsync.
-
-    Megatron's writer is made for asynchronous saves: it spawns a helper that imports everything again.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
 def _iteration_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
@@ -269,6 +272,65 @@ def _prepare(root: Path, target: Path, partial: Path) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _write_tensors(content: dict, partial: Path) -> str | None:
+    """What `dist_checkpointing.save` writes. Collective; returns what went wrong on any rank, on all ranks.
+
+    Megatron's function would leave the other ranks waiting if rank 0 cannot write its common file.
+    """
+    content["content_metadata"] = dict(_CONTENT)
+    sharded, common = save_preprocess(content)
+    problem = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            torch.save(common, partial / COMMON_STATE_FNAME)
+            save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
+            problem = _reason(error)
+    try:
+        raise_together(problem)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            # With fsync, in this process: Megatron's own writer is made for asynchronous saves, it spawns a
+            # helper that imports everything again.
+            storage_writer=torch_checkpoint.FileSystemWriter(partial, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+    except AgreedError as error:
+        return str(error)
+    except torch_checkpoint.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_reason(cause)}"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """What the system says, in one line."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+
+
+def _stays(root: Path) -> str:
+    """What can still be loaded, for messages."""
+    if not has_checkpoint(root):
+        return "there is no earlier checkpoint"
+    return f"iteration {read_train_state(root).iteration} stays the latest checkpoint"
+
+
+def _retain(root: Path, iteration: int, keep_last: int) -> None:
+    """Delete all but `keep_last` of the checkpoints up to `iteration`; on rank 0.
+
+    A folder loses its name before its files, so that a half-deleted one is never taken for a checkpoint. What
+    cannot be deleted stays: a run does not end for that.
+    """
+    saved = sorted(root.glob("iter_*"), key=lambda folder: folder.name)
+    upto = [folder for folder in saved if folder.name <= _iteration_folder(root, iteration).name]
+    for folder in upto[:-keep_last]:
+        with contextlib.suppress(OSError):
+            folder.rename(root / f".{folder.name}.deleting")
+    for folder in root.glob(".iter_*.deleting"):  # also what a killed process left
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(root: Path, target: Path, partial: Path, iteration: int) -> None:

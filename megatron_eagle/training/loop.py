@@ -105,7 +105,7 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     if config.lora is not None and has_adapters:
         add_lora(models, config.lora, seed=seed)
     if not resume and source is not None:
-        load_checkpoint(source, models=models)
+        load_checkpoint(source, models=models, verify_files=checkpoint.verify)
     elif not resume:
         initialize_parameters(models, seed)
     if config.lora is not None and not has_adapters:
@@ -115,7 +115,13 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iterations)
     state = TrainState()
     if resume:
-        state = load_checkpoint(checkpoint.path, models=wrapped, optimizer=optimizer, scheduler=scheduler)
+        state = load_checkpoint(
+            checkpoint.path,
+            models=wrapped,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            verify_files=checkpoint.verify,
+        )
     return _Job(
         config, mesh, device, wrapped, optimizer, scheduler, state, state.iteration if resume else None
     )
@@ -154,8 +160,7 @@ def _run(job: _Job, loader: PackLoader) -> None:
             mfu = tflops / config.logging.peak_tflops if config.logging.peak_tflops else None
             log.step(StepMetrics(state.iteration, loss, float(grad_norm), lr, tokens, seconds, tflops, mfu))
             if state.iteration == last or (interval and state.iteration % interval == 0):
-                _save(job)
-                log.message(f"saved iteration {state.iteration} in {root}")
+                _save(job, log, must_succeed=state.iteration == last)
 
 
 def _forward_backward(job: _Job, batches: list[Batch]) -> tuple[float, float]:
@@ -236,14 +241,24 @@ def _check_finite(name: str, value: float, job: _Job) -> None:
         )
 
 
-def _save(job: _Job) -> None:
-    save_checkpoint(
-        job.config.checkpoint.path,
-        models=job.models,
-        optimizer=job.optimizer,
-        scheduler=job.scheduler,
-        run_config=job.config,
-        iteration=job.state.iteration,
-        consumed_packs=job.state.consumed_packs,
-    )
-    job.saved_iteration = job.state.iteration
+def _save(job: _Job, log: RunLog, *, must_succeed: bool) -> None:
+    """Save this iteration. One that fails (a full disk) is reported and training goes on, if it may."""
+    checkpoint, state = job.config.checkpoint, job.state
+    try:
+        save_checkpoint(
+            checkpoint.path,
+            models=job.models,
+            optimizer=job.optimizer,
+            scheduler=job.scheduler,
+            run_config=job.config,
+            iteration=state.iteration,
+            consumed_packs=state.consumed_packs,
+            keep_last=checkpoint.keep_last,
+        )
+    except AgreedError as error:
+        if must_succeed:
+            raise
+        log.message(f"warning: {error}; training goes on")
+        return
+    job.saved_iteration = state.iteration
+    log.message(f"saved iteration {state.iteration} in {checkpoint.path}")

@@ -1,17 +1,22 @@
 """A few real optimizer steps of the tiny model in any layout, between a load and a save."""
 
+import itertools
 import json
 import os
+import resource
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.distributed.checkpoint import filesystem
 
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training import checkpoint
+from megatron_eagle.training.agreement import AgreedError
 from megatron_eagle.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
@@ -35,22 +40,67 @@ def save_fresh(eagle: EagleConfig, root: str) -> None:
 
 
 def save_killed(eagle: EagleConfig, root: str, point: str) -> None:
-    """In one process: continue from `root` to iteration 3 and die at `point` of the save."""
+    """Continue from `root` to iteration 3 and die at `point` of the save; of several ranks, only the last."""
 
     def die(*_, **__):
         os._exit(9)
 
-    if point == "tensors":
-        checkpoint.torch_checkpoint.FileSystemWriter.finish = die  # tensors written, no index yet
+    if point == "common.pt":
+        checkpoint.torch.save = die
+    elif point == "middle of a file":
+        filesystem._write_item = die_at(2, filesystem._write_item)
+    elif point == "one rank":
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            filesystem._write_item = die
+    elif point == "tensors":
+        filesystem.FileSystemWriter.finish = die  # tensors written, no index yet
+    elif point == "hashes":
+        checkpoint.hash_written = die
+    elif point == "manifest":
+        checkpoint.write_manifest = die
     elif point == "run.yaml":
         checkpoint.save_yaml = die
     elif point == "state.json":
         checkpoint.json = SimpleNamespace(dumps=die, loads=json.loads)
     elif point == "rename":
-        checkpoint._publish = die
+        checkpoint._publish = die  # the manifest is written
     elif point == "tracker":
         Path.replace = die  # the folder has its name, the tracker still points to the previous one
-    _run({}, eagle, until=3, load=root, save=root)
+    elif point == "retention":
+        checkpoint.shutil.rmtree = die_at(3, shutil.rmtree)  # the others empty the place of the new one
+    parallel = {"tensor_model_parallel_size": torch.distributed.get_world_size()}  # so that every rank writes
+    _run(parallel, eagle, until=3, load=root, save=root, keep_last=1)
+
+
+def die_at(number: int, function):
+    """`function`, whose call of this number ends the process."""
+    calls = itertools.count(1)
+
+    def counted(*args, **kwargs):
+        if next(calls) == number:
+            os._exit(9)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def save_on_full_disk(eagle: EagleConfig, root: str, limit: int) -> str:
+    """Continue from `root` to iteration 3 where no file may grow beyond `limit` bytes -> the error."""
+    write = checkpoint._write_tensors
+
+    def limited(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            return write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    checkpoint._write_tensors = limited
+    try:
+        _run({}, eagle, until=3, load=root, save=root)
+    except AgreedError as error:
+        return str(error)
+    return ""
 
 
 def _run(
@@ -60,6 +110,7 @@ def _run(
     until: int,
     load: str | None = None,
     save: str | None = None,
+    keep_last: int | None = None,
     weights_only: bool = False,
     dtype: torch.dtype = torch.float32,
     optimizer_settings: dict | None = None,
@@ -97,6 +148,7 @@ def _run(
                 model_config=eagle,
                 iteration=until,
                 consumed_packs=4 * until,
+                keep_last=keep_last,
             )
         result["parameters"] = {
             f"{chunk} {global_name(name, model)}": parameter.detach().clone()

@@ -14,7 +14,8 @@ from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.training import checkpoint
 from megatron_eagle.training.agreement import AgreedError
 from megatron_eagle.training.checkpoint import TRACKER, checkpoint_folder, read_model_config, read_train_state
-from tests.checkpoint.steps import run_steps, save_fresh, save_killed
+from megatron_eagle.training.manifest import write_manifest
+from tests.checkpoint.steps import run_steps, save_fresh, save_killed, save_on_full_disk
 from tests.parallel.cases import tiny_model
 from tests.parallel.harness import launch
 
@@ -126,7 +127,13 @@ def test_without_optimizer(tmp_path, uninterrupted):
 def test_what_is_beside_the_tensors(saved):
     folder = checkpoint_folder(saved)
     assert folder.name == "iter_0000002" and (saved / TRACKER).read_text() == "2\n"
-    assert json.loads((folder / "state.json").read_text()) == {"iteration": 2, "consumed_packs": 8}
+    assert json.loads((folder / "state.json").read_text()) == {
+        "iteration": 2,
+        "consumed_packs": 8,
+        "recent_losses": [],
+    }
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert listed.keys() | {"manifest.json"} == set(os.listdir(folder))
     assert read_model_config(saved) == EAGLE
     assert not [name for name in os.listdir(saved) if name.startswith(".")], "no partial files are left"
 
@@ -140,14 +147,60 @@ def test_another_architecture_is_refused_with_names(saved):
         steps(1, {}, eagle=tied, until=3, load=str(saved))
 
 
-def test_a_killed_save_leaves_the_previous_checkpoint(copy):
-    """The process dies (as by kill -9) at five points while it saves iteration 3, again and again."""
-    for point in ("tensors", "run.yaml", "state.json", "rename", "tracker"):
+@pytest.mark.parametrize(
+    "points",
+    [
+        ("middle of a file", "manifest", "tracker"),
+        pytest.param(
+            ("common.pt", "tensors", "hashes", "run.yaml", "state.json", "rename"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["three", "six-more"],
+)
+def test_a_killed_save_leaves_the_previous_checkpoint(copy, points):
+    """A process dies (as by kill -9) while it saves iteration 3, at one point after the other."""
+    for point in points:
         with pytest.raises(RuntimeError, match="ended without a result"):
             launch(save_killed, 1, EAGLE, str(copy), point)
-        assert read_train_state(copy).iteration == 2
+        assert read_train_state(copy).iteration == 2, point
+    with pytest.raises(RuntimeError, match="ended without a result|failed"):
+        launch(save_killed, 2, EAGLE, str(copy), "one rank")
     resumed = steps(1, {}, until=3, load=str(copy), save=str(copy))[0]
     assert resumed["start"] == (2, 8) and read_train_state(copy).iteration == 3
+
+
+def test_a_kill_while_old_checkpoints_are_deleted(copy):
+    """The new one is complete by then; what was left half-deleted goes with the next."""
+    with pytest.raises(RuntimeError, match="ended without a result"):
+        launch(save_killed, 1, EAGLE, str(copy), "retention")
+    assert sorted(path.name for path in copy.glob("*iter_*")) == [".iter_0000002.deleting", "iter_0000003"]
+    steps(1, {}, until=4, load=str(copy), save=str(copy), keep_last=2)
+    assert sorted(path.name for path in copy.glob("*iter_*")) == ["iter_0000003", "iter_0000004"]
+
+
+@pytest.mark.parametrize("limit", [500, 60_000], ids=["common-file", "tensor-file"])
+def test_a_full_disk_keeps_the_previous_checkpoint(copy, limit):
+    message = launch(save_on_full_disk, 1, EAGLE, str(copy), limit)[0]
+    assert "iteration 3 could not be saved: " in message and "\n" not in message
+    assert message.endswith("iteration 2 stays the latest checkpoint")
+    assert not list(copy.glob(".iter*")), "the space is given back"
+    assert steps(1, {}, until=3, load=str(copy))[0]["start"] == (2, 8)
+
+
+def test_a_flipped_byte_is_refused_by_name(copy):
+    """In any file, by every rank."""
+    folder = checkpoint_folder(copy)
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        named = "" if file.name == "manifest.json" else file.name  # then the files differ from it
+        with pytest.raises(AgreedError, match=f"{named}: .*(damaged|manifest)"):
+            steps(1, {}, until=3, load=str(copy))
+        file.write_bytes(content)
+    next(folder.glob("*.distcp")).unlink()
+    with pytest.raises(RuntimeError, match=r"distcp: missing; copy the checkpoint again in full"):
+        steps(2, {}, until=3, load=str(copy))
 
 
 def test_the_latest_checkpoint_is_never_overwritten(copy):
@@ -187,6 +240,11 @@ def test_an_iteration_folder_is_not_the_checkpoint(saved):
         checkpoint_folder(saved / "iter_0000002")
 
 
+def sign(folder):
+    """A manifest that fits what the folder holds, as whoever made the files would write it."""
+    write_manifest(folder, {})
+
+
 class Harmful:
     """Runs a command when it is unpickled."""
 
@@ -200,6 +258,7 @@ class Harmful:
 def test_an_index_that_runs_code_is_refused(copy, tmp_path):
     folder = checkpoint_folder(copy)
     (folder / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "harm")))
+    sign(folder)
     with pytest.raises(AgreedError, match=r"not a checkpoint's index, .*: it names \w+\.mkdir"):
         steps(1, {}, until=4, load=str(copy))
     assert not (tmp_path / "harm").exists()
@@ -208,6 +267,7 @@ def test_an_index_that_runs_code_is_refused(copy, tmp_path):
 def test_common_content_that_runs_code_is_refused(copy, tmp_path):
     folder = checkpoint_folder(copy)
     torch.save({"optimizer": Harmful(tmp_path / "harm")}, folder / "common.pt")
+    sign(folder)
     with pytest.raises(AgreedError, match="common.pt: damaged, or it holds more than plain values"):
         steps(1, {}, until=4, load=str(copy))
     assert not (tmp_path / "harm").exists()
@@ -216,6 +276,9 @@ def test_common_content_that_runs_code_is_refused(copy, tmp_path):
 def test_damaged_tensors_are_refused(copy):
     file = next(checkpoint_folder(copy).glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(AgreedError, match=f"{file.name}: 100000 bytes, and .* were saved"):
+        steps(1, {}, until=4, load=str(copy))
+    sign(file.parent)
     with pytest.raises(AgreedError, match="a file of tensors is damaged"):
         steps(1, {}, until=4, load=str(copy))
 

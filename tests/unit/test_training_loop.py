@@ -120,3 +120,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(job, tmp_path):
     with pytest.raises(AgreedError, match=message):
         job("checkpoint.save_interval=2")
     assert len(read_metrics(job.root / "logs" / "metrics.jsonl")) == 2
+
+
+def test_a_save_that_fails_is_reported_and_training_goes_on(job, capsys):
+    """Until the last one, which has to succeed."""
+    save, calls = loop.save_checkpoint, iter([1, 2, 3])
+
+    def fail_second(*arguments, **settings):
+        if next(calls) == 2:
+            raise AgreedError("run: iteration 4 could not be saved: No space left on device")
+        return save(*arguments, **settings)
+
+    with patch.object(loop, "save_checkpoint", fail_second):
+        metrics = job("checkpoint.save_interval=2", "checkpoint.keep_last=2")
+    assert len(metrics) == 6
+    assert [path.name for path in sorted(job.root.glob("iter_*"))] == ["iter_0000002", "iter_0000006"]
+    assert "warning: run: iteration 4 could not be saved" in capsys.readouterr().err
+    with (
+        patch.object(loop, "save_checkpoint", side_effect=AgreedError("no space")),
+        pytest.raises(AgreedError, match="no space"),
+    ):
+        shutil.rmtree(job.root)
+        job("training.stop_at_iteration=1")
