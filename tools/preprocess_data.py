@@ -9,6 +9,7 @@ from megatron_eagle.data.engines import ENGINES
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
 from megatron_eagle.data.preprocess import Execution, preprocess
 from megatron_eagle.data.processor import PreprocessSettings
+from megatron_eagle.data.report import format_kept, kept_of_datasets, plot_kept
 from megatron_eagle.data.summary import format_summary
 from megatron_eagle.data.template import VARIANTS
 from megatron_eagle.errors import UserError, run_cli
@@ -35,6 +36,7 @@ def main() -> None:
     add("--workers", type=int, help="processes (default: one per core)")
     add("--engine", choices=ENGINES, default="local", help="this machine, or a Ray cluster (RAY_ADDRESS)")
     add("--fresh", action="store_true", help="do not use what an earlier run has left")
+    add("--report", metavar="FILE", help="also draw what each data set wanted and got, for example as PNG")
     args = parser.parse_args()
     try:
         sampling = SamplingSettings(
@@ -49,6 +51,10 @@ def main() -> None:
     start = time.perf_counter()
     manifest = preprocess(args.recipe, args.output, settings, execution)
     print(format_summary(manifest.counts))
+    kept = kept_of_datasets(args.output)
+    print(f"\n{format_kept(kept)}")
+    if args.report:
+        plot_kept(kept, args.report)
     print(f"\n{time.perf_counter() - start:.1f} s -> {args.output}")
     if any(counts["dropped"] for counts in manifest.counts.values()):
         print(f"why samples were dropped: {Path(args.output) / 'dropped.jsonl'}")

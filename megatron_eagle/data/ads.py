@@ -1,7 +1,8 @@
 """Automatic Degradation Sampling: which frames and which tile grids a sample gets (Eagle 2.5 paper, Eq. 2).
 
 All text is kept.  Visual tokens are maximised subject to the token limit, time before space: first frames are
-handed out with one tile per picture, then the largest tile limit that still fits is given to all pictures.
+handed out with one tile per picture, then the largest tile limit that still fits is given to all pictures.  A
+document's pages are pictures; where not all fit it gives up pages before anything else.
 """
 
 import bisect
@@ -17,8 +18,9 @@ from megatron_eagle.data.iap import select_grid, tile_count
 from megatron_eagle.data.ledger import Problem
 
 TILE_LIMITS = (12, 8, 6, 4, 2, 1)
-Count = Callable[[Sequence[int], Sequence[Sequence[int]]], int]
-"""Exact token count of the finished sample, given the tiles of each image and the frames of each video."""
+Count = Callable[[Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[int]]], int]
+"""Exact token count of the finished sample, given the tiles of each image, the frames of each video and the
+tiles of each shown page of each document."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,31 @@ class VideoWish:
 
     def frames(self, n: int) -> tuple[int, ...]:
         """`n` frame numbers spread evenly over the clip, its first and last included."""
-        return tuple(np.linspace(self.first, self.last, n).round().astype(np.int64).tolist())
+        return spread(self.first, self.last, n)
+
+
+def spread(first: int, last: int, n: int) -> tuple[int, ...]:
+    """`n` whole numbers from `first` to `last`, evenly apart, both included (one: the first)."""
+    return tuple(np.linspace(first, last, n).round().astype(np.int64).tolist())
+
+
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What was decided: grid (columns, rows) per image, frame numbers per video, and the resulting length.
 
-    `tiles_wanted` is what the images would have got without a token limit.
+    Per document `pages` are the 0-based numbers of those shown and `page_grids` their grids.  `tile_limit` is
+    the t that all pictures got, `tiles_wanted` what images and pages would have got without a token limit.
     """
 
-    grids: tuple[tuple[int, int], ...]
+    grids: tuple[Grid, ...]
     frames: tuple[tuple[int, ...], ...]
+    pages: tuple[tuple[int, ...], ...]
+    page_grids: tuple[tuple[Grid, ...], ...]
     n_tokens: int
+    tile_limit: int
     tiles_wanted: int
 
 
@@ -84,30 +98,53 @@ def sample_media(
     count: Count,
     limit: int,
     settings: SamplingSettings,
+    documents: Sequence[Sequence[ImageWish]] = (),
 ) -> Plan:
-    """Fit a sample into `limit` tokens.
+    """Fit a sample into `limit` tokens; a document is the wishes of its pages.
 
-    Raises `Problem` if it does not fit with one tile per image and the minimum of frames per video.
+    Raises `Problem` if it does not fit with one tile per image, one page per document and the minimum of
+    frames per video.
     """
     single = [1] * len(images)
-    n = _give_frames(videos, lambda n: count(single, _frames(videos, n)), limit)
-    frames = _frames(videos, n)
-    for tile_limit in sorted({settings.max_tiles, *(t for t in TILE_LIMITS if t < settings.max_tiles)})[::-1]:
+    fewest = [min(video.minimum, video.wanted) for video in videos]
+    n_pages = []
+    if documents:
+        n_pages = _give(
+            [1] * len(documents),
+            [len(pages) for pages in documents],
+            lambda n: count(single, _frames(videos, fewest), [[1] * k for k in n]),
+            limit,
+        )
+    pages = tuple(spread(0, len(d) - 1, n) for d, n in zip(documents, n_pages, strict=True))
+    single_pages = [[1] * n for n in n_pages]
+    n_frames = _give(
+        fewest,
+        [video.wanted for video in videos],
+        lambda n: count(single, _frames(videos, n), single_pages),
+        limit,
+    )
+    frames = _frames(videos, n_frames)
+    shown = [[document[page] for page in p] for document, p in zip(documents, pages, strict=True)]
+    limits = sorted({settings.max_tiles, *(t for t in TILE_LIMITS if t < settings.max_tiles)})[::-1]
+    for tile_limit in limits:
         grids = _grids(images, tile_limit, settings.tile_size)
-        n_tokens = count([tile_count(grid) for grid in grids], frames)
+        page_grids = tuple(_grids(wishes, tile_limit, settings.tile_size) for wishes in shown)
+        n_tokens = count(_tiles(grids), frames, [_tiles(g) for g in page_grids])
         if n_tokens <= limit:
             break
-    wanted = sum(tile_count(grid) for grid in _grids(images, settings.max_tiles, settings.tile_size))
-    return Plan(grids, frames, n_tokens, wanted)
+    wanted = [_grids(wishes, settings.max_tiles, settings.tile_size) for wishes in (images, *documents)]
+    tiles_wanted = sum(sum(_tiles(g)) for g in wanted)
+    return Plan(grids, frames, pages, page_grids, n_tokens, tile_limit, tiles_wanted)
 
 
-def _give_frames(videos: Sequence[VideoWish], count: Callable[[list[int]], int], limit: int) -> list[int]:
-    """Frames per video: one more for the relatively emptiest video, until one more does not fit."""
-    start = [min(video.minimum, video.wanted) for video in videos]
+def _give(
+    start: Sequence[int], wanted: Sequence[int], count: Callable[[Sequence[int]], int], limit: int
+) -> list[int]:
+    """Frames per video (pages per document): one more for the relatively emptiest, until one does not fit."""
     least = count(start)
     if least > limit:
         raise Problem("too long", f"needs at least {least} tokens, the limit is {limit}")
-    order = _giving_order(videos, start)
+    order = _giving_order(start, wanted)
 
     def after(steps: int) -> list[int]:
         return [n + order[:steps].count(i) for i, n in enumerate(start)]
@@ -115,7 +152,7 @@ def _give_frames(videos: Sequence[VideoWish], count: Callable[[list[int]], int],
     def fits(steps: int) -> bool:
         return count(after(steps)) <= limit
 
-    if fits(len(order)):
+    if not order or fits(len(order)):
         return after(len(order))
     # A frame costs far more than the others' labels may change by, so the first step that does not fit is
     # found by halving; a few steps before it are tried all the same, for tiles of very few tokens.
@@ -124,16 +161,16 @@ def _give_frames(videos: Sequence[VideoWish], count: Callable[[list[int]], int],
     return after(next((steps for steps in near if not fits(steps)), first) - 1)
 
 
-def _giving_order(videos: Sequence[VideoWish], start: Sequence[int]) -> list[int]:
+def _giving_order(start: Sequence[int], wanted: Sequence[int]) -> list[int]:
     """Which video each further frame goes to: the one with the smallest share of its wish, or the first."""
-    heap = [(Fraction(n, v.wanted), i, n) for i, (v, n) in enumerate(zip(videos, start, strict=True))]
+    heap = [(Fraction(n, w), i, n) for i, (n, w) in enumerate(zip(start, wanted, strict=True))]
     heapq.heapify(heap)
     order = []
     while heap:
         share, i, n = heapq.heappop(heap)
         if share < 1:
             order.append(i)
-            heapq.heappush(heap, (Fraction(n + 1, videos[i].wanted), i, n + 1))
+            heapq.heappush(heap, (Fraction(n + 1, wanted[i]), i, n + 1))
     return order
 
 
@@ -141,7 +178,11 @@ def _frames(videos: Sequence[VideoWish], n: Sequence[int]) -> tuple[tuple[int, .
     return tuple(video.frames(k) for video, k in zip(videos, n, strict=True))
 
 
-def _grids(images: Sequence[ImageWish], tile_limit: int, tile_size: int) -> tuple[tuple[int, int], ...]:
+def _tiles(grids: Sequence[Grid]) -> list[int]:
+    return [tile_count(grid) for grid in grids]
+
+
+def _grids(images: Sequence[ImageWish], tile_limit: int, tile_size: int) -> tuple[Grid, ...]:
     return tuple(
         select_grid(
             image.width, image.height, tile_size=tile_size, max_tiles=min(tile_limit, image.max_tiles)

@@ -5,13 +5,13 @@ Shapes: s tokens of a pack, n tiles, S tile size in pixels.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.images import load_image
+from megatron_eagle.data.media.source import file_facts
 from megatron_eagle.data.media.tiles import tile_image
 from megatron_eagle.data.media.video import load_frames
 from megatron_eagle.data.packing import PackIndex
@@ -145,10 +145,7 @@ def _loader(store: SampleStore, row: int, sample: StoredSample, position: int) -
 
 
 def _check_unchanged(media: ImagePlan | VideoPlan) -> None:
-    try:
-        size = Path(media.path).stat().st_size
-    except OSError:
-        raise Problem("missing media", media.path) from None
+    size = file_facts(media.path).size
     if size != media.file_size:
         raise Problem(
             "media changed since preprocessing", f"{media.path} has {size} bytes, had {media.file_size}"

@@ -1,23 +1,25 @@
 """Every input dialect, one JSON line at a time, into the canonical sample.
 
-Dialects: Eagle/LLaVA `conversations` with `image`, `video` or `data`; ShareGPT with `images` / `videos`;
-OpenAI/Qwen `messages` whose content is text or a list of typed parts.  A placeholder stands for one picture
-or video, which is used exactly once; in an answer it is plain text.
+Dialects: Eagle/LLaVA `conversations` with `image`, `video`, `document` or `data`; ShareGPT with `images` /
+`videos`; OpenAI/Qwen `messages` whose content is text or a list of typed parts.  A placeholder stands for one
+picture, video or document, which is used exactly once; in an answer it is plain text.
 """
 
 import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.media.source import database_picture
 from megatron_eagle.data.sample import (
     ASSISTANT,
     OBSERVATION,
     SYSTEM,
     USER,
+    DocumentRef,
     ImageRef,
     Part,
     Sample,
@@ -35,19 +37,33 @@ TEXT_PROBLEMS = frozenset(
 OVERRIDES = ("fps", "min_frames", "max_frames", "max_tiles")
 _ROLES = {"human": USER, "gpt": ASSISTANT, USER: USER, ASSISTANT: ASSISTANT, SYSTEM: SYSTEM}
 _ROLES[OBSERVATION] = OBSERVATION
-_PLACEHOLDER = re.compile(r"<(image|video)(?:-([0-9]+))?>")
+_REFERENCES = {"image": ImageRef, "video": VideoRef, "document": DocumentRef}
+_PLACEHOLDER = re.compile(r"<(image|video|document)(?:-([0-9]+))?>")
 _MAX_ANSWERS = 65535  # the store keeps a token's answer number in 16 bits
 
 
 @dataclass(frozen=True)
 class _Placeholder:
-    """`<image>` / `<image-i>` / `<video>` / `<video-i>` as written; `number` is 1-based, None without one."""
+    """`<image>` / `<image-i>`, likewise video and document, as written; `number` is 1-based, or None."""
 
     kind: str
     number: int | None
 
 
 _RawPart = Part | _Placeholder
+
+
+@dataclass
+class _Media:
+    """The media of a record, in the order in which it names them."""
+
+    images: list[str] = field(default_factory=list)
+    videos: list[VideoSource] = field(default_factory=list)
+    documents: list[tuple[str, ...]] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """How many there are, by what a placeholder calls them."""
+        return {"image": len(self.images), "video": len(self.videos), "document": len(self.documents)}
 
 
 def read_sample(raw: bytes, *, root: str, file: str, line: int, overrides: Mapping | None = None) -> Sample:
@@ -57,10 +73,8 @@ def read_sample(raw: bytes, *, root: str, file: str, line: int, overrides: Mappi
     Raises `Problem` for anything that cannot be used as it is.
     """
     record = _parse(raw)
-    if "document" in record or "documents" in record:
-        raise Problem("unsupported media", "documents are not supported yet; give their pages as images")
-    images, videos = _record_media(record, root)
-    turns, images, videos = _read_turns(record, root, images, videos)
+    media = _record_media(record, root)
+    turns = _read_turns(record, root, media)
     answers = [parts for role, parts in turns if role == ASSISTANT]
     if not answers or len(answers) > _MAX_ANSWERS:
         raise Problem("no answer" if not answers else "too many answers", f"{len(answers)} assistant turns")
@@ -68,8 +82,9 @@ def read_sample(raw: bytes, *, root: str, file: str, line: int, overrides: Mappi
         raise Problem("empty answer", "an assistant turn has no text")
     return Sample(
         turns=tuple(Turn(role, tuple(parts)) for role, parts in turns),
-        images=tuple(images),
-        videos=tuple(videos),
+        images=tuple(media.images),
+        videos=tuple(media.videos),
+        documents=tuple(media.documents),
         file=file,
         line=line,
         overrides={**(overrides or {}), **read_overrides(record)},
@@ -102,11 +117,11 @@ def _parse(raw: bytes) -> dict:
     return record
 
 
-def _record_media(record: dict, root: str) -> tuple[list[str], list[VideoSource]]:
+def _record_media(record: dict, root: str) -> _Media:
     """Media named beside the text, under any of the dialects' keys."""
-    if "lmdb_file" in record or "lmdb_key" in record:
-        raise Problem("unsupported media", "lmdb references are not read; unpack them to files")
     images = _as_list(record.get("image")) + _as_list(record.get("images"))
+    if "lmdb_file" in record or "lmdb_key" in record:
+        images.append({key: record.get(key) for key in ("lmdb_file", "lmdb_key")})
     videos = _as_list(record.get("video")) + _as_list(record.get("videos"))
     for item in _as_list(record.get("data")):
         kind = item.get("type") if isinstance(item, dict) else None
@@ -116,33 +131,35 @@ def _record_media(record: dict, root: str) -> tuple[list[str], list[VideoSource]
             videos += _as_list(item.get("video_list"))
         elif kind != "text":
             raise Problem("unsupported media", f"data item of type {kind!r}")
-    return [_image_path(item, root) for item in images], [_video_source(item, root) for item in videos]
+    return _Media(
+        [_image_path(item, root) for item in images],
+        [_video_source(item, root) for item in videos],
+        _documents(record, root),
+    )
 
 
-def _read_turns(
-    record: dict, root: str, images: list[str], videos: list[VideoSource]
-) -> tuple[list[tuple[str, list[_RawPart]]], list[str], list[VideoSource]]:
-    """Turns with every placeholder resolved, and the media with those that typed parts brought along."""
+def _read_turns(record: dict, root: str, media: _Media) -> list[tuple[str, list[_RawPart]]]:
+    """Turns with every placeholder resolved; media that typed parts bring along are added to `media`."""
     key = next((key for key in ("messages", "conversations") if key in record), None)
     if key is None:
         raise Problem("unknown format", 'a record needs "conversations" or "messages"')
     messages = record[key]
     if not isinstance(messages, list) or not messages:
         raise Problem("bad turn", f'"{key}" must be a list of turns')
-    listed = {"image": len(images), "video": len(videos)}
-    # In `messages` without media of their own beside them, text is text: pictures come as typed parts.
-    has_placeholders = key == "conversations" or any(listed.values())
-    images, videos = list(images), list(videos)
+    listed = media.counts()
+    # In `messages` without media of their own beside them, text is text: pictures come as typed parts.  And
+    # <document> is a tag that people write; it means one only where there is one.
+    kinds = {"image", "video"} if key == "conversations" or any(listed.values()) else set()
+    kinds |= {"document"} if listed["document"] else set()
     turns: list[tuple[str, list[_RawPart]]] = []
     for number, message in enumerate(messages, 1):
         role, content = _role_and_content(message, number)
         parts: list[_RawPart] = []
         for item in content if isinstance(content, list) else [content]:
             if isinstance(item, str):
-                is_text = role in (SYSTEM, ASSISTANT) or not has_placeholders
-                parts += [_text(item)] if is_text else _split(_text(item))
+                parts += _split(_text(item), set() if role in (SYSTEM, ASSISTANT) else kinds)
             else:
-                parts.append(_typed_part(item, root, images, videos))
+                parts.append(_typed_part(item, root, media))
         if role in (SYSTEM, ASSISTANT):
             if not all(isinstance(part, str) for part in parts):
                 raise Problem("bad turn", f"turn {number} ({role}) holds media")
@@ -152,7 +169,7 @@ def _read_turns(
     if isinstance(system, str) and system.strip() and turns[0][0] != SYSTEM:
         turns.insert(0, (SYSTEM, [_text(system.strip())]))
     _resolve(turns, listed)
-    return turns, images, videos
+    return turns
 
 
 def _role_and_content(message: object, number: int) -> tuple[str, str | list]:
@@ -176,18 +193,20 @@ def _text(value: str) -> str:
     return value
 
 
-def _split(text: str) -> list[_RawPart]:
-    """Cut text at its placeholders."""
+def _split(text: str, kinds: set[str]) -> list[_RawPart]:
+    """Cut text at its placeholders of these kinds."""
     parts: list[_RawPart] = []
     end = 0
     for match in _PLACEHOLDER.finditer(text):
+        if match[1] not in kinds:
+            continue
         parts += [text[end : match.start()], _Placeholder(match[1], int(match[2]) if match[2] else None)]
         end = match.end()
     return [*parts, text[end:]]
 
 
-def _typed_part(item: object, root: str, images: list[str], videos: list[VideoSource]) -> _RawPart:
-    """One part of a content list; media that it names are added to the lists."""
+def _typed_part(item: object, root: str, media: _Media) -> _RawPart:
+    """One part of a content list; media that it names are added to `media`."""
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text" and isinstance(item.get("text"), str):
         return _text(item["text"])
@@ -195,20 +214,25 @@ def _typed_part(item: object, root: str, images: list[str], videos: list[VideoSo
         value = item.get(kind, item.get("path"))
         if value is None:  # stands for the next one listed beside the text
             return _Placeholder("image", None)
-        images.append(_image_path(value, root))
-        return ImageRef(len(images) - 1)
+        media.images.append(_image_path(value, root))
+        return ImageRef(len(media.images) - 1)
     if kind == "video":
         if item.get("video", item.get("path")) is None:
             return _Placeholder("video", None)
-        videos.append(_video_source(item, root))
-        return VideoRef(len(videos) - 1)
+        media.videos.append(_video_source(item, root))
+        return VideoRef(len(media.videos) - 1)
+    if kind == "document":
+        if item.get("document") is None:
+            return _Placeholder("document", None)
+        media.documents.append(_pages(item["document"], root))
+        return DocumentRef(len(media.documents) - 1)
     raise Problem("bad turn", f"content part of type {kind!r}")
 
 
 def _resolve(turns: list[tuple[str, list[_RawPart]]], listed: dict[str, int]) -> None:
     """Replace every placeholder by a reference; media without one go to the start of the first user turn."""
     missing: list[Part] = []
-    for kind, reference in (("image", ImageRef), ("video", VideoRef)):
+    for kind, reference in _REFERENCES.items():
         written = [p for _, parts in turns for p in parts if isinstance(p, _Placeholder) and p.kind == kind]
         numbers = [p.number for p in written if p.number is not None]
         for number in numbers:
@@ -245,10 +269,32 @@ def _as_list(value: object) -> list:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+def _documents(record: dict, root: str) -> list[tuple[str, ...]]:
+    """The documents beside the text: `document` is one (its pages) or a list of such, `documents` a list."""
+    one = record.get("document")
+    several = isinstance(one, list) and one and all(isinstance(pages, list) for pages in one)
+    found = [] if one is None else one if several else [one]
+    return [_pages(pages, root) for pages in [*found, *_as_list(record.get("documents"))]]
+
+
+def _pages(pages: object, root: str) -> tuple[str, ...]:
+    """The pages of one document, as pictures."""
+    names = [page for page in _as_list(pages) if isinstance(page, str)]
+    files = [name for name in names if isinstance(pages, str) or name.lower().endswith(".pdf")]
+    if files:
+        raise Problem("unsupported media", f"{files[0]}: PDF files are not read yet; give page images")
+    if not isinstance(pages, list) or not pages:
+        raise Problem("bad media reference", f"a document is a list of page images, not {pages!r}")
+    return tuple(_image_path(page, root) for page in pages)
+
+
 def _image_path(item: object, root: str) -> str:
     if isinstance(item, dict):
         if "lmdb_file" in item or "lmdb_key" in item:
-            raise Problem("unsupported media", "lmdb references are not read; unpack them to files")
+            key = item.get("lmdb_key")
+            if not isinstance(key, str) or not key:
+                raise Problem("bad media reference", f"lmdb_key must be a text, not {key!r}")
+            return database_picture(_path(item.get("lmdb_file"), root), _text(key))
         item = item.get("image", item.get("path", item.get("url")))
     return _path(item, root)
 
@@ -257,7 +303,7 @@ def _video_source(item: object, root: str) -> VideoSource:
     if not isinstance(item, dict):
         return VideoSource(_path(item, root))
     if "lmdb_file" in item or "lmdb_key" in item:
-        raise Problem("unsupported media", "lmdb references are not read; unpack them to files")
+        raise Problem("unsupported media", "videos in lmdb files are not read; unpack them")
     start, end = (_seconds(item, f"{key}_time", key, f"video_{key}") for key in ("start", "end"))
     if start is not None and end is not None and start >= end:
         raise Problem("empty clip", f"start {float(start):g} s is not before end {float(end):g} s")
@@ -283,4 +329,4 @@ def _path(value: object, root: str) -> str:
     value = value.removeprefix("file://")
     if "://" in value or value.startswith("data:"):
         raise Problem("unsupported media", f"{value[:60]} is no local file")
-    return os.path.join(root, _text(value))
+    return os.path.normpath(os.path.join(root, _text(value)))

@@ -6,6 +6,8 @@ picture sizes, so nothing here may be simplified algebraically.
 
 from functools import lru_cache
 
+import numpy as np
+
 # Among candidates of equal area the first wins a tie, which happens for (nearly) square pictures.  The order
 # is the one the released model was trained with.  It depends on the largest tile count N, in three groups;
 # each entry below is the order of one area, written as the columns of its candidates (their maximum is the
@@ -61,6 +63,31 @@ def select_grid(
         score = min(coverage, 0.6) * min(target / aspect, aspect / target)
         if score > best_score:
             best, best_score = (columns, rows), score
+    return best
+
+
+def select_grids(
+    widths: np.ndarray, heights: np.ndarray, *, tile_size: int, max_tiles: int, min_tiles: int = 1
+) -> np.ndarray:
+    """`select_grid` for many pictures at once: int64 [n, 2] of (columns, rows), bit for bit the same.
+
+    `widths` and `heights` are integers [n] with products below 2^53, where a float64 is still exact.  Raises
+    ValueError for an empty picture or impossible tile limits.
+    """
+    widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
+    if len(widths) and min(widths.min(), heights.min()) < 1:
+        raise ValueError("picture sizes must be positive")
+    aspects = widths / heights
+    areas = widths * heights
+    best = np.ones((len(widths), 2), np.int64)
+    best_scores = np.full(len(widths), -np.inf)
+    for columns, rows in grid_candidates(max_tiles, min_tiles):
+        target = columns / rows
+        coverage = (columns * rows * tile_size * tile_size) / areas
+        scores = np.minimum(coverage, 0.6) * np.minimum(target / aspects, aspects / target)
+        better = scores > best_scores
+        best[better] = columns, rows
+        best_scores[better] = scores[better]
     return best
 
 

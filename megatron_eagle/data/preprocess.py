@@ -154,6 +154,7 @@ def _new_manifest(datasets: list[Dataset], settings: PreprocessSettings) -> Data
         pad_token_id=_pad_token_id(tokenizer),
         lengths=list(settings.lengths),
         sources=[str(dataset.annotation) for dataset in datasets],
+        names=[dataset.name for dataset in datasets],
         sampling=asdict(settings.sampling),
         max_pixels=settings.max_pixels,
         input_key=cache_key(datasets, settings, tokenizer.fingerprint),

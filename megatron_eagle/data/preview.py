@@ -1,8 +1,17 @@
 """What a store row holds, as plain data to look at or to compare."""
 
 from megatron_eagle.data.dataset import answer_weights
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.store import ImagePlan, SampleStore
 from megatron_eagle.errors import UserError
+
+
+def _image(image: ImagePlan) -> dict:
+    return {
+        "path": image.path,
+        "grid": [image.columns, image.rows],
+        "thumbnail": image.n_tiles > 1,
+        "n_tiles": image.n_tiles,
+    }
 
 
 def describe(store: SampleStore, row: int) -> dict:
@@ -14,22 +23,23 @@ def describe(store: SampleStore, row: int) -> dict:
     if not 0 <= row < len(store):
         raise UserError(f"{store.path} has rows 0 to {len(store) - 1} at length {store.length}, no row {row}")
     sample = store[row]
+    n_pictures = len(sample.images) - sum(len(document.pages) for document in sample.documents)
+    images = [_image(image) for image in sample.images]
     return {
         "source": {"file": sample.file, "line": sample.line},
         "n_tokens": sample.n_tokens,
         "n_text": sample.n_text,
         "n_visual": sample.n_visual,
         "n_supervised": sample.n_supervised,
-        "images": [
+        "images": images[:n_pictures],
+        "documents": [
             {
-                "path": image.path,
-                "grid": [image.columns, image.rows],
-                "thumbnail": image.n_tiles > 1,
-                "n_tiles": image.n_tiles,
+                "n_pages": document.n_pages,
+                "pages": list(document.pages),
+                "images": images[document.first_image : document.first_image + len(document.pages)],
             }
-            for image in sample.images
+            for document in sample.documents
         ],
-        "documents": [],
         "videos": [
             {"path": video.path, "frames": list(video.frames), "times": video.times}
             for video in sample.videos

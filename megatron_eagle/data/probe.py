@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
@@ -11,16 +10,8 @@ from megatron_eagle.data.ads import ImageWish, SamplingSettings, VideoWish, want
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_index import FrameTable, read_frame_table
 from megatron_eagle.data.media.images import image_size
+from megatron_eagle.data.media.source import FileFacts, file_facts
 from megatron_eagle.data.sample import VideoSource
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """A media file as it was when it was probed: bytes and time of its last change (nanoseconds)."""
-
-    path: str
-    size: int
-    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -31,9 +22,9 @@ class ImageFacts:
     width: int
     height: int
 
-    def wish(self, settings: SamplingSettings, own_limit: int | None) -> ImageWish:
-        """What the picture asks of the sampler; `own_limit` caps its tiles below the run's."""
-        return ImageWish(self.width, self.height, own_limit or settings.max_tiles)
+    def wish(self, settings: SamplingSettings) -> ImageWish:
+        """What the picture asks of the sampler."""
+        return ImageWish(self.width, self.height, settings.max_tiles)
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class VideoFacts:
 def probe_image(path: str, max_pixels: int) -> ImageFacts:
     """Check a picture to its end and read its size.  Raises `Problem`."""
     width, height = image_size(path, max_pixels=max_pixels)
-    return ImageFacts(_file_facts(path), width, height)
+    return ImageFacts(file_facts(path), width, height)
 
 
 def probe_video(source: VideoSource) -> VideoFacts:
@@ -90,9 +81,4 @@ def probe_video(source: VideoSource) -> VideoFacts:
             raise Problem(
                 "empty clip", f"{source.path} shows no frame from {float(start):g} s to {float(end):g} s"
             )
-    return VideoFacts(_file_facts(source.path), table, first, last, duration)
-
-
-def _file_facts(path: str) -> FileFacts:
-    status = Path(path).stat()
-    return FileFacts(path, status.st_size, status.st_mtime_ns)
+    return VideoFacts(file_facts(source.path), table, first, last, duration)

@@ -1,6 +1,6 @@
 """One annotation line into the rows of every length: read, probe, plan, render.  What each worker runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -13,8 +13,8 @@ from megatron_eagle.data.ledger import LedgerEntry, Problem
 from megatron_eagle.data.media.exact import decode_frames
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
 from megatron_eagle.data.probe import ImageFacts, VideoFacts, probe_image, probe_video
-from megatron_eagle.data.sample import ImageRef, Sample, VideoRef
-from megatron_eagle.data.store import ImagePlan, SampleColumns, VideoPlan
+from megatron_eagle.data.sample import DocumentRef, ImageRef, Sample, VideoRef
+from megatron_eagle.data.store import DocumentPlan, ImagePlan, SampleColumns, VideoPlan
 from megatron_eagle.data.template import VARIANTS, ShownVideo, Template
 from megatron_eagle.data.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
@@ -101,17 +101,20 @@ class SampleProcessor:
             sample = read_sample(
                 task.raw, root=task.root, file=task.file, line=task.line, overrides=task.overrides
             )
-            images = [self._probe_image(path) for path in sample.images]
-            videos = [self._probe_video(source) for source in sample.videos]
+            media = _Media(
+                [self._probe_image(path) for path in sample.images],
+                [self._probe_video(source) for source in sample.videos],
+                [[self._probe_image(path) for path in pages] for pages in sample.documents],
+            )
             plans: dict[int, Plan] = {}
             for length in self._settings.lengths:
                 try:
-                    plans[length] = self._plan(sample, images, videos, length)
+                    plans[length] = self._plan(sample, media, length)
                 except Problem as problem:
                     drop(problem, length)
-            self._check_frames(videos, list(plans.values()))
+            self._check_frames(media.videos, list(plans.values()))
             for length, plan in plans.items():
-                rows[length] = self._row(task, sample, images, videos, plan)
+                rows[length] = self._row(task, sample, media, plan)
         except Exception as error:  # one strange file must not end a run of millions; the summary counts it
             rows.clear()
             dropped.clear()
@@ -120,17 +123,21 @@ class SampleProcessor:
         return Outcome(rows, tuple(dropped))
 
     def _sampling(self, sample: Sample) -> SamplingSettings:
-        own = {key: value for key, value in sample.overrides.items() if key != "max_tiles"}
-        return replace(self._settings.sampling, **own)
+        return replace(self._settings.sampling, **sample.overrides)
 
-    def _plan(self, sample: Sample, images: list[ImageFacts], videos: list[VideoFacts], length: int) -> Plan:
-        def count(tiles, frames):
-            shown = [ShownVideo(v.duration, v.times(f)) for v, f in zip(videos, frames, strict=True)]
-            return self._template.count(sample, tiles, shown)
+    def _plan(self, sample: Sample, media: "_Media", length: int) -> Plan:
+        def count(tiles, frames, documents):
+            return self._template.count(sample, tiles, media.shown(frames), documents)
 
         sampling = self._sampling(sample)
-        image_wishes = [image.wish(sampling, sample.overrides.get("max_tiles")) for image in images]
-        return sample_media(image_wishes, [v.wish(sampling) for v in videos], count, length, sampling)
+        return sample_media(
+            [image.wish(sampling) for image in media.images],
+            [video.wish(sampling) for video in media.videos],
+            count,
+            length,
+            sampling,
+            [[page.wish(sampling) for page in pages] for pages in media.documents],
+        )
 
     @staticmethod
     def _check_frames(videos: list[VideoFacts], plans: list[Plan]) -> None:
@@ -141,21 +148,20 @@ class SampleProcessor:
             for _ in decode_frames(video.file.path, pts.tolist(), video.table.seek_points(pts).tolist()):
                 pass
 
-    def _row(
-        self, task: Task, sample: Sample, images: list[ImageFacts], videos: list[VideoFacts], plan: Plan
-    ) -> Row:
+    def _row(self, task: Task, sample: Sample, media: "_Media", plan: Plan) -> Row:
         tiles = [tile_count(grid) for grid in plan.grids]
-        shown = [ShownVideo(v.duration, v.times(f)) for v, f in zip(videos, plan.frames, strict=True)]
-        encoded = self._template.encode(sample, tiles, shown)
+        page_tiles = [[tile_count(grid) for grid in grids] for grids in plan.page_grids]
+        encoded = self._template.encode(sample, tiles, media.shown(plan.frames), page_tiles)
         if len(encoded.ids) != plan.n_tokens:
             raise RuntimeError(
                 f"planned {plan.n_tokens} tokens, rendered {len(encoded.ids)}: {task.file}:{task.line}"
             )
         answer_lengths = np.bincount(encoded.answers)[1:]
         n_frames = sum(map(len, plan.frames))
-        n_visual = (sum(tiles) + n_frames) * self._template.tokens_per_tile
+        n_tiles = sum(tiles) + sum(map(sum, page_tiles)) + n_frames
+        n_visual = n_tiles * self._template.tokens_per_tile
         sampling = self._sampling(sample)
-        references = [p for turn in sample.turns for p in turn.parts if isinstance(p, ImageRef | VideoRef)]
+        documents = _document_plans(sample, plan)
         columns = SampleColumns(
             source=task.source,
             line=task.line,
@@ -164,15 +170,58 @@ class SampleProcessor:
             n_visual=n_visual,
             n_supervised=int(answer_lengths.sum()),
             answer_lengths=tuple(answer_lengths.tolist()),
-            n_tiles=sum(tiles) + n_frames,
+            n_tiles=n_tiles,
             tiles_wanted=plan.tiles_wanted,
             n_frames=n_frames,
-            frames_wanted=sum(video.wish(sampling).wanted for video in videos),
-            images=tuple(map(_image_plan, images, plan.grids)),
-            videos=tuple(map(_video_plan, videos, plan.frames)),
-            media_order=tuple(p.index if isinstance(p, ImageRef) else -1 - p.index for p in references),
+            frames_wanted=sum(video.wish(sampling).wanted for video in media.videos),
+            images=(
+                *map(_image_plan, media.images, plan.grids),
+                *(
+                    _image_plan(pages[number], grid)
+                    for pages, shown, grids in zip(media.documents, plan.pages, plan.page_grids, strict=True)
+                    for number, grid in zip(shown, grids, strict=True)
+                ),
+            ),
+            videos=tuple(map(_video_plan, media.videos, plan.frames)),
+            documents=documents,
+            media_order=_media_order(sample, documents),
         )
         return Row(encoded.ids, encoded.answers, columns)
+
+
+@dataclass(frozen=True)
+class _Media:
+    """The media of a sample, probed."""
+
+    images: list[ImageFacts]
+    videos: list[VideoFacts]
+    documents: list[list[ImageFacts]]
+
+    def shown(self, frames: Sequence[Sequence[int]]) -> list[ShownVideo]:
+        """What the text says of the videos if these frames are shown."""
+        return [ShownVideo(v.duration, v.times(f)) for v, f in zip(self.videos, frames, strict=True)]
+
+
+def _document_plans(sample: Sample, plan: Plan) -> tuple[DocumentPlan, ...]:
+    first = len(sample.images)
+    plans = []
+    for pages, shown in zip(sample.documents, plan.pages, strict=True):
+        plans.append(DocumentPlan(first, shown, len(pages)))
+        first += len(shown)
+    return tuple(plans)
+
+
+def _media_order(sample: Sample, documents: Sequence[DocumentPlan]) -> tuple[int, ...]:
+    order: list[int] = []
+    for part in (part for turn in sample.turns for part in turn.parts):
+        if isinstance(part, ImageRef):
+            order.append(part.index)
+        elif isinstance(part, VideoRef):
+            order.append(-1 - part.index)
+        elif isinstance(part, DocumentRef):
+            document = documents[part.index]
+            order += range(document.first_image, document.first_image + len(document.pages))
+    return tuple(order)
 
 
 def _image_plan(image: ImageFacts, grid: tuple[int, int]) -> ImagePlan:

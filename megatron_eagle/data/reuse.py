@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from megatron_eagle.data.formats import TEXT_PROBLEMS
+from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.media.source import FileFacts, file_facts
 from megatron_eagle.data.processor import PreprocessSettings
 from megatron_eagle.data.recipe import Dataset
 from megatron_eagle.data.store import FORMAT_VERSION, SampleStore
@@ -58,7 +60,6 @@ def is_current(folder: Path, key: str) -> bool:
 
 def _is_unchanged(path: str, size: int, mtime_ns: int) -> bool:
     try:
-        status = Path(path).stat()
-    except OSError:
+        return file_facts(path) == FileFacts(path, size, mtime_ns)
+    except Problem:
         return False
-    return (status.st_size, status.st_mtime_ns) == (size, mtime_ns)

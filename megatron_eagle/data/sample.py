@@ -21,7 +21,14 @@ class VideoRef:
     index: int
 
 
-Part = str | ImageRef | VideoRef
+@dataclass(frozen=True)
+class DocumentRef:
+    """Stands in a turn's content where document `index` (0-based in `Sample.documents`) is shown."""
+
+    index: int
+
+
+Part = str | ImageRef | VideoRef | DocumentRef
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,16 @@ class VideoSource:
 class Sample:
     """One conversation with its media.
 
-    Every image and every video is referred to exactly once.  `file` and `line` (1-based) say where it was
-    read; `overrides` holds this sample's own sampling settings (`fps`, `min_frames`, `max_frames`,
-    `max_tiles`).
+    Every image, video and document is referred to exactly once; a document is the pictures of its pages.  A
+    picture is named by a path, or as `media.source` names one in a database.  `file` and `line` (1-based)
+    say where it was read; `overrides` holds this sample's own sampling settings (`fps`, `min_frames`,
+    `max_frames`, `max_tiles`).
     """
 
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
     videos: tuple[VideoSource, ...] = ()
+    documents: tuple[tuple[str, ...], ...] = ()
     file: str = ""
     line: int = 0
     overrides: Mapping[str, float] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from megatron_eagle.data.iap import tile_count
 from megatron_eagle.data.indexed import TokenFile
 from megatron_eagle.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BATCH_ROWS = 1024  # rows per Arrow batch: row r is row r % 1024 of batch r // 1024
 
 
@@ -74,11 +74,24 @@ class VideoPlan:
 
 
 @dataclass(frozen=True)
+class DocumentPlan:
+    """A document: the 0-based numbers of the pages shown, of `n_pages` that it has.
+
+    Page `pages[i]` is the sample's image `first_image + i`.
+    """
+
+    first_image: int
+    pages: tuple[int, ...]
+    n_pages: int
+
+
+@dataclass(frozen=True)
 class SampleColumns:
     """One row of samples.arrow.
 
     `source` numbers the manifest's `sources`; `answer_lengths` are the supervised tokens of each answer;
-    `media_order` lists the media as the text shows them: i is image i, -1 - j is video j.
+    `images` holds the pages of the `documents` after the pictures; `media_order` lists the media as the text
+    shows them: i is image i, -1 - j is video j.
     """
 
     source: int
@@ -94,6 +107,7 @@ class SampleColumns:
     frames_wanted: int
     images: tuple[ImagePlan, ...]
     videos: tuple[VideoPlan, ...]
+    documents: tuple[DocumentPlan, ...]
     media_order: tuple[int, ...]
 
 
@@ -116,9 +130,11 @@ _VIDEO = pa.struct(
         for f in fields(VideoPlan)
     }
 )
+_DOCUMENT = pa.struct({"first_image": _INT, "pages": pa.list_(_INT), "n_pages": _INT})
 _LISTS = {
     "images": pa.list_(_IMAGE),
     "videos": pa.list_(_VIDEO),
+    "documents": pa.list_(_DOCUMENT),
     "answer_lengths": pa.list_(_INT),
     "media_order": pa.list_(_INT),
 }
@@ -129,9 +145,10 @@ SCHEMA = pa.schema({f.name: _LISTS.get(f.name, _INT) for f in fields(SampleColum
 class DataManifest:
     """What a store was made with and what it holds.
 
-    `fingerprint` covers tokenizer, template and tokens per tile: data and model must agree on it.  `counts`
-    maps each length (as text) to the numbers of the summary; `files` each file to its bytes and SHA-256.
-    `input_key` stands for everything that the store follows from, except the media themselves.
+    `fingerprint` covers tokenizer, template and tokens per tile: data and model must agree on it.  `names`
+    are those that the recipe gives to the `sources`.  `counts` maps each length (as text) to the numbers of
+    the summary; `files` each file to its bytes and SHA-256.  `input_key` stands for everything that the store
+    follows from, except the media themselves.
     """
 
     fingerprint: str
@@ -148,6 +165,7 @@ class DataManifest:
     max_pixels: int
     counts: dict[str, dict] = field(default_factory=dict)
     files: dict[str, dict] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
     input_key: str = ""
     format_version: int = FORMAT_VERSION
 
@@ -212,11 +230,11 @@ class SampleStore:
             raise IndexError(f"row {row} of a store of {len(self)}")
         batch = self._batch(row // BATCH_ROWS)
         values = {name: batch[name][row % BATCH_ROWS].as_py() for name in SCHEMA.names}
-        values["images"] = tuple(ImagePlan(**image) for image in values["images"])
-        values["videos"] = tuple(
-            VideoPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in video.items()})
-            for video in values["videos"]
-        )
+        for name, plan in (("images", ImagePlan), ("videos", VideoPlan), ("documents", DocumentPlan)):
+            values[name] = tuple(
+                plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()})
+                for item in values[name]
+            )
         for name in ("answer_lengths", "media_order"):
             values[name] = tuple(values[name])
         file = self.manifest.sources[values["source"]]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from megatron_eagle.data.ledger import LedgerEntry, count_kinds
 
@@ -28,6 +29,8 @@ class LengthCounts:
     frames_kept: int = 0
     tiles_wanted: int = 0
     tiles_kept: int = 0
+    pages_wanted: int = 0
+    pages_kept: int = 0
     text_tokens: int = 0
     visual_tokens: int = 0
     supervised_tokens: int = 0
@@ -47,6 +50,8 @@ class LengthCounts:
         def column(name: str) -> np.ndarray:
             return np.asarray(samples[name]).astype(np.int64)
 
+        documents = samples["documents"].combine_chunks().flatten()
+        pages = pc.list_value_length(pc.struct_field(documents, "pages"))
         frames, frames_wanted = column("n_frames"), column("frames_wanted")
         tiles, tiles_wanted = column("n_tiles") - frames, column("tiles_wanted")
         return cls(
@@ -61,6 +66,8 @@ class LengthCounts:
             frames_kept=int(frames.sum()),
             tiles_wanted=int(tiles_wanted.sum()),
             tiles_kept=int(tiles.sum()),
+            pages_wanted=pc.sum(pc.struct_field(documents, "n_pages")).as_py() or 0,
+            pages_kept=pc.sum(pages).as_py() or 0,
             text_tokens=int(column("n_text").sum()),
             visual_tokens=int(column("n_visual").sum()),
             supervised_tokens=int(column("n_supervised").sum()),
@@ -92,6 +99,8 @@ def format_summary(counts: dict[str, dict]) -> str:
     lines += [row("samples that lost tiles", [c["lost_tiles"] for c in columns])]
     lines += [row("frames kept", of("frames_kept", "frames_wanted"))]
     lines += [row("picture tiles kept", of("tiles_kept", "tiles_wanted"))]
+    if any(c["pages_wanted"] for c in columns):
+        lines += [row("pages kept", of("pages_kept", "pages_wanted"))]
     for name in ("text", "visual", "supervised"):
         lines += [row(f"{name} tokens", [c[f"{name}_tokens"] for c in columns])]
     lines.insert(1, "-" * len(lines[0]))

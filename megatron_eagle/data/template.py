@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_eagle.data.sample import ASSISTANT, SYSTEM, ImageRef, Sample, Turn
+from megatron_eagle.data.sample import ASSISTANT, SYSTEM, DocumentRef, ImageRef, Sample, Turn
 from megatron_eagle.data.tokenizer import IM_END, IM_START, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
 
 VARIANTS = ("train", "hf")
@@ -77,8 +77,16 @@ class Template:
         self._ids = {name: tokenizer.token_id(name) for name in (IM_START, IM_END, IMG_START, IMG_END)}
         self.image_token_id = tokenizer.token_id(IMG_CONTEXT)
 
-    def pieces(self, sample: Sample, tiles: Sequence[int], videos: Sequence[ShownVideo]) -> Iterator[Piece]:
-        """The finished sample, given the tile count of each image and the frames shown of each video."""
+    def pieces(
+        self,
+        sample: Sample,
+        tiles: Sequence[int],
+        videos: Sequence[ShownVideo],
+        documents: Sequence[Sequence[int]] = (),
+    ) -> Iterator[Piece]:
+        """The finished sample, given the tile count of each image, the frames shown of each video and the
+        tile count of each page shown of each document.
+        """
         turns = sample.turns
         if turns[0].role != SYSTEM:
             turns = (Turn(SYSTEM, (_SYSTEM_PROMPT[self.variant],)), *turns)
@@ -98,10 +106,11 @@ class Template:
             for part in turn.parts:
                 if isinstance(part, str):
                     text += part
-                elif isinstance(part, ImageRef):
-                    yield Text(text + self._image_label(part.index, len(sample.images)))
-                    yield from self._block(tiles[part.index])
-                    text = "\n" if self.variant == "train" else ""
+                elif isinstance(part, ImageRef | DocumentRef):
+                    for number, shown in self._pictures(part, sample, tiles, documents):
+                        yield Text(text + (f"<image {number}>" if number else ""))
+                        yield from self._block(shown)
+                        text = "\n" if self.variant == "train" else ""
                 else:
                     video = videos[part.index]
                     text += self._video_header(part.index, video)
@@ -122,8 +131,19 @@ class Template:
         yield ImageTokens(tiles)
         yield Special(IMG_END)
 
-    def _image_label(self, index: int, count: int) -> str:
-        return f"<image {index + 1}>" if count > 1 or self.variant == "hf" else ""
+    def _pictures(
+        self, part: ImageRef | DocumentRef, sample: Sample, tiles: Sequence[int], documents: Sequence
+    ) -> Iterator[tuple[int, int]]:
+        """Number (1-based, 0 = without a label) and tiles of an image, or of each page shown of a document.
+
+        Pages are numbered after all images, so that an image keeps its number whatever a document gives up.
+        """
+        if isinstance(part, ImageRef):
+            labelled = len(sample.images) > 1 or sample.documents or self.variant == "hf"
+            yield part.index + 1 if labelled else 0, tiles[part.index]
+            return
+        first = len(sample.images) + sum(map(len, documents[: part.index])) + 1
+        yield from enumerate(documents[part.index], first)
 
     def _video_header(self, index: int, video: ShownVideo) -> str:
         name = _ORDINALS[index] if index < len(_ORDINALS) else str(index + 1)
@@ -135,10 +155,16 @@ class Template:
     def _frame_label(self, number: int, time: float) -> str:
         return f"Frame {number} sample at {time:.2f}s: " if self.variant == "hf" else f"Frame {number}: "
 
-    def count(self, sample: Sample, tiles: Sequence[int], videos: Sequence[ShownVideo]) -> int:
+    def count(
+        self,
+        sample: Sample,
+        tiles: Sequence[int],
+        videos: Sequence[ShownVideo],
+        documents: Sequence[Sequence[int]] = (),
+    ) -> int:
         """Exact number of tokens of the finished sample (C(plan) of EAGLE 2.5's Eq. 2)."""
         total = 0
-        for piece in self.pieces(sample, tiles, videos):
+        for piece in self.pieces(sample, tiles, videos, documents):
             if isinstance(piece, Text):
                 total += self.tokenizer.count(piece.value)
             elif isinstance(piece, ImageTokens):
@@ -147,7 +173,13 @@ class Template:
                 total += 1
         return total
 
-    def text(self, sample: Sample, tiles: Sequence[int], videos: Sequence[ShownVideo]) -> str:
+    def text(
+        self,
+        sample: Sample,
+        tiles: Sequence[int],
+        videos: Sequence[ShownVideo],
+        documents: Sequence[Sequence[int]] = (),
+    ) -> str:
         """The finished sample as one string."""
 
         def write(piece: Piece) -> str:
@@ -157,13 +189,19 @@ class Template:
                 return IMG_CONTEXT * (piece.tiles * self.tokens_per_tile)
             return piece.name
 
-        return "".join(write(piece) for piece in self.pieces(sample, tiles, videos))
+        return "".join(write(piece) for piece in self.pieces(sample, tiles, videos, documents))
 
-    def encode(self, sample: Sample, tiles: Sequence[int], videos: Sequence[ShownVideo]) -> Encoded:
+    def encode(
+        self,
+        sample: Sample,
+        tiles: Sequence[int],
+        videos: Sequence[ShownVideo],
+        documents: Sequence[Sequence[int]] = (),
+    ) -> Encoded:
         """The finished sample as ids with the loss mask: answers up to and including their `<|im_end|>`."""
         ids: list[int] = []
         answers: list[int] = []
-        for piece in self.pieces(sample, tiles, videos):
+        for piece in self.pieces(sample, tiles, videos, documents):
             if isinstance(piece, Text):
                 new, before = self.tokenizer.encode_split(piece.value, piece.start)
                 marks = [0] * before + [piece.answer] * (len(new) - before)

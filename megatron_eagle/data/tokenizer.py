@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,13 @@ RESERVED = frozenset(
     + ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<interval>", "</interval>")
 )
 _FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 
@@ -62,7 +69,8 @@ class HuggingFaceTokenizer:
             self._tokenizer = FastTokenizer.from_str(json.dumps(definition))
         except FileNotFoundError:
             raise UserError(
-                f"no tokenizer.json in {folder}; --tokenizer needs the folder of a saved tokenizer"
+                f"no tokenizer.json and no tokenizer.model in {folder}; "
+                "--tokenizer needs the folder of a saved tokenizer"
             ) from None
         except Exception as error:  # the Rust side raises plain Exception for a file it cannot read
             raise UserError(f"{self._path} is not a tokenizer file: {error}") from None
@@ -98,9 +106,87 @@ class HuggingFaceTokenizer:
         return token
 
 
+class SentencePieceTokenizer:
+    """A `tokenizer.model` of the `sentencepiece` library.
+
+    Special tokens are pieces of the model, or names that an `added_tokens.json` beside it gives ids to.  What
+    the model's own normaliser leaves out of a text (line ends, say) is not in the ids either: train with
+    `normalization_rule_name="identity"` and `remove_extra_whitespaces=False` to keep everything.
+    """
+
+    def __init__(self, folder: str | Path):
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2, sentencepiece_pb2
+
+        self._parse = sentencepiece_pb2.SentencePieceText.FromString
+        self._path = Path(folder) / "tokenizer.model"
+        added = Path(folder) / "added_tokens.json"
+        try:
+            model = sentencepiece_model_pb2.ModelProto.FromString(self._path.read_bytes())
+            self._added = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
+            # The library finds user-defined pieces in any text; as control pieces they keep their ids, and
+            # text that spells them stays text.
+            for piece in model.pieces:
+                if piece.type == piece.USER_DEFINED and (piece.piece in RESERVED or piece.piece[:2] == "<|"):
+                    piece.type = piece.CONTROL
+            self._processor = SentencePieceProcessor(model_proto=model.SerializeToString())
+            self._names = {int(token): name for name, token in self._added.items()}
+        except Exception as error:  # protobuf, JSON and the C++ side have no common type
+            raise UserError(f"{self._path} is not a sentencepiece model: {error}") from None
+        self.vocab_size = 1 + max([self._processor.vocab_size() - 1, *self._names])
+        definition = [hashlib.sha256(self._path.read_bytes()).hexdigest(), sorted(self._added.items())]
+        self.fingerprint = hashlib.sha256(json.dumps(definition).encode()).hexdigest()
+        self._count_short = lru_cache(maxsize=16384)(self._count)
+        self._count_long = lru_cache(maxsize=64)(self._count)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_split(self, text: str, start: int) -> tuple[list[int], int]:
+        serialized = self._processor.encode(text, out_type="serialized_proto")
+        pieces = self._parse(serialized).pieces
+        end = len(text[:start].encode())  # the library counts bytes
+        # Of a character in several byte tokens all but the last have no width, where the character begins.
+        before = sum(piece.end < end or piece.begin < piece.end == end for piece in pieces)
+        return [piece.id for piece in pieces], before
+
+    def count(self, text: str) -> int:
+        return self._count_short(text) if len(text) < 256 else self._count_long(text)
+
+    def _count(self, text: str) -> int:
+        return len(self._processor.encode(text))
+
+    def decode(self, ids: list[int]) -> str:
+        parts: list[str] = []
+        for special, run in groupby(ids, self._is_special):
+            tokens = list(run)
+            parts += map(self._name, tokens) if special else [self._processor.decode(tokens)]
+        return "".join(parts)
+
+    def token_id(self, name: str) -> int:
+        if name in self._added:
+            return int(self._added[name])
+        token = self._processor.piece_to_id(name)
+        if self._processor.id_to_piece(token) != name:
+            raise UserError(f'{self._path} has no token "{name}"; add it as a special token')
+        return token
+
+    def _is_special(self, token: int) -> bool:
+        return token in self._names or self._processor.is_control(token)
+
+    def _name(self, token: int) -> str:
+        return self._names.get(token) or self._processor.id_to_piece(token)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read the tokenizer in a folder.  Raises `UserError` if there is none or it cannot be read."""
-    return HuggingFaceTokenizer(folder)
+    """Read the tokenizer in a folder: its tokenizer.json, or else its tokenizer.model (sentencepiece).
+
+    Raises `UserError` if there is none or it cannot be read.
+    """
+    is_sentencepiece = (Path(folder) / "tokenizer.model").is_file()
+    has_json = (Path(folder) / "tokenizer.json").is_file()
+    return (
+        SentencePieceTokenizer(folder) if is_sentencepiece and not has_json else HuggingFaceTokenizer(folder)
+    )
 
 
 def copy_tokenizer(source: str | Path, target: Path) -> None:

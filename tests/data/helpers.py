@@ -54,6 +54,29 @@ def make_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def make_sentencepiece(folder: Path) -> Path:
+    """Train a sentencepiece model of about 330 entries and save it in `folder`."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tokenizer.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_CORPUS * 20),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=350,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            user_defined_symbols=list(SPECIAL[:-2]),
+            control_symbols=[SPECIAL[-2]],
+            minloglevel=2,
+        )
+    (folder / "added_tokens.json").write_text(json.dumps({SPECIAL[-1]: 400}))
+    return folder
+
+
 def make_image(path: Path, size: tuple[int, int], seed: int = 0) -> Path:
     """A smooth random picture of `size` (width, height); the suffix names the format."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)

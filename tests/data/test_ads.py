@@ -26,10 +26,11 @@ def counter(text, seconds=()):
     A video's header with its line end costs 18 tokens and one per digit of its whole seconds.
     """
 
-    def count(tiles, frames):
+    def count(tiles, frames, documents=()):
         labels = sum(262 + len(str(k)) for video in frames for k in range(1, len(video) + 1))
         headers = sum(18 + len(str(s)) for s in seconds)
-        return text + headers + labels + sum(256 * t + 3 for t in tiles)
+        pages = sum(256 * t + 8 for pages in documents for t in pages)
+        return text + headers + labels + sum(256 * t + 3 for t in tiles) + pages
 
     return count
 
@@ -83,6 +84,38 @@ def test_what_cannot_fit_is_refused():
     assert sample_media([], [video(600)], counter(200), 2304, SETTINGS).n_tokens == 2304
 
 
+PAGE = ImageWish(1240, 1754, 12)  # A4 at 150 dpi: 3 x 4 tiles and the thumbnail
+
+
+def test_a_document_gives_up_pages_before_anything_else():
+    count = counter(100, [20])
+    pages = [PAGE] * 30
+    # 30 pages of 264 tokens do not fit beside the 8 frames that the video must have.
+    plan = sample_media([], [video(20)], count, 5000, SETTINGS, [pages])
+    assert len(plan.frames[0]) == 8
+    assert plan.pages[0] == tuple(round(29 * i / 9) for i in range(10))
+    assert plan.n_tokens == count([], plan.frames, [[1] * 10]) == 4864 <= 5000 < 4864 + 264
+    assert plan.page_grids == (((1, 1),) * 10,)
+    assert plan.tiles_wanted == 30 * 13
+    # They all fit: frames come next, then tiles for all pictures alike.
+    plan = sample_media([ImageWish(1920, 1080, 12)], [video(20)], count, 22_000, SETTINGS, [pages])
+    assert (len(plan.pages[0]), len(plan.frames[0]), plan.tile_limit) == (30, 40, 1)
+    plan = sample_media([ImageWish(1920, 1080, 12)], [video(20)], count, 40_000, SETTINGS, [pages])
+    assert plan.tile_limit == 2
+    assert plan.grids == ((2, 1),)
+    assert set(plan.page_grids[0]) == {(1, 2)}
+    with pytest.raises(Problem, match="too long: needs at least 627 tokens, the limit is 626"):
+        sample_media([], [], counter(99), 626, SETTINGS, [[PAGE], [PAGE] * 2])
+    one_each = sample_media([], [], counter(99), 627, SETTINGS, [[PAGE], [PAGE] * 2])
+    assert one_each.pages == ((0,), (0,))
+
+
+def test_documents_share_by_what_they_have():
+    plan = sample_media([], [], counter(0), 264 * 12, SETTINGS, [[PAGE] * 30, [PAGE] * 10])
+    assert [len(pages) for pages in plan.pages] == [9, 3]
+    assert plan.pages[1] == (0, 4, 9)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     text=st.integers(0, 3000),
@@ -90,20 +123,32 @@ def test_what_cannot_fit_is_refused():
         st.builds(ImageWish, st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 14)), max_size=4
     ),
     videos=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 30)), max_size=3),
+    documents=st.lists(st.integers(1, 12), max_size=2),
     limit=st.integers(256, 16384),
 )
-def test_properties(text, images, videos, limit):
+def test_properties(text, images, videos, documents, limit):
     wishes = [video(*v) for v in videos]
+    documents = [[PAGE] * n for n in documents]
     count = counter(text)
+    single = [1] * len(images)
     fewest = [w.frames(min(w.minimum, w.wanted)) for w in wishes]
-    least = count([1] * len(images), fewest)
-    if least > limit:
+    if count(single, fewest, [[1]] * len(documents)) > limit:
         with pytest.raises(Problem):
-            sample_media(images, wishes, count, limit, SETTINGS)
+            sample_media(images, wishes, count, limit, SETTINGS, documents)
         return
-    plan = sample_media(images, wishes, count, limit, SETTINGS)
+    plan = sample_media(images, wishes, count, limit, SETTINGS, documents)
     tiles = [tile_count(grid) for grid in plan.grids]
-    assert plan.n_tokens == count(tiles, plan.frames) <= limit
+    page_tiles = [[tile_count(grid) for grid in grids] for grids in plan.page_grids]
+    assert plan.n_tokens == count(tiles, plan.frames, page_tiles) <= limit
+    for pages, shown in zip(documents, plan.pages, strict=True):
+        assert 1 <= len(set(shown)) == len(shown) <= len(pages)
+        assert (shown[0], shown[-1]) == (0, len(pages) - 1 if len(shown) > 1 else 0)
+    given_up = [i for i, pages in enumerate(documents) if len(plan.pages[i]) < len(pages)]
+    if given_up:
+        i = min(given_up, key=lambda i: Fraction(len(plan.pages[i]), len(documents[i])))
+        more = [[1] * (len(p) + (i == j)) for j, p in enumerate(plan.pages)]
+        assert count(single, fewest, more) > limit
+    single_pages = [[1] * len(pages) for pages in plan.pages]
     for wish, frames in zip(wishes, plan.frames, strict=True):
         assert min(wish.minimum, wish.wanted) <= len(frames) <= wish.wanted
         assert len(set(frames)) == len(frames)
@@ -112,11 +157,15 @@ def test_properties(text, images, videos, limit):
     if unfilled:
         i = min(unfilled, key=lambda i: Fraction(len(plan.frames[i]), wishes[i].wanted))
         more = [range(len(f) + (i == j)) for j, f in enumerate(plan.frames)]
-        assert count([1] * len(images), more) > limit
-    larger = []
+        assert count(single, more, single_pages) > limit
     for t in TILE_LIMITS:
         grids = [select_grid(m.width, m.height, tile_size=448, max_tiles=min(t, m.max_tiles)) for m in images]
-        if tuple(grids) == plan.grids:
+        page_grids = [
+            [select_grid(PAGE.width, PAGE.height, tile_size=448, max_tiles=t)] * len(pages)
+            for pages in plan.pages
+        ]
+        costs = [[tile_count(grid) for grid in g] for g in page_grids]
+        if t == plan.tile_limit:
+            assert tuple(grids) == plan.grids
             break
-        larger.append(count([tile_count(grid) for grid in grids], plan.frames))
-    assert all(cost > limit for cost in larger)
+        assert count([tile_count(grid) for grid in grids], plan.frames, costs) > limit

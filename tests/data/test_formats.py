@@ -9,7 +9,7 @@ import pytest
 from megatron_eagle.data.formats import read_sample
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.recipe import Dataset, line_bounds, read_recipe
-from megatron_eagle.data.sample import ImageRef, Turn, VideoRef, VideoSource
+from megatron_eagle.data.sample import DocumentRef, ImageRef, Turn, VideoRef, VideoSource
 from megatron_eagle.errors import UserError
 from tests.data.helpers import conversation
 
@@ -118,6 +118,37 @@ def test_names_of_media_in_answers_system_turns_and_plain_messages_are_text():
     assert plain.turns[0].parts == ("write an <image> tag",)
 
 
+def test_documents():
+    pages = ("/media/1.png", "/media/2.png")
+    expected = Turn("user", ("Read ", DocumentRef(0), "."))
+    typed = user(
+        [{"type": "text", "text": "Read "}, {"type": "document", "document": ["1.png", "2.png"]}, "."]
+    )
+    for record in (
+        conversation("Read <document>.", "x", document=["1.png", "2.png"]),
+        conversation("Read <document-1>.", "x", document=[["1.png", {"path": "2.png"}]]),
+        conversation("Read <document>.", "x", documents=[["1.png", "2.png"]]),
+        {"messages": [typed, ANSWER]},
+    ):
+        sample = read(record)
+        assert sample.turns[0] == expected
+        assert sample.documents == (pages,)
+        assert sample.images == ()
+    two = read(conversation("<document-2> <image>", "x", document=[["1.png"], ["2.png"]], image="3.png"))
+    assert two.turns[0].parts == (DocumentRef(0), DocumentRef(1), " ", ImageRef(0))
+    assert two.documents == (("/media/1.png",), ("/media/2.png",))
+    # A tag of that name means nothing where there is no document.
+    assert read(conversation("see <document>", "x")).turns[0].parts == ("see <document>",)
+
+
+def test_media_paths_are_plain():
+    sample = read(conversation("hi", "ho", image="../a/./b.png"), root="/media/x/..")
+    assert sample.images == ("/a/b.png",)
+    picture = {"lmdb_file": "../db", "lmdb_key": "a/b ?.png"}
+    assert read(conversation("hi", "ho", image=picture)).images == ("lmdb:///db?a%2Fb%20%3F.png",)
+    assert read(conversation("hi", "ho", **picture)).images == ("lmdb:///db?a%2Fb%20%3F.png",)
+
+
 def test_own_settings_of_a_sample():
     sample = read(conversation("hi", "ho", fps=0.5, max_dynamic_tiles=4, min_frames=2))
     assert sample.overrides == {"fps": 0.5, "max_tiles": 4, "min_frames": 2}
@@ -151,8 +182,14 @@ def test_own_settings_of_a_sample():
         (conversation("<video>", "x", video={"video": "v", "start": "1e999999999"}), "bad clip"),
         (conversation("<image>", "x", image=3), "bad media reference"),
         (conversation("<image>", "x", image="http://a/b.png"), "unsupported media"),
-        (conversation("<image>", "x", image={"lmdb_file": "f", "lmdb_key": "k"}), "unsupported media: lmdb"),
-        (conversation("<document>", "x", document="a.pdf"), "unsupported media: documents"),
+        (conversation("<image>", "x", image={"lmdb_file": "f", "lmdb_key": 3}), "bad media reference: lmdb"),
+        (conversation("<image>", "x", image={"lmdb_key": "k"}), "bad media reference"),
+        (conversation("<video>", "x", video={"lmdb_file": "f", "lmdb_key": "k"}), "unsupported media: video"),
+        (conversation("<document>", "x", document="a.pdf"), "unsupported media: a.pdf: PDF files are not"),
+        (conversation("<document>", "x", document=["a.png", "b.PDF"]), "unsupported media: b.PDF: PDF"),
+        (conversation("<document>", "x", document=[]), "bad media reference: a document is a list"),
+        (conversation("<document>", "x", document=[["a.png"], []]), "bad media reference"),
+        (conversation("<document-2>", "x", document=["a.png"]), "placeholder mismatch: <document-2>"),
         (conversation("hi", "ho", fps=-1), "bad setting: fps"),
     ],
 )

@@ -104,7 +104,7 @@ def test_reserved_tokens_not_marked_special_still_stay_text(tokenizer_dir, tmp_p
 
 
 def test_tokenizer_errors_are_one_line(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer\.json in"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json and no tokenizer\.model in"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match='no token "<video>"'):
         tokenizer.token_id("<video>")

@@ -1,14 +1,14 @@
 """Picture files: checked before they are used, upright RGB when they are read."""
 
-from pathlib import Path
-
 import numpy as np
 from PIL import ExifTags, Image
 
 from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.media.source import open_media
 
 DEFAULT_MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 9459 x 9459
-# Decoders that read nothing but the file (Pillow's EPS reader, for one, starts a program).
+# Decoders that read nothing but the file (Pillow's EPS reader, for one, starts a program); a build of Pillow
+# may be without some of them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # EXIF orientation -> what brings the picture upright.
 _UPRIGHT = {
@@ -52,19 +52,14 @@ def load_image(path: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Imag
 
 
 def _open(path: str, max_pixels: int) -> Image.Image:
+    source = open_media(path)
+    Image.init()  # registers the readers; does nothing the second time
     try:
-        if Path(path).stat().st_size == 0:
-            raise Problem("empty file", path)
-        Image.init()  # registers the readers; does nothing the second time
-        image = Image.open(path, formats=_FORMATS)
-    except (FileNotFoundError, NotADirectoryError):
-        raise Problem("missing media", path) from None
+        image = Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError:
         raise Problem("image too large", f"{path} (more than {max_pixels} pixels)") from None
     except Image.UnidentifiedImageError:
         raise Problem("unreadable image", f"{path} is no picture of a known format") from None
-    except Problem:
-        raise
     except Exception as error:  # broken headers raise almost anything: OSError, SyntaxError, struct.error
         raise Problem("unreadable image", f"{path}: {error}") from None
     if image.width * image.height > max_pixels:
