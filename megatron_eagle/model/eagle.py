@@ -128,6 +128,7 @@ class EagleModel(MegatronModule):
             attention_mask=None,
             decoder_input=self._embed(inputs) if self.pre_process else None,
             labels=inputs.labels,
+            loss_mask=inputs.loss_weights,
             packed_seq_params=inputs.packed,
         )
 

@@ -1,9 +1,11 @@
 """Qwen2.5 as Megatron's `GPTModel`, with packed rotary positions and a loss that ignores padding rows."""
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from eagle_kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_eagle.context_parallel.attention import PackedRotaryEmbedding
 from megatron_eagle.model.layers import LayerClasses
 from megatron_eagle.model.presets import TextConfig
@@ -31,9 +33,36 @@ class LanguageModel(GPTModel):
             vp_stage=stage,
         )
         self.rotary_pos_emb = PackedRotaryEmbedding(text.head_dim, text.rope_theta)
+        self.fused_loss, self.vocab_size = classes.fused_loss, text.vocab_size
         # Real vocabulary rows among this tensor parallel rank's.
         rows = text.padded_vocab_size // mesh.tp.size
         self.local_vocab_size = min(max(text.vocab_size - mesh.tp.rank * rows, 0), rows)
+
+    def _postprocess(self, hidden_states: Tensor, *, labels=None, loss_mask=None, **others) -> Tensor:
+        """Megatron's last step: hidden states [r, 1, h] -> cross-entropy per token fp32 [1, s], or logits.
+
+        `loss_mask` carries the token weights [s]. The fused loss forms gradients for them, and is 0 for
+        tokens that have none.
+        """
+        if not self.post_process or labels is None or self.fused_loss is None:
+            return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
+        group, sharded = self.pg_collection.tp, self.config.sequence_parallel
+        if sharded:
+            # Whole before the loss drops tokens, so that all ranks drop the same.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        tied = self.share_embeddings_and_output_weights
+        losses = linear_cross_entropy(
+            hidden_states.squeeze(1),
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels.view(-1),
+            loss_mask,
+            vocab_size=self.vocab_size,
+            group=group,
+            sum_input_gradient=not sharded,
+            into_main_grad=self.fused_loss.into_main_grad,
+            implementation=self.fused_loss.kernels,
+        )
+        return losses.view_as(labels)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [1, s], logits [s, 1, rows of this rank] -> cross-entropy per token, fp32 [1, s].

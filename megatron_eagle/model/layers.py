@@ -1,4 +1,4 @@
-"""Implementations of linear layers and norms, and the choice between them.
+"""Implementations of linear layers, norms, SwiGLU and the loss, and the choice between them.
 
 All have the same parameter names, so that a checkpoint fits every choice. What an optional library
 offers is looked up by importing it: without Transformer Engine its names in Megatron are mocks.
@@ -11,20 +11,42 @@ from typing import Literal
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from eagle_kernels.dispatch import Implementation, explain
+from eagle_kernels.layer_norm import layer_norm
 from eagle_kernels.rms_norm import rms_norm
+from eagle_kernels.swiglu import swiglu
 from megatron_eagle.errors import UserError
 
 
 @dataclass
 class LayersConfig:
-    """Who computes linear layers and norms. `auto` takes Transformer Engine on a GPU that has it, else
-    Megatron's own linear layers and eager norms. `apex` is its fused LayerNorm, in the tower only."""
+    """Who computes what.
+
+    `linear` and `norm`: auto takes Transformer Engine on a GPU that has it, else the local ones, which are
+    Megatron's linear layers and this project's norms. `apex` is its fused LayerNorm, in the tower only.
+    `kernels`: the form of this project's own norms, SwiGLU and loss; auto: Triton on a GPU, else eager.
+    `loss`: fused never holds the logits of a whole sequence (`eagle_kernels.linear_cross_entropy`), plain is
+    Megatron's; auto: fused on a GPU. `loss_into_main_grad`: the fused loss adds the output weight's gradient
+    straight to the fp32 buffer that gradients accumulate in.
+    """
 
     linear: Literal["auto", "local", "transformer_engine"] = "auto"
-    norm: Literal["auto", "eager", "transformer_engine", "apex"] = "auto"
+    norm: Literal["auto", "local", "transformer_engine", "apex"] = "auto"
+    kernels: Implementation = "auto"
+    loss: Literal["auto", "fused", "plain"] = "auto"
+    loss_into_main_grad: bool = False
+
+
+@dataclass(frozen=True)
+class FusedLoss:
+    """How the output layer and the loss are computed in one."""
+
+    kernels: Implementation
+    into_main_grad: bool
 
 
 @dataclass(frozen=True)
@@ -33,8 +55,10 @@ class LayerClasses:
 
     column_parallel_linear: Callable
     row_parallel_linear: Callable
-    rms_norm: Callable
-    layer_norm: Callable
+    rms_norm: Callable | ModuleSpec
+    layer_norm: Callable | ModuleSpec
+    swiglu: ModuleSpec
+    fused_loss: FusedLoss | None  # None: logits, then Megatron's cross-entropy
     reason: str
 
 
@@ -42,21 +66,51 @@ class RMSNorm(torch.nn.Module):
     """Qwen2's norm. Megatron's own torch norm refuses sequence parallelism; this one marks its weight,
     whose gradient Megatron then sums over the tensor parallel ranks."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-6,
+        kernels: Implementation = "auto",
+        **_,
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, implementation=self.kernels)
 
 
 class LayerNorm(torch.nn.LayerNorm):
     """The tower's norm behind Megatron's constructor."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-6,
+        kernels: Implementation = "auto",
+        **_,
+    ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, self.kernels)
+
+
+class SwiGLU(MegatronModule):
+    """The language model's activation on the packed output of the first linear layer of an MLP."""
+
+    def __init__(self, config: TransformerConfig, kernels: Implementation = "auto") -> None:
+        super().__init__(config)
+        self.kernels = kernels
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        # A linear layer does not keep its output: backward may write over it.
+        return swiglu(gate_up, self.kernels, reuse_input=True)
 
 
 def why_not(module: str) -> str | None:
@@ -81,13 +135,19 @@ def choose_layers(config: LayersConfig) -> LayerClasses:
     if linear == "auto":
         linear = "local" if no_engine else "transformer_engine"
     if norm == "auto":
-        norm = "eager" if no_engine else "transformer_engine"
+        norm = "local" if no_engine else "transformer_engine"
     for name, choice in (("linear", linear), ("norm", norm)):
         missing = {"transformer_engine": no_engine, "apex": no_apex}.get(choice)
         if missing:
             raise UserError(f"layers.{name} {choice}: {missing}; choose another or leave it at auto")
+    on_gpu = torch.cuda.is_available()
+    try:
+        _, kernels = explain(config.kernels, torch.device("cuda" if on_gpu else "cpu"))
+    except ValueError as error:
+        raise UserError(f"layers.{error}") from None
     column, row = ColumnParallelLinear, RowParallelLinear
-    rms, layer = RMSNorm, LayerNorm
+    own = {"kernels": config.kernels}
+    rms, layer = ModuleSpec(RMSNorm, params=own), ModuleSpec(LayerNorm, params=own)
     if "transformer_engine" in (linear, norm):
         from megatron.core.extensions.transformer_engine import (
             TEColumnParallelLinear,
@@ -103,7 +163,19 @@ def choose_layers(config: LayersConfig) -> LayerClasses:
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 
         layer = FusedLayerNorm
+    fused = config.loss == "fused" or (config.loss == "auto" and on_gpu)
+    if config.loss_into_main_grad and not fused:
+        raise UserError("layers.loss_into_main_grad needs layers.loss fused; set it, or leave this out")
     reason = f"linear layers: {linear}, norms: {norm}"
     if no_engine and "auto" in (config.linear, config.norm):
         reason += f" (auto, without Transformer Engine: {no_engine})"
-    return LayerClasses(column, row, rms, layer, reason)
+    reason += f", kernels: {kernels}, loss: {'fused' if fused else 'plain'}"
+    return LayerClasses(
+        column,
+        row,
+        rms,
+        layer,
+        ModuleSpec(SwiGLU, params=own),
+        FusedLoss(config.kernels, config.loss_into_main_grad) if fused else None,
+        reason,
+    )

@@ -102,6 +102,8 @@ def language_config(
         layernorm_epsilon=text.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        # Megatron's word for an activation module of the specification on the packed gate|up.
+        use_te_activation_func=True,
         add_bias_linear=False,
         add_qkv_bias=True,
         pipeline_dtype=dtype,
@@ -163,7 +165,9 @@ class BidirectionalAttention(MegatronModule):
         return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
 
 
-def _layer(classes: LayerClasses, norm, core_attention, mask: AttnMaskType) -> ModuleSpec:
+def _layer(
+    classes: LayerClasses, norm, core_attention, mask: AttnMaskType, activation: ModuleSpec | None = None
+) -> ModuleSpec:
     column, row = classes.column_parallel_linear, classes.row_parallel_linear
     attention = ModuleSpec(
         module=SelfAttention,
@@ -183,7 +187,10 @@ def _layer(classes: LayerClasses, norm, core_attention, mask: AttnMaskType) -> M
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -194,7 +201,7 @@ def language_block(
 ) -> TransformerBlockSubmodules:
     """The language layers of virtual pipeline stage `chunk` (None without interleaving)."""
     core = ModuleSpec(module=CoreAttention, params={"backend": ReferenceAttention()})
-    layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal)
+    layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, classes.swiglu)
     layers = [layer] * get_num_layers_to_build(config, chunk)
     return TransformerBlockSubmodules(layers, layer_norm=classes.rms_norm)
 

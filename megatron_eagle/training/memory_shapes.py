@@ -169,8 +169,8 @@ def language_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workl
     statistics = s * heads * FP32
     # The joint projection (whose slice is v), rotated q and k, the output; cosines and sines of q and of k.
     attention = s * e * ((q + 2 * kv) + q + kv + q + 4 * d) + statistics
-    # Gate and up, silu(gate), up + 0 (Megatron's offset), their product.
-    mlp = s * e * (2 * f + f + f + f)
+    # Gate and up, silu(gate) where the kernel is the eager one, their product.
+    mlp = s * e * (2 * f + (f if workload.device == "cpu" else 0) + f)
     return LayerActivations(norm + attention, norm + mlp, r * h * e, statistics)
 
 

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters, join_tensor_parallel
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig, preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
@@ -117,10 +118,11 @@ def run(
     eagle: EagleConfig,
     dtype: torch.dtype = torch.float32,
     recompute: RecomputeConfig | None = None,
+    layers: LayersConfig | None = None,
 ) -> dict:
     """On one rank: this rank's part of the loss and of the gradients of the global batch."""
     with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
-        models = build_model(eagle, mesh, torch.device("cpu"), dtype, recompute)
+        models = build_model(eagle, mesh, torch.device("cpu"), dtype, recompute, layers)
         initialize_parameters(models, seed=1)
         return forward_backward(models, eagle, mesh, global_batch(eagle))
 
