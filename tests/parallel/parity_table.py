@@ -60,9 +60,7 @@ def write(rows: list[dict], lines: list[str]) -> None:
 def main() -> int:
     """Print the table; 1 if a cell is over the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--write", action="store_true", help="also record it in README.md and its card"
-    )
+    parser.add_argument("--write", action="store_true", help="also record it in README.md and its card")
     arguments = parser.parse_args()
     print(f"fp32, loss and every gradient, max |g - ref| / max |ref| <= {TOLERANCE:g}\n")
     rows, lines = [], []
