@@ -59,3 +59,18 @@ def test_auto_is_eager_without_cuda():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_step_of_the_model_on_triton_kernels():
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-m", "tests.kernels.interpreted_model"]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["error"] <= 1e-5, outcome["worst"]
+    modules = {name.split(".")[0] for name in outcome["kernels"]}
+    assert modules == {"rms_norm", "layer_norm", "swiglu", "linear_cross_entropy"}
