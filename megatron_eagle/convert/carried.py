@@ -75,6 +75,10 @@ def write_carried(checkpoint: str | Path, source: Path, weights: HfWeights, name
     else:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights.weight_map}))
     (folder / _DTYPES).write_text(json.dumps(weights.dtypes, indent=1, sort_keys=True))
-    tensors = {name: weights.read(name) for name in names}
+    write_tensors(checkpoint, {name: weights.read(name) for name in names})
+
+
+def write_tensors(checkpoint: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors that only pass through into `C/hf`, if there are any."""
     if tensors:
-        save(tensors, folder / _TENSORS)
+        save(tensors, Path(checkpoint) / FOLDER / _TENSORS)

@@ -25,6 +25,7 @@ from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.training.checkpoint import _CONTENT, TRACKER, TrainState, _read_index, checkpoint_folder
+from megatron_eagle.training.manifest import write_manifest
 
 _LAYER = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
 
@@ -99,6 +100,7 @@ def write_checkpoint(
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     save_yaml({"model": to_dict(config)}, folder / "run.yaml")
     (folder / "state.json").write_text(json.dumps(to_dict(TrainState(iteration))))
+    write_manifest(folder, {})
     (root / TRACKER).write_text(f"{iteration}\n")
 
 

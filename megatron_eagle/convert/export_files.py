@@ -35,7 +35,7 @@ _SOURCE_WINS = (
 )
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 IM_END, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
-_IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
+IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
 
 
 def write_config(
@@ -84,8 +84,8 @@ def _copy_tokenizer(folder: Path, config: EagleConfig, carried: Carried) -> dict
     where = carried.folder
     for path in carried.tokenizer_files:
         shutil.copyfile(path, folder / path.name)
-    ids = _token_ids(carried)
-    for token in (IM_END, *_IMAGE_TOKENS):
+    ids = token_ids(carried.folder)
+    for token in (IM_END, *IMAGE_TOKENS):
         if token not in ids:
             raise UserError(f"{where}: the tokenizer has no token {token}; an export needs it")
     if ids["<IMG_CONTEXT>"] != config.image_token_index:
@@ -108,17 +108,21 @@ def _copy_tokenizer(folder: Path, config: EagleConfig, carried: Carried) -> dict
     return ids
 
 
-def _token_ids(carried: Carried) -> dict[str, int]:
-    """Token -> id, from tokenizer.json or from the slow tokenizer's files."""
-    if (carried.folder / "tokenizer.json").is_file():
-        definition = carried.json("tokenizer.json")
+def token_ids(folder: Path) -> dict[str, int]:
+    """Token -> id, from tokenizer.json or from the slow tokenizer's files; empty without either."""
+
+    def read(name: str) -> dict:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    definition = read("tokenizer.json")
+    if definition:
         vocabulary = definition.get("model", {}).get("vocab", {})
         ids = (
             dict(vocabulary) if isinstance(vocabulary, dict) else {v[0]: i for i, v in enumerate(vocabulary)}
         )
         return ids | {token["content"]: token["id"] for token in definition.get("added_tokens", [])}
-    added = carried.json("tokenizer_config.json").get("added_tokens_decoder", {})
-    ids = carried.json("vocab.json") | carried.json("added_tokens.json")
+    added = read("tokenizer_config.json").get("added_tokens_decoder", {})
+    ids = read("vocab.json") | read("added_tokens.json")
     return ids | {token["content"]: int(i) for i, token in added.items()}
 
 

@@ -1,5 +1,6 @@
 """One forward pass of a training checkpoint in this process, for scripts that compare models."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor
 from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.training.checkpoint import load_checkpoint, read_lora_config, read_model_config
 
 
-@torch.no_grad()
 def logits(checkpoint: str | Path, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
     """Logits of one sequence under the latest weights in a Megatron checkpoint of any layout.
 
@@ -31,7 +32,39 @@ def logits(checkpoint: str | Path, input_ids: Tensor, pixel_values: Tensor | Non
         UserError: no checkpoint there, more than one sequence, ids outside the vocabulary, or image tokens
             and tiles that do not match (both counts are named).
     """
+    return many_logits(checkpoint, [(input_ids, pixel_values)])[0]
+
+
+@torch.no_grad()
+def many_logits(checkpoint: str | Path, prompts: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """`logits` of several prompts (input_ids, pixel_values), with the model loaded once."""
     config = read_model_config(checkpoint)
+    vision = config.vision
+    empty = torch.zeros(0, vision.num_channels, vision.image_size, vision.image_size)
+    rows = [_one_sequence(ids, config) for ids, _ in prompts]
+    result = []
+    with whole_model(config, torch.float32, read_lora_config(checkpoint)) as (model, mesh, device):
+        inputs = [
+            make_input(
+                config,
+                mesh,
+                device.torch_device,
+                input_ids=ids,
+                position_ids=torch.arange(len(ids)),
+                document_bounds=[0, len(ids)],
+                pixel_values=(empty if pixels is None else pixels).detach().float(),
+            )
+            for ids, (_, pixels) in zip(rows, prompts, strict=True)
+        ]
+        load_checkpoint(checkpoint, models=[model])
+        model.eval()
+        for one in inputs:
+            result.append(model(one)[..., : config.text.vocab_size].float().cpu())
+    return result
+
+
+def _one_sequence(input_ids: Tensor, config: EagleConfig) -> Tensor:
+    """[1, s] or [s] -> [s], checked."""
     ids = input_ids.detach().cpu().long()
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
     if ids.dim() != 1 or not len(ids):
@@ -41,19 +74,4 @@ def logits(checkpoint: str | Path, input_ids: Tensor, pixel_values: Tensor | Non
             f"input_ids reach from {int(ids.min())} to {int(ids.max())}; the model has ids below "
             f"{config.text.vocab_size}"
         )
-    vision = config.vision
-    if pixel_values is None:
-        pixel_values = torch.zeros(0, vision.num_channels, vision.image_size, vision.image_size)
-    with whole_model(config, torch.float32, read_lora_config(checkpoint)) as (model, mesh, device):
-        inputs = make_input(
-            config,
-            mesh,
-            device.torch_device,
-            input_ids=ids,
-            position_ids=torch.arange(len(ids)),
-            document_bounds=[0, len(ids)],
-            pixel_values=pixel_values.detach().float(),
-        )
-        load_checkpoint(checkpoint, models=[model])
-        model.eval()
-        return model(inputs)[..., : config.text.vocab_size].float().cpu()
+    return ids
