@@ -1,0 +1,37 @@
+"""What a run asked and what it cost."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Usage:
+    """Counts of one run; tokens of cached answers were paid before and are not in `input_tokens`.
+
+    Prices are in currency units per million tokens.
+    """
+
+    input_price: float = 0.0
+    output_price: float = 0.0
+    requests: int = 0
+    cached: int = 0
+    retries: int = 0
+    invalid: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    @property
+    def cost(self) -> float:
+        """In the unit of the prices."""
+        return (self.input_tokens * self.input_price + self.output_tokens * self.output_price) / 1e6
+
+    def record(self) -> dict[str, float]:
+        """As JSON."""
+        return {**asdict(self), "cost": round(self.cost, 6)}
+
+    def summary(self) -> str:
+        """One line."""
+        line = (
+            f"{self.requests:,} answers paid, {self.cached:,} from the cache, {self.retries:,} retries, "
+            f"{self.invalid:,} invalid; {self.input_tokens:,} tokens in, {self.output_tokens:,} out"
+        )
+        return line if not (self.input_price or self.output_price) else f"{line}; cost {self.cost:.4f}"

@@ -1,0 +1,80 @@
+"""Select the clips of new videos that are unlike anything in the training set.
+
+    select_videos.py --candidates NEW --existing OLD --encoder DIR --output O [--tau 0.5] [--distinct 0.9]
+
+NEW and OLD name one video a line, or are training JSONL.  O holds the features, kept.jsonl, refused.jsonl and
+report.html.  Started again, it uses what is finished.  See `megatron_eagle/recipe/selection.py`.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_eagle.config import from_dict
+from megatron_eagle.data.ledger import write_ledger
+from megatron_eagle.errors import run_cli
+from megatron_eagle.recipe.encoder import Encoder
+from megatron_eagle.recipe.files import read_videos
+from megatron_eagle.recipe.selection import SelectionSettings, select, summary
+from megatron_eagle.recipe.selection_report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--candidates", type=Path, required=True, metavar="NEW", help="list of new videos")
+    parser.add_argument("--existing", type=Path, required=True, metavar="OLD", help="what training has")
+    parser.add_argument("--encoder", type=Path, required=True, metavar="DIR", help="CLIP or SigLIP folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="O", help="folder for everything")
+    parser.add_argument("--tau", type=float, default=0.5, help="keep below this cosine (default %(default)s)")
+    parser.add_argument("--distinct", type=float, metavar="TAU", help="also among the kept clips, in order")
+    parser.add_argument("--clip-seconds", type=float, default=10.0, help="default %(default)s")
+    parser.add_argument("--fps", type=float, default=1.0, help="frames a second (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="frames per forward (default %(default)s)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--videos-per-shard", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--candidate-block", type=int, default=32768, help="rows (default %(default)s)")
+    parser.add_argument("--existing-block", type=int, default=4096, help="rows (default %(default)s)")
+    options = parser.parse_args()
+    for name in (
+        "clip_seconds",
+        "fps",
+        "batch_size",
+        "videos_per_shard",
+        "candidate_block",
+        "existing_block",
+    ):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
+    settings = from_dict(
+        SelectionSettings,
+        {
+            "tau": options.tau,
+            "distinct": options.distinct,
+            "clips": {
+                "clip_seconds": options.clip_seconds,
+                "fps": options.fps,
+                "videos_per_shard": options.videos_per_shard,
+            },
+            "blocks": {"candidates": options.candidate_block, "existing": options.existing_block},
+        },
+    )
+    candidates, problems = read_videos(options.candidates)
+    existing, more = read_videos(options.existing)
+    encoder = Encoder(options.encoder, options.device, options.batch_size)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_ledger(options.output / "dropped.jsonl", [*problems, *more])
+    progress = partial(tqdm, unit="shard")
+    selection = select(candidates, existing, options.output, encoder, settings, progress)
+    write_report(options.output / "report.html", selection, settings)
+    print(summary(selection))
+    if problems or more:
+        print(f"  unreadable lines        {len(problems) + len(more):,} (dropped.jsonl)")
+    print(f"{options.output / 'kept.jsonl'}, {options.output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
