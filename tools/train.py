@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import warnings
 
 from megatron_eagle.errors import UserError, run_cli
@@ -20,6 +21,7 @@ def main() -> int | None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     from megatron_eagle.training.agreement import AgreedError
+    from megatron_eagle.training.resilience import EXIT_REQUEUE, Preempted
     from megatron_eagle.training.stages import load_stages, train_stages
 
     started = False
@@ -27,6 +29,10 @@ def main() -> int | None:
         configs = load_stages(arguments.config, arguments.overrides, stage=arguments.stage)
         started = True
         train_stages(configs)
+    except Preempted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}; start again to go on (status {EXIT_REQUEUE})", file=sys.stderr)
+        return EXIT_REQUEUE
     except UserError as error:
         # Every rank reads the same configuration and raises the same agreed errors: one of them prints.
         if os.environ.get("RANK", "0") != "0" and (not started or isinstance(error, AgreedError)):

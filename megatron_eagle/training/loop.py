@@ -1,8 +1,8 @@
 """The training loop: global batch -> pipeline schedule -> optimizer step -> log, checkpoint, repeat."""
 
-import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,11 +30,15 @@ from megatron_eagle.training.checkpoint import (
     save_checkpoint,
     save_hf_folder,
 )
+from megatron_eagle.training.evaluation import HeldOut, evaluate
+from megatron_eagle.training.faults import Faults
 from megatron_eagle.training.flops import training_flops
+from megatron_eagle.training.heartbeat import Heartbeat
 from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.metrics import RunLog, StepMetrics
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
+from megatron_eagle.training.resilience import LossGuard, Preempted, stop_signals
 from megatron_eagle.training.run_config import RunConfig
 
 
@@ -42,7 +46,8 @@ def train(config: RunConfig) -> TrainState:
     """Run (or resume) `config` on the processes of this job up to its last iteration. Collective.
 
     `config` comes from `load_run_config`, which checks and completes it.
-    Raises `UserError`: unreadable data or checkpoint, unwritable folders, a loss that is not finite.
+    Raises `UserError`: unreadable data or checkpoint, unwritable folders, a loss that its policy does not
+    accept. Raises `Preempted` after a stop signal, when the checkpoint is saved.
     """
     device = detect_device()
     set_deterministic(config.training.seed)
@@ -51,12 +56,14 @@ def train(config: RunConfig) -> TrainState:
         process_group(device),
         model_parallel(config.parallel, seed=config.training.seed) as mesh,
     ):
-        loader = _open_data(config, mesh)
+        loader, held_out = _open_data(config, mesh)
         try:
             job = _start(config, mesh, device)
-            _run(job, loader)
+            _run(job, loader, held_out)
         finally:
             loader.close()
+            if held_out is not None:
+                held_out.close()
         return job.state
 
 
@@ -72,23 +79,28 @@ class _Job:
     scheduler: OptimizerParamScheduler
     state: TrainState
     saved_iteration: int | None  # of the latest checkpoint in checkpoint.path
+    guard: LossGuard
+    faults: Faults
 
 
-def _open_data(config: RunConfig, mesh: Mesh) -> PackLoader:
-    """This rank's loader; what is wrong with the data is wrong for every rank, and said once."""
-    problem = None
+def _open_data(config: RunConfig, mesh: Mesh) -> tuple[PackLoader, HeldOut | None]:
+    """This rank's loaders; what is wrong with the data is wrong for every rank, and said once."""
+    problem = held_out = None
+    batch_size = config.training.global_batch_size
     try:
         loader = PackLoader(
             config.data,
-            global_batch_size=config.training.global_batch_size,
+            global_batch_size=batch_size,
             data_parallel_rank=mesh.dp.rank,
             data_parallel_size=mesh.dp.size,
             decode_media=mesh.pp.rank == 0,
         )
+        if config.evaluation is not None:
+            held_out = HeldOut(config.evaluation, config.data, batch_size, mesh)
     except UserError as error:
         problem = str(error)
     raise_together(problem)
-    return loader
+    return loader, held_out
 
 
 def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
@@ -123,23 +135,28 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
             verify_files=checkpoint.verify,
         )
     return _Job(
-        config, mesh, device, wrapped, optimizer, scheduler, state, state.iteration if resume else None
+        *(config, mesh, device, wrapped, optimizer, scheduler, state),
+        saved_iteration=state.iteration if resume else None,
+        guard=LossGuard(config.resilience, state.recent_losses),
+        faults=Faults.from_environment(torch.distributed.get_rank()),
     )
 
 
-def _run(job: _Job, loader: PackLoader) -> None:
-    config, state = job.config, job.state
+def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
+    config, state, settings = job.config, job.state, job.config.resilience
     last, interval = config.training.last_iteration, config.checkpoint.save_interval
     tokens = config.training.global_batch_size * config.data.length
-    root = Path(config.checkpoint.path)
-    log = RunLog(
-        config.logging,
-        Path(config.logging.path or root / "logs"),
-        active=torch.distributed.get_rank() == 0,
-        iteration=state.iteration,
-        last_iteration=last,
+    rank, root = torch.distributed.get_rank(), Path(config.checkpoint.path)
+    logs = Path(config.logging.path or root / "logs")
+    log = RunLog(config.logging, logs, active=rank == 0, iteration=state.iteration, last_iteration=last)
+    heart = Heartbeat(
+        logs,
+        rank,
+        seconds=settings.heartbeat_seconds,
+        hang_seconds=60 * settings.hang_minutes,
+        abort=settings.abort_on_hang,
     )
-    with log:
+    with log, heart, stop_signals() as stop:
         log.message(choose_layers(config.layers).reason)
         if job.saved_iteration is not None:
             log.message(f"resumed from {root} at iteration {state.iteration}")
@@ -148,28 +165,97 @@ def _run(job: _Job, loader: PackLoader) -> None:
         while state.iteration < last:
             started = time.perf_counter()
             lr = get_canonical_lr_for_logging(job.optimizer.param_groups)
-            loss, flops = _forward_backward(job, loader.step(state.consumed_packs))
-            _check_finite("loss", loss, job)
-            _, grad_norm, _ = job.optimizer.step()
-            _check_finite("gradient norm", grad_norm, job)
-            job.scheduler.step(1)
-            state.iteration += 1
-            state.consumed_packs += config.training.global_batch_size
+            loss, grad_norm, flops, told_to_stop = _step(job, loader, log, heart, stop)
             seconds = time.perf_counter() - started
-            tflops = flops / torch.distributed.get_world_size() / seconds / 1e12
-            mfu = tflops / config.logging.peak_tflops if config.logging.peak_tflops else None
-            log.step(StepMetrics(state.iteration, loss, float(grad_norm), lr, tokens, seconds, tflops, mfu))
-            if state.iteration == last or (interval and state.iteration % interval == 0):
-                _save(job, log, must_succeed=state.iteration == last)
+            at_end = state.iteration == last
+            evaluated = None
+            if held_out is not None and (at_end or state.iteration % config.evaluation.interval == 0):
+                heart.phase(state.iteration, "evaluation")
+                evaluated = evaluate(held_out, job.mesh, job.device.torch_device, partial(_evaluated, job))
+            if grad_norm is not None:
+                tflops = flops / torch.distributed.get_world_size() / seconds / 1e12
+                mfu = tflops / config.logging.peak_tflops if config.logging.peak_tflops else None
+                log.step(
+                    StepMetrics(
+                        *(state.iteration, loss, grad_norm, lr, tokens, seconds, tflops, mfu, evaluated)
+                    )
+                )
+            if at_end or told_to_stop or (interval and state.iteration % interval == 0):
+                heart.phase(state.iteration, "save")
+                _save(job, log, must_succeed=at_end or told_to_stop)
+            if told_to_stop and not at_end:
+                raise Preempted(f"stopped by a signal after iteration {state.iteration}, which is saved")
 
 
-def _forward_backward(job: _Job, batches: list[Batch]) -> tuple[float, float]:
-    """Gradients of one global batch, ready for the optimizer; returns its loss and its model FLOPs, on every
-    rank."""
-    mesh, models = job.mesh, job.models
-    for model in models:
+def _step(
+    job: _Job, loader: PackLoader, log: RunLog, heart: Heartbeat, stop: list[str]
+) -> tuple[float, float | None, float, bool]:
+    """One global batch: its loss, the gradient norm (None: the step was skipped), the model FLOPs, and
+    whether any rank was told to stop. Equal on all ranks."""
+    state, guard = job.state, job.guard
+    number, first_pack = state.iteration + 1, state.consumed_packs
+    heart.phase(number, "data")
+    batches = loader.step(first_pack)
+    job.faults.before_step(number)
+    heart.phase(number, "forward and backward")
+    loss, flops, told_to_stop = _forward_backward(job, batches, stop)
+    loss = job.faults.loss(number, loss)
+    action, reason = guard.judge("loss", loss)
+    heart.phase(number, "optimizer")
+    grad_norm = None
+    if action == "go" and job.config.resilience.on_nonfinite == "skip":
+        # The optimizer's own step would tell the norm only after it has moved the parameters.
+        job.optimizer.prepare_grads()
+        action, reason = guard.judge("gradient norm", float(job.optimizer.get_grad_norm()))
+    if action == "go":
+        grad_norm = float(job.optimizer.step()[1])
+        action, reason = guard.judge("gradient norm", grad_norm)
+    if action == "stop":
+        saved = "no checkpoint" if job.saved_iteration is None else f"iteration {job.saved_iteration}"
+        raise AgreedError(
+            f"iteration {number}: {reason}; stopped ({saved} is saved). Lower optimizer.lr or "
+            "optimizer.clip_grad, or look at the samples of this step"
+        )
+    if action == "skip":
+        packs = job.config.training.global_batch_size
+        log.event(number, "skipped", reason, first_pack=first_pack, packs=packs)
+    else:
+        guard.accept(loss)
+    job.scheduler.step(1)
+    state.iteration += 1
+    state.consumed_packs += job.config.training.global_batch_size
+    state.recent_losses = guard.recent
+    return loss, grad_norm, flops, told_to_stop
+
+
+def _forward_backward(job: _Job, batches: list[Batch], stop: list[str]) -> tuple[float, float, bool]:
+    """Gradients of one global batch, ready for the optimizer; returns its loss, its model FLOPs, and whether
+    any rank has a name in `stop`. Equal on every rank."""
+    mesh = job.mesh
+    for model in job.models:
         model.zero_grad_buffer()
     job.optimizer.zero_grad()
+    part = _schedule(job, batches, forward_only=False)
+    # The loss's parts exist on the last pipeline stage, once per tensor parallel rank; the FLOPs are those of
+    # a pack, once per data parallel rank.
+    own = torch.zeros(3, dtype=torch.float64)
+    if mesh.is_last_stage() and mesh.tp.rank == 0:
+        own[0] = part
+        own[1] = _model_flops(job.config, batches) if mesh.cp.rank == 0 else 0.0
+    own[2] = len(stop)
+    totals = own.to(job.device.torch_device)
+    torch.distributed.all_reduce(totals)
+    loss, flops, stops = totals.tolist()
+    return loss, flops, stops > 0
+
+
+def _evaluated(job: _Job, batches: list[Batch]) -> float:
+    return _schedule(job, batches, forward_only=True)
+
+
+def _schedule(job: _Job, batches: list[Batch], *, forward_only: bool) -> float:
+    """Megatron's pipeline schedule over this rank's microbatches; returns this rank's part of the loss."""
+    mesh, models = job.mesh, job.models
 
     def forward_step(iterator, model):
         batch = next(iterator)
@@ -198,18 +284,9 @@ def _forward_backward(job: _Job, batches: list[Batch]) -> tuple[float, float]:
         num_microbatches=len(batches),
         seq_length=job.config.data.length,
         micro_batch_size=1,
-        forward_only=False,
+        forward_only=forward_only,
     )
-    # The loss's parts exist on the last pipeline stage, once per tensor parallel rank; the FLOPs are those of
-    # a pack, once per data parallel rank.
-    own = torch.zeros(2, dtype=torch.float64)
-    if mesh.is_last_stage() and mesh.tp.rank == 0:
-        own[0] = float(sum(parts))
-        own[1] = _model_flops(job.config, batches) if mesh.cp.rank == 0 else 0.0
-    totals = own.to(job.device.torch_device)
-    torch.distributed.all_reduce(totals)
-    loss, flops = totals.tolist()
-    return loss, flops
+    return float(sum(parts)) if mesh.is_last_stage() else 0.0
 
 
 def _model_flops(config: RunConfig, batches: list[Batch]) -> float:
@@ -231,19 +308,10 @@ def _model_flops(config: RunConfig, batches: list[Batch]) -> float:
     ).total
 
 
-def _check_finite(name: str, value: float, job: _Job) -> None:
-    """Same value, hence same verdict, on all ranks."""
-    if not math.isfinite(value):
-        saved = "no checkpoint" if job.saved_iteration is None else f"iteration {job.saved_iteration}"
-        raise AgreedError(
-            f"iteration {job.state.iteration + 1}: the {name} is {value}; stopped ({saved} is saved). "
-            "Lower optimizer.lr or optimizer.clip_grad, or look at the samples of this step"
-        )
-
-
 def _save(job: _Job, log: RunLog, *, must_succeed: bool) -> None:
     """Save this iteration. One that fails (a full disk) is reported and training goes on, if it may."""
     checkpoint, state = job.config.checkpoint, job.state
+    job.faults.before_save()
     try:
         save_checkpoint(
             checkpoint.path,
@@ -253,6 +321,7 @@ def _save(job: _Job, log: RunLog, *, must_succeed: bool) -> None:
             run_config=job.config,
             iteration=state.iteration,
             consumed_packs=state.consumed_packs,
+            recent_losses=state.recent_losses,
             keep_last=checkpoint.keep_last,
         )
     except AgreedError as error:

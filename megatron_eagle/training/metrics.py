@@ -11,6 +11,7 @@ from tqdm import tqdm
 from megatron_eagle.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
 
 
 @dataclass
@@ -37,6 +38,7 @@ class StepMetrics:
     seconds: float  # wall clock, data included
     tflops: float  # model TFLOP/s of one process (training/flops.py), padding and recomputation left out
     mfu: float | None = None  # tflops / logging.peak_tflops
+    evaluation_loss: float | None = None  # on the held-out packs after this iteration, where it was due
 
 
 class RunLog:
@@ -54,11 +56,15 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             kept = [m for m in read_metrics(folder / METRICS_FILE) if m.iteration <= iteration]
+            events = [e for e in read_events(folder / EVENTS_FILE) if e["iteration"] <= iteration]
             self._file = open(folder / METRICS_FILE, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._events = open(folder / EVENTS_FILE, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{folder}: cannot write the logs here: {error.strerror}") from error
         for metrics in kept:
             self._file.write(json.dumps(asdict(metrics)) + "\n")
+        for event in events:
+            self._events.write(json.dumps(event) + "\n")
         self._board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -80,6 +86,7 @@ class RunLog:
         if self._active:
             self._bar.close()
             self._file.close()
+            self._events.close()
             if self._board is not None:
                 self._board.close()
 
@@ -96,6 +103,8 @@ class RunLog:
             self._board.add_scalar("train/tflops", metrics.tflops, metrics.iteration)
             if metrics.mfu is not None:
                 self._board.add_scalar("train/mfu", metrics.mfu, metrics.iteration)
+            if metrics.evaluation_loss is not None:
+                self._board.add_scalar("evaluation/loss", metrics.evaluation_loss, metrics.iteration)
         mfu = "" if metrics.mfu is None else f", MFU {metrics.mfu:.1%}"
         self._bar.set_postfix_str(
             f"loss {metrics.loss:.4f}, grad norm {metrics.grad_norm:.3f}, lr {metrics.lr:.2e}, "
@@ -103,6 +112,16 @@ class RunLog:
             refresh=False,
         )
         self._bar.update()
+        if metrics.evaluation_loss is not None:
+            self.message(f"iteration {metrics.iteration}: evaluation loss {metrics.evaluation_loss:.4f}")
+
+    def event(self, iteration: int, kind: str, reason: str, **details: int) -> None:
+        """Record what is no finished step, in events.jsonl and above the progress bar."""
+        if self._active:
+            record = {"iteration": iteration, "event": kind, "reason": reason, **details}
+            self._events.write(json.dumps(record) + "\n")
+            self._bar.update()
+            self.message(f"iteration {iteration}: {kind}: {reason}")
 
     def message(self, text: str) -> None:
         """A line above the progress bar."""
@@ -122,6 +141,22 @@ def read_metrics(file: str | Path) -> list[StepMetrics]:
         except (ValueError, TypeError):
             continue  # the process was killed while it wrote this line
     return steps
+
+
+def read_events(file: str | Path) -> list[dict]:
+    """All records of an events.jsonl, as `read_metrics`."""
+    file = Path(file)
+    if not file.exists():
+        return []
+    events = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # as above
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+            events.append(record)
+    return events
 
 
 def plot_loss_curve(metrics_jsonl: str | Path, png: str | Path) -> None:

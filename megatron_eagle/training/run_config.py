@@ -7,6 +7,8 @@ training:   {train_iterations: 200, global_batch_size: 4, precision: fp32}
 optimizer:  {lr: 1e-3}
 lora:       {rank: 16, alpha: 32}       left out: the language model's own weights train
 checkpoint: {path: runs/demo/checkpoint, save_interval: 50}
+evaluation: {data: data/held-out, interval: 50}     left out: none
+resilience: {on_nonfinite: skip}
 logging:    {tensorboard: true}
 """
 
@@ -32,8 +34,10 @@ from megatron_eagle.training.checkpoint import (
     read_lora_config,
     read_model_config,
 )
+from megatron_eagle.training.evaluation import EvaluationConfig
 from megatron_eagle.training.metrics import LoggingConfig
 from megatron_eagle.training.optimizer import OptimizerConfig
+from megatron_eagle.training.resilience import ResilienceConfig
 
 
 @dataclass
@@ -80,6 +84,9 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     # Adapters train in place of the language model's own weights; null: none.
     lora: LoraConfig | None = None
+    # The loss on held-out packs; null: none.
+    evaluation: EvaluationConfig | None = None
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def validate(self, world_size: int) -> None:
@@ -126,6 +133,8 @@ def complete_run_config(
     config = from_dict(RunConfig, values)
     config.validate(int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
     config.model = _fit_to_data(config.model, config.data)
+    if config.evaluation is not None:
+        _check_same_data(config.evaluation.data, config.data)
     path, load = config.checkpoint.path, config.checkpoint.load
     if has_checkpoint(path):
         _check_same_model(config.model, read_model_config(path), path)
@@ -186,6 +195,14 @@ def _fit_to_data(model: EagleConfig, data: DataConfig) -> EagleConfig:
         if theirs != ours:
             raise UserError(f"{data.path}: its {name} is {theirs} and the model's {ours}; prepare it again")
     return model.with_data(vocab_size=manifest.vocab_size, image_token_index=manifest.image_token_id)
+
+
+def _check_same_data(held_out: str, data: DataConfig) -> None:
+    here, there = read_manifest(data.path), read_manifest(held_out)
+    if there.fingerprint != here.fingerprint:
+        raise UserError(f"evaluation.data: {held_out} was prepared with another tokenizer than {data.path}")
+    if data.length not in there.lengths:
+        raise UserError(f"evaluation.data: {held_out} was not prepared for data.length {data.length}")
 
 
 def _check_same_model(model: EagleConfig, saved: EagleConfig, where: str) -> None:

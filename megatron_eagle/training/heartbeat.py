@@ -1,0 +1,152 @@
+"""Is every rank alive, and who keeps the others waiting? One small file per rank, written by a thread.
+
+    LOGS/heartbeat/rank_00003.json   {"rank", "host", "pid", "iteration", "phase", "since", "written"}
+    LOGS/heartbeat/rank_00003.stack  where each thread of the rank stood when it was found hanging
+    LOGS/hang.txt                    the report: which ranks stand where, and who is behind
+
+The training thread only leaves a note in memory; the thread writes it every few seconds, also while the
+training thread waits in a collective. A rank whose process is gone or stopped is known by a file that ages.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_eagle.errors import UserError
+
+FOLDER, REPORT = "heartbeat", "hang.txt"
+# Of a job that ended itself because it hung (EX_SOFTWARE of sysexits.h).
+EXIT_HANG = 70
+# The order of a step's phases: who is in an earlier one keeps the others waiting.
+PHASES = ("data", "forward and backward", "optimizer", "evaluation", "save", "ended")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a rank stands; times in seconds since 1970."""
+
+    rank: int
+    host: str
+    pid: int
+    iteration: int
+    phase: str
+    since: float  # of this phase
+    written: float
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.iteration, PHASES.index(self.phase)
+
+
+class Heartbeat:
+    """Writes this rank's file while it is entered; `phase` says where the training thread stands.
+
+    After `hang_seconds` without a new phase the first rank that is still alive writes the report and prints
+    it to stderr, and each rank its stacks; with `abort` all end then, with status 70.
+    """
+
+    def __init__(self, logs: Path, rank: int, *, seconds: float, hang_seconds: float, abort: bool) -> None:
+        self._folder, self._logs, self._rank = logs / FOLDER, logs, rank
+        self._seconds, self._hang_seconds, self._abort = seconds, hang_seconds, abort
+        self._note = (0, PHASES[0], time.time())
+        self._reported: float | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        if self._seconds:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if self._rank == 0:
+                    for file in self._folder.glob("rank_*.json"):
+                        if time.time() - file.stat().st_mtime > 60:  # of an earlier, perhaps larger job
+                            file.unlink()
+            except OSError as error:
+                raise UserError(f"{self._folder}: cannot write heartbeats here: {error.strerror}") from error
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._seconds:
+            self.phase(self._note[0], "ended")
+            self._stop.set()
+            self._thread.join()
+            self._write()
+
+    def phase(self, iteration: int, name: str) -> None:
+        """The training thread begins this phase of this iteration (1-based)."""
+        self._note = (iteration, name, time.time())
+
+    def _run(self) -> None:
+        self._write()
+        while not self._stop.wait(min(self._seconds, self._hang_seconds / 4)):
+            self._write()
+            since = self._note[2]
+            if time.time() - since > self._hang_seconds and self._reported != since:
+                self._reported = since
+                self._report()
+
+    def _write(self) -> None:
+        iteration, phase, since = self._note
+        beat = Beat(self._rank, socket.gethostname(), os.getpid(), iteration, phase, since, time.time())
+        target = self._folder / f"rank_{self._rank:05d}.json"
+        partial = target.with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps(asdict(beat)))
+            partial.replace(target)
+        except OSError:
+            pass  # a full disk must not end the run; the file ages, as the report will say
+
+    def _report(self) -> None:
+        with open(self._folder / f"rank_{self._rank:05d}.stack", "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        time.sleep(2 * self._seconds)  # until every rank that lives has written where it stands
+        beats = read_beats(self._logs)
+        alive = [beat.rank for beat in beats if not _silent(beat, self._seconds)]
+        if alive and alive[0] == self._rank:
+            text = describe(beats, self._seconds)
+            (self._logs / REPORT).write_text(text + "\n")
+            print(f"hang: {text}", file=sys.stderr, flush=True)
+        if self._abort:
+            time.sleep(self._seconds)
+            os._exit(EXIT_HANG)
+
+
+def read_beats(logs: str | Path) -> list[Beat]:
+    """The ranks' files, in rank order. Raises `UserError` if there are none."""
+    files = sorted((Path(logs) / FOLDER).glob("rank_*.json"))
+    if not files:
+        raise UserError(f"{logs}: no heartbeat of a run here; name a run's folder of logs")
+    return [Beat(**json.loads(file.read_text())) for file in files]
+
+
+def describe(beats: list[Beat], seconds: float) -> str:
+    """Who keeps the others waiting, in one line: the silent ranks, else those behind, else all."""
+    now = time.time()
+    silent = [beat for beat in beats if _silent(beat, seconds)]
+    first = min(beats, key=lambda beat: beat.place)
+    last = max(beats, key=lambda beat: beat.place)
+    if silent:
+        kind, named = "silent (process gone or stopped)", silent
+    elif first.place != last.place:
+        kind, named = "behind the others", [beat for beat in beats if beat.place == first.place]
+    else:
+        kind, named = "all in the same phase, in a collective or in its computation", beats
+    shown = ", ".join(
+        f"rank {beat.rank} on {beat.host} (pid {beat.pid}) in iteration {beat.iteration}, {beat.phase}, "
+        f"for {now - beat.since:.0f} s"
+        for beat in named[:8]
+    )
+    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+    where = f"; the furthest is rank {last.rank} in iteration {last.iteration}, {last.phase}"
+    return f"{kind}: {shown}{more}{'' if named is beats else where}"
+
+
+def _silent(beat: Beat, seconds: float) -> bool:
+    return beat.phase != "ended" and time.time() - beat.written > 3 * seconds + 5

@@ -1,0 +1,109 @@
+"""What a run does when it is told to stop, when a loss is not a number, and when it suddenly jumps."""
+
+import contextlib
+import math
+import signal
+import statistics
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+# A run that was told to stop has saved and ends with this status (EX_TEMPFAIL of sysexits.h): start it again.
+# torchrun ends with a status of its own; there, the one who sent the signal knows.
+EXIT_REQUEUE = 75
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class ResilienceConfig:
+    """Loss policy, heartbeat and hangs.
+
+    `skip` leaves out the optimizer step of a global batch, records it in events.jsonl and goes on with the
+    next, at most `max_consecutive_skips` times in a row. A spike is a loss above `spike_factor` times the
+    median of the last `spike_window` losses; until there are so many, nothing is one.
+    A rank that has not moved for `hang_minutes` is reported; `abort_on_hang` then ends the job, so that its
+    launcher starts it again from the last checkpoint.
+    """
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_spike: Literal["ignore", "skip", "stop"] = "ignore"
+    spike_factor: float = 2.0
+    spike_window: int = 64
+    max_consecutive_skips: int = 10
+    heartbeat_seconds: float = 10.0  # between two writes of a rank's heartbeat file; 0: no heartbeat
+    hang_minutes: float = 20.0  # above the longest step, save and evaluation
+    abort_on_hang: bool = False
+
+    def __post_init__(self) -> None:
+        if self.spike_factor <= 1:
+            raise ValueError(f"spike_factor must be above 1, got {self.spike_factor:g}")
+        for name in ("spike_window", "max_consecutive_skips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.heartbeat_seconds < 0 or self.hang_minutes <= 0:
+            raise ValueError("heartbeat_seconds must not be negative and hang_minutes must be above 0")
+
+
+class Preempted(Exception):
+    """The run was told to stop by a signal; its checkpoint is saved. Not an error: it wants to run again."""
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Collect the names of stop signals in the yielded list while the block runs; handlers are put back.
+
+    The first one only leaves its name, so that the step under way ends in order on every rank.
+    """
+    received: list[str] = []
+
+    def remember(number: int, _) -> None:
+        received.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class LossGuard:
+    """Judges each global loss. Its state is the last losses, saved with a checkpoint, so that a resumed run
+    judges as the uninterrupted one would. The loss is equal on all ranks, hence so is the verdict."""
+
+    def __init__(self, config: ResilienceConfig, recent: Iterable[float] = ()) -> None:
+        self._config = config
+        self._recent = deque(recent, maxlen=config.spike_window)
+        self._skips = 0
+
+    @property
+    def recent(self) -> list[float]:
+        """The losses that a spike is measured against, oldest first."""
+        return list(self._recent)
+
+    def judge(self, name: str, value: float) -> tuple[Literal["go", "skip", "stop"], str]:
+        """What to do about a `loss` or `gradient norm`, and why."""
+        config, reason = self._config, ""
+        if not math.isfinite(value):
+            action, reason = config.on_nonfinite, f"the {name} is {value}"
+        elif name == "loss" and config.on_spike != "ignore" and self._is_spike(value):
+            median = statistics.median(self._recent)
+            action = config.on_spike
+            reason = f"the loss {value:.4f} is above {config.spike_factor:g} times the recent {median:.4f}"
+        else:
+            return "go", ""
+        if action == "skip":
+            self._skips += 1
+            if self._skips > config.max_consecutive_skips:
+                return "stop", f"{reason}, after {config.max_consecutive_skips} skipped steps in a row"
+        return action, reason
+
+    def accept(self, loss: float) -> None:
+        """The step with this loss was taken."""
+        self._skips = 0
+        self._recent.append(loss)
+
+    def _is_spike(self, loss: float) -> bool:
+        full = len(self._recent) == self._config.spike_window
+        return full and loss > self._config.spike_factor * statistics.median(self._recent)

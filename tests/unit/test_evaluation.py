@@ -1,0 +1,84 @@
+"""The evaluation loss is that of one global batch with all held-out packs, in every layout."""
+
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+from megatron_eagle.data.loader import DataConfig
+from megatron_eagle.data.packing import write_packs
+from megatron_eagle.errors import UserError
+from megatron_eagle.training import evaluation, loop
+from megatron_eagle.training.evaluation import EvaluationConfig, HeldOut
+from megatron_eagle.training.metrics import read_metrics
+from megatron_eagle.training.run_config import load_run_config
+from tests.data.helpers import conversation, make_store, make_tokenizer
+from tests.parallel.harness import launch
+from tests.unit.synthetic_data import SyntheticLoader
+from tests.unit.test_training_loop import write_run
+
+FROZEN = ["optimizer.lr=1e-30", "optimizer.weight_decay=0", "training.stop_at_iteration=2"]
+
+
+class HeldOutLoader(SyntheticLoader):
+    """Two global batches, the packs that training reads."""
+
+    packs_per_epoch = 9
+
+    def packs(self, consumed_packs):
+        return np.arange(consumed_packs, consumed_packs + self._batch)
+
+
+def weights(index, packs, **_) -> float:
+    """As if the second global batch weighed three times the first."""
+    return 1.0 if packs[0] == 0 else 3.0
+
+
+def train_evaluating(config: str, world_size: int, overrides: list[str]) -> None:
+    with (
+        patch.object(loop, "PackLoader", SyntheticLoader),
+        patch.multiple(evaluation, PackLoader=HeldOutLoader, normalizer=weights),
+        patch.multiple(evaluation, read_packs=lambda store: None, SampleStore=lambda *_: None),
+    ):
+        loop.train(load_run_config(config, overrides, world_size=world_size))
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        [],
+        ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+        pytest.param(["parallel.tensor_model_parallel_size=2"], marks=pytest.mark.slow),
+        pytest.param(["parallel.context_parallel_size=2"], marks=pytest.mark.slow),
+    ],
+    ids=["one", "vpp", "tp", "cp"],
+)
+def test_the_loss_of_all_packs_together(tmp_path, parallel):
+    """With weights that do not move: the training losses of the same packs, by their share of all weights."""
+    write_run(tmp_path)
+    overrides = [f"evaluation.data={tmp_path / 'data'}", "evaluation.interval=1", *FROZEN, *parallel]
+    size = 2 if parallel else 1
+    launch(train_evaluating, size, str(tmp_path / "run.yaml"), size, overrides)
+    first, second = read_metrics(tmp_path / "run" / "logs" / "metrics.jsonl")
+    assert first.loss != pytest.approx(second.loss, rel=1e-4)
+    expected = 0.25 * first.loss + 0.75 * second.loss
+    assert first.evaluation_loss == pytest.approx(expected, rel=1e-6)
+    assert second.evaluation_loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_of_a_real_store_add_up_to_one(tmp_path):
+    """Every token weighs what it would in one global batch with all packs."""
+    records = [conversation("Hi", "Yes " * (k % 5 + 1)) for k in range(60)]
+    store = make_store(tmp_path, make_tokenizer(tmp_path / "tokenizer"), records, (200,))
+    write_packs(store, 200, seed=0)
+    data = DataConfig(str(store), 200)
+    mesh = SimpleNamespace(dp=SimpleNamespace(rank=0, size=1), pp=SimpleNamespace(rank=0))
+    held_out = HeldOut(EvaluationConfig(str(store), 1), data, 2, mesh)
+    batches = list(held_out)
+    assert len(batches) >= 2 and sum(share for _, share in batches) == pytest.approx(1)
+    total = sum(share * float(b.loss_weights.sum()) for packs, share in batches for b in packs)
+    assert total == pytest.approx(1, rel=1e-5)
+    held_out.close()
+    with pytest.raises(UserError, match="and 1 global batches of 500 are asked for"):
+        HeldOut(EvaluationConfig(str(store), 1), data, 500, mesh)

@@ -1,0 +1,187 @@
+"""A run that is told to stop, whose loss jumps or is no number, whose ranks stand still or die."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.training import faults, loop
+from megatron_eagle.training.agreement import AgreedError
+from megatron_eagle.training.checkpoint import read_train_state
+from megatron_eagle.training.heartbeat import Beat, Heartbeat, describe, read_beats
+from megatron_eagle.training.metrics import read_events, read_metrics
+from megatron_eagle.training.resilience import LossGuard, Preempted, ResilienceConfig, stop_signals
+from megatron_eagle.training.run_config import load_run_config
+from tests.parallel.harness import launch
+from tests.unit.synthetic_data import SyntheticLoader
+from tests.unit.test_training_loop import train_rank, values, write_run
+
+
+class SignallingLoader(SyntheticLoader):
+    """The last rank gets a SIGUSR1 while it reads the second global batch."""
+
+    def step(self, consumed_packs):
+        if consumed_packs == self._batch and loop.torch.distributed.get_rank() == self._signalled:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().step(consumed_packs)
+
+    @property
+    def _signalled(self):
+        return loop.torch.distributed.get_world_size() - 1
+
+
+def train_signalled(config: str, world_size: int, overrides: list[str]) -> str:
+    """On each rank: train until the signal -> what the run says."""
+    with patch.object(loop, "PackLoader", SignallingLoader), pytest.raises(Preempted) as stopped:
+        loop.train(load_run_config(config, overrides, world_size=world_size))
+    return str(stopped.value)
+
+
+def train_faulty(config: str, world_size: int, overrides: list[str], suffered: list[dict]):
+    """On each rank: train with faults."""
+    with patch.dict(os.environ, {faults.VARIABLE: json.dumps(suffered)}):
+        return train_rank(config, world_size, overrides)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(*overrides, suffered=[...])` trains in one process; `run.logs` is where it logs."""
+    write_run(tmp_path)
+    run = lambda *overrides, suffered=(): train_faulty(  # noqa: E731
+        str(tmp_path / "run.yaml"), 1, list(overrides), list(suffered)
+    )
+    run.config, run.root, run.logs = str(tmp_path / "run.yaml"), tmp_path / "run", tmp_path / "run" / "logs"
+    run.metrics = lambda: values(read_metrics(run.logs / "metrics.jsonl"))
+    return run
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all(run):
+    run()
+    whole = run.metrics()
+    shutil.rmtree(run.root)
+    cp2 = ["parallel.context_parallel_size=2"]
+    stopped = launch(train_signalled, 2, run.config, 2, cp2)
+    assert set(stopped) == {"stopped by a signal after iteration 2, which is saved"}
+    assert read_train_state(run.root).iteration == 2
+    launch(train_rank, 2, run.config, 2, cp2)
+    found = run.metrics()
+    assert [m[0] for m in found] == [1, 2, 3, 4, 5, 6]
+    assert [m[1] for m in found] == pytest.approx([m[1] for m in whole], rel=1e-4)
+
+
+def test_signal_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == ["SIGTERM"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_nan_is_skipped_with_a_record(run):
+    run("resilience.on_nonfinite=skip", suffered=[{"kind": "nan", "iteration": 3}])
+    assert [m[0] for m in run.metrics()] == [1, 2, 4, 5, 6]
+    (event,) = read_events(run.logs / "events.jsonl")
+    assert event == {
+        "iteration": 3,
+        "event": "skipped",
+        "reason": "the loss is nan",
+        "first_pack": 8,
+        "packs": 4,
+    }
+    assert read_train_state(run.root).consumed_packs == 24, "its packs are not read again"
+
+
+def test_a_nan_stops_by_default_and_without_end(run):
+    with pytest.raises(AgreedError, match="iteration 2: the loss is nan; stopped"):
+        run(suffered=[{"kind": "nan", "iteration": 2}])
+    settings = ["resilience.on_nonfinite=skip", "resilience.max_consecutive_skips=2"]
+    with pytest.raises(AgreedError, match="iteration 4: the loss is nan, after 2 skipped steps in a row"):
+        run(*settings, suffered=[{"kind": "nan", "iteration": i} for i in (2, 3, 4, 5)])
+
+
+def test_a_spike_is_judged_the_same_after_a_resume(run):
+    """The losses it is measured against travel with the checkpoint."""
+    settings = ["resilience.on_spike=skip", "resilience.spike_window=3"]
+    spike = [{"kind": "spike", "iteration": 5}]
+    run(*settings, suffered=spike)
+    whole, events = run.metrics(), read_events(run.logs / "events.jsonl")
+    assert [m[0] for m in whole] == [1, 2, 3, 4, 6]
+    assert re.match(r"the loss [\d.]+ is above 2 times the recent [\d.]+", events[0]["reason"])
+    shutil.rmtree(run.root)
+    run(*settings, "training.stop_at_iteration=4", suffered=spike)
+    run(*settings, suffered=spike)
+    assert run.metrics() == whole and read_events(run.logs / "events.jsonl") == events
+
+
+def test_the_guard_needs_its_window_full():
+    guard = LossGuard(ResilienceConfig(on_spike="stop", spike_window=2))
+    for loss in (1.0, 50.0):
+        assert guard.judge("loss", loss) == ("go", "")
+        guard.accept(loss)
+    assert guard.judge("loss", 52.0)[0] == "stop" and guard.judge("loss", 51.0)[0] == "go"
+    assert guard.judge("gradient norm", 1e9)[0] == "go"
+    assert guard.judge("gradient norm", float("inf")) == ("stop", "the gradient norm is inf")
+    with pytest.raises(ValueError, match="spike_factor must be above 1"):
+        ResilienceConfig(spike_factor=1)
+
+
+def test_a_stalled_rank_is_named_with_its_step(run):
+    stall = [{"kind": "stall", "rank": 1, "iteration": 2, "seconds": 4}]
+    settings = ["resilience.heartbeat_seconds=0.2", "resilience.hang_minutes=0.025"]
+    settings += ["training.stop_at_iteration=3", "parallel.context_parallel_size=2"]
+    launch(train_faulty, 2, run.config, 2, settings, stall)
+    report = (run.logs / "hang.txt").read_text()
+    assert report.startswith("behind the others: rank 1 on ") and "in iteration 2, data, for" in report
+    assert "the furthest is rank 0 in iteration 2, forward and backward" in report
+    assert "before_step" in (run.logs / "heartbeat" / "rank_00001.stack").read_text()
+    assert [(b.rank, b.phase) for b in read_beats(run.logs)] == [(0, "ended"), (1, "ended")]
+    assert len(run.metrics()) == 3, "the run went on"
+
+
+def test_who_keeps_the_others_waiting(tmp_path):
+    now = time.time()
+
+    def beat(rank: int, iteration: int, phase: str, age: float = 0.0) -> Beat:
+        return Beat(rank, "node", 7, iteration, phase, now - 60, now - age)
+
+    together = [beat(0, 4, "save"), beat(1, 4, "save")]
+    assert describe(together, 1).startswith("all in the same phase")
+    stopped = [beat(0, 4, "optimizer"), beat(1, 4, "optimizer", age=100)]
+    assert describe(stopped, 1).startswith("silent (process gone or stopped): rank 1 on node (pid 7) in iter")
+    with pytest.raises(UserError, match="no heartbeat of a run here"):
+        read_beats(tmp_path)
+
+
+def test_no_heartbeat_is_written_when_it_is_off(tmp_path):
+    with Heartbeat(tmp_path, 0, seconds=0, hang_seconds=1, abort=False) as heart:
+        heart.phase(1, "data")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_job_goes_on_bit_for_bit(run, tmp_path):
+    """Killed at two places, with a slow disk: what it logged in the end is what a clean run logs."""
+    save = "checkpoint.save_interval=2"
+    run(save)
+    clean = run.metrics()
+    shutil.rmtree(run.root)
+    suffered = [
+        *({"kind": "kill", "iteration": i, "once": str(tmp_path / f"killed_{i}")} for i in (3, 6)),
+        {"kind": "slow_save", "seconds": 0.1},
+    ]
+    deaths = 0
+    while True:
+        try:
+            launch(train_faulty, 1, run.config, 1, [save], suffered)
+            break
+        except RuntimeError as error:
+            assert "ended without a result" in str(error)
+            deaths += 1
+    assert deaths == 2 and run.metrics() == clean
+    assert Path(run.root, "iter_0000006").is_dir()
