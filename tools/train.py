@@ -1,9 +1,10 @@
-"""Train Eagle 2.5: `torchrun --nproc-per-node N tools/train.py run --config FILE [a.b=c ...]`."""
+"""Train Eagle 2.5: `torchrun --nproc-per-node N tools/train.py run --config FILE [a.b=c ...]`; watch it."""
 
 import argparse
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from megatron_eagle.errors import UserError, run_cli
 
@@ -15,8 +16,35 @@ def main() -> int | None:
     run.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file, or one of stages")
     run.add_argument("--stage", metavar="NAME", help="only this stage of a file of stages (default: all)")
     run.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
+    report = commands.add_parser("report", help="draw a run's logs into one HTML file")
+    report.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
+    report.add_argument("--output", metavar="FILE", help="default: report.html in the run's logs")
+    status = commands.add_parser("status", help="where each rank of a run stands, and who is behind")
+    status.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
     arguments = parser.parse_args()
+    if arguments.command == "report":
+        return _report(arguments.run, arguments.output)
+    if arguments.command == "status":
+        return _status(arguments.run)
+    return _run(arguments)
 
+
+def _report(run: str, output: str | None) -> int:
+    from megatron_eagle.training.report import write_report
+
+    print(write_report(run, output))
+    return 0
+
+
+def _status(run: str) -> int:
+    from megatron_eagle.training.heartbeat import FOLDER, status
+
+    logs = Path(run, "logs")
+    print(status(logs if (logs / FOLDER).is_dir() else Path(run)))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
     # Libraries announce what is not installed (Apex, TransformerEngine) and what will be renamed, per rank.
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)

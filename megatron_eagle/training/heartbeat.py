@@ -126,6 +126,17 @@ def read_beats(logs: str | Path) -> list[Beat]:
     return [Beat(**json.loads(file.read_text())) for file in files]
 
 
+def status(logs: str | Path) -> str:
+    """One line a rank, then who is behind. Raises `UserError` as `read_beats`."""
+    beats, now = read_beats(logs), time.time()
+    lines = [
+        f"rank {beat.rank:>5}  {beat.host}  iteration {beat.iteration}, {beat.phase}, for "
+        f"{now - beat.since:.0f} s; written {now - beat.written:.0f} s ago"
+        for beat in beats
+    ]
+    return "\n".join([*lines, describe(beats, 10.0)])
+
+
 def describe(beats: list[Beat], seconds: float) -> str:
     """Who keeps the others waiting, in one line: the silent ranks, else those behind, else all."""
     now = time.time()
