@@ -1,6 +1,7 @@
 """The reference attention backend: plain torch, any device, one segment at a time, softmax in fp32.
 
-Memory is quadratic in the longest segment. It is the twin against which fast backends are checked.
+Memory is quadratic in the longest segment. It is the twin against which fast backends are checked, and on a
+GPU takes the place of none of them unnoticed: long segments are refused unless it was asked for.
 Letters: q query rows, k key rows, g key-value heads, r queries per key-value head, d head size.
 """
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.layout import Segment
+from megatron_eagle.errors import UserError
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -18,10 +20,32 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(~visible, float("-inf"))
 
 
+def refuse_long(segments: tuple[Segment, ...], longest: int) -> None:
+    """
+    Raises:
+        UserError: a segment has more keys than `longest`.
+    """
+    keys = max(part.k_end - part.k_start for part in segments)
+    if keys > longest:
+        raise UserError(
+            f"attention over {keys} keys with score matrices in memory, for want of a fast backend: install "
+            f"flash-attn, or ask for it with layers.attention reference (limit without asking: {longest})"
+        )
+
+
 class ReferenceAttention:
-    """`AttentionBackend` in plain torch."""
+    """`AttentionBackend` in plain torch.
+
+    Args:
+        longest_on_gpu: keys of a segment beyond which a GPU tensor is refused; None: no limit.
+    """
+
+    def __init__(self, longest_on_gpu: int | None = None) -> None:
+        self.longest_on_gpu = longest_on_gpu
 
     def forward(self, q, k, v, segments: tuple[Segment, ...], scale: float) -> tuple[Tensor, Tensor]:
+        if self.longest_on_gpu is not None and q.is_cuda:
+            refuse_long(segments, self.longest_on_gpu)
         grouped = q.unflatten(1, (k.shape[1], -1))  # [s, g, r, d]
         out = torch.empty_like(grouped)
         lse = torch.empty((*grouped.shape[1:3], q.shape[0]), dtype=torch.float32, device=q.device)

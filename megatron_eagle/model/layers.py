@@ -19,6 +19,7 @@ from eagle_kernels.dispatch import Implementation, explain
 from eagle_kernels.layer_norm import layer_norm
 from eagle_kernels.rms_norm import rms_norm
 from eagle_kernels.swiglu import swiglu
+from megatron_eagle.context_parallel.backends import AttentionName
 from megatron_eagle.errors import UserError
 
 
@@ -32,6 +33,8 @@ class LayersConfig:
     `loss`: fused never holds the logits of a whole sequence (`eagle_kernels.linear_cross_entropy`), plain is
     Megatron's; auto: fused on a GPU. `loss_into_main_grad`: the fused loss adds the output weight's gradient
     straight to the fp32 buffer that gradients accumulate in.
+    `attention`: kernels of the language model's core attention (context_parallel/backends.py); auto: the
+    first that works here, else the reference, which a GPU takes for short documents only.
     """
 
     linear: Literal["auto", "local", "transformer_engine"] = "auto"
@@ -39,6 +42,7 @@ class LayersConfig:
     kernels: Implementation = "auto"
     loss: Literal["auto", "fused", "plain"] = "auto"
     loss_into_main_grad: bool = False
+    attention: AttentionName = "auto"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class LayerClasses:
     layer_norm: Callable | ModuleSpec
     swiglu: ModuleSpec
     fused_loss: FusedLoss | None  # None: logits, then Megatron's cross-entropy
+    attention: AttentionName
     reason: str
 
 
@@ -177,5 +182,6 @@ def choose_layers(config: LayersConfig) -> LayerClasses:
         layer,
         ModuleSpec(SwiGLU, params=own),
         FusedLoss(config.kernels, config.loss_into_main_grad) if fused else None,
+        config.attention,
         reason,
     )

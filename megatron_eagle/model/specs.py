@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_eagle.context_parallel.attention import CoreAttention
-from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
+from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.model.layers import LayerClasses
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
@@ -200,7 +200,8 @@ def language_block(
     config: TransformerConfig, classes: LayerClasses, chunk: int | None
 ) -> TransformerBlockSubmodules:
     """The language layers of virtual pipeline stage `chunk` (None without interleaving)."""
-    core = ModuleSpec(module=CoreAttention, params={"backend": ReferenceAttention()})
+    backend = choose_attention(classes.attention, config.params_dtype).backend
+    core = ModuleSpec(module=CoreAttention, params={"backend": backend})
     layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, classes.swiglu)
     layers = [layer] * get_num_layers_to_build(config, chunk)
     return TransformerBlockSubmodules(layers, layer_norm=classes.rms_norm)

@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.data.loader import Batch, PackLoader
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import build_model
@@ -107,8 +108,9 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     """Build the model and give it its weights: resumed, from another checkpoint, or fresh."""
     checkpoint, seed = config.checkpoint, config.training.seed
     save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.path)
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    models = build_model(config.model, mesh, device.torch_device, dtype, config.recompute, config.layers)
+    models = build_model(
+        config.model, mesh, device.torch_device, _dtype(config), config.recompute, config.layers
+    )
     freeze(models, config.optimizer.trainable, config.optimizer.first_new_token)
     resume = has_checkpoint(checkpoint.path)
     source = checkpoint.path if resume else checkpoint.load
@@ -142,6 +144,10 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     )
 
 
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+
+
 def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
     config, state, settings = job.config, job.state, job.config.resilience
     last, interval = config.training.last_iteration, config.checkpoint.save_interval
@@ -158,6 +164,7 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
     )
     with log, heart, stop_signals() as stop:
         log.message(choose_layers(config.layers).reason)
+        log.message(choose_attention(config.layers.attention, _dtype(config)).reason)
         if job.saved_iteration is not None:
             log.message(f"resumed from {root} at iteration {state.iteration}")
         if state.iteration >= last:

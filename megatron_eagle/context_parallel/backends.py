@@ -1,0 +1,60 @@
+"""The choice of an attention backend, from what really works here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_eagle.context_parallel.attention import AttentionBackend
+from megatron_eagle.context_parallel.cudnn_attention import CudnnAttention
+from megatron_eagle.context_parallel.flash_attention import FlashAttention
+from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
+from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
+from megatron_eagle.errors import UserError
+
+AttentionName = Literal["auto", "flash", "torch_varlen", "cudnn", "reference"]
+FAST = {"flash": FlashAttention, "torch_varlen": TorchVarlenAttention, "cudnn": CudnnAttention}
+# What auto tries, best first. cuDNN only where it is asked for until it has been measured on a GPU.
+AUTO = ("flash", "torch_varlen")
+LONGEST_REFERENCE = 8192  # keys of a segment; more is not taken on a GPU without asking
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """A backend, its name, and why it was taken, in one line."""
+
+    backend: AttentionBackend
+    name: str
+    reason: str
+
+
+def choose_attention(name: AttentionName, dtype: torch.dtype) -> AttentionChoice:
+    """The backend that `name` stands for on this machine.
+
+    Raises:
+        UserError: it names one that cannot be used here.
+    """
+    if name == "reference":
+        return AttentionChoice(ReferenceAttention(), name, f"attention: {name}")
+    if name != "auto":
+        if missing := why_not(name, dtype):
+            raise UserError(f"layers.attention {name}: {missing}; choose another or leave it at auto")
+        return AttentionChoice(FAST[name](), name, f"attention: {name}")
+    reasons = {fast: why_not(fast, dtype) for fast in AUTO}
+    for fast, missing in reasons.items():
+        if missing is None:
+            passed = [f"{other}: {reason}" for other, reason in reasons.items() if reason]
+            return AttentionChoice(FAST[fast](), fast, f"attention: {fast} ({'; '.join(['auto', *passed])})")
+    shared = set(reasons.values())
+    why = shared.pop() if len(shared) == 1 else "; ".join(f"{fast}: {text}" for fast, text in reasons.items())
+    return AttentionChoice(
+        ReferenceAttention(LONGEST_REFERENCE), "reference", f"attention: reference (auto; {why})"
+    )
+
+
+def why_not(name: str, dtype: torch.dtype) -> str | None:
+    """Why a fast backend cannot be used here for tensors of `dtype`, or None if it can."""
+    missing = FAST[name].why_not()
+    if missing is None and dtype != torch.bfloat16:
+        return f"it computes in bf16 and the model in {str(dtype).removeprefix('torch.')}"
+    return missing

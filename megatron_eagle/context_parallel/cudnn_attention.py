@@ -1,0 +1,59 @@
+"""cuDNN's attention through nvidia-cudnn-frontend as an attention backend: ragged, bottom-right causal.
+
+A graph is planned per shape (`cudnn_graph.py`), so segments are filled up with empty ones and longest
+lengths rounded up, both to a power of two: packs share a few dozen graphs.
+"""
+
+import torch
+
+from megatron_eagle.context_parallel.cudnn_graph import plan_graph
+from megatron_eagle.context_parallel.varlen import varlen_shape
+
+
+class CudnnAttention:
+    """`AttentionBackend` by cuDNN 9.6 or later, bf16, sm_90 and up. Written, not yet run."""
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Why it cannot be used here, or None if it can."""
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        if torch.cuda.get_device_capability() < (9, 0):
+            return "ragged tensors need compute capability 9.0"
+        try:
+            import cudnn
+
+            version = cudnn.backend_version()
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"nvidia-cudnn-frontend does not work: {error}"
+        return None if version >= 90600 else f"cuDNN is {version}: ragged statistics need 90600"
+
+    def forward(self, q, k, v, segments, scale):
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)  # [s, np]
+        tensors = {"q": q, "k": k, "v": v, "o": torch.empty(q.shape, dtype=q.dtype, device=q.device)}
+        _run(segments, scale, tensors | {"stats": lse})
+        return tensors["o"], lse.t()
+
+    def backward(self, grad_out, q, k, v, out, lse, segments, scale):
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        tensors = {"q": q, "k": k, "v": v, "o": out, "do": grad_out, "stats": lse.t()}
+        _run(segments, scale, tensors | dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+        return tuple(grads)
+
+
+def _run(segments, scale: float, tensors: dict[str, torch.Tensor]) -> None:
+    import cudnn
+
+    q, k = tensors["q"], tensors["k"]
+    shape = varlen_shape(segments, q.device)
+    sizes = [1 << (n - 1).bit_length() for n in (len(segments), shape.max_q, shape.max_k)]
+    heads = (q.shape[1], k.shape[1], q.shape[2])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    graph, ports, handle = plan_graph(*sizes, *heads, scale, "do" in tensors, deterministic, q.device)
+    cu_q, cu_k = (torch.cat([cu, cu[-1:].expand(sizes[0] + 1 - len(cu))]) for cu in shape[:2])
+    given = {name: tensor.contiguous() for name, tensor in tensors.items()}  # outputs are already
+    given |= {"rows_q": cu_q.diff(), "rows_k": cu_k.diff(), "at_stats": cu_q.long() * heads[0]}
+    given |= {"at_q": cu_q.long() * heads[0] * heads[2], "at_k": cu_k.long() * heads[1] * heads[2]}
+    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+    workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=q.device)
+    graph.execute({ports[name]: tensor for name, tensor in given.items()}, workspace, handle=handle)

@@ -1,0 +1,68 @@
+"""torch's own flash attention 2 kernels (under `varlen_attn`) as an attention backend: nothing to install.
+
+The aten operators are called instead of `varlen_attn` because backward must be callable without autograd.
+Causal is bottom-right in them, as in flash-attn since 2.1.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from megatron_eagle.context_parallel.varlen import varlen_shape
+
+_COMMON = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+_FORWARD = [*_COMMON, "return_debug_mask", "scale"]
+_BACKWARD = ["grad_out", *_COMMON[:3], "out", "logsumexp", *_COMMON[3:], "rng_state", "unused", "scale"]
+
+
+class TorchVarlenAttention:
+    """`AttentionBackend` by torch's flash attention, bf16 or fp16, sm_80 and up. Written, not yet run."""
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Why it cannot be used here, or None if it can."""
+        for name, needed in (("forward", _FORWARD), ("backward", _BACKWARD)):
+            schema = getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema
+            known = [argument.name for argument in schema.arguments]
+            if [argument for argument in known if argument in needed] != needed:
+                return f"torch {torch.__version__} has another _flash_attention_{name}({', '.join(known)})"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        if not torch.backends.cuda.is_flash_attention_available():
+            return "this torch was built without flash attention"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "it needs compute capability 8.0"
+        return None
+
+    def forward(self, q, k, v, segments, scale):
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *varlen_shape(segments, q.device), 0.0, True, False, scale=scale
+        )
+        return out, lse
+
+    def backward(self, grad_out, q, k, v, out, lse, segments, scale):
+        shape = varlen_shape(segments, q.device)
+        # Without dropout the random state is not read.
+        state, unused = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in (2, 0))
+        with _really_deterministic():
+            return torch.ops.aten._flash_attention_backward(
+                *(grad_out.contiguous(), q, k, v, out, lse.contiguous()),
+                *shape,
+                *(0.0, True, state, unused),
+                scale=scale,
+            )
+
+
+@contextlib.contextmanager
+def _really_deterministic() -> Iterator[None]:
+    """Where deterministic algorithms are asked for with warnings only, this kernel would warn and not be."""
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not (torch.are_deterministic_algorithms_enabled() and warn_only):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)

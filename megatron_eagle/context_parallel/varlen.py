@@ -1,0 +1,33 @@
+"""Segments as the arguments of varlen attention kernels."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.context_parallel.layout import Segment
+
+
+class VarlenShape(NamedTuple):
+    """Cumulative lengths int32 [n + 1] of queries and keys on the device, and the longest of each."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+@lru_cache(maxsize=32)
+def varlen_shape(segments: tuple[Segment, ...], device: torch.device) -> VarlenShape:
+    """`segments` follow each other without gaps in queries and in keys.
+
+    Remembered, because every layer and head group of a microbatch asks for the same.
+    """
+    cu_q, cu_k = ([0, *(part[end] for part in segments)] for end in (1, 3))
+    return VarlenShape(
+        torch.tensor(cu_q, dtype=torch.int32, device=device),
+        torch.tensor(cu_k, dtype=torch.int32, device=device),
+        max(part.q_end - part.q_start for part in segments),
+        max(part.k_end - part.k_start for part in segments),
+    )

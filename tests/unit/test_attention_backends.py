@@ -1,0 +1,91 @@
+"""Attention backends: what is chosen and why, their signatures, and on a GPU their numbers."""
+
+import pytest
+import torch
+
+from megatron_eagle.context_parallel.backends import FAST, choose_attention, why_not
+from megatron_eagle.context_parallel.layout import Segment
+from megatron_eagle.context_parallel.reference_attention import ReferenceAttention, refuse_long
+from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
+from megatron_eagle.context_parallel.varlen import varlen_shape
+from megatron_eagle.errors import UserError
+
+# Documents of one rank: whole, cut at the front, one token, two pieces of one document.
+SEGMENTS = (
+    Segment(0, 70, 0, 70),
+    Segment(70, 100, 70, 300),
+    Segment(100, 101, 300, 301),
+    Segment(101, 160, 301, 901),
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+@pytest.mark.parametrize("name", FAST)
+def test_without_a_gpu(name):
+    choice = choose_attention("auto", torch.bfloat16)
+    assert isinstance(choice.backend, ReferenceAttention)
+    assert (choice.name, choice.reason) == (
+        "reference",
+        "attention: reference (auto; there is no CUDA device)",
+    )
+    with pytest.raises(UserError, match=f"layers.attention {name}: there is no CUDA device; choose another"):
+        choose_attention(name, torch.bfloat16)
+
+
+def test_this_torch_has_the_operators_that_are_called():
+    assert TorchVarlenAttention.why_not() in (None, "there is no CUDA device")
+
+
+def test_fast_backends_refuse_fp32(monkeypatch):
+    for backend in FAST.values():
+        monkeypatch.setattr(backend, "why_not", staticmethod(lambda: None))
+    with pytest.raises(UserError, match="flash: it computes in bf16 and the model in float32"):
+        choose_attention("flash", torch.float32)
+    assert choose_attention("auto", torch.float32).name == "reference"
+    assert choose_attention("auto", torch.bfloat16).name == "flash"
+
+
+def test_long_score_matrices_are_refused_unless_asked_for():
+    refuse_long(SEGMENTS, 8192)
+    with pytest.raises(UserError, match="attention over 600 keys .* layers.attention reference"):
+        refuse_long(SEGMENTS, 512)
+    assert choose_attention("reference", torch.bfloat16).backend.longest_on_gpu is None
+
+
+def test_varlen_arguments():
+    shape = varlen_shape(SEGMENTS, torch.device("cpu"))
+    assert shape.cu_q.tolist() == [0, 70, 100, 101, 160] and shape.cu_k.tolist() == [0, 70, 300, 301, 901]
+    assert (shape.max_q, shape.max_k) == (70, 600)
+    assert shape.cu_q.dtype == torch.int32
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_cudnn_accepts_the_graph(backward):
+    cudnn = pytest.importorskip("cudnn", reason="no nvidia-cudnn-frontend")
+    from megatron_eagle.context_parallel.cudnn_graph import plan_graph
+
+    graph, ports, _ = plan_graph(
+        8, 1024, 4096, 7, 1, 128, 0.1, backward, True, torch.device("cpu"), build=False
+    )
+    graph.validate()
+    grads = {"do", "dq", "dk", "dv"} if backward else set()
+    assert {"q", "k", "v", "o", "stats"} | grads <= ports.keys()
+    assert cudnn.__version__
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAST)
+def test_equals_the_reference(name):
+    if missing := why_not(name, torch.bfloat16):
+        pytest.skip(missing)
+    torch.manual_seed(0)
+    q, grad = (torch.randn(160, 14, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(901, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    scale, results = 128**-0.5, []
+    for backend in (ReferenceAttention(), FAST[name](), FAST[name]()):
+        out, lse = backend.forward(q, k, v, SEGMENTS, scale)
+        results.append([out, lse, *backend.backward(grad, q, k, v, out, lse, SEGMENTS, scale)])
+    expected, *runs = results
+    for found, wanted in zip(runs[0], expected, strict=True):
+        assert ((found.float() - wanted.float()).norm() / wanted.float().norm()).item() < 5e-3
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "two runs differ"
