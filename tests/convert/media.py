@@ -27,9 +27,11 @@ def write_picture(path: Path, width: int, height: int, mode: str = "RGB", orient
     return str(path)
 
 
-def write_video(path: Path, frames: int = 30, fps: int = 10) -> str:
-    """Frame k is grey 8 k with a white bar at column k, so that every frame is recognised. MPEG-4 in MP4."""
+def write_video(path: Path, frames: int = 30, fps: int = 10, title: str | None = None) -> str:
+    """Frame k is grey 8 k with a white bar at column k, so that every frame is recognised. MPEG-4."""
     with av.open(str(path), "w") as container:
+        if title is not None:
+            container.metadata["title"] = title
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         stream.time_base = Fraction(1, fps)

@@ -165,7 +165,8 @@ def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFra
         data = None
 
     def opened():
-        return av.open(name if data is None else io.BytesIO(data))
+        # Titles and the like may be in any encoding: they are not worth failing for.
+        return av.open(name if data is None else io.BytesIO(data), metadata_errors="replace")
 
     try:
         stamps, keyframes, unit, last_duration = _frame_table(opened)
