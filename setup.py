@@ -15,6 +15,10 @@ setup(
     # No kernels/__init__.py: a top-level package named `kernels` would be taken by transformers
     # for Hugging Face's `kernels` library.
     package_dir={"eagle_kernels": "kernels/eagle_kernels"},
+    package_data={
+        "megatron_eagle.recipe": ["*.yaml"],
+        "megatron_eagle.recipe.prompts": ["*.txt"],
+    },
     install_requires=[
         "torch",
         "megatron-core==0.16.1",

@@ -25,7 +25,7 @@ from megatron_eagle.recipe.frames import frames_at, open_section, sample_times
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """Length of a clip in seconds, frames taken a second, videos per shard (EAGLE 2.5, section 4.1)."""
+    """Length of a clip in seconds, frames taken a second, videos per shard."""
 
     clip_seconds: float = 10.0
     fps: float = 1.0

@@ -1,6 +1,6 @@
 """Diversity selection: of new videos, the clips that are unlike anything the training set has.
 
-Section 4.1 of the paper: a candidate is kept if its highest cosine to any clip of the existing set is below
+The paper's rule: a candidate is kept if its highest cosine to any clip of the existing set is below
 tau = 0.5.  Everything is written below one folder and reused by the next run.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_eagle.data.sample import VideoSource
+from megatron_eagle.errors import UserError
 from megatron_eagle.recipe.encoder import Encoder
 from megatron_eagle.recipe.features import Clip, ClipSettings, Shard, build_features
 from megatron_eagle.recipe.files import digest, write_lines, write_whole
@@ -147,6 +148,13 @@ def summary(selection: Selection) -> str:
 
 
 def read_kept(path: Path) -> list[Clip]:
-    """The clips of a `kept.jsonl`."""
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [Clip(r["video"], r["start"], r["end"]) for r in records]
+    """The clips of a `kept.jsonl`.  Raises `UserError`."""
+    try:
+        records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return [Clip(str(r["video"]), float(r["start"]), float(r["end"])) for r in records]
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this list of clips: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f'{path}: expected lines {{"video", "start", "end"}}, as select_videos.py writes'
+        ) from None

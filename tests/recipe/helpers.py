@@ -1,11 +1,20 @@
 """What the recipe tests share: a tiny random SigLIP or CLIP folder and clips whose content differs."""
 
+import contextlib
+import importlib.util
+import io
 import json
+import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+from unittest import mock
 
 import av
 import numpy as np
 import torch
+
+from megatron_eagle.errors import run_cli
+from tests.paths import REPO
 
 
 def make_encoder(folder: Path, family: str = "siglip", seed: int = 0) -> Path:
@@ -47,3 +56,19 @@ def make_clip(path: Path, scenes: list[int], *, seconds: int = 10, fps: int = 4)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def call_tool(name: str, *arguments) -> CompletedProcess:
+    """Run tools/NAME.py in this process, where its libraries are loaded already."""
+    spec = importlib.util.spec_from_file_location(name, REPO / "tools" / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    command = [name, *map(str, arguments)]
+    out, errors = io.StringIO(), io.StringIO()
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors)
+    with streams[0], streams[1], mock.patch.object(sys, "argv", command):
+        try:
+            run_cli(tool.main)
+        except SystemExit as end:
+            code = end.code
+    return CompletedProcess(command, code or 0, out.getvalue(), errors.getvalue())

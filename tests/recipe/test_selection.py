@@ -18,8 +18,8 @@ from megatron_eagle.recipe.frames import frames_at, open_section, sample_times
 from megatron_eagle.recipe.search import Blocks, greedy_distinct, highest_cosine
 from megatron_eagle.recipe.selection import SelectionSettings, read_kept, select
 from megatron_eagle.recipe.selection_report import write_report
-from tests.data.helpers import conversation, frame_number, make_video, run_tool, write_jsonl
-from tests.recipe.helpers import make_clip, make_encoder
+from tests.data.helpers import conversation, frame_number, make_video, write_jsonl
+from tests.recipe.helpers import call_tool, make_clip, make_encoder
 
 
 def _unit(n: int, dim: int = 24, seed: int = 0) -> np.ndarray:
@@ -152,7 +152,7 @@ def test_select_keeps_what_is_new_and_resumes(videos, tmp_path, monkeypatch):
 def test_tool_writes_a_safe_report(videos, tmp_path):
     arguments = ["--candidates", videos / "new.txt", "--existing", videos / "old.jsonl"]
     arguments += ["--encoder", videos / "encoder", "--output", tmp_path, "--tau", "0.99", "--device", "cpu"]
-    done = run_tool("select_videos", *arguments)
+    done = call_tool("select_videos", *arguments)
     assert done.returncode == 0, done.stderr
     assert "4 candidate clips against 2" in done.stdout and "unreadable lines        1" in done.stdout
     report = (tmp_path / "report.html").read_text()

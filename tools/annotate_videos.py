@@ -1,0 +1,124 @@
+"""Write training samples on videos with the help of other models.
+
+    annotate_videos.py story --chapters FILE --videos DIR --endpoint URL --model NAME --output O.jsonl
+    annotate_videos.py clips --clips kept.jsonl           --endpoint URL --model NAME --output O.jsonl
+
+`story` reads chapters in the form of ViTT or VidChapters, `clips` what select_videos.py kept.  The endpoint
+speaks OpenAI's protocol; its key comes from an environment variable.  Every answer is kept in the cache:
+started again, a run goes on without paying twice.  --dry-run counts requests and tokens and asks nothing.
+"""
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+
+from megatron_eagle.errors import UserError, run_cli
+from megatron_eagle.recipe.chapters import read_chapters
+from megatron_eagle.recipe.client import Asks, Client, DryRun, for_each
+from megatron_eagle.recipe.clips import ClipQuestions, ClipSettings
+from megatron_eagle.recipe.files import write_lines, write_whole
+from megatron_eagle.recipe.prompts import load_question_types
+from megatron_eagle.recipe.records import Notes
+from megatron_eagle.recipe.selection import read_kept
+from megatron_eagle.recipe.story import Story, StorySettings
+from megatron_eagle.recipe.transport import Endpoint
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    for name in ("fps", "max_frames", "questions", "side", "videos_at_once"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(options, name)}")
+    if options.prompts and not options.prompts.is_dir():
+        raise UserError(f"--prompts {options.prompts}: no such folder")
+    endpoint = Endpoint(
+        options.endpoint,
+        options.model,
+        options.key_variable,
+        options.timeout,
+        options.concurrency,
+        options.requests_per_minute,
+        options.attempts,
+        input_price=options.input_price,
+        output_price=options.output_price,
+    )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    cache = options.cache or options.output.with_suffix(".cache")
+    if options.dry_run:
+        client = DryRun(endpoint)
+        asyncio.run(_annotate(options, client))
+        print(f"estimate, nothing was asked: {client.usage.summary()}")
+        return
+    # The loop comes first: threads that still wait for an answer are let finish, and their answers kept.
+    with asyncio.Runner() as runner, Client(endpoint, cache) as client:
+        lines, notes = runner.run(_annotate(options, client))
+        write_lines(options.output, lines)
+        counts = notes.write(options.output.with_suffix(".dropped.jsonl"))
+        write_whole(options.output.with_suffix(".usage.json"), json.dumps(client.usage.record(), indent=1))
+    print(f"{len(lines):,} samples in {options.output}; {client.usage.summary()}")
+    for kind, count in sorted(counts.items()):
+        print(f"  {kind}: {count:,}")
+
+
+async def _annotate(options: argparse.Namespace, client: Asks) -> tuple[list[dict], Notes]:
+    sizes = {"fps": options.fps, "max_frames": options.max_frames, "side": options.side}
+    sizes["questions"] = options.questions
+    if options.recipe == "story":
+        notes = Notes(str(options.chapters))
+        items = read_chapters(options.chapters, options.videos, notes)
+        worker = Story(client, options.output, notes, StorySettings(**sizes), options.prompts)
+    else:
+        notes = Notes(str(options.clips))
+        items = read_kept(options.clips)
+        types = load_question_types(options.question_types)
+        settings = ClipSettings(**sizes, seed=options.seed)
+        worker = ClipQuestions(client, options.output, notes, types, settings, options.prompts)
+    try:
+        results = await for_each(items, worker.annotate, options.videos_at_once)
+    except* UserError as group:  # a wrong key or address: the first says it all
+        raise group.exceptions[0] from None
+    return [line for lines in results for line in lines], notes
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--endpoint", required=True, metavar="URL", help="address up to and including /v1")
+    common.add_argument("--model", required=True, metavar="NAME", help="the model's name there")
+    common.add_argument("--output", type=Path, required=True, metavar="O.jsonl", help="training lines")
+    common.add_argument("--cache", type=Path, metavar="DIR", help="of answers (default: O.cache)")
+    common.add_argument("--dry-run", action="store_true", help="count requests and tokens, ask nothing")
+    common.add_argument(
+        "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="default %(default)s"
+    )
+    common.add_argument("--concurrency", type=int, default=8, help="requests at once (default %(default)s)")
+    common.add_argument("--requests-per-minute", type=float, metavar="N", help="default: no limit")
+    common.add_argument("--timeout", type=float, default=120.0, help="seconds (default %(default)s)")
+    common.add_argument("--attempts", type=int, default=6, help="per request (default %(default)s)")
+    common.add_argument("--input-price", type=float, default=0.0, help="per million tokens")
+    common.add_argument("--output-price", type=float, default=0.0, help="per million tokens")
+    common.add_argument(
+        "--prompts", type=Path, metavar="DIR", help="own NAME.vN.txt in place of shipped ones"
+    )
+    common.add_argument("--fps", type=float, default=2.0, help="frames a second (default %(default)s)")
+    common.add_argument("--max-frames", type=int, default=50, help="at once (default %(default)s)")
+    common.add_argument("--side", type=int, default=512, help="pixels of a frame (default %(default)s)")
+    common.add_argument("--videos-at-once", type=int, default=8, help="default %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    recipes = parser.add_subparsers(dest="recipe", required=True)
+    story = recipes.add_parser("story", parents=[common], help="chapters -> captions -> questions")
+    story.add_argument("--chapters", type=Path, required=True, metavar="FILE", help="ViTT or VidChapters")
+    story.add_argument("--videos", type=Path, required=True, metavar="DIR", help="holds ID.mp4 and the like")
+    story.add_argument("--questions", type=int, default=5, help="per video (default %(default)s)")
+    clips = recipes.add_parser("clips", parents=[common], help="clips -> questions -> anchors")
+    clips.add_argument("--clips", type=Path, required=True, metavar="kept.jsonl", help="of select_videos.py")
+    clips.add_argument("--questions", type=int, default=3, help="per clip (default %(default)s)")
+    clips.add_argument("--question-types", type=Path, metavar="YAML", help="own pool of kinds of questions")
+    clips.add_argument("--seed", type=int, default=0, help="of the kinds per clip (default %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_cli(main)
