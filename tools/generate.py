@@ -1,26 +1,40 @@
-"""Ask an exported model.
+"""Ask a model.
 
     generate.py --hf H [--image F ...] [--video F ...] --prompt TEXT    one question, streamed
     generate.py --hf H --jsonl IN --output OUT                          many: {"prompt", "images", "videos"}
+
+H is an exported folder. In its place:
+
+    --checkpoint C    a training checkpoint of any layout: it is exported to a temporary folder first
+    --endpoint URL    an OpenAI-compatible server, as tools/serve_vllm.sh starts one
 
 Decoding is greedy. Pictures and videos stand before the prompt, unless it says <image-1> or <video-1>.
 """
 
 import argparse
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
 from megatron_eagle.errors import UserError, run_cli
-from megatron_eagle.inference.generate import ExportedModel, Request, Sampling, answer_file
+from megatron_eagle.inference.generate import Answers, ExportedModel, Request, Sampling, answer_file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hf", type=Path, required=True, help="exported folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf", type=Path, help="exported folder")
+    source.add_argument("--checkpoint", type=Path, help="training checkpoint with a tokenizer")
+    source.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server")
+    parser.add_argument("--model", help="name of the model on the server (default: its first)")
     parser.add_argument("--prompt", help="the question")
     parser.add_argument("--image", action="append", default=[], metavar="F", help="picture (repeatable)")
     parser.add_argument("--video", action="append", default=[], metavar="F", help="video (repeatable)")
@@ -38,15 +52,37 @@ def main() -> None:
     if options.jsonl is not None and (options.output is None or options.image or options.video):
         raise UserError("--jsonl needs --output OUT, and its lines name their own images and videos")
 
+    if options.model is not None and options.endpoint is None:
+        raise UserError("--model is a name on a server: it needs --endpoint URL")
+
     sampling = Sampling(options.fps, options.max_frames, options.max_tiles, options.max_new_tokens)
-    model = ExportedModel(options.hf)
-    if options.jsonl is None:
-        request = Request(options.prompt, tuple(options.image), tuple(options.video))
-        model.answer(request, sampling, stream=True)
-        return
-    progress = partial(tqdm, desc="answers", unit="answer")
-    count = answer_file(model, options.jsonl, options.output, sampling, progress)
-    print(f"{count} answers in {options.output}")
+    with _model(options) as model:
+        if options.jsonl is None:
+            request = Request(options.prompt, tuple(options.image), tuple(options.video))
+            model.answer(request, sampling, stream=True)
+            return
+        progress = partial(tqdm, desc="answers", unit="answer")
+        count = answer_file(model, options.jsonl, options.output, sampling, progress)
+        print(f"{count} answers in {options.output}")
+
+
+@contextmanager
+def _model(options: argparse.Namespace) -> Iterator[Answers]:
+    """What answers. Megatron is imported for a checkpoint only, and only for its export."""
+    if options.endpoint is not None:
+        from megatron_eagle.inference.server_client import ServedModel
+
+        yield ServedModel(options.endpoint, options.model)
+    elif options.checkpoint is not None:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is worth compiling
+        from megatron_eagle.convert.to_hf import export_hf
+
+        warnings.filterwarnings("ignore", category=FutureWarning)  # between Megatron and torch
+        with TemporaryDirectory() as folder:
+            export_hf(options.checkpoint, folder)
+            yield ExportedModel(folder)
+    else:
+        yield ExportedModel(options.hf)
 
 
 def _positive(kind: type):

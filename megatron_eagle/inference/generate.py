@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -64,6 +64,13 @@ class Sampling:
     max_new_tokens: int = 512
 
 
+class Answers(Protocol):
+    """What answers requests: an exported model here, or a server."""
+
+    def answer(self, request: Request, sampling: Sampling = Sampling(), *, stream: bool = False) -> str:
+        """The answer; with `stream` also printed while it is generated."""
+
+
 class ExportedModel:
     """An exported model and its processor, on the GPU if there is one.
 
@@ -107,7 +114,7 @@ class ExportedModel:
 
     def _inputs(self, request: Request, sampling: Sampling) -> Any:
         content: list[dict[str, Any]] = [{"type": "image", "image": path} for path in request.images]
-        content += [_video_item(video, sampling) for video in request.videos]
+        content += [video_item(video, sampling) for video in request.videos]
         content.append({"type": "text", "text": request.prompt})
         messages = [{"role": "user", "content": content}]
         max_tiles = request.max_tiles or sampling.max_tiles
@@ -124,7 +131,7 @@ class ExportedModel:
 
 
 def answer_file(
-    model: ExportedModel,
+    model: Answers,
     source: Path,
     output: Path,
     sampling: Sampling,
@@ -169,7 +176,8 @@ def read_requests(source: Path) -> Iterator[tuple[str, Mapping[str, Any], Reques
         yield where, record, Request.from_record(record, where)
 
 
-def _video_item(video: str | dict[str, Any], sampling: Sampling) -> dict[str, Any]:
+def video_item(video: str | dict[str, Any], sampling: Sampling) -> dict[str, Any]:
+    """A video of a request as the exported processor takes it. Raises `UserError` naming what is wrong."""
     record = {"video": video} if isinstance(video, str) else dict(video)
     path = record.pop("video", None) or record.pop("path", None)
     if not isinstance(path, str):

@@ -1,0 +1,245 @@
+"""What vLLM needs of an export, and the client for its server. Recorded from vLLM 0.33; no vLLM is run."""
+
+import base64
+import http.server
+import io
+import json
+import os
+import re
+import runpy
+import subprocess
+import threading
+
+import pytest
+from PIL import Image
+from transformers import AutoConfig, AutoTokenizer
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.inference.generate import Request, Sampling
+from megatron_eagle.inference.server_client import ServedModel
+from tests.convert.hf_folder import read_weights
+from tests.convert.media import write_picture, write_video
+from tests.paths import REPO
+
+# What vllm/model_executor/models/{eagle2_5_vl,siglip,qwen2}.py read of a configuration.
+ATTRIBUTES = {
+    "": (
+        "architectures",
+        "force_image_size",
+        "min_dynamic_patch",
+        "max_dynamic_patch",
+        "dynamic_image_size",
+        "use_thumbnail",
+        "downsample_ratio",
+        "select_layer",
+    ),
+    "vision_config": (
+        "image_size",
+        "patch_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_channels",
+        "hidden_act",
+        "layer_norm_eps",
+        "attention_dropout",
+    ),
+    "text_config": (
+        "architectures",
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    ),
+}
+# Weights that its loader takes; it has no mapping of names, and leaves out the pooling head.
+VISION = r"vision_model\.vision_model\."
+NAMES = re.compile(
+    rf"{VISION}embeddings\.(patch_embedding\.(weight|bias)|position_embedding\.weight)"
+    rf"|{VISION}encoder\.layers\.\d+\.(layer_norm[12]|self_attn\.([qkv]|out)_proj|mlp\.fc[12])\.(weight|bias)"
+    rf"|{VISION}post_layernorm\.(weight|bias)"
+    rf"|{VISION}head\..+"
+    r"|mlp1\.[013]\.(weight|bias)"
+    r"|language_model\.(model\.(embed_tokens|norm)|lm_head)\.weight"
+    r"|language_model\.model\.layers\.\d+\.self_attn\.([qkv]_proj\.(weight|bias)|o_proj\.weight)"
+    r"|language_model\.model\.layers\.\d+\.(mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm)\.weight"
+)
+
+
+def test_vllm_finds_every_attribute(exported):
+    config = AutoConfig.from_pretrained(exported, trust_remote_code=True)
+    written = json.loads((exported / "config.json").read_text())
+    for part, names in ATTRIBUTES.items():
+        value, raw = (getattr(config, part), written[part]) if part else (config, written)
+        for name in names:
+            assert getattr(value, name) is not None and raw[name] is not None, (part, name)
+    assert config.architectures == ["Eagle2_5_VLForConditionalGeneration"]
+    assert config.text_config.architectures == ["Qwen2ForCausalLM"]
+    assert written["auto_map"]["AutoConfig"].split(".")[0] + ".py" in os.listdir(exported)
+
+
+def test_vllm_knows_every_weight_and_misses_none(exported):
+    names = read_weights(exported).keys()
+    assert not [name for name in names if not NAMES.fullmatch(name)]
+    # Two layers of each tower: 16 weights of a vision layer, 12 of a language layer.
+    assert len([name for name in names if ".head." not in name]) == 3 + 2 * 16 + 2 + 6 + 3 + 2 * 12
+
+
+def test_vllms_placeholders_are_single_tokens(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    for token in ("<img>", "</img>", "<IMG_CONTEXT>"):
+        assert len(tokenizer.encode(token, add_special_tokens=False)) == 1
+
+
+def test_a_turn_as_text_keeps_vllms_placeholder(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
+    turn = [{"role": "user", "content": "<image>\nWhat is it?"}]
+    prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert "user\n<image>\nWhat is it?<|im_end|>" in prompt
+
+
+def test_the_script_starts_vllm_and_refuses_other_folders(exported, checkpoint, tmp_path):
+    script = str(REPO / "tools" / "serve_vllm.sh")
+    (tmp_path / "vllm").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "vllm").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PORT": "8123"}
+
+    def start(*arguments):
+        return subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True)
+
+    started = start(str(exported), "--max-model-len", "4096")
+    arguments = started.stdout.splitlines()
+    assert started.returncode == 0 and arguments[:3] == ["serve", str(exported), "--trust-remote-code"]
+    assert arguments[-2:] == ["--max-model-len", "4096"] and "8123" in arguments
+    assert json.loads(arguments[arguments.index("--limit-mm-per-prompt") + 1]) == {"image": 256}
+    for wrong, message in (((), "usage"), ((str(checkpoint),), "no config.json")):
+        refused = start(*wrong)
+        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers with the number of pictures and the prompt; "fail" is refused, "break" breaks off."""
+
+    requests: list[dict]
+
+    def log_message(self, *arguments):
+        pass
+
+    def _send(self, status, value):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(value if isinstance(value, bytes) else json.dumps(value).encode())
+
+    def do_GET(self):
+        self._send(200, {"data": [{"id": "tiny"}]} if self.path == "/v1/models" else {})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append(body)
+        content = body["messages"][0]["content"]
+        prompt = content[-1]["text"]
+        if prompt == "fail":
+            self._send(400, {"error": {"message": "too long\nreally"}})
+            return
+        pieces = [f"{sum(c['type'] == 'image_url' for c in content)} pictures, ", prompt]
+        if not body["stream"]:
+            self._send(200, {"choices": [{"message": {"content": "".join(pieces)}}]})
+            return
+        events = [json.dumps({"choices": [{"delta": {"content": piece}}]}) for piece in pieces]
+        events += [] if prompt == "break" else ["[DONE]"]
+        self._send(200, b"".join(f"data: {event}\n\n".encode() for event in events))
+
+
+@pytest.fixture(scope="module")
+def server():
+    handler = type("Recorded", (Server,), {"requests": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}", handler.requests
+        running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    return write_picture(folder / "p.png", 60, 40), write_video(folder / "v.mp4")
+
+
+def run_tool(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(REPO / "tools" / "generate.py"), run_name="__main__")
+    return exit.value.code or 0, *capsys.readouterr()
+
+
+def test_pictures_and_frames_reach_the_server(server, media):
+    url, requests = server
+    picture, video = media
+    model = ServedModel(url)
+    assert model.model == "tiny" and ServedModel(f"{url}/v1", "own").model == "own"
+    request = Request("What?", (picture,), ({"video": video, "nframes": 4},))
+    assert model.answer(request, Sampling(max_new_tokens=9)) == "5 pictures, What?"
+    sent = requests[-1]
+    assert (sent["max_tokens"], sent["temperature"], sent["model"]) == (9, 0, "tiny")
+    content = sent["messages"][0]["content"]
+    texts = [item["text"] for item in content if item["type"] == "text"]
+    labels = [f"Frame {i} sample at {t}s: " for i, t in enumerate(("0.00", "1.00", "1.90", "2.90"), 1)]
+    assert texts == ["Video 1 sampled with 1.33 fps: ", *labels, "What?"]
+    encoded = content[0]["image_url"]["url"].removeprefix("data:image/png;base64,")
+    ours = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    assert ours.tobytes() == Image.open(picture).convert("RGB").tobytes()
+
+
+def test_the_tool_streams_and_reads_files_of_requests(server, media, tmp_path, monkeypatch, capsys):
+    url, _ = server
+    status, out, _ = run_tool(monkeypatch, capsys, "--endpoint", url, "--image", media[0], "--prompt", "A?")
+    assert (status, out) == (0, "1 pictures, A?\n")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "B?"}\n')
+    batch = ("--jsonl", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl")
+    assert run_tool(monkeypatch, capsys, "--endpoint", url, *batch)[0] == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text())["answer"] == "0 pictures, B?"
+
+
+def test_what_a_server_may_do_wrong_is_one_line(server, media):
+    url, _ = server
+    model = ServedModel(url)
+    for request, stream, message in [
+        (Request("fail"), False, "the server says 400: too long$"),
+        (Request("break"), True, "broke off"),
+        (Request("a", ("nowhere.png",)), False, "image not found: nowhere.png"),
+        (Request("a", (), ("nowhere.mp4",)), False, "video not found: nowhere.mp4"),
+        (Request("a", max_tiles=2), False, "the server's own setting"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            model.answer(request, stream=stream)
+        assert "\n" not in str(error.value)
+    for wrong, message in [
+        ("127.0.0.1:8000", "expected the URL of a server"),
+        ("http://127.0.0.1:9", "cannot be reached"),
+        (f"{url}/other", "names no model"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            ServedModel(wrong)
+
+
+def test_a_checkpoint_answers_like_its_export(checkpoint, exported, media, monkeypatch, capsys):
+    question = ("--image", media[0], "--prompt", "What is it?", "--max-new-tokens", 6)
+    status, ours, err = run_tool(monkeypatch, capsys, "--checkpoint", checkpoint, *question)
+    assert status == 0 and ours.strip(), err
+    assert run_tool(monkeypatch, capsys, "--hf", exported, *question)[1] == ours
+
+
+def test_one_source_of_answers(exported, checkpoint, tmp_path, monkeypatch, capsys):
+    both = ("--hf", exported, "--checkpoint", checkpoint, "--prompt", "a")
+    assert run_tool(monkeypatch, capsys, *both)[0] == 2
+    status, _, err = run_tool(monkeypatch, capsys, "--checkpoint", tmp_path, "--prompt", "a")
+    assert status == 2 and "not a checkpoint" in err and err.count("\n") == 1
+    status, _, err = run_tool(monkeypatch, capsys, "--hf", exported, "--model", "m", "--prompt", "a")
+    assert status == 2 and "needs --endpoint" in err
