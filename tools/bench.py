@@ -8,7 +8,7 @@ from benchmarks.report import write_json
 
 from megatron_eagle.errors import UserError, run_cli
 
-BENCHMARKS = ("context_parallel", "convert", "packing", "tiles")
+BENCHMARKS = ("context_parallel", "convert", "linear_cross_entropy", "packing", "tiles")
 
 
 def main() -> None:

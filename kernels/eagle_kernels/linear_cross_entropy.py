@@ -161,6 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, rows, out=grad_x[start : start + task.chunk_size])
             if grad_weight is not None:
                 _add_product(grad_weight[: task.product_rows], grad, chunk)
+            del grad  # before the next chunk's logits
         ctx.task, ctx.weight, ctx.n_tokens = task, weight, x.shape[0]
         ctx.gradients = grad_x, grad_weight
         return losses

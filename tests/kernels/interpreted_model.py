@@ -12,9 +12,21 @@ from unittest.mock import patch
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
+from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.runtime.device import Device
-from tests.parallel.cases import ONE_PROCESS, combine, run, tiny_model
+from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+from tests.parallel.cases import Outcome, combine, forward_backward, global_batch, tiny_model
+
+
+def step(layers: LayersConfig) -> Outcome:
+    """One pack, with pictures."""
+    eagle = tiny_model()
+    with model_parallel(ParallelConfig()) as mesh:
+        models = build_model(eagle, mesh, torch.device("cpu"), layers=layers)
+        initialize_parameters(models, seed=1)
+        return combine([forward_backward(models, eagle, mesh, global_batch(eagle)[3:])])
 
 
 def main() -> None:
@@ -29,11 +41,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Device("cpu").context():
         store = f"file://{Path(folder, 'store')}"
         torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        eager = run(ONE_PROCESS, tiny_model(), layers=LayersConfig(kernels="eager", loss="plain"))
+        eager = step(LayersConfig(kernels="eager", loss="plain"))
         with patch.object(InterpretedFunction, "__getitem__", record):
-            triton = run(ONE_PROCESS, tiny_model(), layers=LayersConfig(kernels="triton", loss="fused"))
+            triton = step(LayersConfig(kernels="triton", loss="fused"))
         torch.distributed.destroy_process_group()
-    error, name = combine([triton]).worst(combine([eager]))
+    error, name = triton.worst(eager)
     print(json.dumps({"error": error, "worst": name, "kernels": sorted(ran)}))
 
 

@@ -44,11 +44,11 @@ def plain() -> Outcome:
     ("layout", "layers"),
     [
         ("one process", FUSED),
-        ("TP2, none", FUSED),
+        pytest.param("TP2, none", FUSED, marks=pytest.mark.slow),
         ("TP4+SP, none", INTO_MAIN_GRAD),
-        ("CP2, none", FUSED),
+        pytest.param("CP2, none", FUSED, marks=pytest.mark.slow),
         ("PP2 x VPP2, none", INTO_MAIN_GRAD),
-        ("DP4 overlapped, none", INTO_MAIN_GRAD),
+        pytest.param("DP4 overlapped, none", INTO_MAIN_GRAD, marks=pytest.mark.slow),
         ("TP2+SP x CP2, none", FUSED),
         ("TP2+SP x PP2 x CP2, none", INTO_MAIN_GRAD),
     ],
@@ -59,7 +59,11 @@ def test_equals_the_plain_loss(layout, layers, plain):
 
 
 @pytest.mark.parametrize(
-    ("layout", "layers"), [("one process", INTO_MAIN_GRAD), ("PP2, none", INTO_MAIN_GRAD)]
+    ("layout", "layers"),
+    [
+        ("one process", INTO_MAIN_GRAD),
+        ("PP2, none", INTO_MAIN_GRAD),
+    ],
 )
 def test_tied_embeddings(layout, layers):
     tied = {"tie_word_embeddings": True}
