@@ -1,22 +1,103 @@
-"""Look into a token store.  See `megatron_eagle/data/preview.py`."""
+"""Look into data before training on them: samples and packs of a store, problems of annotations, the mix."""
 
 import argparse
 import json
+from collections import Counter
+from pathlib import Path
 
-from megatron_eagle.data.preview import describe
+from tqdm import tqdm
+
+from megatron_eagle.data.lint import datasets_of, problems
+from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
+from megatron_eagle.data.mix import recipe_mix, store_mix
+from megatron_eagle.data.packing import read_packs
+from megatron_eagle.data.preview import check_row, describe
+from megatron_eagle.data.preview_html import pack_page, sample_page
 from megatron_eagle.data.store import SampleStore
-from megatron_eagle.errors import run_cli
+from megatron_eagle.errors import UserError, run_cli
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__)
-    show = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("show", help="one sample")
-    show.add_argument("data", metavar="D", help="folder of the token store")
-    show.add_argument("--sample", required=True, type=int, metavar="I", help="row of the store, from 0")
-    show.add_argument("--length", type=int, help="token limit of the plan (default: the longest)")
-    show.add_argument("--json", required=True, action="store_true", help="print it as one JSON object")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    add = commands.add_parser("show", help="one sample or one pack").add_argument
+    add("data", metavar="D", help="folder of the token store")
+    add("--sample", type=int, metavar="I", help="row of the store, from 0")
+    add(
+        "--pack",
+        type=int,
+        metavar="P",
+        help="pack of the length's index, from 0 (default, where there is one)",
+    )
+    add("--length", type=int, help="token limit of the plan (default: the longest)")
+    add("--json", action="store_true", help="print the sample as one JSON object")
+    add("--html", metavar="OUT", help="write one self-contained page")
+    add = commands.add_parser(
+        "lint", help="problems by file and line; exits with 1 if there are any"
+    ).add_argument
+    add("recipe", metavar="RECIPE", help="a recipe, or one JSONL file")
+    add("--no-media", action="store_true", help="look at the annotations only")
+    add(
+        "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger pictures are refused (%(default)s)"
+    )
+    add = commands.add_parser("mix", help="what a recipe or a store mixes").add_argument
+    add("path", metavar="PATH", help="a recipe, or the folder of a token store")
+    add("--length", type=int, help="token limit of a store's plan (default: the longest)")
     args = parser.parse_args()
-    print(json.dumps(describe(SampleStore(args.data, args.length), args.sample)))
+    return {"show": show, "lint": lint, "mix": mix}[args.command](args)
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print a sample as JSON, write a sample or a pack as a page."""
+    if not (args.json or args.html):
+        raise UserError("show needs --json or --html OUT")
+    if args.sample is not None and args.pack is not None:
+        raise UserError("show takes --sample or --pack, not both")
+    store = SampleStore(args.data, args.length)
+    if args.json:
+        if args.sample is None:
+            raise UserError("--json shows one sample; name it with --sample I")
+        print(json.dumps(describe(store, args.sample)))
+    if args.html:
+        has_packs = (store.folder / "packs.arrow").is_file()
+        if args.sample is None and (args.pack is not None or has_packs):
+            index, pack = read_packs(store), args.pack or 0
+            if not 0 <= pack < len(index):
+                raise UserError(
+                    f"{store.path} has packs 0 to {len(index) - 1} at length {store.length}, no {pack}"
+                )
+            page = pack_page(store, index, pack)
+        else:
+            page = sample_page(store, check_row(store, args.sample or 0))
+        try:
+            Path(args.html).write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {args.html}: {error.strerror}") from None
+        print(f"written to {args.html}")
+
+
+def lint(args: argparse.Namespace) -> int:
+    """Print FILE:LINE: PROBLEM for every line that cannot be used, then the counts."""
+    counts: Counter[str] = Counter()
+    n_lines = 0
+    for dataset in datasets_of(args.recipe):
+        found = problems(dataset, media=not args.no_media, max_pixels=args.max_pixels)
+        for problem in tqdm(found, desc=dataset.name, unit=" lines", dynamic_ncols=True):
+            n_lines += 1
+            if problem is not None:
+                counts[problem.kind] += 1
+                tqdm.write(f"{problem.file}:{problem.line}: {problem.reason}")
+    kinds = "".join(f"; {kind}: {count:,}" for kind, count in sorted(counts.items()))
+    print(f"{n_lines:,} lines, {counts.total():,} with a problem{kinds}")
+    return 1 if counts else 0
+
+
+def mix(args: argparse.Namespace) -> None:
+    """Print the shares of the data sets."""
+    if Path(args.path).is_dir():
+        print(store_mix(SampleStore(args.path, args.length)))
+    else:
+        print(recipe_mix(args.path))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 Shapes: s tokens of a pack, n tiles, S tile size in pixels.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.loss_weights import answer_weights
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.source import file_facts
 from megatron_eagle.data.media.tiles import tile_image
@@ -17,8 +18,6 @@ from megatron_eagle.data.media.video import load_frames
 from megatron_eagle.data.packing import PackIndex
 from megatron_eagle.data.store import ImagePlan, SampleStore, StoredSample, VideoPlan
 from megatron_eagle.errors import UserError
-
-LOSS_WEIGHTINGS = ("square", "token", "sample")
 
 
 @dataclass
@@ -44,22 +43,6 @@ class Batch:
     n_tiles: int
     sample_rows: list[int]
     """Store rows of the documents, without the padding."""
-
-
-def answer_weights(lengths: Iterable[int], weighting: str, multi_turn: bool) -> np.ndarray:
-    """Weight of a token by its answer number, float64 [answers + 1]; entry 0 is that of unsupervised tokens,
-    0.
-
-    In a sample with n supervised tokens each weighs 1 / sqrt(n) (`square`), 1 (`token`) or 1 / n (`sample`);
-    `multi_turn` counts n per answer.  Source: section 7 of EAGLE 2.5's facts, InternVL 2.5's square
-    averaging.
-    """
-    n = np.array([1, *lengths], np.float64)
-    if not multi_turn:
-        n[1:] = n[1:].sum()
-    weights = n ** {"square": -0.5, "token": 0.0, "sample": -1.0}[weighting]
-    weights[0] = 0
-    return weights
 
 
 def normalizer(index: PackIndex, packs: np.ndarray, weighting: str, multi_turn: bool) -> float:

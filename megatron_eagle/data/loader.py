@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from megatron_eagle.data.balance import assign, pack_costs
-from megatron_eagle.data.dataset import LOSS_WEIGHTINGS, Batch, assemble, media_loaders, normalizer
+from megatron_eagle.data.dataset import Batch, assemble, media_loaders, normalizer
+from megatron_eagle.data.loss_weights import LOSS_WEIGHTINGS
 from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.store import DataManifest, SampleStore
 from megatron_eagle.errors import UserError

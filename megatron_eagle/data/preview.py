@@ -1,8 +1,15 @@
 """What a store row holds, as plain data to look at or to compare."""
 
-from megatron_eagle.data.dataset import answer_weights
+from megatron_eagle.data.loss_weights import answer_weights
 from megatron_eagle.data.store import ImagePlan, SampleStore
 from megatron_eagle.errors import UserError
+
+
+def check_row(store: SampleStore, row: int) -> int:
+    """`row`, if the store has it.  Raises `UserError`."""
+    if not 0 <= row < len(store):
+        raise UserError(f"{store.path} has rows 0 to {len(store) - 1} at length {store.length}, no row {row}")
+    return row
 
 
 def _image(image: ImagePlan) -> dict:
@@ -20,9 +27,7 @@ def describe(store: SampleStore, row: int) -> dict:
     `loss_weights[i]` belongs to token i itself: 0 where it is not part of an answer.  Raises `UserError` for
     a row that does not exist.
     """
-    if not 0 <= row < len(store):
-        raise UserError(f"{store.path} has rows 0 to {len(store) - 1} at length {store.length}, no row {row}")
-    sample = store[row]
+    sample = store[check_row(store, row)]
     n_pictures = len(sample.images) - sum(len(document.pages) for document in sample.documents)
     images = [_image(image) for image in sample.images]
     return {

@@ -56,6 +56,9 @@ class Tokenizer(Protocol):
     def token_id(self, name: str) -> int:
         """Id of a special token.  Raises `UserError` that names it if there is none."""
 
+    def is_special(self, token: int) -> bool:
+        """Whether this id is a special token, which no plain text becomes."""
+
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json` of the `tokenizers` library (Qwen2.5 and alike)."""
@@ -78,6 +81,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._special = {token["id"] for token in definition.get("added_tokens") or [] if token["special"]}
         canonical = json.dumps(definition, sort_keys=True, ensure_ascii=False)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         self._count_short = lru_cache(maxsize=16384)(self._count)
@@ -104,6 +108,9 @@ class HuggingFaceTokenizer:
         if token is None:
             raise UserError(f'{self._path} has no token "{name}"; add it as a special token')
         return token
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
 
 
 class SentencePieceTokenizer:
@@ -157,7 +164,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         parts: list[str] = []
-        for special, run in groupby(ids, self._is_special):
+        for special, run in groupby(ids, self.is_special):
             tokens = list(run)
             parts += map(self._name, tokens) if special else [self._processor.decode(tokens)]
         return "".join(parts)
@@ -170,7 +177,7 @@ class SentencePieceTokenizer:
             raise UserError(f'{self._path} has no token "{name}"; add it as a special token')
         return token
 
-    def _is_special(self, token: int) -> bool:
+    def is_special(self, token: int) -> bool:
         return token in self._names or self._processor.is_control(token)
 
     def _name(self, token: int) -> str:

@@ -1,10 +1,14 @@
 """What the data tests share: a small tokenizer, pictures, clips whose frames can be told apart, records."""
 
+import io
 import json
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import av
 import numpy as np
@@ -142,6 +146,18 @@ def run_tool(name: str, *arguments) -> subprocess.CompletedProcess:
     """Run tools/NAME.py as a user does."""
     command = [sys.executable, str(REPO / "tools" / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def call_tool(name: str, *arguments) -> subprocess.CompletedProcess:
+    """Run tools/NAME.py in this process, which spares its imports."""
+    argv = [str(REPO / "tools" / f"{name}.py"), *map(str, arguments)]
+    out, errors = io.StringIO(), io.StringIO()
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(errors):
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as leaving:
+            code = leaving.code or 0
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), errors.getvalue())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

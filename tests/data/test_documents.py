@@ -16,7 +16,7 @@ from megatron_eagle.data.preview import describe
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.data.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
-from tests.data.helpers import conversation, make_image, make_store, make_video, run_tool
+from tests.data.helpers import call_tool, conversation, make_image, make_store, make_video
 
 
 def test_pages_are_labelled_pictures(tmp_path, tokenizer_dir):
@@ -169,7 +169,7 @@ def test_the_report_of_data_sets(tmp_path, tokenizer_dir):
     (tmp_path / "r.json").write_text(
         '{"pictures": {"annotation": "a.jsonl"}, "clips": {"annotation": "b.jsonl"}}'
     )
-    done = run_tool(
+    done = call_tool(
         *("preprocess_data", "run", "--recipe", tmp_path / "r.json", "--tokenizer", tokenizer_dir),
         *("--output", tmp_path / "s", "--max-tokens", 150, 400, "--tile-size", 28),
         *("--report", tmp_path / "report.png"),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eagle.data.dataset import LOSS_WEIGHTINGS
 from megatron_eagle.data.loader import DataConfig, PackLoader
+from megatron_eagle.data.loss_weights import LOSS_WEIGHTINGS
 from megatron_eagle.data.packing import write_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError

@@ -11,7 +11,7 @@ from megatron_eagle.data.best_fit import pack_rows
 from megatron_eagle.data.packing import read_packs, write_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
-from tests.data.helpers import conversation, make_store, run_tool
+from tests.data.helpers import call_tool, conversation, make_store
 
 
 @given(st.lists(st.integers(1, 600), max_size=60), st.integers(0, 5))
@@ -97,16 +97,16 @@ def test_index_and_its_mistakes(tmp_path, tokenizer_dir):
     expected = [sum(store[r].n_tokens ** 2 for r in index.rows(p)) for p in packs]
     assert index.column("sum_squares", packs).tolist() == expected
 
-    done = run_tool("pack_data", "--data", path, "--length", 256)
+    done = call_tool("pack_data", "--data", path, "--length", 256)
     assert done.returncode == 0
     assert "8 samples in" in done.stdout
     assert "% full" in done.stdout
-    wrong = run_tool("pack_data", "--data", path, "--length", 100)
+    wrong = call_tool("pack_data", "--data", path, "--length", 100)
     assert (wrong.returncode, wrong.stderr) == (
         2,
         f"error: {path} has no plan for length 100; it has 128, 256\n",
     )
-    assert run_tool("pack_data", "--data", tmp_path, "--length", 100).returncode == 2
+    assert call_tool("pack_data", "--data", tmp_path, "--length", 100).returncode == 2
 
     packed = (store.folder / "packs.arrow").read_bytes()
     for lengths, data in (((128,), records[:-1]), ((128, 256), records)):
