@@ -66,6 +66,12 @@ def load_stages(
     return configs
 
 
+def stage_names(path: str | Path) -> list[str]:
+    """The stages of a file, in order. Raises `UserError` if it has none."""
+    sections = load_yaml(path).get("stages")
+    return _check_sections(sections, str(path))
+
+
 def train_stages(configs: Sequence[RunConfig]) -> TrainState:
     """Run (or resume) stages in turn; the finished ones at the front are passed over. Collective.
 

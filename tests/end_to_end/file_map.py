@@ -25,6 +25,11 @@ DESCRIPTIONS = {
     "examples/demo/conversations.jsonl": "24 conversations on pictures, clips or neither, 1 that is too long",
     "examples/demo/recipe.yaml": "names the conversations and the folder of their media",
     "examples/demo/train.yaml": "the demo's training run",
+    "examples/slurm/README.md": "how to use the scripts, and what of them has been run",
+    "examples/slurm/convert.sbatch": "Hugging Face import and export as a job",
+    "examples/slurm/preprocess.sbatch": "preprocessing on several nodes, with Ray",
+    "examples/slurm/progressive.sh": "all stages of a file as a chain of jobs",
+    "examples/slurm/train.sbatch": "a training run that saves and requeues itself when its time is over",
 }
 
 

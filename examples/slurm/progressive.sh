@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# All stages of a file as a chain of jobs, each after the one before has finished well:
+#   examples/slurm/progressive.sh CONFIG [options of sbatch]
+# A stage that is finished passes at once, so the same command picks up a broken chain.
+set -euo pipefail
+
+config=${1:?usage: progressive.sh CONFIG [options of sbatch]}
+shift
+here=$(cd "$(dirname "$0")" && pwd)
+stages=$("${PYTHON:-python}" -c '
+import sys
+from megatron_eagle.training.stages import stage_names
+print(*stage_names(sys.argv[1]), sep="\n")
+' "$config")
+
+previous=
+while read -r stage; do
+    after=()
+    [[ -z $previous ]] || after=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
+    previous=$(sbatch --parsable --job-name="eagle-$stage" "${after[@]}" "$@" \
+        "$here/train.sbatch" "$config" --stage "$stage")
+    previous=${previous%%;*} # --parsable may add the cluster
+    echo "$stage: job $previous"
+done <<<"$stages"

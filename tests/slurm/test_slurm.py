@@ -1,0 +1,127 @@
+"""The Slurm examples against a stand-in: clean shell, legal flags, a chain of stages, a stopped run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_eagle.data.packing import write_packs
+from megatron_eagle.training.checkpoint import read_train_state
+from megatron_eagle.training.metrics import read_metrics
+from tests.data.helpers import conversation, make_store, make_tokenizer
+from tests.paths import REPO
+
+SLURM = REPO / "examples" / "slurm"
+LENGTH = 256
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Environment with the stand-in's commands on PATH."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("sbatch", "srun", "scontrol"):
+        file = commands / name
+        standin = (REPO / "tests" / "slurm" / "standin.py").read_text()
+        file.write_text(f"#!{sys.executable}\n{standin}")
+        file.chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "STANDIN_DIR": str(tmp_path),
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{REPO}:{REPO / 'kernels'}",
+        "REPO": str(REPO),
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def jobs(tmp_path: Path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "jobs.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say():
+    scripts = [str(file) for file in SLURM.iterdir() if file.suffix in (".sh", ".sbatch")]
+    assert len(scripts) == 4
+    result = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", ["train", "preprocess", "convert"])
+def test_options_are_slurms(slurm, tmp_path, script):
+    command = ["sbatch", str(SLURM / f"{script}.sbatch"), "argument"]
+    subprocess.run(command, env={**slurm, "STANDIN_SUBMIT_ONLY": "1"}, check=True)
+    assert jobs(tmp_path)[0]["arguments"] == ["argument"]
+    refused = subprocess.run(["sbatch", "--nods=2", *command[1:]], env=slurm, capture_output=True, text=True)
+    assert refused.returncode == 1 and "unrecognized option '--nods'" in refused.stderr
+
+
+def test_stages_become_a_chain(slurm, tmp_path):
+    config = REPO / "examples" / "eagle2.5-8b" / "progressive.yaml"
+    command = [str(SLURM / "progressive.sh"), str(config), "--nodes=4"]
+    environment = {**slurm, "STANDIN_SUBMIT_ONLY": "1"}
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines()[1] == "stage1_5: job 101"
+    submitted = jobs(tmp_path)
+    names = list(yaml.safe_load(config.read_text())["stages"])
+    assert [job["arguments"][1:] for job in submitted] == [["--stage", name] for name in names]
+    assert [job["options"].get("dependency") for job in submitted] == [
+        *(None, "afterok:100", "afterok:101", "afterok:102", "afterok:103")
+    ]
+    assert {job["options"]["nodes"] for job in submitted} == {"4"}
+
+
+@pytest.mark.slow
+def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path):
+    """Two nodes with one CPU process each, through torchrun; the signal reaches the batch script alone."""
+    records = [conversation("Hi", "Yes " * (k % 5 + 1)) for k in range(40)]
+    store = make_store(tmp_path, make_tokenizer(tmp_path / "tokenizer"), records, (LENGTH,))
+    write_packs(store, LENGTH, seed=0)
+    config, run = tmp_path / "run.yaml", tmp_path / "run"
+    sections = {
+        "model": {"preset": "tiny", "vision": {"image_size": 28, "patch_size": 14}},
+        "data": {"path": str(store), "length": LENGTH},
+        "training": {"train_iterations": 2000, "global_batch_size": 2, "precision": "fp32"},
+        "checkpoint": {"path": str(run)},
+        "logging": {"progress": False, "tensorboard": False},
+    }
+    config.write_text(yaml.safe_dump(sections))
+    environment = {**slurm, "PROCESSES": "1", "MAX_RESTARTS": "0"}
+    submit = ["sbatch", "--nodes=2", str(SLURM / "train.sbatch"), str(config)]
+
+    job = subprocess.Popen(
+        submit, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(read_metrics(run / "logs" / "metrics.jsonl")) < 2:
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
+        time.sleep(0.2)
+    (tmp_path / "deliver").touch()
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    assert "which is saved; start again to go on (status 75)" in output
+    assert (tmp_path / "requeued").read_text() == "100"
+    stopped = read_train_state(run).iteration
+    assert stopped >= 2
+
+    submit.append(f"training.stop_at_iteration={stopped + 1}")
+    again = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=180)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"at iteration {stopped}" in again.stderr
+    assert [m.iteration for m in read_metrics(run / "logs" / "metrics.jsonl")][-1] == stopped + 1
+
+
+@pytest.mark.slow
+def test_preflight_names_what_is_wrong(slurm, tmp_path):
+    submit = ["sbatch", "--nodes=1", str(SLURM / "train.sbatch"), "absent.yaml"]
+    result = subprocess.run(submit, env={**slurm, "PROCESSES": "1"}, capture_output=True, text=True)
+    assert result.returncode != 0 and "cannot read absent.yaml" in result.stderr
