@@ -8,6 +8,7 @@ values are known, and read where a tensor needs it, so that memory holds one ten
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,14 @@ def write_checkpoint(
     """
     folder = root / f"iter_{iteration:07d}"
     folder.mkdir(parents=True)
-    torch_checkpoint.save(
-        {},
-        storage_writer=torch_checkpoint.FileSystemWriter(folder, sync_files=True),
-        planner=_PiecePlanner(pieces, dtype),
-        no_dist=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no process group: so it is meant
+        torch_checkpoint.save(
+            {},
+            storage_writer=torch_checkpoint.FileSystemWriter(folder, sync_files=True),
+            planner=_PiecePlanner(pieces, dtype),
+            no_dist=True,
+        )
     torch.save({"content_metadata": dict(_CONTENT)}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     save_yaml({"model": to_dict(config)}, folder / "run.yaml")
