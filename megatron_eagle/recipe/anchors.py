@@ -24,8 +24,8 @@ _NUMBERS = {word: str(number) for number, word in enumerate(_DIGITS)}
 # Words that say nothing of an answer by themselves.
 _COMMON_WORDS = """
 a an the and or but of to in on at by for from with as is are was were be been being it its this that these
-those he she they them his her their there here who what which when where while how why not no yes do does did has
-have had will would can could one some any into out up down over under then than so if very also
+those he she they them his her their there here who what which when where while how why not no yes do does did
+has have had will would can could one some any into out up down over under then than so if very also
 """
 _COMMON = frozenset(_COMMON_WORDS.split())
 

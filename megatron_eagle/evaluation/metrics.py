@@ -1,0 +1,134 @@
+"""Scorers: multiple choice, ANLS, relaxed accuracy, exact match, temporal grounding; all in [0, 1]."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_CLOCK = r"\d+(?::\d{1,2}){0,2}(?:\.\d+)?"
+_INTERVAL = re.compile(
+    rf"({_CLOCK})\s*(?:s|sec|seconds?)?\s*(?:-|–|—|to|and|until|,)\s*({_CLOCK})", re.IGNORECASE
+)
+
+
+def extract_choice(text: str, options: Sequence[str]) -> str | None:
+    """The letter that an answer chooses among options A, B, ...; None if it chooses none or several.
+
+    Looked for in this order: the answer is one letter; says "answer is B"; begins with one as in `B. text` or
+    `(B) text`; holds exactly one letter in brackets, or one bare letter that is no word; is or holds the text
+    of exactly one option.
+    """
+    letters = LETTERS[: len(options)]
+    text = text.strip()
+    whole = re.match(rf"^\(?([{letters}])\)?[.:,]?$", text)
+    said = set(
+        re.findall(
+            rf"(?i:answer|option|choice)(?:\s+(?i:is|would be))?\s*:?\s*\**\(?([{letters}])\b(?!['’])", text
+        )
+    )
+    if whole or len(said) == 1:
+        return whole[1] if whole else said.pop()
+    bracketed = set(re.findall(rf"\(([{letters}])\)", text))
+    if len(bracketed) > 1:
+        return None
+    if begins := re.match(rf"^([{letters}])(?:\)|[.:,](?=\s))", text):
+        return begins[1]
+    # "A" and "I" are also words: bare letters count only where they cannot be one.
+    bare = set(re.findall(rf"\b([{letters[1:]}])\b", text)) - {"I"}
+    if found := bracketed or bare:
+        return found.pop() if len(found) == 1 else None
+    plain = _plain(text)
+    held = [(letter, _plain(option)) for letter, option in zip(letters, options, strict=True)]
+    same = [letter for letter, option in held if option == plain]
+    if len(same) == 1:
+        return same[0]
+    inside = [letter for letter, option in held if option and f" {option} " in f" {plain} "]
+    return inside[0] if len(inside) == 1 else None
+
+
+def choice_accuracy(text: str, options: Sequence[str], answer: str) -> float:
+    """1 if the answer chooses the letter `answer`, else 0."""
+    return float(extract_choice(text, options) == answer)
+
+
+def anls(text: str, answers: Sequence[str], threshold: float = 0.5) -> float:
+    """Average normalised Levenshtein similarity of one answer (DocVQA, InfoVQA).
+
+    The best over the accepted answers of 1 - distance / longer length, 0 where that distance reaches the
+    threshold; case and white space at the ends do not count.
+    """
+    best = 0.0
+    for answer in answers:
+        a, b = (" ".join(t.lower().split()) for t in (text, answer))
+        distance = _levenshtein(a, b) / max(len(a), len(b), 1)
+        best = max(best, 1 - distance if distance < threshold else 0.0)
+    return best
+
+
+def relaxed_accuracy(text: str, answer: str, tolerance: float = 0.05) -> float:
+    """1 if a number is within 5 % of the true one, or a text equal to it but for case (ChartQA)."""
+    text, answer = text.strip().rstrip("."), answer.strip()
+    value, truth = _number(text), _number(answer)
+    if value is not None and truth:
+        return float(abs(value - truth) / abs(truth) <= tolerance)
+    return float(text.lower() == answer.lower())
+
+
+def exact_match(text: str, answers: Sequence[str]) -> float:
+    """1 if the answer is one of the accepted ones, but for case, punctuation and articles."""
+    return float(_plain(text) in {_plain(answer) for answer in answers})
+
+
+def parse_interval(text: str) -> tuple[float, float] | None:
+    """The first "X to Y" of an answer in seconds; X and Y are seconds or clock times such as 1:02.5."""
+    match = _INTERVAL.search(text)
+    if match is None:
+        return None
+    start, end = (_seconds(part) for part in match.groups())
+    return (start, end) if start < end else None
+
+
+def temporal_iou(predicted: tuple[float, float] | None, true: tuple[float, float]) -> float:
+    """Intersection over union of two intervals in seconds; 0 for no prediction."""
+    if predicted is None:
+        return 0.0
+    overlap = min(predicted[1], true[1]) - max(predicted[0], true[0])
+    union = max(predicted[1], true[1]) - min(predicted[0], true[0])
+    return max(0.0, overlap) / union if overlap > 0 else 0.0
+
+
+def recall_at(ious: Sequence[float], threshold: float) -> float:
+    """R@1 at an IoU: the share of predictions whose IoU reaches the threshold; 0 for none."""
+    return sum(iou >= threshold for iou in ious) / len(ious) if ious else 0.0
+
+
+def _levenshtein(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def _number(text: str) -> float | None:
+    text = text.replace(",", "")
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return value if abs(value) < float("inf") else None
+
+
+def _plain(text: str) -> str:
+    """Lower case words without punctuation and articles."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    words = re.sub(r"[^\w\s.%-]|\.(?!\d)", " ", text).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def _seconds(clock: str) -> float:
+    total = 0.0
+    for part in clock.split(":"):
+        total = 60 * total + float(part)
+    return total

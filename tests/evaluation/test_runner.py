@@ -1,0 +1,115 @@
+"""A benchmark from its file to a table: what is wrong is listed, what was answered is not asked again."""
+
+import json
+
+import pytest
+
+from megatron_eagle.convert.from_hf import import_hf
+from megatron_eagle.convert.to_hf import export_hf
+from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.benchmarks import read_benchmark
+from megatron_eagle.evaluation.runner import evaluate, render
+from megatron_eagle.inference.generate import Sampling
+from tests.convert.hf_folder import write_hf_folder
+from tests.data.helpers import make_image, make_video, write_jsonl
+from tests.recipe.helpers import call_tool
+
+CHOICE = {"metric": "choice", "options": ["red", "blue"]}
+LINES = [
+    {"id": "c1", "question": "Colour?", "answer": "B", "category": "short", **CHOICE},
+    {"id": "c2", "question": "Shade?", "answer": "red", "category": "long", **CHOICE},
+    {"id": "c3", "question": "Tint?", "answer": "A", "category": "long", **CHOICE},
+    {"id": "d1", "question": "Name?", "answer": ["kitten"], "metric": "anls", "images": ["a.png"]},
+    {
+        "id": "g1",
+        "question": "When?",
+        "answer": [5, 15],
+        "metric": "grounding",
+        "videos": [{"video": "v.mp4"}],
+    },
+    {"id": "g2", "question": "And?", "answer": [0, 10], "metric": "grounding", "videos": ["v.mp4"]},
+    {"id": "m1", "question": "Missing?", "metric": "exact"},
+    {"id": "c1", "question": "Twice?", "answer": "x", "metric": "exact"},
+    {"id": "b1", "question": "Bad?", "answer": "C", **CHOICE},
+    "{",
+]
+REPLIES = {
+    "Colour?": "B",
+    "Shade?": "B",
+    "Tint?": "(A)",
+    "Name?": "sitten",
+    "When?": "0 to 10",
+    "And?": "0-9.5",
+}
+
+
+class _Model:
+    def __init__(self, fails_at: str = ""):
+        self.asked, self.fails_at = [], fails_at
+
+    def answer(self, request, sampling):
+        first = request.prompt.split("\n")[0]
+        if first == self.fails_at:
+            raise KeyboardInterrupt
+        self.asked.append(request)
+        return REPLIES[first]
+
+
+def test_benchmark_to_table_and_back_again(tmp_path):
+    questions, problems = read_benchmark(write_jsonl(tmp_path / "b.jsonl", LINES))
+    assert [p.line for p in problems] == [7, 8, 9, 10]
+    assert [p.reason.split(" ")[0] for p in problems[:3]] == ["there", "the", "the"]
+    model, folder = _Model(fails_at="Name?"), tmp_path / "o"
+
+    def run(model, about="x"):
+        return evaluate(lambda: model, questions, problems, folder, Sampling(), {"model": about})
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model)
+    with (folder / "answers.jsonl").open("a") as file:
+        file.write('{"id": "d1", "ans')  # killed while it wrote
+    again = _Model()
+    rows = {(r.category, r.metric): r for r in run(again)}
+    assert len(model.asked) == 3 and len(again.asked) == 3
+    assert again.asked[0].images == (str(tmp_path / "a.png"),)
+    assert again.asked[1].videos == ({"video": str(tmp_path / "v.mp4")},)
+    assert model.asked[0].prompt == (
+        "Colour?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
+    )
+    assert rows["(all)", "choice"].score == pytest.approx(2 / 3) and rows["long", "choice"].score == 0.5
+    assert rows["all", "anls"].score == pytest.approx(5 / 6)
+    grounding = rows["all", "grounding"]
+    assert grounding.score == pytest.approx((1 / 3 + 0.95) / 2) and grounding.recalls == (1.0, 0.5, 0.5)
+    table = render(list(rows.values()))
+    assert "66.67" in table and "64.17  R@0.3 100.00  R@0.5 50.00" in table
+    assert len((folder / "dropped.jsonl").read_text().splitlines()) == 4
+
+    assert list(rows.values()) == run(None)  # nothing left to ask: no model is made
+    with pytest.raises(UserError, match="another evaluation"):
+        run(again, about="y")
+
+
+def test_files_without_questions(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        read_benchmark(tmp_path / "none.jsonl")
+    path = write_jsonl(tmp_path / "b.jsonl", [{"question": "?", "metric": "guess", "answer": 1}])
+    with pytest.raises(UserError, match="'guess' is none of"):
+        read_benchmark(path)
+
+
+def test_an_export_is_evaluated(tmp_path):
+    import_hf(write_hf_folder(tmp_path / "source"), tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "hf")
+    make_image(tmp_path / "a.png", (64, 48))
+    make_video(tmp_path / "v.mp4", 16, fps=4)
+    lines = [*LINES[:6], {**LINES[3], "id": "d2", "images": ["no.png"]}]
+    arguments = ["--hf", tmp_path / "hf", "--benchmark", write_jsonl(tmp_path / "b.jsonl", lines)]
+    arguments += ["--output", tmp_path / "o", "--max-new-tokens", 4]
+    done = call_tool("evaluate", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "grounding" in done.stdout and "1 questions in no score" in done.stdout
+    answers = [json.loads(line) for line in (tmp_path / "o" / "answers.jsonl").open()][1:]
+    assert [a["id"] for a in answers] == ["c1", "c2", "c3", "d1", "g1", "g2"]
+    assert all(isinstance(a["answer"], str) and 0 <= a["score"] <= 1 for a in answers)
+    again = call_tool("evaluate", *arguments)
+    assert again.stdout == done.stdout
