@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eagle_kernels.dispatch import Implementation, check_width, jit, rows_per_program, tl, triton, use_triton
+from eagle_kernels.dispatch import Implementation, jit, rows_per_program, tl, triton, use_triton
 
 _WARPS = 4
 
@@ -26,7 +26,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: Implementation = "
     """x [s, heads, d], cos and sin fp32 [s, d / 2] of `rotary_table` -> [s, heads, d]; computed in fp32.
 
     Raises:
-        ValueError: shapes differ; for Triton also if d / 2 is no power of two of at least 16.
+        ValueError: shapes differ; for Triton also if d / 2 is no power of two.
     """
     if x.dim() != 3 or not cos.shape == sin.shape == (x.shape[0], x.shape[-1] // 2):
         shapes = f"x {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}"
@@ -36,7 +36,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: Implementation = "
         c, s = cos[:, None], sin[:, None]
         return torch.cat([a * c - b * s, b * c + a * s], dim=-1).to(x.dtype)
     half = x.shape[-1] // 2
-    check_width("rope", half)
     if half & (half - 1):
         raise ValueError(f"rope: half of the head size must be a power of two for Triton, got {half}")
     return _Rope.apply(x, cos.contiguous(), sin.contiguous())

@@ -10,7 +10,6 @@ ng key-value heads, d head size, all per tensor parallel rank. Queries and keys 
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -33,6 +32,7 @@ class PackedSequence(PackedSeqParams):
     position_ids: Tensor | None = None  # [s] positions of the local tokens inside their documents
     layout: SequenceLayout | None = None  # over all context parallel ranks
     exchange: KeyExchange | None = None  # this rank's part, on its device
+    rotary_table: tuple[Tensor, Tensor] | None = None  # cosines and sines, set on each pipeline stage
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
@@ -137,24 +137,3 @@ class CoreAttention(MegatronModule):
             self.ulysses_group,
         )
         return out.flatten(1).unsqueeze(1)
-
-
-class PackedRotaryEmbedding(torch.nn.Module):
-    """Rotary angles of the pack's own positions; takes the place of `GPTModel.rotary_pos_emb`."""
-
-    def __init__(self, dim: int, base: float) -> None:
-        super().__init__()
-        self.dim, self.base = dim, base
-
-    def get_rotary_seq_len(
-        self, inference_context, transformer, transformer_input, config, packed_seq_params
-    ) -> PackedSequence:
-        """Megatron asks for a length and hands it to `forward`: the pack itself says more."""
-        return packed_seq_params
-
-    def forward(self, packed: PackedSequence, packed_seq: bool = False, cp_group=None) -> Tensor:
-        """-> angles fp32 [s, 1, 1, d], halves repeated (Qwen's half-split rotation)."""
-        positions = packed.position_ids.float()
-        exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device=positions.device) / self.dim
-        angles = torch.outer(positions, self.base**-exponent)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]

@@ -6,9 +6,9 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from eagle_kernels.linear_cross_entropy import linear_cross_entropy
-from megatron_eagle.context_parallel.attention import PackedRotaryEmbedding
 from megatron_eagle.model.layers import LayerClasses
 from megatron_eagle.model.presets import TextConfig
+from megatron_eagle.model.rotary import PackedRotaryTable
 from megatron_eagle.model.specs import language_block
 from megatron_eagle.runtime.parallel import Mesh
 
@@ -32,7 +32,7 @@ class LanguageModel(GPTModel):
             pg_collection=mesh.groups,
             vp_stage=stage,
         )
-        self.rotary_pos_emb = PackedRotaryEmbedding(text.head_dim, text.rope_theta)
+        self.rotary_pos_emb = PackedRotaryTable(text.head_dim, text.rope_theta)
         self.fused_loss, self.vocab_size = classes.fused_loss, text.vocab_size
         # Real vocabulary rows among this tensor parallel rank's.
         rows = text.padded_vocab_size // mesh.tp.size

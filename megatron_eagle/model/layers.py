@@ -63,6 +63,7 @@ class LayerClasses:
     layer_norm: Callable | ModuleSpec
     swiglu: ModuleSpec
     fused_loss: FusedLoss | None  # None: logits, then Megatron's cross-entropy
+    kernels: Implementation
     attention: AttentionName
     reason: str
 
@@ -182,6 +183,7 @@ def choose_layers(config: LayersConfig) -> LayerClasses:
         layer,
         ModuleSpec(SwiGLU, params=own),
         FusedLoss(config.kernels, config.loss_into_main_grad) if fused else None,
+        config.kernels,
         config.attention,
         reason,
     )

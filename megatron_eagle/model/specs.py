@@ -21,10 +21,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_eagle.context_parallel.attention import CoreAttention
 from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.model.layers import LayerClasses
 from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.model.rotary import RotaryAttention
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
@@ -201,7 +201,7 @@ def language_block(
 ) -> TransformerBlockSubmodules:
     """The language layers of virtual pipeline stage `chunk` (None without interleaving)."""
     backend = choose_attention(classes.attention, config.params_dtype).backend
-    core = ModuleSpec(module=CoreAttention, params={"backend": backend})
+    core = ModuleSpec(module=RotaryAttention, params={"backend": backend, "kernels": classes.kernels})
     layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, classes.swiglu)
     layers = [layer] * get_num_layers_to_build(config, chunk)
     return TransformerBlockSubmodules(layers, layer_norm=classes.rms_norm)

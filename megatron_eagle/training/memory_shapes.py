@@ -163,12 +163,13 @@ def language_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workl
     tp = parallel.tensor_model_parallel_size
     s = workload.sequence_length // parallel.context_parallel_size
     r = rank_rows(parallel, workload)
-    h, d, f = text.hidden_size, text.head_dim, text.intermediate_size // tp
+    h, f = text.hidden_size, text.intermediate_size // tp
     q, kv, heads = query_size(eagle) // tp, kv_size(eagle) // tp, text.num_attention_heads // tp
     norm = rms_norm(r, h, e)
     statistics = s * heads * FP32
-    # The joint projection (whose slice is v), rotated q and k, the output; cosines and sines of q and of k.
-    attention = s * e * ((q + 2 * kv) + q + kv + q + 4 * d) + statistics
+    # The joint projection (whose slice is v), rotated q and k, the output. (All layers share one table of
+    # cosines and sines.)
+    attention = s * e * ((q + 2 * kv) + q + kv + q) + statistics
     # Gate and up, silu(gate) where the kernel is the eager one, their product.
     mlp = s * e * (2 * f + (f if workload.device == "cpu" else 0) + f)
     return LayerActivations(norm + attention, norm + mlp, r * h * e, statistics)

@@ -73,4 +73,4 @@ def test_a_step_of_the_model_on_triton_kernels():
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome["error"] <= 1e-5, outcome["worst"]
     modules = {name.split(".")[0] for name in outcome["kernels"]}
-    assert modules == {"rms_norm", "layer_norm", "swiglu", "linear_cross_entropy"}
+    assert modules == {"rms_norm", "layer_norm", "swiglu", "rope", "linear_cross_entropy"}

@@ -1,0 +1,45 @@
+"""Rotary positions of packs: one table a pack and stage, applied to queries and keys just before attention.
+
+Megatron would rotate in several passes over memory; its fused kernel belongs to Transformer Engine.
+"""
+
+import torch
+from torch import Tensor
+
+from eagle_kernels.dispatch import Implementation
+from eagle_kernels.rope import rope, rotary_table
+from megatron_eagle.context_parallel.attention import CoreAttention, PackedSequence
+
+
+class PackedRotaryTable(torch.nn.Module):
+    """In place of `GPTModel.rotary_pos_emb`: Megatron asks for angles once a forward and gets none."""
+
+    def __init__(self, dim: int, base: float) -> None:
+        super().__init__()
+        self.dim, self.base = dim, base
+
+    def get_rotary_seq_len(
+        self, inference_context, transformer, transformer_input, config, packed_seq_params
+    ) -> PackedSequence:
+        """Megatron asks for a length and hands it to `forward`: the pack itself says more."""
+        return packed_seq_params
+
+    def forward(self, packed: PackedSequence, packed_seq: bool = False, cp_group=None) -> None:
+        """Leaves cosines and sines of the local tokens, fp32 [s, d / 2], in the pack."""
+        packed.rotary_table = rotary_table(packed.position_ids, self.dim, self.base)
+
+
+class RotaryAttention(CoreAttention):
+    """Core attention of queries and keys that arrive unrotated."""
+
+    def __init__(self, *args, kernels: Implementation = "auto", **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.kernels = kernels
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params: PackedSequence, **kwargs
+    ) -> Tensor:
+        """query [s, 1, np, d], key and value [s, 1, ng, d] -> [s, 1, np * d]."""
+        table = packed_seq_params.rotary_table
+        query, key = (rope(x.squeeze(1), *table, self.kernels).unsqueeze(1) for x in (query, key))
+        return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
