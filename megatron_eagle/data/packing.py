@@ -73,9 +73,13 @@ def write_packs(data: str | Path, length: int, seed: int) -> PackReport:
     )
     path = store.folder / "packs.arrow"
     partial = path.with_suffix(".partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
-        out.write_table(table)
-    partial.replace(path)
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+            out.write_table(table)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     costs = pack_costs(sum_squares, n_tiles * store.manifest.patches_per_tile)
     return PackReport(
         n_rows=len(store),

@@ -11,7 +11,7 @@ from megatron_eagle.data.formats import read_sample
 from megatron_eagle.data.iap import tile_count
 from megatron_eagle.data.ledger import LedgerEntry, Problem
 from megatron_eagle.data.media.exact import decode_frames
-from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
+from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS
 from megatron_eagle.data.probe import ImageFacts, VideoFacts, probe_image, probe_video
 from megatron_eagle.data.sample import DocumentRef, ImageRef, Sample, VideoRef
 from megatron_eagle.data.store import DocumentPlan, ImagePlan, SampleColumns, VideoPlan
@@ -39,6 +39,8 @@ class PreprocessSettings:
                 f"the tile size must be a multiple of twice the patch size, "
                 f"got {self.sampling.tile_size} and {self.patch_size}"
             )
+        if not 1 <= self.max_pixels <= MAX_MAX_PIXELS:
+            raise UserError(f"--max-pixels must be from 1 to {MAX_MAX_PIXELS}, got {self.max_pixels}")
         if self.template not in VARIANTS:
             raise UserError(f"--template must be one of {', '.join(VARIANTS)}, got {self.template}")
 

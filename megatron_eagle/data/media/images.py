@@ -7,6 +7,7 @@ from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.source import open_media
 
 DEFAULT_MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 9459 x 9459
+MAX_MAX_PIXELS = 2 * DEFAULT_MAX_PIXELS  # where Pillow itself refuses to open a picture
 # Decoders that read nothing but the file (Pillow's EPS reader, for one, starts a program); a build of Pillow
 # may be without some of them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
