@@ -48,7 +48,7 @@ def main() -> None:
     if options.dry_run:
         client = DryRun(endpoint)
         asyncio.run(_annotate(options, client))
-        print(f"estimate, nothing was asked: {client.usage.summary()}")
+        print(client.usage.estimate())
         return
     # The loop comes first: threads that still wait for an answer are let finish, and their answers kept.
     with asyncio.Runner() as runner, Client(endpoint, cache) as client:

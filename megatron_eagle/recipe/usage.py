@@ -34,4 +34,12 @@ class Usage:
             f"{self.requests:,} answers paid, {self.cached:,} from the cache, {self.retries:,} retries, "
             f"{self.invalid:,} invalid; {self.input_tokens:,} tokens in, {self.output_tokens:,} out"
         )
-        return line if not (self.input_price or self.output_price) else f"{line}; cost {self.cost:.4f}"
+        return line + self._cost()
+
+    def estimate(self) -> str:
+        """The line of a dry run."""
+        counts = f"{self.requests:,} requests, {self.input_tokens:,} tokens in, {self.output_tokens:,} out"
+        return f"estimate, nothing was asked: {counts}{self._cost()}"
+
+    def _cost(self) -> str:
+        return f"; cost {self.cost:.4f}" if self.input_price or self.output_price else ""

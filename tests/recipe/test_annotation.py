@@ -98,7 +98,7 @@ def test_story_from_chapters_to_training_lines(server, media, tmp_path):
 
     estimate = _annotate("story", server, output, *given, "--dry-run", "--input-price", 1)
     assert estimate.returncode == 0, estimate.stderr
-    assert "5 answers" in estimate.stdout and "cost" in estimate.stdout and not server.requests
+    assert "5 requests" in estimate.stdout and "cost" in estimate.stdout and not server.requests
     assert not output.exists()
 
     server.faults = [("text", "nonsense"), ("status", 500, {})]
@@ -159,6 +159,8 @@ def test_clips_get_time_and_context_anchors(server, media, tmp_path):
     (tmp_path / "types.yaml").write_text("colour: which colour\nshape: which shape\n")
     output = tmp_path / "clips.jsonl"
     given = ["--clips", tmp_path / "kept.jsonl", "--question-types", tmp_path / "types.yaml"]
+    estimate = _annotate("clips", server, output, *given, "--dry-run")
+    assert "5 requests" in estimate.stdout and not server.requests  # questions; 2 anchors, 2 verdicts
     done = _annotate("clips", server, output, *given)
     assert done.returncode == 0, done.stderr
     assert "missing media: 1" in done.stdout
