@@ -25,7 +25,7 @@ class ParallelConfig:
     # Which tokens of a pack each context parallel rank holds (context_parallel/layout.py, balanced.py): the
     # paper's zigzag over the pack, or placement by the work in its documents, in chunks of so many tokens
     # (null: 64, fewer for short packs).
-    context_parallel_layout: Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"] = "zigzag"
+    context_parallel_layout: Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"] = "balanced"
     context_parallel_chunk_size: int | None = None
     # Adjacent context parallel ranks that divide heads around attention (context_parallel/ulysses.py); the
     # others exchange keys.

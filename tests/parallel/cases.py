@@ -254,6 +254,7 @@ def _context(name: str, world_size: int, layout: str, parallel: dict) -> Layout:
 
 LAYOUTS += [
     _context("CP2", 2, "contiguous", _CP2),
+    _context("CP2", 2, "zigzag", _CP2),
     _context("CP2", 2, "zigzag_per_document", _CP2),
     _context("CP4", 4, "balanced", _CP4),
     _context("TP2+SP x CP2", 4, "balanced", _TP2 | _SP | _CP2 | {"vision_sharding": "cp_tp"}),

@@ -3,6 +3,7 @@
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import cross_entropy
 
@@ -12,19 +13,17 @@ from megatron_eagle.training import optimizer
 from tests.parallel.cases import Layout, run
 
 
-class _Alone:
-    """Stands for torch.distributed: every rank receives its own part and nothing from the others."""
+def _own_chunk(output, tensor, group, async_op):
+    """A reduce-scatter in which every rank keeps its own part and adds nothing of the others'."""
+    output.copy_(tensor.chunk(group.size())[group.rank()])
+    return _Done()
 
-    @staticmethod
-    def reduce_scatter_tensor(output, tensor, group, async_op):
-        output.copy_(tensor.chunk(group.size())[group.rank()])
-        return _Done()
 
-    @staticmethod
-    def all_to_all_single(output, tensor, output_counts, input_counts, group, async_op):
-        own = group.rank()
-        output.zero_().split(output_counts)[own].copy_(tensor.split(input_counts)[own])
-        return _Done()
+def _own_split(output, tensor, output_counts, input_counts, group, async_op):
+    """An all-to-all in which every rank receives its own part and zeros from the others."""
+    own = group.rank()
+    output.zero_().split(output_counts)[own].copy_(tensor.split(input_counts)[own])
+    return _Done()
 
 
 class _Done:
@@ -32,10 +31,15 @@ class _Done:
         pass
 
 
-def _keep_own_gradients(*args, start_return=gather_kv.start_return):
-    """Key and value gradients of the other ranks' queries are lost."""
-    with patch.object(gather_kv, "dist", _Alone):
-        return start_return(*args)
+def _lose_gradients(collective, instead):
+    """Key and value gradients of the other ranks' queries are lost where `collective` returns them."""
+    start_return = gather_kv.start_return
+
+    def start(*args):
+        with patch.object(dist, collective, instead):
+            return start_return(*args)
+
+    return patch.object(gather_kv, "start_return", start)
 
 
 class _OneWayUlysses(ulysses.TokensToHeads):
@@ -89,12 +93,12 @@ class _TorchWithoutAllReduce:
 # What is left out -> (a layout of the table that must notice, the patch).
 SABOTAGES = {
     "dK/dV, reduce-scatter": (
-        "CP2, none",
-        lambda: patch.object(gather_kv, "start_return", _keep_own_gradients),
+        "CP2, zigzag",
+        lambda: _lose_gradients("reduce_scatter_tensor", _own_chunk),
     ),
     "dK/dV, all-to-all": (
         "CP4, balanced",
-        lambda: patch.object(gather_kv, "start_return", _keep_own_gradients),
+        lambda: _lose_gradients("all_to_all_single", _own_split),
     ),
     "Ulysses before attention, backward": (
         "Ulysses 2, balanced",

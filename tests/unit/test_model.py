@@ -191,7 +191,12 @@ def test_impossible_layouts_name_the_rule(layout, message):
             128,
             "5 of 28 .*: choose 1, 4, 7, 10",
         ),
-        ({"context_parallel_size": 3}, 128, "data.length 128 .* multiple of 6"),
+        ({"context_parallel_size": 3}, 128, "data.length 128 .* multiple of 3"),
+        (
+            {"context_parallel_size": 3, "context_parallel_layout": "zigzag"},
+            129,
+            r"129 .* multiple of 6 .* \(zigzag\): the nearest is 1(26|32)",
+        ),
         ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 126, "multiple of 4"),
         (
             {"tensor_model_parallel_size": 2, "context_parallel_size": 4, "ulysses_parallel_size": 4},

@@ -64,7 +64,7 @@ def test_a_run_is_read_with_presets_overrides_and_defaults(config_file):
         (["parallel.tensor_model_parallel_size=2"], 3, "3 processes cannot hold tensor 2"),
         (["parallel.tensor_model_parallel_size=4"], 4, "key-value heads .*: choose 1 or 2"),
         (["parallel.pipeline_model_parallel_size=3"], 3, "4 language layers cannot be cut into 3"),
-        (["parallel.context_parallel_size=3"], 3, "data.length 64 must be a multiple of 6"),
+        (["parallel.context_parallel_size=3"], 3, "data.length 64 must be a multiple of 3"),
         (["data.path=absent"], 1, "absent is no token store"),
         (["data.length=96"], 1, "data.length is 96: .*data was prepared for 64"),
         (["model.vision.image_size=128"], 1, "its tile size is 64 and the model's 128; prepare it again"),

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.report import Report, progress
 
 from megatron_eagle.context_parallel.exchange import measure_traffic
-from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout
+from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout, sequence_multiple
 from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
@@ -151,11 +151,14 @@ def run(packs: str | None = None, plot: str | None = None) -> Report:
         progress(kind)
         for size in SIZES:
             for name in LAYOUT_NAMES:
+                if length % (multiple := sequence_multiple(name, size)):
+                    progress(f"  CP {size}, {name}: left out, {length} tokens are no multiple of {multiple}")
+                    continue
                 outcomes = [simulate(name, size, bounds) for bounds in members]
                 rows.append({"pack": kind, "CP": size, "layout": name} | _summary(outcomes, length // size))
     if plot:
         _plot(rows, plot)
-    return Report(f"Eagle2.5-8B, {length:,} tokens, simulated; means over up to {SEEDS} packs", rows)
+    return Report(f"Eagle2.5-8B, {length:,} tokens, simulated; means over the packs of a kind", rows)
 
 
 def _summary(outcomes: list[Outcome], share: int) -> dict[str, float | int]:
