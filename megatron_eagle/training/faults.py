@@ -6,6 +6,7 @@
     {"kind": "nan", "iteration": 5}                  the loss of this iteration counts as NaN, on all ranks
     {"kind": "spike", "iteration": 5}                ... as a hundred times what it is
     {"kind": "slow_save", "seconds": 2}              every save waits first
+    {"kind": "failed_save", "iteration": 6}          the save after this iteration fails, on all ranks
 With "once": FILE a fault happens only if FILE does not exist, and makes it: not again after a restart.
 """
 
@@ -13,6 +14,8 @@ import json
 import os
 import time
 from pathlib import Path
+
+from megatron_eagle.training.agreement import AgreedError
 
 VARIABLE = "MEGATRON_EAGLE_TEST_FAULTS"
 
@@ -22,7 +25,6 @@ class Faults:
 
     def __init__(self, faults: list[dict], rank: int) -> None:
         self._faults = [fault for fault in faults if fault.get("rank", rank) == rank]
-        self.active = bool(faults)
 
     @classmethod
     def from_environment(cls, rank: int) -> "Faults":
@@ -35,10 +37,12 @@ class Faults:
         if fault := self._due("stall", iteration):
             time.sleep(fault.get("seconds", 3600))
 
-    def before_save(self) -> None:
-        """Where the disk is slow."""
+    def before_save(self, iteration: int) -> None:
+        """Where the disk is slow or full."""
         if fault := self._due("slow_save", None):
             time.sleep(fault["seconds"])
+        if self._due("failed_save", iteration):
+            raise AgreedError(f"iteration {iteration} could not be saved: a fault for tests")
 
     def loss(self, iteration: int, loss: float) -> float:
         """The loss that the run is told."""

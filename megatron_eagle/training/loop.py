@@ -318,8 +318,8 @@ def _model_flops(config: RunConfig, batches: list[Batch]) -> float:
 def _save(job: _Job, log: RunLog, *, must_succeed: bool) -> None:
     """Save this iteration. One that fails (a full disk) is reported and training goes on, if it may."""
     checkpoint, state = job.config.checkpoint, job.state
-    job.faults.before_save()
     try:
+        job.faults.before_save(state.iteration)
         save_checkpoint(
             checkpoint.path,
             models=job.models,

@@ -7,8 +7,10 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from random import Random
 from unittest.mock import patch
 
+import psutil
 import pytest
 
 from megatron_eagle.errors import UserError
@@ -185,3 +187,56 @@ def test_a_killed_job_goes_on_bit_for_bit(run, tmp_path):
             deaths += 1
     assert deaths == 2 and run.metrics() == clean
     assert Path(run.root, "iter_0000006").is_dir()
+
+
+class WeighedLoader(SyntheticLoader):
+    """Writes down the memory of the process before each global batch."""
+
+    def step(self, consumed_packs):
+        resident = psutil.Process().memory_info().rss
+        with open(os.environ["SOAK_MEMORY"], "a") as file:
+            file.write(f"{os.getpid()} {resident}\n")
+        return super().step(consumed_packs)
+
+
+def train_soaking(config: str, overrides: list[str], suffered: list[dict], memory: str) -> None:
+    with (
+        patch.dict(os.environ, {faults.VARIABLE: json.dumps(suffered), "SOAK_MEMORY": memory}),
+        patch.object(loop, "PackLoader", WeighedLoader),
+    ):
+        loop.train(load_run_config(config, overrides, world_size=1))
+
+
+@pytest.mark.slow
+def test_soak(run, tmp_path):
+    """500 steps with kills, stalls, a full and a slow disk at random places: bit for bit, memory flat."""
+    settings = ["training.train_iterations=500", "checkpoint.save_interval=25", "checkpoint.keep_last=2"]
+    memory = str(tmp_path / "memory")
+    launch(train_soaking, 1, run.config, settings, [], memory, timeout=600)
+    clean = run.metrics()
+    resident = [int(line.split()[1]) for line in Path(memory).read_text().splitlines()]
+    assert len(resident) == 500 and max(resident[-50:]) < 1.05 * max(resident[50:100])
+    shutil.rmtree(run.root)
+
+    random = Random(5)
+    once = [{"once": str(tmp_path / f"fault_{i}")} for i in range(12)]
+    suffered = [{"kind": "kill", "iteration": random.randint(2, 500), **once[i]} for i in range(8)]
+    suffered += [
+        *(
+            {"kind": "stall", "iteration": random.randint(2, 500), "seconds": 1, **once[8 + i]}
+            for i in range(2)
+        ),
+        *({"kind": "failed_save", "iteration": 25 * random.randint(1, 19), **once[10 + i]} for i in range(2)),
+        {"kind": "slow_save", "seconds": 0.05},
+    ]
+    deaths = 0
+    while True:
+        try:
+            launch(train_soaking, 1, run.config, settings, suffered, memory, timeout=600)
+            break
+        except RuntimeError as error:
+            assert "ended without a result" in str(error)
+            deaths += 1
+    assert deaths == 8 and all(Path(fault["once"]).exists() for fault in once)
+    assert run.metrics() == clean
+    assert len(list(run.root.glob("iter_*"))) == 2
