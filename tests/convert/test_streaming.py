@@ -48,7 +48,11 @@ def resave(source: str, target: str, parallel: dict) -> None:
         save_checkpoint(target, models=models, model_config=config, iteration=5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# tests/parallel/test_golden.py loads an import in the layouts that are slow here.
+@pytest.mark.parametrize(
+    "layout",
+    [name if name == "TP2xPP2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
+)
 def test_every_layout_loads_an_import_and_is_exported(layout, source, checkpoint, tmp_path):
     world_size, parallel = LAYOUTS[layout]
     launch(resave, world_size, str(checkpoint), str(tmp_path / "c"), parallel)
