@@ -3,6 +3,9 @@
 import asyncio
 import json
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -16,6 +19,7 @@ from megatron_eagle.recipe.prompts import Prompt, load_prompt, load_question_typ
 from megatron_eagle.recipe.records import Notes, clock, training_line
 from megatron_eagle.recipe.transport import Endpoint
 from tests.data.helpers import make_video, write_jsonl
+from tests.paths import REPO
 from tests.recipe.helpers import call_tool
 from tests.recipe.server import serving
 
@@ -148,6 +152,25 @@ def test_stopped_run_pays_for_the_rest_alone(server, media, tmp_path):
     assert "4 from the cache" in done.stdout
     asked = [json.dumps(r) for r in server.requests]
     assert len(set(asked)) == len(asked) - 1  # only the refused one was sent twice
+
+
+def test_killed_run_keeps_what_it_paid_for(server, media, tmp_path):
+    write_jsonl(tmp_path / "kept.jsonl", [{"video": str(media / "aa.mp4"), "start": 0, "end": 10}])
+    output = tmp_path / "clips.jsonl"
+    given = ["--clips", tmp_path / "kept.jsonl", "--concurrency", 1]
+    server.faults = [(), (), (), (), ("sleep", 60)]
+    command = [sys.executable, REPO / "tools" / "annotate_videos.py", "clips", "--endpoint", server.url]
+    command += ["--model", "tiny", "--output", output, "--side", 64, *given]
+    with subprocess.Popen(list(map(str, command))) as run:
+        while len(server.requests) < 5:
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.kill()
+    assert not output.exists()
+    done = _annotate("clips", server, output, *given)
+    assert done.returncode == 0 and "4 from the cache" in done.stdout
+    asked = [json.dumps(r) for r in server.requests]
+    assert len(set(asked)) == len(asked) - 1  # only the one under way was sent twice
 
 
 def test_clips_get_time_and_context_anchors(server, media, tmp_path):
