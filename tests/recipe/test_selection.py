@@ -149,6 +149,15 @@ def test_select_keeps_what_is_new_and_resumes(videos, tmp_path, monkeypatch):
     assert calls[2:] == [20] * 6  # other settings: all six clips again
 
 
+def test_a_shard_without_clips(videos, tmp_path):
+    sources = [VideoSource(str(videos / name)) for name in ("broken.mp4", "old.mp4")]
+    settings = SelectionSettings(distinct=0.9, clips=ClipSettings(videos_per_shard=1))
+    selection = select(sources, sources, tmp_path, Encoder(videos / "encoder", "cpu"), settings)
+    assert [d.refused for d in selection.decisions] == ["like the training set"] * 2
+    assert [d.nearest for d in selection.decisions] == [d.clip for d in selection.decisions]
+    assert len(selection.problems) == 2
+
+
 def test_tool_writes_a_safe_report(videos, tmp_path):
     arguments = ["--candidates", videos / "new.txt", "--existing", videos / "old.jsonl"]
     arguments += ["--encoder", videos / "encoder", "--output", tmp_path, "--tau", "0.99", "--device", "cpu"]
