@@ -39,9 +39,10 @@ setup(
         "dali": ["nvidia-dali-cuda120==2.4.0"],
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],  # Apex: see the Dockerfile
         "demo": ["scikit-image==0.26.0", "matplotlib"],
-        "serve": ["gradio==6.31.0"],
-        "eval": ["rapidfuzz"],
-        "recipe": ["httpx", "faiss-cpu==1.15.1", "ray==2.60.0"],
+        # Names kept for what these will need: serving and evaluation need nothing more today.
+        "serve": [],
+        "eval": [],
+        "recipe": ["ray==2.60.0"],  # preprocessing on many machines
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff==0.17.5"],
     },
 )
