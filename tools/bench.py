@@ -8,7 +8,15 @@ from benchmarks.report import write_json
 
 from megatron_eagle.errors import UserError, run_cli
 
-BENCHMARKS = ("context_parallel", "convert", "linear_cross_entropy", "packing", "tiles")
+BENCHMARKS = (
+    "context_parallel",
+    "convert",
+    "linear_cross_entropy",
+    "packing",
+    "preprocess",
+    "store",
+    "tiles",
+)
 
 
 def main() -> None:

@@ -11,9 +11,11 @@ D/<N>/            one folder per token limit N, rows in the order of the input:
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -196,6 +198,30 @@ def read_manifest(folder: str | Path) -> DataManifest:
     return DataManifest(**content)
 
 
+_PLANS = {"images": ImagePlan, "videos": VideoPlan, "documents": DocumentPlan}
+_Reader = Callable[[int], Any]
+
+
+def _reader(array: pa.Array, plan: type | None) -> _Reader:
+    """A function from a place in `array` to its value as `SampleColumns` has it; structs become `plan`.
+
+    Views of the mapped memory: far quicker than Arrow's own `as_py` of a row.
+    """
+    if pa.types.is_struct(array.type):
+        readers = [_reader(array.field(i), None) for i in range(array.type.num_fields)]
+        return lambda i: plan(*[read(i) for read in readers])
+    if not pa.types.is_list(array.type):
+        if pa.types.is_string(array.type):
+            return lambda i: array[i].as_py()
+        return np.asarray(array).item
+    offsets = np.asarray(array.offsets)
+    if pa.types.is_struct(array.type.value_type):
+        read = _reader(array.values, plan)
+        return lambda i: tuple([read(j) for j in range(offsets[i], offsets[i + 1])])
+    values = np.asarray(array.values)
+    return lambda i: tuple(values[offsets[i] : offsets[i + 1]].tolist())
+
+
 class SampleStore:
     """The rows of one length; `store[i]` is a `StoredSample`.  Memory mapped: opening reads no sample.
 
@@ -220,7 +246,7 @@ class SampleStore:
             raise UserError(
                 f"{self.folder}/samples.arrow cannot be read; preprocess the data again"
             ) from None
-        self._batch = lru_cache(maxsize=64)(self._file.get_batch)
+        self._readers = lru_cache(maxsize=64)(self._open_batch)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -228,17 +254,14 @@ class SampleStore:
     def __getitem__(self, row: int) -> StoredSample:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store of {len(self)}")
-        batch = self._batch(row // BATCH_ROWS)
-        values = {name: batch[name][row % BATCH_ROWS].as_py() for name in SCHEMA.names}
-        for name, plan in (("images", ImagePlan), ("videos", VideoPlan), ("documents", DocumentPlan)):
-            values[name] = tuple(
-                plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()})
-                for item in values[name]
-            )
-        for name in ("answer_lengths", "media_order"):
-            values[name] = tuple(values[name])
+        readers = self._readers(row // BATCH_ROWS)
+        values = {name: read(row % BATCH_ROWS) for name, read in readers.items()}
         file = self.manifest.sources[values["source"]]
         return StoredSample(**values, file=file, ids=self.tokens[row], answers=self.answers[row])
+
+    def _open_batch(self, number: int) -> dict[str, "_Reader"]:
+        batch = self._file.get_batch(number)
+        return {name: _reader(batch[name], _PLANS.get(name)) for name in SCHEMA.names}
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of all rows (read from the map when used)."""
