@@ -167,6 +167,7 @@ def test_no_heartbeat_is_written_when_it_is_off(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_bit_for_bit(run, tmp_path):
     """Killed at two places, with a slow disk: what it logged in the end is what a clean run logs."""
     save = "checkpoint.save_interval=2"
