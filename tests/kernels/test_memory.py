@@ -16,7 +16,7 @@ from megatron_eagle.runtime.device import detect_device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 device = detect_device()
 with device.context(), process_group(device), model_parallel(ParallelConfig()):
-    print(json.dumps(measure(6144, 4096, 6144) + measure(6144, 4096, 900)))
+    print(json.dumps(measure(6144, 2048, 6144) + measure(6144, 2048, 900)))
 """
 
 
