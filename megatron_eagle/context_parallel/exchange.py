@@ -5,11 +5,12 @@ token of that document. If the busiest rank would receive or send well under wha
 those keys are exchanged (`ranges`); if no rank needs a foreign key, nothing is (`none`); else all keys are
 gathered everywhere (`gather`).
 
-Three orders of keys occur:
+Two orders of keys occur:
     received   as the collective delivers them: by sender, each sender's in the order it holds them
-    natural    the same keys in the order of the pack
     keys       as attention reads them: one run per segment, so that one varlen call does all segments.
                Keys that several segments of a rank see occur once in each.
+Gradients return by tables of rows to add up, not by scattering: sums have one order, and a table is one
+kernel however many segments there are.
 """
 
 from collections.abc import Sequence
@@ -35,10 +36,8 @@ class KeyExchange:
     segments: tuple[Segment, ...]  # what the local queries see, in rows of `keys`
     num_received: int  # r
     key_rows: Tensor | None  # int64 [keys]: received row of each; None: already in this order
-    # Gradients on the way back: (first key, one past the last, first natural row) of runs to be added up,
-    # and the natural row of each received row, int64 [r].
-    folds: tuple[tuple[int, int, int], ...]
-    natural_rows: Tensor
+    # The keys whose gradients a received row adds up, `keys` for none: int64 [most, r]. None: itself.
+    fold_rows: Tensor | None
     # Only for `ranges`: local rows to send, by receiver; rows to and from each rank; and where the
     # gradients of local row i arrive: int64 [most receivers of a row, s], sum(send_counts) for nowhere.
     send_rows: Tensor | None = None
@@ -48,7 +47,7 @@ class KeyExchange:
 
     def to(self, device: torch.device) -> "KeyExchange":
         """The same with its index tensors on `device`."""
-        names = ("key_rows", "natural_rows", "send_rows", "return_rows")
+        names = ("key_rows", "fold_rows", "send_rows", "return_rows")
         tensors = {name: getattr(self, name) for name in names}
         return replace(
             self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None}
@@ -101,7 +100,6 @@ def plan_exchange(
     order = layout.rank_major_order.numpy()
     held = order.reshape(layout.size, -1)
     received = order[needed[rank][order]]  # token of each received row
-    natural = np.cumsum(needed[rank]) - 1  # natural row of a needed token
     row = np.empty(layout.length, dtype=np.int64)
     row[received] = np.arange(len(received))
 
@@ -119,8 +117,7 @@ def plan_exchange(
         ),
         num_received=len(received),
         key_rows=None if in_order else torch.from_numpy(key_rows),
-        folds=_runs(starts, ends, natural[table[:, 2]]),
-        natural_rows=torch.from_numpy(natural[received]),
+        fold_rows=None if in_order else torch.from_numpy(_fold_rows(table, key_rows, len(received))),
     )
     if kind != "ranges":
         return plan
@@ -134,15 +131,15 @@ def plan_exchange(
     )
 
 
-def _runs(starts: np.ndarray, ends: np.ndarray, natural: np.ndarray) -> tuple[tuple[int, int, int], ...]:
-    """Segments' keys as runs: a segment goes on with the run before if it does so in the pack too."""
-    runs: list[list[int]] = []
-    for start, end, row in zip(starts.tolist(), ends.tolist(), natural.tolist(), strict=True):
-        if runs and row == runs[-1][2] + start - runs[-1][0]:
-            runs[-1][1] = end
-        else:
-            runs.append([start, end, row])
-    return tuple((start, end, row) for start, end, row in runs)
+def _fold_rows(table: np.ndarray, key_rows: np.ndarray, num_received: int) -> np.ndarray:
+    """Where each received row occurs among the keys: once in some of its document's segments."""
+    _, document, count = np.unique(table[:, 2], return_inverse=True, return_counts=True)
+    order = np.argsort(document, kind="stable")
+    number = np.empty(len(table), dtype=np.int64)  # of the segment among its document's
+    number[order] = np.arange(len(table)) - np.repeat(count.cumsum() - count, count)
+    folds = np.full((count.max(), num_received), len(key_rows))
+    folds[np.repeat(number, table[:, 3] - table[:, 2]), key_rows] = np.arange(len(key_rows))
+    return folds
 
 
 def _return_rows(wanted: np.ndarray) -> np.ndarray:

@@ -66,12 +66,10 @@ def start_return(
     if exchange.key_rows is None:
         rows = torch.stack([grad_k, grad_v], dim=1).float()
     else:
-        shape = (exchange.num_received, 2, *grad_k.shape[1:])
-        natural = grad_k.new_zeros(shape, dtype=torch.float32)
-        for start, end, row in exchange.folds:
-            natural[row : row + end - start, 0] += grad_k[start:end]
-            natural[row : row + end - start, 1] += grad_v[start:end]
-        rows = natural.index_select(0, exchange.natural_rows)
+        keys, *shape = grad_k.shape
+        grad = grad_k.new_empty((keys + 1, 2, *shape), dtype=torch.float32)
+        grad[:keys, 0], grad[:keys, 1], grad[keys] = grad_k, grad_v, 0
+        rows = _sum_rows(grad, exchange.fold_rows)
     if exchange.kind == "none":
         return lambda: rows
     if exchange.kind == "gather":
@@ -85,19 +83,24 @@ def start_return(
         return finish_sum
 
     count = sum(exchange.send_counts)
-    returned = rows.new_zeros((count + 1, *rows.shape[1:]))  # the last row stays zero: "nowhere"
+    returned = rows.new_zeros((count + 1, *rows.shape[1:]))
     counts = list(exchange.send_counts), list(exchange.receive_counts)
     work = dist.all_to_all_single(returned[:count], rows.contiguous(), *counts, group=group, async_op=True)
 
     def finish_rows() -> Tensor:
         work.wait()
-        first, *others = exchange.return_rows
-        total = returned.index_select(0, first)
-        for more in others:
-            total += returned.index_select(0, more)
-        return total
+        return _sum_rows(returned, exchange.return_rows)
 
     return finish_rows
+
+
+def _sum_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Sums of rows of x, which ends with a row of zeros for "none": rows [m, n] -> [n, ...]."""
+    first, *others = rows
+    total = x.index_select(0, first)
+    for more in others:
+        total += x.index_select(0, more)
+    return total
 
 
 class GatherKVAttention(torch.autograd.Function):

@@ -194,7 +194,7 @@ def _attention(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload)
     Gradients of q and of the output, and either the score matrices with the fp32 gradients of keys and
     values, or those gradients stacked. With context parallelism that is so for one key-value head at a time,
     with its gathered keys and values and those of the next head, fp32 gradients of the local ones, and the
-    head's gradients of gathered ones once in the order of the pack and once in the order of ranks.
+    head's gradients of gathered ones once more stacked and twice in the order of ranks while they are added.
     """
     tp, cp, e = parallel.tensor_model_parallel_size, parallel.context_parallel_size, workload.element_size
     keys = 2 * workload.sequence_length * kv_size(eagle) // tp
@@ -206,7 +206,7 @@ def _attention(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload)
         return held + keys * FP32 + max(scores, keys * FP32)
     heads = eagle.text.num_key_value_heads // tp // parallel.ulysses_parallel_size
     group = keys // (eagle.text.num_key_value_heads // tp)
-    return held + 2 * group * e + keys // cp * FP32 + group * FP32 + max(scores // heads, 2 * group * FP32)
+    return held + 2 * group * e + keys // cp * FP32 + group * FP32 + max(scores // heads, 3 * group * FP32)
 
 
 def _score_matrices(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
