@@ -7,7 +7,8 @@ FLOPs a pair and head (forward and backward, with the kernel's recomputation) at
 
 Columns: `step` is the busiest rank's computing time over that of perfect balance without rounding to tiles
 (`worst`: of the worst pack); `+ keys` adds the exchange of keys as far as the head groups cannot hide it
-(all of the first of four), `+ keys, not hidden` all of it. Bytes are those of the busiest rank.
+(all of the first of four), `+ keys, not hidden` all of it. `ring` is `step` without tiles if keys went round
+point to point instead, each step as long as its busiest rank. Bytes are those of the busiest rank.
 """
 
 import math
@@ -20,6 +21,7 @@ import numpy as np
 from benchmarks.report import Report, progress
 
 from megatron_eagle.context_parallel.exchange import measure_traffic
+from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout, sequence_multiple
 from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.store import SampleStore
@@ -42,6 +44,7 @@ class Outcome:
     busiest: int  # area of the rank with most, in whole tiles
     tiles: float  # mean over ranks
     exact: float  # mean over ranks, without rounding to tiles
+    ring: int  # sum over a ring's steps of the rank with most, without rounding to tiles
     foreign: int  # keys of other ranks that the busiest rank receives (or sends)
     gathered: int  # what it would receive with an all-gather
     segments: int  # of the rank with most
@@ -55,9 +58,9 @@ class Outcome:
         first = exchange / KEY_HEADS
         return first + max(exchange - first - _attention(self.busiest), 0)
 
-    def slow_down(self, share: int, waiting: float = 0.0) -> float:
-        """Time of the busiest rank, `share` tokens, over that of perfect balance."""
-        return (_dense(share) + _attention(self.busiest) + waiting) / (_dense(share) + _attention(self.exact))
+    def slow_down(self, share: int, pairs: int, waiting: float = 0.0) -> float:
+        """Time of a rank with `share` tokens and `pairs` over that of perfect balance."""
+        return (_dense(share) + _attention(pairs) + waiting) / (_dense(share) + _attention(self.exact))
 
 
 def _dense(tokens: int) -> float:
@@ -121,6 +124,7 @@ def simulate(name: str, size: int, bounds: list[int]) -> Outcome:
         busiest=max(tiles),
         tiles=sum(tiles) / size,
         exact=float((sizes * (sizes + 1) // 2).sum()) / size,
+        ring=_ring_area(layout, tables),
         foreign={"none": 0, "ranges": busiest_link, "gather": gathered}[traffic.kind()],
         gathered=gathered,
         segments=max(len(table) for table in tables),
@@ -136,6 +140,20 @@ def _tiled_area(table: np.ndarray) -> int:
         keys = last_key - first_key - (last - first) + rows  # seen by the last row of each row of tiles
         area += int((-(-keys // TILE)).sum()) * TILE * TILE
     return area
+
+
+def _ring_area(layout: SequenceLayout, tables: list[np.ndarray]) -> int:
+    """Pairs of the rank with most in each step of a ring, added up: in step i, keys of the rank i before."""
+    size = layout.size
+    owner = np.empty(layout.length, dtype=np.int64)
+    owner[layout.rank_major_order.numpy()] = np.repeat(np.arange(size), layout.length // size)
+    pairs = np.zeros((size, size))  # [rank, owner of the keys]
+    for rank, table in enumerate(tables):
+        for first, last, first_key, last_key in table.tolist():
+            rows = np.minimum(last - first, last_key - np.arange(first_key, last_key))  # that see the key
+            pairs[rank] += np.bincount(owner[first_key:last_key], weights=rows, minlength=size)
+    ranks = np.arange(size)
+    return int(sum(pairs[ranks, (ranks - step) % size].max() for step in ranks))
 
 
 def run(packs: str | None = None, plot: str | None = None) -> Report:
@@ -167,10 +185,13 @@ def _summary(outcomes: list[Outcome], share: int) -> dict[str, float | int]:
 
     foreign, gathered = mean(o.foreign for o in outcomes), outcomes[0].gathered
     return {
-        "step": round(mean(o.slow_down(share) for o in outcomes), 4),
-        "worst": round(max(o.slow_down(share) for o in outcomes), 4),
-        "+ keys": round(mean(o.slow_down(share, o.waiting(hidden=True)) for o in outcomes), 4),
-        "+ keys, not hidden": round(mean(o.slow_down(share, o.waiting(hidden=False)) for o in outcomes), 4),
+        "step": round(mean(o.slow_down(share, o.busiest) for o in outcomes), 4),
+        "worst": round(max(o.slow_down(share, o.busiest) for o in outcomes), 4),
+        "+ keys": round(mean(o.slow_down(share, o.busiest, o.waiting(True)) for o in outcomes), 4),
+        "+ keys, not hidden": round(
+            mean(o.slow_down(share, o.busiest, o.waiting(False)) for o in outcomes), 4
+        ),
+        "ring": round(mean(o.slow_down(share, o.ring) for o in outcomes), 4),
         "attention max/mean": round(mean(o.busiest / o.tiles for o in outcomes), 3),
         "tile waste": round(mean(o.tiles / o.exact for o in outcomes), 3),
         "MB a layer": round(foreign * KEY_BYTES / 1e6, 1),
