@@ -25,7 +25,13 @@ from megatron_eagle.config import save_yaml, to_dict
 from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.training.checkpoint import _CONTENT, TRACKER, TrainState, _read_index, checkpoint_folder
+from megatron_eagle.training.checkpoint import (
+    CONTENT_METADATA,
+    TRACKER,
+    TrainState,
+    checkpoint_folder,
+    read_index,
+)
 from megatron_eagle.training.manifest import write_manifest
 
 _LAYER = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
@@ -99,7 +105,7 @@ def write_checkpoint(
             planner=_PiecePlanner(pieces, dtype),
             no_dist=True,
         )
-    torch.save({"content_metadata": dict(_CONTENT)}, folder / "common.pt")
+    torch.save({"content_metadata": dict(CONTENT_METADATA)}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     save_yaml({"model": to_dict(config)}, folder / "run.yaml")
     (folder / "state.json").write_text(json.dumps(to_dict(TrainState(iteration))))
@@ -142,7 +148,7 @@ class CheckpointWeights:
 
     def __init__(self, checkpoint: str | Path) -> None:
         self.folder = checkpoint_folder(checkpoint)
-        index = _read_index(self.folder)
+        index = read_index(self.folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._types: dict[str, torch.dtype] = {}
         self._chunks: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], object]]] = {}

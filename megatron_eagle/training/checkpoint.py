@@ -53,7 +53,8 @@ from megatron_eagle.training.manifest import hash_written, verify, write_manifes
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
 
-_CONTENT = {
+# What Megatron is told of every checkpoint, when it saves and when it loads.
+CONTENT_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
@@ -279,7 +280,7 @@ def _write_tensors(content: dict, partial: Path) -> str | None:
 
     Megatron's function would leave the other ranks waiting if rank 0 cannot write its common file.
     """
-    content["content_metadata"] = dict(_CONTENT)
+    content["content_metadata"] = dict(CONTENT_METADATA)
     sharded, common = save_preprocess(content)
     problem = None
     if torch.distributed.get_rank() == 0:
@@ -370,14 +371,14 @@ def _content(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | N
     """Megatron's description of what this rank holds: tensors with their global key, shape and place."""
     content: dict[str, Any] = {}
     for name, model in _named(models):
-        tensors = model.sharded_state_dict(metadata=dict(_CONTENT))
+        tensors = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
         # TransformerEngine adds pickled `_extra_state` objects (FP8 scales). Without them a checkpoint is
         # tensors only and fits specs with and without TransformerEngine.
         content[name] = {k: v for k, v in tensors.items() if not isinstance(v, ShardedObject)}
     if optimizer is not None:
         # Megatron adds to the metadata it is given: hand out copies.
         content["optimizer"] = optimizer.sharded_state_dict(
-            dict(content), is_loading=loading, metadata=dict(_CONTENT)
+            dict(content), is_loading=loading, metadata=dict(CONTENT_METADATA)
         )
         if not content["optimizer"]["param_state"]:
             del content["optimizer"]["param_state"]  # nothing trains on this rank
@@ -396,7 +397,7 @@ def _share_step(optimizer_content: dict) -> None:
 def _check_keys(folder: Path, content: dict, with_optimizer: bool) -> str | None:
     """Compare what all ranks ask for with what the checkpoint holds. Collective; returns what is wrong."""
     try:
-        stored = _read_index(folder).state_dict_metadata
+        stored = read_index(folder).state_dict_metadata
         problem = None
     except UserError as error:
         stored, problem = {}, str(error)
@@ -487,7 +488,7 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _read_index(folder: Path) -> Any:
+def read_index(folder: Path) -> Any:
     """The checkpoint's table of tensors. Also guards Megatron's own, unrestricted read of the same file."""
     try:
         with open(folder / ".metadata", "rb") as file:

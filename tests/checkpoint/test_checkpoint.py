@@ -287,4 +287,4 @@ def test_a_truncated_index_is_refused(copy):
     index = checkpoint_folder(copy) / ".metadata"
     index.write_bytes(index.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a checkpoint's index, or a damaged one"):
-        checkpoint._read_index(checkpoint_folder(copy))
+        checkpoint.read_index(checkpoint_folder(copy))

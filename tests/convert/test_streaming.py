@@ -18,6 +18,7 @@ from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.checkpoint import (
     checkpoint_folder,
     load_checkpoint,
+    read_index,
     read_model_config,
     save_checkpoint,
 )
@@ -84,8 +85,7 @@ def _truncate(folder):
 
 
 def _rewrite_index(folder, change):
-    with open(folder / ".metadata", "rb") as file:
-        index = pickle.load(file)
+    index = read_index(folder)
     change(index)
     with open(folder / ".metadata", "wb") as file:
         pickle.dump(index, file)
