@@ -8,8 +8,8 @@ have a fixed order.
 
 Why not a ring of point-to-point messages: it moves the same keys in the same number of bytes, but in
 size - 1 steps, each as long as its busiest rank, and with documents a rank has anything from no to all pairs
-with the keys of one other rank. The simulator (`tools/bench.py context_parallel`, column `ring`) has a step of
-the video mix at size 8 take 1.77 times that of perfect balance under `balanced` and 1.51 under `zigzag`,
+with the keys of one other rank. In the simulator (`tools/bench.py context_parallel`, column `ring`) a step of
+the video mix at size 8 takes 1.77 times that of perfect balance under `balanced` and 1.51 under `zigzag`,
 where one kernel on all keys takes 1.00 and 1.30. Only `zigzag_per_document` keeps a ring even, and it must
 move all keys everywhere, however short the documents, in twice as many segments as there are documents.
 Partial results would also be corrected and added up after every step (fp32 outputs read and written size - 1

@@ -183,6 +183,10 @@ def _summary(outcomes: list[Outcome], share: int) -> dict[str, float | int]:
     def mean(values) -> float:
         return float(np.mean(list(values)))
 
+    def slow_down(outcome: Outcome, waiting: float) -> float:
+        return outcome.slow_down(share, outcome.busiest, waiting)
+
+    hidden, exposed = ([o.waiting(hide) for o in outcomes] for hide in (True, False))
     foreign, gathered = mean(o.foreign for o in outcomes), outcomes[0].gathered
     return {
         "step": round(mean(o.slow_down(share, o.busiest) for o in outcomes), 4),
