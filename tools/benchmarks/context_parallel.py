@@ -191,10 +191,8 @@ def _summary(outcomes: list[Outcome], share: int) -> dict[str, float | int]:
     return {
         "step": round(mean(o.slow_down(share, o.busiest) for o in outcomes), 4),
         "worst": round(max(o.slow_down(share, o.busiest) for o in outcomes), 4),
-        "+ keys": round(mean(o.slow_down(share, o.busiest, o.waiting(True)) for o in outcomes), 4),
-        "+ keys, not hidden": round(
-            mean(o.slow_down(share, o.busiest, o.waiting(False)) for o in outcomes), 4
-        ),
+        "+ keys": round(mean(map(slow_down, outcomes, hidden)), 4),
+        "+ keys, not hidden": round(mean(map(slow_down, outcomes, exposed)), 4),
         "ring": round(mean(o.slow_down(share, o.ring) for o in outcomes), 4),
         "attention max/mean": round(mean(o.busiest / o.tiles for o in outcomes), 3),
         "tile waste": round(mean(o.tiles / o.exact for o in outcomes), 3),
