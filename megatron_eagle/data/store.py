@@ -264,6 +264,7 @@ class SampleStore:
         return {name: _reader(batch[name], _PLANS.get(name)) for name in SCHEMA.names}
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column of all rows (read from the map when used)."""
-        batches = (self._file.get_batch(i) for i in range(self._file.num_record_batches))
+        """One column of all rows, through a map of its own: what is read of it goes when the column does."""
+        file = pa.ipc.open_file(pa.memory_map(str(self.folder / "samples.arrow")))
+        batches = (file.get_batch(i) for i in range(file.num_record_batches))
         return pa.chunked_array([batch[name] for batch in batches], SCHEMA.field(name).type)

@@ -4,16 +4,24 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.paths import REPO
 
 
-def test_packing_beats_streaming_and_grows_linearly(tmp_path):
+def run_benchmark(name, tmp_path):
+    """What it prints, and the rows of its card."""
     card_file = tmp_path / "card.json"
-    command = [sys.executable, str(REPO / "tools" / "bench.py"), "packing", "--json", str(card_file)]
+    command = [sys.executable, str(REPO / "tools" / "bench.py"), name, "--json", str(card_file)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "next fit" in result.stdout
     card = json.loads(card_file.read_text())
-    assert card["command"] == "python tools/bench.py packing"
+    assert card["command"] == f"python tools/bench.py {name}"
+    return result.stdout, card
+
+
+def test_packing_beats_streaming_and_grows_linearly(tmp_path):
+    printed, card = run_benchmark("packing", tmp_path)
+    assert "next fit" in printed
     rows = {(row["samples"], row["packer"]): row for row in card["rows"]}
     assert rows[20_000, "ours"]["fill %"] >= 99.9
     assert rows[2_000, "ours"]["fill %"] >= 99 > rows[2_000, "next fit"]["fill %"]
@@ -23,3 +31,21 @@ def test_packing_beats_streaming_and_grows_linearly(tmp_path):
     assert rows[1_000_000, "ours"]["CPU s"] < 4
     # Ten times the samples: far from a hundred times the time.
     assert rows[200_000, "ours"]["CPU s"] < 40 * rows[20_000, "ours"]["CPU s"]
+
+
+@pytest.mark.slow
+def test_store_opens_quickly_and_reads_quickly(tmp_path):
+    _, card = run_benchmark("store", tmp_path)
+    ours = [row for row in card["rows"] if row["reader"] == "ours"]
+    assert [row["samples"] for row in ours] == [100_000, 1_000_000]
+    assert all(row["open s"] < 2 and row["anonymous MB"] < 300 for row in ours)
+    peers = [row for row in card["rows"] if row["samples"] == 100_000 and row["reader"] != "ours"]
+    assert all(row["us per sample, warm"] > ours[0]["us per sample, warm"] for row in peers)
+
+
+@pytest.mark.slow
+def test_preprocessing_beats_the_naive_loop(tmp_path):
+    _, card = run_benchmark("preprocess", tmp_path)
+    rows = {row["way"]: row for row in card["rows"]}
+    assert rows["ours"]["CPU s"] < rows["naive loop"]["CPU s"]
+    assert rows["ours, one pass"]["CPU s"] < rows["ours, a pass per length"]["CPU s"]
