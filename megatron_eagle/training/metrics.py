@@ -39,6 +39,7 @@ class StepMetrics:
     tflops: float  # model TFLOP/s of one process (training/flops.py), padding and recomputation left out
     mfu: float | None = None  # tflops / logging.peak_tflops
     evaluation_loss: float | None = None  # on the held-out packs after this iteration, where it was due
+    data_seconds: float = 0.0  # of `seconds`: the wait for the batch, on the rank that waited longest
 
 
 class RunLog:
