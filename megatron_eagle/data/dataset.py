@@ -43,6 +43,12 @@ class Batch:
     n_tiles: int
     sample_rows: list[int]
     """Store rows of the documents, without the padding."""
+    n_frames: int = 0
+    """Of the tiles, those that are frames; the others are of pictures and pages."""
+    frames_wanted: int = 0
+    """Frames without a token limit."""
+    tiles_wanted: int = 0
+    """Tiles of pictures and pages without a token limit."""
 
 
 def normalizer(index: PackIndex, packs: np.ndarray, weighting: str, multi_turn: bool) -> float:
@@ -61,9 +67,8 @@ def assemble(store: SampleStore, rows: list[int], *, weighting: str, multi_turn:
     weights = np.zeros(length, np.float64)
     positions = np.zeros(length, np.int64)
     bounds = [0]
-    n_tiles = 0
-    for row in rows:
-        sample = store[row]
+    samples = [store[row] for row in rows]
+    for sample in samples:
         start, end = bounds[-1], bounds[-1] + sample.n_tokens
         ids[start:end] = sample.ids
         # A position predicts the token after it, so its weight is that token's; a document's first is not
@@ -72,10 +77,10 @@ def assemble(store: SampleStore, rows: list[int], *, weighting: str, multi_turn:
         weights[start : end - 1] = table[sample.answers[1:]] / total
         positions[start:end] = np.arange(sample.n_tokens)
         bounds.append(end)
-        n_tiles += sample.n_tiles
     if bounds[-1] < length:
         positions[bounds[-1] :] = np.arange(length - bounds[-1])
         bounds.append(length)
+    n_tiles = sum(sample.n_tiles for sample in samples)
     n_image_tokens = int((ids == store.manifest.image_token_id).sum())
     if n_image_tokens != n_tiles * store.manifest.tokens_per_tile:
         raise UserError(
@@ -91,6 +96,9 @@ def assemble(store: SampleStore, rows: list[int], *, weighting: str, multi_turn:
         pixel_values=None,
         n_tiles=n_tiles,
         sample_rows=list(rows),
+        n_frames=sum(sample.n_frames for sample in samples),
+        frames_wanted=sum(sample.frames_wanted for sample in samples),
+        tiles_wanted=sum(sample.tiles_wanted for sample in samples),
     )
 
 
