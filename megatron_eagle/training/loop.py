@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.profiler import record_function
 
 from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.data.loader import Batch, PackLoader
@@ -33,14 +34,16 @@ from megatron_eagle.training.checkpoint import (
 )
 from megatron_eagle.training.evaluation import HeldOut, evaluate
 from megatron_eagle.training.faults import Faults
-from megatron_eagle.training.flops import training_flops
 from megatron_eagle.training.heartbeat import Heartbeat
 from megatron_eagle.training.loss import megatron_loss
-from megatron_eagle.training.metrics import RunLog, StepMetrics
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
+from megatron_eagle.training.profiler import StepProfiler
 from megatron_eagle.training.resilience import LossGuard, Preempted, stop_signals
 from megatron_eagle.training.run_config import RunConfig
+from megatron_eagle.training.run_log import RunLog
+from megatron_eagle.training.step_meter import measure
+from megatron_eagle.training.step_totals import StepTotals, count, read, zeros
 
 
 def train(config: RunConfig) -> TrainState:
@@ -162,7 +165,8 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
         hang_seconds=60 * settings.hang_minutes,
         abort=settings.abort_on_hang,
     )
-    with log, heart, stop_signals() as stop:
+    profiler = StepProfiler(config.logging.profile, logs, rank, job.models[0].config)
+    with log, heart, profiler, stop_signals() as stop:
         log.message(choose_layers(config.layers).reason)
         log.message(choose_attention(config.layers.attention, _dtype(config)).reason)
         if job.saved_iteration is not None:
@@ -172,40 +176,61 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
         while state.iteration < last:
             started = time.perf_counter()
             lr = get_canonical_lr_for_logging(job.optimizer.param_groups)
-            loss, grad_norm, flops, told_to_stop = _step(job, loader, log, heart, stop)
+            profiler.begin(state.iteration + 1)
+            step = _step(job, loader, log, heart, stop)
             seconds = time.perf_counter() - started
+            profiler.end(state.iteration)
             at_end = state.iteration == last
             evaluated = None
             if held_out is not None and (at_end or state.iteration % config.evaluation.interval == 0):
                 heart.phase(state.iteration, "evaluation")
                 evaluated = evaluate(held_out, job.mesh, job.device.torch_device, partial(_evaluated, job))
-            if grad_norm is not None:
-                tflops = flops / torch.distributed.get_world_size() / seconds / 1e12
-                mfu = tflops / config.logging.peak_tflops if config.logging.peak_tflops else None
+            if step.grad_norm is not None:
                 log.step(
-                    StepMetrics(
-                        *(state.iteration, loss, grad_norm, lr, tokens, seconds, tflops, mfu, evaluated)
+                    measure(
+                        step.totals,
+                        job.device.torch_device,
+                        peak_tflops=config.logging.peak_tflops,
+                        iteration=state.iteration,
+                        loss=step.loss,
+                        grad_norm=step.grad_norm,
+                        lr=lr,
+                        tokens=tokens,
+                        seconds=seconds,
+                        data_seconds=step.data_seconds,
+                        evaluation_loss=evaluated,
                     )
                 )
-            if at_end or told_to_stop or (interval and state.iteration % interval == 0):
+            if at_end or step.told_to_stop or (interval and state.iteration % interval == 0):
                 heart.phase(state.iteration, "save")
-                _save(job, log, must_succeed=at_end or told_to_stop)
-            if told_to_stop and not at_end:
+                _save(job, log, must_succeed=at_end or step.told_to_stop)
+            if step.told_to_stop and not at_end:
                 raise Preempted(f"stopped by a signal after iteration {state.iteration}, which is saved")
 
 
-def _step(
-    job: _Job, loader: PackLoader, log: RunLog, heart: Heartbeat, stop: list[str]
-) -> tuple[float, float | None, float, bool]:
-    """One global batch: its loss, the gradient norm (None: the step was skipped), the model FLOPs, and
-    whether any rank was told to stop. Equal on all ranks."""
+@dataclass(frozen=True)
+class _Step:
+    """A finished iteration; equal on all ranks but for `data_seconds`."""
+
+    loss: float
+    grad_norm: float | None  # None: the step was skipped
+    totals: StepTotals
+    data_seconds: float  # that this rank waited for its batches
+    told_to_stop: bool  # any rank
+
+
+def _step(job: _Job, loader: PackLoader, log: RunLog, heart: Heartbeat, stop: list[str]) -> _Step:
+    """One global batch."""
     state, guard = job.state, job.guard
     number, first_pack = state.iteration + 1, state.consumed_packs
     heart.phase(number, "data")
-    batches = loader.step(first_pack)
+    waiting = time.perf_counter()
+    with record_function("data"):
+        batches = loader.step(first_pack)
+    data_seconds = time.perf_counter() - waiting
     job.faults.before_step(number)
     heart.phase(number, "forward and backward")
-    loss, flops, told_to_stop = _forward_backward(job, batches, stop)
+    loss, totals, told_to_stop = _forward_backward(job, batches, stop)
     loss = job.faults.loss(number, loss)
     action, reason = guard.judge("loss", loss)
     heart.phase(number, "optimizer")
@@ -215,7 +240,8 @@ def _step(
         job.optimizer.prepare_grads()
         action, reason = guard.judge("gradient norm", float(job.optimizer.get_grad_norm()))
     if action == "go":
-        grad_norm = float(job.optimizer.step()[1])
+        with record_function("optimizer"):
+            grad_norm = float(job.optimizer.step()[1])
         action, reason = guard.judge("gradient norm", grad_norm)
     if action == "stop":
         saved = "no checkpoint" if job.saved_iteration is None else f"iteration {job.saved_iteration}"
@@ -232,28 +258,35 @@ def _step(
     state.iteration += 1
     state.consumed_packs += job.config.training.global_batch_size
     state.recent_losses = guard.recent
-    return loss, grad_norm, flops, told_to_stop
+    return _Step(loss, grad_norm, totals, data_seconds, told_to_stop)
 
 
-def _forward_backward(job: _Job, batches: list[Batch], stop: list[str]) -> tuple[float, float, bool]:
-    """Gradients of one global batch, ready for the optimizer; returns its loss, its model FLOPs, and whether
-    any rank has a name in `stop`. Equal on every rank."""
-    mesh = job.mesh
+def _forward_backward(job: _Job, batches: list[Batch], stop: list[str]) -> tuple[float, StepTotals, bool]:
+    """Gradients of one global batch, ready for the optimizer; returns its loss, what it consisted of, and
+    whether any rank has a name in `stop`. Equal on every rank."""
+    mesh, length = job.mesh, job.config.data.length
     for model in job.models:
         model.zero_grad_buffer()
     job.optimizer.zero_grad()
     part = _schedule(job, batches, forward_only=False)
-    # The loss's parts exist on the last pipeline stage, once per tensor parallel rank; the FLOPs are those of
-    # a pack, once per data parallel rank.
-    own = torch.zeros(3, dtype=torch.float64)
+    # The loss's parts exist on the last pipeline stage, once per tensor parallel rank; a pack is counted once
+    # per data parallel rank.
+    own = torch.zeros(2, dtype=torch.float64)
+    own[0], counts = len(stop), zeros(length)
     if mesh.is_last_stage() and mesh.tp.rank == 0:
-        own[0] = part
-        own[1] = _model_flops(job.config, batches) if mesh.cp.rank == 0 else 0.0
-    own[2] = len(stop)
-    totals = own.to(job.device.torch_device)
-    torch.distributed.all_reduce(totals)
-    loss, flops, stops = totals.tolist()
-    return loss, flops, stops > 0
+        own[1] = part
+        if mesh.cp.rank == 0:
+            counts = count(
+                batches,
+                job.config.model,
+                length,
+                trainable=job.config.optimizer.trainable,
+                adapters=job.config.lora is not None,
+            )
+    sums = torch.cat([own, counts]).to(job.device.torch_device)
+    torch.distributed.all_reduce(sums)
+    stops, loss = sums[:2].tolist()
+    return loss, read(sums[2:], length), stops > 0
 
 
 def _evaluated(job: _Job, batches: list[Batch]) -> float:
@@ -294,25 +327,6 @@ def _schedule(job: _Job, batches: list[Batch], *, forward_only: bool) -> float:
         forward_only=forward_only,
     )
     return float(sum(parts)) if mesh.is_last_stage() else 0.0
-
-
-def _model_flops(config: RunConfig, batches: list[Batch]) -> float:
-    """FLOPs of these packs' samples; padding does not count."""
-    lengths = [
-        end - start
-        for batch in batches
-        for start, end, _ in zip(
-            batch.document_bounds, batch.document_bounds[1:], batch.sample_rows, strict=False
-        )
-    ]
-    return training_flops(
-        config.model,
-        tokens=sum(lengths),
-        sum_squared_lengths=sum(n * n for n in lengths),
-        tiles=sum(batch.n_tiles for batch in batches),
-        trainable=config.optimizer.trainable,
-        adapters=config.lora is not None,
-    ).total
 
 
 def _save(job: _Job, log: RunLog, *, must_succeed: bool) -> None:

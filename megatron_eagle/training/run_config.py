@@ -35,9 +35,9 @@ from megatron_eagle.training.checkpoint import (
     read_model_config,
 )
 from megatron_eagle.training.evaluation import EvaluationConfig
-from megatron_eagle.training.metrics import LoggingConfig
 from megatron_eagle.training.optimizer import OptimizerConfig
 from megatron_eagle.training.resilience import ResilienceConfig
+from megatron_eagle.training.run_log import LoggingConfig
 
 
 @dataclass
@@ -96,6 +96,7 @@ class RunConfig:
         """
         data_parallel_size = self.parallel.data_parallel_size(world_size)
         self.model.validate()
+        self.logging.check()
         check_layout(self.model, self.parallel, self.data.length)
         _check_batch(self.training.global_batch_size, data_parallel_size, self.parallel)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)

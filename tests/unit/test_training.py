@@ -12,9 +12,10 @@ import yaml
 from megatron_eagle.config import save_yaml, to_dict
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.loss import megatron_loss, weighted_loss
-from megatron_eagle.training.metrics import LoggingConfig, RunLog, StepMetrics, plot_loss_curve, read_metrics
+from megatron_eagle.training.metrics import StepMetrics, plot_loss_curve, read_metrics
 from megatron_eagle.training.optimizer import OptimizerConfig, build_scheduler
 from megatron_eagle.training.run_config import RunConfig, load_run_config
+from megatron_eagle.training.run_log import LoggingConfig, RunLog
 from tests.parallel.harness import launch
 from tests.paths import REPO
 from tests.unit.synthetic_data import write_manifest

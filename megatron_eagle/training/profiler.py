@@ -1,0 +1,110 @@
+"""PyTorch's profiler over a window of iterations, on chosen ranks; one trace a rank in the run's logs.
+
+A trace names what a step does: data, forward, backward, optimizer (and evaluation, save). Open it in
+https://ui.perfetto.dev or chrome://tracing.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from torch.profiler import ProfilerActivity, profile, record_function
+
+FOLDER = "profile"
+# Megatron's schedules name the parts of a step to their timers; the others keep Megatron's names.
+_NAMES = {"forward-compute": "forward", "backward-compute": "backward"}
+
+
+@dataclass
+class ProfileConfig:
+    """Profile `steps` iterations from `start` (1-based) on each rank of `ranks`.
+
+    Costs time and host memory while it lasts: a few iterations are enough.
+    """
+
+    start: int
+    steps: int = 1
+    ranks: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        for name in ("start", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.ranks or min(self.ranks) < 0:
+            raise ValueError("ranks must name at least one rank, from 0 on")
+
+
+class StepProfiler:
+    """Runs the profiler where `config` asks for it, between `begin` and `end` of an iteration. Left early, by
+    an error or because the run is over, it writes what it has."""
+
+    def __init__(
+        self, config: ProfileConfig | None, logs: Path, rank: int, schedule: ModelParallelConfig
+    ) -> None:
+        """`schedule` is the configuration that Megatron's schedules read (that of the first model chunk)."""
+        self._config = config if config is not None and rank in config.ranks else None
+        self._logs, self._rank, self._schedule = logs, rank, schedule
+        self._profile: profile | None = None
+
+    def __enter__(self) -> "StepProfiler":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._finish()
+
+    def begin(self, iteration: int) -> None:
+        """Start, if the window starts with this iteration (or was missed, by a resume inside it)."""
+        config = self._config
+        inside = config is not None and config.start <= iteration < config.start + config.steps
+        if inside and self._profile is None:
+            self._start()
+
+    def end(self, iteration: int) -> None:
+        """Write the trace, if the window ends with this iteration."""
+        if self._profile is not None and iteration >= self._config.start + self._config.steps - 1:
+            self._finish()
+
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self._schedule.timers = RangeTimers()
+        self._profile = profile(activities=activities, acc_events=True)
+        self._profile.start()
+
+    def _finish(self) -> None:
+        if self._profile is None:
+            return
+        self._schedule.timers = None
+        self._profile.stop()
+        folder = self._logs / FOLDER
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(folder / f"rank_{self._rank:05d}.json.gz"))
+        except (OSError, RuntimeError) as error:  # a full disk must not end the run
+            print(f"warning: {folder}: the trace could not be written: {error}", file=sys.stderr)
+        self._profile = None
+
+
+class RangeTimers:
+    """Stands in for Megatron's timers: each becomes a named range of the trace."""
+
+    def __init__(self) -> None:
+        self._ranges: dict[str, _Range] = {}
+
+    def __call__(self, name: str, log_level: int | None = None) -> "_Range":
+        return self._ranges.setdefault(name, _Range(_NAMES.get(name, name)))
+
+
+class _Range:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def start(self, barrier: bool = False) -> None:
+        self._range = record_function(self._name)
+        self._range.__enter__()
+
+    def stop(self, barrier: bool = False) -> None:
+        self._range.__exit__(None, None, None)
