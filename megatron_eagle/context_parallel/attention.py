@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from eagle_kernels.activation_offload import Replay
 from megatron_eagle.context_parallel.exchange import KeyExchange
 from megatron_eagle.context_parallel.gather_kv import GatherKVAttention
 from megatron_eagle.context_parallel.layout import Segment, SequenceLayout
@@ -33,6 +34,7 @@ class PackedSequence(PackedSeqParams):
     layout: SequenceLayout | None = None  # over all context parallel ranks
     exchange: KeyExchange | None = None  # this rank's part, on its device
     rotary_table: tuple[Tensor, Tensor] | None = None  # cosines and sines, set on each pipeline stage
+    replay: Replay | None = None  # what an offloaded layer keeps of its attention
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
@@ -76,6 +78,7 @@ def context_parallel_attention(
     scale: float,
     key_group: ProcessGroup,
     ulysses_group: ProcessGroup | None = None,
+    replay: Replay | None = None,
 ) -> Tensor:
     """Attention of this rank's queries over the pack: q [s, np, d], k and v [s, ng, d] -> [s, np, d].
 
@@ -83,12 +86,13 @@ def context_parallel_attention(
         exchange: `plan_exchange` of this rank's place in `key_group`, on the device of q.
         key_group: ranks that hold other tokens in attention.
         ulysses_group: ranks that take other heads in attention; None: this rank takes all.
+        replay: keeps the attention's results, or has them from an earlier run; None: neither.
     """
     if ulysses_group is not None:
         q, k, v = TokensToHeads.apply(q, k, v, ulysses_group)
     # One key-value head at a time where keys travel, so that they do so while attention runs.
     parts = 1 if exchange.kind == "none" else k.shape[1]
-    out = GatherKVAttention.apply(q, k, v, backend, exchange, scale, key_group, parts)
+    out = GatherKVAttention.apply(q, k, v, backend, exchange, scale, key_group, parts, replay)
     return out if ulysses_group is None else HeadsToTokens.apply(out, ulysses_group)
 
 
@@ -135,5 +139,6 @@ class CoreAttention(MegatronModule):
             self.scale,
             self.key_group,
             self.ulysses_group,
+            packed_seq_params.replay,
         )
         return out.flatten(1).unsqueeze(1)

@@ -114,16 +114,23 @@ class GatherKVAttention(torch.autograd.Function):
         scale: of the scores.
         group: the ranks of the exchange; None where there is nothing to exchange.
         parts: head groups, dividing ng.
+        replay: of an offloaded layer, whose second run takes the results of the first; None: compute.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, backend, exchange, scale, group, parts):
+    def forward(ctx, q, k, v, backend, exchange, scale, group, parts, replay):
         ctx.backend, ctx.exchange, ctx.scale, ctx.group, ctx.parts = backend, exchange, scale, group, parts
-        heads = _head_groups(q, k, parts)
-        outputs = []
-        for (queries, _), (keys, values) in zip(heads, _gathered(k, v, exchange, group, heads), strict=True):
-            outputs.append(backend.forward(q[:, queries], keys, values, exchange.segments, scale))
-        out, lse = _joined([out for out, _ in outputs], 1), _joined([lse for _, lse in outputs], 0)
+
+        def attend() -> tuple[Tensor, Tensor]:
+            heads = _head_groups(q, k, parts)
+            keys_and_values = _gathered(k, v, exchange, group, heads)
+            outputs = [
+                backend.forward(q[:, queries], keys, values, exchange.segments, scale)
+                for (queries, _), (keys, values) in zip(heads, keys_and_values, strict=True)
+            ]
+            return _joined([out for out, _ in outputs], 1), _joined([lse for _, lse in outputs], 0)
+
+        out, lse = attend() if replay is None else replay.once(attend)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -148,7 +155,7 @@ class GatherKVAttention(torch.autograd.Function):
             returning.append(start_return(grad_k, grad_v, exchange, group))
             del grad_k, grad_v, keys, values  # the next group's are about to exist
         grad_k, grad_v = _joined([finish().to(k.dtype) for finish in returning], 2).unbind(1)
-        return _joined(grads_q, 1), grad_k, grad_v, None, None, None, None, None
+        return _joined(grads_q, 1), grad_k, grad_v, None, None, None, None, None, None
 
 
 def _head_groups(q: Tensor, k: Tensor, parts: int) -> list[tuple[slice, slice]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eagle_kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_eagle.model.layers import LayerClasses
+from megatron_eagle.model.offload import Offload
 from megatron_eagle.model.presets import TextConfig
 from megatron_eagle.model.rotary import PackedRotaryTable
 from megatron_eagle.model.specs import language_block
@@ -17,12 +18,18 @@ class LanguageModel(GPTModel):
     """One pipeline chunk of the language model."""
 
     def __init__(
-        self, text: TextConfig, config: TransformerConfig, classes: LayerClasses, mesh: Mesh, chunk: int
+        self,
+        text: TextConfig,
+        config: TransformerConfig,
+        classes: LayerClasses,
+        mesh: Mesh,
+        chunk: int,
+        offload: Offload | None,
     ) -> None:
         stage = chunk if mesh.config.num_model_chunks > 1 else None
         super().__init__(
             config,
-            language_block(config, classes, stage),
+            language_block(config, classes, stage, offload),
             vocab_size=text.padded_vocab_size,
             max_sequence_length=text.max_position_embeddings,
             pre_process=mesh.is_first_stage(chunk),

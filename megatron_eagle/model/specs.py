@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.model.layers import LayerClasses
+from megatron_eagle.model.offload import Offload
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.rotary import RotaryAttention
 from megatron_eagle.runtime.parallel import ParallelConfig
@@ -33,16 +34,28 @@ class RecomputeConfig:
     """Activations that backward computes again instead of keeping them.
 
     `selective` keeps everything but core attention's (Megatron's default choice); `full` keeps only each
-    layer's input. The tower has no selective form: its attention keeps no score matrix.
+    layer's input; `offload` keeps that and the attention's output in host memory and computes everything but
+    attention again (`eagle_kernels.activation_offload`), save for the last `offload_keep_last` layers of each
+    model chunk, whose backward comes first: theirs stay on the device. The tower has no selective form: its
+    attention keeps no score matrix.
+
+    Raises:
+        ValueError: a negative number of layers.
     """
 
-    language: Literal["none", "selective", "full"] = "none"
+    language: Literal["none", "selective", "full", "offload"] = "none"
     vision: Literal["none", "full"] = "none"
+    offload_keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        if self.offload_keep_last < 0:
+            raise ValueError(f"offload_keep_last must be at least 0, got {self.offload_keep_last}")
 
 
-# Megatron's words for the policies of `RecomputeConfig`.
+# Megatron's words for the policies of `RecomputeConfig`; offload is not one of its own.
 _RECOMPUTE = {
     "none": {},
+    "offload": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {
         "recompute_granularity": "full",
@@ -197,13 +210,15 @@ def _layer(
 
 
 def language_block(
-    config: TransformerConfig, classes: LayerClasses, chunk: int | None
+    config: TransformerConfig, classes: LayerClasses, chunk: int | None, offload: Offload | None
 ) -> TransformerBlockSubmodules:
     """The language layers of virtual pipeline stage `chunk` (None without interleaving)."""
     backend = choose_attention(classes.attention, config.params_dtype).backend
     core = ModuleSpec(module=RotaryAttention, params={"backend": backend, "kernels": classes.kernels})
     layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, classes.swiglu)
     layers = [layer] * get_num_layers_to_build(config, chunk)
+    if offload is not None:
+        layers = offload.layers(layers)
     return TransformerBlockSubmodules(layers, layer_norm=classes.rms_norm)
 
 

@@ -50,6 +50,16 @@ class ParallelConfig:
         """Chunks of the model on each pipeline rank (virtual pipeline stages)."""
         return self.virtual_pipeline_model_parallel_size or 1
 
+    def forwards_in_flight(self, stage: int) -> int:
+        """Most forwards of model chunks that wait for their backward on a rank of pipeline stage `stage`.
+
+        Those of the warm-up of Megatron's schedules, and one.
+        """
+        stages, after = self.pipeline_model_parallel_size, self.pipeline_model_parallel_size - stage - 1
+        if self.num_model_chunks == 1:
+            return after + 1
+        return 2 * after + (self.num_model_chunks - 1) * stages + 1
+
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model among `world_size` processes.
 
