@@ -7,15 +7,20 @@ import torch
 
 from megatron_eagle.context_parallel.attention import AttentionBackend
 from megatron_eagle.context_parallel.cudnn_attention import CudnnAttention
-from megatron_eagle.context_parallel.flash_attention import FlashAttention
+from megatron_eagle.context_parallel.flash_attention import FlashAttention, FlashAttention3
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
 from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
 from megatron_eagle.errors import UserError
 
-AttentionName = Literal["auto", "flash", "torch_varlen", "cudnn", "reference"]
-FAST = {"flash": FlashAttention, "torch_varlen": TorchVarlenAttention, "cudnn": CudnnAttention}
+AttentionName = Literal["auto", "flash3", "flash", "torch_varlen", "cudnn", "reference"]
+FAST = {
+    "flash3": FlashAttention3,
+    "flash": FlashAttention,
+    "torch_varlen": TorchVarlenAttention,
+    "cudnn": CudnnAttention,
+}
 # What auto tries, best first. cuDNN only where it is asked for until it has been measured on a GPU.
-AUTO = ("flash", "torch_varlen")
+AUTO = ("flash3", "flash", "torch_varlen")
 LONGEST_REFERENCE = 8192  # keys of a segment; more is not taken on a GPU without asking
 
 

@@ -1,13 +1,22 @@
-"""flash-attn 2.7 or later as an attention backend: bottom-right causal varlen, bf16 or fp16, sm_80 and up."""
+"""flash-attn as attention backends: FlashAttention 2 (sm_80 and up), and FlashAttention 3 (Hopper only).
+
+Both are bottom-right causal varlen kernels for bf16 and fp16, and deterministic in backward if asked. What is
+called are the functions under their autograd layers, because backward must be callable without autograd.
+These are not public: their argument names are checked before use.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from megatron_eagle.context_parallel.varlen import varlen_shape
 
-# What is passed by name: checked against the installed version's own schema.
-_FORWARD = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale"}
-_BACKWARD = _FORWARD | {"dout", "out", "softmax_lse", "dq", "dk", "dv", "deterministic"}
-_UNUSED = {
+# What FlashAttention 2 is given by name.
+_LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+_SETTINGS = {
     "dropout_p": 0.0,
     "causal": True,
     "window_size_left": -1,
@@ -15,45 +24,141 @@ _UNUSED = {
     "softcap": 0.0,
     "alibi_slopes": None,
 }
+_FORWARD = {"q", "k", "v", *_LENGTHS, "softmax_scale", "return_softmax", *_SETTINGS}
+_GRADIENTS = ["dq", "dk", "dv"]
+_BACKWARD = {"dout", "q", "k", "v", "out", "softmax_lse", *_GRADIENTS, *_LENGTHS, "softmax_scale"}
+_BACKWARD |= {"deterministic", *_SETTINGS}
+
+# Where FlashAttention 3's operators take what they are given: they are called by place, as torch itself does
+# (torch/nn/attention/_fa3.py).
+_PLACES = {
+    "fwd": {7: "cu_seqlens_q", 8: "cu_seqlens_k", 12: "max_seqlen_q", 13: "max_seqlen_k"}
+    | {23: "softmax_scale", 31: "num_splits"},
+    "bwd": {9: "cu_seqlens_q", 10: "cu_seqlens_k", 13: "max_seqlen_q", 14: "max_seqlen_k"}
+    | {15: "softmax_scale", 20: "deterministic"},
+}
 
 
 class FlashAttention:
-    """`AttentionBackend` by flash-attn's varlen kernels. Written, not yet run."""
+    """`AttentionBackend` by flash-attn 2.7 or later. Written, not yet run."""
 
     @staticmethod
     def why_not() -> str | None:
         """Why it cannot be used here, or None if it can."""
-        if not torch.cuda.is_available():
-            return "there is no CUDA device"
-        try:
-            import flash_attn.flash_attn_interface  # noqa: F401
-        except (ImportError, OSError) as error:
-            return f"flash_attn does not import: {error}"
+        interface, missing = _import("flash_attn.flash_attn_interface")
+        if missing:
+            return missing
         for name, needed in (("forward", _FORWARD), ("backward", _BACKWARD)):
-            operator = getattr(torch.ops.flashattn, f"_flash_attn_varlen_{name}", None)
-            if operator is None:
-                return f"this flash_attn has no varlen {name} operator: 2.7 or later has"
-            missing = (needed | _UNUSED.keys()) - {a.name for a in operator.default._schema.arguments}
-            if missing:
-                return f"this flash_attn's varlen {name} takes no {', '.join(sorted(missing))}"
+            function = getattr(interface, f"_flash_attn_varlen_{name}", None)
+            if function is None:
+                return f"this flash_attn has no varlen {name} of its own: 2.7 or later has"
+            if unknown := needed - _parameters(function):
+                return f"this flash_attn's varlen {name} takes no {', '.join(sorted(unknown))}"
         return None
 
     def forward(self, q, k, v, segments, scale):
-        shape = varlen_shape(segments, q.device)
-        out, lse, *_ = torch.ops.flashattn._flash_attn_varlen_forward(
-            q, k, v, *shape[:2], *shape[2:], softmax_scale=scale, return_softmax=False, **_UNUSED
+        lengths = dict(zip(_LENGTHS, varlen_shape(segments, q.device), strict=True))
+        out, lse, *_ = _flash_attn()._flash_attn_varlen_forward(
+            q=q, k=k, v=v, **lengths, softmax_scale=scale, return_softmax=False, **_SETTINGS
         )
         return out, lse
 
     def backward(self, grad_out, q, k, v, out, lse, segments, scale):
-        shape = varlen_shape(segments, q.device)
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        torch.ops.flashattn._flash_attn_varlen_backward(
-            *(grad_out, q, k, v, out, lse.contiguous()),
-            *grads,
-            *shape,
+        grads = _like((q, k, v))
+        _flash_attn()._flash_attn_varlen_backward(
+            dout=grad_out,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            softmax_lse=lse.contiguous(),
+            **dict(zip(_GRADIENTS, grads, strict=True)),
+            **dict(zip(_LENGTHS, varlen_shape(segments, q.device), strict=True)),
             softmax_scale=scale,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            **_UNUSED,
+            **_SETTINGS,
         )
-        return tuple(grads)
+        return grads
+
+
+class FlashAttention3:
+    """`AttentionBackend` by FlashAttention 3 (the module `flash_attn_interface`). Written, not yet run."""
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Why it cannot be used here, or None if it can."""
+        _, missing = _import("flash_attn_interface")
+        if missing:
+            return missing
+        if torch.cuda.get_device_capability()[0] != 9:
+            return "FlashAttention 3 needs compute capability 9.x"
+        for name, places in _PLACES.items():
+            operator = getattr(torch.ops.flash_attn_3, name, None)
+            if operator is None:
+                return f"this flash_attn_interface registers no operator flash_attn_3::{name}"
+            known = dict(enumerate(argument.name for argument in operator.default._schema.arguments))
+            if other := [
+                f"{known.get(at)} for {wanted}" for at, wanted in places.items() if known.get(at) != wanted
+            ]:
+                return f"this flash_attn_3::{name} has {', '.join(other)}"
+        return None
+
+    def forward(self, q, k, v, segments, scale):
+        cu_q, cu_k, max_q, max_k = varlen_shape(segments, q.device)
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(
+            *(q, k, v),
+            *(None, None, None, None),  # new keys and values, second queries, output
+            *(cu_q, cu_k, None, None, None),  # cumulative lengths, those of new keys, lengths in use
+            *(max_q, max_k),
+            *(None, None, None),  # pages
+            *(None, None, None),  # rotation
+            *(None, None, None),  # scales of 8-bit inputs
+            *(scale, True),  # causal
+            *(-1, -1, 0, 0.0),  # no window, no chunks, no cap
+            *(False, None),  # rotation, schedule
+            *(
+                1,
+                None,
+                0,
+            ),  # keys not split, which sums in one order; its own choice of packing; all processors
+        )
+        return out, lse
+
+    def backward(self, grad_out, q, k, v, out, lse, segments, scale):
+        cu_q, cu_k, max_q, max_k = varlen_shape(segments, q.device)
+        grads = _like((q, k, v))
+        torch.ops.flash_attn_3.bwd(
+            *(grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(), q, k, v, out),
+            lse.contiguous(),
+            *grads,
+            *(cu_q, cu_k, None, None),  # cumulative lengths, lengths in use
+            *(max_q, max_k, scale, True),  # causal
+            *(-1, -1, 0.0),  # no window, no cap
+            torch.are_deterministic_algorithms_enabled(),
+            0,  # all processors
+        )
+        return grads
+
+
+def _import(name: str) -> tuple[object, str | None]:
+    """A module for the GPU, or why it cannot be used here."""
+    if not torch.cuda.is_available():
+        return None, "there is no CUDA device"
+    try:
+        return importlib.import_module(name), None
+    except (ImportError, OSError) as error:
+        return None, f"{name} does not import: {error}"
+
+
+def _flash_attn():
+    return importlib.import_module("flash_attn.flash_attn_interface")
+
+
+def _parameters(function: Callable) -> set[str]:
+    """Argument names; flash-attn registers its functions as operators under some versions of torch only."""
+    return set(inspect.signature(getattr(function, "_init_fn", function)).parameters)
+
+
+def _like(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Empty and contiguous, whatever the strides."""
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)

@@ -1,9 +1,11 @@
 """Attention backends: what is chosen and why, their signatures, and on a GPU their numbers."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from megatron_eagle.context_parallel.backends import FAST, choose_attention, why_not
+from megatron_eagle.context_parallel.backends import FAST, LONGEST_REFERENCE, choose_attention, why_not
 from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention, refuse_long
 from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
@@ -36,13 +38,35 @@ def test_this_torch_has_the_operators_that_are_called():
     assert TorchVarlenAttention.why_not() in (None, "there is no CUDA device")
 
 
+def make_usable(monkeypatch, **missing: str) -> None:
+    """All fast backends work here but those that are `missing`, for that reason."""
+    for name, backend in FAST.items():
+        monkeypatch.setattr(backend, "why_not", partial(missing.get, name))
+
+
 def test_fast_backends_refuse_fp32(monkeypatch):
-    for backend in FAST.values():
-        monkeypatch.setattr(backend, "why_not", staticmethod(lambda: None))
+    make_usable(monkeypatch)
     with pytest.raises(UserError, match="flash: it computes in bf16 and the model in float32"):
         choose_attention("flash", torch.float32)
     assert choose_attention("auto", torch.float32).name == "reference"
-    assert choose_attention("auto", torch.bfloat16).name == "flash"
+
+
+def test_auto_takes_the_first_that_works_and_says_why(monkeypatch):
+    lines = []
+    for missing in ({}, {"flash3": "not Hopper"}, {"flash3": "not Hopper", "flash": "no module"}):
+        make_usable(monkeypatch, **missing)
+        lines.append(choose_attention("auto", torch.bfloat16).reason)
+    assert lines == [
+        "attention: flash3 (auto)",
+        "attention: flash (auto; flash3: not Hopper)",
+        "attention: torch_varlen (auto; flash3: not Hopper; flash: no module)",
+    ]
+    make_usable(monkeypatch, flash3="not Hopper", flash="no module", torch_varlen="too old")
+    choice = choose_attention("auto", torch.bfloat16)  # cudnn only if asked for
+    assert choice.reason == (
+        "attention: reference (auto; flash3: not Hopper; flash: no module; torch_varlen: too old)"
+    )
+    assert choice.backend.longest_on_gpu == LONGEST_REFERENCE == 8192
 
 
 def test_long_score_matrices_are_refused_unless_asked_for():
