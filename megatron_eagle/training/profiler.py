@@ -71,7 +71,7 @@ class StepProfiler:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self._schedule.timers = RangeTimers()
-        self._profile = profile(activities=activities, acc_events=True)
+        self._profile = profile(activities=activities)
         self._profile.start()
 
     def _finish(self) -> None:

@@ -96,7 +96,7 @@ class RunConfig:
         """
         data_parallel_size = self.parallel.data_parallel_size(world_size)
         self.model.validate()
-        self.logging.check()
+        self.logging.check(world_size)
         check_layout(self.model, self.parallel, self.data.length)
         _check_batch(self.training.global_batch_size, data_parallel_size, self.parallel)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)

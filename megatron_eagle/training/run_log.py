@@ -53,8 +53,14 @@ class LoggingConfig:
     # A window for PyTorch's profiler; null: none.
     profile: ProfileConfig | None = None
 
-    def check(self) -> None:
-        """Raises `UserError` for a library that is not installed."""
+    def check(self, world_size: int) -> None:
+        """Raises `UserError` for a library that is not installed, or a rank that the run does not have."""
+        last = max(self.profile.ranks) if self.profile is not None else 0
+        if last >= world_size:
+            raise UserError(
+                f"logging.profile.ranks names rank {last}: the run has {world_size} "
+                f"{'process' if world_size == 1 else 'processes'}, counted from 0"
+            )
         if self.wandb is not None and importlib.util.find_spec("wandb") is None:
             raise UserError(
                 "logging.wandb: wandb is not installed; `pip install wandb`, or leave this section out"
@@ -182,6 +188,7 @@ def _start_wandb(config: WandbConfig, folder: Path):
         )
     except wandb.Error as error:
         hint = "" if os.environ.get("WANDB_API_KEY") else "; set WANDB_API_KEY, or logging.wandb.mode=offline"
-        raise UserError(f"logging.wandb: {str(error).splitlines()[0]}{hint}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"logging.wandb: {reason}{hint}") from error
     known.write_text(run.id + "\n")
     return run

@@ -1,0 +1,167 @@
+"""What a step is measured by, under the same names everywhere: files, TensorBoard, W&B, the progress line."""
+
+import sys
+from dataclasses import fields
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_eagle.data.dataset import Batch
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.presets import preset
+from megatron_eagle.training.flops import training_flops
+from megatron_eagle.training.metrics import StepMetrics, read_metrics
+from megatron_eagle.training.run_log import LoggingConfig, RunLog, WandbConfig, progress_line
+from megatron_eagle.training.step_totals import buckets, count, read, zeros
+
+STEP = StepMetrics(
+    iteration=3,
+    loss=2.0,
+    grad_norm=1.5,
+    lr=1e-4,
+    tokens=1000,
+    seconds=0.5,
+    tflops=10.0,
+    mfu=0.5,
+    data_seconds=0.125,
+    mfu_vision=0.1,
+    mfu_language=0.4,
+    packing=0.75,
+    samples=2,
+    frames=8,
+    frames_wanted=10,
+    tiles=4,
+    tiles_wanted=13,
+    device_memory_gib=70.5,
+    host_memory_gib=4.25,
+    samples_by_length={"512": 0.5, "1024": 0.5},
+    tokens_by_length={"512": 0.2, "1024": 0.8},
+)
+
+
+def log_steps(config: LoggingConfig, folder, *steps: StepMetrics, iteration: int = 0) -> None:
+    with RunLog(config, folder, active=True, iteration=iteration, last_iteration=9) as log:
+        for step in steps:
+            log.step(step)
+
+
+def test_every_number_has_one_name():
+    names = STEP.scalars().keys()
+    whole = {name for name in names if "/" not in name}
+    shares = {name.split("/")[0] for name in names if "/" in name}
+    expected = {f.name for f in fields(StepMetrics)} - {"iteration", "evaluation_loss"}
+    assert whole | shares == expected | {"tokens_per_second"}
+    assert STEP.scalars()["tokens_per_second"] == 2000
+    assert STEP.scalars()["tokens_by_length/1024"] == 0.8
+
+
+def test_tensorboard_has_the_names_of_the_file(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log_steps(LoggingConfig(progress=False), tmp_path, STEP)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [STEP]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == {f"train/{name}" for name in STEP.scalars()}
+    for name, value in STEP.scalars().items():
+        (event,) = board.Scalars(f"train/{name}")
+        assert (event.step, event.value) == (3, pytest.approx(value))
+
+
+def test_the_progress_line():
+    assert progress_line(STEP) == (
+        "loss 2.0000, grad norm 1.500, lr 1.00e-04, 2,000 tokens/s, 0.50 s (0.12 data), packing 75.0%, "
+        "MFU 50.0% (10.0% vision), GPU 70.5 GiB, host 4.2 GiB"
+    )
+    assert progress_line(StepMetrics(1, 2.0, 1.0, 0.1, 8, 1.0, 0.1)) == (
+        "loss 2.0000, grad norm 1.000, lr 1.00e-01, 8 tokens/s, 1.00 s (0.00 data)"
+    )
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module in wandb's place that records what it is called with."""
+    module = ModuleType("wandb")
+    module.__spec__ = SimpleNamespace(name="wandb")
+    module.Error = type("Error", (Exception,), {})
+    module.Settings = lambda **settings: settings
+    module.started, module.logged = [], []
+
+    def init(**settings):
+        module.started.append(settings)
+        return SimpleNamespace(
+            id=settings["id"] or "abc123",
+            log=lambda values, step: module.logged.append((step, values)),
+            finish=lambda: module.logged.append("finished"),
+        )
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_gets_the_names_of_tensorboard(tmp_path, wandb):
+    config = LoggingConfig(progress=False, tensorboard=False, wandb=WandbConfig("eagle", mode="offline"))
+    config.check(1)
+    log_steps(config, tmp_path, STEP)
+    log_steps(config, tmp_path, iteration=3)
+    first, second = wandb.started
+    assert first["project"] == "eagle" and first["mode"] == "offline" and first["dir"] == str(tmp_path)
+    assert first["id"] is None and second["id"] == "abc123", "a resumed run goes on with its curves"
+    expected = {f"train/{name}": value for name, value in STEP.scalars().items()}
+    assert wandb.logged == [(3, expected), "finished", "finished"]
+
+
+def test_wandb_without_a_key_is_one_line(tmp_path, wandb, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+    def refuse(**_):
+        raise wandb.Error("api_key not configured (no-tty).\nmore lines")
+
+    wandb.init = refuse
+    config = LoggingConfig(progress=False, tensorboard=False, wandb=WandbConfig("eagle"))
+    with pytest.raises(UserError) as caught:
+        log_steps(config, tmp_path, STEP)
+    assert str(caught.value) == (
+        "logging.wandb: api_key not configured (no-tty); set WANDB_API_KEY, or logging.wandb.mode=offline"
+    )
+
+
+def test_wandb_that_is_not_installed_is_refused_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb is not installed; `pip install wandb`"):
+        LoggingConfig(wandb=WandbConfig("eagle")).check(1)
+    LoggingConfig().check(1)
+
+
+def batch(lengths: list[int], length: int, **counts) -> Batch:
+    """A pack of samples of these lengths, padded to `length`."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    bounds += [] if bounds[-1] == length else [length]
+    empty = torch.empty(0)
+    return Batch(empty, empty, empty, empty, bounds, None, sample_rows=list(range(len(lengths))), **counts)
+
+
+def test_totals_of_ranks_add_up():
+    eagle = preset("tiny").with_data(vocab_size=504, image_token_index=7)
+    settings = {"trainable": ("vision", "connector", "language"), "adapters": False}
+    first = batch([100, 512, 700], 2000, n_tiles=9, n_frames=5, frames_wanted=8, tiles_wanted=6)
+    second = batch([2000], 2000, n_tiles=0)
+    parts = [count([pack], eagle, 2000, **settings) for pack in (first, second)]
+    totals = read(sum(parts) + zeros(2000), 2000)
+    assert totals == read(count([first, second], eagle, 2000, **settings), 2000)
+    assert (totals.samples, totals.tokens) == (4, 3312)
+    assert (totals.frames, totals.frames_wanted, totals.tiles, totals.tiles_wanted) == (5, 8, 4, 6)
+    assert totals.samples_by_length == {"512": 2, "1024": 1, "2000": 1}
+    assert totals.tokens_by_length == {"512": 612, "1024": 700, "2000": 2000}
+    flops = training_flops(
+        eagle, tokens=3312, sum_squared_lengths=100**2 + 512**2 + 700**2 + 2000**2, tiles=9
+    )
+    assert totals.flops_vision == flops.vision + flops.connector > 0
+    assert totals.flops_language == pytest.approx(flops.language_linear + flops.language_attention)
+
+
+def test_buckets_end_with_the_length():
+    assert buckets(64) == buckets(512) == [512]
+    assert buckets(2000) == [512, 1024, 2000]
+    assert len(buckets(131072)) == 9
