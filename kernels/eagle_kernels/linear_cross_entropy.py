@@ -7,12 +7,16 @@ of exponentials and the label's logit, over all tensor parallel ranks by one MAX
 in the buffer of the logits, their gradient times the token's weight; then the gradients of x and of the
 weight, the latter summed in fp32. Three matrix products per chunk and no recomputation.
 
+Over several ranks two chunks are under way, so that both all-reduces of a chunk travel beside products: the
+MAX beside the two gradient products of the chunk before, the SUM beside the logits of the one after. Numbers
+and the order of sums are those of one chunk after the other; the cost is a second chunk's logits.
+
 The gradients are formed in forward, for the loss sum_i token_weight_i * loss_i: backward checks that it is
 asked for exactly that, or for a multiple.
 
 Memory beyond inputs, for t supervised tokens, V vocabulary rows of this rank, chunks of c, element size b:
 t h b (gradient of x) + c V b (logits; eager in bf16: c V (b + 4)) + 4 V h (gradient of the weight; nothing
-with `into_main_grad`). Plain torch holds t V twice, in fp32.
+with `into_main_grad`). Over several ranks the logits count twice. Plain torch holds t V twice, in fp32.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_size: int = CHUNK,
     into_main_grad: bool = False,
+    pipelined: bool = True,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Per-token loss fp32 [t], 0 where token_weights is 0, to be summed with `token_weights`.
@@ -59,6 +64,7 @@ def linear_cross_entropy(
         into_main_grad: add the weight's gradient to `weight.main_grad` (fp32) and set
             `weight.grad_added_to_main_grad`, in Megatron's way. It is added in forward: never under a
             recomputation that runs forward twice with gradients, and the upstream factor must be 1.
+        pipelined: two chunks under way over several ranks; False: one, with half the logits.
 
     Raises:
         ValueError: shapes or types do not fit, or labels out of range.
@@ -94,6 +100,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         chunk_size=chunk_size,
         into_main_grad=into_main_grad,
+        pipelined=pipelined and ranks > 1,
         use_triton=triton_runs,
         gradients=torch.is_grad_enabled(),
     )
@@ -120,6 +127,7 @@ class _Task:
     z_loss: float
     chunk_size: int
     into_main_grad: bool
+    pipelined: bool
     use_triton: bool
     gradients: bool
 
@@ -145,23 +153,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = weight.main_grad
         elif for_weight:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+
+        def finish(chunk: _Chunk) -> None:
+            lse, target = chunk.finish_sums()
+            losses[chunk.tokens] = lse - target + task.z_loss * lse.square()
+            if not (for_x or for_weight):
+                return
+            scales = task.token_weights[chunk.tokens], 2 * task.z_loss, task.real_rows
+            grad = gradient(chunk.work, chunk.labels, chunk.maximum, lse, *scales).to(x.dtype)
+            del chunk.work
+            if for_x:
+                torch.mm(grad, rows, out=grad_x[chunk.start : chunk.start + task.chunk_size])
+            if grad_weight is not None:
+                _add_product(grad_weight[: task.product_rows], grad, chunk.x)
+
+        before = None
         for start in range(0, len(task.supervised), task.chunk_size):
             tokens = task.supervised[start : start + task.chunk_size]
-            chunk, labels = x.index_select(0, tokens), task.labels[tokens]
-            work, maximum, total, target = statistics(chunk @ rows.t(), labels, task.real_rows)
-            lse, target = _over_ranks(maximum, total, target, task.group)
-            losses[tokens] = lse - target + task.z_loss * lse.square()
-            if not (for_x or for_weight):
-                continue
-            grad = gradient(
-                work, labels, maximum, lse, task.token_weights[tokens], 2 * task.z_loss, task.real_rows
-            ).to(x.dtype)
-            del work
-            if for_x:
-                torch.mm(grad, rows, out=grad_x[start : start + task.chunk_size])
-            if grad_weight is not None:
-                _add_product(grad_weight[: task.product_rows], grad, chunk)
-            del grad  # before the next chunk's logits
+            chunk = _Chunk(start, tokens, x.index_select(0, tokens), task.labels[tokens])
+            chunk.start_maximum(*statistics(chunk.x @ rows.t(), chunk.labels, task.real_rows), task.group)
+            if before is not None:
+                finish(before)
+            chunk.start_sums(task.group)
+            if task.pipelined:
+                before = chunk
+            else:
+                finish(chunk)
+            del chunk  # before the next one's logits
+        if before is not None:
+            finish(before)
         ctx.task, ctx.weight, ctx.n_tokens = task, weight, x.shape[0]
         ctx.gradients = grad_x, grad_weight
         return losses
@@ -191,17 +211,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def _over_ranks(
-    maximum: Tensor, total: Tensor, target: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """This rank's maximum, sum of exponentials above it and label logit, fp32 [c] -> (lse, label logit)."""
-    if group is None:
-        return maximum + total.log(), target
-    highest = maximum.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    packed = torch.stack([total * torch.exp(maximum - highest), target])
-    dist.all_reduce(packed, group=group)
-    return highest + packed[0].log(), packed[1]
+class _Chunk:
+    """Some supervised tokens on their way: sums over the vocabulary rows of all ranks, without waiting."""
+
+    def __init__(self, start: int, tokens: Tensor, x: Tensor, labels: Tensor) -> None:
+        self.start, self.tokens, self.x, self.labels = start, tokens, x, labels
+
+    def start_maximum(
+        self, work: Tensor, maximum: Tensor, total: Tensor, target: Tensor, group: dist.ProcessGroup | None
+    ) -> None:
+        """Takes `_statistics`' results of this rank's rows; begins the MAX."""
+        self.work, self.maximum, self._total, self._target = work, maximum, total, target
+        self._highest, self._pending = maximum, None
+        if group is not None:
+            self._highest = maximum.clone()
+            self._pending = dist.all_reduce(self._highest, op=dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def start_sums(self, group: dist.ProcessGroup | None) -> None:
+        """Ends the MAX; begins the SUM of exponentials above it and of the labels' logits."""
+        if group is None:
+            return
+        self._pending.wait()
+        scale = torch.exp(self.maximum - self._highest)
+        self._sums = torch.stack([self._total * scale, self._target])
+        self._pending = dist.all_reduce(self._sums, group=group, async_op=True)
+
+    def finish_sums(self) -> tuple[Tensor, Tensor]:
+        """Ends the SUM -> lse and label logit, fp32 [c]."""
+        if self._pending is None:
+            return self.maximum + self._total.log(), self._target
+        self._pending.wait()
+        return self._highest + self._sums[0].log(), self._sums[1]
 
 
 def _upstream_scale(grad_losses: Tensor, task: _Task) -> Tensor:

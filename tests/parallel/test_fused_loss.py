@@ -23,9 +23,11 @@ def _cell(name: str) -> Layout:
     return next(cell for cell in (*LAYOUTS, ONE_PROCESS) if cell.name == name)
 
 
-def _run_in_chunks(layout: Layout, eagle, layers: LayersConfig, recompute: RecomputeConfig) -> dict:
-    whole = language.linear_cross_entropy
-    with patch.object(language, "linear_cross_entropy", lambda *a, **k: whole(*a, chunk_size=CHUNK, **k)):
+def _run_in_chunks(
+    layout: Layout, eagle, layers: LayersConfig, recompute: RecomputeConfig, pipelined: bool = True
+) -> dict:
+    whole, options = language.linear_cross_entropy, {"chunk_size": CHUNK, "pipelined": pipelined}
+    with patch.object(language, "linear_cross_entropy", lambda *a, **k: whole(*a, **options, **k)):
         return run(layout, eagle, torch.float32, recompute, layers)
 
 
@@ -75,21 +77,67 @@ def test_recomputed_layers_leave_the_loss_alone(plain):
     assert _fused("TP2, none", INTO_MAIN_GRAD, "full").worst(plain)[0] <= TOLERANCE
 
 
+@pytest.mark.parametrize("layers", [FUSED, INTO_MAIN_GRAD], ids=["own gradient", "main_grad"])
+def test_two_chunks_under_way_change_no_bit(layers):
+    arguments = (_cell("TP2+SP, none"), tiny_model(), layers, RecomputeConfig())
+    two, one = (combine(launch(_run_in_chunks, 2, *arguments, pipelined)) for pipelined in (True, False))
+    assert two.loss == one.loss
+    assert [n for n, gradient in one.gradients.items() if not torch.equal(two.gradients[n], gradient)] == []
+
+
+def _logged() -> list[str]:
+    """The order of products and all-reduces for three chunks."""
+    log, add = [], module._add_product
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        name = "MAX" if op == dist.ReduceOp.MAX else "SUM"
+        log.append(f"start {name}")
+        work = dist.all_reduce(tensor, op=op, group=group, async_op=True)
+        return SimpleNamespace(wait=lambda: (log.append(f"end {name}"), work.wait()))
+
+    def statistics(*arguments):
+        log.append("logits")
+        return found(*arguments)
+
+    def add_product(*arguments):
+        log.append("gradients")
+        add(*arguments)
+
+    found = module._statistics
+    with (
+        patch.object(module, "dist", SimpleNamespace(all_reduce=all_reduce, ReduceOp=dist.ReduceOp)),
+        patch.object(module, "_statistics", statistics),
+        patch.object(module, "_add_product", add_product),
+    ):
+        weight = torch.randn(8, 4, requires_grad=True)
+        labels = torch.arange(6)
+        module.linear_cross_entropy(
+            torch.randn(6, 4), weight, labels, torch.ones(6), group=dist.group.WORLD, chunk_size=2
+        )
+    return log
+
+
+def test_all_reduces_travel_beside_products():
+    begin = ["logits", "start MAX"]
+    middle = [*begin, "end SUM", "gradients", "end MAX", "start SUM"]
+    expected = [*begin, "end MAX", "start SUM", *middle, *middle, "end SUM", "gradients"]
+    assert launch(_logged, 2) == [expected, expected]
+
+
 class _WithoutAllReduce(SimpleNamespace):
     """torch.distributed for one module, with an all-reduce that leaves every rank what it had."""
 
     ReduceOp = dist.ReduceOp
 
     def __init__(self, dropped: int) -> None:
-        super().__init__(calls=0, dropped=dropped)
+        super().__init__(dropped=dropped)
 
-    def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None):
-        self.calls += 1
+    def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
         # Maximum, then sum, of each chunk; a last one sums the gradient of the input.
-        if {dist.ReduceOp.MAX: 0}.get(
-            op, 1 if tensor.dim() == 2 and tensor.shape[0] == 2 else 2
-        ) != self.dropped:
-            dist.all_reduce(tensor, op=op, group=group)
+        kind = 0 if op == dist.ReduceOp.MAX else 1 if async_op else 2
+        if kind == self.dropped:
+            return SimpleNamespace(wait=lambda: None)
+        return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
 
 
 def _run_without(dropped: int) -> dict:
