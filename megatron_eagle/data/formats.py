@@ -19,6 +19,7 @@ from megatron_eagle.data.sample import (
     OBSERVATION,
     SYSTEM,
     USER,
+    Document,
     DocumentRef,
     ImageRef,
     Part,
@@ -59,7 +60,7 @@ class _Media:
 
     images: list[str] = field(default_factory=list)
     videos: list[VideoSource] = field(default_factory=list)
-    documents: list[tuple[str, ...]] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """How many there are, by what a placeholder calls them."""
@@ -222,9 +223,10 @@ def _typed_part(item: object, root: str, media: _Media) -> _RawPart:
         media.videos.append(_video_source(item, root))
         return VideoRef(len(media.videos) - 1)
     if kind == "document":
-        if item.get("document") is None:
+        value = item.get("document", item.get("path"))
+        if value is None:
             return _Placeholder("document", None)
-        media.documents.append(_pages(item["document"], root))
+        media.documents.append(_document(value, root))
         return DocumentRef(len(media.documents) - 1)
     raise Problem("bad turn", f"content part of type {kind!r}")
 
@@ -269,22 +271,27 @@ def _as_list(value: object) -> list:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _documents(record: dict, root: str) -> list[tuple[str, ...]]:
-    """The documents beside the text: `document` is one (its pages) or a list of such, `documents` a list."""
+def _documents(record: dict, root: str) -> list[Document]:
+    """The documents beside the text: `document` is one, or a list of such; `documents` is a list."""
     one = record.get("document")
-    several = isinstance(one, list) and one and all(isinstance(pages, list) for pages in one)
+    several = isinstance(one, list) and one and all(isinstance(item, list) or _is_pdf(item) for item in one)
     found = [] if one is None else one if several else [one]
-    return [_pages(pages, root) for pages in [*found, *_as_list(record.get("documents"))]]
+    return [_document(item, root) for item in [*found, *_as_list(record.get("documents"))]]
 
 
-def _pages(pages: object, root: str) -> tuple[str, ...]:
-    """The pages of one document, as pictures."""
-    names = [page for page in _as_list(pages) if isinstance(page, str)]
-    files = [name for name in names if isinstance(pages, str) or name.lower().endswith(".pdf")]
-    if files:
-        raise Problem("unsupported media", f"{files[0]}: PDF files are not read yet; give page images")
-    if not isinstance(pages, list) or not pages:
-        raise Problem("bad media reference", f"a document is a list of page images, not {pages!r}")
+def _is_pdf(item: object) -> bool:
+    return isinstance(item, str) and item.lower().endswith(".pdf")
+
+
+def _document(item: object, root: str) -> Document:
+    """One document: a PDF file, known by its suffix, or the pictures of its pages."""
+    if _is_pdf(item):
+        return _path(item, root)
+    pages = _as_list(item)
+    if not pages or any(map(_is_pdf, pages)):
+        raise Problem(
+            "bad media reference", f"a document is one PDF file or a list of page images, not {item!r}"
+        )
     return tuple(_image_path(page, root) for page in pages)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_eagle.data.formats import read_sample
 from megatron_eagle.data.ledger import LedgerEntry, Problem
-from megatron_eagle.data.probe import probe_image, probe_video
+from megatron_eagle.data.probe import probe_document, probe_image, probe_video
 from megatron_eagle.data.recipe import Dataset, read_recipe
 
 _BLOCK = 256  # lines that are read ahead of the slowest
@@ -34,6 +34,7 @@ def problems(
     def check_image(path: str) -> None:
         probe_image(path, max_pixels)
 
+    check_document = lru_cache(maxsize=256)(lambda document: probe_document(document, max_pixels))
     check_video = lru_cache(maxsize=256)(probe_video)
 
     def check(numbered: tuple[int, bytes]) -> LedgerEntry | None:
@@ -42,8 +43,10 @@ def problems(
         try:
             sample = read_sample(raw, root=dataset.root, file=file, line=line, overrides=dataset.overrides)
             if media:
-                for path in (*sample.images, *(page for pages in sample.documents for page in pages)):
+                for path in sample.images:
                     check_image(path)
+                for document in sample.documents:
+                    check_document(document)
                 for video in sample.videos:
                     check_video(video)
         except Problem as problem:

@@ -24,7 +24,7 @@ from megatron_eagle.data.ledger import LedgerEntry, write_ledger
 from megatron_eagle.data.processor import PreprocessSettings, Task
 from megatron_eagle.data.recipe import Dataset, line_bounds, read_recipe
 from megatron_eagle.data.reuse import cache_key, is_current
-from megatron_eagle.data.store import DataManifest, read_manifest
+from megatron_eagle.data.store import DataManifest, read_manifest, store_format
 from megatron_eagle.data.store_writer import StoreWriter, write_tables
 from megatron_eagle.data.summary import LengthCounts
 from megatron_eagle.data.tokenizer import (
@@ -289,11 +289,11 @@ def _replace(output: Path, partial: Path) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Raise `UserError` for a place that holds something else than a token store."""
+    """Raise `UserError` for a place that holds something else than a token store, of whatever format."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
-        read_manifest(output)
+        store_format(output)
     except UserError:
         raise UserError(
             f"{output} exists and holds something else than a token store; choose another --output"

@@ -20,7 +20,8 @@ def picture(plan: ImagePlan, max_pixels: int) -> str:
         image = load_image(plan.path, max_pixels=max_pixels)
     except Problem as problem:
         return f'<p class="problem">{escape(str(problem))}</p>'
-    image.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
+    scale = min(1, _PICTURE_SIZE / max(plan.width, plan.height))  # a page is drawn in its grid's shape
+    image = image.resize((max(1, round(plan.width * scale)), max(1, round(plan.height * scale))))
     shown = _grid(image, plan.columns, plan.rows)
     if plan.n_tiles > 1:
         side = min(160, image.height)

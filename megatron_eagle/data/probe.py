@@ -8,10 +8,11 @@ import numpy as np
 
 from megatron_eagle.data.ads import ImageWish, SamplingSettings, VideoWish, wanted_frames
 from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.media.documents import page_sizes, pixel_size
 from megatron_eagle.data.media.frame_index import FrameTable, read_frame_table
 from megatron_eagle.data.media.images import image_size
-from megatron_eagle.data.media.source import FileFacts, file_facts
-from megatron_eagle.data.sample import VideoSource
+from megatron_eagle.data.media.source import FileFacts, PageRef, file_facts
+from megatron_eagle.data.sample import Document, VideoSource
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,31 @@ class ImageFacts:
     def wish(self, settings: SamplingSettings) -> ImageWish:
         """What the picture asks of the sampler."""
         return ImageWish(self.width, self.height, settings.max_tiles)
+
+    def name(self, grid: tuple[int, int], tile_size: int) -> str:
+        """What the picture is read from."""
+        return self.file.path
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """Page `number` (from 0) of a PDF file, and its size in points; it is drawn with at most `max_pixels`."""
+
+    file: FileFacts
+    number: int
+    width: float
+    height: float
+    max_pixels: int
+
+    def wish(self, settings: SamplingSettings) -> ImageWish:
+        """What the page asks of the sampler: as many pixels as the tiles that it may have."""
+        tile = settings.tile_size**2
+        max_tiles = max(1, min(settings.max_tiles, self.max_pixels // tile))
+        return ImageWish(*pixel_size(self.width, self.height, max_tiles * tile), max_tiles)
+
+    def name(self, grid: tuple[int, int], tile_size: int) -> str:
+        """The page, drawn at the size of its grid."""
+        return str(PageRef(self.file.path, self.number, grid[0] * tile_size, grid[1] * tile_size))
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,14 @@ def probe_image(path: str, max_pixels: int) -> ImageFacts:
     """Check a picture to its end and read its size.  Raises `Problem`."""
     width, height = image_size(path, max_pixels=max_pixels)
     return ImageFacts(file_facts(path), width, height)
+
+
+def probe_document(document: Document, max_pixels: int) -> list[ImageFacts] | list[PageFacts]:
+    """The pages of a document, whether it is a PDF file or a list of pictures.  Raises `Problem`."""
+    if not isinstance(document, str):
+        return [probe_image(page, max_pixels) for page in document]
+    sizes, file = page_sizes(document), file_facts(document)
+    return [PageFacts(file, number, *size, max_pixels) for number, size in enumerate(sizes)]
 
 
 def probe_video(source: VideoSource) -> VideoFacts:

@@ -10,10 +10,18 @@ from megatron_eagle.data.ads import Plan, SamplingSettings, sample_media
 from megatron_eagle.data.formats import read_sample
 from megatron_eagle.data.iap import tile_count
 from megatron_eagle.data.ledger import LedgerEntry, Problem
+from megatron_eagle.data.media.documents import check_pages
 from megatron_eagle.data.media.exact import decode_frames
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS
-from megatron_eagle.data.probe import ImageFacts, VideoFacts, probe_image, probe_video
-from megatron_eagle.data.sample import DocumentRef, ImageRef, Sample, VideoRef
+from megatron_eagle.data.probe import (
+    ImageFacts,
+    PageFacts,
+    VideoFacts,
+    probe_document,
+    probe_image,
+    probe_video,
+)
+from megatron_eagle.data.sample import Document, DocumentRef, ImageRef, Sample, VideoRef
 from megatron_eagle.data.store import DocumentPlan, ImagePlan, SampleColumns, VideoPlan
 from megatron_eagle.data.template import VARIANTS, ShownVideo, Template
 from megatron_eagle.data.tokenizer import load_tokenizer
@@ -87,8 +95,11 @@ class SampleProcessor:
         self._template = Template(
             load_tokenizer(settings.tokenizer), settings.template, settings.tokens_per_tile
         )
-        # Several questions about one video or picture usually follow each other.
+        # Several questions about one video, document or picture usually follow each other.
         self._probe_image = lru_cache(maxsize=1024)(lambda path: probe_image(path, settings.max_pixels))
+        self._probe_document = lru_cache(maxsize=32)(
+            lambda document: probe_document(document, settings.max_pixels)
+        )
         self._probe_video = lru_cache(maxsize=32)(probe_video)
 
     def process(self, task: Task) -> Outcome:
@@ -106,7 +117,7 @@ class SampleProcessor:
             media = _Media(
                 [self._probe_image(path) for path in sample.images],
                 [self._probe_video(source) for source in sample.videos],
-                [[self._probe_image(path) for path in pages] for pages in sample.documents],
+                [self._probe_document(document) for document in sample.documents],
             )
             plans: dict[int, Plan] = {}
             for length in self._settings.lengths:
@@ -115,6 +126,7 @@ class SampleProcessor:
                 except Problem as problem:
                     drop(problem, length)
             self._check_frames(media.videos, list(plans.values()))
+            self._check_pages(sample.documents, list(plans.values()))
             for length, plan in plans.items():
                 rows[length] = self._row(task, sample, media, plan)
         except Exception as error:  # one strange file must not end a run of millions; the summary counts it
@@ -150,6 +162,13 @@ class SampleProcessor:
             for _ in decode_frames(video.file.path, pts.tolist(), video.table.seek_points(pts).tolist()):
                 pass
 
+    def _check_pages(self, documents: Sequence[Document], plans: list[Plan]) -> None:
+        """Open every page of a PDF file that some plan shows, likewise."""
+        for i, document in enumerate(documents):
+            if isinstance(document, str):
+                pages = sorted({page for plan in plans for page in plan.pages[i]})
+                check_pages(document, pages, max_pixels=self._settings.max_pixels)
+
     def _row(self, task: Task, sample: Sample, media: "_Media", plan: Plan) -> Row:
         tiles = [tile_count(grid) for grid in plan.grids]
         page_tiles = [[tile_count(grid) for grid in grids] for grids in plan.page_grids]
@@ -163,7 +182,7 @@ class SampleProcessor:
         n_tiles = sum(tiles) + sum(map(sum, page_tiles)) + n_frames
         n_visual = n_tiles * self._template.tokens_per_tile
         sampling = self._sampling(sample)
-        documents = _document_plans(sample, plan)
+        documents = _document_plans(media, plan)
         columns = SampleColumns(
             source=task.source,
             line=task.line,
@@ -177,9 +196,9 @@ class SampleProcessor:
             n_frames=n_frames,
             frames_wanted=sum(video.wish(sampling).wanted for video in media.videos),
             images=(
-                *map(_image_plan, media.images, plan.grids),
+                *(_image_plan(*picture, sampling) for picture in zip(media.images, plan.grids, strict=True)),
                 *(
-                    _image_plan(pages[number], grid)
+                    _image_plan(pages[number], grid, sampling)
                     for pages, shown, grids in zip(media.documents, plan.pages, plan.page_grids, strict=True)
                     for number, grid in zip(shown, grids, strict=True)
                 ),
@@ -197,17 +216,17 @@ class _Media:
 
     images: list[ImageFacts]
     videos: list[VideoFacts]
-    documents: list[list[ImageFacts]]
+    documents: list[list[ImageFacts] | list[PageFacts]]
 
     def shown(self, frames: Sequence[Sequence[int]]) -> list[ShownVideo]:
         """What the text says of the videos if these frames are shown."""
         return [ShownVideo(v.duration, v.times(f)) for v, f in zip(self.videos, frames, strict=True)]
 
 
-def _document_plans(sample: Sample, plan: Plan) -> tuple[DocumentPlan, ...]:
-    first = len(sample.images)
+def _document_plans(media: _Media, plan: Plan) -> tuple[DocumentPlan, ...]:
+    first = len(media.images)
     plans = []
-    for pages, shown in zip(sample.documents, plan.pages, strict=True):
+    for pages, shown in zip(media.documents, plan.pages, strict=True):
         plans.append(DocumentPlan(first, shown, len(pages)))
         first += len(shown)
     return tuple(plans)
@@ -226,13 +245,16 @@ def _media_order(sample: Sample, documents: Sequence[DocumentPlan]) -> tuple[int
     return tuple(order)
 
 
-def _image_plan(image: ImageFacts, grid: tuple[int, int]) -> ImagePlan:
+def _image_plan(
+    image: ImageFacts | PageFacts, grid: tuple[int, int], sampling: SamplingSettings
+) -> ImagePlan:
+    wish = image.wish(sampling)
     return ImagePlan(
-        path=image.file.path,
+        path=image.name(grid, sampling.tile_size),
         file_size=image.file.size,
         mtime_ns=image.file.mtime_ns,
-        width=image.width,
-        height=image.height,
+        width=wish.width,
+        height=wish.height,
         columns=grid[0],
         rows=grid[1],
     )

@@ -48,20 +48,23 @@ class VideoSource:
     end: Fraction | None = None
 
 
+Document = str | tuple[str, ...]
+"""The path of a PDF file, or the pictures of the pages."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One conversation with its media.
 
-    Every image, video and document is referred to exactly once; a document is the pictures of its pages.  A
-    picture is named by a path, or as `media.source` names one in a database.  `file` and `line` (1-based)
-    say where it was read; `overrides` holds this sample's own sampling settings (`fps`, `min_frames`,
-    `max_frames`, `max_tiles`).
+    Every image, video and document is referred to exactly once.  A picture is named by a path, or as
+    `media.source` names one in a database.  `file` and `line` (1-based) say where it was read; `overrides`
+    holds this sample's own sampling settings (`fps`, `min_frames`, `max_frames`, `max_tiles`).
     """
 
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
     videos: tuple[VideoSource, ...] = ()
-    documents: tuple[tuple[str, ...], ...] = ()
+    documents: tuple[Document, ...] = ()
     file: str = ""
     line: int = 0
     overrides: Mapping[str, float] = field(default_factory=dict)

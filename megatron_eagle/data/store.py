@@ -24,15 +24,16 @@ from megatron_eagle.data.iap import tile_count
 from megatron_eagle.data.indexed import TokenFile
 from megatron_eagle.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BATCH_ROWS = 1024  # rows per Arrow batch: row r is row r % 1024 of batch r // 1024
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """A picture: its file when it was probed, its size as shown, its grid of tiles.
+    """A picture, or a page of a document: its file when it was probed, its size as shown, its grid of tiles.
 
-    A picture of several tiles is followed by a thumbnail of the whole.
+    `path` is as `media.source` names it; the size of a page of a PDF file is the one that its grid was chosen
+    by.  A picture of several tiles is followed by a thumbnail of the whole.
     """
 
     path: str
@@ -181,21 +182,30 @@ class DataManifest:
         (folder / "manifest.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
+def store_format(folder: str | Path) -> int:
+    """The format of the token store in a folder.  Raises `UserError` if it holds none, of whatever format."""
+    return _manifest_content(folder)["format_version"]
+
+
 def read_manifest(folder: str | Path) -> DataManifest:
     """Read manifest.json.  Raises `UserError` for a folder that is no token store of this version."""
-    path = Path(folder) / "manifest.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    content = _manifest_content(folder)
+    if content["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{folder} is no token store: no readable manifest.json; run preprocess_data"
-        ) from None
-    if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has store format {content.get('format_version')}, not {FORMAT_VERSION}; "
+            f"{folder} has store format {content['format_version']}, not {FORMAT_VERSION}; "
             "run preprocess_data again"
         )
     return DataManifest(**content)
+
+
+def _manifest_content(folder: str | Path) -> dict:
+    try:
+        content = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        if isinstance(content.get("format_version"), int):
+            return content
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise UserError(f"{folder} is no token store: no readable manifest.json; run preprocess_data")
 
 
 _PLANS = {"images": ImagePlan, "videos": VideoPlan, "documents": DocumentPlan}

@@ -128,6 +128,32 @@ def make_video(
     return path
 
 
+def make_pdf(path: Path, n_pages: int = 1, *, size: tuple[int, int] = (595, 842), extra: str = "") -> Path:
+    """A PDF file whose page k (from 0) shows k as eight vertical bars; `extra` goes into its trailer."""
+    width, height = size
+    kids = " ".join(f"{4 + 2 * k} 0 R" for k in range(n_pages))
+    objects = ["<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Count {n_pages}/Kids[{kids}]>>", "<<>>"]
+    for k in range(n_pages):
+        black = (f"{i * width / 8} 0 {width / 8} {height} re f" for i in range(8) if not k >> i & 1)
+        drawing = f"0 g {' '.join(black)}"
+        objects.append(f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 {width} {height}]/Contents {5 + 2 * k} 0 R>>")
+        objects.append(f"<</Length {len(drawing)}>>stream\n{drawing}\nendstream")
+    return write_pdf(path, [text.encode() for text in objects], extra)
+
+
+def write_pdf(path: Path, objects: list[bytes], extra: str = "") -> Path:
+    """A PDF file of these objects, numbered from 1; the first is its catalog."""
+    content, places = bytearray(b"%PDF-1.4\n"), []
+    for number, text in enumerate(objects, 1):
+        places.append(len(content))
+        content += b"%d 0 obj\n%s\nendobj\n" % (number, text)
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    end = f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}"
+    end += f"trailer<</Size {len(objects) + 1}/Root 1 0 R{extra}>>\nstartxref\n{len(content)}\n%%EOF\n"
+    path.write_bytes(bytes(content) + end.encode())
+    return path
+
+
 def write_jsonl(path: Path, records: list) -> Path:
     """One record a line; a string is written as it is (for broken lines)."""
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))

@@ -18,7 +18,7 @@ from megatron_eagle.data.processor import PreprocessSettings
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.data.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
-from tests.data.helpers import conversation, make_image, make_store, make_video
+from tests.data.helpers import conversation, make_image, make_pdf, make_store, make_video, write_pdf
 
 LONG = "word " * 200_000  # a million tokens
 
@@ -63,8 +63,31 @@ def folder(tmp_path_factory):
     clip = make_video(folder / "clip.mp4", 30).read_bytes()
     (folder / "cut.mp4").write_bytes(clip[: len(clip) // 2])
     (folder / "zero.mp4").touch()
-    (folder / "locked.pdf").write_bytes(b"%PDF-1.7\n1 0 obj<</Encrypt 2 0 R>>endobj\n%%EOF")
+    bad_documents(folder)
     return folder
+
+
+def bad_documents(folder):
+    """PDF files that cannot be read, each in its own way, and `good.pdf`."""
+    good = make_pdf(folder / "good.pdf", 3).read_bytes()
+    (folder / "zero.pdf").touch()
+    (folder / "cut.pdf").write_bytes(good[:-20])
+    (folder / "half.pdf").write_bytes(good[: len(good) // 2])
+    (folder / "text.pdf").write_text("not a document")
+    (folder / "mark.pdf").write_bytes(b"%PDF-1.7\nnothing in between\n%%EOF")
+    make_pdf(folder / "pageless.pdf", 0)
+    make_pdf(folder / "long.pdf", 10_001)
+    password = b"<</Filter/Standard/V 1/R 2/P -4/O<%s>/U<%s>>>" % (b"11" * 32, b"22" * 32)
+    pages = [b"<</Type/Pages/Count 1/Kids[3 0 R]>>", b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 60 80]>>"]
+    catalog = b"<</Type/Catalog/Pages 2 0 R>>"
+    write_pdf(folder / "locked.pdf", [catalog, *pages, password], "/Encrypt 4 0 R/ID[<00><00>]")
+    loop = b"<</Type/Pages/Count 1/Kids[2 0 R]>>"
+    write_pdf(folder / "loop.pdf", [catalog, loop])
+    drawn = pages[1].replace(b"]>>", b"]/Contents 4 0 R/Resources<</XObject<</I 5 0 R>>>>>>")
+    draw = b"<</Length 29>>stream\nq 60 0 0 80 0 0 cm /I Do Q    \nendstream"
+    size = b"/Width 30000/Height 30000/BitsPerComponent 1/ColorSpace/DeviceGray"
+    bomb = b"<</Type/XObject/Subtype/Image%s/Length 1>>stream\n0\nendstream" % size
+    write_pdf(folder / "bomb.pdf", [catalog, pages[0], drawn, draw, bomb])
 
 
 def picture(name):
@@ -73,6 +96,10 @@ def picture(name):
 
 def video(name, **clip):
     return conversation("<video>", "x", video={"video": name, **clip})
+
+
+def document(name):
+    return conversation("<document>", "x", document=name)
 
 
 # Each line of input, and why it is dropped (None: it is kept).
@@ -103,7 +130,18 @@ LINES = [
     (video("clip.mp4", start=100, end=110), "empty clip"),
     (video("clip.mp4", start=2, end=1), "empty clip"),
     (video("clip.mp4"), None),
-    (conversation("<document>", "x", document="locked.pdf"), "unsupported media"),
+    (document("none.pdf"), "missing media"),
+    (document("zero.pdf"), "empty file"),
+    (document("cut.pdf"), "truncated document"),
+    (document("half.pdf"), "truncated document"),
+    (document("text.pdf"), "unreadable document"),
+    (document("mark.pdf"), "unreadable document"),
+    (document("pageless.pdf"), "unreadable document"),
+    (document("loop.pdf"), "unreadable document"),
+    (document("long.pdf"), "too many pages"),
+    (document("locked.pdf"), "encrypted document"),
+    (document("bomb.pdf"), "image too large"),
+    (document("good.pdf"), None),
     (conversation("<document>", "x", document=["good.png", "none.png"]), "missing media"),
     (conversation("<document>", "x", document=["good.png", "good.png"]), None),
     (conversation(LONG, "x"), "too long"),

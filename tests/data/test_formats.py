@@ -137,6 +137,19 @@ def test_documents():
     two = read(conversation("<document-2> <image>", "x", document=[["1.png"], ["2.png"]], image="3.png"))
     assert two.turns[0].parts == (DocumentRef(0), DocumentRef(1), " ", ImageRef(0))
     assert two.documents == (("/media/1.png",), ("/media/2.png",))
+    typed = user([{"type": "document", "document": "a.pdf"}])
+    for record in (
+        conversation("<document>", "x", document="a.pdf"),
+        conversation("<document>", "x", document=["a.pdf"]),
+        conversation("<document>", "x", documents=["a.pdf"]),
+        {"messages": [user([{"type": "document"}]), ANSWER], "document": "a.pdf"},
+        {"messages": [typed, ANSWER]},
+    ):
+        sample = read(record)
+        assert (sample.documents, sample.turns[0].parts) == (("/media/a.pdf",), (DocumentRef(0),))
+    mixed = read(conversation("<document>", "x", document=["a.pdf", ["1.png"], "B.PDF"]))
+    assert mixed.documents == ("/media/a.pdf", ("/media/1.png",), "/media/B.PDF")
+    assert read(conversation("<document>", "x", document="scan.png")).documents == (("/media/scan.png",),)
     # A tag of that name means nothing where there is no document.
     assert read(conversation("see <document>", "x")).turns[0].parts == ("see <document>",)
 
@@ -185,9 +198,10 @@ def test_own_settings_of_a_sample():
         (conversation("<image>", "x", image={"lmdb_file": "f", "lmdb_key": 3}), "bad media reference: lmdb"),
         (conversation("<image>", "x", image={"lmdb_key": "k"}), "bad media reference"),
         (conversation("<video>", "x", video={"lmdb_file": "f", "lmdb_key": "k"}), "unsupported media: video"),
-        (conversation("<document>", "x", document="a.pdf"), "unsupported media: a.pdf: PDF files are not"),
-        (conversation("<document>", "x", document=["a.png", "b.PDF"]), "unsupported media: b.PDF: PDF"),
-        (conversation("<document>", "x", document=[]), "bad media reference: a document is a list"),
+        (conversation("<document>", "x", document=["a.png", "b.PDF"]), "bad media reference: a document is"),
+        (conversation("<document>", "x", document="http://a/b.pdf"), "unsupported media: http://a/b.pdf is"),
+        (conversation("<document>", "x", document=3), "bad media reference: expected a file name"),
+        (conversation("<document>", "x", document=[]), "bad media reference: a document is one PDF file"),
         (conversation("<document>", "x", document=[["a.png"], []]), "bad media reference"),
         (conversation("<document-2>", "x", document=["a.png"]), "placeholder mismatch: <document-2>"),
         (conversation("hi", "ho", fps=-1), "bad setting: fps"),

@@ -20,7 +20,9 @@ LINES = [
         conversation("<document>", "Four pages.", document=[f"doc/{n}" for n in ("page.png", "ocr3.jpg")]),
         None,
     ),
-    (conversation("<document>", "x", document="pdf/tracemonkey_14p.pdf"), "unsupported media"),
+    (conversation("<document>", "A paper.", document="pdf/tracemonkey_14p.pdf"), None),
+    (conversation("<document>", "A plot.", document="pdf/imagenet_cifar_lp.pdf"), None),
+    (conversation("<document>", "x", document="pdf/none.pdf"), "missing media"),
     (conversation("<video>", "x", video="video/decord_corrupted.mp4"), "undecodable frame"),
     (conversation("Hello", "Hi"), None),
 ]
@@ -33,7 +35,7 @@ def test_as_a_new_user_would(tmp_path, tokenizer_dir):
     recipe.write_text(json.dumps({"real": {"annotation": "real.jsonl", "root": str(MEDIA)}}))
     lint = call_tool("preview_data", "lint", recipe)
     assert lint.returncode == 1
-    assert lint.stdout.splitlines()[-1].startswith("11 lines, 1 with a problem")
+    assert lint.stdout.splitlines()[-1].startswith("13 lines, 1 with a problem")
 
     store = tmp_path / "store"
     made = call_tool(

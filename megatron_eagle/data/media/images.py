@@ -1,10 +1,11 @@
-"""Picture files: checked before they are used, upright RGB when they are read."""
+"""Pictures: files are checked before they are used, upright RGB when they are read; pages are drawn."""
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from megatron_eagle.data.ledger import Problem
-from megatron_eagle.data.media.source import open_media
+from megatron_eagle.data.media.documents import draw_page
+from megatron_eagle.data.media.source import open_media, page_ref
 
 DEFAULT_MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 9459 x 9459
 MAX_MAX_PIXELS = 2 * DEFAULT_MAX_PIXELS  # where Pillow itself refuses to open a picture
@@ -38,7 +39,12 @@ def image_size(path: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int,
 
 
 def load_image(path: str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """An upright RGB picture (the first one of an animation), alpha laid over white.  Raises `Problem`."""
+    """An upright RGB picture (the first one of an animation), alpha laid over white; or a page of a document.
+
+    `path` may be any name that `source` knows.  Raises `Problem`.
+    """
+    if page := page_ref(path):
+        return draw_page(page, max_pixels=max_pixels)
     image = _open(path, max_pixels)
     upright = _UPRIGHT.get(_orientation(image))
     _decode(image, path)

@@ -1,11 +1,12 @@
-"""Where the bytes of a picture come from: a file, or a value of an LMDB database.
+"""Where a picture comes from: a file, a value of an LMDB database, or a page of a PDF file.
 
-A picture in a database is named `lmdb://FILE?KEY`, with FILE as it is and KEY percent-encoded, wherever a
-path is kept.
+Wherever a path is kept, a picture in a database is named `lmdb://FILE?KEY`, with FILE as it is and KEY
+percent-encoded, and a page of a document that is drawn at W x H pixels is `pdf://FILE?page=NUMBER&size=WxH`.
 """
 
 import io
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from urllib.parse import quote, unquote
 from megatron_eagle.data.ledger import Problem
 
 _SCHEME = "lmdb://"
+_PAGE = re.compile(r"pdf://(?P<file>.+)\?page=(?P<number>\d+)&size=(?P<width>\d+)x(?P<height>\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,42 @@ class FileFacts:
     mtime_ns: int
 
 
+@dataclass(frozen=True)
+class PageRef:
+    """Page `number` (from 0) of a PDF file, drawn at `width` x `height` pixels."""
+
+    file: str
+    number: int
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        """Its name, in which pages are numbered from 1."""
+        return f"pdf://{self.file}?page={self.number + 1}&size={self.width}x{self.height}"
+
+
+def page_ref(path: str) -> PageRef | None:
+    """The page that `path` names, or None if it names none."""
+    match = _PAGE.fullmatch(path)
+    return match and PageRef(
+        match["file"], int(match["number"]) - 1, int(match["width"]), int(match["height"])
+    )
+
+
 def database_picture(file: str, key: str) -> str:
     """The name of the picture under `key` in the LMDB database `file`."""
     return f"{_SCHEME}{file}?{quote(key, safe='')}"
 
 
 def file_facts(path: str) -> FileFacts:
-    """Size and time of change of a file, or of a value and its database.  Raises `Problem` if missing."""
+    """Size and time of change of a file, of the file a page is in, or of a value and its database.
+
+    Raises `Problem` if it is missing.
+    """
     if path.startswith(_SCHEME):
         return FileFacts(path, len(_value(path)), _status(_data_file(_split(path)[0])).st_mtime_ns)
-    status = _status(path)
+    page = page_ref(path)
+    status = _status(page.file if page else path)
     return FileFacts(path, status.st_size, status.st_mtime_ns)
 
 
