@@ -10,10 +10,13 @@ Every rank knows the whole pack, so who sends which feature to whom is computed 
 is negotiated. One all-to-all moves each feature exactly once to each rank that needs it, and its
 backward is the reverse all-to-all. A feature is one image token (t of them per tile); "slot" is its
 number in the pack's reading order.
+
+Ranks that encode the same tiles (all of `none`; the tensor parallel ranks of `cp`) divide the reading of
+their files: each decodes a part, and `gather_tiles` gives each the pixels of all.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -35,12 +38,25 @@ class VisionShare:
     receive_order: Tensor  # int64: received row i is the wanted slot receive_order[i] of this rank
     copies: int  # ranks that receive the same feature and will return the same gradient
     group: dist.ProcessGroup | None  # None: nothing to exchange
+    decode_group: dist.ProcessGroup | None  # the ranks that encode these tiles; None: only this one
 
-    def tiles(self, pixel_values: Tensor) -> Tensor:
-        """This rank's tiles [encoded_tiles, c, S, S] of the pack's [n, c, S, S]."""
-        own = pixel_values[self.first_tile : self.last_tile]
-        missing = self.encoded_tiles - own.shape[0]
-        return torch.cat([own, own.new_zeros((missing, *own.shape[1:]))]) if missing else own
+    @property
+    def decoded_tiles(self) -> range:
+        """The tiles of the pack that this rank decodes, some of those that it encodes or all."""
+        tiles = range(self.first_tile, self.last_tile)
+        if self.decode_group is None:
+            return tiles
+        start = self.decode_group.rank() * self._decoded_each
+        return tiles[start : start + self._decoded_each]
+
+    @property
+    def _decoded_each(self) -> int:
+        size = 1 if self.decode_group is None else self.decode_group.size()
+        return -(-self.encoded_tiles // size)
+
+    def to(self, device: torch.device) -> "VisionShare":
+        """The same with the rows that the exchange reads on `device`."""
+        return replace(self, send_rows=self.send_rows.to(device, non_blocking=True))
 
 
 def share_vision(
@@ -51,6 +67,7 @@ def share_vision(
     rank: int,
     copies: int = 1,
     group: dist.ProcessGroup | None = None,
+    decode_group: dist.ProcessGroup | None = None,
 ) -> VisionShare:
     """Divide a pack's tiles over `len(wanted)` ranks, in equal contiguous runs.
 
@@ -58,6 +75,7 @@ def share_vision(
         wanted: for each rank of `group`, the slots that its tokens take, int64.
         rank: this process's place in `wanted`.
         copies: how many ranks want each slot.
+        decode_group: the ranks that are given the same `rank`.
     """
     size = len(wanted)
     bounds = torch.tensor([num_tiles * i // size for i in range(size + 1)])
@@ -74,13 +92,27 @@ def share_vision(
         receive_order=torch.argsort(owners[rank], stable=True),
         copies=copies,
         group=group if size > 1 and num_tiles else None,
+        decode_group=decode_group if decode_group is not None and decode_group.size() > 1 else None,
     )
+
+
+def gather_tiles(decoded: Tensor, share: VisionShare) -> Tensor:
+    """Each rank's `decoded_tiles` [i, c, S, S] -> the tiles to encode [encoded_tiles, c, S, S], what is
+    missing as zeros. Collective over `share.decode_group`."""
+    missing = share._decoded_each - decoded.shape[0]
+    if missing:
+        decoded = torch.cat([decoded, decoded.new_zeros((missing, *decoded.shape[1:]))])
+    if share.decode_group is None:
+        return decoded
+    tiles = decoded.new_empty((share.decode_group.size() * len(decoded), *decoded.shape[1:]))
+    dist.all_gather_into_tensor(tiles, decoded.contiguous(), group=share.decode_group)
+    return tiles[: share.encoded_tiles]
 
 
 def exchange_features(features: Tensor, share: VisionShare) -> Tensor:
     """[own features, h] of each rank -> [wanted features, h], in `share.receive_order`."""
     if share.group is None:
-        return features[share.send_rows.to(features.device)]
+        return features[share.send_rows]
     return _Exchange.apply(features, share)
 
 
@@ -88,7 +120,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features: Tensor, share: VisionShare) -> Tensor:
         ctx.share, ctx.num_features = share, features.shape[0]
-        sent = features[share.send_rows.to(features.device)]
+        sent = features[share.send_rows]
         received = features.new_empty((sum(share.receive_counts), features.shape[1]))
         counts = list(share.receive_counts), list(share.send_counts)
         dist.all_to_all_single(received, sent, *counts, group=share.group)
@@ -101,7 +133,7 @@ class _Exchange(torch.autograd.Function):
         counts = list(share.send_counts), list(share.receive_counts)
         dist.all_to_all_single(returned, grad.contiguous(), *counts, group=share.group)
         own = grad.new_zeros((ctx.num_features, grad.shape[1]), dtype=torch.float32)
-        own.index_add_(0, share.send_rows.to(grad.device), returned.float())
+        own.index_add_(0, share.send_rows, returned.float())
         return (own / share.copies).to(grad.dtype), None
 
 

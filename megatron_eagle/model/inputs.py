@@ -1,18 +1,142 @@
-"""From one pack to what a rank's model takes: device, context parallel share, visual slots."""
+"""From one pack to what a rank's model takes: context parallel share, visual slots, device.
 
-from collections.abc import Sequence
+In two parts. `plan_input` derives what follows from ids and document bounds, on the host and before any pixel
+is there: it says which tiles this rank decodes. `build_input` puts the tensors on the device. Both are done
+once per microbatch; all model chunks of a rank share the result.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
-from megatron_eagle.context_parallel.exchange import plan_exchange
+from megatron_eagle.context_parallel.exchange import KeyExchange, plan_exchange
+from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import plan_layout
-from megatron_eagle.context_parallel.vision_sharding import share_vision
+from megatron_eagle.context_parallel.vision_sharding import VisionShare, gather_tiles, share_vision
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import ModelInput
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class InputPlan:
+    """One rank's share of a pack, as indices."""
+
+    token_index: Tensor  # int64 [s]: the tokens of the pack that this context parallel rank holds
+    layout: SequenceLayout
+    exchange: KeyExchange
+    # First stage only: who encodes and exchanges what, and the rows [i] int64 of the hidden states that take
+    # the received features.
+    vision: VisionShare | None = None
+    image_rows: Tensor | None = None
+
+    @property
+    def tiles(self) -> range | None:
+        """The tiles of the pack that this rank decodes; None where there is no vision tower."""
+        return None if self.vision is None else self.vision.decoded_tiles
+
+    def to(self, device: torch.device) -> "InputPlan":
+        """The same with its indices on `device`."""
+        return replace(
+            self,
+            token_index=self.token_index.to(device, non_blocking=True),
+            exchange=self.exchange.to(device),
+            vision=None if self.vision is None else self.vision.to(device),
+            image_rows=None if self.image_rows is None else self.image_rows.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> "InputPlan":
+        """The same in pinned memory, so that `to` does not wait for the device."""
+        parts = {
+            name: _each_tensor(getattr(self, name), Tensor.pin_memory) for name in ("exchange", "vision")
+        }
+        return replace(_each_tensor(self, Tensor.pin_memory), **parts)
+
+
+def plan_input(
+    eagle: EagleConfig,
+    mesh: Mesh,
+    *,
+    input_ids: Tensor,
+    document_bounds: Sequence[int],
+    num_tiles: int | None,
+) -> InputPlan:
+    """Cut one pack for this rank. No communication.
+
+    Args:
+        input_ids: [S] int64.
+        document_bounds: 0, document ends, S.
+        num_tiles: of the pack; None on ranks that do not hold the vision tower.
+    Raises:
+        UserError: the image tokens and the tiles of the pack do not match, or the pack does not
+            fit the layout (`planning.plan_layout`).
+    """
+    ulysses = mesh.config.ulysses_parallel_size
+    key_layout = plan_layout(  # what ranks hold in attention
+        mesh.config.context_parallel_layout,
+        len(input_ids),
+        mesh.cp.size // ulysses,
+        document_bounds,
+        mesh.config.context_parallel_chunk_size,
+    )
+    layout = key_layout.cut_each(ulysses)
+    plan = InputPlan(
+        token_index=layout.token_index(mesh.cp.rank),
+        layout=layout,
+        exchange=plan_exchange(key_layout, mesh.cp.rank // ulysses, document_bounds),
+    )
+    if num_tiles is None:
+        return plan
+    image = input_ids == eagle.image_token_index
+    image_tokens, expected = int(image.sum()), num_tiles * eagle.tokens_per_tile
+    if image_tokens != expected:
+        raise UserError(
+            f"{image_tokens} image tokens (id {eagle.image_token_index}) but {num_tiles} tiles x "
+            f"{eagle.tokens_per_tile} = {expected} image features: text and tiles belong to different samples"
+        )
+    return _plan_vision(plan, image, num_tiles, eagle.tokens_per_tile, mesh)
+
+
+def build_input(
+    plan: InputPlan,
+    device: torch.device,
+    *,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    tiles: Tensor | None,
+    labels: Tensor | None = None,
+    loss_weights: Tensor | None = None,
+) -> ModelInput:
+    """This rank's share of a pack on the device. Collective where ranks divide the decoding of tiles.
+
+    Args:
+        input_ids, position_ids: [S] int64; positions restart in every document.
+        tiles: [i, channels, size, size], the tiles of `plan.tiles`.
+        labels, loss_weights: [S], already shifted: entry i belongs to the prediction made at token i.
+    """
+    plan = plan.to(device)
+
+    def local(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(device, non_blocking=True)[plan.token_index]
+
+    inputs = ModelInput(
+        input_ids=local(input_ids)[None],
+        labels=None if labels is None else local(labels)[None],
+        loss_weights=local(loss_weights),
+        packed=PackedSequence(position_ids=local(position_ids), layout=plan.layout, exchange=plan.exchange),
+        vision=plan.vision,
+        image_rows=plan.image_rows,
+    )
+    if plan.vision is not None:
+        inputs.pixel_values = gather_tiles(tiles.to(device, non_blocking=True), plan.vision)
+    return inputs
 
 
 def make_input(
@@ -27,96 +151,78 @@ def make_input(
     labels: Tensor | None = None,
     loss_weights: Tensor | None = None,
 ) -> ModelInput:
-    """Cut one pack for this context parallel rank.
+    """`plan_input` and `build_input` for a pack whose tiles are all at hand.
 
     Args:
-        input_ids, position_ids: [S] int64; positions restart in every document.
-        document_bounds: 0, document ends, S.
         pixel_values: [n, channels, size, size], all tiles of the pack in reading order; None on ranks
             that do not hold the vision tower.
-        labels, loss_weights: [S], already shifted: entry i belongs to the prediction made at token i.
     Raises:
-        UserError: the image tokens and the tiles of the pack do not match, or the pack does not
-            fit the layout (`planning.plan_layout`).
+        UserError: as `plan_input`, and for tiles of another size or with pixels that are no numbers.
     """
-    ulysses = mesh.config.ulysses_parallel_size
-    key_layout = plan_layout(  # what ranks hold in attention
-        mesh.config.context_parallel_layout,
-        len(input_ids),
-        mesh.cp.size // ulysses,
-        document_bounds,
-        mesh.config.context_parallel_chunk_size,
-    )
-    layout = key_layout.cut_each(ulysses)
-    index = layout.token_index(mesh.cp.rank)
-
-    def local(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[index].to(device, non_blocking=True)
-
-    inputs = ModelInput(
-        input_ids=local(input_ids)[None],
-        labels=None if labels is None else local(labels)[None],
-        loss_weights=local(loss_weights),
-        packed=PackedSequence(
-            position_ids=local(position_ids),
-            layout=layout,
-            exchange=plan_exchange(key_layout, mesh.cp.rank // ulysses, document_bounds).to(device),
-        ),
+    plan = plan_input(
+        eagle,
+        mesh,
+        input_ids=input_ids,
+        document_bounds=document_bounds,
+        num_tiles=None if pixel_values is None else len(pixel_values),
     )
     if pixel_values is not None:
-        image = input_ids == eagle.image_token_index
-        _check_images(eagle, int(image.sum()), pixel_values)
-        _add_vision(inputs, image, pixel_values, eagle.tokens_per_tile, mesh, device)
-    return inputs
+        _check_pixels(eagle, pixel_values)
+    return build_input(
+        plan,
+        device,
+        input_ids=input_ids,
+        position_ids=position_ids,
+        tiles=None if pixel_values is None else pixel_values[plan.tiles.start : plan.tiles.stop],
+        labels=labels,
+        loss_weights=loss_weights,
+    )
 
 
-def _add_vision(
-    inputs: ModelInput,
-    image: Tensor,
-    pixel_values: Tensor,
-    tokens_per_tile: int,
-    mesh: Mesh,
-    device: torch.device,
-) -> None:
-    """Fill in this rank's tiles and the exchange of features, as `vision_sharding` says."""
+def _plan_vision(
+    plan: InputPlan, image: Tensor, num_tiles: int, tokens_per_tile: int, mesh: Mesh
+) -> InputPlan:
+    """Add this rank's tiles and the exchange of features, as `vision_sharding` says."""
     tp, cp, mode = mesh.tp, mesh.cp, mesh.config.vision_sharding
     slots = image.cumsum(0) - 1
     # The tokens whose hidden states each (cp, tp) rank holds, in order: [cp, tp, r].
-    tokens = inputs.packed.layout.rank_major_order.view(cp.size, 1, -1)
+    tokens = plan.layout.rank_major_order.view(cp.size, 1, -1)
     if mesh.config.sequence_parallel:
         tokens = tokens.view(cp.size, tp.size, -1)
     else:
         tokens = tokens.expand(cp.size, tp.size, -1)
     mine = tokens[cp.rank, tp.rank]
     if mode == "none":
-        holders, rank, group = [mine], 0, None
+        holders, rank, group, decode_group = [mine], 0, None, mesh.groups.tp_cp
     elif mode == "cp":
-        holders, rank, group = list(tokens[:, tp.rank]), cp.rank, cp.group
+        holders, rank, group, decode_group = list(tokens[:, tp.rank]), cp.rank, cp.group, tp.group
     else:
         holders, rank, group = list(tokens.flatten(0, 1)), cp.rank * tp.size + tp.rank, mesh.groups.tp_cp
+        decode_group = None
     share = share_vision(
-        pixel_values.shape[0],
+        num_tiles,
         tokens_per_tile,
         [slots[held[image[held]]] for held in holders],
         rank=rank,
         copies=tp.size if mode == "cp_tp" and not mesh.config.sequence_parallel else 1,
         group=group,
+        decode_group=decode_group,
     )
-    inputs.vision = share
-    inputs.pixel_values = share.tiles(pixel_values).to(device, non_blocking=True)
-    inputs.image_rows = image[mine].nonzero().squeeze(1)[share.receive_order].to(device)
+    return replace(plan, vision=share, image_rows=image[mine].nonzero().squeeze(1)[share.receive_order])
 
 
-def _check_images(eagle: EagleConfig, image_tokens: int, pixel_values: Tensor) -> None:
+def _check_pixels(eagle: EagleConfig, pixel_values: Tensor) -> None:
     size = eagle.vision.image_size
     if pixel_values.shape[2:] != (size, size):
         found = " x ".join(str(n) for n in pixel_values.shape[2:])
         raise UserError(f"tiles are {found} pixels and the model's vision.image_size is {size}")
     if not torch.isfinite(pixel_values.sum()):
         raise UserError("tiles hold NaN or infinite pixels: look at the media of this pack's samples")
-    expected = pixel_values.shape[0] * eagle.tokens_per_tile
-    if image_tokens != expected:
-        raise UserError(
-            f"{image_tokens} image tokens (id {eagle.image_token_index}) but {pixel_values.shape[0]} tiles x "
-            f"{eagle.tokens_per_tile} = {expected} image features: text and tiles belong to different samples"
-        )
+
+
+def _each_tensor(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """A dataclass (or None) with `function` applied to its tensors."""
+    if value is None:
+        return None
+    tensors = {f.name: getattr(value, f.name) for f in fields(value)}
+    return replace(value, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})

@@ -9,13 +9,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
 from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.data.loader import Batch, PackLoader
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.eagle import ModelInput, build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.layers import choose_layers
@@ -35,13 +34,13 @@ from megatron_eagle.training.checkpoint import (
 from megatron_eagle.training.evaluation import HeldOut, evaluate
 from megatron_eagle.training.faults import Faults
 from megatron_eagle.training.heartbeat import Heartbeat
-from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
 from megatron_eagle.training.profiler import StepProfiler
 from megatron_eagle.training.resilience import LossGuard, Preempted, stop_signals
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.run_log import RunLog
+from megatron_eagle.training.schedule import run_schedule
 from megatron_eagle.training.step_meter import measure
 from megatron_eagle.training.step_totals import StepTotals, count, read, zeros
 
@@ -184,7 +183,9 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
             evaluated = None
             if held_out is not None and (at_end or state.iteration % config.evaluation.interval == 0):
                 heart.phase(state.iteration, "evaluation")
-                evaluated = evaluate(held_out, job.mesh, job.device.torch_device, partial(_evaluated, job))
+                evaluated = evaluate(
+                    held_out, job.mesh, job.device.torch_device, partial(_schedule, job, forward_only=True)
+                )
             if step.grad_norm is not None:
                 log.step(
                     measure(
@@ -268,7 +269,7 @@ def _forward_backward(job: _Job, batches: list[Batch], stop: list[str]) -> tuple
     for model in job.models:
         model.zero_grad_buffer()
     job.optimizer.zero_grad()
-    part = _schedule(job, batches, forward_only=False)
+    part = _schedule(job, batches)
     # The loss's parts exist on the last pipeline stage, once per tensor parallel rank; a pack is counted once
     # per data parallel rank.
     own = torch.zeros(2, dtype=torch.float64)
@@ -289,44 +290,24 @@ def _forward_backward(job: _Job, batches: list[Batch], stop: list[str]) -> tuple
     return loss, read(sums[2:], length), stops > 0
 
 
-def _evaluated(job: _Job, batches: list[Batch]) -> float:
-    return _schedule(job, batches, forward_only=True)
-
-
-def _schedule(job: _Job, batches: list[Batch], *, forward_only: bool) -> float:
+def _schedule(job: _Job, batches: list[Batch], *, forward_only: bool = False) -> float:
     """Megatron's pipeline schedule over this rank's microbatches; returns this rank's part of the loss."""
-    mesh, models = job.mesh, job.models
 
-    def forward_step(iterator, model):
-        batch = next(iterator)
-        try:
-            inputs = make_input(
-                job.config.model,
-                mesh,
-                job.device.torch_device,
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                document_bounds=batch.document_bounds,
-                pixel_values=batch.pixel_values,
-                labels=batch.labels,
-                loss_weights=batch.loss_weights,
-            )
-        except UserError as error:
-            raise UserError(f"the pack of store rows {batch.sample_rows}: {error}") from None
-        return model(inputs), lambda token_losses: megatron_loss(token_losses, inputs.loss_weights)
+    def build(batch: Batch) -> ModelInput:
+        return make_input(
+            job.config.model,
+            job.mesh,
+            job.device.torch_device,
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            document_bounds=batch.document_bounds,
+            pixel_values=batch.pixel_values,
+            labels=batch.labels,
+            loss_weights=batch.loss_weights,
+        )
 
-    iterators = [iter(batches) for _ in models]  # every chunk walks through all microbatches
-    several = len(models) > 1
-    parts = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if several else iterators[0],
-        model=models if several else models[0],
-        num_microbatches=len(batches),
-        seq_length=job.config.data.length,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    return float(sum(parts)) if mesh.is_last_stage() else 0.0
+    length = job.config.data.length
+    return run_schedule(job.models, job.mesh, batches, build, length=length, forward_only=forward_only)
 
 
 def _save(job: _Job, log: RunLog, *, must_succeed: bool) -> None:

@@ -8,16 +8,15 @@ padding tail. Runs the same wrapper, loss and schedule as training.
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_eagle.model.eagle import EagleModel, build_model
+from megatron_eagle.model.eagle import EagleModel, ModelInput, build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters, join_tensor_parallel
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig, preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
-from megatron_eagle.training.loss import megatron_loss
+from megatron_eagle.training import schedule
 from megatron_eagle.training.optimizer import wrap_models
 
 LENGTH = 64
@@ -135,25 +134,12 @@ def run_schedule(wrapped: list, eagle: EagleConfig, mesh: Mesh, batch: list[dict
     for model in wrapped:
         model.zero_grad_buffer()
 
-    def forward_step(iterator, model):
-        pack = dict(next(iterator))
-        if mesh.pp.rank > 0:
-            pack["pixel_values"] = None
-        inputs = make_input(eagle, mesh, torch.device("cpu"), **pack)
-        return model(inputs), lambda losses: megatron_loss(losses, inputs.loss_weights)
+    def build(pack: dict) -> ModelInput:
+        pixels = pack["pixel_values"] if mesh.pp.rank == 0 else None
+        return make_input(eagle, mesh, torch.device("cpu"), **(pack | {"pixel_values": pixels}))
 
-    iterators = [iter(mine) for _ in wrapped]
-    single = len(wrapped) == 1
-    parts = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators[0] if single else iterators,
-        model=wrapped[0] if single else wrapped,
-        num_microbatches=per_rank,
-        seq_length=len(batch[0]["input_ids"]),
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    return float(sum(parts)) if mesh.is_last_stage() and mesh.tp.rank == 0 else 0.0
+    part = schedule.run_schedule(wrapped, mesh, mine, build, length=len(batch[0]["input_ids"]))
+    return part if mesh.tp.rank == 0 else 0.0
 
 
 def forward_backward(

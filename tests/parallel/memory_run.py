@@ -6,17 +6,16 @@ running sum of those events is what the rank holds, to the byte, and its maximum
 """
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.eagle import ModelInput, build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
-from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, wrap_models
+from megatron_eagle.training.schedule import run_schedule
 
 _STEP = "measured step"
 
@@ -81,24 +80,13 @@ def _step(eagle: EagleConfig, mesh: Mesh, models: list, optimizer, packs: list[d
         model.zero_grad_buffer()
     optimizer.zero_grad()
 
-    def forward_step(iterator, model):
-        pack = next(iterator)
+    def build(pack: dict) -> ModelInput:
         pixels = pack["pixel_values"] if mesh.pp.rank == 0 else None
-        inputs = make_input(eagle, mesh, torch.device("cpu"), **(pack | {"pixel_values": pixels}))
-        return model(inputs), lambda losses: megatron_loss(losses, inputs.loss_weights)
+        return make_input(eagle, mesh, torch.device("cpu"), **(pack | {"pixel_values": pixels}))
 
     share = len(packs) // mesh.dp.size
     own = packs[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
-    several = len(models) > 1
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(own) for _ in models] if several else iter(own),
-        model=models if several else models[0],
-        num_microbatches=share,
-        seq_length=len(packs[0]["input_ids"]),
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    run_schedule(models, mesh, own, build, length=len(packs[0]["input_ids"]))
     optimizer.step()
 
 

@@ -1,0 +1,55 @@
+"""Megatron's pipeline schedule over a rank's microbatches, each put on the device once."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_eagle.model.eagle import ModelInput
+from megatron_eagle.runtime.parallel import Mesh
+from megatron_eagle.training.loss import megatron_loss
+
+T = TypeVar("T")
+
+
+def run_schedule(
+    models: Sequence[DistributedDataParallel],
+    mesh: Mesh,
+    microbatches: Sequence[T],
+    build: Callable[[T], ModelInput],
+    *,
+    length: int,
+    forward_only: bool = False,
+) -> float:
+    """Forward, and backward unless `forward_only`, of all microbatches: packs of `length` tokens.
+
+    `build` is called once a microbatch, when its first model chunk needs it. Returns this rank's part of the
+    loss: on the last pipeline stage, the same on every tensor parallel rank; elsewhere 0.
+    """
+    inputs: dict[int, ModelInput] = {}
+    uses: Counter[int] = Counter()
+
+    def forward_step(numbers, model):
+        number = next(numbers)
+        if number not in inputs:
+            inputs[number] = build(microbatches[number])
+        mine = inputs[number]
+        uses[number] += 1
+        if uses[number] == len(models):  # its last chunk: what backward needs, autograd holds
+            del inputs[number]
+        return model(mine), lambda token_losses: megatron_loss(token_losses, mine.loss_weights)
+
+    iterators = [iter(range(len(microbatches))) for _ in models]  # every chunk walks through all of them
+    several = len(models) > 1
+    parts = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if several else iterators[0],
+        model=list(models) if several else models[0],
+        num_microbatches=len(microbatches),
+        seq_length=length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return float(sum(parts)) if mesh.is_last_stage() else 0.0
