@@ -1,25 +1,32 @@
 """A run in one HTML file: curves and events out of its logs, self-contained, nothing loaded from anywhere."""
 
 import html
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.charts import Points, line_chart, share_chart
 from megatron_eagle.training.metrics import EVENTS_FILE, METRICS_FILE, StepMetrics, read_events, read_metrics
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 220, 70, 26  # of a chart, pixels; margins of its axes
-_POINTS = 1500  # per curve: longer runs are drawn as means of neighbouring steps
-_COLORS = ("#1f6fb2", "#c2571a")
+_EVENTS = 200  # the latest are listed
 _STYLE = """
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 780px; color: #222; padding: 0 1em }
-h1 { font-size: 1.4em } h2 { font-size: 1.05em; margin: 1.6em 0 .3em } svg { width: 100%; height: auto }
-table { border-collapse: collapse } td, th { padding: .15em .9em .15em 0; text-align: left }
-pre { background: #f5f5f5; padding: 1em; overflow: auto }
-text { font: 11px system-ui, sans-serif; fill: #555 }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1.5em;
+       color: #222; background: #fafafa }
+h1 { font-size: 1.5em; margin: 0 0 .2em } h2 { font-size: 1em; margin: 0 0 .2em; font-weight: 600 }
+h3 { font-size: 1.1em; margin: 1.8em 0 .6em; border-bottom: 1px solid #ddd; padding-bottom: .2em }
+p.note { color: #666; margin: 0 0 .4em; font-size: .92em }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: .6em;
+         margin-top: 1em }
+.facts div, figure { background: #fff; border: 1px solid #e2e2e2; border-radius: 6px; padding: .6em .9em }
+.facts b { display: block; font-size: 1.25em; font-weight: 600 } .facts span { color: #666 }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 1em }
+figure { margin: 0 } svg { width: 100%; height: auto; display: block }
+svg text { font: 11px system-ui, sans-serif; fill: #555 }
+table { border-collapse: collapse; background: #fff }
+td, th { padding: .25em 1.2em .25em .5em; text-align: left; border-bottom: 1px solid #eee }
+pre { background: #fff; border: 1px solid #e2e2e2; padding: 1em; overflow: auto }
 """
-Points = list[tuple[float, float]]
 
 
 def write_report(run: str | Path, output: str | Path | None = None) -> Path:
@@ -46,44 +53,147 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
 
 def render(name: str, steps: Sequence[StepMetrics], events: Sequence[dict], settings: str | None) -> str:
     """The page. Everything that came from a user is escaped."""
-    last = steps[-1]
-    rates = [step.tokens / step.seconds for step in steps]
-    evaluated: Points = [(s.iteration, s.evaluation_loss) for s in steps if s.evaluation_loss is not None]
-    rows = {
-        "Iterations": f"{last.iteration} ({len(steps)} optimizer steps)",
-        "Loss, last": f"{last.loss:.4f}",
-        "Evaluation loss, last": f"{evaluated[-1][1]:.4f}" if evaluated else "none",
-        "Tokens (padding included)": f"{sum(step.tokens for step in steps):,}",
-        "Time in steps": f"{sum(step.seconds for step in steps) / 3600:.2f} h",
-        "Tokens per second, median": f"{statistics.median(rates):,.0f}",
-        "Model TFLOP/s of one process, median": f"{statistics.median(s.tflops for s in steps):.3g}",
-    }
-    mfu = [(s.iteration, 100 * s.mfu) for s in steps if s.mfu is not None]
-    if mfu:
-        rows["MFU, median"] = f"{statistics.median(value for _, value in mfu):.1f} %"
-    charts = [
-        ("Loss", {"training": _points(steps, "loss"), "evaluation": evaluated}),
-        ("Learning rate", {"": _points(steps, "lr")}),
-        ("Gradient norm, before clipping", {"": _points(steps, "grad_norm")}),
-        (
-            "Tokens per second",
-            {"": [(step.iteration, rate) for step, rate in zip(steps, rates, strict=True)]},
-        ),
-        ("Seconds per step", {"": _points(steps, "seconds")}),
-        ("MFU, %", {"": mfu}),
-    ]
-    table = "".join(
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items()
-    )
-    drawn = "".join(
-        f"<h2>{html.escape(title)}</h2>{_chart(curves)}" for title, curves in charts if any(curves.values())
-    )
     title = html.escape(f"Training run {name}")
+    facts = "".join(
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(key)}</span></div>"
+        for key, value in _facts(steps).items()
+    )
+    sections = {
+        "Learning": _learning(steps, events),
+        "Speed": _speed(steps),
+        "Data": _data(steps),
+        "Memory": _memory(steps),
+    }
+    drawn = "".join(
+        f'<h3>{heading}</h3><div class="charts">{"".join(figures)}</div>'
+        for heading, figures in sections.items()
+        if figures
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1><table>{table}</table>{drawn}"
-        f"{_event_list(events)}{_settings_block(settings)}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
+        '<p class="note">Curves over iterations; long runs are drawn as means of neighbouring steps.</p>'
+        f'<div class="facts">{facts}</div>{drawn}'
+        f"{_event_table(events)}{_settings_block(settings)}</body></html>\n"
     )
+
+
+def _facts(steps: Sequence[StepMetrics]) -> dict[str, str]:
+    last = steps[-1]
+    seconds = sum(step.seconds for step in steps)
+    evaluated = [step.evaluation_loss for step in steps if step.evaluation_loss is not None]
+    facts = {
+        "iterations": f"{last.iteration:,}",
+        "loss, last": f"{last.loss:.4f}",
+        "evaluation loss, last": f"{evaluated[-1]:.4f}" if evaluated else "none",
+        "tokens, padding included": f"{sum(step.tokens for step in steps):,}",
+        "time in steps": f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds:.1f} s",
+        "tokens per second, median": f"{statistics.median(s.tokens_per_second for s in steps):,.0f}",
+        "TFLOP/s of one process, median": f"{statistics.median(s.tflops for s in steps):.3g}",
+        "of the time waited for data": f"{sum(s.data_seconds for s in steps) / seconds:.1%}",
+    }
+    mfu = [step.mfu for step in steps if step.mfu is not None]
+    if mfu:
+        facts["MFU, median"] = f"{statistics.median(mfu):.1%}"
+    for name, wanted in (("frames", "frames_wanted"), ("tiles", "tiles_wanted")):
+        asked = sum(getattr(step, wanted) or 0 for step in steps)
+        if asked:
+            facts[f"of the {name} wanted are kept"] = (
+                f"{sum(getattr(step, name) or 0 for step in steps) / asked:.1%}"
+            )
+    return facts
+
+
+def _learning(steps: Sequence[StepMetrics], events: Sequence[dict]) -> list[str]:
+    marks = [(event["iteration"], f"{event['iteration']}: {event.get('event')}") for event in events]
+    losses = {"training": _points(steps, "loss"), "evaluation": _points(steps, "evaluation_loss")}
+    return _figures(
+        ("Loss", "Dashed: events, listed below." if events else "", losses, {"marks": marks}),
+        ("Gradient norm", "Before clipping.", {"": _points(steps, "grad_norm")}, {}),
+        ("Learning rate", "", {"": _points(steps, "lr")}, {}),
+        from_zero=False,
+    )
+
+
+def _speed(steps: Sequence[StepMetrics]) -> list[str]:
+    mfu = {
+        name: _points(steps, field, 100)
+        for name, field in (("all", "mfu"), ("language", "mfu_language"), ("vision", "mfu_vision"))
+    }
+    return _figures(
+        (
+            "Tokens per second",
+            "All processes, padding included.",
+            {"": _points(steps, "tokens_per_second")},
+            {},
+        ),
+        ("MFU, %", "Model FLOPs, recomputation left out.", mfu, {}),
+        (
+            "Seconds per step",
+            "Data: the wait of the rank that waited longest.",
+            {"step": _points(steps, "seconds"), "data": _points(steps, "data_seconds")},
+            {},
+        ),
+    )
+
+
+def _data(steps: Sequence[StepMetrics]) -> list[str]:
+    figures = []
+    for whole, field in (("tokens", "tokens_by_length"), ("samples", "samples_by_length")):
+        mixed = [step for step in steps if getattr(step, field)]
+        if mixed:
+            shares = {
+                f"≤{_short(end)}": [getattr(step, field).get(end, 0.0) for step in mixed]
+                for end in sorted(getattr(mixed[0], field), key=int)
+            }
+            chart = share_chart([step.iteration for step in mixed], shares)
+            title = f"Length mix: share of {whole}, %"
+            figures.append(_figure(title, "By the length of samples, in tokens.", chart))
+    kept = {
+        name: [
+            (s.iteration, 100 * getattr(s, name) / getattr(s, wanted)) for s in steps if getattr(s, wanted)
+        ]
+        for name, wanted in (("frames", "frames_wanted"), ("tiles", "tiles_wanted"))
+    }
+    counts = {name: _points(steps, name) for name in ("frames", "tiles")} if any(kept.values()) else {}
+    return figures + _figures(
+        ("ADS: kept of what was wanted, %", "Tiles of pictures and pages; one tile a frame.", kept, {}),
+        ("ADS: kept in a step", "", counts, {}),
+        ("Packing, %", "Tokens of samples, of all tokens.", {"": _points(steps, "packing", 100)}, {}),
+    )
+
+
+def _memory(steps: Sequence[StepMetrics]) -> list[str]:
+    note = "The process that has most."
+    return _figures(
+        ("Device memory, GiB", f"{note} Peak of the step.", {"": _points(steps, "device_memory_gib")}, {}),
+        ("Host memory, GiB", note, {"": _points(steps, "host_memory_gib")}, {}),
+    )
+
+
+def _points(steps: Sequence[StepMetrics], name: str, factor: float = 1) -> Points:
+    found = [(step.iteration, getattr(step, name)) for step in steps]
+    return [(x, factor * y) for x, y in found if y is not None]
+
+
+def _figures(*figures: tuple[str, str, dict[str, Points], dict], from_zero: bool = True) -> list[str]:
+    """A figure for each title, note, curves and further settings; none for those without a point."""
+    return [
+        _figure(title, note, line_chart(curves, from_zero=from_zero, **more))
+        for title, note, curves, more in figures
+        if any(curves.values())
+    ]
+
+
+def _figure(title: str, note: str, chart: str) -> str:
+    note = f'<p class="note">{html.escape(note)}</p>' if note else ""
+    return f"<figure><h2>{html.escape(title)}</h2>{note}{chart}</figure>"
+
+
+def _short(tokens: str) -> str:
+    """512, 1K, 128K; the exact number where it is no multiple of 1024."""
+    thousands, rest = divmod(int(tokens), 1024)
+    return tokens if rest else f"{thousands}K"
 
 
 def _settings(run: Path) -> str | None:
@@ -92,66 +202,24 @@ def _settings(run: Path) -> str | None:
     return files[-1].read_text(encoding="utf-8") if files else None
 
 
-def _points(steps: Sequence[StepMetrics], name: str) -> Points:
-    return [(step.iteration, getattr(step, name)) for step in steps]
-
-
-def _event_list(events: Sequence[dict]) -> str:
+def _event_table(events: Sequence[dict]) -> str:
     if not events:
         return ""
-    items = "".join(
-        f"<li>{html.escape(json.dumps(event, ensure_ascii=False))}</li>" for event in events[-200:]
-    )
-    return f"<h2>Events ({len(events)})</h2><ul>{items}</ul>"
+    rows = ""
+    for event in events[-_EVENTS:]:
+        more = {k: v for k, v in event.items() if k not in ("iteration", "event", "reason")}
+        cells = [
+            *(event["iteration"], event.get("event", ""), event.get("reason", "")),
+            ", ".join(f"{key} {value}" for key, value in more.items()),
+        ]
+        rows += "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"
+    head = "<tr><th>iteration</th><th>event</th><th>reason</th><th></th></tr>"
+    return f"<h3>Events ({len(events)})</h3><table>{head}{rows}</table>"
 
 
 def _settings_block(settings: str | None) -> str:
     if settings is None:
         return ""
-    return f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>"
-
-
-def _thin(points: Points) -> Points:
-    """At most `_POINTS` points, each the mean of neighbours."""
-    size = -(-len(points) // _POINTS)
-    if size <= 1:
-        return points
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(statistics.fmean(x for x, _ in g), statistics.fmean(y for _, y in g)) for g in groups]
-
-
-def _chart(curves: dict[str, Points]) -> str:
-    """One SVG with all curves over the same axes."""
-    curves = {name: _thin(points) for name, points in curves.items() if points}
-    xs = [x for points in curves.values() for x, _ in points]
-    ys = [y for points in curves.values() for _, y in points]
-    left, right, low, high = min(xs), max(xs), min(0.0, *ys), max(ys)
-    if high == low:
-        high = low + 1
-    if right == left:
-        right = left + 1
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + (x - left) / (right - left) * (_WIDTH - _LEFT - 8)
-        return across, 8 + (high - y) / (high - low) * (_HEIGHT - _BOTTOM - 8)
-
-    parts = []
-    for i in range(5):
-        value = low + (high - low) * i / 4
-        _, y = place(left, value)
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-        x, _ = place(left + (right - left) * i / 4, low)
-        label = f"{left + (right - left) * i / 4:,.0f}"
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{label}</text>')
-    for number, ((name, points), color) in enumerate(zip(curves.items(), _COLORS, strict=False)):
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{path}"/>')
-        parts += [
-            '<circle r="2" fill="{}" cx="{:.1f}" cy="{:.1f}"/>'.format(color, *place(x, y))
-            for x, y in (points if len(points) <= 50 else [])
-        ]
-        if len(curves) > 1:
-            where = f'x="{_WIDTH - 14}" y="{20 + 14 * number}" text-anchor="end" style="fill:{color}"'
-            parts.append(f"<text {where}>{html.escape(name)}</text>")
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return (
+        f"<h3>Settings</h3><details><summary>run.yaml</summary><pre>{html.escape(settings)}</pre></details>"
+    )

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.charts import line_chart, share_chart
 from megatron_eagle.training.metrics import StepMetrics
 from megatron_eagle.training.report import write_report
 from tests.unit.test_training import train_main
@@ -18,12 +19,19 @@ def write_logs(run, count: int, **last) -> None:
     logs.mkdir(parents=True)
     steps = [StepMetrics(i, 4.0 / i, 1.0, 1e-3, 1000, 0.5, 0.1) for i in range(1, count + 1)]
     lines = [asdict(step) for step in steps]
+    for line in lines:
+        line |= {
+            "samples_by_length": {"512": 0.75, "1024": 0.25},
+            "tokens_by_length": {"512": 0.5, "1024": 0.5},
+        }
+        line |= {"frames": 30, "frames_wanted": 40, "tiles": 0, "tiles_wanted": 0, "packing": 0.9}
+        line |= {"data_seconds": 0.05, "host_memory_gib": 2.5}
     lines[-1] |= last
     (logs / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_a_report_stands_alone(tmp_path, monkeypatch, capsys):
-    run = tmp_path / "a <b>run</b>"
+    run = tmp_path / "a <i>run</i>"
     write_logs(run, 40, evaluation_loss=1.25, mfu=0.41)
     event = {"iteration": 7, "event": "skipped", "reason": "<script>alert(1)</script>"}
     (run / "logs" / "events.jsonl").write_text(json.dumps(event) + "\n")
@@ -33,14 +41,25 @@ def test_a_report_stands_alone(tmp_path, monkeypatch, capsys):
     assert train_main()() == 0
     assert capsys.readouterr().out.strip() == str(run / "logs" / "report.html")
     page = (run / "logs" / "report.html").read_text()
-    assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
+    assert "<script" not in page and "<i>" not in page and "&lt;script&gt;" in page
     assert not re.search(r"(src|href|url)\s*[=(]", page) and "http" not in page
-    for text in ("Loss", "Learning rate", "Gradient norm", "Tokens per second", "1.2500", "41.0 %", "2,000"):
-        assert text in page
-    charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(charts) == 6
-    for chart in charts:
+    for text in (
+        "1.2500",
+        "41.0%",
+        "2,000",
+        "75.0%",
+        "10.0%",
+    ):  # evaluation, MFU, tokens/s, frames, data wait
+        assert f"<b>{text}</b>" in page
+    figures = re.findall(r"<figure><h2>(.*?)</h2>.*?(<svg.*?</svg>)", page, re.DOTALL)
+    assert [title.split(":")[0] for title, _ in figures] == [
+        *("Loss", "Gradient norm", "Learning rate", "Tokens per second", "MFU, %", "Seconds per step"),
+        *("Length mix", "Length mix", "ADS", "ADS", "Packing, %", "Host memory, GiB"),
+    ]
+    for _, chart in figures:
         ElementTree.fromstring(chart)  # well formed
+    assert "<td>7</td><td>skipped</td><td>&lt;script&gt;" in page
+    assert "<title>7: skipped</title>" in figures[0][1], "events are marked in the loss"
 
 
 def test_long_and_short_runs(tmp_path):
@@ -49,7 +68,32 @@ def test_long_and_short_runs(tmp_path):
         write_logs(run, count)
         page = write_report(run, tmp_path / f"{count}.html").read_text()
         curve = re.search(r'points="([^"]*)"', page)[1].split()
-        assert len(curve) == min(count, 1250) and len(page) < 300_000
+        assert len(curve) == min(count, 715) and len(page) < 300_000
+
+
+def test_shares_fill_the_chart():
+    """The lower edge of each share is the upper edge of the one below; the last ends at 100 %."""
+    chart = share_chart([1, 2, 3], {"short": [0.25, 0.5, 1.0], "long": [0.75, 0.5, 0.0]})
+    short, long = (
+        [tuple(map(float, point.split(","))) for point in outline.split()]
+        for outline in re.findall(r'points="([^"]*)"', chart)
+    )
+    assert short[:3] == long[3:][::-1]
+    top = {y for _, y in long[:3]}
+    assert len(top) == 1 and short[2][1] in top, "where all are short, they reach the top"
+
+
+@pytest.mark.parametrize(
+    ("curve", "labels"),
+    [
+        ([(1, 0.0), (9, 2e-5)], ["0", "5e-06", "1e-05", "1.5e-05", "2e-05"]),
+        ([(1, 1_300.0), (9, 1_300_000.0)], ["0", "500,000", "1M", "1.5M"]),
+        ([(1, 3.0)], ["0", "0.5", "1", "1.5", "2", "2.5", "3"]),
+    ],
+)
+def test_axes_have_round_numbers(curve, labels):
+    chart = line_chart({"": curve})
+    assert re.findall(r'text-anchor="end">([^<]*)<', chart) == labels
 
 
 def test_nothing_to_report(tmp_path):
