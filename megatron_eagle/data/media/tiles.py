@@ -9,21 +9,28 @@ from PIL import Image
 
 
 def tile_image(image: Image.Image, grid: tuple[int, int], tile_size: int) -> torch.Tensor:
+    """`image_tiles` as float32 [n, 3, S, S] in [-1, 1]."""
+    return normalize(image_tiles(image, grid, tile_size))
+
+
+def image_tiles(image: Image.Image, grid: tuple[int, int], tile_size: int) -> torch.Tensor:
     """Cut a picture into its grid (columns, rows) of tiles, row by row; several are followed by a thumbnail.
 
-    Returns float32 [n, 3, S, S] in [-1, 1].
+    Returns uint8 [n, 3, S, S].
     """
     columns, rows = grid
     pixels = np.array(image)
     whole = resize(pixels, columns * tile_size, rows * tile_size)
-    tiles = (
-        whole.view(3, rows, tile_size, columns, tile_size)
-        .permute(1, 3, 0, 2, 4)
-        .reshape(-1, 3, tile_size, tile_size)
-    )
-    if columns * rows > 1:
-        tiles = torch.cat([tiles, resize(pixels, tile_size, tile_size)[None]])
-    return normalize(tiles)
+    thumbnail = resize(pixels, tile_size, tile_size) if columns * rows > 1 else None
+    return cut_tiles(whole, thumbnail, grid)
+
+
+def cut_tiles(whole: torch.Tensor, thumbnail: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
+    """The tiles [n, 3, S, S] of a picture [3, rows * S, columns * S], and its thumbnail [3, S, S] if any."""
+    columns, rows = grid
+    size = whole.shape[1] // rows
+    tiles = whole.view(3, rows, size, columns, size).permute(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
+    return tiles if thumbnail is None else torch.cat([tiles, thumbnail[None]])
 
 
 def resize(pixels: np.ndarray, width: int, height: int) -> torch.Tensor:
