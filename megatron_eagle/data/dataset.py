@@ -16,7 +16,7 @@ from megatron_eagle.data.media.source import file_facts
 from megatron_eagle.data.media.tiles import tile_image
 from megatron_eagle.data.media.video import load_frames
 from megatron_eagle.data.packing import PackIndex
-from megatron_eagle.data.store import ImagePlan, SampleStore, StoredSample, VideoPlan
+from megatron_eagle.data.store import ImagePlan, SampleStore, StoredSample
 from megatron_eagle.errors import UserError
 
 
@@ -116,17 +116,11 @@ def _loader(store: SampleStore, row: int, sample: StoredSample, position: int) -
 
     def load() -> torch.Tensor:
         try:
-            _check_unchanged(media)
             if isinstance(media, ImagePlan):
+                _check_unchanged(media)
                 image = load_image(media.path, max_pixels=store.manifest.max_pixels)
                 return tile_image(image, (media.columns, media.rows), store.manifest.tile_size)
-            return load_frames(
-                media.path,
-                media.pts,
-                media.seek_points,
-                rotation=media.rotation,
-                tile_size=store.manifest.tile_size,
-            )
+            return load_frames(media.path, media.index, media.frames, tile_size=store.manifest.tile_size)
         except Problem as problem:
             raise UserError(
                 f"{problem}; used by row {row} of {store.folder} ({sample.file}:{sample.line})"
@@ -135,7 +129,7 @@ def _loader(store: SampleStore, row: int, sample: StoredSample, position: int) -
     return load
 
 
-def _check_unchanged(media: ImagePlan | VideoPlan) -> None:
+def _check_unchanged(media: ImagePlan) -> None:
     size = file_facts(media.path).size
     if size != media.file_size:
         raise Problem(

@@ -7,7 +7,7 @@ from html import escape
 from PIL import Image
 
 from megatron_eagle.data.ledger import Problem
-from megatron_eagle.data.media.exact import decode_frames, upright
+from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.store import ImagePlan, VideoPlan
 
@@ -49,8 +49,7 @@ def frames(plan: VideoPlan) -> str:
     figures = []
     times = plan.times
     try:
-        decoded = decode_frames(plan.path, plan.pts, plan.seek_points)
-        for i, frame in enumerate(decoded):
+        for i, frame in enumerate(read_frames(plan.path, plan.index)):
             image = Image.fromarray(upright(frame, plan.rotation))
             image.thumbnail((_FRAME_SIZE, _FRAME_SIZE))
             caption = f"Frame {i + 1}: {times[i]:.2f} s<br>number {plan.frames[i]:,} in the file"

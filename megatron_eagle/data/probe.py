@@ -9,7 +9,8 @@ import numpy as np
 from megatron_eagle.data.ads import ImageWish, SamplingSettings, VideoWish, wanted_frames
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.documents import page_sizes, pixel_size
-from megatron_eagle.data.media.frame_index import FrameTable, read_frame_table
+from megatron_eagle.data.media.frame_index import read_frame_table
+from megatron_eagle.data.media.frame_table import FrameTable
 from megatron_eagle.data.media.images import image_size
 from megatron_eagle.data.media.source import FileFacts, PageRef, file_facts
 from megatron_eagle.data.sample import Document, VideoSource
@@ -115,4 +116,4 @@ def probe_video(source: VideoSource) -> VideoFacts:
             raise Problem(
                 "empty clip", f"{source.path} shows no frame from {float(start):g} s to {float(end):g} s"
             )
-    return VideoFacts(file_facts(source.path), table, first, last, duration)
+    return VideoFacts(table.file, table, first, last, duration)

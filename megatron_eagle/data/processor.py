@@ -11,7 +11,7 @@ from megatron_eagle.data.formats import read_sample
 from megatron_eagle.data.iap import tile_count
 from megatron_eagle.data.ledger import LedgerEntry, Problem
 from megatron_eagle.data.media.documents import check_pages
-from megatron_eagle.data.media.exact import decode_frames
+from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS
 from megatron_eagle.data.probe import (
     ImageFacts,
@@ -158,8 +158,7 @@ class SampleProcessor:
         """Decode every frame that some plan shows, so that training never meets one that cannot be."""
         for i, video in enumerate(videos):
             frames = sorted({frame for plan in plans for frame in plan.frames[i]})
-            pts = video.table.pts[frames]
-            for _ in decode_frames(video.file.path, pts.tolist(), video.table.seek_points(pts).tolist()):
+            for _ in read_frames(video.file.path, video.table.index.select(frames)):
                 pass
 
     def _check_pages(self, documents: Sequence[Document], plans: list[Plan]) -> None:
@@ -261,17 +260,22 @@ def _image_plan(
 
 
 def _video_plan(video: VideoFacts, frames: tuple[int, ...]) -> VideoPlan:
-    pts = video.table.pts[list(frames)]
+    index = video.table.index.select(frames)
     return VideoPlan(
         path=video.file.path,
         file_size=video.file.size,
         mtime_ns=video.file.mtime_ns,
-        rotation=video.table.rotation,
-        time_base_num=video.table.time_base.numerator,
-        time_base_den=video.table.time_base.denominator,
+        fingerprint=index.fingerprint,
+        stream=index.stream,
+        rotation=index.rotation,
+        time_base_num=index.time_base.numerator,
+        time_base_den=index.time_base.denominator,
         duration_num=video.duration.numerator,
         duration_den=video.duration.denominator,
+        n_frames=index.n_frames,
+        open_gop=int(index.open_gop),
+        linear_reason=index.linear_reason,
         frames=frames,
-        pts=tuple(pts.tolist()),
-        seek_points=tuple(video.table.seek_points(pts).tolist()),
+        pts=tuple(index.pts.tolist()),
+        seek_points=tuple(index.seek_points.tolist()),
     )

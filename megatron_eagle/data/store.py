@@ -13,6 +13,7 @@ D/<N>/            one folder per token limit N, rows in the order of the input:
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import pyarrow as pa
 
 from megatron_eagle.data.iap import tile_count
 from megatron_eagle.data.indexed import TokenFile
+from megatron_eagle.data.media.frame_table import FrameIndex
+from megatron_eagle.data.media.source import FileFacts
 from megatron_eagle.errors import UserError
 
 FORMAT_VERSION = 3
@@ -54,18 +57,23 @@ class VideoPlan:
     """A video: its file when it was probed, and per shown frame its number in presentation order, its
     presentation time and that of the key frame to start decoding at, in units of the time base (num / den s).
 
-    `duration_num / duration_den` is the clip's duration in seconds; `rotation` (degrees counter-clockwise)
-    brings a decoded frame upright.
+    `duration_num / duration_den` is the clip's duration in seconds; the other columns are those of
+    `frame_table.FrameIndex`.
     """
 
     path: str
     file_size: int
     mtime_ns: int
+    fingerprint: int
+    stream: int
     rotation: int
     time_base_num: int
     time_base_den: int
     duration_num: int
     duration_den: int
+    n_frames: int
+    open_gop: int
+    linear_reason: str
     frames: tuple[int, ...]
     pts: tuple[int, ...]
     seek_points: tuple[int, ...]
@@ -74,6 +82,23 @@ class VideoPlan:
     def times(self) -> list[float]:
         """Seconds of the shown frames on the file's own clock."""
         return [pts * self.time_base_num / self.time_base_den for pts in self.pts]
+
+    @property
+    def index(self) -> FrameIndex:
+        """What decoding the shown frames, or some of them, takes."""
+        return FrameIndex(
+            file=FileFacts(self.path, self.file_size, self.mtime_ns),
+            fingerprint=self.fingerprint,
+            stream=self.stream,
+            rotation=self.rotation,
+            time_base=Fraction(self.time_base_num, self.time_base_den),
+            n_frames=self.n_frames,
+            open_gop=bool(self.open_gop),
+            linear_reason=self.linear_reason,
+            numbers=np.array(self.frames, np.int64),
+            pts=np.array(self.pts, np.int64),
+            seek_points=np.array(self.seek_points, np.int64),
+        )
 
 
 @dataclass(frozen=True)
@@ -127,9 +152,13 @@ _INT, _LONG = pa.int32(), pa.int64()
 _IMAGE = pa.struct({f.name: {"path": pa.string()}.get(f.name, _LONG) for f in fields(ImagePlan)})
 _VIDEO = pa.struct(
     {
-        f.name: {"path": pa.string(), "frames": pa.list_(_INT), "pts": pa.list_(_LONG)}.get(
-            f.name, pa.list_(_LONG) if f.name == "seek_points" else _LONG
-        )
+        f.name: {
+            "path": pa.string(),
+            "linear_reason": pa.string(),
+            "frames": pa.list_(_INT),
+            "pts": pa.list_(_LONG),
+            "seek_points": pa.list_(_LONG),
+        }.get(f.name, _LONG)
         for f in fields(VideoPlan)
     }
 )

@@ -6,7 +6,7 @@ from math import ceil
 
 import numpy as np
 
-from megatron_eagle.data.media.exact import decode_frames, upright
+from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.probe import VideoFacts, probe_video
 from megatron_eagle.data.sample import VideoSource
 
@@ -41,8 +41,7 @@ def frames_at(facts: VideoFacts, times: Sequence[Fraction]) -> Iterator[np.ndarr
     ticks = [t // table.time_base for t in times]
     numbers = np.clip(np.searchsorted(table.pts, ticks, side="right") - 1, facts.first, facts.last)
     unique, repeats = np.unique(numbers, return_counts=True)
-    pts = table.pts[unique]
-    decoded = decode_frames(facts.file.path, pts.tolist(), table.seek_points(pts).tolist())
+    decoded = read_frames(facts.file.path, table.index.select(unique))
     for frame, count in zip(decoded, repeats, strict=True):
         picture = upright(frame, table.rotation)
         for _ in range(count):

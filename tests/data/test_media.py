@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from megatron_eagle.data.ledger import Problem
-from megatron_eagle.data.media.exact import decode_frames, upright
+from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.images import image_size, load_image
 from megatron_eagle.data.media.tiles import tile_image
@@ -97,10 +98,8 @@ def test_tiles_go_row_by_row_and_end_with_the_thumbnail():
 
 
 def frames_of(path, wanted):
-    table = read_frame_table(str(path))
-    pts = table.pts[wanted]
-    frames = decode_frames(str(path), pts.tolist(), table.seek_points(pts).tolist())
-    return [frame_number(upright(frame, table.rotation)) for frame in frames]
+    index = read_frame_table(str(path)).index.select(wanted)
+    return [frame_number(upright(frame, index.rotation)) for frame in read_frames(str(path), index)]
 
 
 VFR = [
@@ -147,21 +146,19 @@ def test_frames_are_exact(tmp_path, name, options):
 
 def test_loaded_frames_are_upright_tiles(tmp_path):
     path = str(make_video(tmp_path / "a.mp4"))
-    table = read_frame_table(path)
-    pts = table.pts[[3, 17]]
-    arguments = path, pts.tolist(), table.seek_points(pts).tolist()
-    tiles = load_frames(*arguments, rotation=0, tile_size=32)
+    index = read_frame_table(path).index
+    tiles = load_frames(path, index, [3, 17], tile_size=32)
     assert tiles.shape == (2, 3, 32, 32)
     assert tiles.abs().max() <= 1
-    turned = load_frames(*arguments, rotation=-90, tile_size=32)
+    turned = load_frames(path, replace(index, rotation=-90), [3, 17], tile_size=32)
     torch.testing.assert_close(turned, tiles.rot90(-1, (2, 3)), atol=0.05, rtol=0)
 
 
 def test_missing_frame_is_an_error_never_a_neighbour(tmp_path):
     path = str(make_video(tmp_path / "a.mp4"))
-    table = read_frame_table(path)
+    index = read_frame_table(path).index.select([4])
     with pytest.raises(Problem, match="undecodable frame"):
-        list(decode_frames(path, [int(table.pts[4]) + 1], [0]))
+        list(read_frames(path, replace(index, pts=index.pts + 1)))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "faststart.mp4"])
@@ -244,10 +241,7 @@ def test_real_videos():
         path = str(MEDIA / "video" / name)
         table = read_frame_table(path)
         assert len(table.pts) == n
-        pts = table.pts[[0, n // 2, n - 1]]
-        tiles = load_frames(
-            path, pts.tolist(), table.seek_points(pts).tolist(), rotation=table.rotation, tile_size=16
-        )
+        tiles = load_frames(path, table.index, [0, n // 2, n - 1], tile_size=16)
         assert tiles.shape == (3, 3, 16, 16)
     assert table.rotation == -90
     corrupted = str(MEDIA / "video" / "decord_corrupted.mp4")

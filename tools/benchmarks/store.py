@@ -42,7 +42,8 @@ def make_columns(row: int) -> SampleColumns:
     text = int(generator.integers(50, 1500))
     image = ImagePlan(f"/data/pictures/{row:08d}.jpg", 150_000, 1, 1280, 720, 4, 2)
     frames = tuple(range(0, 480, 30))
-    video = VideoPlan(f"/data/clips/{row:08d}.mp4", 10**7, 1, 0, 1, 15360, 16, 1, frames, frames, frames)
+    file = f"/data/clips/{row:08d}.mp4"
+    video = VideoPlan(file, 10**7, 1, 1, 0, 0, 1, 15360, 16, 1, 480, 0, "", frames, frames, frames)
     n_tiles = (0, 9, 9, 16)[kind]
     return SampleColumns(
         source=0,

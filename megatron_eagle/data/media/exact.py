@@ -7,27 +7,30 @@ import numpy as np
 
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_index import open_video
+from megatron_eagle.data.media.frame_table import FrameIndex
 
 
 class _Missed(Exception):
     """The planned seeks did not lead to a wanted frame."""
 
 
-def decode_frames(path: str, pts: Sequence[int], seek_points: Sequence[int]) -> Iterator[av.VideoFrame]:
-    """Decode the frames with these ascending presentation times, one at a time.
+def read_frames(path: str, index: FrameIndex) -> Iterator[av.VideoFrame]:
+    """Decode all frames of an index (see `FrameIndex.select`), one at a time, at the size of the file.
 
-    `seek_points` holds for each the key frame to start from.  Where seeking misses (MPEG-TS, damaged
-    indexes) the rest is read linearly from the start.  Raises `Problem` if the file cannot be read or a
-    frame cannot be decoded.
+    Where seeking misses (damaged indexes) the rest is read linearly from the start.  Raises `Problem` if the
+    file cannot be read or a frame cannot be decoded.
     """
     found = 0
+    pts = index.pts.tolist()
     try:
         try:
-            for frame in _decode_planned(path, pts, seek_points):
+            if index.linear_reason:
+                raise _Missed
+            for frame in _decode_planned(path, index.stream, pts, index.seek_points.tolist()):
                 yield frame
                 found += 1
         except (_Missed, av.error.InvalidDataError):
-            for frame in _decode_linear(path, pts[found:]):
+            for frame in _decode_linear(path, index.stream, pts[found:]):
                 yield frame
                 found += 1
     except FileNotFoundError:
@@ -43,9 +46,11 @@ def upright(frame: av.VideoFrame, rotation: int) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), rotation // 90))
 
 
-def _decode_planned(path: str, pts: Sequence[int], seek_points: Sequence[int]) -> Iterator[av.VideoFrame]:
-    with _open(path) as container:
-        stream = container.streams.video[0]
+def _decode_planned(
+    path: str, number: int, pts: Sequence[int], seek_points: Sequence[int]
+) -> Iterator[av.VideoFrame]:
+    with open_video(path) as container:
+        stream = _stream(container, number)
         frames: Iterator[av.VideoFrame] = iter(())
         position = None  # presentation time of the last decoded frame
         for wanted, key in zip(pts, seek_points, strict=True):
@@ -59,11 +64,11 @@ def _decode_planned(path: str, pts: Sequence[int], seek_points: Sequence[int]) -
             yield frame
 
 
-def _decode_linear(path: str, pts: Sequence[int]) -> Iterator[av.VideoFrame]:
+def _decode_linear(path: str, number: int, pts: Sequence[int]) -> Iterator[av.VideoFrame]:
     """All of the file from its start; stops at a wanted frame that does not come out clean."""
     remaining = list(reversed(pts))
-    with _open(path) as container:
-        stream = container.streams.video[0]
+    with open_video(path) as container:
+        stream = _stream(container, number)
         damaged = False
         for packet in container.demux(stream):
             try:
@@ -84,9 +89,7 @@ def _decode_linear(path: str, pts: Sequence[int]) -> Iterator[av.VideoFrame]:
                 return
 
 
-def _open(path: str) -> av.container.InputContainer:
-    container = open_video(path)
-    container.streams.video[
-        0
-    ].thread_type = "NONE"  # many files are decoded side by side; errors come in order
-    return container
+def _stream(container: av.container.InputContainer, number: int) -> av.VideoStream:
+    stream = container.streams[number]
+    stream.thread_type = "NONE"  # many files are decoded side by side; errors come in order
+    return stream

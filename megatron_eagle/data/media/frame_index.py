@@ -1,38 +1,20 @@
-"""The frame table of a video file: frame number = rank in presentation order, read without decoding.
+"""The frame table of a video file, read without decoding its frames.
 
 Containers' own frame counts and frame rates are wrong on edit lists, variable frame rates and damaged files,
 so the table comes from the packets.
 """
 
 import struct
-from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 
 from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.media.frame_table import CodedFrames, FrameTable
+from megatron_eagle.data.media.source import file_facts, fingerprint
 
-
-@dataclass(frozen=True)
-class FrameTable:
-    """Presentation times (in units of `time_base` seconds) of all shown frames and of all key frames.
-
-    `pts` int64 [n] and `keyframes` int64 are ascending; `last_duration` is the last packet's own duration in
-    the same unit (0 = unknown); `rotation` in degrees counter-clockwise brings a decoded frame upright.
-    """
-
-    pts: np.ndarray
-    keyframes: np.ndarray
-    time_base: Fraction
-    last_duration: int
-    rotation: int
-
-    def seek_points(self, pts: np.ndarray) -> np.ndarray:
-        """For each presentation time, that of the key frame from which its frame is decoded."""
-        rank = np.searchsorted(self.keyframes, pts, side="right") - 1
-        return self.keyframes[np.maximum(rank, 0)]
+# Containers that have no index of key frames: a seek leads near one at best.
+_NO_INDEX = {"mpegts": "MPEG transport stream", "mpeg": "MPEG program stream", "h264": "raw", "hevc": "raw"}
 
 
 def open_video(path: str) -> av.container.InputContainer:
@@ -41,46 +23,52 @@ def open_video(path: str) -> av.container.InputContainer:
 
 
 def read_frame_table(path: str) -> FrameTable:
-    """Read the packets of the first video stream.
+    """Read the frame table of the first video stream.
 
     Raises `Problem` for a file that is missing, empty, cut off, no video, or has no frame that can be
     decoded.
     """
-    try:
-        size = Path(path).stat().st_size
-    except OSError:
-        raise Problem("missing media", path) from None
-    if size == 0:
+    file = file_facts(path)
+    if file.size == 0:
         raise Problem("empty file", path)
     try:
-        with open_video(path) as container:
-            if not container.streams.video:
-                raise Problem("unreadable video", f"{path} has no video stream")
-            stream = container.streams.video[0]
-            shown, keyframes = [], []
-            for packet in container.demux(stream):
-                if packet.size == 0 or packet.pts is None:
-                    continue
-                if packet.is_keyframe:  # also those that an edit list hides: decoding begins there
-                    keyframes.append(packet.pts)
-                if not (packet.is_discard or packet.is_corrupt):
-                    shown.append((packet.pts, packet.duration or 0))
-            time_base = stream.time_base
-        if not shown:
-            raise Problem("unreadable video", f"{path} has no frames with presentation times")
-        if (declared := _declared_size(path)) > size:
-            raise Problem("truncated video", f"{path} has {size} of {declared} bytes")
-        with open_video(path) as container:
-            rotation = next(container.decode(video=0)).rotation
-    except (av.error.FFmpegError, StopIteration) as error:
-        reason = error.strerror if isinstance(error, av.error.FFmpegError) else "no frame can be decoded"
-        raise Problem("unreadable video", f"{path}: {reason}") from None
-    return FrameTable(
-        pts=np.unique(np.array([pts for pts, _ in shown], np.int64)),
-        keyframes=np.unique(np.array(keyframes, np.int64)),
+        frames = _demux(path)
+    except av.error.FFmpegError as error:
+        raise Problem("unreadable video", f"{path}: {error.strerror}") from None
+    if not frames.shown.any():
+        raise Problem("unreadable video", f"{path} has no frames with presentation times")
+    if (declared := _declared_size(path)) > file.size:
+        raise Problem("truncated video", f"{path} has {file.size} of {declared} bytes")
+    return frames.table(file, fingerprint(path))
+
+
+def _demux(path: str) -> CodedFrames:
+    """From all packets, and the first frame: it alone knows of every kind of rotation."""
+    packets: list[tuple[int, bool, bool, int]] = []
+    with open_video(path) as container:
+        if not container.streams.video:
+            raise Problem("unreadable video", f"{path} has no video stream")
+        stream = container.streams.video[0]
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None and not packet.is_corrupt:
+                shown = not packet.is_discard
+                packets.append((packet.pts, packet.is_keyframe, shown, packet.duration or 0))
+        number, time_base = stream.index, stream.time_base
+        reason = next((_NO_INDEX[n] for n in container.format.name.split(",") if n in _NO_INDEX), "")
+    with open_video(path) as container:
+        first = next(container.decode(video=0), None) if packets else None
+    if packets and first is None:
+        raise Problem("unreadable video", f"{path}: no frame can be decoded")
+    table = np.array(packets, np.int64).reshape(-1, 4)
+    return CodedFrames(
+        stream=number,
+        rotation=round(first.rotation / 90) * 90 if first else 0,
         time_base=time_base,
-        last_duration=max(shown)[1],
-        rotation=round(rotation / 90) * 90,
+        linear_reason=reason,
+        pts=table[:, 0],
+        key=table[:, 1] > 0,
+        shown=table[:, 2] > 0,
+        duration=table[:, 3],
     )
 
 

@@ -4,6 +4,7 @@ Wherever a path is kept, a picture in a database is named `lmdb://FILE?KEY`, wit
 percent-encoded, and a page of a document that is drawn at W x H pixels is `pdf://FILE?page=NUMBER&size=WxH`.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -16,6 +17,7 @@ from urllib.parse import quote, unquote
 from megatron_eagle.data.ledger import Problem
 
 _SCHEME = "lmdb://"
+_HASHED_BYTES = 65536  # of each of three places
 _PAGE = re.compile(r"pdf://(?P<file>.+)\?page=(?P<number>\d+)&size=(?P<width>\d+)x(?P<height>\d+)", re.DOTALL)
 
 
@@ -65,6 +67,32 @@ def file_facts(path: str) -> FileFacts:
     page = page_ref(path)
     status = _status(page.file if page else path)
     return FileFacts(path, status.st_size, status.st_mtime_ns)
+
+
+def fingerprint(path: str) -> int:
+    """64 bits of a hash of a file's size, beginning, middle and end.  Raises `Problem` if it is missing."""
+    size = _status(path).st_size
+    digest = hashlib.blake2b(size.to_bytes(8), digest_size=8)
+    try:
+        with open(path, "rb") as file:
+            for start in (0, size // 2, max(0, size - _HASHED_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_HASHED_BYTES))
+    except OSError as error:
+        raise Problem("missing media", f"{path}: {error.strerror}") from None
+    return int.from_bytes(digest.digest(), signed=True)
+
+
+def check_unchanged(path: str, probed: FileFacts, known_fingerprint: int) -> None:
+    """Raise `Problem` if a file is not the one that was probed; a copy of it with another date is."""
+    now = file_facts(path)
+    if now.size != probed.size:
+        reason = f"has {now.size} bytes, had {probed.size}"
+    elif now.mtime_ns != probed.mtime_ns and fingerprint(path) != known_fingerprint:
+        reason = "has other content"
+    else:
+        return
+    raise Problem("media changed since preprocessing", f"{path} {reason}")
 
 
 def open_media(path: str) -> BinaryIO | Path:
