@@ -106,20 +106,28 @@ def make_video(
     codec: str = "libx264",
     gop: int = 12,
     pts: list[int] | None = None,
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    colours: tuple[tuple[int, int, int], tuple[int, int, int]] = ((0, 0, 0), (255, 255, 255)),
 ) -> Path:
-    """A clip whose frame k shows k as eight vertical bars; `pts` (1/1000 s) makes its frame rate variable."""
+    """A clip whose frame k shows k as eight vertical bars; `pts` (1/1000 s) makes its frame rate variable.
+
+    `options` are the encoder's; `colours` are those of bits that are 0 and 1, the second the brighter.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         stream.gop_size = gop
         time_base = Fraction(1, 1000) if pts else Fraction(1, fps)
         stream.codec_context.time_base = time_base
         if codec == "libx264":
             stream.options = {"bf": "2", "crf": "20", "preset": "ultrafast"}
+        if options:
+            stream.options |= options
         for k in range(n_frames):
-            bits = np.array([255 * (k >> i & 1) for i in range(8)], np.uint8)
-            picture = np.broadcast_to(np.repeat(bits, size[0] // 8)[None, :, None], (size[1], size[0], 3))
+            bars = np.array([colours[k >> i & 1] for i in range(8)], np.uint8)
+            picture = np.broadcast_to(np.repeat(bars, size[0] // 8, 0), (size[1], size[0], 3))
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts = pts[k] if pts else k
             frame.time_base = time_base
