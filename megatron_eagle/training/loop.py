@@ -24,11 +24,11 @@ from megatron_eagle.runtime.device import Device, detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, model_parallel
 from megatron_eagle.training.agreement import AgreedError, raise_together
 from megatron_eagle.training.checkpoint import (
+    CheckpointSaver,
     TrainState,
     has_checkpoint,
     load_checkpoint,
     read_lora_config,
-    save_checkpoint,
     save_hf_folder,
 )
 from megatron_eagle.training.evaluation import HeldOut, evaluate
@@ -81,7 +81,7 @@ class _Job:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     state: TrainState
-    saved_iteration: int | None  # of the latest checkpoint in checkpoint.path
+    resumed: bool  # from checkpoint.path
     guard: LossGuard
     faults: Faults
 
@@ -140,7 +140,7 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
         )
     return _Job(
         *(config, mesh, device, wrapped, optimizer, scheduler, state),
-        saved_iteration=state.iteration if resume else None,
+        resumed=resume,
         guard=LossGuard(config.resilience, state.recent_losses),
         faults=Faults.from_environment(torch.distributed.get_rank()),
     )
@@ -165,10 +165,11 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
         abort=settings.abort_on_hang,
     )
     profiler = StepProfiler(config.logging.profile, logs, rank, job.models[0].config)
-    with log, heart, profiler, stop_signals() as stop:
+    saver = CheckpointSaver(config.checkpoint, log.message, state.iteration if job.resumed else None)
+    with log, heart, profiler, stop_signals() as stop, saver:
         log.message(choose_layers(config.layers).reason)
         log.message(choose_attention(config.layers.attention, _dtype(config)).reason)
-        if job.saved_iteration is not None:
+        if job.resumed:
             log.message(f"resumed from {root} at iteration {state.iteration}")
         if state.iteration >= last:
             log.message(f"nothing to do: the run ends at iteration {last}")
@@ -176,9 +177,10 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
             started = time.perf_counter()
             lr = get_canonical_lr_for_logging(job.optimizer.param_groups)
             profiler.begin(state.iteration + 1)
-            step = _step(job, loader, log, heart, stop)
+            step = _step(job, loader, log, heart, stop, saver)
             seconds = time.perf_counter() - started
             profiler.end(state.iteration)
+            saver.poll()
             at_end = state.iteration == last
             evaluated = None
             if held_out is not None and (at_end or state.iteration % config.evaluation.interval == 0):
@@ -204,7 +206,7 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
                 )
             if at_end or step.told_to_stop or (interval and state.iteration % interval == 0):
                 heart.phase(state.iteration, "save")
-                _save(job, log, must_succeed=at_end or step.told_to_stop)
+                _save(job, log, saver, must_succeed=at_end or step.told_to_stop)
             if step.told_to_stop and not at_end:
                 raise Preempted(f"stopped by a signal after iteration {state.iteration}, which is saved")
 
@@ -220,7 +222,9 @@ class _Step:
     told_to_stop: bool  # any rank
 
 
-def _step(job: _Job, loader: PackLoader, log: RunLog, heart: Heartbeat, stop: list[str]) -> _Step:
+def _step(
+    job: _Job, loader: PackLoader, log: RunLog, heart: Heartbeat, stop: list[str], saver: CheckpointSaver
+) -> _Step:
     """One global batch."""
     state, guard = job.state, job.guard
     number, first_pack = state.iteration + 1, state.consumed_packs
@@ -245,7 +249,8 @@ def _step(job: _Job, loader: PackLoader, log: RunLog, heart: Heartbeat, stop: li
             grad_norm = float(job.optimizer.step()[1])
         action, reason = guard.judge("gradient norm", grad_norm)
     if action == "stop":
-        saved = "no checkpoint" if job.saved_iteration is None else f"iteration {job.saved_iteration}"
+        saver.wait()
+        saved = "no checkpoint" if saver.saved_iteration is None else f"iteration {saver.saved_iteration}"
         raise AgreedError(
             f"iteration {number}: {reason}; stopped ({saved} is saved). Lower optimizer.lr or "
             "optimizer.clip_grad, or look at the samples of this step"
@@ -310,26 +315,12 @@ def _schedule(job: _Job, batches: list[Batch], *, forward_only: bool = False) ->
     return run_schedule(job.models, job.mesh, batches, build, length=length, forward_only=forward_only)
 
 
-def _save(job: _Job, log: RunLog, *, must_succeed: bool) -> None:
-    """Save this iteration. One that fails (a full disk) is reported and training goes on, if it may."""
-    checkpoint, state = job.config.checkpoint, job.state
+def _save(job: _Job, log: RunLog, saver: CheckpointSaver, *, must_succeed: bool) -> None:
     try:
-        job.faults.before_save(state.iteration)
-        save_checkpoint(
-            checkpoint.path,
-            models=job.models,
-            optimizer=job.optimizer,
-            scheduler=job.scheduler,
-            run_config=job.config,
-            iteration=state.iteration,
-            consumed_packs=state.consumed_packs,
-            recent_losses=state.recent_losses,
-            keep_last=checkpoint.keep_last,
-        )
+        job.faults.before_save(job.state.iteration)
     except AgreedError as error:
         if must_succeed:
             raise
         log.message(f"warning: {error}; training goes on")
         return
-    job.saved_iteration = state.iteration
-    log.message(f"saved iteration {state.iteration} in {checkpoint.path}")
+    saver.save(*(job.models, job.optimizer, job.scheduler, job.config, job.state), must_succeed=must_succeed)

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: size and SHA-256 of every file, written before the folder gets its name.
 
-Every rank hashes what it wrote and, on loading, its share of what there is, so that the time of both is that
-of one rank's files. Finding a flipped byte this way costs one read of the checkpoint.
+Large files are hashed while they are written; on loading, every rank reads its share of what there is.
+Finding a flipped byte this way costs one read of the checkpoint.
 """
 
 import hashlib
@@ -17,26 +17,6 @@ MANIFEST = "manifest.json"
 _BLOCK = 1 << 22  # bytes
 
 
-def hash_written(folder: Path) -> dict[str, dict]:
-    """On rank 0: name -> {"bytes", "sha256"} of the tensor files that all ranks wrote into `folder`.
-
-    Collective. A file is hashed by the rank in its name (`__RANK_N.distcp`), which has it in its page cache.
-    Raises `AgreedError` where a file cannot be read.
-    """
-    own, problem = {}, None
-    try:
-        own = {
-            file.name: _describe(file)
-            for file in sorted(folder.glob(f"__{torch.distributed.get_rank()}_*.distcp"))
-        }
-    except OSError as error:
-        problem = f"{folder}: cannot read back what was saved: {error}"
-    raise_together(problem)
-    gathered: list[dict] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, own)
-    return {name: entry for found in gathered for name, entry in found.items()}
-
-
 def write_manifest(folder: Path, hashed: dict[str, dict]) -> None:
     """Write the manifest of `folder`: `hashed` and every other file in it. On rank 0; raises `OSError`."""
     others = {
@@ -48,17 +28,22 @@ def write_manifest(folder: Path, hashed: dict[str, dict]) -> None:
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def verify(folder: Path) -> None:
-    """Compare a checkpoint's files with its manifest, if there is one (converters write none).
+def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare a checkpoint's files with its manifest, if there is one (converters of others write none).
 
-    Collective. Raises `AgreedError` that names a file which is missing, of another size or of other content.
+    Of `parts` about equal shares of the files this is share `part`. Needs no process group.
+    Raises `UserError` that names a file which is missing, of another size or of other content.
     """
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    entries = sorted(_read(folder).items(), key=lambda item: -item[1]["bytes"])
+    for name, entry in entries[part::parts]:
+        _check(folder / name, entry)
+
+
+def verify_together(folder: Path) -> None:
+    """As `verify_files`, each rank its share. Collective; raises `AgreedError`."""
     problem = None
     try:
-        entries = sorted(_read(folder).items(), key=lambda item: -item[1]["bytes"])
-        for name, entry in entries[rank::size]:
-            problem = problem or _difference(folder / name, entry)
+        verify_files(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
     except (UserError, OSError) as error:
         problem = str(error)
     raise_together(problem)
@@ -78,15 +63,16 @@ def _read(folder: Path) -> dict[str, dict]:
     return files
 
 
-def _difference(file: Path, entry: dict) -> str | None:
+def _check(file: Path, entry: dict) -> None:
     if not file.is_file():
-        return f"{file}: missing; copy the checkpoint again in full"
+        raise UserError(f"{file}: missing; copy the checkpoint again in full")
     size = file.stat().st_size
     if size != entry["bytes"]:
-        return f"{file}: {size} bytes, and {entry['bytes']} were saved: damaged or cut; copy it again"
+        raise UserError(
+            f"{file}: {size} bytes, and {entry['bytes']} were saved: damaged or cut; copy it again"
+        )
     if _describe(file)["sha256"] != entry["sha256"]:
-        return f"{file}: its content is not what was saved (SHA-256): damaged; copy it again"
-    return None
+        raise UserError(f"{file}: its content is not what was saved (SHA-256): damaged; copy it again")
 
 
 def _describe(file: Path) -> dict:

@@ -1,7 +1,6 @@
 """A few real optimizer steps of the tiny model in any layout, between a load and a save."""
 
 import itertools
-import json
 import os
 import resource
 import shutil
@@ -9,15 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.distributed.checkpoint import filesystem
 
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training import checkpoint
 from megatron_eagle.training.agreement import AgreedError
-from megatron_eagle.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from megatron_eagle.training.checkpoint import (
+    TrainState,
+    files,
+    folder,
+    load_checkpoint,
+    save_checkpoint,
+    saving,
+)
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
 from tests.parallel.cases import global_batch, run_schedule
@@ -45,29 +49,24 @@ def save_killed(eagle: EagleConfig, root: str, point: str) -> None:
     def die(*_, **__):
         os._exit(9)
 
-    if point == "common.pt":
-        checkpoint.torch.save = die
-    elif point == "middle of a file":
-        filesystem._write_item = die_at(2, filesystem._write_item)
+    if point == "middle of a file":
+        files.torch.save = die_at(20, torch.save)
     elif point == "one rank":
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            filesystem._write_item = die
+            files.torch.save = die
     elif point == "tensors":
-        filesystem.FileSystemWriter.finish = die  # tensors written, no index yet
-    elif point == "hashes":
-        checkpoint.hash_written = die
-    elif point == "manifest":
-        checkpoint.write_manifest = die
-    elif point == "run.yaml":
-        checkpoint.save_yaml = die
+        saving.gather_to_first = die  # tensors written, nothing else yet
+    elif point in ("index", "run.yaml", "manifest", "rename"):
+        name = {"index": "write_index", "run.yaml": "save_yaml", "manifest": "write_manifest"}
+        setattr(saving, name.get(point, "publish_folder"), die)
+    elif point == "common.pt":
+        saving.save_config = die  # written just before
     elif point == "state.json":
-        checkpoint.json = SimpleNamespace(dumps=die, loads=json.loads)
-    elif point == "rename":
-        checkpoint._publish = die  # the manifest is written
+        saving.json = SimpleNamespace(dumps=die)
     elif point == "tracker":
         Path.replace = die  # the folder has its name, the tracker still points to the previous one
     elif point == "retention":
-        checkpoint.shutil.rmtree = die_at(3, shutil.rmtree)  # the others empty the place of the new one
+        folder.shutil.rmtree = die_at(2, shutil.rmtree)  # the first empties the place of the new one
     parallel = {"tensor_model_parallel_size": torch.distributed.get_world_size()}  # so that every rank writes
     _run(parallel, eagle, until=3, load=root, save=root, keep_last=1)
 
@@ -86,7 +85,7 @@ def die_at(number: int, function):
 
 def save_on_full_disk(eagle: EagleConfig, root: str, limit: int) -> str:
     """Continue from `root` to iteration 3 where no file may grow beyond `limit` bytes -> the error."""
-    write = checkpoint._write_tensors
+    write = saving.write_snapshot
 
     def limited(*args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -95,7 +94,7 @@ def save_on_full_disk(eagle: EagleConfig, root: str, limit: int) -> str:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    checkpoint._write_tensors = limited
+    saving.write_snapshot = limited
     try:
         _run({}, eagle, until=3, load=root, save=root)
     except AgreedError as error:

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_eagle.training import loop
 from megatron_eagle.training.agreement import AgreedError
+from megatron_eagle.training.checkpoint import saver
 from megatron_eagle.training.metrics import read_metrics
 from megatron_eagle.training.run_config import load_run_config
 from tests.parallel.harness import launch
@@ -124,20 +125,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(job, tmp_path):
 
 def test_a_save_that_fails_is_reported_and_training_goes_on(job, capsys):
     """Until the last one, which has to succeed."""
-    save, calls = loop.save_checkpoint, iter([1, 2, 3])
+    write, calls = saver.write_snapshot, iter([1, 2, 3])
 
-    def fail_second(*arguments, **settings):
+    def fail_second(*arguments):
         if next(calls) == 2:
             raise AgreedError("run: iteration 4 could not be saved: No space left on device")
-        return save(*arguments, **settings)
+        return write(*arguments)
 
-    with patch.object(loop, "save_checkpoint", fail_second):
+    with patch.object(saver, "write_snapshot", fail_second):
         metrics = job("checkpoint.save_interval=2", "checkpoint.keep_last=2")
     assert len(metrics) == 6
     assert [path.name for path in sorted(job.root.glob("iter_*"))] == ["iter_0000002", "iter_0000006"]
     assert "warning: run: iteration 4 could not be saved" in capsys.readouterr().err
     with (
-        patch.object(loop, "save_checkpoint", side_effect=AgreedError("no space")),
+        patch.object(saver, "write_snapshot", side_effect=AgreedError("no space")),
         pytest.raises(AgreedError, match="no space"),
     ):
         shutil.rmtree(job.root)
