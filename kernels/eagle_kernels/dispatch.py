@@ -18,10 +18,6 @@ except ImportError:  # the eager twins need none
 
 Implementation = Literal["auto", "triton", "eager"]
 
-# Programs of a kernel that walks over rows: some waves on the 132 multiprocessors of an H100 or H200, and few
-# in the interpreter, which pays milliseconds for each.
-_GPU_PROGRAMS, _INTERPRETED_PROGRAMS = 8 * 132, 8
-
 
 def jit(function: Callable) -> Callable:
     """`triton.jit`, or the plain function where triton is missing (it is never launched there)."""
@@ -58,17 +54,6 @@ def explain(implementation: Implementation, device: torch.device) -> tuple[bool,
 def use_triton(implementation: Implementation, x: Tensor) -> bool:
     """Whether Triton computes on x; see `explain`."""
     return explain(implementation, x.device)[0]
-
-
-def rows_per_program(rows: int) -> int:
-    """Rows that one program walks over: a power of two, so that few variants are ever compiled."""
-    programs = _INTERPRETED_PROGRAMS if is_interpreted() else _GPU_PROGRAMS
-    return triton.next_power_of_2(max(1, triton.cdiv(rows, programs)))
-
-
-def warps(block: int) -> int:
-    """Warps for a row of `block` elements: 16 elements a thread, at least 4 warps."""
-    return min(max(block // (16 * 32), 4), 16)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eagle_kernels.configurations import configuration
 from eagle_kernels.dispatch import (
     Implementation,
     as_rows,
     check_same,
     check_width,
     jit,
-    rows_per_program,
     tl,
     triton,
     use_triton,
-    warps,
 )
 
 
@@ -121,10 +120,10 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         rows = as_rows(x)
-        (n_rows, width), block = rows.shape, triton.next_power_of_2(x.shape[-1])
+        (n_rows, width), settings = rows.shape, configuration(x.device)
+        block, step = settings.norm(width), settings.rows(n_rows)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         mean, rstd = torch.empty(2, n_rows, dtype=torch.float32, device=x.device)
-        step = rows_per_program(n_rows)
         forward_kernel[(triton.cdiv(n_rows, step),)](
             rows,
             weight,
@@ -137,8 +136,8 @@ class _LayerNorm(torch.autograd.Function):
             width,
             eps,
             ROWS=step,
-            BLOCK=block,
-            num_warps=warps(block),
+            BLOCK=block.size,
+            num_warps=block.warps,
         )
         ctx.save_for_backward(rows, weight, mean, rstd)
         return y
@@ -146,10 +145,10 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, rstd = ctx.saved_tensors
-        (n_rows, width), block = x.shape, triton.next_power_of_2(x.shape[-1])
+        (n_rows, width), settings = x.shape, configuration(x.device)
+        block, step = settings.norm(width), settings.rows(n_rows)
         grad_rows = as_rows(grad)
         grad_x = torch.empty(grad.shape, dtype=x.dtype, device=x.device)
-        step = rows_per_program(n_rows)
         programs = triton.cdiv(n_rows, step)
         grad_weight, grad_bias = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
         backward_kernel[(programs,)](
@@ -166,7 +165,7 @@ class _LayerNorm(torch.autograd.Function):
             x.stride(0),
             width,
             ROWS=step,
-            BLOCK=block,
-            num_warps=warps(block),
+            BLOCK=block.size,
+            num_warps=block.warps,
         )
         return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(weight.dtype), None

@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eagle_kernels.configurations import configuration
 from eagle_kernels.dispatch import Implementation, check_same, check_width, jit, tl, triton, use_triton
 
 CHUNK = 2048  # tokens: large enough for full-speed products, 0.6 GB of bf16 logits at 152,064 rows
-_BLOCK, _WARPS = 4096, 8
 
 
 def linear_cross_entropy(
@@ -352,6 +352,7 @@ def _triton_statistics(
     logits: Tensor, labels: Tensor, real_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_statistics` on logits that stay as they are."""
+    block = configuration(logits.device).cross_entropy
     maximum, total, target = torch.empty(3, len(labels), dtype=torch.float32, device=logits.device)
     statistics_kernel[(len(labels),)](
         logits,
@@ -362,8 +363,8 @@ def _triton_statistics(
         logits.stride(0),
         real_rows,
         logits.shape[1],
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        BLOCK=block.size,
+        num_warps=block.warps,
     )
     return logits, maximum, total, target
 
@@ -378,9 +379,9 @@ def _triton_gradient(
     real_rows: int,
 ) -> Tensor:
     """`_gradient` on `_triton_statistics`' first result; `maximum` is in lse already."""
-    n_tokens, n_columns = logits.shape
+    (n_tokens, n_columns), block = logits.shape, configuration(logits.device).cross_entropy
     if n_columns:
-        gradient_kernel[(n_tokens, triton.cdiv(n_columns, _BLOCK))](
+        gradient_kernel[(n_tokens, triton.cdiv(n_columns, block.size))](
             logits,
             labels,
             lse,
@@ -389,7 +390,7 @@ def _triton_gradient(
             real_rows,
             n_columns,
             twice_z,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            BLOCK=block.size,
+            num_warps=block.warps,
         )
     return logits

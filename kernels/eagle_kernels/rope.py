@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eagle_kernels.dispatch import Implementation, jit, rows_per_program, tl, triton, use_triton
-
-_WARPS = 4
+from eagle_kernels.configurations import configuration
+from eagle_kernels.dispatch import Implementation, jit, tl, triton, use_triton
 
 
 def rotary_table(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -78,9 +77,9 @@ def rotate_kernel(
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    n_rows, n_heads, dim = x.shape
-    heads = min(triton.next_power_of_2(n_heads), 32)
-    step = rows_per_program(n_rows)
+    (n_rows, n_heads, dim), settings = x.shape, configuration(x.device)
+    heads = min(triton.next_power_of_2(n_heads), settings.rope.size)
+    step = settings.rows(n_rows)
     rotate_kernel[(triton.cdiv(n_rows, step), triton.cdiv(n_heads, heads))](
         x,
         cos,
@@ -94,7 +93,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
         HALF=dim // 2,
         HEADS=heads,
         ROWS=step,
-        num_warps=_WARPS,
+        num_warps=settings.rope.warps,
     )
     return y
 

@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eagle_kernels.configurations import configuration
 from eagle_kernels.dispatch import (
     Implementation,
     as_rows,
     check_width,
     jit,
-    rows_per_program,
     tl,
     triton,
     use_triton,
 )
-
-_BLOCK, _WARPS = 1024, 4
 
 
 def swiglu(gate_up: Tensor, implementation: Implementation = "auto", reuse_input: bool = False) -> Tensor:
@@ -90,10 +88,13 @@ def backward_kernel(
         tl.store(to + width, grad_up.to(GRAD_GATE_UP.dtype.element_ty), mask=mask)
 
 
-def _grid(n_rows: int, width: int) -> tuple[int, tuple[int, int]]:
-    columns = triton.cdiv(width, _BLOCK)
-    step = rows_per_program(n_rows * columns)
-    return step, (triton.cdiv(n_rows, step), columns)
+def _launch(rows: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """rows [n, 2 * width] -> grid, and what the kernels are compiled for."""
+    settings, n_rows, width = configuration(rows.device), rows.shape[0], rows.shape[1] // 2
+    columns = triton.cdiv(width, settings.swiglu.size)
+    step = settings.rows(n_rows * columns)
+    constants = {"ROWS": step, "BLOCK": settings.swiglu.size, "num_warps": settings.swiglu.warps}
+    return (triton.cdiv(n_rows, step), columns), constants
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -102,10 +103,8 @@ class _SwiGLU(torch.autograd.Function):
         rows = as_rows(gate_up)
         n_rows, width = rows.shape[0], rows.shape[1] // 2
         y = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
-        step, grid = _grid(n_rows, width)
-        forward_kernel[grid](
-            rows, y, n_rows, rows.stride(0), width, ROWS=step, BLOCK=_BLOCK, num_warps=_WARPS
-        )
+        grid, constants = _launch(rows)
+        forward_kernel[grid](rows, y, n_rows, rows.stride(0), width, **constants)
         ctx.save_for_backward(rows)
         ctx.shape, ctx.reuse_input = gate_up.shape, reuse_input
         return y
@@ -116,7 +115,7 @@ class _SwiGLU(torch.autograd.Function):
         n_rows, width = rows.shape[0], rows.shape[1] // 2
         grad_rows = as_rows(grad)
         out = rows if ctx.reuse_input else torch.empty_like(rows, memory_format=torch.contiguous_format)
-        step, grid = _grid(n_rows, width)
+        grid, constants = _launch(rows)
         backward_kernel[grid](
             grad_rows,
             rows,
@@ -126,8 +125,6 @@ class _SwiGLU(torch.autograd.Function):
             rows.stride(0),
             out.stride(0),
             width,
-            ROWS=step,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            **constants,
         )
         return out.view(ctx.shape), None

@@ -86,7 +86,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, implementation=self.kernels)
+        return rms_norm(x, self.weight, self.eps, self.kernels)
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that are not there: `python -m tests.kernels.compiled [90 100]`.
+"""Compiles every Triton kernel for GPUs that are not there: `python -m tests.kernels.compiled [80 90 100]`.
 
 Prints JSON: per kernel and architecture, registers, bytes of local memory, load and store instructions that
 spill, shared memory, and global loads with how many of them are 128 bits wide. Needs no GPU: triton brings
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from eagle_kernels import layer_norm, linear_cross_entropy, rms_norm, rope, swiglu
-from eagle_kernels.dispatch import warps
+from eagle_kernels.configurations import ARCHITECTURES, Block
 
+TOKENS = 32768
 _TENSORS = {"*bf16", "*fp32", "*i64"}
 
 
@@ -59,74 +61,62 @@ def _resources(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+        command = [tool, "-res-usage", "-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "local": int(re.search(r"LOCAL:(\d+)", usage)[1]) + int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": int(re.search(r"REG:(\d+)", code)[1]),
+        "local": int(re.search(r"LOCAL:(\d+)", code)[1]) + int(re.search(r"STACK:(\d+)", code)[1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "loads": len(re.findall(r"\bLDG\b", code)),
         "wide loads": len(re.findall(r"\bLDG\S*\.128", code)),
     }
 
 
-def cases() -> list[Case]:
-    """Every kernel, bf16, as at the language model's widths (3584, heads of 128) and the tower's (1152)."""
+def cases(architecture: int) -> list[Case]:
+    """Every kernel, bf16, as the table launches it on `architecture` over `TOKENS` tokens, at the widths of
+    Eagle2.5-8B's language model (3584, heads of 128) and tower (1152)."""
+    settings = ARCHITECTURES[architecture]
     bf16, fp32, i64, i32 = "*bf16", "*fp32", "*i64", "i32"
     listed = []
-    for residual in (False, True):
-        forward = dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "SUM", "Y"), bf16) | {"RSTD": fp32, "eps": "fp32"}
-        forward |= dict.fromkeys(("n_rows", "x_stride", "residual_stride", "width"), i32)
-        backward = dict.fromkeys(("GRAD", "GRAD_SUM", "X", "WEIGHT", "GRAD_X"), bf16)
-        backward |= {"RSTD": fp32, "GRAD_WEIGHT": fp32}
-        backward |= dict.fromkeys(("n_rows", "grad_stride", "x_stride", "width"), i32)
-        constants = {"HAS_RESIDUAL": residual, "ROWS": 16, "BLOCK": 4096}
-        suffix = ", residual" * residual
-        listed += [
-            Case(f"rms_norm forward{suffix}", rms_norm.forward_kernel, forward, constants, warps(4096)),
-            Case(f"rms_norm backward{suffix}", rms_norm.backward_kernel, backward, constants, warps(4096)),
-        ]
-    constants = {"ROWS": 16, "BLOCK": 2048}
-    forward = dict.fromkeys(("X", "WEIGHT", "BIAS", "Y"), bf16) | {"MEAN": fp32, "RSTD": fp32, "eps": "fp32"}
-    forward |= dict.fromkeys(("n_rows", "x_stride", "width"), i32)
-    backward = dict.fromkeys(("GRAD", "X", "WEIGHT", "GRAD_X"), bf16)
-    backward |= dict.fromkeys(("MEAN", "RSTD", "GRAD_WEIGHT", "GRAD_BIAS"), fp32)
-    backward |= dict.fromkeys(("n_rows", "grad_stride", "x_stride", "width"), i32)
-    listed += [
-        Case("layer_norm forward", layer_norm.forward_kernel, forward, constants, warps(2048)),
-        Case("layer_norm backward", layer_norm.backward_kernel, backward, constants, warps(2048)),
-    ]
-    constants = {"ROWS": 16, "BLOCK": 1024}
-    forward = {"GATE_UP": bf16, "Y": bf16} | dict.fromkeys(("n_rows", "stride", "width"), i32)
-    backward = dict.fromkeys(("GRAD", "GATE_UP", "GRAD_GATE_UP"), bf16)
-    backward |= dict.fromkeys(("n_rows", "grad_stride", "stride", "out_stride", "width"), i32)
-    listed += [
-        Case("swiglu forward", swiglu.forward_kernel, forward, constants, 4),
-        Case("swiglu backward", swiglu.backward_kernel, backward, constants, 4),
-    ]
-    rotate = {"X": bf16, "COS": fp32, "SIN": fp32, "Y": bf16}
-    rotate |= dict.fromkeys(("n_rows", "n_heads", "row_stride", "head_stride"), i32)
-    for backwards in (False, True):
-        constants = {"BACKWARD": backwards, "HALF": 64, "HEADS": 32, "ROWS": 16}
-        name = f"rope {'backward' if backwards else 'forward'}"
-        listed.append(Case(name, rope.rotate_kernel, rotate, constants, 4))
-    statistics = {"LOGITS": bf16, "LABELS": i64, **dict.fromkeys(("MAXIMUM", "TOTAL", "TARGET"), fp32)}
-    statistics |= dict.fromkeys(("stride", "real_rows", "n_columns"), i32)
-    gradient = {"LOGITS": bf16, "LABELS": i64, "LSE": fp32, "WEIGHTS": fp32, "twice_z": "fp32"}
-    gradient |= dict.fromkeys(("stride", "real_rows", "n_columns"), i32)
-    module, constants = linear_cross_entropy, {"BLOCK": 4096}
-    return listed + [
-        Case("linear_cross_entropy statistics", module.statistics_kernel, statistics, constants, 8),
-        Case("linear_cross_entropy gradient", module.gradient_kernel, gradient, constants, 8),
-    ]
+
+    def add(name: str, kernel, block: Block, signature: dict[str, str], **constants: int | bool) -> None:
+        listed.append(Case(name, kernel, signature, constants, block.warps))
+
+    step, norm, tower = settings.rows(TOKENS), settings.norm(3584), settings.norm(1152)
+    scalars = dict.fromkeys(("n_rows", "grad_stride", "x_stride", "width"), i32) | {"eps": "fp32"}
+    tensors = dict.fromkeys(("GRAD", "X", "WEIGHT", "BIAS", "Y", "GRAD_X"), bf16)
+    tensors |= dict.fromkeys(("MEAN", "RSTD", "GRAD_WEIGHT", "GRAD_BIAS"), fp32)
+    for name, module, block in (("rms_norm", rms_norm, norm), ("layer_norm", layer_norm, tower)):
+        for way in ("forward", "backward"):
+            kernel = getattr(module, f"{way}_kernel")
+            add(f"{name} {way}", kernel, block, tensors | scalars, ROWS=step, BLOCK=block.size)
+    block = settings.swiglu
+    tensors = dict.fromkeys(("GRAD", "GATE_UP", "GRAD_GATE_UP", "Y"), bf16)
+    scalars = dict.fromkeys(("n_rows", "grad_stride", "stride", "out_stride", "width"), i32)
+    for way in ("forward", "backward"):
+        kernel = getattr(swiglu, f"{way}_kernel")
+        add(f"swiglu {way}", kernel, block, tensors | scalars, ROWS=step, BLOCK=block.size)
+    block = settings.rope
+    signature = {"X": bf16, "COS": fp32, "SIN": fp32, "Y": bf16}
+    signature |= dict.fromkeys(("n_rows", "n_heads", "row_stride", "head_stride"), i32)
+    for way in ("forward", "backward"):
+        constants = {"BACKWARD": way == "backward", "HALF": 64, "HEADS": block.size, "ROWS": step}
+        add(f"rope {way}", rope.rotate_kernel, block, signature, **constants)
+    block, module = settings.cross_entropy, linear_cross_entropy
+    signature = {"LOGITS": bf16, "LABELS": i64, "twice_z": "fp32"}
+    signature |= dict.fromkeys(("MAXIMUM", "TOTAL", "TARGET", "LSE", "WEIGHTS"), fp32)
+    signature |= dict.fromkeys(("stride", "real_rows", "n_columns"), i32)
+    add("linear_cross_entropy statistics", module.statistics_kernel, block, signature, BLOCK=block.size)
+    add("linear_cross_entropy gradient", module.gradient_kernel, block, signature, BLOCK=block.size)
+    return listed
 
 
 def main() -> None:
-    """Compile all for the architectures named, 90 if none."""
-    architectures = [int(word) for word in sys.argv[1:]] or [90]
-    print(json.dumps({f"{c.name} sm_{a}": c.compile(a) for a in architectures for c in cases()}, indent=1))
+    """Compile all for the architectures named, all of the table if none."""
+    architectures = [int(word) for word in sys.argv[1:]] or list(ARCHITECTURES)
+    with ThreadPoolExecutor(2) as pool:  # most of the time is ptxas', a process of its own
+        done = [(f"{c.name} sm_{a}", pool.submit(c.compile, a)) for a in architectures for c in cases(a)]
+        print(json.dumps({name: future.result() for name, future in done}, indent=1))
 
 
 if __name__ == "__main__":

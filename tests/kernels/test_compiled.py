@@ -1,4 +1,4 @@
-"""Every kernel compiled for sm_90 and sm_100 without a GPU: nothing spills and loads are wide."""
+"""Every entry of the table of launch settings compiled without a GPU: nothing spills and loads are wide."""
 
 import json
 import os
@@ -15,7 +15,6 @@ REGISTERS, SHARED = 168, 64 * 1024  # a thread, a block: at least 12 warps a mul
 # Loads that cannot be 128 bits wide: scalars of a row.
 NARROW = {
     "rms_norm backward": 1,
-    "rms_norm backward, residual": 1,
     "layer_norm backward": 2,
     "linear_cross_entropy statistics": 2,
     "linear_cross_entropy gradient": 3,
@@ -25,7 +24,7 @@ NARROW = {
 @pytest.fixture(scope="module")
 def compiled() -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compiled", "90", "100"]
+    command = [sys.executable, "-m", "tests.kernels.compiled"]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     if "FileNotFoundError" in done.stderr:
         pytest.skip(f"triton lacks its tools: {done.stderr.splitlines()[-1]}")
@@ -33,10 +32,10 @@ def compiled() -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_no_kernel_spills(compiled, architecture):
     found = {name: case for name, case in compiled.items() if name.endswith(architecture)}
-    assert len(found) >= 12
+    assert len(found) == 10
     assert {name: c for name, c in found.items() if c["spills"] or c["local"]} == {}
     assert {name: c for name, c in found.items() if c["registers"] > REGISTERS or c["shared"] > SHARED} == {}
 

@@ -46,7 +46,7 @@ def test_auto_is_eager_without_cuda():
     ("call", "message"),
     [
         (
-            lambda: rms_norm(torch.ones(2, 32), torch.ones(32), 1e-6, None, "triton"),
+            lambda: rms_norm(torch.ones(2, 32), torch.ones(32), 1e-6, "triton"),
             "on cpu, not on CUDA; choose",
         ),
         (lambda: rms_norm(torch.ones(2, 32), torch.ones(16), 1e-6), r"x \[2, 32\], weight \[16\]"),
