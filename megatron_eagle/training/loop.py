@@ -43,6 +43,7 @@ from megatron_eagle.training.run_log import RunLog
 from megatron_eagle.training.schedule import run_schedule
 from megatron_eagle.training.step_meter import measure
 from megatron_eagle.training.step_totals import StepTotals, count, read, zeros
+from megatron_eagle.training.stragglers import Stragglers
 
 
 def train(config: RunConfig) -> TrainState:
@@ -84,6 +85,7 @@ class _Job:
     resumed: bool  # from checkpoint.path
     guard: LossGuard
     faults: Faults
+    stragglers: Stragglers
 
 
 def _open_data(config: RunConfig, mesh: Mesh) -> tuple[PackLoader, HeldOut | None]:
@@ -143,6 +145,7 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
         resumed=resume,
         guard=LossGuard(config.resilience, state.recent_losses),
         faults=Faults.from_environment(torch.distributed.get_rank()),
+        stragglers=Stragglers(config.resilience.stragglers),
     )
 
 
@@ -166,7 +169,7 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
     )
     profiler = StepProfiler(config.logging.profile, logs, rank, job.models[0].config)
     saver = CheckpointSaver(config.checkpoint, log.message, state.iteration if job.resumed else None)
-    with log, heart, profiler, stop_signals() as stop, saver:
+    with log, heart, profiler, job.stragglers, stop_signals() as stop, saver:
         log.message(choose_layers(config.layers).reason)
         log.message(choose_attention(config.layers.attention, _dtype(config)).reason)
         if job.resumed:
@@ -180,6 +183,7 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
             step = _step(job, loader, log, heart, stop, saver)
             seconds = time.perf_counter() - started
             profiler.end(state.iteration)
+            job.stragglers.report(state.iteration, log)
             saver.poll()
             at_end = state.iteration == last
             evaluated = None
@@ -230,12 +234,13 @@ def _step(
     number, first_pack = state.iteration + 1, state.consumed_packs
     heart.phase(number, "data")
     waiting = time.perf_counter()
-    with record_function("data"):
+    with record_function("data"), job.stragglers.section("data"):
         batches = loader.step(first_pack)
     data_seconds = time.perf_counter() - waiting
     job.faults.before_step(number)
     heart.phase(number, "forward and backward")
-    loss, totals, told_to_stop = _forward_backward(job, batches, stop)
+    with job.stragglers.section("forward and backward", kernels=True):
+        loss, totals, told_to_stop = _forward_backward(job, batches, stop)
     loss = job.faults.loss(number, loss)
     action, reason = guard.judge("loss", loss)
     heart.phase(number, "optimizer")

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_eagle.training.stragglers import StragglerConfig
+
 # A run that was told to stop has saved and ends with this status (EX_TEMPFAIL of sysexits.h): start it again.
 # torchrun ends with a status of its own; there, the one who sent the signal knows.
 EXIT_REQUEUE = 75
@@ -34,6 +36,8 @@ class ResilienceConfig:
     heartbeat_seconds: float = 10.0  # between two writes of a rank's heartbeat file; 0: no heartbeat
     hang_minutes: float = 20.0  # above the longest step, save and evaluation
     abort_on_hang: bool = False
+    # Slow ranks by name, with nvidia-resiliency-ext; null: none.
+    stragglers: StragglerConfig | None = None
 
     def __post_init__(self) -> None:
         if self.spike_factor <= 1:

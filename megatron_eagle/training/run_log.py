@@ -132,16 +132,16 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(scalars, step=metrics.iteration)
         self._bar.set_postfix_str(progress_line(metrics), refresh=False)
-        self._bar.update()
+        self._bar.update(metrics.iteration - self._bar.n)
         if metrics.evaluation_loss is not None:
             self.message(f"iteration {metrics.iteration}: evaluation loss {metrics.evaluation_loss:.4f}")
 
     def event(self, iteration: int, kind: str, reason: str, **details: int) -> None:
-        """Record what is no finished step, in events.jsonl and above the progress bar."""
+        """Record what is worth knowing of an iteration, in events.jsonl and above the progress bar."""
         if self._active:
             record = {"iteration": iteration, "event": kind, "reason": reason, **details}
             self._events.write(json.dumps(record) + "\n")
-            self._bar.update()
+            self._bar.update(iteration - self._bar.n)
             self.message(f"iteration {iteration}: {kind}: {reason}")
 
     def message(self, text: str) -> None:
