@@ -1,4 +1,4 @@
-"""Sparse remux: the packets that some frames of a video need, copied without decoding into a small file in memory.
+"""Sparse remux: the packets that some frames need, copied without decoding into a small file in memory.
 
 NVIDIA's decoders read a file from its start.  What they are given therefore holds only the stretch from the
 key frame before each wanted frame up to that frame, with even timestamps from 0: no edit lists, no negative
@@ -6,7 +6,7 @@ or uneven times, no gigabytes.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
@@ -15,11 +15,11 @@ import av
 
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_index import open_video
+from megatron_eagle.data.media.frame_table import FrameIndex
 
-# Containers whose packets cannot be picked apart reliably: no seekable key frames (transport and program
-# streams, raw streams), or several pictures in one packet (AVI's packed B-frames).
-_REFUSED_CONTAINERS = {"mpegts", "mpeg", "avi", "h264", "hevc", "flv", "asf", "gif"}
-_MATROSKA_ONLY = {"vp8", "ffv1"}  # MP4 has no form for them
+# MP4 and MOV, Matroska and WebM.  Others have no index of key frames, or several pictures in one packet.
+_CONTAINERS = {"mp4", "matroska"}
+_MATROSKA_ONLY = {"vp8"}  # MP4 has no form for it
 _FRAME_RATE = 25  # of the copy; any would do
 
 
@@ -29,56 +29,80 @@ class RemuxRefused(Exception):
 
 @dataclass(frozen=True)
 class Remux:
-    """A small video file, and which of its frames (counted from 0 in presentation order) were wanted.
+    """A small video file, and what its reader has to know.
 
-    `reorder` is how many frames at most are decoded before one that is shown earlier (0 without B-frames).
+    `frames` are the wanted frames, counted from 0 in presentation order.  `reorder` is how many frames at
+    most are decoded before one that is shown earlier (0 without B-frames).  `hidden_frames`: some packets of
+    VP8 or VP9 hold pictures that are not shown.  `colorspace` and `field_order` are FFmpeg's numbers.
     """
 
     data: bytes
     frames: tuple[int, ...]
     n_frames: int
     reorder: int
+    hidden_frames: bool
+    codec: str
+    width: int
+    height: int
+    colorspace: int
+    field_order: int
 
 
-def sparse_remux(path: str, pts: Sequence[int], seek_points: Sequence[int]) -> Remux:
-    """Copy what decoding the frames with these presentation times takes.
-
-    `pts` are ascending; `seek_points` holds for each the presentation time of the key frame to start from
-    (see `frame_index.FrameTable.seek_points`).  Frame `frames[i]` of the result is that of `pts[i]`.
+def sparse_remux(path: str, index: FrameIndex) -> Remux:
+    """Copy what decoding all frames of an index takes (see `FrameIndex.select`).
 
     Raises `RemuxRefused` where a copy could decode to other pictures (open GOP, transport streams, key
-    frames that a seek does not find), and `Problem` for a file that cannot be read.
+    frames that a seek does not find, pixels that are not 8-bit 4:2:0), and `Problem` for a file that cannot
+    be read.
     """
+    if index.linear_reason:
+        raise RemuxRefused(index.linear_reason)
+    if index.open_gop:
+        raise RemuxRefused("open GOP")
     try:
         with open_video(path) as source:
-            return _copy(source, pts, seek_points)
+            return _copy(source, index)
     except FileNotFoundError:
         raise Problem("missing media", path) from None
     except av.error.FFmpegError as error:
         raise Problem("unreadable video", f"{path}: {error.strerror}") from None
 
 
-def _copy(source: av.container.InputContainer, pts: Sequence[int], seek_points: Sequence[int]) -> Remux:
-    names = set(source.format.name.split(","))
-    if refused := names & _REFUSED_CONTAINERS:
-        raise RemuxRefused(f"container {refused.pop()}")
-    stream = source.streams.video[0]
-    codec = stream.codec.canonical_name
+def _copy(source: av.container.InputContainer, index: FrameIndex) -> Remux:
+    if not _CONTAINERS & set(source.format.name.split(",")):
+        raise RemuxRefused(f"container {source.format.name}")
+    stream = source.streams[index.stream]
+    context, codec = stream.codec_context, stream.codec.canonical_name
+    if context.pix_fmt not in ("yuv420p", "yuvj420p"):
+        # Old x264 files in 4:4:4 also need the encoder's name, which only the file's first packet has.
+        raise RemuxRefused(f"pixel format {context.pix_fmt}")
     ranks: dict[int, int] = {}  # presentation time in the source -> frame number in the copy
     packets: list[tuple[av.Packet, int]] = []  # in decoding order, with their frame numbers
-    for key, wanted in groupby(zip(seek_points, pts, strict=True), key=lambda pair: pair[0]):
+    pairs = zip(index.seek_points.tolist(), index.pts.tolist(), strict=True)
+    for key, wanted in groupby(pairs, key=lambda pair: pair[0]):
         segment = list(_segment(source, stream, key, {time for _, time in wanted}))
         order = {time: rank for rank, time in enumerate(sorted(packet.pts for packet in segment))}
         if len(order) < len(segment) or order.keys() & ranks.keys():
             raise RemuxRefused("several packets with the same presentation time")
-        if not _starts_afresh(codec, stream.codec_context.extradata or b"", bytes(segment[0])):
+        if not _starts_afresh(codec, context.extradata or b"", bytes(segment[0])):
             raise RemuxRefused("open GOP: a key frame does not reset the decoder")
         first = len(packets)
         ranks.update((time, first + rank) for time, rank in order.items())
         packets += [(packet, first + order[packet.pts]) for packet in segment]
     reorder = max(place - rank for place, (_, rank) in enumerate(packets))
-    data = _mux(stream, packets, reorder, "matroska" if codec in _MATROSKA_ONLY else "mp4")
-    return Remux(data, tuple(ranks[time] for time in pts), len(packets), reorder)
+    hidden_frames = any(_hides_frames(codec, bytes(packet)) for packet, _ in packets)
+    return Remux(
+        data=_mux(stream, packets, reorder, "matroska" if codec in _MATROSKA_ONLY else "mp4"),
+        frames=tuple(ranks[time] for time in index.pts.tolist()),
+        n_frames=len(packets),
+        reorder=reorder,
+        hidden_frames=hidden_frames,
+        codec=codec,
+        width=context.width,
+        height=context.height,
+        colorspace=context.colorspace,
+        field_order=context.field_order,
+    )
 
 
 def _segment(
@@ -99,7 +123,7 @@ def _segment(
                 continue
             started = True
         elif packet.pts < key:
-            raise RemuxRefused("open GOP: frames shown before the key frame they are decoded after")
+            raise RemuxRefused("open GOP")
         if packet.has_sidedata("new_extradata"):
             raise RemuxRefused("the codec's parameters change inside the video")
         yield packet
@@ -112,25 +136,29 @@ def _segment(
 def _starts_afresh(codec: str, extradata: bytes, packet: bytes) -> bool:
     """Whether a key frame's packet is an instantaneous refresh (IDR): nothing after it refers to before it.
 
-    Sources: H.264 table 7-1 and ISO/IEC 14496-15 5.3.3 (H.264), 8.3.3 (HEVC) for the length of sizes.
+    Sources: H.264 table 7-1 and HEVC table 7-1 for the kinds of units; ISO/IEC 14496-15 for where the
+    decoder configuration says how long the units' sizes are.
     """
     if codec == "h264" and extradata[:1] == b"\1" and len(extradata) > 4:
-        kinds = (unit[0] & 0x1F for unit in _nal_units(packet, (extradata[4] & 3) + 1))
-        return any(kind == 5 for kind in kinds)
+        return any(head & 0x1F == 5 for head in _nal_heads(packet, (extradata[4] & 3) + 1))
     if codec == "hevc" and extradata[:1] == b"\1" and len(extradata) > 21:
-        kinds = (unit[0] >> 1 & 0x3F for unit in _nal_units(packet, (extradata[21] & 3) + 1))
-        return any(kind in (19, 20) for kind in kinds)
+        return any(head >> 1 & 0x3F in (19, 20) for head in _nal_heads(packet, (extradata[21] & 3) + 1))
     return codec not in ("h264", "hevc")
 
 
-def _nal_units(packet: bytes, length_size: int) -> Iterator[bytes]:
-    """Each unit's first byte, of a packet of units preceded by their sizes."""
+def _nal_heads(packet: bytes, length_size: int) -> Iterator[int]:
+    """The first byte of each unit of a packet; the units are preceded by their sizes."""
     at = 0
     while at + length_size < len(packet):
-        size = int.from_bytes(packet[at : at + length_size], "big")
-        at += length_size
-        yield packet[at : at + 1]
-        at += size
+        yield packet[at + length_size]
+        at += length_size + int.from_bytes(packet[at : at + length_size], "big")
+
+
+def _hides_frames(codec: str, packet: bytes) -> bool:
+    """Whether a packet holds a picture that is not shown: RFC 6386, 9.1; VP9 specification, annex B."""
+    if codec == "vp8":
+        return not packet[0] >> 4 & 1
+    return codec == "vp9" and packet[-1] & 0xE0 == 0xC0 and packet[-1] & 7 > 0
 
 
 def _mux(stream: av.VideoStream, packets: list[tuple[av.Packet, int]], reorder: int, container: str) -> bytes:

@@ -5,16 +5,11 @@ Shapes: n frames, S tile size in pixels.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from megatron_eagle.data.media.exact import read_frames, upright
+from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.frame_table import FrameIndex
-from megatron_eagle.data.media.source import check_unchanged
-from megatron_eagle.data.media.tiles import normalize, resize
-from megatron_eagle.errors import UserError
-
-BACKENDS = ("auto", "exact")
+from megatron_eagle.data.media.tiles import normalize
 
 
 def decode_frames(
@@ -26,27 +21,20 @@ def decode_frames(
     device: str | torch.device = "cpu",
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode the frames with these numbers, in any order, repetitions included.
+    """Decode the frames with these numbers: `MediaDecoder.frames`, for one video.
 
-    `index` is that of the file (`read_frame_table(source).index`) or what a store kept of it
-    (`VideoPlan.index`).  Returns tiles uint8 [n, 3, S, S] with S = `size` on `device`, and their times
-    float64 [n] in seconds of the file's own clock.  A frame is resized to a square (`tiles.resize`) before
-    the next one is decoded.
+    Returns tiles uint8 [n, 3, S, S] with S = `size` on `device`, and their times float64 [n] in seconds of
+    the file's own clock.  `backend` is auto, exact or dali.
 
     Raises `Problem` for a number that the index does not have, a file that is not the one that was indexed,
-    and a frame that does not decode whole; `UserError` for an unknown back end.
+    and a frame that does not decode whole; `UserError` for a back end that there is not.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"backend must be one of {', '.join(BACKENDS)}, got {backend}")
-    chosen = index.select(frame_numbers)
-    check_unchanged(source, index.file, index.fingerprint)
-    order = torch.from_numpy(np.searchsorted(chosen.numbers, frame_numbers))
-    tiles = torch.empty(len(chosen.numbers), 3, size, size, dtype=torch.uint8)
-    for i, frame in enumerate(read_frames(source, chosen)):
-        tiles[i] = resize(upright(frame, index.rotation), size, size)
-    if len(order) > len(tiles) or (order.diff() < 0).any():
-        tiles = tiles[order]
-    return tiles.to(device), torch.from_numpy(chosen.times)[order]
+    decoder = MediaDecoder(backend, tile_size=size, device=device)
+    try:
+        tiles, times = decoder.frames(source, index, frame_numbers)
+    finally:
+        decoder.close()
+    return tiles.to(device), times
 
 
 def load_frames(

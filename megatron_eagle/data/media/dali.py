@@ -1,0 +1,192 @@
+"""Decoding with NVIDIA DALI: videos and JPEG pictures on the GPU; on a CPU, the same graph for videos.
+
+A GPU's decoder gets a sparse remux of each video (`remux`).  What it cannot be trusted with is decoded
+exactly on the CPU instead, and the reason is reported.  It conceals damage in a video without a word, which
+the exact decoder does not.  Results come to the host: batches that wait for their step take no GPU memory.
+"""
+
+import io
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.media.dali_graph import colour_matrix, image_graph, video_graph
+from megatron_eagle.data.media.dali_runner import DaliFailed, PipelineRunner
+from megatron_eagle.data.media.decoder import ExactDecoder
+from megatron_eagle.data.media.exact import read_frames, upright
+from megatron_eagle.data.media.frame_table import FrameIndex
+from megatron_eagle.data.media.remux import Remux, RemuxRefused, sparse_remux
+from megatron_eagle.data.media.source import open_media, page_ref
+from megatron_eagle.data.media.tiles import cut_tiles
+
+_BATCH_SIZE = 8  # samples that DALI decodes side by side: an H200 has seven video decoders
+_THREADS = 4
+# Frames of one sample, decoded at full size at the same time: a new sample at the first key frame after so
+# many, or after twice as many at the latest.
+_GPU_FRAMES = 16
+_CPU_FRAMES = 8
+
+# Codecs of which a packet is one picture, hidden ones apart.  AV1's packets hold several, which DALI 2.4
+# counts as frames; on a GPU it takes neither MJPEG nor MPEG-2.
+_GPU_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9")
+_MAX_REORDER = 6  # DALI sorts frames into presentation order in a buffer of eight
+_PROGRESSIVE = (0, 1)  # FFmpeg's AV_FIELD_UNKNOWN and AV_FIELD_PROGRESSIVE
+# FFmpeg's numbers of colour tags (AVCOL_SPC); what has no tag is taken for BT.601, like BT.470BG and 170M.
+_BT709, _BT601 = 1, (2, 5, 6)
+
+_Inputs = dict[str, np.ndarray]
+
+
+class DaliDecoder:
+    """Media to tiles for one rank; many threads may ask at the same time, in the process that made it only.
+
+    `tile_size` is S.  On a CUDA `device` videos and JPEG pictures are decoded there; on a CPU the exact
+    decoder's frames go through the same graph, and pictures do not.  `timeout` is in seconds.  `fallbacks`
+    counts the media that were decoded on the CPU of a machine with a GPU, by reason; `report` gets a line at
+    the first of each.
+    """
+
+    def __init__(
+        self, tile_size: int, device: torch.device, *, timeout: float | None, report: Callable[[str], None]
+    ):
+        self._tile_size, self._timeout, self._report = tile_size, timeout, report
+        self._exact = ExactDecoder(tile_size)
+        self._on_gpu = device.type == "cuda"
+        self._process = os.getpid()
+        self.fallbacks: Counter[str] = Counter()
+        device_id = (device.index or 0) if self._on_gpu else None
+        options = {"device_id": device_id, "batch_size": _BATCH_SIZE, "threads": _THREADS}
+        source = "nvdec" if self._on_gpu else "frames"
+        self._videos = PipelineRunner(partial(video_graph, tile_size, source, **options), _BATCH_SIZE)
+        self._pictures = PipelineRunner(partial(image_graph, tile_size, **options), _BATCH_SIZE)
+
+    def frames(self, path: str, index: FrameIndex) -> torch.Tensor:
+        """All frames of an index as uint8 [n, 3, S, S] on the host.  Raises `Problem`."""
+        if not self._on_gpu:
+            outputs = [self._ask(self._videos, path, [inputs]) for inputs in _decoded(path, index)]
+            return torch.from_numpy(np.concatenate([tiles for ((tiles,),) in outputs]))
+        try:
+            outputs = self._ask(self._videos, path, _encoded(path, index))
+        except (RemuxRefused, DaliFailed) as reason:
+            self._fall_back(path, reason)
+            return self._exact.frames(path, index)
+        tiles = np.concatenate([tiles for (tiles,) in outputs])
+        return torch.from_numpy(np.ascontiguousarray(np.rot90(tiles, index.rotation // 90, (2, 3))))
+
+    def picture(self, path: str, grid: tuple[int, int], *, max_pixels: int) -> torch.Tensor:
+        """The tiles of a picture as uint8 [n, 3, S, S] on the host, as `tiles.image_tiles`.
+
+        Raises `Problem`.
+        """
+        columns, rows = grid
+        if self._on_gpu and (data := _plain_jpeg(path, max_pixels)) is not None:
+            size = np.array([rows * self._tile_size, columns * self._tile_size], np.float32)
+            try:
+                ((whole, thumbnail),) = self._ask(self._pictures, path, [{"picture": data, "size": size}])
+            except DaliFailed as reason:
+                self._fall_back(path, reason)
+            else:
+                thumbnail = torch.from_numpy(thumbnail) if columns * rows > 1 else None
+                return cut_tiles(torch.from_numpy(whole), thumbnail, grid)
+        return self._exact.picture(path, grid, max_pixels=max_pixels)
+
+    def close(self) -> None:
+        """Let DALI go, after what was asked of it."""
+        self._videos.close()
+        self._pictures.close()
+
+    def _ask(self, runner: PipelineRunner, path: str, samples: Iterable[_Inputs]) -> list[list[np.ndarray]]:
+        """Outputs of the samples of one medium."""
+        if os.getpid() != self._process:
+            raise RuntimeError("a DALI decoder serves only the process that made it")
+        end = None if self._timeout is None else time.monotonic() + self._timeout
+        waiting = [runner.submit(sample) for sample in samples]
+        outputs = []
+        for sample in waiting:
+            try:
+                outputs.append(sample.outputs.result(None if end is None else max(0, end - time.monotonic())))
+            except FutureTimeout:
+                runner.give_up(sample)
+                raise Problem("decoding takes too long", f"{path}: more than {self._timeout:g} s") from None
+        return outputs
+
+    def _fall_back(self, path: str, reason: Exception) -> None:
+        self.fallbacks[str(reason)] += 1
+        if self.fallbacks[str(reason)] == 1:
+            self._report(f"decoded on the CPU: {reason} (first: {path})")
+
+
+def _decoded(path: str, index: FrameIndex) -> Iterator[_Inputs]:
+    """Samples of upright frames, already in the right colours."""
+    frames: list[np.ndarray] = []
+    for frame in read_frames(path, index):
+        picture = upright(frame, index.rotation)
+        if frames and (len(frames) == _CPU_FRAMES or picture.shape != frames[0].shape):
+            yield {"video": np.stack(frames), "colours": colour_matrix(bt709=False)}
+            frames = []
+        frames.append(picture)
+    yield {"video": np.stack(frames), "colours": colour_matrix(bt709=False)}
+
+
+def _encoded(path: str, index: FrameIndex) -> Iterator[_Inputs]:
+    """Samples of small files.  Raises `RemuxRefused` for a video that the GPU's decoder gets wrong."""
+    start = 0
+    for end in range(1, len(index.pts) + 1):
+        count = end - start
+        new_gop = end == len(index.pts) or index.seek_points[end] != index.seek_points[start]
+        if end < len(index.pts) and count < 2 * _GPU_FRAMES and not (new_gop and count >= _GPU_FRAMES):
+            continue
+        remux = sparse_remux(path, index.select(index.numbers[start:end]))
+        if refused := gpu_refusal(remux):
+            raise RemuxRefused(refused)
+        yield {
+            "video": np.frombuffer(remux.data, np.uint8),
+            "frames": np.array(remux.frames, np.int32),
+            "colours": colour_matrix(remux.colorspace == _BT709),
+        }
+        start = end
+
+
+def gpu_refusal(remux: Remux) -> str | None:
+    """Why DALI 2.4 would decode a video on a GPU to wrong pictures; None if it would not.
+
+    Source: DALI's frames_decoder_gpu.cc and color_space.cu.
+    """
+    if remux.codec not in _GPU_CODECS:
+        return f"codec {remux.codec}"
+    if remux.hidden_frames:
+        return f"hidden frames in {remux.codec}"
+    if remux.reorder > _MAX_REORDER:
+        return f"{remux.reorder} frames are decoded ahead"
+    if remux.field_order not in _PROGRESSIVE:
+        return "interlaced"
+    if remux.width % 2 or remux.height % 2:
+        return "odd size"  # its conversion to RGB works on blocks of 2 x 2
+    if remux.colorspace not in (_BT709, *_BT601):
+        return f"colour space {remux.colorspace}"
+    return None
+
+
+def _plain_jpeg(path: str, max_pixels: int) -> np.ndarray | None:
+    """The bytes of a JPEG picture that DALI decodes as Pillow does, or None."""
+    if page_ref(path):
+        return None
+    media = open_media(path)
+    data = media.read_bytes() if isinstance(media, Path) else media.read()
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        image = Image.open(io.BytesIO(data), formats=["JPEG"])
+    except Exception:  # `load_image` says what is wrong with it
+        return None
+    plain = image.mode in ("RGB", "L") and image.width * image.height <= max_pixels
+    return np.frombuffer(data, np.uint8) if plain else None

@@ -1,0 +1,126 @@
+"""Media to tiles, by the back end that a run asks for: `exact` on the CPU, or `dali`.
+
+Shapes: n tiles, S tile size in pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from megatron_eagle.data.media.deadline import within
+from megatron_eagle.data.media.exact import read_frames, upright
+from megatron_eagle.data.media.frame_table import FrameIndex
+from megatron_eagle.data.media.images import load_image
+from megatron_eagle.data.media.source import check_unchanged
+from megatron_eagle.data.media.tiles import image_tiles, resize
+from megatron_eagle.errors import UserError
+
+BACKENDS = ("auto", "exact", "dali")
+
+
+class ExactDecoder:
+    """PyAV, Pillow and torch: every frame is the right one or an error, on any machine."""
+
+    def __init__(self, tile_size: int):
+        self._tile_size = tile_size
+
+    def frames(self, path: str, index: FrameIndex) -> torch.Tensor:
+        """All frames of an index as uint8 [n, 3, S, S]; each is resized before the next one is decoded."""
+        size = self._tile_size
+        tiles = torch.empty(len(index.numbers), 3, size, size, dtype=torch.uint8)
+        for i, frame in enumerate(read_frames(path, index)):
+            tiles[i] = resize(upright(frame, index.rotation), size, size)
+        return tiles
+
+    def picture(self, path: str, grid: tuple[int, int], *, max_pixels: int) -> torch.Tensor:
+        """See `MediaDecoder.picture`."""
+        return image_tiles(load_image(path, max_pixels=max_pixels), grid, self._tile_size)
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+class MediaDecoder:
+    """Decodes media into tiles on the host; many threads may ask at the same time, of one process.
+
+    `backend` is exact, dali, or auto: dali on a CUDA `device` if it is installed, else exact.  `name` and
+    `reason` say what was chosen and why.  `timeout` is how many seconds one medium may take (None: no limit).
+    `report` gets a line for each new reason why dali leaves a medium to the exact decoder.
+
+    Raises `UserError` for an unknown back end, and for dali if it is not installed.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        *,
+        tile_size: int,
+        device: str | torch.device = "cpu",
+        timeout: float | None = None,
+        report: Callable[[str], None] = print,
+    ):
+        device = torch.device(device)
+        self.name, self.reason = _choose(backend, device)
+        self._timeout = timeout
+        if self.name == "exact":
+            self._backend = ExactDecoder(tile_size)
+        else:
+            from megatron_eagle.data.media.dali import DaliDecoder
+
+            self._backend = DaliDecoder(tile_size, device, timeout=timeout, report=report)
+
+    def frames(
+        self, source: str, index: FrameIndex, frame_numbers: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frames with these numbers, in any order, repetitions included.
+
+        `index` is that of the file (`read_frame_table(source).index`) or what a store kept of it
+        (`VideoPlan.index`).  Returns upright tiles uint8 [n, 3, S, S] and their times float64 [n] in seconds
+        of the file's own clock.
+
+        Raises `Problem` for a number that the index does not have, a file that is not the one that was
+        indexed, a frame that does not decode whole, and one that does not in time.
+        """
+        chosen = index.select(frame_numbers)
+        order = torch.from_numpy(np.searchsorted(chosen.numbers, frame_numbers))
+
+        def decode() -> torch.Tensor:
+            check_unchanged(source, index.file, index.fingerprint)
+            return self._backend.frames(source, chosen)
+
+        tiles = within(self._timeout, source, decode)
+        if len(order) > len(tiles) or (order.diff() < 0).any():
+            tiles = tiles[order]
+        return tiles, torch.from_numpy(chosen.times)[order]
+
+    def picture(self, path: str, grid: tuple[int, int], *, max_pixels: int) -> torch.Tensor:
+        """A picture in its grid (columns, rows) of tiles, uint8 [n, 3, S, S]: see `tiles.image_tiles`.
+
+        Raises `Problem` if it cannot be read, or not in time.
+        """
+        return within(self._timeout, path, partial(self._backend.picture, path, grid, max_pixels=max_pixels))
+
+    def close(self) -> None:
+        """Let the back end's threads and memory go."""
+        self._backend.close()
+
+
+def _choose(backend: str, device: torch.device) -> tuple[str, str]:
+    """The back end's name and why; DALI is imported only if it may be taken."""
+    if backend not in BACKENDS:
+        raise UserError(f"data.decoder must be one of {', '.join(BACKENDS)}, got {backend}")
+    if backend == "auto" and device.type != "cuda":
+        return "exact", "no GPU"
+    if backend == "exact":
+        return "exact", "asked for"
+    try:
+        import nvidia.dali.fn  # noqa: F401
+    except ImportError as error:
+        if backend == "auto":
+            return "exact", f"DALI cannot be imported ({error})"
+        raise UserError(
+            f"data.decoder=dali: DALI cannot be imported ({error}); install megatron-eagle[dali]"
+        ) from None
+    return "dali", "asked for" if backend == "dali" else "there is a GPU, and DALI is installed"
