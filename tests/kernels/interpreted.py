@@ -5,7 +5,10 @@ A process of its own with TRITON_INTERPRET=1, because triton reads TRITON_INTERP
 """
 
 import json
+import re
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -168,6 +171,62 @@ def check_linear_cross_entropy(dtype: torch.dtype) -> dict[str, float]:
     return errors
 
 
+def check_liger(dtype: torch.dtype) -> dict[str, float]:
+    """The loss and its gradient beside Liger's cross-entropy on the same logits, a z-loss included."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    n, n_rows, z_loss = 128, 4096, 1e-3
+    x, weight = torch.randn(n, 32).to(dtype), (torch.randn(n_rows, 32) * 0.3).to(dtype)
+    labels, token_weights = torch.randint(n_rows, (n,)), torch.full((n,), 1 / n)
+    labels[::3], token_weights[::3] = -100, 0
+    token_weights /= token_weights.sum()
+    ours, theirs = ([t.clone().requires_grad_() for t in (x, weight)] for _ in range(2))
+    losses = linear_cross_entropy(
+        *ours, labels, token_weights, z_loss=z_loss, chunk_size=50, implementation="triton"
+    )
+    loss = torch.dot(losses, token_weights)
+    logits = F.linear(*theirs)
+    expected = LigerCrossEntropyFunction.apply(logits, labels, None, -100, z_loss, 0.0, "mean")[0]
+    found = {"loss": _error(loss, expected.double())}
+    loss.backward(), expected.backward()
+    for name, a, b in zip(("x", "weight"), ours, theirs, strict=True):
+        found[name] = _error(a.grad, b.grad.double())
+    return found
+
+
+def check_refusals(dtype: torch.dtype) -> dict[str, float]:
+    """Shapes that only the Triton kernels refuse; 0 where the message is the one expected."""
+    ones = partial(torch.ones, dtype=dtype)
+    labels, weights, other = torch.zeros(2).long(), torch.ones(2), ones(40).double()
+    fused = partial(linear_cross_entropy, implementation="triton")
+    calls = {
+        "rms_norm: the row length must be a multiple of 16 .* got 40": lambda: rms_norm(
+            ones(2, 40), ones(40), 1e-6, "triton"
+        ),
+        "layer_norm: the row length .* got 40": lambda: layer_norm(
+            ones(2, 40), ones(40), ones(40), 1e-6, "triton"
+        ),
+        "swiglu: the row length .* got 40": lambda: swiglu(ones(2, 80), "triton"),
+        "rope: half of the head size must be a power of two for Triton, got 48": lambda: rope(
+            ones(3, 2, 96), *rotary_table(torch.arange(3), 96, 1e6), "triton"
+        ),
+        "rows of the weight: the row length .* got 40": lambda: fused(
+            ones(2, 16), ones(40, 16), labels, weights
+        ),
+        "rms_norm: weight is torch.float64 on cpu, x is": lambda: rms_norm(
+            ones(2, 40), other, 1e-6, "triton"
+        ),
+    }
+    found = {}
+    for message, call in calls.items():
+        try:
+            call()
+            found[message] = 1.0
+        except ValueError as error:
+            found[message] = float(re.search(message, str(error)) is None)
+    return found
+
+
 CHECKS = [
     check_rms_norm,
     check_rms_norm_rounding,
@@ -176,6 +235,8 @@ CHECKS = [
     check_rope,
     check_linear_cross_entropy,
     check_bad_values,
+    check_liger,
+    check_refusals,
 ]
 
 
@@ -190,6 +251,8 @@ def main() -> None:
     results = {}
     for dtype in LIMITS:
         for check in CHECKS:
+            if check is check_liger and find_spec("liger_kernel") is None:
+                continue
             torch.manual_seed(0)
             results[f"{check.__name__} {dtype}"] = check(dtype)
     print(json.dumps(results))

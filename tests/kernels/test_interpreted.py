@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from eagle_kernels import dispatch
+from eagle_kernels.configurations import ARCHITECTURES, configuration
 from eagle_kernels.dispatch import explain
 from eagle_kernels.layer_norm import layer_norm
 from eagle_kernels.rms_norm import rms_norm
@@ -31,8 +33,33 @@ def results() -> dict:
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_equals_fp64(check, dtype, results):
-    errors = results[f"{check.__name__} {dtype}"]
+    name = f"{check.__name__} {dtype}"
+    if name not in results:
+        pytest.skip("liger-kernel is not installed")
+    errors = results[name]
     assert {name: error for name, error in errors.items() if not error <= LIMITS[dtype]} == {}
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton", None)
+    cuda = torch.device("cuda")
+    assert explain("auto", cuda) == (False, "eager (auto: triton is not installed)")
+    with pytest.raises(ValueError, match="kernels triton: triton is not installed; choose auto or eager"):
+        explain("triton", cuda)
+
+
+@pytest.mark.parametrize(
+    ("capability", "entry"), [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 100)]
+)
+def test_a_gpu_gets_the_newest_entry_that_is_not_newer(capability, entry, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert configuration.__wrapped__(torch.device("cuda")) is ARCHITECTURES[entry]
+
+
+def test_a_gpu_older_than_the_table_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="compute capability 7.5 is below 8.0; choose eager"):
+        configuration.__wrapped__(torch.device("cuda"))
 
 
 def test_auto_is_eager_without_cuda():

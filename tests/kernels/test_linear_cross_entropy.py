@@ -127,7 +127,7 @@ def test_bad_values_reach_their_token_and_the_weight(value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": torch.full((N,), VOCAB)}, r"labels are outside 0..100, the first is 101"),
+        ({"labels": torch.full((N,), VOCAB)}, r": 19 supervised labels are outside 0..100, the first is 101"),
         ({"labels": torch.zeros(N - 1).long()}, r"labels \[49\], token_weights \[50\] for 50 tokens"),
         ({"labels": torch.zeros(N, dtype=torch.int32)}, "labels torch.int32"),
         ({"x": torch.ones(N, WIDTH + 1)}, r"x \[50, 33\] does not fit weight \[112, 32\]"),
