@@ -4,22 +4,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 
-from megatron_eagle.context_parallel.attention import AttentionBackend
+from megatron_eagle.context_parallel.attention import AttentionBackend, CoreAttention
 from megatron_eagle.context_parallel.cudnn_attention import CudnnAttention
 from megatron_eagle.context_parallel.flash_attention import FlashAttention, FlashAttention3
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
+from megatron_eagle.context_parallel.te_attention import TransformerEngineAttention
 from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
 from megatron_eagle.errors import UserError
 
-AttentionName = Literal["auto", "flash3", "flash", "torch_varlen", "cudnn", "reference"]
+AttentionName = Literal["auto", "flash3", "flash", "torch_varlen", "cudnn", "te", "reference"]
 FAST = {
     "flash3": FlashAttention3,
     "flash": FlashAttention,
     "torch_varlen": TorchVarlenAttention,
     "cudnn": CudnnAttention,
 }
-# What auto tries, best first. cuDNN only where it is asked for until it has been measured on a GPU.
+# What auto tries, best first. cuDNN only if asked for until it has been measured on a GPU, Transformer
+# Engine only to compare with.
 AUTO = ("flash3", "flash", "torch_varlen")
 LONGEST_REFERENCE = 8192  # keys of a segment; more is not taken on a GPU without asking
 
@@ -28,9 +31,15 @@ LONGEST_REFERENCE = 8192  # keys of a segment; more is not taken on a GPU withou
 class AttentionChoice:
     """A backend, its name, and why it was taken, in one line."""
 
-    backend: AttentionBackend
+    backend: AttentionBackend | None  # None: Transformer Engine, which exchanges keys itself
     name: str
     reason: str
+
+    def build(self, *args, **kwargs) -> MegatronModule:
+        """Core attention of one layer, from Megatron's arguments."""
+        if self.backend is None:
+            return TransformerEngineAttention(*args, **kwargs)
+        return CoreAttention(*args, backend=self.backend, **kwargs)
 
 
 def choose_attention(name: AttentionName, dtype: torch.dtype) -> AttentionChoice:
@@ -44,7 +53,7 @@ def choose_attention(name: AttentionName, dtype: torch.dtype) -> AttentionChoice
     if name != "auto":
         if missing := why_not(name, dtype):
             raise UserError(f"layers.attention {name}: {missing}; choose another or leave it at auto")
-        return AttentionChoice(FAST[name](), name, f"attention: {name}")
+        return AttentionChoice(FAST[name]() if name in FAST else None, name, f"attention: {name}")
     reasons = {fast: why_not(fast, dtype) for fast in AUTO}
     for fast, missing in reasons.items():
         if missing is None:
@@ -59,7 +68,7 @@ def choose_attention(name: AttentionName, dtype: torch.dtype) -> AttentionChoice
 
 def why_not(name: str, dtype: torch.dtype) -> str | None:
     """Why a fast backend cannot be used here for tensors of `dtype`, or None if it can."""
-    missing = FAST[name].why_not()
+    missing = FAST.get(name, TransformerEngineAttention).why_not()
     if missing is None and dtype != torch.bfloat16:
         return f"it computes in bf16 and the model in {str(dtype).removeprefix('torch.')}"
     return missing

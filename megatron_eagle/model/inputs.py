@@ -7,6 +7,7 @@ once per microbatch; all model chunks of a rank share the result.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import sub
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.exchange import KeyExchange, plan_exchange
 from megatron_eagle.context_parallel.layout import SequenceLayout
+from megatron_eagle.context_parallel.padding import pad_documents
 from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.context_parallel.vision_sharding import VisionShare, gather_tiles, share_vision
 from megatron_eagle.errors import UserError
@@ -29,7 +31,10 @@ T = TypeVar("T")
 class InputPlan:
     """One rank's share of a pack, as indices."""
 
-    token_index: Tensor  # int64 [s]: the tokens of the pack that this context parallel rank holds
+    # int64 [s]: the tokens of the pack that this context parallel rank holds, -1 for padding of documents
+    token_index: Tensor
+    document_bounds: Tensor  # int32, padding counted
+    longest_document: int
     layout: SequenceLayout
     exchange: KeyExchange
     # First stage only: who encodes and exchanges what, and the rows [i] int64 of the hidden states that take
@@ -47,6 +52,7 @@ class InputPlan:
         return replace(
             self,
             token_index=self.token_index.to(device, non_blocking=True),
+            document_bounds=self.document_bounds.to(device, non_blocking=True),
             exchange=self.exchange.to(device),
             vision=None if self.vision is None else self.vision.to(device),
             image_rows=None if self.image_rows is None else self.image_rows.to(device, non_blocking=True),
@@ -78,23 +84,32 @@ def plan_input(
         UserError: the image tokens and the tiles of the pack do not match, or the pack does not
             fit the layout (`planning.plan_layout`).
     """
-    ulysses = mesh.config.ulysses_parallel_size
+    ulysses, length = mesh.config.ulysses_parallel_size, len(input_ids)
+    source = torch.arange(length)
+    if mesh.config.pad_documents and mesh.cp.size > 1:
+        rows = mesh.tp.size if mesh.config.sequence_parallel else 1
+        document_bounds, source = pad_documents(
+            length, document_bounds, 2 * mesh.cp.size, 2 * mesh.cp.size * rows
+        )
+        length = len(source)
     key_layout = plan_layout(  # what ranks hold in attention
         mesh.config.context_parallel_layout,
-        len(input_ids),
+        length,
         mesh.cp.size // ulysses,
         document_bounds,
         mesh.config.context_parallel_chunk_size,
     )
     layout = key_layout.cut_each(ulysses)
     plan = InputPlan(
-        token_index=layout.token_index(mesh.cp.rank),
+        token_index=source[layout.token_index(mesh.cp.rank)],
+        document_bounds=torch.tensor(document_bounds, dtype=torch.int32),
+        longest_document=max(map(sub, document_bounds[1:], document_bounds)),
         layout=layout,
         exchange=plan_exchange(key_layout, mesh.cp.rank // ulysses, document_bounds),
     )
     if num_tiles is None:
         return plan
-    image = input_ids == eagle.image_token_index
+    image = (input_ids == eagle.image_token_index)[source] & (source >= 0)
     image_tokens, expected = int(image.sum()), num_tiles * eagle.tokens_per_tile
     if image_tokens != expected:
         raise UserError(
@@ -122,15 +137,24 @@ def build_input(
         labels, loss_weights: [S], already shifted: entry i belongs to the prediction made at token i.
     """
     plan = plan.to(device)
+    padding = plan.token_index < 0
 
     def local(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(device, non_blocking=True)[plan.token_index]
+        if x is None:
+            return None
+        return x.to(device, non_blocking=True)[plan.token_index].masked_fill(padding, 0)
 
     inputs = ModelInput(
         input_ids=local(input_ids)[None],
         labels=None if labels is None else local(labels)[None],
         loss_weights=local(loss_weights),
-        packed=PackedSequence(position_ids=local(position_ids), layout=plan.layout, exchange=plan.exchange),
+        packed=PackedSequence(
+            cu_seqlens_q=plan.document_bounds,
+            max_seqlen_q=plan.longest_document,
+            position_ids=local(position_ids),
+            layout=plan.layout,
+            exchange=plan.exchange,
+        ),
         vision=plan.vision,
         image_rows=plan.image_rows,
     )

@@ -39,6 +39,8 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
             f"the other context parallel ranks exchange keys"
         )
     _check_stages(text.num_hidden_layers, parallel)
+    if parallel.pad_documents:
+        _check_padding(parallel)
     multiple = sequence_multiple(
         parallel.context_parallel_layout,
         cp // ulysses,
@@ -53,6 +55,19 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
             f"{_shown_layout(parallel)}"
             f"{f' with sequence parallelism over {tp}' if parallel.sequence_parallel else ''}: "
             f"the nearest is {nearest}"
+        )
+
+
+def _check_padding(parallel: ParallelConfig) -> None:
+    if parallel.context_parallel_layout != "zigzag_per_document":
+        raise UserError(
+            f"parallel.pad_documents has no use with context_parallel_layout "
+            f"{parallel.context_parallel_layout}: set it to false, or the layout to zigzag_per_document"
+        )
+    if parallel.pipeline_model_parallel_size > 1:
+        raise UserError(
+            "parallel.pad_documents makes packs of different lengths and pipeline stages hand on one length: "
+            "set it to false, or pipeline_model_parallel_size to 1"
         )
 
 

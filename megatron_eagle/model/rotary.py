@@ -4,11 +4,14 @@ Megatron would rotate in several passes over memory; its fused kernel belongs to
 """
 
 import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from eagle_kernels.dispatch import Implementation
 from eagle_kernels.rope import rope, rotary_table
-from megatron_eagle.context_parallel.attention import CoreAttention, PackedSequence
+from megatron_eagle.context_parallel.attention import PackedSequence
+from megatron_eagle.context_parallel.backends import AttentionChoice
 
 
 class PackedRotaryTable(torch.nn.Module):
@@ -29,12 +32,19 @@ class PackedRotaryTable(torch.nn.Module):
         packed.rotary_table = rotary_table(packed.position_ids, self.dim, self.base)
 
 
-class RotaryAttention(CoreAttention):
+class RotaryAttention(MegatronModule):
     """Core attention of queries and keys that arrive unrotated."""
 
-    def __init__(self, *args, kernels: Implementation = "auto", **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.kernels = kernels
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args,
+        attention: AttentionChoice,
+        kernels: Implementation = "auto",
+        **kwargs,
+    ) -> None:
+        super().__init__(config=config)
+        self.core, self.kernels = attention.build(config, *args, **kwargs), kernels
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params: PackedSequence, **kwargs
@@ -42,4 +52,4 @@ class RotaryAttention(CoreAttention):
         """query [s, 1, np, d], key and value [s, 1, ng, d] -> [s, 1, np * d]."""
         table = packed_seq_params.rotary_table
         query, key = (rope(x.squeeze(1), *table, self.kernels).unsqueeze(1) for x in (query, key))
-        return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+        return self.core(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)

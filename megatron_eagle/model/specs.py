@@ -213,8 +213,8 @@ def language_block(
     config: TransformerConfig, classes: LayerClasses, chunk: int | None, offload: Offload | None
 ) -> TransformerBlockSubmodules:
     """The language layers of virtual pipeline stage `chunk` (None without interleaving)."""
-    backend = choose_attention(classes.attention, config.params_dtype).backend
-    core = ModuleSpec(module=RotaryAttention, params={"backend": backend, "kernels": classes.kernels})
+    attention = choose_attention(classes.attention, config.params_dtype)
+    core = ModuleSpec(module=RotaryAttention, params={"attention": attention, "kernels": classes.kernels})
     layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, classes.swiglu)
     layers = [layer] * get_num_layers_to_build(config, chunk)
     if offload is not None:

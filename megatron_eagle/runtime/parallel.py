@@ -27,6 +27,9 @@ class ParallelConfig:
     # (null: 64, fewer for short packs).
     context_parallel_layout: Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"] = "balanced"
     context_parallel_chunk_size: int | None = None
+    # Fill every document up to a multiple of 2 * context_parallel_size tokens, for layers.attention te. Packs
+    # then differ in length.
+    pad_documents: bool = False
     # Adjacent context parallel ranks that divide heads around attention (context_parallel/ulysses.py); the
     # others exchange keys.
     ulysses_parallel_size: int = 1

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml, to_dict
+from megatron_eagle.context_parallel.te_attention import check_te_attention
 from megatron_eagle.data.loader import DataConfig
 from megatron_eagle.data.store import read_manifest
 from megatron_eagle.errors import UserError
@@ -98,6 +99,8 @@ class RunConfig:
         self.model.validate()
         self.logging.check(world_size)
         check_layout(self.model, self.parallel, self.data.length)
+        if self.layers.attention == "te":
+            check_te_attention(self.parallel)
         _check_batch(self.training.global_batch_size, data_parallel_size, self.parallel)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
         if warmup >= self.training.train_iterations:

@@ -197,6 +197,7 @@ _PP2, _PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size
 _VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 _CP2, _CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 _U2 = {"ulysses_parallel_size": 2}
+_PADDED = {"pad_documents": True}
 ONE_PROCESS = Layout("one process", 1)
 
 
@@ -242,6 +243,8 @@ LAYOUTS += [
     _context("CP2", 2, "contiguous", _CP2),
     _context("CP2", 2, "zigzag", _CP2),
     _context("CP2", 2, "zigzag_per_document", _CP2),
+    _context("CP2 with padded documents", 2, "zigzag_per_document", _CP2 | _PADDED),
+    _context("TP2+SP x CP2 with padded documents", 4, "zigzag_per_document", _TP2 | _SP | _CP2 | _PADDED),
     _context("CP4", 4, "balanced", _CP4),
     _context("TP2+SP x CP2", 4, "balanced", _TP2 | _SP | _CP2 | {"vision_sharding": "cp_tp"}),
     _context("PP2 x CP2", 4, "balanced", _PP2 | _CP2),

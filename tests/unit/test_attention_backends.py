@@ -22,7 +22,7 @@ SEGMENTS = (
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", [*FAST, "te"])
 def test_without_a_gpu(name):
     choice = choose_attention("auto", torch.bfloat16)
     assert isinstance(choice.backend, ReferenceAttention)
