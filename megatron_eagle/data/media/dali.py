@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from megatron_eagle.data.ledger import Problem
-from megatron_eagle.data.media.dali_graph import colour_matrix, image_graph, video_graph
+from megatron_eagle.data.media.dali_graph import VideoSource, colour_matrix, image_graph, video_graph
 from megatron_eagle.data.media.dali_runner import DaliFailed, PipelineRunner
 from megatron_eagle.data.media.decoder import ExactDecoder
 from megatron_eagle.data.media.exact import read_frames, upright
@@ -50,13 +50,19 @@ class DaliDecoder:
     """Media to tiles for one rank; many threads may ask at the same time, in the process that made it only.
 
     `tile_size` is S.  On a CUDA `device` videos and JPEG pictures are decoded there; on a CPU the exact
-    decoder's frames go through the same graph, and pictures do not.  `timeout` is in seconds.  `fallbacks`
-    counts the media that were decoded on the CPU of a machine with a GPU, by reason; `report` gets a line at
-    the first of each.
+    decoder's frames go through the same graph, and pictures do not.  `video_source` is `dali_cpu` where a CPU
+    does to VP8 and VP9 what a GPU would do.  `timeout` is in seconds.  `fallbacks` counts by reason the media
+    that DALI's decoders were not given or did not take; `report` gets a line at the first of each.
     """
 
     def __init__(
-        self, tile_size: int, device: torch.device, *, timeout: float | None, report: Callable[[str], None]
+        self,
+        tile_size: int,
+        device: torch.device,
+        *,
+        timeout: float | None,
+        report: Callable[[str], None],
+        video_source: VideoSource | None = None,
     ):
         self._tile_size, self._timeout, self._report = tile_size, timeout, report
         self._exact = ExactDecoder(tile_size)
@@ -65,13 +71,13 @@ class DaliDecoder:
         self.fallbacks: Counter[str] = Counter()
         device_id = (device.index or 0) if self._on_gpu else None
         options = {"device_id": device_id, "batch_size": _BATCH_SIZE, "threads": _THREADS}
-        source = "nvdec" if self._on_gpu else "frames"
-        self._videos = PipelineRunner(partial(video_graph, tile_size, source, **options), _BATCH_SIZE)
+        self._source = video_source or ("nvdec" if self._on_gpu else "frames")
+        self._videos = PipelineRunner(partial(video_graph, tile_size, self._source, **options), _BATCH_SIZE)
         self._pictures = PipelineRunner(partial(image_graph, tile_size, **options), _BATCH_SIZE)
 
     def frames(self, path: str, index: FrameIndex) -> torch.Tensor:
         """All frames of an index as uint8 [n, 3, S, S] on the host.  Raises `Problem`."""
-        if not self._on_gpu:
+        if self._source == "frames":
             outputs = [self._ask(self._videos, path, [inputs]) for inputs in _decoded(path, index)]
             return torch.from_numpy(np.concatenate([tiles for ((tiles,),) in outputs]))
         try:
