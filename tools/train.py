@@ -13,9 +13,14 @@ def main() -> int | None:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, or resume where the checkpoint folder stands")
-    run.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file, or one of stages")
-    run.add_argument("--stage", metavar="NAME", help="only this stage of a file of stages (default: all)")
-    run.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
+    check = commands.add_parser("check", help="look at settings, data and folders, without training")
+    for command in (run, check):
+        command.add_argument(
+            "--config", required=True, metavar="FILE", help="the run's file, or one of stages"
+        )
+        command.add_argument("--stage", metavar="NAME", help="only this stage of a file (default: all)")
+        command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of the file's")
+    check.add_argument("--processes", type=int, required=True, metavar="N", help="of the job, on all nodes")
     report = commands.add_parser("report", help="draw a run's logs into one HTML file")
     report.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run's logs")
@@ -26,7 +31,20 @@ def main() -> int | None:
         return _report(arguments.run, arguments.output)
     if arguments.command == "status":
         return _status(arguments.run)
+    if arguments.command == "check":
+        return _check(arguments)
     return _run(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from megatron_eagle.training.preflight import check_runs
+    from megatron_eagle.training.stages import load_stages
+
+    configs = load_stages(
+        arguments.config, arguments.overrides, stage=arguments.stage, world_size=arguments.processes
+    )
+    print(*check_runs(configs, arguments.processes), sep="\n")
+    return 0
 
 
 def _report(run: str, output: str | None) -> int:

@@ -14,6 +14,7 @@ import yaml
 from megatron_eagle.data.packing import write_packs
 from megatron_eagle.training.checkpoint import read_train_state
 from megatron_eagle.training.metrics import read_metrics
+from tests.convert.hf_folder import write_hf_folder
 from tests.data.helpers import conversation, make_store, make_tokenizer
 from tests.paths import REPO
 
@@ -26,10 +27,10 @@ def slurm(tmp_path):
     """Environment with the stand-in's commands on PATH."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name in ("sbatch", "srun", "scontrol"):
+    for name in ("sbatch", "srun", "scontrol", "ray"):
         file = commands / name
-        standin = (REPO / "tests" / "slurm" / "standin.py").read_text()
-        file.write_text(f"#!{sys.executable}\n{standin}")
+        standin = "ray_standin.py" if name == "ray" else "standin.py"
+        file.write_text(f"#!{sys.executable}\n{(REPO / 'tests' / 'slurm' / standin).read_text()}")
         file.chmod(0o755)
     return {
         **os.environ,
@@ -42,6 +43,22 @@ def slurm(tmp_path):
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def write_config(folder: Path, *, save: Path) -> Path:
+    """A run of 2000 iterations on a store of 40 samples, both below `folder`."""
+    records = [conversation("Hi", "Yes " * (k % 5 + 1)) for k in range(40)]
+    store = make_store(folder, make_tokenizer(folder / "tokenizer"), records, (LENGTH,))
+    write_packs(store, LENGTH, seed=0)
+    sections = {
+        "model": {"preset": "tiny", "vision": {"image_size": 28, "patch_size": 14}},
+        "data": {"path": str(store), "length": LENGTH},
+        "training": {"train_iterations": 2000, "global_batch_size": 2, "precision": "fp32"},
+        "checkpoint": {"path": str(save)},
+        "logging": {"progress": False, "tensorboard": False},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(sections))
+    return folder / "run.yaml"
 
 
 def jobs(tmp_path: Path) -> list[dict]:
@@ -80,21 +97,70 @@ def test_stages_become_a_chain(slurm, tmp_path):
     assert {job["options"]["nodes"] for job in submitted} == {"4"}
 
 
+def test_preprocessing_over_two_nodes(slurm, tmp_path):
+    """A head and a worker of Ray, the same bytes as on one machine, and nothing left running."""
+    (tmp_path / "modules").mkdir()
+    shutil.copy(REPO / "tests" / "slurm" / "ray_standin.py", tmp_path / "modules" / "ray.py")
+    make_tokenizer(tmp_path / "tokenizer")
+    records = [conversation("Hi", "Yes " * (k % 5 + 1)) for k in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "recipe.json").write_text(json.dumps({"chat": {"annotation": str(tmp_path / "data.jsonl")}}))
+    arguments = ["--recipe", str(tmp_path / "recipe.json"), "--tokenizer", str(tmp_path / "tokenizer")]
+    arguments += ["--max-tokens", str(LENGTH), "--tile-size", "28", "--patch-size", "14"]
+    environment = {
+        **slurm,
+        "PYTHONPATH": f"{tmp_path / 'modules'}:{slurm['PYTHONPATH']}",
+        "RAY_START_SECONDS": "1",
+    }
+    submit = ["sbatch", "--nodes=2", str(SLURM / "preprocess.sbatch"), *arguments]
+    job = subprocess.run(
+        [*submit, "--output", str(tmp_path / "ray")], env=environment, capture_output=True, text=True
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    deadline = time.monotonic() + 20
+    while list((tmp_path / "ray_nodes").glob("*")):
+        assert time.monotonic() < deadline, "nodes of Ray outlive the job"
+        time.sleep(0.1)
+    local = [slurm["PYTHON"], "tools/preprocess_data.py", "run", *arguments, "--workers", "1"]
+    command = [*local, "--output", str(tmp_path / "local")]
+    subprocess.run(command, cwd=REPO, env=slurm, check=True, capture_output=True)
+    for name in ("tokens.bin", "samples.arrow"):
+        found, expected = (tmp_path / way / str(LENGTH) / name for way in ("ray", "local"))
+        assert found.read_bytes() == expected.read_bytes()
+
+    failed = subprocess.run(
+        [*submit, "--output", str(tmp_path / "other"), "--fps", "-1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert failed.returncode == 2 and "error: " in failed.stderr
+
+
+@pytest.mark.slow
+def test_conversion_both_ways(slurm, tmp_path):
+    source = write_hf_folder(tmp_path / "hf")
+    submit = ["sbatch", str(SLURM / "convert.sbatch")]
+    checkpoint, exported = str(tmp_path / "checkpoint"), str(tmp_path / "exported")
+    for arguments in (
+        ["import", "--hf", str(source), "--checkpoint", checkpoint],
+        ["export", "--checkpoint", checkpoint, "--hf", exported],
+    ):
+        job = subprocess.run([*submit, *arguments], env=slurm, capture_output=True, text=True)
+        assert job.returncode == 0, job.stdout + job.stderr
+    weights = "model.safetensors"
+    assert (tmp_path / "exported" / weights).read_bytes() == (source / weights).read_bytes()
+    failed = subprocess.run(
+        [*submit, "import", "--hf", "absent", "--checkpoint", "c"], env=slurm, capture_output=True, text=True
+    )
+    assert failed.returncode == 2 and failed.stderr.startswith("error: absent")
+
+
 @pytest.mark.slow
 def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path):
     """Two nodes with one CPU process each, through torchrun; the signal reaches the batch script alone."""
-    records = [conversation("Hi", "Yes " * (k % 5 + 1)) for k in range(40)]
-    store = make_store(tmp_path, make_tokenizer(tmp_path / "tokenizer"), records, (LENGTH,))
-    write_packs(store, LENGTH, seed=0)
-    config, run = tmp_path / "run.yaml", tmp_path / "run"
-    sections = {
-        "model": {"preset": "tiny", "vision": {"image_size": 28, "patch_size": 14}},
-        "data": {"path": str(store), "length": LENGTH},
-        "training": {"train_iterations": 2000, "global_batch_size": 2, "precision": "fp32"},
-        "checkpoint": {"path": str(run)},
-        "logging": {"progress": False, "tensorboard": False},
-    }
-    config.write_text(yaml.safe_dump(sections))
+    run = tmp_path / "run"
+    config = write_config(tmp_path, save=run)
     environment = {**slurm, "PROCESSES": "1", "MAX_RESTARTS": "0"}
     submit = ["sbatch", "--nodes=2", str(SLURM / "train.sbatch"), str(config)]
 
@@ -120,8 +186,23 @@ def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path):
     assert [m.iteration for m in read_metrics(run / "logs" / "metrics.jsonl")][-1] == stopped + 1
 
 
-@pytest.mark.slow
 def test_preflight_names_what_is_wrong(slurm, tmp_path):
-    submit = ["sbatch", "--nodes=1", str(SLURM / "train.sbatch"), "absent.yaml"]
-    result = subprocess.run(submit, env={**slurm, "PROCESSES": "1"}, capture_output=True, text=True)
-    assert result.returncode != 0 and "cannot read absent.yaml" in result.stderr
+    """Before a training process starts: the settings, then each node."""
+
+    def refused(**environment: str) -> str:
+        job = subprocess.run(submit, env={**slurm, **environment}, capture_output=True, text=True)
+        assert job.returncode != 0 and "torch.distributed" not in job.stderr
+        return job.stderr
+
+    submit = ["sbatch", "--nodes=2", str(SLURM / "train.sbatch"), "absent.yaml"]
+    assert "absent.yaml: cannot read this configuration file" in refused(PROCESSES="1")
+
+    config = write_config(tmp_path, save=tmp_path / "run")
+    submit[3] = str(config)
+    assert "global_batch_size is 2: must be a multiple of the data parallel size 6" in refused(PROCESSES="3")
+    gpus = tmp_path / "bin" / "nvidia-smi"
+    gpus.write_text("#!/bin/sh\necho 'GPU 0: a stand-in'\n")
+    gpus.chmod(0o755)
+    submit.append("parallel.tensor_model_parallel_size=2")
+    assert "preflight: " in (error := refused(SLURM_GPUS_ON_NODE="2"))
+    assert "1 GPUs, and 2 processes want one each" in error

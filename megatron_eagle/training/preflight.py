@@ -1,0 +1,48 @@
+"""Look at all that a run will need, in one process and without a GPU, before its job waits for nodes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_eagle.data.packing import read_packs
+from megatron_eagle.data.store import SampleStore
+from megatron_eagle.errors import UserError
+from megatron_eagle.training.run_config import RunConfig
+
+
+def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:
+    """One line for each run (or stage), configurations from `load_stages` for `processes` processes.
+
+    Raises `UserError` beyond what reading the configuration has found: no pack index for the run's length or
+    one of other data, a folder that cannot be written.
+    """
+    return [_check(config, processes) for config in configs]
+
+
+def _check(config: RunConfig, processes: int) -> str:
+    data, training, parallel = config.data, config.training, config.parallel
+    packs = len(read_packs(SampleStore(data.path, data.length)))
+    if config.evaluation is not None:
+        read_packs(SampleStore(config.evaluation.data, data.length))
+    for folder in (config.checkpoint.path, config.logging.path or config.checkpoint.path):
+        _check_writable(Path(folder))
+    sizes = {
+        "TP": parallel.tensor_model_parallel_size,
+        "PP": parallel.pipeline_model_parallel_size,
+        "CP": parallel.context_parallel_size,
+        "DP": parallel.data_parallel_size(processes),
+    }
+    layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one process"
+    epochs = training.train_iterations * training.global_batch_size / packs
+    return (
+        f"{config.checkpoint.path}: {layout}; {training.train_iterations} iterations of "
+        f"{training.global_batch_size} packs of {data.length} tokens, {epochs:.2f} epochs of {data.path}"
+    )
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder}: cannot be written: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written: no permission in {there}")
