@@ -3,21 +3,25 @@
 Shapes: s tokens of a pack, n tiles, S tile size in pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.loss_weights import answer_weights
-from megatron_eagle.data.media.images import load_image
-from megatron_eagle.data.media.source import file_facts
-from megatron_eagle.data.media.tiles import tile_image
-from megatron_eagle.data.media.video import load_frames
 from megatron_eagle.data.packing import PackIndex
-from megatron_eagle.data.store import ImagePlan, SampleStore, StoredSample
+from megatron_eagle.data.store import SampleStore, StoredSample
 from megatron_eagle.errors import UserError
+
+
+class RankPlan(Protocol):
+    """What a rank derives from a pack's tokens before media are read (training passes in who does it)."""
+
+    @property
+    def tiles(self) -> range | None:
+        """The tiles of the pack that this rank decodes; None where it takes no pixels."""
 
 
 @dataclass
@@ -39,8 +43,9 @@ class Batch:
     document_bounds: list[int]
     """0, ..., s."""
     pixel_values: torch.Tensor | None
-    """float32 [n, 3, S, S] in [-1, 1], in the order of the image tokens; None where media are not decoded."""
+    """float32 [i, 3, S, S] in [-1, 1], in the order of the image tokens: the tiles of `plan.tiles`."""
     n_tiles: int
+    """Of the whole pack."""
     sample_rows: list[int]
     """Store rows of the documents, without the padding."""
     n_frames: int = 0
@@ -49,6 +54,9 @@ class Batch:
     """Frames without a token limit."""
     tiles_wanted: int = 0
     """Tiles of pictures and pages without a token limit."""
+    first_sample: int = 0
+    """Number of the first document among the samples of the global batch."""
+    plan: RankPlan | None = None
 
 
 def normalizer(index: PackIndex, packs: np.ndarray, weighting: str, multi_turn: bool) -> float:
@@ -60,21 +68,56 @@ def normalizer(index: PackIndex, packs: np.ndarray, weighting: str, multi_turn: 
     return float(index.column("n_answers" if multi_turn else "n_samples", packs).sum())
 
 
-def assemble(store: SampleStore, rows: list[int], *, weighting: str, multi_turn: bool, total: float) -> Batch:
+def sample_weight(sample: StoredSample, weighting: str, multi_turn: bool) -> float:
+    """The sum of a sample's loss weights, before the normaliser."""
+    table = answer_weights(sample.answer_lengths, weighting, multi_turn)
+    return float(np.dot(table[1:], sample.answer_lengths))
+
+
+def token_weights(
+    samples: Sequence[StoredSample],
+    length: int,
+    *,
+    weighting: str,
+    multi_turn: bool,
+    total: float,
+    left_out: Collection[int] = (),
+) -> torch.Tensor:
+    """Loss weights of a pack of these samples, float32 [s].
+
+    Those at the places `left_out` have none; if `total` is 0, none has.
+    """
+    weights = np.zeros(length, np.float64)
+    start = 0
+    for place, sample in enumerate(samples):
+        end = start + sample.n_tokens
+        if place not in left_out and total:
+            # A position predicts the token after it, so its weight is that token's; a document's first is not
+            # predicted.
+            table = answer_weights(sample.answer_lengths, weighting, multi_turn)
+            weights[start : end - 1] = table[sample.answers[1:]] / total
+        start = end
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+def assemble(
+    store: SampleStore,
+    rows: list[int],
+    *,
+    weighting: str,
+    multi_turn: bool,
+    total: float,
+    first_sample: int = 0,
+) -> Batch:
     """The tokens of a pack, without its pixels.  `total` is the normaliser of the global batch."""
     length = store.length
     ids = np.full(length, store.manifest.pad_token_id, np.int64)
-    weights = np.zeros(length, np.float64)
     positions = np.zeros(length, np.int64)
     bounds = [0]
     samples = [store[row] for row in rows]
     for sample in samples:
         start, end = bounds[-1], bounds[-1] + sample.n_tokens
         ids[start:end] = sample.ids
-        # A position predicts the token after it, so its weight is that token's; a document's first is not
-        # predicted.
-        table = answer_weights(sample.answer_lengths, weighting, multi_turn)
-        weights[start : end - 1] = table[sample.answers[1:]] / total
         positions[start:end] = np.arange(sample.n_tokens)
         bounds.append(end)
     if bounds[-1] < length:
@@ -90,7 +133,7 @@ def assemble(store: SampleStore, rows: list[int], *, weighting: str, multi_turn:
     return Batch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(np.append(ids[1:], 0)),
-        loss_weights=torch.from_numpy(weights.astype(np.float32)),
+        loss_weights=token_weights(samples, length, weighting=weighting, multi_turn=multi_turn, total=total),
         position_ids=torch.from_numpy(positions),
         document_bounds=bounds,
         pixel_values=None,
@@ -99,39 +142,5 @@ def assemble(store: SampleStore, rows: list[int], *, weighting: str, multi_turn:
         n_frames=sum(sample.n_frames for sample in samples),
         frames_wanted=sum(sample.frames_wanted for sample in samples),
         tiles_wanted=sum(sample.tiles_wanted for sample in samples),
+        first_sample=first_sample,
     )
-
-
-def media_loaders(store: SampleStore, row: int) -> list[Callable[[], torch.Tensor]]:
-    """One function per picture or video of a row, in reading order, each returning its tiles [n, 3, S, S].
-
-    They raise `UserError` for a file that has changed since it was preprocessed or can no longer be read.
-    """
-    sample = store[row]
-    return [_loader(store, row, sample, position) for position in sample.media_order]
-
-
-def _loader(store: SampleStore, row: int, sample: StoredSample, position: int) -> Callable[[], torch.Tensor]:
-    media = sample.images[position] if position >= 0 else sample.videos[-1 - position]
-
-    def load() -> torch.Tensor:
-        try:
-            if isinstance(media, ImagePlan):
-                _check_unchanged(media)
-                image = load_image(media.path, max_pixels=store.manifest.max_pixels)
-                return tile_image(image, (media.columns, media.rows), store.manifest.tile_size)
-            return load_frames(media.path, media.index, media.frames, tile_size=store.manifest.tile_size)
-        except Problem as problem:
-            raise UserError(
-                f"{problem}; used by row {row} of {store.folder} ({sample.file}:{sample.line})"
-            ) from None
-
-    return load
-
-
-def _check_unchanged(media: ImagePlan) -> None:
-    size = file_facts(media.path).size
-    if size != media.file_size:
-        raise Problem(
-            "media changed since preprocessing", f"{media.path} has {size} bytes, had {media.file_size}"
-        )

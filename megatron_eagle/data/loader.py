@@ -5,19 +5,36 @@ nothing but the seed and that number; only who gets which of them depends on the
 ranks share a global batch so that all have about the same to do.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
 
 from megatron_eagle.data.balance import assign, pack_costs
-from megatron_eagle.data.dataset import Batch, assemble, media_loaders, normalizer
+from megatron_eagle.data.dataset import (
+    Batch,
+    RankPlan,
+    assemble,
+    normalizer,
+    sample_weight,
+    token_weights,
+)
+from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.loss_weights import LOSS_WEIGHTINGS
+from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.packing import read_packs
+from megatron_eagle.data.prefetch import Prefetcher
+from megatron_eagle.data.sample_media import Medium, sample_media
 from megatron_eagle.data.store import DataManifest, SampleStore
 from megatron_eagle.errors import UserError
+
+_TOKENS = ("input_ids", "labels", "loss_weights", "position_ids")
 
 
 @dataclass
@@ -25,7 +42,12 @@ class DataConfig:
     """What a run reads.
 
     `seed` orders the packs; `loss_weighting` is square, token or sample, with `multi_turn` counted per
-    answer; `decode_threads` read media at the same time, one step ahead of training if `prefetch`.
+    answer.  `decode_threads` read media at the same time; with `prefetch` while training computes, at least
+    one global batch ahead, and more as long as those that wait hold at most `prefetch_bytes` on a rank.
+
+    `decoder` is exact, dali, or auto (see `media.decoder`).
+    A picture or video that can no longer be read, or not within `decode_timeout_s` seconds, ends the run
+    (`error`), or its sample goes without weight in the loss (`skip`).
     """
 
     path: str
@@ -35,6 +57,45 @@ class DataConfig:
     multi_turn: bool = False
     decode_threads: int = 4
     prefetch: bool = True
+    prefetch_bytes: int = 4_000_000_000
+    decoder: Literal["auto", "exact", "dali"] = "auto"
+    on_media_error: Literal["error", "skip"] = "error"
+    decode_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.loss_weighting not in LOSS_WEIGHTINGS:
+            raise UserError(f"data.loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}")
+        if self.decode_threads < 1:
+            raise UserError(f"data.decode_threads must be at least 1, got {self.decode_threads}")
+        if self.prefetch_bytes < 0:
+            raise UserError(f"data.prefetch_bytes must not be negative, got {self.prefetch_bytes}")
+        if self.decode_timeout_s <= 0:
+            raise UserError(f"data.decode_timeout_s must be above 0, got {self.decode_timeout_s:g}")
+
+
+@dataclass(frozen=True)
+class FailedMedium:
+    """A picture or video that could not be read; it takes the sample of this store row out of training."""
+
+    row: int
+    source: str  # FILE:LINE of the annotation
+    path: str
+    reason: str
+
+
+@dataclass
+class GlobalBatch:
+    """What one rank has of a global batch."""
+
+    first_pack: int
+    """Packs consumed before it."""
+    microbatches: list[Batch]
+    total: float
+    """The sum of the whole global batch's loss weights before it divided them."""
+    nbytes: int
+    """Bytes of the microbatches' tensors, once media are read."""
+    failures: dict[int, FailedMedium] = field(default_factory=dict)
+    """By number of the sample in the global batch: what of this rank's media could not be read."""
 
 
 class PackLoader:
@@ -43,6 +104,10 @@ class PackLoader:
     Pack number p of the run is that at place p % n of a permutation of the n packs, seeded by (seed, p //
     n): an epoch holds every pack once.  The packs of a global batch are shared among the ranks by cost (see
     `balance.assign`), equally many each; a rank keeps those it gets in their global order.
+
+    `plan` derives from a pack's tokens what this rank does with it, and so which tiles it decodes; it runs in
+    the background too.  Without it no media are read.  For a CUDA `device` tensors lie in pinned memory, so
+    that nobody waits for their copies.
 
     Raises `UserError` for an unusable configuration, or if the pack index is missing or made for other data.
     """
@@ -54,12 +119,9 @@ class PackLoader:
         global_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
-        decode_media: bool,
+        plan: Callable[[Batch], RankPlan] | None = None,
+        device: str | torch.device = "cpu",
     ):
-        if config.loss_weighting not in LOSS_WEIGHTINGS:
-            raise UserError(f"data.loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}")
-        if config.decode_threads < 1:
-            raise UserError(f"data.decode_threads must be at least 1, got {config.decode_threads}")
         if global_batch_size < 1 or global_batch_size % data_parallel_size:
             raise UserError(
                 f"the global batch size {global_batch_size} must be a multiple of the data-parallel size "
@@ -70,9 +132,17 @@ class PackLoader:
         self._index = read_packs(self._store)
         self._global_batch_size = global_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        self._media_pool = ThreadPoolExecutor(config.decode_threads, "media") if decode_media else None
-        self._step_pool = ThreadPoolExecutor(1, "prefetch") if config.prefetch else None
-        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._plan, self._pin_memory = plan, torch.device(device).type == "cuda"
+        self._weighting = {"weighting": config.loss_weighting, "multi_turn": config.multi_turn}
+        self._media_pool = ThreadPoolExecutor(config.decode_threads, "media")
+        self._decoder = MediaDecoder(
+            config.decoder,
+            tile_size=self.manifest.tile_size,
+            device=device,
+            timeout=config.decode_timeout_s,
+        )
+        self._ahead: Prefetcher[GlobalBatch] | None = None
+        self._ahead_from = 0  # packs consumed before the next batch that `_ahead` gives
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     @property
@@ -81,37 +151,78 @@ class PackLoader:
         return self._store.manifest
 
     @property
+    def decoder(self) -> str:
+        """How media are decoded, and why."""
+        return f"media: {self._decoder.name} ({self._decoder.reason})"
+
+    @property
     def packs_per_epoch(self) -> int:
         """Packs in the index."""
         return len(self._index)
 
-    def step(self, consumed_packs: int) -> list[Batch]:
-        """This rank's microbatches of the global batch that starts at `consumed_packs`.
+    def step(self, consumed_packs: int) -> GlobalBatch:
+        """This rank's share of the global batch that starts at `consumed_packs`.
 
-        The following global batch is prepared in the background.  Raises `UserError` for media that have
-        changed or cannot be read any more.
+        Those that follow are prepared in the background.  Media that cannot be read are zeros, and named in
+        `failures`.  Raises `UserError` for a damaged store or a pack that `plan` refuses.
         """
-        ready, self._next = self._next, None
-        if ready is not None and ready[0] == consumed_packs:
-            batches = ready[1].result()
-        else:
-            batches = self._load(consumed_packs)
-        if self._step_pool is not None:
-            following = consumed_packs + self._global_batch_size
-            self._next = following, self._step_pool.submit(self._load, following)
-        return batches
+        if not self._config.prefetch:
+            batch = self._prepare(consumed_packs)
+            self._read_media(batch)
+            return batch
+        if self._ahead is None or self._ahead_from != consumed_packs:
+            self._stop_prefetch()
+            self._ahead = Prefetcher(
+                self._prepare,
+                self._read_media,
+                itertools.count(consumed_packs, self._global_batch_size),
+                limit=self._config.prefetch_bytes,
+            )
+        self._ahead_from = consumed_packs + self._global_batch_size
+        try:
+            return self._ahead.take()
+        except BaseException:
+            self._stop_prefetch()
+            raise
 
     def close(self) -> None:
         """Stop the background work."""
-        for pool in (self._step_pool, self._media_pool):
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+        self._media_pool.shutdown(wait=False, cancel_futures=True)
+        self._stop_prefetch()
+        self._decoder.close()
 
     def packs(self, consumed_packs: int) -> np.ndarray:
         """Index numbers of the packs of a global batch, in their global order."""
         places = np.arange(consumed_packs, consumed_packs + self._global_batch_size)
         epochs, places = np.divmod(places, len(self._index))
         return np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places, strict=True)])
+
+    def n_samples(self, consumed_packs: int) -> int:
+        """Samples of a global batch; they are numbered from 0 in the order of its packs."""
+        return int(self._index.column("n_samples", self.packs(consumed_packs)).sum())
+
+    def leave_out(self, batch: GlobalBatch, samples: Collection[int]) -> None:
+        """Give samples, by their numbers in the whole global batch, no weight and no pixels.
+
+        The other samples' weights are then exactly those of a global batch in which these never had any.
+        """
+        rows = itertools.chain.from_iterable(self._index.rows(int(p)) for p in self.packs(batch.first_pack))
+        kept = [self._store[row] for number, row in enumerate(rows) if number not in samples]
+        batch.total = math.fsum(sample_weight(sample, **self._weighting) for sample in kept)
+        for microbatch in batch.microbatches:
+            left_out = {number - microbatch.first_sample for number in samples}
+            microbatch.loss_weights = self._pinned(
+                token_weights(
+                    [self._store[row] for row in microbatch.sample_rows],
+                    self._store.length,
+                    total=batch.total,
+                    left_out=left_out,
+                    **self._weighting,
+                )
+            )
+            for number, _, _, places in self._media(microbatch):
+                if number in samples:
+                    microbatch.pixel_values[places] = 0
 
     def _permute(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._index))
@@ -121,27 +232,75 @@ class PackLoader:
         patches = self._index.column("n_tiles", packs) * self.manifest.patches_per_tile
         return assign(pack_costs(self._index.column("sum_squares", packs), patches), self._size)[self._rank]
 
-    def _load(self, consumed_packs: int) -> list[Batch]:
-        weighting = {"weighting": self._config.loss_weighting, "multi_turn": self._config.multi_turn}
+    def _prepare(self, consumed_packs: int) -> GlobalBatch:
+        """Everything but the pixels."""
         packs = self.packs(consumed_packs)
-        total = normalizer(self._index, packs, **weighting)
-        batches = [
-            assemble(self._store, self._index.rows(int(pack)), total=total, **weighting)
-            for pack in packs[self._own(packs)]
+        total = normalizer(self._index, packs, **self._weighting)
+        counts = self._index.column("n_samples", packs)
+        first_samples = counts.cumsum() - counts
+        microbatches = [self._assemble(packs[i], total, first_samples[i]) for i in self._own(packs)]
+        tile_bytes = 3 * self.manifest.tile_size**2 * torch.float32.itemsize
+        tiles = sum(len(batch.plan.tiles or ()) for batch in microbatches if batch.plan is not None)
+        tokens = sum(getattr(batch, name).nbytes for batch in microbatches for name in _TOKENS)
+        return GlobalBatch(consumed_packs, microbatches, total, nbytes=tokens + tiles * tile_bytes)
+
+    def _assemble(self, pack: int, total: float, first_sample: int) -> Batch:
+        rows = self._index.rows(int(pack))
+        batch = assemble(self._store, rows, total=total, first_sample=int(first_sample), **self._weighting)
+        if self._plan is not None:
+            try:
+                batch.plan = self._plan(batch)
+            except UserError as error:
+                raise UserError(f"the pack of store rows {rows}: {error}") from None
+        for name in _TOKENS:
+            setattr(batch, name, self._pinned(getattr(batch, name)))
+        return batch
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if self._pin_memory else tensor
+
+    def _media(self, batch: Batch) -> list[tuple[int, Medium, range, slice]]:
+        """What this rank decodes of a pack: the sample's number in the global batch, the medium, which of its
+        tiles, and their places in `pixel_values`."""
+        tiles = None if batch.plan is None else batch.plan.tiles
+        if not tiles:
+            return []
+        found, start = [], 0
+        for number, row in enumerate(batch.sample_rows, batch.first_sample):
+            for medium in sample_media(self._store, row):
+                first, last = max(start, tiles.start), min(start + medium.n_tiles, tiles.stop)
+                if first < last:
+                    places = slice(first - tiles.start, last - tiles.start)
+                    found.append((number, medium, range(first - start, last - start), places))
+                start += medium.n_tiles
+        return found
+
+    def _read_media(self, batch: GlobalBatch) -> None:
+        """Fill in the pixels; all of the step's media are handed to the threads before the first is waited
+        for."""
+        size = self.manifest.tile_size
+        reading = [
+            (microbatch, number, medium, places, self._media_pool.submit(medium.load, self._decoder, tiles))
+            for microbatch in batch.microbatches
+            for number, medium, tiles, places in self._media(microbatch)
         ]
-        if self._media_pool is not None:
-            # All of the step's media are handed to the threads before the first is waited for.
-            loading = [
-                [
-                    self._media_pool.submit(load)
-                    for row in batch.sample_rows
-                    for load in media_loaders(self._store, row)
-                ]
-                for batch in batches
-            ]
-            for batch, tiles in zip(batches, loading, strict=True):
-                size = self.manifest.tile_size
-                batch.pixel_values = torch.empty(batch.n_tiles, 3, size, size)
-                if tiles:
-                    torch.cat([future.result() for future in tiles], out=batch.pixel_values)
-        return batches
+        for microbatch in batch.microbatches:
+            if microbatch.plan is not None and microbatch.plan.tiles is not None:
+                shape = len(microbatch.plan.tiles), 3, size, size
+                microbatch.pixel_values = torch.zeros(shape, pin_memory=self._pin_memory)
+        reading.reverse()
+        while reading:  # what is copied is let go at once
+            microbatch, number, medium, places, future = reading.pop()
+            try:
+                microbatch.pixel_values[places] = future.result()
+            except UserError:
+                raise
+            except Exception as error:  # a decoder may raise anything for a broken file
+                reason = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
+                failed = FailedMedium(medium.row, medium.source, medium.plan.path, reason)
+                batch.failures.setdefault(number, failed)
+
+    def _stop_prefetch(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None

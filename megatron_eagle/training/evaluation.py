@@ -4,15 +4,13 @@ The result is that of one global batch with all evaluated packs: the sum of weig
 sum of weights, whatever the layout.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_eagle.data.dataset import Batch, normalizer
-from megatron_eagle.data.loader import DataConfig, PackLoader
-from megatron_eagle.data.packing import read_packs
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.dataset import Batch
+from megatron_eagle.data.loader import DataConfig, GlobalBatch, PackLoader
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.parallel import Mesh
 
@@ -38,17 +36,19 @@ class EvaluationConfig:
 
 class HeldOut:
     """The same packs in the same order at every evaluation. Raises `UserError` as `PackLoader`, and for too
-    few packs."""
+    few packs.
 
-    def __init__(self, config: EvaluationConfig, data: DataConfig, batch_size: int, mesh: Mesh) -> None:
-        data = replace(data, path=config.data, prefetch=False)
-        self._loader = PackLoader(
-            data,
-            global_batch_size=batch_size,
-            data_parallel_rank=mesh.dp.rank,
-            data_parallel_size=mesh.dp.size,
-            decode_media=mesh.pp.rank == 0,
-        )
+    `open_loader` opens the run's kind of loader for other data.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        data: DataConfig,
+        batch_size: int,
+        open_loader: Callable[[DataConfig], PackLoader],
+    ) -> None:
+        self._loader = open_loader(replace(data, path=config.data, prefetch=False))
         available = self._loader.packs_per_epoch // batch_size
         if available < (config.batches or 1):
             self._loader.close()
@@ -57,19 +57,11 @@ class HeldOut:
                 f"{data.length}, and {config.batches or 1} global batches of {batch_size} are asked for"
             )
         self._starts = [i * batch_size for i in range(config.batches or available)]
-        index = read_packs(SampleStore(config.data, data.length))
-        sums = [
-            normalizer(
-                index, self._loader.packs(start), weighting=data.loss_weighting, multi_turn=data.multi_turn
-            )
-            for start in self._starts
-        ]
-        self._shares = [value / sum(sums) for value in sums]
 
-    def __iter__(self) -> Iterator[tuple[list[Batch], float]]:
-        """This rank's microbatches of each global batch, and the batch's share in the result."""
-        for start, share in zip(self._starts, self._shares, strict=True):
-            yield self._loader.step(start), share
+    def batches(self, read: Callable[[PackLoader, int], GlobalBatch]) -> Iterator[GlobalBatch]:
+        """The global batches; `read` takes one from a loader."""
+        for start in self._starts:
+            yield read(self._loader, start)
 
     def close(self) -> None:
         """Stop the background work."""
@@ -77,19 +69,20 @@ class HeldOut:
 
 
 def evaluate(
-    held_out: HeldOut, mesh: Mesh, device: torch.device, forward: Callable[[list[Batch]], float]
-) -> float:
-    """Loss on all of `held_out`. Collective.
+    batches: Iterable[GlobalBatch], mesh: Mesh, device: torch.device, forward: Callable[[list[Batch]], float]
+) -> float | None:
+    """Loss on all global batches together; None if no token of them has weight. Collective.
 
     `forward` gives this rank's part of a batch's loss, on the last pipeline stage once per tensor parallel
     rank.
     """
-    loss = torch.zeros(1, dtype=torch.float64)
+    loss, total = torch.zeros(1, dtype=torch.float64), 0.0
     with torch.no_grad():
-        for batches, share in held_out:
-            part = forward(batches)
+        for batch in batches:
+            part = forward(batch.microbatches)
+            total += batch.total
             if mesh.is_last_stage() and mesh.tp.rank == 0:
-                loss += share * part
+                loss += batch.total * part
     loss = loss.to(device)
     torch.distributed.all_reduce(loss)
-    return loss.item()
+    return loss.item() / total if total else None

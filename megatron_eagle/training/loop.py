@@ -12,11 +12,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from torch.profiler import record_function
 
 from megatron_eagle.context_parallel.backends import choose_attention
-from megatron_eagle.data.loader import Batch, PackLoader
+from megatron_eagle.data.loader import Batch, GlobalBatch, PackLoader
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.eagle import ModelInput, build_model
+from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
-from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.layers import choose_layers
 from megatron_eagle.model.lora import add_lora
 from megatron_eagle.runtime.determinism import set_deterministic
@@ -32,6 +31,7 @@ from megatron_eagle.training.checkpoint import (
     save_hf_folder,
 )
 from megatron_eagle.training.evaluation import HeldOut, evaluate
+from megatron_eagle.training.failed_media import describe, host_group, next_batch
 from megatron_eagle.training.faults import Faults
 from megatron_eagle.training.heartbeat import Heartbeat
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
@@ -40,7 +40,7 @@ from megatron_eagle.training.profiler import StepProfiler
 from megatron_eagle.training.resilience import LossGuard, Preempted, stop_signals
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.run_log import RunLog
-from megatron_eagle.training.schedule import run_schedule
+from megatron_eagle.training.schedule import build_batch, plan_batch, run_schedule
 from megatron_eagle.training.step_meter import measure
 from megatron_eagle.training.step_totals import StepTotals, count, read, zeros
 from megatron_eagle.training.stragglers import Stragglers
@@ -60,7 +60,7 @@ def train(config: RunConfig) -> TrainState:
         process_group(device),
         model_parallel(config.parallel, seed=config.training.seed) as mesh,
     ):
-        loader, held_out = _open_data(config, mesh)
+        loader, held_out = _open_data(config, mesh, device)
         try:
             job = _start(config, mesh, device)
             _run(job, loader, held_out)
@@ -86,22 +86,25 @@ class _Job:
     guard: LossGuard
     faults: Faults
     stragglers: Stragglers
+    host_group: torch.distributed.ProcessGroup | None
 
 
-def _open_data(config: RunConfig, mesh: Mesh) -> tuple[PackLoader, HeldOut | None]:
+def _open_data(config: RunConfig, mesh: Mesh, device: Device) -> tuple[PackLoader, HeldOut | None]:
     """This rank's loaders; what is wrong with the data is wrong for every rank, and said once."""
     problem = held_out = None
     batch_size = config.training.global_batch_size
+    open_loader = partial(
+        PackLoader,
+        global_batch_size=batch_size,
+        data_parallel_rank=mesh.dp.rank,
+        data_parallel_size=mesh.dp.size,
+        plan=partial(plan_batch, config.model, mesh, device.kind == "cuda"),
+        device=device.torch_device,
+    )
     try:
-        loader = PackLoader(
-            config.data,
-            global_batch_size=batch_size,
-            data_parallel_rank=mesh.dp.rank,
-            data_parallel_size=mesh.dp.size,
-            decode_media=mesh.pp.rank == 0,
-        )
+        loader = open_loader(config.data)
         if config.evaluation is not None:
-            held_out = HeldOut(config.evaluation, config.data, batch_size, mesh)
+            held_out = HeldOut(config.evaluation, config.data, batch_size, open_loader)
     except UserError as error:
         problem = str(error)
     raise_together(problem)
@@ -145,6 +148,7 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
         resumed=resume,
         guard=LossGuard(config.resilience, state.recent_losses),
         faults=Faults.from_environment(torch.distributed.get_rank()),
+        host_group=host_group(),
         stragglers=Stragglers(config.resilience.stragglers),
     )
 
@@ -172,6 +176,7 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
     with log, heart, profiler, job.stragglers, stop_signals() as stop, saver:
         log.message(choose_layers(config.layers).reason)
         log.message(choose_attention(config.layers.attention, _dtype(config)).reason)
+        log.message(loader.decoder)
         if job.resumed:
             log.message(f"resumed from {root} at iteration {state.iteration}")
         if state.iteration >= last:
@@ -190,7 +195,10 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
             if held_out is not None and (at_end or state.iteration % config.evaluation.interval == 0):
                 heart.phase(state.iteration, "evaluation")
                 evaluated = evaluate(
-                    held_out, job.mesh, job.device.torch_device, partial(_schedule, job, forward_only=True)
+                    held_out.batches(partial(_next_batch, job, log, state.iteration, [])),
+                    job.mesh,
+                    job.device.torch_device,
+                    partial(_schedule, job, forward_only=True),
                 )
             if step.grad_norm is not None:
                 log.step(
@@ -235,14 +243,17 @@ def _step(
     heart.phase(number, "data")
     waiting = time.perf_counter()
     with record_function("data"), job.stragglers.section("data"):
-        batches = loader.step(first_pack)
+        batch = _next_batch(job, log, number, job.faults.bad_media(number), loader, first_pack)
     data_seconds = time.perf_counter() - waiting
     job.faults.before_step(number)
     heart.phase(number, "forward and backward")
     with job.stragglers.section("forward and backward", kernels=True):
-        loss, totals, told_to_stop = _forward_backward(job, batches, stop)
+        loss, totals, told_to_stop = _forward_backward(job, batch.microbatches, stop)
     loss = job.faults.loss(number, loss)
-    action, reason = guard.judge("loss", loss)
+    if batch.total:
+        action, reason = guard.judge("loss", loss)
+    else:
+        action, reason = guard.skip("no sample of this step has weight in the loss")
     heart.phase(number, "optimizer")
     grad_norm = None
     if action == "go" and job.config.resilience.on_nonfinite == "skip":
@@ -301,23 +312,21 @@ def _forward_backward(job: _Job, batches: list[Batch], stop: list[str]) -> tuple
 
 
 def _schedule(job: _Job, batches: list[Batch], *, forward_only: bool = False) -> float:
-    """Megatron's pipeline schedule over this rank's microbatches; returns this rank's part of the loss."""
-
-    def build(batch: Batch) -> ModelInput:
-        return make_input(
-            job.config.model,
-            job.mesh,
-            job.device.torch_device,
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            document_bounds=batch.document_bounds,
-            pixel_values=batch.pixel_values,
-            labels=batch.labels,
-            loss_weights=batch.loss_weights,
-        )
-
+    """This rank's part of the loss of its microbatches."""
+    build = partial(build_batch, job.device.torch_device)
     length = job.config.data.length
     return run_schedule(job.models, job.mesh, batches, build, length=length, forward_only=forward_only)
+
+
+def _next_batch(
+    job: _Job, log: RunLog, iteration: int, injected: list[int], loader: PackLoader, first_pack: int
+) -> GlobalBatch:
+    """A global batch, without the samples whose media fail; these go into the log."""
+    policy = job.config.data.on_media_error
+    batch, failed = next_batch(loader, first_pack, policy, job.host_group, injected)
+    for medium in failed:
+        log.event(iteration, "failed_media", describe(medium), row=medium.row, path=medium.path)
+    return batch
 
 
 def _save(job: _Job, log: RunLog, saver: CheckpointSaver, *, must_succeed: bool) -> None:

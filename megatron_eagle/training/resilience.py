@@ -97,11 +97,14 @@ class LossGuard:
             reason = f"the loss {value:.4f} is above {config.spike_factor:g} times the recent {median:.4f}"
         else:
             return "go", ""
-        if action == "skip":
-            self._skips += 1
-            if self._skips > config.max_consecutive_skips:
-                return "stop", f"{reason}, after {config.max_consecutive_skips} skipped steps in a row"
-        return action, reason
+        return self.skip(reason) if action == "skip" else (action, reason)
+
+    def skip(self, reason: str) -> tuple[Literal["skip", "stop"], str]:
+        """A step is left out for this reason, unless too many have been."""
+        self._skips += 1
+        if self._skips > self._config.max_consecutive_skips:
+            return "stop", f"{reason}, after {self._config.max_consecutive_skips} skipped steps in a row"
+        return "skip", reason
 
     def accept(self, loss: float) -> None:
         """The step with this loss was taken."""

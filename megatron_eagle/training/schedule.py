@@ -1,17 +1,46 @@
-"""Megatron's pipeline schedule over a rank's microbatches, each put on the device once."""
+"""From the loader's batches through Megatron's pipeline schedule: planned once, put on the device once."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_eagle.data.dataset import Batch
 from megatron_eagle.model.eagle import ModelInput
+from megatron_eagle.model.inputs import InputPlan, build_input, plan_input
+from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh
 from megatron_eagle.training.loss import megatron_loss
 
 T = TypeVar("T")
+
+
+def plan_batch(eagle: EagleConfig, mesh: Mesh, pin_memory: bool, batch: Batch) -> InputPlan:
+    """This rank's share of a pack, in the loader's thread. Raises `UserError` as `plan_input`."""
+    plan = plan_input(
+        eagle,
+        mesh,
+        input_ids=batch.input_ids,
+        document_bounds=batch.document_bounds,
+        num_tiles=batch.n_tiles if mesh.pp.rank == 0 else None,
+    )
+    return plan.pin_memory() if pin_memory else plan
+
+
+def build_batch(device: torch.device, batch: Batch) -> ModelInput:
+    """A planned batch on the device. Collective as `build_input`."""
+    return build_input(
+        batch.plan,
+        device,
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        tiles=batch.pixel_values,
+        labels=batch.labels,
+        loss_weights=batch.loss_weights,
+    )
 
 
 def run_schedule(

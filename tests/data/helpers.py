@@ -8,16 +8,22 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import av
 import numpy as np
+import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_eagle.data.ads import SamplingSettings
+from megatron_eagle.data.dataset import Batch
+from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.preprocess import Execution, preprocess
 from megatron_eagle.data.processor import PreprocessSettings
+from megatron_eagle.data.sample_media import sample_media
+from megatron_eagle.data.store import SampleStore
 from tests.paths import REPO
 
 SPECIAL = (
@@ -211,3 +217,14 @@ def make_store(
     chosen = PreprocessSettings(str(tokenizer_dir), lengths, sampling, **settings)
     preprocess(folder / "recipe.json", folder / "store", chosen, execution)
     return folder / "store"
+
+
+def read_media(store: SampleStore, row: int) -> list[torch.Tensor]:
+    """The tiles of each medium of a row, in reading order."""
+    decoder = MediaDecoder("exact", tile_size=store.manifest.tile_size)
+    return [medium.load(decoder) for medium in sample_media(store, row)]
+
+
+def every_tile(batch: Batch) -> SimpleNamespace:
+    """The plan of a rank that decodes all tiles of its packs."""
+    return SimpleNamespace(tiles=range(batch.n_tiles))

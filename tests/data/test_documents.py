@@ -8,15 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_eagle.data.dataset import media_loaders
+from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media import source
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.packing import write_packs
 from megatron_eagle.data.preview import describe
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.data.tokenizer import load_tokenizer
-from megatron_eagle.errors import UserError
-from tests.data.helpers import call_tool, conversation, make_image, make_store, make_video
+from tests.data.helpers import call_tool, conversation, make_image, make_store, make_video, read_media
 
 
 def test_pages_are_labelled_pictures(tmp_path, tokenizer_dir):
@@ -37,7 +36,7 @@ def test_pages_are_labelled_pictures(tmp_path, tokenizer_dir):
     pages = "".join(f"<image {k}>{block}" for k in (2, 3, 4))
     assert f"user\n{pages} and <image 1>{block} and <image 5>{block}<image 6>{block}?<|im_end|>" in text
     assert f"user\n<image 1>{block}?" in load_tokenizer(tokenizer_dir).decode(store[1].ids.tolist())
-    tiles = torch.cat([load() for load in media_loaders(store, 0)])
+    tiles = torch.cat(read_media(store, 0))
     shown = ["0.png", "1.png", "2.png", "photo.png", "3.png", "4.png"]
     for tile, name in zip(tiles, shown, strict=True):
         image = load_image(str(tmp_path / name)).resize((28, 28), Image.Resampling.BICUBIC)
@@ -130,7 +129,7 @@ def check_lmdb_store(path, ledger):
     store = SampleStore(path)
     assert len(store) == 1
     assert (store[0].images[0].columns, store[0].images[0].rows) == (2, 1)
-    assert media_loaders(store, 0)[0]().shape == (3, 3, 28, 28)
+    assert read_media(store, 0)[0].shape == (3, 3, 28, 28)
 
 
 def test_pictures_in_a_database(tmp_path, tokenizer_dir, monkeypatch):
@@ -142,8 +141,8 @@ def test_pictures_in_a_database(tmp_path, tokenizer_dir, monkeypatch):
         path, ledger = lmdb_store(tmp_path, tokenizer_dir)
         check_lmdb_store(path, ledger)
         values[b"good"] += b"\0"
-        with pytest.raises(UserError, match="media changed since preprocessing: lmdb://.*db.good has"):
-            media_loaders(SampleStore(path), 0)[0]()
+        with pytest.raises(Problem, match="media changed since preprocessing: lmdb://.*db.good has"):
+            read_media(SampleStore(path), 0)
 
 
 def test_pictures_in_a_real_database(tmp_path, tokenizer_dir):

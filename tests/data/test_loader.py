@@ -9,7 +9,7 @@ from megatron_eagle.data.loss_weights import LOSS_WEIGHTINGS
 from megatron_eagle.data.packing import write_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
-from tests.data.helpers import conversation, make_image, make_store, make_video
+from tests.data.helpers import conversation, every_tile, make_image, make_store, make_video
 
 LENGTH = 200
 
@@ -41,13 +41,13 @@ def loader(path, *, gbs=4, rank=0, size=1, decode=False, **config):
         global_batch_size=gbs,
         data_parallel_rank=rank,
         data_parallel_size=size,
-        decode_media=decode,
+        plan=every_tile if decode else None,
     )
 
 
 def shared_rows(path, consumed, size, gbs):
     """The packs of a global batch as lists of rows, in global order, put together from all ranks."""
-    ranks = [loader(path, gbs=gbs, rank=r, size=size).step(consumed) for r in range(size)]
+    ranks = [loader(path, gbs=gbs, rank=r, size=size).step(consumed).microbatches for r in range(size)]
     assert {len(batches) for batches in ranks} == {gbs // size}
     reader = loader(path, gbs=gbs)
     packs = [reader._index.rows(int(pack)) for pack in reader.packs(consumed)]
@@ -68,7 +68,7 @@ def test_the_global_order_does_not_depend_on_the_layout(path):
         sequence += shared_rows(path, consumed, (4, 2, 8)[consumed // 8 % 3], gbs=8)
         consumed += 8
     assert n % 8
-    assert sequence == [alone.step(p)[0].sample_rows for p in range(consumed)]
+    assert sequence == [alone.step(p).microbatches[0].sample_rows for p in range(consumed)]
     for epoch in (sequence[:n], sequence[n : 2 * n]):
         assert sorted(row for rows in epoch for row in rows) == list(range(24))
     assert sequence[:n] != sequence[n : 2 * n]
@@ -76,19 +76,19 @@ def test_the_global_order_does_not_depend_on_the_layout(path):
 
 def test_state_is_the_number_of_consumed_packs(path):
     straight = loader(path)
-    first, second, third = (straight.step(c) for c in (0, 4, 8))
-    resumed = loader(path).step(8)
+    first, second, third = (straight.step(c).microbatches for c in (0, 4, 8))
+    resumed = loader(path).step(8).microbatches
     for a, b in zip(third, resumed, strict=True):
         torch.testing.assert_close(vars(a), vars(b))
     assert first[0].sample_rows != second[0].sample_rows
-    assert loader(path, seed=1).step(0)[0].sample_rows != first[0].sample_rows
+    assert loader(path, seed=1).step(0).microbatches[0].sample_rows != first[0].sample_rows
 
 
 @pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
 @pytest.mark.parametrize("multi_turn", [False, True])
 def test_weights_equal_brute_force(path, weighting, multi_turn):
     store = SampleStore(path)
-    batches = loader(path, gbs=3, loss_weighting=weighting, multi_turn=multi_turn).step(3)
+    batches = loader(path, gbs=3, loss_weighting=weighting, multi_turn=multi_turn).step(3).microbatches
     power = {"square": -0.5, "token": 0, "sample": -1}[weighting]
     expected = []
     for batch in batches:
@@ -108,7 +108,7 @@ def test_weights_equal_brute_force(path, weighting, multi_turn):
 
 def test_layout_of_a_batch(path):
     store = SampleStore(path)
-    for batch in loader(path, gbs=loader(path).packs_per_epoch).step(0):
+    for batch in loader(path, gbs=loader(path).packs_per_epoch).step(0).microbatches:
         bounds = batch.document_bounds
         assert (bounds[0], bounds[-1]) == (0, LENGTH)
         assert bounds == sorted(set(bounds))
@@ -129,7 +129,7 @@ def test_layout_of_a_batch(path):
 
 def test_pixels_follow_the_image_tokens(path):
     whole = loader(path, gbs=loader(path).packs_per_epoch, decode=True)
-    for batch in whole.step(0):
+    for batch in whole.step(0).microbatches:
         assert batch.pixel_values.shape == (batch.n_tiles, 3, 28, 28)
         assert batch.pixel_values.dtype == torch.float32
         offset = 0
@@ -160,7 +160,7 @@ def first_thumbnail(path):
 def test_a_pack_without_pictures_has_no_tiles(tmp_path, tokenizer_dir):
     path = make_store(tmp_path, tokenizer_dir, [conversation("Hi", "Ho")], (LENGTH,))
     write_packs(path, LENGTH, 0)
-    batch = loader(path, gbs=1, decode=True).step(0)[0]
+    batch = loader(path, gbs=1, decode=True).step(0).microbatches[0]
     assert batch.pixel_values.shape == (0, 3, 28, 28)
 
 
@@ -173,13 +173,14 @@ def test_mistakes_are_one_line(path, tmp_path):
         loader(tmp_path)
 
 
-def test_media_that_changed_are_refused(tmp_path, tokenizer_dir):
+def test_media_that_changed_have_failed(tmp_path, tokenizer_dir):
     make_image(tmp_path / "a.png", (56, 56))
     path = make_store(tmp_path, tokenizer_dir, [conversation("<image>", "x", image="a.png")], (LENGTH,))
     write_packs(path, LENGTH, 0)
     make_image(tmp_path / "a.png", (30, 30))
-    with pytest.raises(UserError, match=r"media changed since preprocessing: .*data\.jsonl:1"):
-        loader(path, gbs=1, decode=True).step(0)
+    changed = loader(path, gbs=1, decode=True).step(0)
+    assert changed.failures[0].reason.startswith("media changed since preprocessing: ")
+    assert changed.failures[0].source.endswith("data.jsonl:1") and changed.failures[0].row == 0
+    assert not changed.microbatches[0].pixel_values.any()
     (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match="missing media"):
-        loader(path, gbs=1, decode=True).step(0)
+    assert "missing media" in loader(path, gbs=1, decode=True).step(0).failures[0].reason

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from megatron_eagle.convert.hf_model.image_processing_eagle2_5_vl import Eagle2_5_VLImageProcessor
-from megatron_eagle.data.dataset import media_loaders
 from megatron_eagle.data.iap import select_grid
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.documents import draw_page, page_sizes, pixel_size
@@ -23,7 +22,15 @@ from megatron_eagle.data.reuse import is_current
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.data.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
-from tests.data.helpers import call_tool, conversation, frame_number, make_image, make_pdf, make_store
+from tests.data.helpers import (
+    call_tool,
+    conversation,
+    frame_number,
+    make_image,
+    make_pdf,
+    make_store,
+    read_media,
+)
 from tests.paths import MEDIA, need_media
 
 LIMIT = 10**8
@@ -69,7 +76,7 @@ def test_pages_of_a_store(tmp_path, tokenizer_dir):
     ]
     text = load_tokenizer(tokenizer_dir).decode(sample.ids.tolist())
     assert [label in text for label in ("<image 2>", "<image 7>", "<image 8>")] == [True, True, False]
-    tiles = [load() for load in media_loaders(SampleStore(path), 0)]
+    tiles = read_media(SampleStore(path), 0)
     assert [len(t) for t in tiles] == [7] * 5 + [1, 4]
     for number, page in enumerate(tiles[:5]):
         whole = torch.cat([torch.cat(list(page[i : i + 2]), 2) for i in (0, 2, 4)], 1)
@@ -81,8 +88,8 @@ def test_pages_of_a_store(tmp_path, tokenizer_dir):
     assert is_current(path, SampleStore(path).manifest.input_key)
     make_pdf(tmp_path / "report.pdf", 6)
     assert not is_current(path, SampleStore(path).manifest.input_key)
-    with pytest.raises(UserError, match=r"media changed since preprocessing: pdf://.*report.pdf\?page=1&"):
-        media_loaders(SampleStore(path), 0)[0]()
+    with pytest.raises(Problem, match=r"media changed since preprocessing: pdf://.*report.pdf\?page=1&"):
+        read_media(SampleStore(path), 0)
 
 
 def test_pages_that_do_not_fit_are_given_up(tmp_path, tokenizer_dir):
@@ -125,7 +132,7 @@ def test_few_pixels_allow_few_tiles(tmp_path, tokenizer_dir):
     path = make_store(tmp_path, tokenizer_dir, [record], max_pixels=4 * 28 * 28)
     image = SampleStore(path)[0].images[0]
     assert image.columns * image.rows <= 4
-    assert media_loaders(SampleStore(path), 0)[0]().shape[0] == image.n_tiles
+    assert read_media(SampleStore(path), 0)[0].shape[0] == image.n_tiles
 
 
 def test_what_is_drawn(tmp_path):
@@ -163,7 +170,7 @@ def test_the_exported_processor_sees_the_same_pixels(tmp_path, tokenizer_dir):
     for row in range(2):
         pages = [load_image(image.path) for image in store[row].images]
         expected = hf(images=pages, return_tensors="pt")["pixel_values"]
-        tiles = torch.cat([load() for load in media_loaders(store, row)])
+        tiles = torch.cat(read_media(store, row))
         assert tiles.shape == expected.shape
         assert torch.equal(tiles, expected)
 

@@ -6,7 +6,7 @@ import torch
 from megatron_eagle.data.loader import DataConfig, PackLoader
 from megatron_eagle.data.packing import write_packs
 from megatron_eagle.data.store import SampleStore
-from tests.data.helpers import make_image, make_store, make_video
+from tests.data.helpers import every_tile, make_image, make_store, make_video
 
 pytest.importorskip("transformers")
 
@@ -42,9 +42,9 @@ def test_same_ids_and_pixels(tmp_path, tokenizer_dir, processor, typed):
     write_packs(path, 600, 0)
     config = DataConfig(str(path), 600)
     loader = PackLoader(
-        config, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1, decode_media=True
+        config, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1, plan=every_tile
     )
-    sample, batch = SampleStore(path)[0], loader.step(0)[0]
+    sample, batch = SampleStore(path)[0], loader.step(0).microbatches[0]
     loader.close()
 
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

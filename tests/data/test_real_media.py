@@ -4,7 +4,7 @@ import json
 
 from megatron_eagle.data.loader import DataConfig, PackLoader
 from megatron_eagle.data.store import SampleStore
-from tests.data.helpers import call_tool, conversation, write_jsonl
+from tests.data.helpers import call_tool, conversation, every_tile, write_jsonl
 from tests.paths import MEDIA, need_media
 
 CLIP = {"video": "video/energon_sync_test.mp4", "start": 10, "end": 40}
@@ -62,9 +62,9 @@ def test_as_a_new_user_would(tmp_path, tokenizer_dir):
         global_batch_size=1,
         data_parallel_rank=0,
         data_parallel_size=1,
-        decode_media=True,
+        plan=every_tile,
     )
     for pack in range(loader.packs_per_epoch):
-        batch = loader.step(pack)[0]
+        batch = loader.step(pack).microbatches[0]
         assert batch.pixel_values.shape == (batch.n_tiles, 3, 448, 448)
     loader.close()

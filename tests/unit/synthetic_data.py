@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_eagle.data.loader import Batch
+from megatron_eagle.data.loader import Batch, GlobalBatch
 from megatron_eagle.data.store import DataManifest
 from megatron_eagle.model.presets import preset
 
@@ -38,19 +38,36 @@ class SyntheticLoader:
     """`data.loader.PackLoader`'s interface. A pack depends on its global position alone; every third has no
     image. Data in a folder named `broken`: the weights of the third iteration's packs are NaN."""
 
-    def __init__(self, config, *, global_batch_size, data_parallel_rank, data_parallel_size, decode_media):
+    def __init__(self, config, *, global_batch_size, data_parallel_rank, data_parallel_size, plan, device):
         self._broken = Path(config.path).name == "broken"
-        self._batch, self._decode = global_batch_size, decode_media
+        self._batch, self._plan = global_batch_size, plan
         self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size
+        self.decoder = "media: made up"
 
-    def step(self, consumed_packs: int) -> list[Batch]:
-        packs = [self._pack(consumed_packs + i) for i in range(self._batch)]
-        normaliser = sum(pack.loss_weights.sum() for pack in packs)
+    def step(self, consumed_packs: int) -> GlobalBatch:
+        total = sum(float(self._pack(consumed_packs + i).loss_weights.sum()) for i in range(self._batch))
         if self._broken and consumed_packs == 2 * self._batch:
-            normaliser = torch.tensor(float("nan"))
-        for pack in packs:
-            pack.loss_weights /= normaliser
-        return packs[self._rank * self._share : (self._rank + 1) * self._share]
+            total = float("nan")
+        mine = range(self._rank * self._share, (self._rank + 1) * self._share)
+        return GlobalBatch(consumed_packs, [self._planned(consumed_packs, i, total) for i in mine], total, 0)
+
+    def n_samples(self, consumed_packs: int) -> int:
+        return self._batch
+
+    def leave_out(self, batch: GlobalBatch, samples: set[int]) -> None:
+        kept = [i for i in range(self._batch) if i not in samples]
+        batch.total = sum(float(self._pack(batch.first_pack + i).loss_weights.sum()) for i in kept)
+        for i, pack in enumerate(batch.microbatches, self._rank * self._share):
+            weights = self._pack(batch.first_pack + i).loss_weights
+            pack.loss_weights = weights / batch.total if i in kept else torch.zeros_like(weights)
+
+    def _planned(self, consumed_packs: int, i: int, total: float) -> Batch:
+        pack = self._pack(consumed_packs + i)
+        pack.loss_weights /= total
+        pack.plan = self._plan(pack)
+        tiles = pack.plan.tiles
+        pack.pixel_values = None if tiles is None else pack.pixel_values[tiles.start : tiles.stop]
+        return pack
 
     def close(self) -> None:
         pass
@@ -72,7 +89,7 @@ class SyntheticLoader:
             loss_weights=weights,
             position_ids=torch.cat([torch.arange(40), torch.arange(LENGTH - 40)]),
             document_bounds=[0, 40, LENGTH],
-            pixel_values=pixels if self._decode else None,
+            pixel_values=pixels,
             n_tiles=tiles,
             sample_rows=[position],
         )

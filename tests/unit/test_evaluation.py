@@ -1,15 +1,14 @@
 """The evaluation loss is that of one global batch with all held-out packs, in every layout."""
 
-from types import SimpleNamespace
+from functools import partial
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 
-from megatron_eagle.data.loader import DataConfig
+from megatron_eagle.data.loader import DataConfig, PackLoader
 from megatron_eagle.data.packing import write_packs
 from megatron_eagle.errors import UserError
-from megatron_eagle.training import evaluation, loop
+from megatron_eagle.training import loop
 from megatron_eagle.training.evaluation import EvaluationConfig, HeldOut
 from megatron_eagle.training.metrics import read_metrics
 from megatron_eagle.training.run_config import load_run_config
@@ -22,25 +21,18 @@ FROZEN = ["optimizer.lr=1e-30", "optimizer.weight_decay=0", "training.stop_at_it
 
 
 class HeldOutLoader(SyntheticLoader):
-    """Two global batches, the packs that training reads."""
+    """Two global batches, the packs that training reads; the second weighs three times the first."""
 
     packs_per_epoch = 9
 
-    def packs(self, consumed_packs):
-        return np.arange(consumed_packs, consumed_packs + self._batch)
-
-
-def weights(index, packs, **_) -> float:
-    """As if the second global batch weighed three times the first."""
-    return 1.0 if packs[0] == 0 else 3.0
+    def step(self, consumed_packs):
+        batch = super().step(consumed_packs)
+        batch.total = 1.0 if consumed_packs == 0 else 3.0
+        return batch
 
 
 def train_evaluating(config: str, world_size: int, overrides: list[str]) -> None:
-    with (
-        patch.object(loop, "PackLoader", SyntheticLoader),
-        patch.multiple(evaluation, PackLoader=HeldOutLoader, normalizer=weights),
-        patch.multiple(evaluation, read_packs=lambda store: None, SampleStore=lambda *_: None),
-    ):
+    with patch.object(loop, "PackLoader", HeldOutLoader):
         loop.train(load_run_config(config, overrides, world_size=world_size))
 
 
@@ -73,12 +65,15 @@ def test_weights_of_a_real_store_add_up_to_one(tmp_path):
     store = make_store(tmp_path, make_tokenizer(tmp_path / "tokenizer"), records, (200,))
     write_packs(store, 200, seed=0)
     data = DataConfig(str(store), 200)
-    mesh = SimpleNamespace(dp=SimpleNamespace(rank=0, size=1), pp=SimpleNamespace(rank=0))
-    held_out = HeldOut(EvaluationConfig(str(store), 1), data, 2, mesh)
-    batches = list(held_out)
-    assert len(batches) >= 2 and sum(share for _, share in batches) == pytest.approx(1)
-    total = sum(share * float(b.loss_weights.sum()) for packs, share in batches for b in packs)
-    assert total == pytest.approx(1, rel=1e-5)
+    open_loader = partial(PackLoader, global_batch_size=2, data_parallel_rank=0, data_parallel_size=1)
+    held_out = HeldOut(EvaluationConfig(str(store), 1), data, 2, open_loader)
+    batches = list(held_out.batches(PackLoader.step))
+    assert len(batches) >= 2
+    total = sum(b.total for b in batches)
+    weights = sum(
+        b.total / total * float(pack.loss_weights.sum()) for b in batches for pack in b.microbatches
+    )
+    assert weights == pytest.approx(1, rel=1e-5)
     held_out.close()
     with pytest.raises(UserError, match="and 1 global batches of 500 are asked for"):
-        HeldOut(EvaluationConfig(str(store), 1), data, 500, mesh)
+        HeldOut(EvaluationConfig(str(store), 1), data, 500, open_loader)

@@ -1,6 +1,7 @@
 """Stages from one file: what each becomes, the hand-over between them, the published example."""
 
 import json
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,7 +13,6 @@ from megatron_eagle.config import load_yaml
 from megatron_eagle.data.store import DataManifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import build_model
-from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
@@ -20,6 +20,7 @@ from megatron_eagle.training import loop
 from megatron_eagle.training.checkpoint import load_checkpoint, read_model_config, read_train_state
 from megatron_eagle.training.loss import weighted_loss
 from megatron_eagle.training.metrics import read_metrics
+from megatron_eagle.training.schedule import build_batch, plan_batch
 from megatron_eagle.training.stages import load_stages, train_stages
 from tests.parallel.harness import launch
 from tests.paths import REPO
@@ -67,10 +68,10 @@ class RecordingLoader(SyntheticLoader):
         self._file = Path(config.path).parent / f"samples_{torch.distributed.get_rank()}.jsonl"
 
     def step(self, consumed_packs):
-        batches = super().step(consumed_packs + self._offset)
+        batch = super().step(consumed_packs + self._offset)
         with open(self._file, "a") as file:
-            file.write(json.dumps([row for batch in batches for row in batch.sample_rows]) + "\n")
-        return batches
+            file.write(json.dumps([row for pack in batch.microbatches for row in pack.sample_rows]) + "\n")
+        return batch
 
 
 def train_rank(file: str, overrides: list[str], stage: str | None) -> int:
@@ -90,14 +91,12 @@ def evaluate_handed_over(checkpoint: str, data: str) -> float:
             global_batch_size=4,
             data_parallel_rank=0,
             data_parallel_size=1,
-            decode_media=True,
+            plan=partial(plan_batch, eagle, mesh, False),
+            device=device.torch_device,
         )
         total = 0.0
-        for batch in loader.step(1000):
-            names = ("input_ids", "position_ids", "document_bounds", "pixel_values", "labels", "loss_weights")
-            inputs = make_input(
-                eagle, mesh, device.torch_device, **{name: getattr(batch, name) for name in names}
-            )
+        for batch in loader.step(1000).microbatches:
+            inputs = build_batch(device.torch_device, batch)
             total += weighted_loss(model(inputs), inputs.loss_weights).item()
         return total
 

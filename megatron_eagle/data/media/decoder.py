@@ -4,7 +4,6 @@ Shapes: n tiles, S tile size in pixels.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from megatron_eagle.data.media.deadline import within
 from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.images import load_image
-from megatron_eagle.data.media.source import check_unchanged
+from megatron_eagle.data.media.source import check_size, check_unchanged
 from megatron_eagle.data.media.tiles import image_tiles, resize
 from megatron_eagle.errors import UserError
 
@@ -95,12 +94,20 @@ class MediaDecoder:
             tiles = tiles[order]
         return tiles, torch.from_numpy(chosen.times)[order]
 
-    def picture(self, path: str, grid: tuple[int, int], *, max_pixels: int) -> torch.Tensor:
+    def picture(
+        self, path: str, grid: tuple[int, int], *, max_pixels: int, file_size: int | None = None
+    ) -> torch.Tensor:
         """A picture in its grid (columns, rows) of tiles, uint8 [n, 3, S, S]: see `tiles.image_tiles`.
 
-        Raises `Problem` if it cannot be read, or not in time.
+        Raises `Problem` if it cannot be read, or not in time, or does not have `file_size` bytes.
         """
-        return within(self._timeout, path, partial(self._backend.picture, path, grid, max_pixels=max_pixels))
+
+        def decode() -> torch.Tensor:
+            if file_size is not None:
+                check_size(path, file_size)
+            return self._backend.picture(path, grid, max_pixels=max_pixels)
+
+        return within(self._timeout, path, decode)
 
     def close(self) -> None:
         """Let the back end's threads and memory go."""

@@ -85,14 +85,17 @@ def fingerprint(path: str) -> int:
 
 def check_unchanged(path: str, probed: FileFacts, known_fingerprint: int) -> None:
     """Raise `Problem` if a file is not the one that was probed; a copy of it with another date is."""
+    now = check_size(path, probed.size)
+    if now.mtime_ns != probed.mtime_ns and fingerprint(path) != known_fingerprint:
+        raise Problem("media changed since preprocessing", f"{path} has other content")
+
+
+def check_size(path: str, size: int) -> FileFacts:
+    """A file as it is now.  Raises `Problem` if it does not have the bytes that it was probed with."""
     now = file_facts(path)
-    if now.size != probed.size:
-        reason = f"has {now.size} bytes, had {probed.size}"
-    elif now.mtime_ns != probed.mtime_ns and fingerprint(path) != known_fingerprint:
-        reason = "has other content"
-    else:
-        return
-    raise Problem("media changed since preprocessing", f"{path} {reason}")
+    if now.size != size:
+        raise Problem("media changed since preprocessing", f"{path} has {now.size} bytes, had {size}")
+    return now
 
 
 def open_media(path: str) -> BinaryIO | Path:

@@ -1,0 +1,72 @@
+"""Samples whose media fail at run time: what one rank could not read, all ranks of a step leave out, or none
+goes on.
+
+Each rank marks its failed samples among those of the global batch, whose order everyone knows from the pack
+index; the marks are merged before the step by one small reduction on the host. Every rank then takes the same
+weights out of the loss, also those that read no media, and the loss is that of a batch without these samples.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_eagle.data.loader import FailedMedium, GlobalBatch, PackLoader
+from megatron_eagle.errors import UserError
+from megatron_eagle.training.agreement import AgreedError, raise_together
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for tensors on the host; None: the default group is one. Collective."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def next_batch(
+    loader: PackLoader,
+    first_pack: int,
+    policy: Literal["error", "skip"],
+    group: dist.ProcessGroup | None,
+    injected: Sequence[int] = (),
+) -> tuple[GlobalBatch, list[FailedMedium]]:
+    """`loader.step`, with the samples left out whose media failed on any rank, and why. Collective.
+
+    Args:
+        group: of `host_group`.
+        injected: numbers of samples that count as failed on this rank, for tests.
+    Raises:
+        AgreedError: an error of any rank's loader, or failed media under the policy `error`.
+    """
+    problem = batch = None
+    failures: dict[int, FailedMedium] = {}
+    try:
+        batch = loader.step(first_pack)
+        failures = batch.failures
+    except UserError as error:
+        problem = str(error)
+    failures |= {number: FailedMedium(-1, "none", "none", "a fault for tests") for number in injected}
+    marks = torch.zeros(loader.n_samples(first_pack) + 1, dtype=torch.uint8)
+    marks[list(failures)] = 1
+    marks[-1] = problem is not None
+    dist.all_reduce(marks, dist.ReduceOp.MAX, group=group)
+    if marks[-1]:
+        raise_together(problem)
+    failed = marks.nonzero().flatten().tolist()
+    if not failed:
+        return batch, []
+    of_ranks: list[dict[int, FailedMedium]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, failures, group=group)
+    first = {number: medium for found in reversed(of_ranks) for number, medium in found.items()}
+    media = [first[number] for number in failed]
+    if policy == "error":
+        raise AgreedError(
+            f"{describe(media[0])}{f' (and {len(media) - 1} more samples)' if len(media) > 1 else ''}. "
+            "Repair it, or set data.on_media_error=skip to train without such samples"
+        )
+    loader.leave_out(batch, set(failed))
+    return batch, media
+
+
+def describe(medium: FailedMedium) -> str:
+    """One line: what failed and where it is used."""
+    return f"{medium.reason}; used by row {medium.row} of the store ({medium.source})"
