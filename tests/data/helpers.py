@@ -115,12 +115,16 @@ def make_video(
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
     colours: tuple[tuple[int, int, int], tuple[int, int, int]] = ((0, 0, 0), (255, 255, 255)),
+    movflags: str = "",
+    sound_first: bool = False,
 ) -> Path:
     """A clip whose frame k shows k as eight vertical bars; `pts` (1/1000 s) makes its frame rate variable.
 
-    `options` are the encoder's; `colours` are those of bits that are 0 and 1, the second the brighter.
+    `options` are the encoder's; `colours` are those of bits that are 0 and 1, the second the brighter;
+    `movflags` are the MP4 muxer's; `sound_first` puts a silent track before the video.
     """
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
+        sound = container.add_stream("aac", rate=8000) if sound_first else None
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
@@ -139,6 +143,11 @@ def make_video(
             frame.time_base = time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if sound is not None:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+            silence.sample_rate = 8000
+            container.mux(sound.encode(silence))
+            container.mux(sound.encode())
     return path
 
 

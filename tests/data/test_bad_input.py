@@ -126,7 +126,7 @@ LINES = [
     (video("header.mp4"), "unreadable video"),
     (video("sound.mp4"), "unreadable video"),
     (video("good.png.mp4"), "missing media"),
-    (video("cut.mp4"), "unreadable video"),
+    (video("cut.mp4"), "truncated video"),
     (video("clip.mp4", start=100, end=110), "empty clip"),
     (video("clip.mp4", start=2, end=1), "empty clip"),
     (video("clip.mp4"), None),

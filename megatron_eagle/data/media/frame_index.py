@@ -1,7 +1,7 @@
 """The frame table of a video file, read without decoding its frames.
 
 Containers' own frame counts and frame rates are wrong on edit lists, variable frame rates and damaged files,
-so the table comes from the packets.
+so the table comes from the packets: from their descriptions in plain MP4, from themselves elsewhere.
 """
 
 import struct
@@ -11,6 +11,8 @@ import numpy as np
 
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_table import CodedFrames, FrameTable
+from megatron_eagle.data.media.mp4_boxes import FIRST_KINDS, outer_boxes
+from megatron_eagle.data.media.mp4_index import read_mp4
 from megatron_eagle.data.media.source import file_facts, fingerprint
 
 # Containers that have no index of key frames: a seek leads near one at best.
@@ -32,8 +34,8 @@ def read_frame_table(path: str) -> FrameTable:
     if file.size == 0:
         raise Problem("empty file", path)
     try:
-        frames = _demux(path)
-    except av.error.FFmpegError as error:
+        frames = read_mp4(path, file.size) or demux(path)
+    except (OSError, av.error.FFmpegError) as error:
         raise Problem("unreadable video", f"{path}: {error.strerror}") from None
     if not frames.shown.any():
         raise Problem("unreadable video", f"{path} has no frames with presentation times")
@@ -42,8 +44,11 @@ def read_frame_table(path: str) -> FrameTable:
     return frames.table(file, fingerprint(path))
 
 
-def _demux(path: str) -> CodedFrames:
-    """From all packets, and the first frame: it alone knows of every kind of rotation."""
+def demux(path: str) -> CodedFrames:
+    """The coded frames of any container, from all packets and a frame: it alone knows all kinds of rotation.
+
+    Raises `Problem`, and what PyAV raises.
+    """
     packets: list[tuple[int, bool, bool, int]] = []
     with open_video(path) as container:
         if not container.streams.video:
@@ -87,18 +92,9 @@ def _declared_size(path: str) -> int:
             start += _ebml_size(head, 4)[0]
             size, body = _ebml_size(head, start + 4) if len(head) >= start + 12 else (0, 0)
             return body + size if size else 0
-        if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+        if head[4:8] not in FIRST_KINDS:
             return 0
-        end = 0
-        while len(head := (file.seek(end), file.read(16))[1]) >= 8:
-            size = struct.unpack(">I", head[:4])[0]
-            if size == 1 and len(head) == 16:
-                size = struct.unpack(">Q", head[8:])[0]
-            # A size of 0 means up to the end of the file; after the last box there may be bytes of no box.
-            if size < 8 or not all(32 <= byte < 127 for byte in head[4:8]):
-                break
-            end += size
-        return end
+        return max((end for _, _, end in outer_boxes(file)), default=0)
 
 
 def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
