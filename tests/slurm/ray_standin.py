@@ -17,7 +17,9 @@ exceptions = SimpleNamespace(RayError=type("RayError", (Exception,), {}))
 
 
 def init(**_) -> None:
-    """Connect to RAY_ADDRESS."""
+    """Connect to RAY_ADDRESS, with the token that its nodes were started with."""
+    if {node["token"] for node in _nodes()} != {os.environ["RAY_AUTH_TOKEN"]}:
+        raise ConnectionError("Authentication token is missing or incorrect")
     heads = [node for node in _nodes() if node["head"]]
     if [node["port"] for node in heads] != [os.environ["RAY_ADDRESS"].partition(":")[2]]:
         raise ConnectionError(f"no head at {os.environ['RAY_ADDRESS']}")
@@ -58,6 +60,7 @@ def start(arguments: list[str]) -> None:
     NODES.mkdir(exist_ok=True)
     file = NODES / f"{os.getpid()}.json"
     node = {"head": "head" in options, "port": options.get("port"), "cpus": int(options["num-cpus"])}
+    node["token"] = os.environ["RAY_AUTH_TOKEN"]
     file.write_text(json.dumps(node))
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
     file.unlink()
