@@ -21,7 +21,6 @@ from megatron_eagle.context_parallel.vision_sharding import VisionShare, exchang
 from megatron_eagle.model.connector import Connector
 from megatron_eagle.model.language import LanguageModel
 from megatron_eagle.model.layers import LayerClasses, LayersConfig, choose_layers
-from megatron_eagle.model.offload import Offload
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import RecomputeConfig, connector_config, language_config, vision_config
 from megatron_eagle.model.vision import VisionModel
@@ -54,7 +53,7 @@ class EagleModel(MegatronModule):
         chunk: int,
         recompute: RecomputeConfig,
         classes: LayerClasses,
-        offload: Offload | None,
+        store: HostStore,
     ) -> None:
         config = language_config(eagle, mesh.config, dtype, recompute)
         super().__init__(config=config)
@@ -78,7 +77,7 @@ class EagleModel(MegatronModule):
                 for parameter in (*self.vision_model.parameters(), *self.connector.parameters()):
                     parameter.tensor_model_parallel = False
                     parameter.sum_over_tensor_parallel = True
-        self.language_model = LanguageModel(eagle.text, config, classes, mesh, chunk, offload)
+        self.language_model = LanguageModel(eagle.text, config, classes, mesh, chunk, recompute, store)
 
     @property
     def has_whole_tower(self) -> bool:
@@ -160,9 +159,5 @@ def build_model(
         UserError: `layers` names a library that cannot be used here.
     """
     recompute, classes = recompute or RecomputeConfig(), choose_layers(layers or LayersConfig())
-    offload = None
-    if recompute.language == "offload":
-        in_flight = mesh.config.forwards_in_flight(mesh.pp.rank)
-        offload = Offload(HostStore(), recompute.offload_keep_last, in_flight)
-    chunks = range(mesh.config.num_model_chunks)
-    return [EagleModel(eagle, mesh, dtype, chunk, recompute, classes, offload).to(device) for chunk in chunks]
+    chunks, store = range(mesh.config.num_model_chunks), HostStore()
+    return [EagleModel(eagle, mesh, dtype, chunk, recompute, classes, store).to(device) for chunk in chunks]

@@ -5,12 +5,12 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from eagle_kernels.activation_offload import HostStore
 from eagle_kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_eagle.model.layers import LayerClasses
-from megatron_eagle.model.offload import Offload
 from megatron_eagle.model.presets import TextConfig
 from megatron_eagle.model.rotary import PackedRotaryTable
-from megatron_eagle.model.specs import language_block
+from megatron_eagle.model.specs import RecomputeConfig, language_block
 from megatron_eagle.runtime.parallel import Mesh
 
 
@@ -24,12 +24,13 @@ class LanguageModel(GPTModel):
         classes: LayerClasses,
         mesh: Mesh,
         chunk: int,
-        offload: Offload | None,
+        recompute: RecomputeConfig,
+        store: HostStore,
     ) -> None:
         stage = chunk if mesh.config.num_model_chunks > 1 else None
         super().__init__(
             config,
-            language_block(config, classes, stage, offload),
+            language_block(config, classes, stage, mesh, recompute, store),
             vocab_size=text.padded_vocab_size,
             max_sequence_length=text.max_position_embeddings,
             pre_process=mesh.is_first_stage(chunk),

@@ -5,20 +5,23 @@ offers is looked up by importing it: without Transformer Engine its names in Meg
 """
 
 import importlib
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig, transformer_layer
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from eagle_kernels.dispatch import Implementation, explain
 from eagle_kernels.layer_norm import layer_norm
 from eagle_kernels.rms_norm import rms_norm
-from eagle_kernels.swiglu import swiglu
+from eagle_kernels.swiglu import forget_product, swiglu
 from megatron_eagle.context_parallel.backends import AttentionName
 from megatron_eagle.errors import UserError
 
@@ -117,6 +120,25 @@ class SwiGLU(MegatronModule):
     def forward(self, gate_up: Tensor) -> Tensor:
         # A linear layer does not keep its output: backward may write over it.
         return swiglu(gate_up, self.kernels, reuse_input=True)
+
+
+class ProductFreeMLP(MLP):
+    """Megatron's MLP, which computes the product that its last layer reads again in backward."""
+
+    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, None]:
+        """[r, 1, h] -> the same shape, and no bias."""
+        gate_up, _ = self.linear_fc1(hidden_states)
+        product = self.activation_func(gate_up)
+        with forget_product(product, gate_up, self.activation_func.kernels):
+            return self.linear_fc2(product)
+
+
+def without_product(mlp: ModuleSpec, group: ProcessGroup) -> ModuleSpec:
+    """`mlp` as a `ProductFreeMLP` over the tensor parallel `group`."""
+    # Megatron hands the group to its own class alone, and would warn about another one in every layer.
+    megatron = logging.getLogger(transformer_layer.__name__)
+    megatron.addFilter(lambda record: not str(record.msg).startswith("Unknown MLP type"))
+    return replace(mlp, module=ProductFreeMLP, params={"tp_group": group})
 
 
 def why_not(module: str) -> str | None:

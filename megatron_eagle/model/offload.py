@@ -1,6 +1,6 @@
 """Language layers under activation offload (`recompute.language: offload`)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,26 +13,26 @@ from eagle_kernels.activation_offload import HostStore, Replay, offloaded_layer
 from megatron_eagle.context_parallel.attention import PackedSequence
 
 
-@dataclass(frozen=True)
-class Offload:
-    """What the layers of a rank share."""
+def offloaded(
+    layers: list[ModuleSpec], store: HostStore, keep_last: int, forwards_in_flight: int
+) -> list[ModuleSpec]:
+    """The language layers of a model chunk, offloaded.
 
-    store: HostStore
-    keep_last: int  # layers at the end of each model chunk whose tensors stay on the device
-    forwards_in_flight: int  # of model chunks
-
-    def layers(self, specs: list[ModuleSpec]) -> list[ModuleSpec]:
-        """The layers of a model chunk (all chunks of a rank have equally many), offloaded."""
-        leaving = max(len(specs) - self.keep_last, 0)
-        self.store.slots = leaving * self.forwards_in_flight
-        return [
-            replace(
-                spec,
-                module=OffloadedTransformerLayer,
-                params=spec.params | {"store": self.store, "stays": number >= leaving},
-            )
-            for number, spec in enumerate(specs)
-        ]
+    Args:
+        store: of the rank, whose chunks have equally many layers each. Gets its size here.
+        keep_last: layers at the end of the chunk whose tensors stay on the device.
+        forwards_in_flight: of model chunks that wait for their backward, at most.
+    """
+    leaving = max(len(layers) - keep_last, 0)
+    store.slots = leaving * forwards_in_flight
+    return [
+        replace(
+            layer,
+            module=OffloadedTransformerLayer,
+            params=layer.params | {"store": store, "stays": number >= leaving},
+        )
+        for number, layer in enumerate(layers)
+    ]
 
 
 class OffloadedTransformerLayer(TransformerLayer):

@@ -21,12 +21,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional as F
 
+from eagle_kernels.activation_offload import HostStore
 from megatron_eagle.context_parallel.backends import choose_attention
-from megatron_eagle.model.layers import LayerClasses
-from megatron_eagle.model.offload import Offload
+from megatron_eagle.model.layers import LayerClasses, without_product
+from megatron_eagle.model.offload import offloaded
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.rotary import RotaryAttention
-from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.runtime.parallel import Mesh, ParallelConfig
 
 
 @dataclass
@@ -39,6 +40,9 @@ class RecomputeConfig:
     model chunk, whose backward comes first: theirs stay on the device. The tower has no selective form: its
     attention keeps no score matrix.
 
+    `swiglu`: the MLP's product silu(gate) * up is computed again in backward instead of kept, beside any
+    policy (under `full` and `offload` it matters in the layer under way alone).
+
     Raises:
         ValueError: a negative number of layers.
     """
@@ -46,6 +50,7 @@ class RecomputeConfig:
     language: Literal["none", "selective", "full", "offload"] = "none"
     vision: Literal["none", "full"] = "none"
     offload_keep_last: int = 2
+    swiglu: bool = False
 
     def __post_init__(self) -> None:
         if self.offload_keep_last < 0:
@@ -210,15 +215,26 @@ def _layer(
 
 
 def language_block(
-    config: TransformerConfig, classes: LayerClasses, chunk: int | None, offload: Offload | None
+    config: TransformerConfig,
+    classes: LayerClasses,
+    chunk: int | None,
+    mesh: Mesh,
+    recompute: RecomputeConfig,
+    store: HostStore,
 ) -> TransformerBlockSubmodules:
-    """The language layers of virtual pipeline stage `chunk` (None without interleaving)."""
+    """The language layers of virtual pipeline stage `chunk` (None without interleaving).
+
+    `store` is this rank's, for the tensors of offloaded layers.
+    """
     attention = choose_attention(classes.attention, config.params_dtype)
     core = ModuleSpec(module=RotaryAttention, params={"attention": attention, "kernels": classes.kernels})
     layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, classes.swiglu)
+    if recompute.swiglu:
+        layer.submodules.mlp = without_product(layer.submodules.mlp, mesh.tp.group)
     layers = [layer] * get_num_layers_to_build(config, chunk)
-    if offload is not None:
-        layers = offload.layers(layers)
+    if recompute.language == "offload":
+        in_flight = mesh.config.forwards_in_flight(mesh.pp.rank)
+        layers = offloaded(layers, store, recompute.offload_keep_last, in_flight)
     return TransformerBlockSubmodules(layers, layer_norm=classes.rms_norm)
 
 

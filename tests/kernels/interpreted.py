@@ -18,7 +18,7 @@ from eagle_kernels.layer_norm import layer_norm
 from eagle_kernels.linear_cross_entropy import linear_cross_entropy
 from eagle_kernels.rms_norm import rms_norm
 from eagle_kernels.rope import rope, rotary_table
-from eagle_kernels.swiglu import swiglu
+from eagle_kernels.swiglu import forget_product, swiglu
 
 LIMITS = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}
 
@@ -86,7 +86,16 @@ def check_swiglu(dtype: torch.dtype) -> dict[str, float]:
     overwritten = swiglu(scratch * 1, "triton", reuse_input=True)
     grad = torch.randn_like(overwritten)
     exact = x.double().requires_grad_()
+    down = torch.randn(16, 1040).to(dtype) / 32
+
+    def forgetful(x: Tensor, down: Tensor) -> Tensor:
+        gate_up = x * 1
+        y = swiglu(gate_up, "triton", reuse_input=True)
+        with forget_product(y, gate_up, "triton"):
+            return F.linear(y, down)
+
     return {
+        "product computed again": compare(forgetful, lambda x, down: F.linear(reference(x), down), x, down),
         "blocks": compare(lambda x: swiglu(x, "triton"), reference, x),
         "strided": compare(
             lambda x: swiglu(x[:, ::2, :], "triton"), lambda x: reference(x[:, ::2, :]), x.view(1, 7, -1)
