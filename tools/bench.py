@@ -9,6 +9,7 @@ from benchmarks.report import write_json
 from megatron_eagle.errors import UserError, run_cli
 
 BENCHMARKS = (
+    "attention",
     "context_parallel",
     "convert",
     "linear_cross_entropy",
