@@ -8,7 +8,6 @@ the exact decoder does not.  Results come to the host: batches that wait for the
 import io
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
@@ -51,8 +50,8 @@ class DaliDecoder:
 
     `tile_size` is S.  On a CUDA `device` videos and JPEG pictures are decoded there; on a CPU the exact
     decoder's frames go through the same graph, and pictures do not.  `video_source` is `dali_cpu` where a CPU
-    does to VP8 and VP9 what a GPU would do.  `timeout` is in seconds.  `fallbacks` counts by reason the media
-    that DALI's decoders were not given or did not take; `report` gets a line at the first of each.
+    does to VP8 and VP9 what a GPU would do.  `timeout` is in seconds.  `fell_back` is told the reason and the
+    path of each medium that DALI's decoders were not given or did not take.
     """
 
     def __init__(
@@ -61,14 +60,13 @@ class DaliDecoder:
         device: torch.device,
         *,
         timeout: float | None,
-        report: Callable[[str], None],
+        fell_back: Callable[[str, str], None],
         video_source: VideoSource | None = None,
     ):
-        self._tile_size, self._timeout, self._report = tile_size, timeout, report
+        self._tile_size, self._timeout, self._fell_back = tile_size, timeout, fell_back
         self._exact = ExactDecoder(tile_size)
         self._on_gpu = device.type == "cuda"
         self._process = os.getpid()
-        self.fallbacks: Counter[str] = Counter()
         device_id = (device.index or 0) if self._on_gpu else None
         options = {"device_id": device_id, "batch_size": _BATCH_SIZE, "threads": _THREADS}
         self._source = video_source or ("nvdec" if self._on_gpu else "frames")
@@ -83,7 +81,7 @@ class DaliDecoder:
         try:
             outputs = self._ask(self._videos, path, _encoded(path, index))
         except (RemuxRefused, DaliFailed) as reason:
-            self._fall_back(path, reason)
+            self._fell_back(str(reason), path)
             return self._exact.frames(path, index)
         tiles = np.concatenate([tiles for (tiles,) in outputs])
         return torch.from_numpy(np.ascontiguousarray(np.rot90(tiles, index.rotation // 90, (2, 3))))
@@ -99,7 +97,7 @@ class DaliDecoder:
             try:
                 ((whole, thumbnail),) = self._ask(self._pictures, path, [{"picture": data, "size": size}])
             except DaliFailed as reason:
-                self._fall_back(path, reason)
+                self._fell_back(str(reason), path)
             else:
                 thumbnail = torch.from_numpy(thumbnail) if columns * rows > 1 else None
                 return cut_tiles(torch.from_numpy(whole), thumbnail, grid)
@@ -124,11 +122,6 @@ class DaliDecoder:
                 runner.give_up(sample)
                 raise Problem("decoding takes too long", f"{path}: more than {self._timeout:g} s") from None
         return outputs
-
-    def _fall_back(self, path: str, reason: Exception) -> None:
-        self.fallbacks[str(reason)] += 1
-        if self.fallbacks[str(reason)] == 1:
-            self._report(f"decoded on the CPU: {reason} (first: {path})")
 
 
 def _decoded(path: str, index: FrameIndex) -> Iterator[_Inputs]:

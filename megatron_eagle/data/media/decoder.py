@@ -3,6 +3,7 @@
 Shapes: n tiles, S tile size in pixels.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -46,7 +47,8 @@ class MediaDecoder:
 
     `backend` is exact, dali, or auto: dali on a CUDA `device` if it is installed, else exact.  `name` and
     `reason` say what was chosen and why.  `timeout` is how many seconds one medium may take (None: no limit).
-    `report` gets a line for each new reason why dali leaves a medium to the exact decoder.
+    `fallbacks` counts by reason the media that dali leaves to the exact decoder; `report` gets a line at the
+    first of each.
 
     Raises `UserError` for an unknown back end, and for dali if it is not installed.
     """
@@ -62,13 +64,14 @@ class MediaDecoder:
     ):
         device = torch.device(device)
         self.name, self.reason = _choose(backend, device)
-        self._timeout = timeout
+        self._timeout, self._report = timeout, report
+        self.fallbacks: Counter[str] = Counter()
         if self.name == "exact":
             self._backend = ExactDecoder(tile_size)
         else:
             from megatron_eagle.data.media.dali import DaliDecoder
 
-            self._backend = DaliDecoder(tile_size, device, timeout=timeout, report=report)
+            self._backend = DaliDecoder(tile_size, device, timeout=timeout, fell_back=self._fell_back)
 
     def frames(
         self, source: str, index: FrameIndex, frame_numbers: Sequence[int]
@@ -112,6 +115,11 @@ class MediaDecoder:
     def close(self) -> None:
         """Let the back end's threads and memory go."""
         self._backend.close()
+
+    def _fell_back(self, reason: str, path: str) -> None:
+        self.fallbacks[reason] += 1
+        if self.fallbacks[reason] == 1:
+            self._report(f"decoded exactly, not by DALI: {reason} (first: {path})")
 
 
 def _choose(backend: str, device: torch.device) -> tuple[str, str]:
