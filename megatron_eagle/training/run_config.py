@@ -98,6 +98,8 @@ class RunConfig:
         data_parallel_size = self.parallel.data_parallel_size(world_size)
         self.model.validate()
         self.logging.check(world_size)
+        if self.resilience.stragglers is not None:
+            self.resilience.stragglers.check()
         check_layout(self.model, self.parallel, self.data.length)
         if self.layers.attention == "te":
             check_te_attention(self.parallel)
