@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from megatron_eagle.data.ledger import Problem
+from megatron_eagle.data.loader import DataConfig, PackLoader
 from megatron_eagle.data.media.deadline import within
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.exact import read_frames
@@ -25,8 +26,9 @@ from megatron_eagle.data.media.remux import Remux
 from megatron_eagle.data.media.source import file_facts
 from megatron_eagle.data.media.tiles import cut_tiles, image_tiles, resize
 from megatron_eagle.data.media.video import decode_frames
+from megatron_eagle.data.packing import write_packs
 from megatron_eagle.errors import UserError
-from tests.data.helpers import frame_number, make_image, make_video
+from tests.data.helpers import conversation, every_tile, frame_number, make_image, make_store, make_video
 from tests.data.photos import bt601_rgb, make_photos
 
 S = 112
@@ -114,6 +116,34 @@ def test_real_clips_differ_by_little(exact):
         largest, mean = difference(tiles, exact.frames(path, index, numbers)[0])
         assert largest <= 16
         assert mean <= 0.25
+
+
+def test_training_input_is_the_same_under_either_decoder(tmp_path, tokenizer_dir):
+    """`data.decoder`: only the pixels of videos differ, by no more than the resizing does."""
+    make_photos(tmp_path / "v.mp4", "libx264", n_frames=30)
+    make_image(tmp_path / "a.png", (60, 40))
+    record = conversation("<video> <image>", "A clip and a picture.", video="v.mp4", image="a.png")
+    store = make_store(tmp_path, tokenizer_dir, [record], (300,), sampling={"min_frames": 5, "fps": 4})
+    write_packs(store, 300, seed=0)
+    packs = []
+    for decoder in ("exact", "dali"):
+        loader = PackLoader(
+            DataConfig(str(store), 300, decoder=decoder, prefetch=False),
+            global_batch_size=1,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            plan=every_tile,
+        )
+        assert loader.decoder == f"media: {decoder} (asked for)"
+        packs.append(loader.step(0).microbatches[0])
+        loader.close()
+    exactly, dali = packs
+    assert dali.input_ids.equal(exactly.input_ids)
+    assert 5 <= dali.n_frames < dali.n_tiles
+    apart = (dali.pixel_values - exactly.pixel_values).abs() * 255 / 2
+    assert 0 < apart.amax() <= 4.01
+    assert apart.mean() <= 0.3
+    assert (apart.amax((1, 2, 3)) == 0).sum() >= dali.n_tiles - dali.n_frames  # pictures are not touched
 
 
 @pytest.mark.parametrize("name", ["vp8.webm", "vp9.webm"])
