@@ -55,6 +55,9 @@ def _arguments() -> argparse.Namespace:
     command.add_argument("--tokenizer", type=Path, help="the language model's tokenizer with image tokens")
     command.add_argument("--tile-size", type=int, help="pixels a side (default: as the tower's pictures)")
     command.add_argument("--seed", type=int, default=0, help="of the fresh connector (default 0)")
+    command.add_argument(
+        "--allow-pickle", action="store_true", help="read pytorch_model*.bin (tensors only) too"
+    )
 
     command = add("export", "make a Hugging Face folder from a checkpoint")
     command.add_argument(
@@ -87,9 +90,9 @@ def _import(options: argparse.Namespace) -> None:
 
     _quiet()
     if options.hf is not None:
-        config = import_hf(options.hf, options.checkpoint)
+        config = import_hf(options.hf, options.checkpoint, allow_pickle=options.allow_pickle)
     else:
-        parts |= {"tile_size": options.tile_size, "seed": options.seed}
+        parts |= {name: getattr(options, name) for name in ("tile_size", "seed", "allow_pickle")}
         config = import_parts(Parts(**parts), options.checkpoint)
     print(
         f"{options.checkpoint}: {config.text.num_hidden_layers} language layers, "

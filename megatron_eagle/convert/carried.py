@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_eagle.convert.pickled import PickledWeights
 from megatron_eagle.convert.shards import INDEX, HfWeights, read_json, save
 from megatron_eagle.errors import UserError
 
@@ -63,7 +64,9 @@ class Carried:
             raise UserError(f"{path}: truncated or not a safetensors file: {error}") from None
 
 
-def write_carried(checkpoint: str | Path, source: Path, weights: HfWeights, names: Iterable[str]) -> None:
+def write_carried(
+    checkpoint: str | Path, source: Path, weights: HfWeights | PickledWeights, names: Iterable[str]
+) -> None:
     """Write `C/hf` from the HF folder `source`; `names` are the tensors that only pass through."""
     folder = Path(checkpoint) / FOLDER
     folder.mkdir(parents=True)

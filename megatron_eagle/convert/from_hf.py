@@ -8,18 +8,19 @@ import torch
 from megatron_eagle.convert.carried import write_carried
 from megatron_eagle.convert.checkpoint_files import pieces_of, write_checkpoint
 from megatron_eagle.convert.mapping import Plan
-from megatron_eagle.convert.shards import HfWeights, read_json
+from megatron_eagle.convert.pickled import open_weights
+from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 
 
-def import_hf(hf: str | Path, checkpoint: str | Path) -> EagleConfig:
+def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = False) -> EagleConfig:
     """Read the Eagle 2.5 checkpoint in the folder `hf` into the new folder `checkpoint` (iteration 0).
 
     Every tensor is accounted for before anything is written: one that is missing, unexpected or of another
     shape is an error, and none keeps a random value. Weights are stored as bf16 if all of them are, else as
     fp32, which holds fp16 and bf16 exactly. One tensor at a time is in memory. The folder appears when it is
-    complete.
+    complete. `allow_pickle`: read `pytorch_model*.bin` where there are no safetensors files.
 
     Returns:
         The model's configuration.
@@ -34,7 +35,7 @@ def import_hf(hf: str | Path, checkpoint: str | Path) -> EagleConfig:
         raise UserError(f"{target}: exists and is not empty; choose a new folder for the checkpoint")
     hf_config = read_json(source / "config.json")
     config = EagleConfig.from_hf(hf_config)
-    weights = HfWeights(source)
+    weights = open_weights(source, allow_pickle=allow_pickle)
     # transformers builds the pooling head unless told otherwise: without it there it would stay random.
     carries_head = hf_config["vision_config"].get("vision_use_head", True)
     plan = Plan(config, carries_head=carries_head)

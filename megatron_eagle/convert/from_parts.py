@@ -18,7 +18,8 @@ from megatron_eagle.convert.carried import FOLDER, TOKENIZER_FILES, write_tensor
 from megatron_eagle.convert.checkpoint_files import pieces_of, write_checkpoint
 from megatron_eagle.convert.export_files import IMAGE_TOKENS, token_ids
 from megatron_eagle.convert.mapping import Plan
-from megatron_eagle.convert.shards import HfWeights, read_json
+from megatron_eagle.convert.pickled import open_weights
+from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
@@ -33,7 +34,8 @@ _CONNECTOR = {"0": "layer_norm", "1": "linear_fc1", "3": "linear_fc2"}
 class Parts:
     """Folders to begin from. `tokenizer` extends the language model's own by the image tokens.
 
-    `tile_size` in pixels; default: the tower's pictures. `seed` draws the connector.
+    `tile_size` in pixels; default: the tower's pictures. `seed` draws the connector. `allow_pickle`: read
+    `pytorch_model*.bin` where there are no safetensors files.
     """
 
     language: Path
@@ -41,6 +43,7 @@ class Parts:
     tokenizer: Path
     tile_size: int | None = None
     seed: int = 0
+    allow_pickle: bool = False
 
 
 def import_parts(parts: Parts, checkpoint: str | Path) -> EagleConfig:
@@ -88,7 +91,9 @@ class _Source:
                 raise UserError(f"{folder}: no such folder")
         self.parts = parts
         self.ids = token_ids(parts.tokenizer)
-        self.language, self.vision = HfWeights(parts.language), HfWeights(parts.vision)
+        self.language, self.vision = (
+            open_weights(folder, allow_pickle=parts.allow_pickle) for folder in (parts.language, parts.vision)
+        )
         text = TextConfig.from_hf(read_json(parts.language / "config.json"))
         self.known_rows = self._known_rows(text.vocab_size)
         text.vocab_size = max(self.ids.values()) + 1

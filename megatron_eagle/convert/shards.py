@@ -73,7 +73,7 @@ class HfWeights:
         single = self.folder / SINGLE
         if not single.is_file():
             pickled = sorted(self.folder.glob("*.bin"))
-            advice = f"; {pickled[0].name} is a pickle and is not read" if pickled else ""
+            advice = f"; {pickled[0].name} is a pickle, read only with --allow-pickle" if pickled else ""
             raise UserError(f"{self.folder}: no weights here ({SINGLE} or {INDEX}){advice}")
         try:
             with safe_open(single, "pt") as file:

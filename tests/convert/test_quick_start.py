@@ -74,6 +74,7 @@ SIGN = '{"type": "image", "image": "https://www.ilankelman.org/stopsigns/austral
 BRIDGE = '{"type": "image", "image": "https://www.nvidia.com/content/dam/en-zz/bridge.jpg"}'
 CLIP = '{"type": "video", "video": "../Eagle2-8B/space_woaudio.mp4"}'
 SHORT_CLIP = '{"type": "video", "video": "../Eagle2-8B/space_woaudio.mp4", "nframes": 10}'
+OTHER_CLIP = '{"type": "video", "video": "../Eagle2-8B/video_ocr.mp4", "nframes": 10}'
 
 
 def ask(name: str, *items: str, text: str) -> str:
@@ -104,7 +105,10 @@ PROGRAMS = {
         6,  # three seconds at 2 fps
     ),
     "multiple videos": (
-        LOAD + ask("messages", SHORT_CLIP, SHORT_CLIP, text="Describe them.") + PREPARE_VIDEO + GENERATE,
+        LOAD
+        + ask("messages", SHORT_CLIP, OTHER_CLIP, text="Describe these two videos respectively.")
+        + PREPARE_VIDEO
+        + GENERATE,
         1,
         2 * 10,
     ),
@@ -139,7 +143,7 @@ def table(brief, tmp_path_factory):
     Image.open(media / "p.png").save(media / "australia.jpg")
     write_picture(media / "q.png", 128, 64)
     Image.open(media / "q.png").save(media / "bridge.jpg")
-    video = write_video(media / "video.mp4")
+    video, other = write_video(media / "video.mp4"), write_video(media / "other.mp4", frames=60)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
@@ -154,6 +158,7 @@ def table(brief, tmp_path_factory):
             "https://www.ilankelman.org/stopsigns": here,
             "https://www.nvidia.com/content/dam/en-zz": here,
             "../Eagle2-8B/space_woaudio.mp4": video,
+            "../Eagle2-8B/video_ocr.mp4": other,
             "cuda": "cpu",
             "flash_attention_2": "sdpa",
         }
