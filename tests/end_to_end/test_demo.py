@@ -11,8 +11,10 @@ import yaml
 from PIL import Image
 from tokenizers import Tokenizer
 
+from megatron_eagle.config import apply_overrides, from_dict, load_yaml
 from megatron_eagle.data.iap import select_grid
 from megatron_eagle.data.media.documents import page_sizes
+from megatron_eagle.runtime.parallel import ParallelConfig
 from tests.paths import REPO
 
 DEMO = REPO / "examples" / "demo"
@@ -116,6 +118,13 @@ def test_tokenizer_is_deterministic_and_loads_both_ways(tokenizer_folder, tmp_pa
     assert auto.decode(auto(text)["input_ids"]) == text
     for token in train.EAGLE_TOKENS:
         assert len(auto(token)["input_ids"]) == 1
+
+
+def test_the_second_half_divides_packs_by_their_work():
+    run = importlib.import_module("run")
+    settings = apply_overrides(load_yaml(run.CONFIG), run.CONTEXT_PARALLEL)["parallel"]
+    parallel = from_dict(ParallelConfig, settings, "parallel")
+    assert (parallel.context_parallel_size, parallel.context_parallel_layout) == (2, "balanced")
 
 
 @pytest.mark.slow
