@@ -36,7 +36,7 @@ class Prefetcher(Generic[T]):
     ):
         self._prepare, self._finish, self._positions, self._limit = prepare, finish, positions, limit
         self._ready: deque[T | BaseException] = deque()
-        self._held = 0  # bytes of the items that are finished or being finished
+        self._held = 0  # bytes of the items in `_ready`, and of the one that is being finished
         self._changed = Condition()
         self._closed = False
         self._thread = Thread(target=self._run, name="prefetch", daemon=True)
@@ -76,7 +76,7 @@ class Prefetcher(Generic[T]):
 
     def _has_room(self, item: T) -> bool:
         fits = self._held + item.nbytes <= self._limit and len(self._ready) < MOST_AHEAD
-        return fits or not self._held
+        return fits or not self._ready
 
     def _put(self, item: T | BaseException) -> None:
         with self._changed:

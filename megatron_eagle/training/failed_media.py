@@ -1,5 +1,4 @@
-"""Samples whose media fail at run time: what one rank could not read, all ranks of a step leave out, or none
-goes on.
+"""Samples whose media fail at run time: on every rank they are left out of the loss, or the run ends.
 
 Each rank marks its failed samples among those of the global batch, whose order everyone knows from the pack
 index; the marks are merged before the step by one small reduction on the host. Every rank then takes the same

@@ -5,7 +5,7 @@
     {"kind": "stall", "rank": 1, "iteration": 5}     the process stands still, for 3600 s or "seconds"
     {"kind": "nan", "iteration": 5}                  the loss of this iteration counts as NaN, on all ranks
     {"kind": "spike", "iteration": 5}                ... as a hundred times what it is
-    {"kind": "bad_media", "iteration": 5, "sample": 3}   the media of this sample of the global batch fail
+    {"kind": "bad_media", "iteration": 5, "samples": [3]}   media of these samples of the global batch fail
     {"kind": "slow_save", "seconds": 2}              every save waits first
     {"kind": "failed_save", "iteration": 6}          the save after this iteration fails, on all ranks
 With "once": FILE a fault happens only if FILE does not exist, and makes it: not again after a restart.
@@ -41,7 +41,7 @@ class Faults:
     def bad_media(self, iteration: int) -> list[int]:
         """Numbers of the samples of the global batch whose media this rank is not to read."""
         fault = self._due("bad_media", iteration)
-        return [] if fault is None else [fault["sample"]]
+        return [] if fault is None else fault["samples"]
 
     def before_save(self, iteration: int) -> None:
         """Where the disk is slow or full."""

@@ -1,11 +1,15 @@
 """One global order whatever the layout, one integer of state, weights that add up to one."""
 
+import threading
+
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from megatron_eagle.data.loader import DataConfig, PackLoader
 from megatron_eagle.data.loss_weights import LOSS_WEIGHTINGS
+from megatron_eagle.data.media.decoder import ExactDecoder
 from megatron_eagle.data.packing import write_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
@@ -35,9 +39,10 @@ def path(tmp_path_factory, tokenizer_dir):
     return store
 
 
-def loader(path, *, gbs=4, rank=0, size=1, decode=False, **config):
+def loader(path, *, gbs=4, rank=0, size=1, decode=False, prefetch=False, **config):
+    """Without prefetch there is nothing to close."""
     return PackLoader(
-        DataConfig(str(path), LENGTH, **config),
+        DataConfig(str(path), LENGTH, prefetch=prefetch, **config),
         global_batch_size=gbs,
         data_parallel_rank=rank,
         data_parallel_size=size,
@@ -184,3 +189,83 @@ def test_media_that_changed_have_failed(tmp_path, tokenizer_dir):
     assert not changed.microbatches[0].pixel_values.any()
     (tmp_path / "a.png").unlink()
     assert "missing media" in loader(path, gbs=1, decode=True).step(0).failures[0].reason
+
+
+def test_prefetch_follows_a_jump(path):
+    ahead = loader(path, decode=True, prefetch=True)
+    for position in (0, 4, 16, 20, 8):
+        found, expected = ahead.step(position), loader(path, decode=True).step(position)
+        packs = [{**vars(pack), "plan": None} for pack in found.microbatches]
+        others = [{**vars(pack), "plan": None} for pack in expected.microbatches]
+        torch.testing.assert_close(packs, others, rtol=0, atol=0)
+        held = [value.nbytes for pack in packs for value in pack.values() if isinstance(value, torch.Tensor)]
+        assert found.nbytes == sum(held)
+    ahead.close()
+
+
+def test_an_error_of_the_plan_names_the_rows(path):
+    def refuse(batch):
+        raise UserError("too long")
+
+    config = DataConfig(str(path), LENGTH)
+    broken = PackLoader(config, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1, plan=refuse)
+    for _ in range(2):  # the second time as well
+        with pytest.raises(UserError, match=r"the pack of store rows \[.*\]: too long"):
+            broken.step(0)
+    broken.close()
+
+
+def test_a_decode_that_hangs_fails_alone(path, monkeypatch):
+    """And the ones after it have a thread: all of them hang for a while, with one thread to decode."""
+    released, whole = threading.Event(), loader(path, gbs=8, decode=True).step(0)
+    picture = ExactDecoder.picture
+
+    def hang(self, file, *args, **kwargs):
+        if file.endswith("a.png"):
+            released.wait(60)
+        return picture(self, file, *args, **kwargs)
+
+    monkeypatch.setattr(ExactDecoder, "picture", hang)
+    slow = loader(path, gbs=8, decode=True, prefetch=True, decode_threads=1, decode_timeout_s=0.2)
+    batch = slow.step(0)
+    shown = {row for pack in batch.microbatches for row in pack.sample_rows if row % 3 == 1}
+    assert {medium.row for medium in batch.failures.values()} == shown and len(shown) > 1
+    assert all("decoding takes too long" in medium.reason for medium in batch.failures.values())
+    for pack, expected in zip(batch.microbatches, whole.microbatches, strict=True):
+        read = pack.pixel_values.flatten(1).any(1)
+        assert torch.equal(pack.pixel_values[read], expected.pixel_values[read])
+        assert int((~read).sum()) == 9 * sum(row % 3 == 1 for row in pack.sample_rows)
+    released.set()
+    slow.close()
+
+
+def test_memory_is_flat(path):
+    """Over some hundred steps, media and all; what waits is bounded."""
+    process, steps = psutil.Process(), loader(path, gbs=1, decode=True, prefetch=True, prefetch_bytes=10**6)
+    resident = []
+    for position in range(300):
+        steps.step(position)
+        resident.append(process.memory_info().rss)
+    steps.close()
+    assert max(resident[200:]) < max(resident[50:150]) + 10 * 2**20
+
+
+def test_weights_without_some_samples(path):
+    """As from the definition, for every weighting; a batch of which nothing is left weighs nothing."""
+    store, rng = SampleStore(path), np.random.default_rng(0)
+    for weighting in LOSS_WEIGHTINGS:
+        reader = loader(path, gbs=4, loss_weighting=weighting)
+        batch = reader.step(4)
+        left_out = set(rng.choice(reader.n_samples(4), 3, replace=False).tolist())
+        reader.leave_out(batch, left_out)
+        power = {"square": -0.5, "token": 0, "sample": -1}[weighting]
+        expected = torch.zeros(4, LENGTH, dtype=torch.float64)
+        for weights, pack in zip(expected, batch.microbatches, strict=True):
+            for number, (row, start) in enumerate(zip(pack.sample_rows, pack.document_bounds, strict=False)):
+                supervised = torch.from_numpy(store[row].answers[1:] > 0)
+                if pack.first_sample + number not in left_out:
+                    weights[start : start + len(supervised)] = supervised * float(supervised.sum()) ** power
+        expected /= expected.sum()
+        found = torch.stack([pack.loss_weights for pack in batch.microbatches])
+        torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=0)
+        assert int((expected > 0).sum()) > 0

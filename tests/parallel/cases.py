@@ -147,7 +147,11 @@ def forward_backward(
 ) -> dict:
     """This rank's part of the loss and of the gradients of `batch`; puts on training's wrapper if need be."""
     wrapped = wrapped or wrap_models(models)
-    loss = run_schedule(wrapped, eagle, mesh, batch)
+    return collect(mesh, models, wrapped, run_schedule(wrapped, eagle, mesh, batch))
+
+
+def collect(mesh: Mesh, models: list[EagleModel], wrapped: list, loss: float) -> dict:
+    """What `combine` takes from a rank that has run forward and backward; `loss` is its part."""
     gather_gradients(mesh, wrapped)
     return {
         "place": (mesh.tp.rank, mesh.dp_cp.rank),

@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import cross_entropy
 
 from megatron_eagle.context_parallel import attention, gather_kv, ulysses, vision_sharding
-from megatron_eagle.model import eagle, layers
+from megatron_eagle.model import eagle, inputs, layers
 from megatron_eagle.training import optimizer
 from tests.parallel.cases import Layout, run
 
@@ -58,6 +58,14 @@ class _OneWayUlyssesOutput(ulysses.HeadsToTokens):
     def backward(ctx, grad):
         with patch.object(ulysses, "_exchange", lambda parts, group: parts):
             return ulysses.HeadsToTokens.backward(ctx, grad)
+
+
+def _own_tiles(decoded, share):
+    """The tiles to encode, of which only those that this rank decoded have pixels."""
+    tiles = decoded.new_zeros((share.encoded_tiles, *decoded.shape[1:]))
+    start = share.decoded_tiles.start - share.first_tile
+    tiles[start : start + len(decoded)] = decoded
+    return tiles
 
 
 class _UnmarkedNorm(layers.RMSNorm):
@@ -111,6 +119,10 @@ SABOTAGES = {
     "vision features, backward exchange": (
         "CP2, cp",
         lambda: patch.object(vision_sharding, "_Exchange", _OneWayExchange),
+    ),
+    "pixels that other ranks decoded": (
+        "TP2, none",
+        lambda: patch.object(inputs, "gather_tiles", _own_tiles),
     ),
     "vision features over tensor parallel ranks, backward": (
         "TP2+SP, none",

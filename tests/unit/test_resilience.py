@@ -210,10 +210,14 @@ def train_soaking(config: str, overrides: list[str], suffered: list[dict], memor
 
 @pytest.mark.slow
 def test_soak(run, tmp_path):
-    """500 steps with kills, stalls, a full and a slow disk at random places: bit for bit, memory flat."""
+    """500 steps with kills, stalls, a full and a slow disk at random places: bit for bit, memory flat. Media
+    fail in both runs."""
     settings = ["training.train_iterations=500", "checkpoint.save_interval=25", "checkpoint.keep_last=2"]
+    settings.append("data.on_media_error=skip")
+    lost = ((20, [1]), (21, [0, 1, 2, 3]), (300, [2, 3]))
+    bad_media = [{"kind": "bad_media", "iteration": i, "samples": samples} for i, samples in lost]
     memory = str(tmp_path / "memory")
-    launch(train_soaking, 1, run.config, settings, [], memory, timeout=600)
+    launch(train_soaking, 1, run.config, settings, bad_media, memory, timeout=600)
     clean = run.metrics()
     resident = [int(line.split()[1]) for line in Path(memory).read_text().splitlines()]
     assert len(resident) == 500 and max(resident[-50:]) < 1.05 * max(resident[50:100])
@@ -229,6 +233,7 @@ def test_soak(run, tmp_path):
         ),
         *({"kind": "failed_save", "iteration": 25 * random.randint(1, 19), **once[10 + i]} for i in range(2)),
         {"kind": "slow_save", "seconds": 0.05},
+        *bad_media,
     ]
     deaths = 0
     while True:
