@@ -1,6 +1,11 @@
-"""Exact decoding: the frames with the given presentation times, or an error, never a neighbouring frame."""
+"""Exact decoding: the frames with the given presentation times, or an error, never a neighbouring frame.
 
-from collections.abc import Iterator, Sequence
+Every stretch of the file that is needed is decoded once, from a key frame that a seek leads to.  Where that
+cannot be trusted, all of the file is decoded from its start.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import av
 import numpy as np
@@ -9,36 +14,47 @@ from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_index import open_video
 from megatron_eagle.data.media.frame_table import FrameIndex
 
+# Decoders that leave out pictures which no other refers to, packet by packet, when told to.
+_SKIPPING = ("h264", "hevc")
+# Decoders that make up for mistakes of the encoder that the first packet names.
+_NAMING = ("h264", "mpeg4")
+
 
 class _Missed(Exception):
-    """The planned seeks did not lead to a wanted frame."""
+    """A seek did not lead to the wanted frames: `args[0]` says why."""
 
 
-def read_frames(path: str, index: FrameIndex) -> Iterator[av.VideoFrame]:
+def read_frames(
+    path: str, index: FrameIndex, went_linear: Callable[[str], None] = lambda reason: None
+) -> Iterator[av.VideoFrame]:
     """Decode all frames of an index (see `FrameIndex.select`), one at a time, at the size of the file.
 
-    Where seeking misses (damaged indexes) the rest is read linearly from the start.  Raises `Problem` if the
-    file cannot be read or a frame cannot be decoded.
+    Where seeking does not lead to a frame, the rest is read linearly from the start; `went_linear` is told
+    why.  Raises `Problem` if the file cannot be read or a frame cannot be decoded whole: concealed damage
+    counts, in it or in what it may refer to.
     """
     found = 0
-    pts = index.pts.tolist()
+    reason = index.linear_reason
     try:
-        try:
-            if index.linear_reason:
-                raise _Missed
-            for frame in _decode_planned(path, index.stream, pts, index.seek_points.tolist()):
-                yield frame
-                found += 1
-        except (_Missed, av.error.InvalidDataError):
-            for frame in _decode_linear(path, index.stream, pts[found:]):
+        if not reason:
+            try:
+                for frame in _decode_planned(path, index):
+                    yield frame
+                    found += 1
+            except _Missed as missed:
+                reason = missed.args[0]
+        if reason:
+            went_linear(reason)
+            for frame in _decode_linear(path, index.stream, index.pts[found:].tolist()):
                 yield frame
                 found += 1
     except FileNotFoundError:
         raise Problem("missing media", path) from None
     except av.error.FFmpegError as error:
         raise Problem("unreadable video", f"{path}: {error.strerror}") from None
-    if found < len(pts):
-        raise Problem("undecodable frame", f"{path}: the frame at pts {pts[found]} cannot be decoded")
+    if found < len(index.pts):
+        number, time = index.numbers[found], index.times[found]
+        raise Problem("undecodable frame", f"{path}: frame {number} (at {time:g} s) cannot be decoded whole")
 
 
 def upright(frame: av.VideoFrame, rotation: int) -> np.ndarray:
@@ -46,27 +62,69 @@ def upright(frame: av.VideoFrame, rotation: int) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), rotation // 90))
 
 
-def _decode_planned(
-    path: str, number: int, pts: Sequence[int], seek_points: Sequence[int]
-) -> Iterator[av.VideoFrame]:
+def _decode_planned(path: str, index: FrameIndex) -> Iterator[av.VideoFrame]:
+    wanted = index.pts.tolist()
     with open_video(path) as container:
-        stream = _stream(container, number)
+        stream = _stream(container, index.stream)
+        _meet_encoder(container, stream)
         frames: Iterator[av.VideoFrame] = iter(())
         position = None  # presentation time of the last decoded frame
-        for wanted, key in zip(pts, seek_points, strict=True):
+        for pts, key in zip(wanted, index.seek_points.tolist(), strict=True):
             if position is None or key > position:
-                container.seek(key, stream=stream, backward=True, any_frame=False)
-                frames = container.decode(stream)
-            frame = next((f for f in frames if f.pts is not None and f.pts >= wanted), None)
-            if frame is None or frame.pts != wanted or frame.is_corrupt:
-                raise _Missed
+                frames = _frames_from(container, stream, key, set(wanted))
+            frame = next((f for f in frames if f.pts >= pts), None)
+            if frame is None or frame.pts != pts:
+                raise _Missed(f"the frame at {pts} does not come out")
             position = frame.pts
             yield frame
 
 
-def _decode_linear(path: str, number: int, pts: Sequence[int]) -> Iterator[av.VideoFrame]:
-    """All of the file from its start; stops at a wanted frame that does not come out clean."""
-    remaining = list(reversed(pts))
+def _meet_encoder(container: av.container.InputContainer, stream: av.VideoStream) -> None:
+    """Show the decoder the first packet of the file.
+
+    It may name the encoder, on whose version the meaning of some streams depends: without it FFmpeg decodes
+    4:4:4 of old x264 into something else.
+    """
+    if stream.codec_context.name in _NAMING:
+        with suppress(av.error.InvalidDataError):
+            next(container.demux(stream)).decode()
+
+
+def _frames_from(
+    container: av.container.InputContainer, stream: av.VideoStream, key: int, wanted: set[int]
+) -> Iterator[av.VideoFrame]:
+    """Frames from the key frame at `key` on, the `wanted` among them, in presentation order."""
+    codec = stream.codec_context
+    skipping = codec.name in _SKIPPING
+    container.seek(key, stream=stream, backward=True, any_frame=False)
+    start = None  # presentation time of the first packet
+    for packet in container.demux(stream):
+        if start is None:
+            if not packet.is_keyframe or packet.pts is None or packet.pts > key:
+                raise _Missed(f"a seek to {key} leads to {packet.pts}")
+            start = packet.pts
+            begun = (
+                packet.is_discard
+            )  # an edit list hides the key frame: it is decoded, but does not come out
+        if skipping:
+            codec.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            raise _Missed(f"damage at {packet.pts}") from None
+        for frame in frames:
+            if frame.pts is None or frame.pts < start:
+                continue  # shown before the key frame, refers to what is before it
+            # Decoders hold back the first frames after a key frame from which they recover only gradually.
+            begun = begun or frame.pts == start
+            if not begun or frame.is_corrupt:
+                raise _Missed(f"damage at {frame.pts}, after a key frame at {start}")
+            yield frame
+
+
+def _decode_linear(path: str, number: int, pts: list[int]) -> Iterator[av.VideoFrame]:
+    """The frames at these times, from the start of the file on; stops at one that does not come out whole."""
+    remaining = pts[::-1]
     with open_video(path) as container:
         stream = _stream(container, number)
         damaged = False
@@ -78,10 +136,10 @@ def _decode_linear(path: str, number: int, pts: Sequence[int]) -> Iterator[av.Vi
                 continue
             for frame in frames:
                 # What refers to a lost frame decodes into something else, up to the next key frame.
-                damaged = damaged and not frame.key_frame
+                damaged = frame.is_corrupt or (damaged and not frame.key_frame)
                 if not remaining or frame.pts is None or frame.pts < remaining[-1]:
                     continue
-                if damaged or frame.is_corrupt or frame.pts != remaining[-1]:
+                if damaged or frame.pts != remaining[-1]:
                     return
                 remaining.pop()
                 yield frame
@@ -92,4 +150,5 @@ def _decode_linear(path: str, number: int, pts: Sequence[int]) -> Iterator[av.Vi
 def _stream(container: av.container.InputContainer, number: int) -> av.VideoStream:
     stream = container.streams[number]
     stream.thread_type = "NONE"  # many files are decoded side by side; errors come in order
+    stream.codec_context.options = {"err_detect": "explode"}  # report damage instead of concealing it
     return stream

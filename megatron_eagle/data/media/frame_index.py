@@ -38,7 +38,7 @@ def read_frame_table(path: str) -> FrameTable:
     except (OSError, av.error.FFmpegError) as error:
         raise Problem("unreadable video", f"{path}: {error.strerror}") from None
     if not frames.shown.any():
-        raise Problem("unreadable video", f"{path} has no frames with presentation times")
+        raise Problem("unreadable video", f"{path} shows none of its frames")
     if (declared := _declared_size(path)) > file.size:
         raise Problem("truncated video", f"{path} has {file.size} of {declared} bytes")
     return frames.table(file, fingerprint(path))
@@ -49,31 +49,37 @@ def demux(path: str) -> CodedFrames:
 
     Raises `Problem`, and what PyAV raises.
     """
-    packets: list[tuple[int, bool, bool, int]] = []
+    packets: list[tuple[int, int, bool, bool]] = []
     with open_video(path) as container:
         if not container.streams.video:
             raise Problem("unreadable video", f"{path} has no video stream")
         stream = container.streams.video[0]
         for packet in container.demux(stream):
             if packet.size and packet.pts is not None and not packet.is_corrupt:
-                shown = not packet.is_discard
-                packets.append((packet.pts, packet.is_keyframe, shown, packet.duration or 0))
+                packets.append((packet.pts, packet.duration or 0, packet.is_keyframe, not packet.is_discard))
         number, time_base = stream.index, stream.time_base
         reason = next((_NO_INDEX[n] for n in container.format.name.split(",") if n in _NO_INDEX), "")
+    if not packets:
+        raise Problem("unreadable video", f"{path} has no frames with presentation times")
     with open_video(path) as container:
-        first = next(container.decode(video=0), None) if packets else None
-    if packets and first is None:
+        first = next(container.decode(video=0), None)
+    if first is None:
         raise Problem("unreadable video", f"{path}: no frame can be decoded")
-    table = np.array(packets, np.int64).reshape(-1, 4)
+    pts, duration, key, shown = np.array(packets, np.int64).T
+    if not key.any():
+        key[0], reason = 1, "no key frames"
+    # A video that was cut out of another may begin with frames that refer to what was before: they never
+    # come out.
+    shown &= pts >= min(first.pts, pts[key.argmax()])
     return CodedFrames(
         stream=number,
-        rotation=round(first.rotation / 90) * 90 if first else 0,
+        rotation=round(first.rotation / 90) * 90,
         time_base=time_base,
         linear_reason=reason,
-        pts=table[:, 0],
-        key=table[:, 1] > 0,
-        shown=table[:, 2] > 0,
-        duration=table[:, 3],
+        pts=pts,
+        key=key > 0,
+        shown=shown > 0,
+        duration=duration,
     )
 
 

@@ -46,11 +46,11 @@ class FrameIndex:
         """
         wanted = np.unique(np.asarray(frame_numbers, np.int64))
         rank = np.searchsorted(self.numbers, wanted)
-        known = self.numbers[np.minimum(rank, len(self.numbers) - 1)] == wanted
+        known = np.isin(wanted, self.numbers)
         if not known.all():
             number = int(wanted[~known][0])
-            reason = "is not in its index" if 0 <= number < self.n_frames else f"of {self.n_frames} (from 0)"
-            raise Problem("no such frame", f"{self.file.path}: frame {number} {reason}")
+            reason = "not in its index" if 0 <= number < self.n_frames else f"it has {self.n_frames}, from 0"
+            raise Problem("no such frame", f"{self.file.path}: frame {number}, {reason}")
         return replace(self, numbers=wanted, pts=self.pts[rank], seek_points=self.seek_points[rank])
 
     @property
@@ -118,7 +118,7 @@ class CodedFrames:
     duration: np.ndarray
 
     def table(self, file: FileFacts, fingerprint: int) -> FrameTable:
-        """The same in presentation order; `shown` must have a frame."""
+        """The same in presentation order; at least one frame must be shown."""
         # The key frame that came last before each frame; those before the first key frame count as its own.
         latest = np.maximum.accumulate(np.where(self.key, np.arange(len(self.key)), 0))
         last = np.flatnonzero(self.shown)[np.argmax(self.pts[self.shown])]

@@ -99,6 +99,9 @@ def _read_track(stream: int, track: Boxes, media: Boxes, movie_timescale: int, s
     shown = np.ones(len(samples.pts), bool)
     if track.all(b"edts") and (edits := track.inside(b"edts").get(b"elst")) is not None:
         samples, shown = _apply_edits(samples, edits, timescale, movie_timescale)
+    # Frames before the first key frame may not come out: only decoding tells.
+    if not samples.key[0] or (samples.pts[shown] < samples.pts[0]).any():
+        raise NotPlain
     header = track.one(b"tkhd")
     return CodedFrames(
         stream=stream,
