@@ -17,6 +17,8 @@ BENCHMARKS = (
     "preprocess",
     "store",
     "tiles",
+    "train",
+    "train_gpu",
 )
 
 
