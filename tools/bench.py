@@ -13,6 +13,7 @@ BENCHMARKS = (
     "context_parallel",
     "convert",
     "linear_cross_entropy",
+    "loader",
     "packing",
     "preprocess",
     "store",

@@ -5,7 +5,7 @@ index; the marks are merged before the step by one small reduction on the host. 
 weights out of the loss, also those that read no media, and the loss is that of a batch without these samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -44,13 +44,7 @@ def next_batch(
     except UserError as error:
         problem = str(error)
     failures |= {number: FailedMedium(-1, "none", "none", "a fault for tests") for number in injected}
-    marks = torch.zeros(loader.n_samples(first_pack) + 1, dtype=torch.uint8)
-    marks[list(failures)] = 1
-    marks[-1] = problem is not None
-    dist.all_reduce(marks, dist.ReduceOp.MAX, group=group)
-    if marks[-1]:
-        raise_together(problem)
-    failed = marks.nonzero().flatten().tolist()
+    failed = merge_marks(loader.n_samples(first_pack), failures, problem, group)
     if not failed:
         return batch, []
     of_ranks: list[dict[int, FailedMedium]] = [{} for _ in range(dist.get_world_size())]
@@ -64,6 +58,22 @@ def next_batch(
         )
     loader.leave_out(batch, set(failed))
     return batch, media
+
+
+def merge_marks(
+    n_samples: int, failures: Collection[int], problem: str | None, group: dist.ProcessGroup | None
+) -> list[int]:
+    """All ranks' failed samples, as numbers below `n_samples`. Collective.
+
+    Raises `AgreedError` if a rank has a problem.
+    """
+    marks = torch.zeros(n_samples + 1, dtype=torch.uint8)  # the last: a problem
+    marks[list(failures)] = 1
+    marks[-1] = problem is not None
+    dist.all_reduce(marks, dist.ReduceOp.MAX, group=group)
+    if marks[-1]:
+        raise_together(problem)
+    return marks.nonzero().flatten().tolist()
 
 
 def describe(medium: FailedMedium) -> str:

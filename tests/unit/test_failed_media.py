@@ -1,5 +1,4 @@
-"""A run whose media fail: samples left out everywhere, or one line everywhere; steps and evaluations without
-any sample."""
+"""A run whose media fail: samples left out everywhere, or one line everywhere; steps without any sample."""
 
 import json
 import os
