@@ -1,4 +1,4 @@
-"""Make a token store from annotation files and media.  See `megatron_eagle/data/preprocess.py`."""
+"""Make a token store from annotation files and media (`run`), or small copies of videos (`transcode`)."""
 
 import argparse
 import time
@@ -7,17 +7,29 @@ from pathlib import Path
 from megatron_eagle.data.ads import SamplingSettings
 from megatron_eagle.data.engines import ENGINES
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
+from megatron_eagle.data.media.transcode import AUDIO, CODECS, TranscodeSettings
 from megatron_eagle.data.preprocess import Execution, preprocess
 from megatron_eagle.data.processor import PreprocessSettings
 from megatron_eagle.data.report import format_kept, kept_of_datasets, plot_kept
 from megatron_eagle.data.summary import format_summary
 from megatron_eagle.data.template import VARIANTS
+from megatron_eagle.data.transcode import transcode
 from megatron_eagle.errors import UserError, run_cli
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("run", help="make a store")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands.add_parser("run", help="make a store"))
+    _add_transcode(
+        commands.add_parser("transcode", help="videos as tiles, with a key frame every few frames")
+    )
+    args = parser.parse_args()
+    args.command(args)
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=run)
     add = command.add_argument
     add("--recipe", required=True, help="JSON or YAML: name -> {annotation, root, repeat_time, ...}")
     add("--tokenizer", required=True, help="folder with a tokenizer.json")
@@ -37,7 +49,24 @@ def main() -> None:
     add("--engine", choices=ENGINES, default="local", help="this machine, or a Ray cluster (RAY_ADDRESS)")
     add("--fresh", action="store_true", help="do not use what an earlier run has left")
     add("--report", metavar="FILE", help="also draw what each data set wanted and got, for example as PNG")
-    args = parser.parse_args()
+
+
+def _add_transcode(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command=run_transcode)
+    defaults = TranscodeSettings()
+    add = command.add_argument
+    add("source", metavar="SOURCE", help="a recipe, a JSONL file, or a folder of videos")
+    add("--output", required=True, help="folder for the copies and the annotations that name them")
+    add("--size", type=int, default=defaults.size, help="pixels a side of a tile (default %(default)s)")
+    add("--gop", type=int, default=defaults.gop, help="frames from key frame to key frame (%(default)s)")
+    add("--codec", choices=CODECS, default=defaults.codec, help="default %(default)s")
+    add("--crf", type=int, default=defaults.crf, help="constant quality, lower is better (%(default)s)")
+    add("--audio", choices=AUDIO, default=defaults.audio, help="default %(default)s")
+    add("--workers", type=int, help="processes (default: one per core)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make a store and print what became of the samples."""
     try:
         sampling = SamplingSettings(
             args.fps, args.min_frames, args.max_frames, args.max_tiles, args.tile_size
@@ -60,6 +89,19 @@ def main() -> None:
         print(f"why samples were dropped: {Path(args.output) / 'dropped.jsonl'}")
     if empty := [length for length, counts in manifest.counts.items() if not counts["rows"]]:
         raise UserError(f"no sample is left at length {', '.join(empty)}; see {args.output}/dropped.jsonl")
+
+
+def run_transcode(args: argparse.Namespace) -> None:
+    """Copy the videos and print how many, and what they take."""
+    settings = TranscodeSettings(args.size, args.gop, args.codec, args.crf, args.audio)
+    made = transcode(args.source, args.output, settings, args.workers)
+    before, after = (sum(getattr(c, name) for c in made.copies) / 1e9 for name in ("source_bytes", "bytes"))
+    print(
+        f"{len(made.copies):,} copies, {made.n_new:,} of them new: {before:.3f} GB -> {after:.3f} GB "
+        f"in {args.output}"
+    )
+    if made.failures:
+        print(f"{len(made.failures):,} videos have no copy; why: {Path(args.output) / 'failed.jsonl'}")
 
 
 if __name__ == "__main__":

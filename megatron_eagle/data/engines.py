@@ -8,12 +8,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from multiprocessing.connection import wait
+from typing import TypeVar
 
 from megatron_eagle.data.processor import Outcome, PreprocessSettings, SampleProcessor, Task
 from megatron_eagle.errors import UserError
@@ -22,6 +23,7 @@ ENGINES = ("local", "ray")
 _AHEAD = 4  # chunks per worker that are handed out before the first is asked for
 
 Chunks = Iterable[list[Task]]
+T, R = TypeVar("T"), TypeVar("R")
 
 
 def lines_ahead(workers: int, chunk: int) -> int:
@@ -39,14 +41,22 @@ def run_local(chunks: Chunks, settings: PreprocessSettings, workers: int) -> Ite
         for chunk in chunks:
             yield from map(processor.process, chunk)
         return
+    yield from in_processes(partial(_work, settings), chunks, workers)
+
+
+def in_processes(function: Callable[[T], Iterable[R]], items: Iterable[T], workers: int) -> Iterator[R]:
+    """What `function` makes of each item, computed in several processes of this machine.
+
+    Raises `UserError` if a worker dies.
+    """
     context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer's threads half-alive
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        chunks = iter(chunks)
-        waiting = deque(pool.submit(_work, settings, chunk) for chunk in islice(chunks, _AHEAD * workers))
+        items = iter(items)
+        waiting = deque(pool.submit(function, item) for item in islice(items, _AHEAD * workers))
         try:
             while waiting:
                 yield from waiting.popleft().result()
-                waiting.extend(pool.submit(_work, settings, chunk) for chunk in islice(chunks, 1))
+                waiting.extend(pool.submit(function, item) for item in islice(items, 1))
         except BrokenProcessPool:
             raise UserError(
                 "a worker process died, probably for want of memory; try fewer --workers and run the same "

@@ -104,6 +104,40 @@ def read_overrides(record: Mapping) -> dict[str, float]:
     return found
 
 
+def replace_videos(raw: bytes, root: str, replaced: Mapping[str, str]) -> bytes:
+    """A line that `read_sample` can read, with other videos in place of those that `replaced` has as keys.
+
+    Its keys are paths as in `Sample.videos`.  A line in which nothing is replaced stays as it is.
+    """
+    record = _parse(raw)
+    changed = False
+
+    def other(item: object) -> object:
+        nonlocal changed
+        if isinstance(item, list):
+            return [other(one) for one in item]
+        if isinstance(item, dict):
+            key = "video" if "video" in item else "path"
+            return {**item, key: other(item[key])}
+        new = replaced.get(_path(item, root))
+        changed = changed or new is not None
+        return item if new is None else new
+
+    for key in ("video", "videos"):
+        if record.get(key) is not None:
+            record[key] = other(record[key])
+    for item in _as_list(record.get("data")):
+        if item.get("video_list") is not None:
+            item["video_list"] = other(item["video_list"])
+    for message in record.get("messages", record.get("conversations")):
+        content = message.get("value", message.get("content"))
+        for part in content if isinstance(content, list) else ():
+            named = isinstance(part, dict) and part.get("type") == "video"
+            if named and part.get("video", part.get("path")) is not None:
+                part.update(other(part))
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode() if changed else raw
+
+
 def _parse(raw: bytes) -> dict:
     if not raw.strip():
         raise Problem("empty line")

@@ -4,22 +4,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 
 from megatron_eagle.data.formats import read_sample
 from megatron_eagle.data.ledger import LedgerEntry, Problem
 from megatron_eagle.data.probe import probe_document, probe_image, probe_video
-from megatron_eagle.data.recipe import Dataset, read_recipe
+from megatron_eagle.data.recipe import Dataset
 
 _BLOCK = 256  # lines that are read ahead of the slowest
-
-
-def datasets_of(path: str | Path) -> list[Dataset]:
-    """The data sets of a recipe; a JSONL file is one with its media beside it.  Raises `UserError`."""
-    path = Path(path)
-    if path.suffix == ".jsonl" and path.is_file():
-        return [Dataset(path.name, path, str(path.resolve().parent))]
-    return read_recipe(path)
 
 
 def problems(

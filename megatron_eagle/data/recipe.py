@@ -65,6 +65,14 @@ def read_recipe(path: str | Path) -> list[Dataset]:
     return [_read_entry(path, str(name), entry) for name, entry in entries.items()]
 
 
+def datasets_of(path: str | Path) -> list[Dataset]:
+    """The data sets of a recipe; a JSONL file is one with its media beside it.  Raises `UserError`."""
+    path = Path(path)
+    if path.suffix == ".jsonl" and path.is_file():
+        return [Dataset(path.name, path, str(path.resolve().parent))]
+    return read_recipe(path)
+
+
 def _read_entry(recipe: Path, name: str, entry: object) -> Dataset:
     where = f'recipe {recipe}, entry "{name}"'
     if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
