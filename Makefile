@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.complete
+# Where exports are tried with the oldest transformers that they are made for.
+OLD := .venv-transformers-4.51
 export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
@@ -15,7 +17,7 @@ demo: env
 test: env lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: env lint
+test-all: env lint $(OLD)/.complete
 	$(BIN)/python -m pytest -m "not gpu"
 
 parity: env
@@ -46,5 +48,14 @@ $(STAMP): setup.py constraints-cpu.txt
 	touch $@
 	@echo "[env] ready"
 
+$(OLD)/.complete: Makefile
+	rm -rf $(OLD)
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet \
+		transformers==4.51.3 numpy==2.3.5 pillow==13.0.0 av==18.1.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD) runs build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,57 @@
+"""Exports work with transformers 4.51 as with the newest; `make test-all` makes an environment that has it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.convert.media import write_picture, write_video
+from tests.convert.test_quick_start import PROGRAMS, brief, table  # noqa: F401
+from tests.paths import REPO
+
+OLD = REPO / ".venv-transformers-4.51" / "bin" / "python"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not OLD.exists(), reason="no transformers 4.51: make .venv-transformers-4.51"),
+]
+
+
+def run(python: Path | str, *arguments: str) -> str:
+    """What a program prints, in an interpreter that sees neither this one's packages nor its settings."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
+    done = subprocess.run(
+        [str(python), *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_same_model_in_both(exported, tmp_path):
+    picture, video = write_picture(tmp_path / "p.png", 256, 64), write_video(tmp_path / "v.mp4")
+    found = {}
+    for name, python in (("old", OLD), ("new", sys.executable)):
+        script = str(REPO / "tests" / "convert" / "ask_export.py")
+        run(python, script, str(exported), str(picture), str(video), str(tmp_path / name))
+        found[name] = load_file(tmp_path / name)
+    old, new = found["old"], found["new"]
+    assert old.keys() == new.keys()
+    for name in old.keys() - {"logits"}:
+        assert torch.equal(old[name], new[name]), name
+    shown = new["attention_mask"].bool()  # what padding computes is nobody's answer
+    assert not shown.all()
+    torch.testing.assert_close(old["logits"][shown], new["logits"][shown], rtol=1e-5, atol=1e-5)
+    assert run(OLD, "-c", "import transformers; print(transformers.__version__)").startswith("4.51.")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_quick_start(name, table, tmp_path):  # noqa: F811
+    program, answers, _ = PROGRAMS[name]
+    for old, new in table.items():
+        program = program.replace(old, new)
+    file = tmp_path / "program.py"
+    file.write_text(program + ("\nthread.join()\n" if answers is None else ""))
+    assert run(OLD, str(file)).strip()
