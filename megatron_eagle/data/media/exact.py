@@ -4,6 +4,7 @@ Every stretch of the file that is needed is decoded once, from a key frame that 
 cannot be trusted, all of the file is decoded from its start.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -18,6 +19,7 @@ from megatron_eagle.data.media.frame_table import FrameIndex
 _SKIPPING = ("h264", "hevc")
 # Decoders that make up for mistakes of the encoder that the first packet names.
 _NAMING = ("h264", "mpeg4")
+_SLICE = re.compile(rb"\x00\x00\x01([\x01-\xaf])", re.DOTALL)  # start code of a slice of MPEG-2, its row
 
 
 class _Missed(Exception):
@@ -87,7 +89,7 @@ def _meet_encoder(container: av.container.InputContainer, stream: av.VideoStream
     """
     if stream.codec_context.name in _NAMING:
         with suppress(av.error.InvalidDataError):
-            next(container.demux(stream)).decode()
+            _decode(next(container.demux(stream)))
 
 
 def _frames_from(
@@ -102,14 +104,14 @@ def _frames_from(
         if start is None:
             if not packet.is_keyframe or packet.pts is None or packet.pts > key:
                 raise _Missed(f"a seek to {key} leads to {packet.pts}")
-            start = packet.pts
+            start = last = packet.pts
             begun = (
                 packet.is_discard
             )  # an edit list hides the key frame: it is decoded, but does not come out
         if skipping:
             codec.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
         try:
-            frames = packet.decode()
+            frames = _decode(packet)
         except av.error.InvalidDataError:
             raise _Missed(f"damage at {packet.pts}") from None
         for frame in frames:
@@ -119,6 +121,9 @@ def _frames_from(
             begun = begun or frame.pts == start
             if not begun or frame.is_corrupt:
                 raise _Missed(f"damage at {frame.pts}, after a key frame at {start}")
+            if frame.pts < last:
+                raise _Missed(f"the frame at {frame.pts} comes after the one at {last}")
+            last = frame.pts
             yield frame
 
 
@@ -130,7 +135,7 @@ def _decode_linear(path: str, number: int, pts: list[int]) -> Iterator[av.VideoF
         damaged = False
         for packet in container.demux(stream):
             try:
-                frames = packet.decode()
+                frames = _decode(packet)
             except av.error.InvalidDataError:
                 damaged = True
                 continue
@@ -145,6 +150,18 @@ def _decode_linear(path: str, number: int, pts: list[int]) -> Iterator[av.VideoF
                 yield frame
             if not remaining:
                 return
+
+
+def _decode(packet: av.Packet) -> list[av.VideoFrame]:
+    """The frames that come out with a packet.  Raises `av.error.InvalidDataError` for damage."""
+    if packet.size and packet.stream.codec_context.name == "mpeg2video":
+        # FFmpeg conceals lost slices of MPEG-2 without a word.  There is one at least in each row of 16 lines
+        # (ISO/IEC 13818-2, 6.1.2); fields are coded as two pictures.
+        data = bytes(packet)
+        rows = (packet.stream.codec_context.height + 15) // 16 // max(1, data.count(b"\0\0\1\0"))
+        if not {*range(1, rows + 1)} <= {code[0] for code in _SLICE.findall(data)}:
+            raise av.error.InvalidDataError(-1, "slices are missing")
+    return packet.decode()
 
 
 def _stream(container: av.container.InputContainer, number: int) -> av.VideoStream:

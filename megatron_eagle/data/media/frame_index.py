@@ -5,6 +5,7 @@ so the table comes from the packets: from their descriptions in plain MP4, from 
 """
 
 import struct
+from itertools import islice
 
 import av
 import numpy as np
@@ -17,6 +18,7 @@ from megatron_eagle.data.media.source import file_facts, fingerprint
 
 # Containers that have no index of key frames: a seek leads near one at best.
 _NO_INDEX = {"mpegts": "MPEG transport stream", "mpeg": "MPEG program stream", "h264": "raw", "hevc": "raw"}
+_GUESSED = 300  # frames that are decoded to see whether times that FFmpeg guessed are in order
 
 
 def open_video(path: str) -> av.container.InputContainer:
@@ -58,11 +60,17 @@ def demux(path: str) -> CodedFrames:
             if packet.size and packet.pts is not None and not packet.is_corrupt:
                 packets.append((packet.pts, packet.duration or 0, packet.is_keyframe, not packet.is_discard))
         number, time_base = stream.index, stream.time_base
+        guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
         reason = next((_NO_INDEX[n] for n in container.format.name.split(",") if n in _NO_INDEX), "")
     if not packets:
         raise Problem("unreadable video", f"{path} has no frames with presentation times")
     with open_video(path) as container:
-        first = next(container.decode(video=0), None)
+        frames = container.decode(video=0)
+        first = next(frames, None)
+        times = [frame.pts for frame in islice(frames, _GUESSED if guessed else 0)]
+    if times != sorted(times):
+        reason = "AVI does not hold the times of its B-frames; copy it into another container"
+        raise Problem("unreadable video", f"{path}: {reason}")
     if first is None:
         raise Problem("unreadable video", f"{path}: no frame can be decoded")
     pts, duration, key, shown = np.array(packets, np.int64).T
