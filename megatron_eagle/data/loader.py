@@ -8,7 +8,7 @@ ranks share a global batch so that all have about the same to do.
 import itertools
 import math
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -27,6 +27,7 @@ from megatron_eagle.data.dataset import (
 )
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.loss_weights import LOSS_WEIGHTINGS
+from megatron_eagle.data.media.deadline import TOO_LONG
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.prefetch import Prefetcher
@@ -277,7 +278,8 @@ class PackLoader:
 
     def _read_media(self, batch: GlobalBatch) -> None:
         """Fill in the pixels; all of the step's media are handed to the threads before the first is waited
-        for."""
+        for. When as many as there are threads took too long, those not begun are given up: the storage is
+        gone, and each of them would take as long."""
         size = self.manifest.tile_size
         reading = [
             (microbatch, number, medium, places, self._media_pool.submit(medium.load, self._decoder, tiles))
@@ -289,6 +291,7 @@ class PackLoader:
                 shape = len(microbatch.plan.tiles), 3, size, size
                 microbatch.pixel_values = torch.zeros(shape, pin_memory=self._pin_memory)
         reading.reverse()
+        overdue = 0
         while reading:  # what is copied is let go at once
             microbatch, number, medium, places, future = reading.pop()
             try:
@@ -296,11 +299,21 @@ class PackLoader:
             except UserError:
                 raise
             except Exception as error:  # a decoder may raise anything for a broken file
-                reason = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
-                failed = FailedMedium(medium.row, medium.source, medium.plan.path, reason)
+                overdue += isinstance(error, Problem) and error.kind == TOO_LONG
+                if overdue == self._config.decode_threads:
+                    for *_, later in reading:
+                        later.cancel()
+                path = medium.plan.path
+                failed = FailedMedium(medium.row, medium.source, path, _reason(error, path))
                 batch.failures.setdefault(number, failed)
 
     def _stop_prefetch(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
+
+
+def _reason(error: Exception, path: str) -> str:
+    if isinstance(error, CancelledError):
+        return f"not read: {path}: too many before it took too long"
+    return str(error) if isinstance(error, Problem) else f"{path}: {type(error).__name__}: {error}"

@@ -225,12 +225,12 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
 
 @dataclass(frozen=True)
 class _Step:
-    """A finished iteration; equal on all ranks but for `data_seconds`."""
+    """A finished iteration; equal on all ranks."""
 
     loss: float
     grad_norm: float | None  # None: the step was skipped
     totals: StepTotals
-    data_seconds: float  # that this rank waited for its batches
+    data_seconds: float  # that the ranks waited for the last of them to have its batches
     told_to_stop: bool  # any rank
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 from megatron_eagle.data.ledger import Problem
 
 T = TypeVar("T")
+TOO_LONG = "decoding takes too long"
 
 
 def within(seconds: float | None, path: str, call: Callable[[], T]) -> T:
@@ -33,4 +34,4 @@ def within(seconds: float | None, path: str, call: Callable[[], T]) -> T:
     except FutureTimeout:
         if answer.done():  # the call's own error of that name
             raise
-        raise Problem("decoding takes too long", f"{path}: more than {seconds:g} s") from None
+        raise Problem(TOO_LONG, f"{path}: more than {seconds:g} s") from None
