@@ -200,8 +200,9 @@ def test_others_are_decoded_exactly_and_the_reason_is_said_once(clips, like_gpu,
         assert word in line
 
 
-def test_a_pipeline_that_raised_is_rebuilt_and_spares_its_neighbours(clips, like_gpu):
+def test_a_pipeline_that_raised_is_rebuilt_and_spares_its_neighbours(clips, like_gpu, left_over):
     """H.264 makes DALI's CPU decoder raise, which takes the whole batch down with it."""
+    left_over.clear()
 
     def decode(name):
         index = read_frame_table(clips[name]).index.select([3, 17])
@@ -210,6 +211,7 @@ def test_a_pipeline_that_raised_is_rebuilt_and_spares_its_neighbours(clips, like
     with ThreadPoolExecutor(8) as pool:
         names = ["vp9.webm", "h264.mp4", "vp8.webm", "h264.mp4"] * 4
         assert list(pool.map(decode, names)) == [[3, 17]] * 16
+    assert [path for _, path in left_over] == [clips["h264.mp4"]] * 8
 
 
 def test_damaged_and_changed_files_are_problems(tmp_path):
@@ -250,6 +252,39 @@ class _Stuck:
         return self._arrays
 
 
+class _Brittle:
+    """A pipeline that raises at a negative number, and that is of no use afterwards."""
+
+    def __init__(self):
+        self._broken = False
+
+    def feed_input(self, name, arrays):
+        self._arrays = arrays
+
+    def run(self):
+        self._broken |= any((array < 0).any() for array in self._arrays)
+        if self._broken:
+            raise RuntimeError("Critical error\n\nencountered:\n  a negative number\n")
+        return [self]
+
+    def as_cpu(self):
+        return self._arrays
+
+
+def test_a_pipeline_that_raised_is_not_used_again():
+    """DALI calls it invalid, although on a CPU it happens to go on."""
+    runner = PipelineRunner(_Brittle, batch_size=4)
+    samples = [runner.submit({"x": np.array([i])}) for i in (1, -2, 3, 4, -5, 6)]
+    for sample in samples:
+        (number,) = sample.inputs["x"]
+        if number > 0:
+            assert sample.outputs.result(10)[0] == [number]
+        else:
+            with pytest.raises(DaliFailed, match="^a negative number$"):
+                sample.outputs.result(10)
+    runner.close()
+
+
 def test_nobody_waits_for_a_pipeline_that_stands_still(clips):
     stuck, free = threading.Event(), threading.Event()
     free.set()
@@ -264,10 +299,16 @@ def test_nobody_waits_for_a_pipeline_that_stands_still(clips):
     assert runner.submit({"x": np.array([2])}).outputs.result(10)[0] == [2]
     runner.close()
     decoder = DaliDecoder(S, CPU, timeout=0.2, fell_back=print)
-    decoder._videos = PipelineRunner(lambda: _Stuck(stuck), batch_size=1)
+    working = decoder._videos._build
+    pipelines = iter([lambda: _Stuck(stuck), working])
+    decoder._videos = PipelineRunner(lambda: next(pipelines)(), batch_size=1)
     path = clips["h264.mp4"]
+    index = read_frame_table(path).index.select([3])
     with pytest.raises(Problem, match=f"decoding takes too long: {path}: more than 0.2 s"):
-        decoder.frames(path, read_frame_table(path).index.select([3]))
+        decoder.frames(path, index)
+    decoder._timeout = 60
+    assert frame_number(decoder.frames(path, index)[0].permute(1, 2, 0).numpy()) == 3
+    decoder.close()
     stuck.set()
 
 

@@ -122,8 +122,6 @@ def _segment(
                     break
                 continue
             started = True
-        elif packet.pts < key:
-            raise RemuxRefused("open GOP")
         if packet.has_sidedata("new_extradata"):
             raise RemuxRefused("the codec's parameters change inside the video")
         yield packet
