@@ -31,7 +31,8 @@ PROGRESSIVE = REPO / "examples" / "eagle2.5-8b" / "progressive.yaml"
 
 @pytest.fixture
 def file(tmp_path):
-    """Two stages on data of their own: the connector under tensor parallelism, then all under context."""
+    """Two stages on data of their own: the connector under tensor parallelism, then all under context
+    parallelism, with other activations kept."""
     for data in ("first", "second"):
         write_manifest(tmp_path / data)
     sections = {
@@ -46,11 +47,13 @@ def file(tmp_path):
                 "training": {"train_iterations": 3},
                 "optimizer": {"trainable": ["connector"], "lr": 1e-2},
                 "parallel": {"tensor_model_parallel_size": 2},
+                "recompute": {"language": "full"},
             },
             "all": {
                 "data": {"path": str(tmp_path / "second"), "length": LENGTH},
                 "training": {"train_iterations": 4},
                 "parallel": {"context_parallel_size": 2},
+                "recompute": {"language": "offload", "offload_keep_last": 1, "vision": "full"},
             },
         },
     }
@@ -106,8 +109,20 @@ def samples(folder: Path) -> list[list[int]]:
     return [json.loads(line) for line in (folder / "samples_0.jsonl").read_text().splitlines()]
 
 
-def test_hand_over_across_layouts(file, tmp_path):
-    """The first stage stops and resumes half-way; the second follows by itself, under another layout."""
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"context_parallel_size": 2},
+        pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["TP2 to CP2", "TP2 to PP2"],
+)
+def test_hand_over_across_layouts(file, tmp_path, layout):
+    """The first stage stops and resumes half-way; the second follows by itself, under another layout and
+    with another policy for activations."""
+    values = load_yaml(file)
+    values["stages"]["all"]["parallel"] = layout
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
     assert launch(train_rank, 2, str(file), ["training.stop_at_iteration=2"], "align") == [2, 2]
     assert launch(train_rank, 2, str(file), [], None) == [4, 4]
     run = tmp_path / "run"
@@ -201,6 +216,12 @@ def test_the_published_stages_load(tmp_path, monkeypatch):
         ).save(Path(path))
     configs = load_stages(PROGRESSIVE, ["checkpoint.load="], world_size=64)
     assert [c.data.length for c in configs] == [32768, 32768, 32768, 65536, 131072]
+    assert [c.training.global_batch_size * c.data.length for c in configs] == 5 * [2**21], "the same tokens"
+    assert [c.recompute.language for c in configs] == [*(3 * ["none"]), "offload", "offload"]
+    for config in configs:
+        sizes = config.parallel
+        assert sizes.tensor_model_parallel_size * sizes.context_parallel_size == 8, "one node"
+        assert config.resilience == configs[0].resilience and config.checkpoint.save_interval == 250
     assert configs[0].optimizer.trainable == ("connector",)
     for config in configs[1:]:
         assert set(config.optimizer.trainable) == {"vision", "connector", "language"}
