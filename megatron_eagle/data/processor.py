@@ -155,11 +155,17 @@ class SampleProcessor:
 
     @staticmethod
     def _check_frames(videos: list[VideoFacts], plans: list[Plan]) -> None:
-        """Decode every frame that some plan shows, so that training never meets one that cannot be."""
+        """Decode every frame that some plan shows, so that training never meets one that cannot be.
+
+        A file that cannot be read by seeking is marked in `videos`, so that training does not try.
+        """
         for i, video in enumerate(videos):
             frames = sorted({frame for plan in plans for frame in plan.frames[i]})
-            for _ in read_frames(video.file.path, video.table.index.select(frames)):
+            reasons: list[str] = []
+            for _ in read_frames(video.file.path, video.table.index.select(frames), reasons.append):
                 pass
+            if reasons:
+                videos[i] = replace(video, table=replace(video.table, linear_reason=reasons[0]))
 
     def _check_pages(self, documents: Sequence[Document], plans: list[Plan]) -> None:
         """Open every page of a PDF file that some plan shows, likewise."""

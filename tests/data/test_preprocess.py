@@ -57,7 +57,7 @@ def test_everything_is_kept_or_in_the_ledger(folder, tokenizer_dir):
         (4, "broken JSON", None),
         (6, "empty file", None),
         (7, "missing media", None),
-        (8, "unreadable video", None),
+        (8, "truncated video", None),
         (9, "too long", 220),
         (9, "too long", 2000),
     ]

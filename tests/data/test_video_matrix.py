@@ -18,7 +18,8 @@ from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.frame_index import open_video, read_frame_table
 from megatron_eagle.data.media.tiles import resize
 from megatron_eagle.data.media.video import decode_frames
-from tests.data.helpers import frame_number, make_video
+from megatron_eagle.data.store import SampleStore
+from tests.data.helpers import conversation, frame_number, make_store, make_video
 from tests.data.mp4_edit import TRACK, edit_list, rename, rotate, shift_offsets
 from tests.paths import MEDIA, need_media
 
@@ -158,6 +159,22 @@ def test_why_a_file_is_read_from_its_start(tmp_path):
     assert len(reasons) == 2
     assert reasons[0] == "MPEG transport stream"
     assert reasons[1].startswith("damage at")
+
+
+def test_a_store_remembers_why(tmp_path, tokenizer_dir):
+    names = ["gradual refresh", "transport stream", "B-frames"]
+    paths = [make(tmp_path, f"{i}{READABLE[n][0]}", *READABLE[n][1:3]) for i, n in enumerate(names)]
+    records = [conversation("<video>", "x", video=path.name) for path in paths]
+    store = SampleStore(make_store(tmp_path, tokenizer_dir, records, (4096,)))
+    plans = [store[row].videos[0] for row in range(3)]
+    assert [plan.linear_reason.split(" ")[0] for plan in plans] == ["damage", "MPEG", ""]
+    for plan, path in zip(plans, paths, strict=True):
+        index = read_frame_table(str(path)).index
+        assert (plan.n_frames, plan.open_gop) == (N, 0)
+        tiles, times = decode_frames(plan.path, plan.index, plan.frames[-2:], size=TILE)
+        expected, expected_times = decode_frames(str(path), index, plan.frames[-2:], size=TILE)
+        assert torch.equal(tiles, expected)
+        assert times.tolist() == expected_times.tolist() == plan.times[-2:]
 
 
 def no_frames(path):

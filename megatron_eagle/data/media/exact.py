@@ -65,15 +65,15 @@ def upright(frame: av.VideoFrame, rotation: int) -> np.ndarray:
 
 
 def _decode_planned(path: str, index: FrameIndex) -> Iterator[av.VideoFrame]:
-    wanted = index.pts.tolist()
+    wanted = set(index.pts.tolist())
     with open_video(path) as container:
         stream = _stream(container, index.stream)
         _meet_encoder(container, stream)
         frames: Iterator[av.VideoFrame] = iter(())
         position = None  # presentation time of the last decoded frame
-        for pts, key in zip(wanted, index.seek_points.tolist(), strict=True):
+        for pts, key in zip(index.pts.tolist(), index.seek_points.tolist(), strict=True):
             if position is None or key > position:
-                frames = _frames_from(container, stream, key, set(wanted))
+                frames = _frames_from(container, stream, key, wanted)
             frame = next((f for f in frames if f.pts >= pts), None)
             if frame is None or frame.pts != pts:
                 raise _Missed(f"the frame at {pts} does not come out")
@@ -105,9 +105,7 @@ def _frames_from(
             if not packet.is_keyframe or packet.pts is None or packet.pts > key:
                 raise _Missed(f"a seek to {key} leads to {packet.pts}")
             start = last = packet.pts
-            begun = (
-                packet.is_discard
-            )  # an edit list hides the key frame: it is decoded, but does not come out
+            begun = packet.is_discard  # a key frame that an edit list hides does not come out
         if skipping:
             codec.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
         try:
