@@ -1,0 +1,68 @@
+"""The image's recipe: everything that it names is pinned and exists. It is not built here."""
+
+import re
+import shutil
+import subprocess
+from string import Template
+from unittest.mock import patch
+
+import pytest
+
+from tests.paths import REPO
+
+TEXT = (REPO / "Dockerfile").read_text()
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Name and arguments of each instruction, with continued lines joined and ARG defaults put in."""
+    lines = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^\s*#.*\n", "", TEXT)).splitlines()
+    found, defaults = [], {}
+    for name, arguments in (line.split(maxsplit=1) for line in lines if line.strip()):
+        arguments = Template(arguments).safe_substitute(defaults)
+        if name == "ARG":
+            defaults |= dict([arguments.split("=", 1)])
+        found.append((name, arguments))
+    return found
+
+
+def extras() -> dict[str, list[str]]:
+    """extras_require of setup.py."""
+    with patch("setuptools.setup") as setup:
+        exec((REPO / "setup.py").read_text(), {"__name__": "setup"})
+    return setup.call_args.kwargs["extras_require"]
+
+
+def test_the_base_is_one_release_of_ngc():
+    (base,) = [arguments for name, arguments in instructions() if name == "FROM"]
+    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", base)
+    assert "latest" not in TEXT
+
+
+def test_sources_are_commits_and_packages_are_versions():
+    runs = " && ".join(arguments for name, arguments in instructions() if name == "RUN")
+    clones = re.findall(r"git clone \S+ (\S+)", runs)
+    checkouts = re.findall(r"git -C (\S+) checkout (\S+)", runs)
+    assert [folder for folder, _ in checkouts] == clones != []
+    assert all(re.fullmatch(r"[0-9a-f]{40}", commit) for _, commit in checkouts)
+    for command in re.findall(r"pip install ([^&]*)", runs):
+        for word in command.split():
+            assert word.startswith(("-", "'.[", "/opt/")) or re.fullmatch(r"[\w-]+==[\d.]+", word), word
+
+
+def test_extras_exist_and_fit_the_base():
+    (named,) = re.findall(r"'\.\[([\w,]+)\]'", TEXT)
+    known = extras()
+    assert set(named.split(",")) == {"dali", "demo", "serve", "recipe"} <= known.keys()
+    assert known["dali"] == ["nvidia-dali-cuda120==2.4.0"] and "CUDA 12" in TEXT
+    for package in ("transformer_engine", "flash_attn", "apex", "nvidia-dali-cuda120"):
+        assert f"'{package}'" in TEXT, "the build fails where it is missing"
+
+
+def test_it_says_what_has_been_built():
+    assert re.match(r"# GPU image\. State: ", TEXT)
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+def test_hadolint_has_nothing_to_say():
+    result = subprocess.run(["hadolint", str(REPO / "Dockerfile")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
