@@ -43,7 +43,7 @@ class Batch:
     document_bounds: list[int]
     """0, ..., s."""
     pixel_values: torch.Tensor | None
-    """float32 [i, 3, S, S] in [-1, 1], in the order of the image tokens: the tiles of `plan.tiles`."""
+    """uint8 [i, 3, S, S], in the order of the image tokens: the tiles of `plan.tiles`."""
     n_tiles: int
     """Of the whole pack."""
     sample_rows: list[int]

@@ -8,7 +8,6 @@ ranks share a global batch so that all have about the same to do.
 import itertools
 import math
 from collections.abc import Callable, Collection
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -25,13 +24,11 @@ from megatron_eagle.data.dataset import (
     sample_weight,
     token_weights,
 )
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.loss_weights import LOSS_WEIGHTINGS
-from megatron_eagle.data.media.deadline import TOO_LONG
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.prefetch import Prefetcher
-from megatron_eagle.data.sample_media import Medium, sample_media
+from megatron_eagle.data.sample_media import FailedMedium, MediaReader
 from megatron_eagle.data.store import DataManifest, SampleStore
 from megatron_eagle.errors import UserError
 
@@ -72,16 +69,6 @@ class DataConfig:
             raise UserError(f"data.prefetch_bytes must not be negative, got {self.prefetch_bytes}")
         if self.decode_timeout_s <= 0:
             raise UserError(f"data.decode_timeout_s must be above 0, got {self.decode_timeout_s:g}")
-
-
-@dataclass(frozen=True)
-class FailedMedium:
-    """A picture or video that could not be read; it takes the sample of this store row out of training."""
-
-    row: int
-    source: str  # FILE:LINE of the annotation
-    path: str
-    reason: str
 
 
 @dataclass
@@ -135,12 +122,14 @@ class PackLoader:
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._plan, self._pin_memory = plan, torch.device(device).type == "cuda"
         self._weighting = {"weighting": config.loss_weighting, "multi_turn": config.multi_turn}
-        self._media_pool = ThreadPoolExecutor(config.decode_threads, "media")
         self._decoder = MediaDecoder(
             config.decoder,
             tile_size=self.manifest.tile_size,
             device=device,
             timeout=config.decode_timeout_s,
+        )
+        self._media = MediaReader(
+            self._store, self._decoder, config.decode_threads, pin_memory=self._pin_memory
         )
         self._ahead: Prefetcher[GlobalBatch] | None = None
         self._ahead_from = 0  # packs consumed before the next batch that `_ahead` gives
@@ -188,7 +177,7 @@ class PackLoader:
 
     def close(self) -> None:
         """Stop the background work."""
-        self._media_pool.shutdown(wait=False, cancel_futures=True)
+        self._media.close()
         self._stop_prefetch()
         self._decoder.close()
 
@@ -221,9 +210,7 @@ class PackLoader:
                     **self._weighting,
                 )
             )
-            for number, _, _, places in self._media(microbatch):
-                if number in samples:
-                    microbatch.pixel_values[places] = 0
+            self._media.blank(microbatch, samples)
 
     def _permute(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._index))
@@ -240,10 +227,11 @@ class PackLoader:
         counts = self._index.column("n_samples", packs)
         first_samples = counts.cumsum() - counts
         microbatches = [self._assemble(packs[i], total, first_samples[i]) for i in self._own(packs)]
-        tile_bytes = 3 * self.manifest.tile_size**2 * torch.float32.itemsize
         tiles = sum(len(batch.plan.tiles or ()) for batch in microbatches if batch.plan is not None)
         tokens = sum(getattr(batch, name).nbytes for batch in microbatches for name in _TOKENS)
-        return GlobalBatch(consumed_packs, microbatches, total, nbytes=tokens + tiles * tile_bytes)
+        return GlobalBatch(
+            consumed_packs, microbatches, total, nbytes=tokens + tiles * 3 * self.manifest.tile_size**2
+        )
 
     def _assemble(self, pack: int, total: float, first_sample: int) -> Batch:
         rows = self._index.rows(int(pack))
@@ -260,60 +248,10 @@ class PackLoader:
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if self._pin_memory else tensor
 
-    def _media(self, batch: Batch) -> list[tuple[int, Medium, range, slice]]:
-        """What this rank decodes of a pack: the sample's number in the global batch, the medium, which of its
-        tiles, and their places in `pixel_values`."""
-        tiles = None if batch.plan is None else batch.plan.tiles
-        if not tiles:
-            return []
-        found, start = [], 0
-        for number, row in enumerate(batch.sample_rows, batch.first_sample):
-            for medium in sample_media(self._store, row):
-                first, last = max(start, tiles.start), min(start + medium.n_tiles, tiles.stop)
-                if first < last:
-                    places = slice(first - tiles.start, last - tiles.start)
-                    found.append((number, medium, range(first - start, last - start), places))
-                start += medium.n_tiles
-        return found
-
     def _read_media(self, batch: GlobalBatch) -> None:
-        """Fill in the pixels; all of the step's media are handed to the threads before the first is waited
-        for. When as many as there are threads took too long, those not begun are given up: the storage is
-        gone, and each of them would take as long."""
-        size = self.manifest.tile_size
-        reading = [
-            (microbatch, number, medium, places, self._media_pool.submit(medium.load, self._decoder, tiles))
-            for microbatch in batch.microbatches
-            for number, medium, tiles, places in self._media(microbatch)
-        ]
-        for microbatch in batch.microbatches:
-            if microbatch.plan is not None and microbatch.plan.tiles is not None:
-                shape = len(microbatch.plan.tiles), 3, size, size
-                microbatch.pixel_values = torch.zeros(shape, pin_memory=self._pin_memory)
-        reading.reverse()
-        overdue = 0
-        while reading:  # what is copied is let go at once
-            microbatch, number, medium, places, future = reading.pop()
-            try:
-                microbatch.pixel_values[places] = future.result()
-            except UserError:
-                raise
-            except Exception as error:  # a decoder may raise anything for a broken file
-                overdue += isinstance(error, Problem) and error.kind == TOO_LONG
-                if overdue == self._config.decode_threads:
-                    for *_, later in reading:
-                        later.cancel()
-                path = medium.plan.path
-                failed = FailedMedium(medium.row, medium.source, path, _reason(error, path))
-                batch.failures.setdefault(number, failed)
+        batch.failures = self._media.read(batch.microbatches)
 
     def _stop_prefetch(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
-
-
-def _reason(error: Exception, path: str) -> str:
-    if isinstance(error, CancelledError):
-        return f"not read: {path}: too many before it took too long"
-    return str(error) if isinstance(error, Problem) else f"{path}: {type(error).__name__}: {error}"

@@ -133,7 +133,7 @@ def build_input(
 
     Args:
         input_ids, position_ids: [S] int64; positions restart in every document.
-        tiles: [i, channels, size, size], the tiles of `plan.tiles`.
+        tiles: [i, channels, size, size], the tiles of `plan.tiles`, of any type.
         labels, loss_weights: [S], already shifted: entry i belongs to the prediction made at token i.
     """
     plan = plan.to(device)

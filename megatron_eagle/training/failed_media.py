@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_eagle.data.loader import FailedMedium, GlobalBatch, PackLoader
+from megatron_eagle.data.loader import GlobalBatch, PackLoader
+from megatron_eagle.data.sample_media import FailedMedium
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.agreement import AgreedError, raise_together
 

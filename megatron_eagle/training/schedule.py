@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_eagle.data.dataset import Batch
+from megatron_eagle.data.media.tiles import normalize
 from megatron_eagle.model.eagle import ModelInput
 from megatron_eagle.model.inputs import InputPlan, build_input, plan_input
 from megatron_eagle.model.presets import EagleConfig
@@ -31,8 +32,8 @@ def plan_batch(eagle: EagleConfig, mesh: Mesh, pin_memory: bool, batch: Batch) -
 
 
 def build_batch(device: torch.device, batch: Batch) -> ModelInput:
-    """A planned batch on the device. Collective as `build_input`."""
-    return build_input(
+    """A planned batch on the device, where its bytes become pixel values. Collective as `build_input`."""
+    inputs = build_input(
         batch.plan,
         device,
         input_ids=batch.input_ids,
@@ -41,6 +42,9 @@ def build_batch(device: torch.device, batch: Batch) -> ModelInput:
         labels=batch.labels,
         loss_weights=batch.loss_weights,
     )
+    if inputs.pixel_values is not None:
+        inputs.pixel_values = normalize(inputs.pixel_values)
+    return inputs
 
 
 def run_schedule(

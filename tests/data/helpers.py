@@ -20,6 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from megatron_eagle.data.ads import SamplingSettings
 from megatron_eagle.data.dataset import Batch
 from megatron_eagle.data.media.decoder import MediaDecoder
+from megatron_eagle.data.media.tiles import normalize
 from megatron_eagle.data.preprocess import Execution, preprocess
 from megatron_eagle.data.processor import PreprocessSettings
 from megatron_eagle.data.sample_media import sample_media
@@ -229,9 +230,9 @@ def make_store(
 
 
 def read_media(store: SampleStore, row: int) -> list[torch.Tensor]:
-    """The tiles of each medium of a row, in reading order."""
+    """The tiles of each medium of a row, in reading order: float32 in [-1, 1]."""
     decoder = MediaDecoder("exact", tile_size=store.manifest.tile_size)
-    return [medium.load(decoder) for medium in sample_media(store, row)]
+    return [normalize(medium.load(decoder)) for medium in sample_media(store, row)]
 
 
 def every_tile(batch: Batch) -> SimpleNamespace:

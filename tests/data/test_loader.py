@@ -10,6 +10,8 @@ import torch
 from megatron_eagle.data.loader import DataConfig, PackLoader
 from megatron_eagle.data.loss_weights import LOSS_WEIGHTINGS
 from megatron_eagle.data.media.decoder import ExactDecoder
+from megatron_eagle.data.media.images import load_image
+from megatron_eagle.data.media.tiles import image_tiles
 from megatron_eagle.data.packing import write_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
@@ -136,7 +138,7 @@ def test_pixels_follow_the_image_tokens(path):
     whole = loader(path, gbs=loader(path).packs_per_epoch, decode=True)
     for batch in whole.step(0).microbatches:
         assert batch.pixel_values.shape == (batch.n_tiles, 3, 28, 28)
-        assert batch.pixel_values.dtype == torch.float32
+        assert batch.pixel_values.dtype == torch.uint8
         offset = 0
         for row in batch.sample_rows:
             kind = row % 3
@@ -156,10 +158,7 @@ def test_pixels_follow_the_image_tokens(path):
 
 
 def first_thumbnail(path):
-    from megatron_eagle.data.media.images import load_image
-    from megatron_eagle.data.media.tiles import tile_image
-
-    return tile_image(load_image(str(path.parent / "a.png")), (1, 1), 28)[0]
+    return image_tiles(load_image(str(path.parent / "a.png")), (1, 1), 28)[0]
 
 
 def test_a_pack_without_pictures_has_no_tiles(tmp_path, tokenizer_dir):

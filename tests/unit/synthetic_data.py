@@ -82,7 +82,8 @@ class SyntheticLoader:
         weights = torch.rand(LENGTH, generator=generator) * (labels != IMAGE_TOKEN)
         weights[[39, LENGTH - 1]] = 0
         size = eagle.vision.image_size
-        pixels = torch.rand(tiles, 3, size, size, generator=generator) * 2 - 1
+        shape = tiles, 3, size, size
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         return Batch(
             input_ids=ids,
             labels=labels,

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_eagle.data.loader import FailedMedium
+from megatron_eagle.data.sample_media import FailedMedium
 from megatron_eagle.errors import UserError
 from megatron_eagle.training import faults, loop
 from megatron_eagle.training.agreement import AgreedError

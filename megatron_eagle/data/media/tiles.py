@@ -41,5 +41,6 @@ def resize(pixels: np.ndarray, width: int, height: int) -> torch.Tensor:
 
 
 def normalize(tiles: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5."""
-    return tiles.to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+    """uint8 -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5, the same bits on every device."""
+    white = torch.full((), 255.0, device=tiles.device)  # a number would be multiplied by its inverse on a GPU
+    return tiles.to(torch.float32).div_(white).sub_(0.5).div_(0.5)
