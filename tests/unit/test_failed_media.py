@@ -144,26 +144,21 @@ def test_an_error_of_one_loader_ends_all(run, tmp_path):
 
 def test_an_evaluation_leaves_out_too(run, tmp_path):
     """With weights that do not move: as training loses the same samples of the same packs."""
-    write_run(tmp_path)
     still = ["optimizer.lr=1e-30", "optimizer.weight_decay=0", "training.stop_at_iteration=2"]
-    evaluating = [f"evaluation.data={tmp_path / 'data'}", "evaluation.interval=2", *still]
-    [ended] = launch(train_with, 1, "HalfBrokenLoader", str(run.file), 1, evaluating)
-    assert "missing media; used by row 0 of the store (data.jsonl:1) (and 1 more samples)" in ended
-    assert launch(train_with, 1, "HalfBrokenLoader", str(run.file), 1, [SKIP, *evaluating]) == [""]
-    evaluated = read_metrics(run.logs / "metrics.jsonl")[-1].evaluation_loss
-    assert run.events() == [(2, "failed_media")] * 2
+    assert run([bad(1, 0, 1)], SKIP, *still) == [""]
+    losses = [loss for _, loss, _ in run.metrics()]
+    (tmp_path / "evaluated").mkdir()
+    write_run(tmp_path / "evaluated")
+    config, logs = tmp_path / "evaluated" / "run.yaml", tmp_path / "evaluated" / "run" / "logs"
+    evaluating = [f"evaluation.data={tmp_path / 'data'}", "evaluation.interval=2"]
+    settings = [SKIP, *still, *evaluating]
+    assert launch(train_with, 1, "HalfBrokenLoader", str(config), 1, settings) == [""]
+    lost = [(e["iteration"], e["reason"]) for e in read_events(logs / "events.jsonl")]
+    assert lost == [(2, f"missing media; used by row {row} of the store (data.jsonl:1)") for row in (0, 1)]
 
-    def weight(position: int) -> float:
-        return float(SyntheticLoader._pack(None, position).loss_weights.sum())
+    def weight(*positions: int) -> float:
+        return sum(float(SyntheticLoader._pack(None, i).loss_weights.sum()) for i in positions)
 
-    losses = []
-    for number, lost in enumerate(([0, 1], [])):
-        (tmp_path / str(number)).mkdir()
-        write_run(tmp_path / str(number))
-        suffered = [bad(number + 1, *lost)] if lost else []
-        config = str(tmp_path / str(number) / "run.yaml")
-        launch(train_faulty, 1, config, 1, [SKIP, *still], suffered)
-        losses.append(steps(tmp_path / str(number) / "run" / "logs")[number][1])
-    weights = [weight(2) + weight(3), sum(weight(i) for i in range(4, 8))]
-    joint = sum(loss * w for loss, w in zip(losses, weights, strict=True)) / sum(weights)
-    assert evaluated == pytest.approx(joint, rel=1e-6)
+    weights = weight(2, 3), weight(4, 5, 6, 7)
+    expected = sum(loss * share for loss, share in zip(losses, weights, strict=True)) / sum(weights)
+    assert read_metrics(logs / "metrics.jsonl")[-1].evaluation_loss == pytest.approx(expected, rel=1e-6)
