@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.megatron_cpu import megatron_on_cpu
 
 
@@ -32,10 +33,19 @@ class Device:
 
 
 def detect_device() -> Device:
-    """CUDA device LOCAL_RANK if there is one, else the CPU."""
+    """CUDA device LOCAL_RANK if there is one, else the CPU.
+
+    Raises `UserError` where a node has more processes than GPUs.
+    """
     if not torch.cuda.is_available():
         return Device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", 0))
+    index, available = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= available:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", index + 1)
+        raise UserError(
+            f"this node has {available} GPUs, too few for the {processes} processes that it was given: "
+            f"start at most --nproc-per-node {available}"
+        )
     torch.cuda.set_device(index)
     return Device("cuda", index)
 

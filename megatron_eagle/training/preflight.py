@@ -36,7 +36,7 @@ def _check(config: RunConfig, processes: int) -> str:
     epochs = training.train_iterations * training.global_batch_size / packs
     return (
         f"{config.checkpoint.path}: {layout}; {training.train_iterations} iterations of "
-        f"{training.global_batch_size} packs of {data.length} tokens, {epochs:.2f} epochs of {data.path}"
+        f"{training.global_batch_size} x {data.length} tokens, {epochs:.2f} epochs of {data.path}"
     )
 
 

@@ -12,11 +12,14 @@ resilience: {on_nonfinite: skip}
 logging:    {tensorboard: true}
 """
 
+import filecmp
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from tokenizers import Tokenizer
 
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml, to_dict
 from megatron_eagle.context_parallel.te_attention import check_te_attention
@@ -30,6 +33,7 @@ from megatron_eagle.model.presets import EagleConfig, expand_preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.checkpoint import (
+    HF_FOLDER,
     CheckpointConfig,
     has_checkpoint,
     read_lora_config,
@@ -143,9 +147,11 @@ def complete_run_config(
         _check_same_data(config.evaluation.data, config.data)
     path, load = config.checkpoint.path, config.checkpoint.load
     if has_checkpoint(path):
+        _check_same_tokenizer(config.data.path, path)
         _check_same_model(config.model, read_model_config(path), path)
         check_same_lora(config.lora, read_lora_config(path), path)
     elif load is not None and not (load_later and not has_checkpoint(load)):
+        _check_same_tokenizer(config.data.path, load)
         _check_same_model(config.model, read_model_config(load), load)
         saved = read_lora_config(load)
         if saved is not None:  # weights without adapters may get new ones
@@ -209,6 +215,23 @@ def _check_same_data(held_out: str, data: DataConfig) -> None:
         raise UserError(f"evaluation.data: {held_out} was prepared with another tokenizer than {data.path}")
     if data.length not in there.lengths:
         raise UserError(f"evaluation.data: {held_out} was not prepared for data.length {data.length}")
+
+
+def _check_same_tokenizer(data: str, checkpoint: str) -> None:
+    """Refuse a number that stands for one token in the data and for another in the checkpoint."""
+    files = Path(data, "tokenizer", "tokenizer.json"), Path(checkpoint, HF_FOLDER, "tokenizer.json")
+    if not all(file.is_file() for file in files) or filecmp.cmp(*files, shallow=False):
+        return
+    here, there = (
+        {number: token for token, number in Tokenizer.from_file(str(file)).get_vocab().items()}
+        for file in files
+    )
+    for number in sorted(here.keys() & there.keys()):
+        if here[number] != there[number]:
+            raise UserError(
+                f"{data}: prepared with another tokenizer than {checkpoint}: token {number} is "
+                f"{here[number]!r} in the data and {there[number]!r} in the checkpoint"
+            )
 
 
 def _check_same_model(model: EagleConfig, saved: EagleConfig, where: str) -> None:

@@ -1,0 +1,163 @@
+"""Runs that cannot be: each is refused in one line, before the first step and before it writes anything."""
+
+import shutil
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer
+
+from megatron_eagle.data.packing import read_packs, write_packs
+from megatron_eagle.data.store import SampleStore
+from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.device import detect_device
+from megatron_eagle.training import loop
+from megatron_eagle.training.preflight import check_runs
+from megatron_eagle.training.run_config import load_run_config
+from megatron_eagle.training.stages import load_stages
+from tests.data.helpers import conversation, make_store, make_tokenizer
+from tests.unit.test_training import train_main
+
+SHORT, LONG = 128, 256
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a packed store of two lengths, a tokenizer, and a run of one iteration that has ended."""
+    folder = tmp_path_factory.mktemp("made")
+    records = [conversation("Hi", "Yes " * (k % 5 + 1)) for k in range(30)]
+    store = make_store(folder, make_tokenizer(folder / "tokenizer"), records, (SHORT, LONG))
+    for length in (SHORT, LONG):
+        write_packs(store, length, seed=0)
+    store.rename(folder / "data")
+    sections = {
+        "model": {"preset": "tiny", "vision": {"image_size": 28, "patch_size": 14}},
+        "data": {"path": str(folder / "data"), "length": LONG},
+        "training": {"train_iterations": 1, "global_batch_size": 1, "precision": "fp32"},
+        "checkpoint": {"path": str(folder / "run")},
+        "logging": {"progress": False, "tensorboard": False},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(sections))
+    loop.train(load_run_config(folder / "run.yaml"))
+    return folder
+
+
+@pytest.fixture
+def refused(made, tmp_path):
+    """`refused(*overrides, data=FOLDER)` reads, checks and starts a new run; the line that it ends with."""
+
+    def start(*overrides: str, data: Path | None = None, world_size: int = 1) -> str:
+        paths = [f"checkpoint.path={tmp_path / 'new'}"]
+        paths += [f"data.path={data}"] if data is not None else []
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError) as caught:
+            loop.train(load_run_config(made / "run.yaml", [*paths, *overrides], world_size=world_size))
+        assert "\n" not in str(caught.value)
+        assert sorted(tmp_path.rglob("*")) == before, "nothing was written"
+        assert not torch.distributed.is_initialized()
+        return str(caught.value)
+
+    return start
+
+
+def copy_of_data(made: Path, to: Path) -> Path:
+    return Path(shutil.copytree(made / "data", to))
+
+
+def test_settings_that_contradict_each_other(refused):
+    assert "lora trains the language model" in refused("lora={rank: 2}", "optimizer.trainable=[connector]")
+    assert "this part is frozen" in refused(
+        "optimizer.trainable=[connector]", "optimizer.lr_multipliers={vision: 2}"
+    )
+    assert "min_lr must lie between 0 and lr" in refused("optimizer.min_lr=1")
+    assert "sequence" in refused("parallel.sequence_parallel=true")
+    assert "stop_at_iteration must lie between" in refused("training.stop_at_iteration=5")
+    assert "first_new_token" in refused("optimizer.trainable=[new_token_rows]")
+
+
+def test_fewer_processes_or_gpus_than_the_layout(refused, monkeypatch):
+    assert "1 processes cannot hold" in refused("parallel.context_parallel_size=2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with (
+        patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 2),
+        pytest.raises(UserError, match="has 2 GPUs, too few for the 4 processes .* --nproc-per-node 2"),
+    ):
+        detect_device()
+
+
+def other_tokenizer(folder: Path) -> None:
+    """In a store: two words of the tokenizer change places."""
+    file = folder / "tokenizer" / "tokenizer.json"
+    text = Tokenizer.from_file(str(file)).to_str()
+    text = text.replace('"a":', '"b-":').replace('"b":', '"a":').replace('"b-":', '"b":')
+    file.write_text(text)
+
+
+def test_data_of_another_tokenizer_than_the_checkpoint(made, refused, tmp_path):
+    data = copy_of_data(made, tmp_path / "data")
+    other_tokenizer(data)
+    message = refused(f"checkpoint.load={made / 'run'}", data=data)
+    assert message.startswith(f"{data}: prepared with another tokenizer than {made / 'run'}: token ")
+    assert message.endswith("'b' in the data and 'a' in the checkpoint")
+
+
+def test_the_same_tokenizer_written_in_another_way(made, tmp_path):
+    data = copy_of_data(made, tmp_path / "data")
+    file = data / "tokenizer" / "tokenizer.json"
+    file.write_text(Tokenizer.from_file(str(file)).to_str(pretty=True) + "\n\n")
+    load_run_config(made / "run.yaml", [f"data.path={data}"])
+
+
+def test_a_checkpoint_of_another_architecture(made, refused):
+    message = refused(f"checkpoint.load={made / 'run'}", "model.text.num_hidden_layers=2")
+    assert "the checkpoint is of another model: model.text.num_hidden_layers is 4 there and 2 here" in message
+    assert "no such folder; expected a checkpoint" in refused("checkpoint.load=absent")
+    assert "not a checkpoint" in refused(f"checkpoint.load={made / 'data'}")
+
+
+def test_a_pack_index_of_another_length_or_none(made, refused, tmp_path):
+    data = copy_of_data(made, tmp_path / "data")
+    index = data / str(LONG) / "packs.arrow"
+    shutil.copy(data / str(SHORT) / "packs.arrow", index)
+    message = refused(data=data)
+    assert f"{index} was made for other data; run pack_data --data {data} --length {LONG}" in message
+    index.unlink()
+    assert f"{data} has no packs for length {LONG}; run pack_data" in refused(data=data)
+    assert f"data.length is 64: {data} was prepared for {SHORT}, {LONG}" in refused(
+        "data.length=64", data=data
+    )
+
+
+def test_output_that_cannot_be_written(made, refused, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    below = tmp_path / "file" / "run"
+    assert refused(f"checkpoint.path={below}").startswith(f"{below}: ")
+    assert refused(f"checkpoint.path={made / 'run'}", f"logging.path={below}").startswith(f"{below}: ")
+
+
+def test_the_check_before_a_job_finds_the_same(made, tmp_path, monkeypatch, capsys):
+    """`train.py check`, for a job of many processes, in one."""
+    (tmp_path / "file").write_text("in the way")
+    data = copy_of_data(made, tmp_path / "data")
+    (data / str(SHORT) / "packs.arrow").unlink()
+    for overrides, message in (
+        ([f"checkpoint.path={tmp_path / 'file' / 'run'}"], "cannot be written: .*file is no folder"),
+        ([f"logging.path={tmp_path / 'file' / 'logs'}"], "cannot be written: .*file is no folder"),
+        ([f"data.path={data}", f"data.length={SHORT}"], "has no packs for length 128; run pack_data"),
+        (["parallel.tensor_model_parallel_size=4"], "key-value heads"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings = [*overrides, "training.global_batch_size=8"]
+            check_runs(load_stages(made / "run.yaml", settings, world_size=8), 8)
+    command = ["train.py", "check", "--processes", "4", "--config", str(made / "run.yaml")]
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=2"]
+    monkeypatch.setattr("sys.argv", [*command, *layout, "training.train_iterations=3"])
+    assert train_main()() == 0
+    packs = len(read_packs(SampleStore(made / "data", LONG)))
+    assert capsys.readouterr().out == (
+        f"{made / 'run'}: TP2 x CP2; 3 iterations of 1 x {LONG} tokens, {3 / packs:.2f} epochs of "
+        f"{made / 'data'}\n"
+    )
