@@ -120,9 +120,11 @@ def _backward_moments(
     e, chunks = workload.element_size, parallel.num_model_chunks
     first, last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
     r, h = rank_rows(parallel, workload), eagle.text.hidden_size
-    full = workload.recompute.language == "full"
-    layer = language_layer(eagle, parallel, workload)
-    layers = stage_layers(eagle, parallel, stage) // chunks * layer.kept(workload.recompute.language)
+    policy, layer = workload.recompute.language, language_layer(eagle, parallel, workload)
+    in_chunk = staying = stage_layers(eagle, parallel, stage) // chunks
+    if policy == "offload":
+        staying = min(workload.recompute.offload_keep_last, in_chunk)
+    layers = staying * layer.kept(policy)
     vision = tower_activations(eagle, parallel, workload) if first else 0
     final_norm = rms_norm(r, h, e)
 
@@ -130,14 +132,19 @@ def _backward_moments(
     for chunk in range(chunks):
         begins, ends = first and chunk == 0, last and chunk == chunks - 1
         language = layers + (final_norm if ends else 0)
-        if not begins and e < FP32 and not full:
-            language += r * h * e  # what arrived from the stage before; the first norm keeps an fp32 copy
+        if not begins and (staying < in_chunk or (e < FP32 and policy in ("none", "selective"))):
+            # What arrived from the stage before; the first norm keeps an fp32 copy, an offloaded layer none.
+            language += r * h * e
         if not ends and workload.device == "cpu":
             language += r * h * e  # what was sent on; freed at once on a GPU
         kept.append((language, vision if begins else 0))
 
     # A layer that kept its input alone is whole again during its backward; in fp32 its norm keeps that input.
-    restored = layer.total - (layer.input if e == FP32 else 0) if full else 0
+    restored = layer.total - (layer.input if e == FP32 else 0) if policy in ("full", "offload") else 0
+    if policy == "offload":
+        restored -= layer.output + layer.statistics  # kept, not made again
+        # The layer under way and the one before it have come back.
+        restored += max(0, min(2, in_chunk) - staying) * layer.away
     moments = []
     for chunk, (language, tower) in enumerate(in_flight(parallel, workload.microbatches, stage, kept)):
         if last and chunk == chunks - 1:
@@ -185,7 +192,8 @@ def _feed_forward(eagle: EagleConfig, parallel: ParallelConfig, workload: Worklo
     e, h = workload.element_size, eagle.text.hidden_size
     s, r = workload.sequence_length // parallel.context_parallel_size, rank_rows(parallel, workload)
     f = eagle.text.intermediate_size // parallel.tensor_model_parallel_size
-    return e * (s * f + h * f + s * h + r * h)
+    product = s * f if workload.recompute.swiglu else 0  # computed again
+    return e * (s * f + h * f + s * h + r * h + product)
 
 
 def _attention(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
@@ -263,8 +271,7 @@ def in_flight(
         for chunk in range(chunks)
         for _ in range(min(stages, microbatches - start))
     ]
-    warmup = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
-    warmup = min(warmup, len(units))
+    warmup = min(parallel.forwards_in_flight(stage) - 1, len(units))
     language = vision = 0
     worst = [(0, 0)] * chunks
     for step in range(len(units) + warmup):

@@ -130,20 +130,28 @@ class LayerActivations:
     attention: int  # input norm, projections and core attention
     mlp: int  # second norm and feed-forward
     input: int  # the layer's input, which full recomputation keeps alone
+    output: int  # of core attention, which offload keeps beside the input and the statistics
     statistics: int  # log-sum-exp of the softmax
 
     @property
     def total(self) -> int:
         return self.attention + self.mlp
 
-    def kept(self, recompute: Literal["none", "selective", "full"]) -> int:
-        """Bytes that stay until the layer's backward begins.
+    @property
+    def away(self) -> int:
+        """What an offloaded layer leaves in host memory."""
+        return self.input + self.output + self.statistics
+
+    def kept(self, recompute: Literal["none", "selective", "full", "offload"]) -> int:
+        """Bytes that stay until the layer's backward begins; of offloaded layers those that are not away.
 
         Core attention keeps q, k, v and its output, and the projections around it keep them anyway:
         recomputing it saves the statistics alone.
         """
         if recompute == "full":
             return self.input
+        if recompute == "offload":
+            return self.away
         return self.total - (self.statistics if recompute == "selective" else 0)
 
 
@@ -171,8 +179,9 @@ def language_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workl
     # cosines and sines.)
     attention = s * e * ((q + 2 * kv) + q + kv + q) + statistics
     # Gate and up, silu(gate) where the kernel is the eager one, their product.
-    mlp = s * e * (2 * f + (f if workload.device == "cpu" else 0) + f)
-    return LayerActivations(norm + attention, norm + mlp, r * h * e, statistics)
+    product = 0 if workload.recompute.swiglu else f
+    mlp = s * e * (2 * f + (f if workload.device == "cpu" else 0) + product)
+    return LayerActivations(norm + attention, norm + mlp, r * h * e, s * e * q, statistics)
 
 
 def vision_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> LayerActivations:
@@ -184,7 +193,7 @@ def vision_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workloa
     statistics = p * vision.num_attention_heads // t * FP32
     attention = p * e * (3 * c // t + c // t) + statistics  # joint projection, output
     mlp = p * e * 2 * i  # before and after the GELU
-    return LayerActivations(norm + attention, norm + mlp, p * c * e, statistics)
+    return LayerActivations(norm + attention, norm + mlp, p * c * e, p * e * c // t, statistics)
 
 
 def tower_activations(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:

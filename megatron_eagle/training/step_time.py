@@ -145,9 +145,9 @@ def _microbatch(
     vision = step.vision + step.connector
     if not last:
         linear -= head
-    if workload.recompute.language == "full":
+    if workload.recompute.language in ("full", "offload"):
         linear += forward.language_linear - head_forward
-    if workload.recompute.language != "none":
+    if workload.recompute.language in ("selective", "full"):
         attention += forward.language_attention
     if workload.recompute.vision == "full":
         vision += forward.vision
