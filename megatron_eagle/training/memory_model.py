@@ -8,6 +8,7 @@ nothing is fitted to a measurement. `tests/parallel/test_memory_model.py` compar
 
 from dataclasses import dataclass
 
+from eagle_kernels.linear_cross_entropy import CHUNK
 from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import tower_parallel_size
@@ -39,7 +40,7 @@ class StageMemory:
     optimizer: int  # Adam's moments and, of a bf16 model, fp32 main parameters: shared over data x context
     activations: int = 0  # of the language layers, all microbatches in flight
     vision: int = 0  # activations of tower and connector, all microbatches in flight; tiles
-    logits: int = 0  # logits with their gradient, or with the output layer's weight gradient
+    logits: int = 0  # logits (of the fused loss: of a chunk) and gradients of the output layer
     workspace: int = 0  # transient: attention with its gathered keys and values, gradients of one layer, Adam
 
     @property
@@ -148,7 +149,8 @@ def _backward_moments(
     moments = []
     for chunk, (language, tower) in enumerate(in_flight(parallel, workload.microbatches, stage, kept)):
         if last and chunk == chunks - 1:
-            moments.append(_Moment("loss", language, tower, logits=_loss(eagle, parallel, workload)))
+            loss = _fused_loss if workload.fused_loss else _loss
+            moments.append(_Moment("loss", language, tower, logits=loss(eagle, parallel, workload)))
             language -= final_norm
         feed_forward = restored + _feed_forward(eagle, parallel, workload)
         attention = restored - layer.mlp + _attention(eagle, parallel, workload)
@@ -185,6 +187,25 @@ def _loss(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> i
     rows = eagle.text.padded_vocab_size // parallel.tensor_model_parallel_size
     softmax = s * rows * (FP32 + e)
     return max(softmax, s * rows * e + rows * h * e + s * h * e)
+
+
+def _fused_loss(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+    """`eagle_kernels.linear_cross_entropy`. Forward: gradients of input and weight, the latter in fp32, and
+    the logits of a chunk, over several ranks of two; eager, in fp32 and in bf16 first in that. Backward: the
+    gradient of the input twice, for it is put in the places of the supervised tokens, and that of the weight
+    once more in its own type."""
+    e, h, tp = workload.element_size, eagle.text.hidden_size, parallel.tensor_model_parallel_size
+    s = workload.sequence_length // parallel.context_parallel_size
+    rows, chunk = eagle.text.padded_vocab_size // tp, min(CHUNK, s)
+    weight = 0 if workload.loss_into_main_grad else rows * h * FP32
+    own_type = rows * h * e if e < FP32 or workload.loss_into_main_grad else 0
+    work = FP32 if workload.device == "cpu" else e  # bytes of an element between a chunk's two halves
+    logits = chunk * rows * (work + (e if workload.device == "cpu" and e < FP32 else 0))
+    if tp > 1:
+        logits += min(chunk, s - chunk) * rows * work
+    gathered = s * h * e if parallel.sequence_parallel else 0
+    forward = s * h * e + weight + logits + chunk * h * e + gathered
+    return max(forward, 2 * s * h * e + weight + own_type)
 
 
 def _feed_forward(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:

@@ -34,6 +34,10 @@ class Workload:
     # As `optimizer.trainable`. With a frozen language model its activations are an upper bound: weights
     # without a gradient do not keep their inputs.
     trainable: Collection[str] = PARTS
+    # Of `layers`: the fused loss, and whether it adds its weight's gradient to the fp32 buffer at once. All
+    # tokens are taken as supervised.
+    fused_loss: bool = False
+    loss_into_main_grad: bool = False
     # "cpu" counts the reference attention's score matrices and the packs of the step; "cuda" a fused
     # attention kernel, whose memory is linear in the sequence.
     device: Literal["cuda", "cpu"] = "cuda"

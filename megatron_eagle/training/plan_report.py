@@ -9,8 +9,9 @@ from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.planner import RESERVED_BYTES, PackShape, Plan, Plans
 from megatron_eagle.training.run_config import RunConfig
 
-# Tensor, sequence, pipeline, virtual, context and data parallel; language layers of the first stage.
-_LAYOUT = ("TP", "SP", "PP", "VPP", "CP", "DP", "first", "vision")
+# Tensor, sequence, pipeline, virtual and context parallel, Ulysses of that, data parallel; language layers
+# of the first stage.
+_LAYOUT = ("TP", "SP", "PP", "VPP", "CP", "U", "DP", "first", "vision")
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "vision", "logits", "workspace")
 _SHORT = ("weight", "grad", "optim", "activ", "vision", "logits", "work")
 
@@ -31,7 +32,8 @@ def render(
         f"longest document {packs.longest_document:,}",
         f"recompute: language {recompute.language}, vision {recompute.vision}; "
         f"trained: {', '.join(config.optimizer.trainable)}",
-        "assumes a fused attention kernel (the reference attention is quadratic in memory) and no overlap",
+        "assumes a fused attention kernel (the reference attention is quadratic in memory), no overlap, and "
+        f"the {'plain' if config.layers.loss == 'plain' else 'fused'} loss with every token supervised",
         f"{len(fitting)} layouts fit, {len(plans.legal) - len(fitting)} do not, "
         f"{plans.refused.total()} refused",
         "",
@@ -93,6 +95,7 @@ def _table(plans: list[Plan], own: ParallelConfig) -> list[str]:
                 str(parallel.pipeline_model_parallel_size),
                 str(parallel.num_model_chunks),
                 str(parallel.context_parallel_size),
+                str(parallel.ulysses_parallel_size),
                 str(plan.data_parallel_size),
                 "-" if first is None else str(first),
                 parallel.vision_sharding,

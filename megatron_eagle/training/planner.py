@@ -7,6 +7,9 @@ and time are estimates from shapes (`memory_model`, `step_time`).
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
 
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml
 from megatron_eagle.data.packing import read_packs
@@ -32,6 +35,7 @@ class PackShape:
     mean_tiles: float
     longest_document: int  # tokens
     sum_squared_lengths: float  # of a pack's documents, mean over packs
+    document_bounds: tuple[tuple[int, ...], ...] = ()  # of typical packs; none: one document each
 
     @classmethod
     def of_data(cls, path: str, length: int) -> "PackShape":
@@ -40,7 +44,9 @@ class PackShape:
         packs = read_packs(store)
         tiles, lengths = (packs.table["n_tiles"].to_numpy(), store.column("n_tokens").to_numpy())
         squares = (lengths.astype(float) ** 2).sum() / len(packs)
-        return cls(int(tiles.max()), float(tiles.mean()), int(lengths.max()), float(squares))
+        return cls(
+            int(tiles.max()), float(tiles.mean()), int(lengths.max()), float(squares), sample_bounds(store, 8)
+        )
 
     @classmethod
     def assumed(cls, length: int, tokens_per_tile: int, tiles: int | None = None) -> "PackShape":
@@ -51,6 +57,19 @@ class PackShape:
     def with_tiles(self, tiles: int) -> "PackShape":
         """The same with `tiles` in every pack."""
         return replace(self, tiles=tiles, mean_tiles=tiles)
+
+
+def sample_bounds(store: SampleStore, count: int) -> tuple[tuple[int, ...], ...]:
+    """Document bounds of `count` packs of a store or of all, evenly spread; padding is a document.
+
+    Raises `UserError`: not packed.
+    """
+    index, tokens = read_packs(store), store.column("n_tokens").to_numpy()
+    bounds = []
+    for pack in np.linspace(0, len(index) - 1, min(count, len(index))).astype(int):
+        ends = tokens[index.rows(int(pack))].cumsum().tolist()
+        bounds.append((0, *ends) if ends[-1] == store.length else (0, *ends, store.length))
+    return tuple(bounds)
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,7 @@ class Plan:
             p.pipeline_model_parallel_size,
             p.tensor_model_parallel_size,
             p.num_model_chunks,
+            p.ulysses_parallel_size,
             p.num_layers_in_first_pipeline_stage or 0,
             p.vision_sharding,
             p.sequence_parallel,
@@ -191,6 +211,8 @@ def _plan(
         longest_document=packs.longest_document,
         recompute=config.recompute,
         trainable=config.optimizer.trainable,
+        fused_loss=config.layers.loss != "plain",  # auto takes it on a GPU
+        loss_into_main_grad=config.layers.loss_into_main_grad,
     )
     memory = fullest_stage(config.model, parallel, data_parallel_size, workload)
     time = step_time(
@@ -201,6 +223,7 @@ def _plan(
         mean_tiles=packs.mean_tiles,
         sum_squared_lengths=packs.sum_squared_lengths,
         machine=machine,
+        document_bounds=packs.document_bounds,
     )
     return Plan(parallel, data_parallel_size, workload.microbatches, memory, time, capacity)
 
@@ -211,15 +234,21 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
     A first stage of its own size is tried where it is smaller than the others' share (it has the tower), or
     where the layers have no equal shares.
     """
-    layers = config.model.text.num_hidden_layers
+    layers, heads = config.model.text.num_hidden_layers, config.model.text.num_key_value_heads
     sizes = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for tp in sizes:
         for pp in (n for n in sizes if (gpus // tp) % n == 0 and n <= layers):
             for cp in (n for n in sizes if (gpus // tp // pp) % n == 0):
+                shardings = ["none"] + ["cp"] * (cp > 1) + ["cp_tp"] * (tp > 1)
+                ulysses_sizes = [n for n in sizes if cp % n == 0 and n <= heads]
                 for parallel in _variants(config.parallel, layers, tp, pp):
-                    shardings = ["none"] + ["cp"] * (cp > 1) + ["cp_tp"] * (tp > 1)
-                    for sharding in shardings:
-                        yield replace(parallel, context_parallel_size=cp, vision_sharding=sharding)
+                    for sharding, ulysses in product(shardings, ulysses_sizes):
+                        yield replace(
+                            parallel,
+                            context_parallel_size=cp,
+                            ulysses_parallel_size=ulysses,
+                            vision_sharding=sharding,
+                        )
 
 
 def _variants(base: ParallelConfig, layers: int, tp: int, pp: int) -> Iterator[ParallelConfig]:

@@ -1,22 +1,27 @@
 """How long a training step takes under a layout: FLOPs, bytes and published speeds, nothing overlapped.
 
 An estimate for ranking layouts, not a promise: kernels reach their published speeds, every collective
-waits for the computation (as the training loop has it now), context parallel ranks have equal attention
-work, and latencies are left out.
+waits for the computation (as the training loop has it now) and latencies are left out. How even attention
+is over context parallel ranks, and which keys travel, is counted (`context_work.py`).
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from eagle_kernels.linear_cross_entropy import CHUNK
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import tower_parallel_size
 from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.training.context_work import ContextWork, context_work
 from megatron_eagle.training.flops import StepFlops, training_flops
 from megatron_eagle.training.memory_shapes import (
     FP32,
     Workload,
     count_parameters,
+    kv_size,
     language_layer,
+    query_size,
     stage_layers,
     tower_activations,
     tower_tiles,
@@ -84,17 +89,21 @@ def step_time(
     mean_tiles: float,
     sum_squared_lengths: float,
     machine: Machine,
+    document_bounds: Sequence[Sequence[int]] = (),
 ) -> StepTime:
     """Estimated step of `workload` on `parallel.model_parallel_size * data_parallel_size` GPUs.
 
     Args:
         mean_tiles: tiles of a pack on average (`workload.tiles` is the most, which memory must hold).
         sum_squared_lengths: squared lengths of a pack's documents, summed, on average.
+        document_bounds: of typical packs; none: one document a pack.
     """
+    context = context_work(parallel, document_bounds or [[0, workload.sequence_length]])
     average = replace(workload, tiles=round(mean_tiles))
     stages = range(parallel.pipeline_model_parallel_size)
     per_stage = [
-        _microbatch(eagle, parallel, average, stage, sum_squared_lengths, machine) for stage in stages
+        _microbatch(eagle, parallel, average, stage, sum_squared_lengths, context, machine)
+        for stage in stages
     ]
     seconds = [sum(parts.values()) for parts in per_stage]
     slowest = max(stages, key=lambda stage: seconds[stage])
@@ -123,6 +132,7 @@ def _microbatch(
     workload: Workload,
     stage: int,
     sum_squared_lengths: float,
+    context: ContextWork,
     machine: Machine,
 ) -> dict[str, float]:
     """Seconds of forward and backward of one pack on a rank of `stage`."""
@@ -154,20 +164,18 @@ def _microbatch(
 
     kept = layers * language_layer(eagle, parallel, workload).total
     kept += tower_activations(eagle, parallel, workload) if first else 0
-    rows = workload.sequence_length // cp * eagle.text.padded_vocab_size // tp
-    logits = rows * (e + FP32) if last else 0
+    logits = _logits_bytes(eagle, parallel, workload) if last else 0
     # A gradient is written, then added to the fp32 buffer.
     accumulation = count_parameters(eagle, parallel, stage).trained(workload.trainable) * (2 * e + 2 * FP32)
-    traffic = ACTIVATION_PASSES * (kept + logits) + accumulation
+    traffic = ACTIVATION_PASSES * kept + logits + accumulation
     return {
         "matrix_products": linear / (tp * cp) / machine.gemm,
-        "attention": attention / (tp * cp) / machine.attention,
+        "attention": attention * context.unevenness / (tp * cp) / machine.attention,
         "vision": vision / tower_parallel_size(parallel) / machine.gemm,
         "elementwise": traffic / machine.memory,
         "tensor_parallel": _tensor_bytes(eagle, parallel, workload, layers, tiles, last)
         / machine.bandwidth(tp, 1),
-        "context_parallel": _context_bytes(eagle, parallel, workload, layers, first)
-        / machine.bandwidth(cp, tp),
+        "context_parallel": _context_seconds(eagle, parallel, workload, layers, first, context, machine),
         "pipeline": _stage_bytes(eagle, parallel, workload)
         / machine.bandwidth(parallel.pipeline_model_parallel_size, machine.gpus_per_node),
     }
@@ -183,7 +191,8 @@ def _tensor_bytes(
     # Two all-reduces each way. Sequence parallelism gathers the column-parallel inputs once more.
     halves = layers * (10 if parallel.sequence_parallel else 8)
     if last:
-        halves += 3 if parallel.sequence_parallel else 2  # gradient of the output layer's input
+        # Gradient of the output layer's input, which the fused loss does not gather again.
+        halves += 3 if parallel.sequence_parallel and not workload.fused_loss else 2
     moved = halves * s * h * e
     if tiles:
         moved += 2 * s * h * e  # the embedding
@@ -196,17 +205,47 @@ def _tensor_bytes(
     return moved * (tp - 1) / tp
 
 
-def _context_bytes(
-    eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, layers: int, first: bool
+def _logits_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+    """Memory traffic of one pack's logits on a rank of the last stage.
+
+    Those of the fused loss are written, read for the sums, made a gradient in place and read by two products;
+    each chunk's part of the weight's gradient is added in fp32.
+    """
+    tp, e = parallel.tensor_model_parallel_size, workload.element_size
+    s, rows = workload.sequence_length // parallel.context_parallel_size, eagle.text.padded_vocab_size // tp
+    if not workload.fused_loss:
+        return ACTIVATION_PASSES * s * rows * (e + FP32)
+    return 6 * s * rows * e + math.ceil(s / CHUNK) * 2 * rows * eagle.text.hidden_size * FP32
+
+
+def _context_seconds(
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    workload: Workload,
+    layers: int,
+    first: bool,
+    context: ContextWork,
+    machine: Machine,
 ) -> float:
-    """Keys and values gathered forward and again backward, their fp32 gradients scattered; image features."""
-    cp, text = parallel.context_parallel_size, eagle.text
-    keys = 2 * workload.sequence_length * text.num_key_value_heads * text.head_dim
-    moved = layers * keys // parallel.tensor_model_parallel_size * (2 * workload.element_size + FP32)
+    """Keys and values from other ranks forward and again backward, their fp32 gradients back; Ulysses' heads
+    both ways; image features."""
+    cp, ulysses, tp = (
+        parallel.context_parallel_size,
+        parallel.ulysses_parallel_size,
+        parallel.tensor_model_parallel_size,
+    )
+    e, policy = workload.element_size, workload.recompute.language
+    q, kv = query_size(eagle) // tp, kv_size(eagle) // tp
+    times = 3 if policy in ("selective", "full") else 2  # backward, and a second forward, take keys again
+    keys = layers * context.foreign_keys * 2 * kv / ulysses * (times * e + FP32)
+    seconds = keys / machine.bandwidth(cp // ulysses, tp * ulysses)
+    tokens = workload.sequence_length // cp * (ulysses - 1) / ulysses
+    ways = 2 if policy == "none" else 3  # any second run of a layer trades heads again
+    seconds += layers * ways * tokens * 2 * (q + kv) * e / machine.bandwidth(ulysses, tp)
     if first and parallel.vision_sharding != "none":
-        features = workload.tiles * eagle.tokens_per_tile * text.hidden_size * workload.element_size
-        moved += 2 * features / cp
-    return moved * (cp - 1) / cp
+        features = workload.tiles * eagle.tokens_per_tile * eagle.text.hidden_size * e
+        seconds += 2 * features / cp * (cp - 1) / cp / machine.bandwidth(cp, tp)
+    return seconds
 
 
 def _stage_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> float:

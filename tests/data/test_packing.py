@@ -11,6 +11,7 @@ from megatron_eagle.data.best_fit import pack_rows
 from megatron_eagle.data.packing import read_packs, write_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.planner import PackShape
 from tests.data.helpers import call_tool, conversation, make_store
 
 
@@ -129,3 +130,15 @@ def test_nothing_to_pack(tmp_path, tokenizer_dir):
     path = make_store(tmp_path, tokenizer_dir, [""], (128,))
     with pytest.raises(UserError, match="holds no sample"):
         write_packs(path, 128, 0)
+
+
+def test_the_planner_sees_the_documents_of_packs(tmp_path, tokenizer_dir):
+    path = make_store(tmp_path, tokenizer_dir, [conversation("Hi", "Yes " * k) for k in range(1, 9)], (128,))
+    write_packs(path, 128, seed=3)
+    store = SampleStore(path, 128)
+    packs = PackShape.of_data(path, 128)
+    assert len(packs.document_bounds) == len(read_packs(store))
+    assert all(bounds[0] == 0 and bounds[-1] == 128 for bounds in packs.document_bounds)
+    documents = [n for bounds in packs.document_bounds for n in np.diff(bounds).tolist()]
+    assert not set(store[i].n_tokens for i in range(8)) - set(documents)
+    assert packs.longest_document == max(store[i].n_tokens for i in range(8))

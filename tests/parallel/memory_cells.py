@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
@@ -27,6 +28,8 @@ class Cell:
     precision: str = "fp32"
     recompute: str = "none"
     vocab_size: int = 16000
+    loss: str = "plain"
+    document: int | None = None  # tokens of each; None: a pack is one
 
     def __str__(self) -> str:
         return self.name
@@ -41,6 +44,8 @@ class Cell:
             microbatches=self.microbatches // data_parallel_size,
             precision=self.precision,
             recompute=self.policy,
+            longest_document=self.document,
+            fused_loss=self.loss == "fused",
             device="cpu",
         )
         return peak_memory(self.model, parallel, data_parallel_size, workload, self.stage(rank))
@@ -60,6 +65,7 @@ class Cell:
     def measure(self) -> list[dict]:
         """What each rank held."""
         arguments = (self.length, self.tiles, self.microbatches, self.precision, self.policy)
+        arguments += (LayersConfig(loss=self.loss), self.document)
         return launch(measure_step, self.world_size, self.model, self.parallel, *arguments)
 
 
@@ -75,6 +81,11 @@ MORE = [
     Cell("PP2 x VPP2", 2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, microbatches=4),
     Cell("CP2", 2, CP2),
     Cell("DP2", 2, microbatches=2),
+    Cell("one process, fused loss", 1, loss="fused", length=3072, document=256),
+    Cell("one process, fused loss, bf16", 1, loss="fused", length=3072, document=256, precision="bf16"),
+    Cell("TP2 + SP, fused loss", 2, TP2 | SP, loss="fused", length=3072, document=256),
+    Cell("Ulysses 2", 2, CP2 | {"ulysses_parallel_size": 2}, length=1024, vocab_size=8000),
+    Cell("CP2, documents of 128 tokens", 2, CP2, length=1024, document=128),
     # Score matrices of the reference attention decide.
     Cell("one process, 1536 tokens", 1, length=1536, vocab_size=8000),
     Cell("CP2, 2048 tokens", 2, CP2, length=2048, vocab_size=8000),

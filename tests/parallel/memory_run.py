@@ -5,12 +5,15 @@ running sum of those events is what the rank holds, to the byte, and its maximum
 (whose optimizer states exist from the start) is the measured peak.
 """
 
+import itertools
+
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_eagle.model.eagle import ModelInput, build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
@@ -28,14 +31,17 @@ def measure_step(
     microbatches: int,
     precision: str,
     recompute: RecomputeConfig,
+    layers: LayersConfig,
+    document: int | None,
 ) -> dict:
-    """Train two steps on made-up packs of one document each -> bytes and counts of this rank.
+    """Train two steps on made-up packs -> bytes and counts of this rank.
 
     Args:
         parallel: of `ParallelConfig`.
         length: tokens of a pack.
         tiles: of a pack.
         microbatches: packs of a step, over all data parallel ranks.
+        document: tokens of each document of a pack; None: one document.
 
     Returns:
         peak: largest number of bytes held during the second step.
@@ -46,28 +52,30 @@ def measure_step(
         activities = [ProfilerActivity.CPU]
         with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            models = build_model(eagle, mesh, torch.device("cpu"), dtype, recompute)
+            models = build_model(eagle, mesh, torch.device("cpu"), dtype, recompute, layers)
             initialize_parameters(models, seed=1)
             parameters = sum(p.numel() for model in models for p in model.parameters())
             wrapped = wrap_models(models)
             optimizer = build_optimizer(OptimizerConfig(lr=1e-4), wrapped)
-            packs = [made_up_pack(eagle, length, tiles, seed) for seed in range(microbatches)]
+            packs = [made_up_pack(eagle, length, tiles, seed, document) for seed in range(microbatches)]
             _step(eagle, mesh, wrapped, optimizer, packs)
             with record_function(_STEP):
                 _step(eagle, mesh, wrapped, optimizer, packs)
         return _read(profiler) | {"parameters": parameters}
 
 
-def made_up_pack(eagle: EagleConfig, length: int, tiles: int, seed: int) -> dict:
-    """Keyword arguments of `make_input`: one document that begins with `tiles` tiles."""
+def made_up_pack(eagle: EagleConfig, length: int, tiles: int, seed: int, document: int | None = None) -> dict:
+    """Keyword arguments of `make_input`: documents of `document` tokens (None: one); it begins with `tiles`
+    tiles."""
+    bounds = [*range(0, length, document or length), length]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(8, eagle.text.vocab_size, (length,), generator=generator)
     ids[: tiles * eagle.tokens_per_tile] = eagle.image_token_index
     size = eagle.vision.image_size
     return {
         "input_ids": ids,
-        "position_ids": torch.arange(length),
-        "document_bounds": [0, length],
+        "position_ids": torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(bounds)]),
+        "document_bounds": bounds,
         "labels": torch.cat([ids[1:], ids[:1]]),
         "loss_weights": torch.full((length,), 1 / length),
         "pixel_values": torch.rand(tiles, 3, size, size, generator=generator) * 2 - 1,

@@ -12,6 +12,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.training.context_work import ContextWork, context_work
 from megatron_eagle.training.memory_model import fullest_stage, in_flight, peak_memory
 from megatron_eagle.training.memory_shapes import Workload, count_parameters, language_layer
 from megatron_eagle.training.planner import PackShape, plan_layouts, preset_run
@@ -81,6 +82,63 @@ def test_tensor_parallelism_takes_less_memory():
 def test_context_parallelism_takes_less_memory():
     found = [fullest_stage(EAGLE, layout(cp=cp), 1, WORKLOAD).total for cp in (1, 2, 4)]
     assert found == sorted(found, reverse=True)
+
+
+def test_the_fused_loss_by_hand():
+    """8B at 32K: plain keeps the logits twice over; fused one chunk of 2048 and the weight's gradient."""
+    plain = peak_memory(EAGLE, layout(), 1, WORKLOAD, stage=0)
+    assert plain.moment == "loss" and plain.logits == 32768 * 152064 * (2 + 4)
+    hidden, weight = 32768 * 3584 * 2, 152064 * 3584
+    found = {}
+    for name, settings in {"own": {}, "main": {"loss_into_main_grad": True}}.items():
+        workload = replace(WORKLOAD, fused_loss=True, **settings)
+        found[name] = peak_memory(EAGLE, layout(), 1, workload, stage=0)
+    assert found["own"].logits == 2 * hidden + 4 * weight + 2 * weight  # its backward
+    chunk = 2048 * (152064 + 3584) * 2
+    assert found["main"].logits == max(hidden + chunk, 2 * hidden + 2 * weight)
+
+    def seconds(**settings):
+        workload = replace(WORKLOAD, **settings)
+        return step_time(
+            EAGLE, layout(), 1, workload, mean_tiles=64, sum_squared_lengths=32768**2, machine=Machine()
+        )
+
+    assert seconds(fused_loss=True).elementwise < seconds().elementwise
+    assert seconds(fused_loss=True).matrix_products == seconds().matrix_products
+
+
+def test_context_parallel_work_is_counted_for_the_packs():
+    whole, short = [0, 32768], [*range(0, 32768 + 1, 512)]
+    uneven = [0, 24576, 32768]
+    gathered = context_work(layout(cp=4), [whole])
+    assert gathered == (ContextWork(32768 * 3 / 4, 1.0))
+    assert context_work(layout(cp=4), [short]).foreign_keys < 512
+    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [short]).foreign_keys == 0.0
+    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [uneven]).unevenness > 1.2
+    assert context_work(layout(cp=4), [uneven]).unevenness < 1.02
+    assert context_work(layout(cp=4, ulysses_parallel_size=4), [whole]) == ContextWork(0.0, 1.0)
+
+    def seconds(parallel, bounds, recompute="none"):
+        workload = replace(WORKLOAD, tiles=0, recompute=RecomputeConfig(recompute))
+        return step_time(
+            *(EAGLE, parallel, 1, workload),
+            mean_tiles=0,
+            sum_squared_lengths=32768**2,
+            machine=Machine(),
+            document_bounds=[bounds],
+        )
+
+    # Bytes by hand, 28 layers and 4 microbatches: keys and values of 512 features, twice bf16 and once fp32.
+    keys = 28 * 4 * (32768 * 3 / 4) * 2 * 512 * (2 + 2 + 4)
+    assert seconds(layout(cp=4), whole).context_parallel == pytest.approx(keys / 450e9)
+    # Queries, keys, values and outputs of 4608 features there and of their gradients back, 3 of 4 parts.
+    heads = 28 * 4 * (32768 / 4) * 2 * (3584 + 512) * 2 * 2 * 3 / 4
+    ulysses = layout(cp=4, ulysses_parallel_size=4)
+    assert seconds(ulysses, whole).context_parallel == pytest.approx(heads / 450e9)
+    assert seconds(ulysses, whole, "full").context_parallel == pytest.approx(1.5 * heads / 450e9)
+    assert seconds(layout(cp=4), short).context_parallel < 0.05 * keys / 450e9
+    zigzag = layout(cp=4, context_parallel_layout="zigzag")
+    assert seconds(zigzag, uneven).attention > 1.2 * seconds(layout(cp=4), uneven).attention
 
 
 def test_pipelines_hold_the_towers_activations_of_several_microbatches():

@@ -14,6 +14,7 @@ point to point instead, each step as long as its busiest rank. Bytes are those o
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from benchmarks.report import Report, progress
 from megatron_eagle.context_parallel.exchange import measure_traffic
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout, sequence_multiple
-from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.planner import sample_bounds
 
 LENGTH, SIZES = 131072, (2, 4, 8, 16)
 LAYERS, QUERY_HEADS, KEY_HEADS, HEAD_DIM, PARAMETERS = 28, 28, 4, 128, 6.53e9
@@ -89,7 +90,7 @@ def made_up_packs() -> dict[str, list[list[int]]]:
     return packs
 
 
-def real_packs(folder: str) -> tuple[int, dict[str, list[list[int]]]]:
+def real_packs(folder: str) -> tuple[int, dict[str, Sequence[Sequence[int]]]]:
     """Length and document bounds of packs of `folder`, a store's D/<length>.
 
     Raises:
@@ -99,16 +100,11 @@ def real_packs(folder: str) -> tuple[int, dict[str, list[list[int]]]]:
     if not path.name.isdigit():
         raise UserError(f"{folder}: name a length of a store, such as D/131072")
     length = int(path.name)
-    store = SampleStore(path.parent, length)
-    index, tokens = read_packs(store), np.asarray(store.column("n_tokens"))
-    bounds = []
-    for pack in np.linspace(0, len(index) - 1, min(REAL_PACKS, len(index))).astype(int):
-        ends = tokens[index.rows(int(pack))].cumsum().tolist()
-        bounds.append([0, *ends] if ends[-1] == length else [0, *ends, length])
+    bounds = sample_bounds(SampleStore(path.parent, length), REAL_PACKS)
     return length, {f"{len(bounds)} packs of {path}": bounds}
 
 
-def simulate(name: str, size: int, bounds: list[int]) -> Outcome:
+def simulate(name: str, size: int, bounds: Sequence[int]) -> Outcome:
     """Plan one pack and count its work."""
     length = bounds[-1]
     start = time.perf_counter()
