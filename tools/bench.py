@@ -10,6 +10,7 @@ from megatron_eagle.errors import UserError, run_cli
 
 BENCHMARKS = (
     "attention",
+    "checkpoint",
     "context_parallel",
     "convert",
     "linear_cross_entropy",
