@@ -19,6 +19,7 @@ BENCHMARKS = (
     "preprocess",
     "store",
     "tiles",
+    "transcode",
     "train",
     "train_gpu",
 )

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_eagle.data.iap import select_grid, tile_count
 from megatron_eagle.data.loss_weights import answer_weights
+from megatron_eagle.data.media.source import page_ref
 from megatron_eagle.data.packing import PackIndex
 from megatron_eagle.data.preview_media import frames, picture
 from megatron_eagle.data.store import ImagePlan, SampleStore, StoredSample
@@ -138,7 +139,9 @@ def _sample(store: SampleStore, tokenizer: Tokenizer, row: int) -> str:
     }
     for i, image in enumerate(sample.images):
         parts.append(f"<h3>{page_of.get(i, f'Picture {i + 1}')}</h3>")
-        parts.append(f'<p class="note">{escape(image.path)}: {escape(_grid_words(store, image))}</p>')
+        page = page_ref(image.path)
+        file = page.file if page else image.path
+        parts.append(f'<p class="note">{escape(file)}: {escape(_grid_words(store, image))}</p>')
         parts.append(picture(image, store.manifest.max_pixels))
     for i, video in enumerate(sample.videos, 1):
         seconds = video.duration_num / video.duration_den
@@ -177,7 +180,9 @@ def decision(store: SampleStore, sample: StoredSample) -> list[str]:
 
 
 def _grid_words(store: SampleStore, image: ImagePlan) -> str:
-    words = f"{image.width} x {image.height} pixels in {image.columns} x {image.rows} tiles"
+    page = page_ref(image.path)
+    pixels = f"drawn at {page.width} x {page.height}" if page else f"{image.width} x {image.height}"
+    words = f"{pixels} pixels in {image.columns} x {image.rows} tiles"
     words += " and a thumbnail" if image.n_tiles > 1 else ""
     limits = {"tile_size": store.manifest.tile_size, "max_tiles": int(store.manifest.sampling["max_tiles"])}
     best = select_grid(image.width, image.height, **limits)

@@ -85,6 +85,7 @@ def test_pages_of_a_store(tmp_path, tokenizer_dir):
     html = (tmp_path / "page.html").read_text()
     assert shown.returncode == 0 and html.count("<svg") == 2 * 6 + 1
     assert "Document 1, page 5 of 5" in html and "6 of 6 pages, all that were wanted" in html
+    assert f"{tmp_path}/report.pdf: drawn at 56 x 84 pixels in 2 x 3 tiles and a thumbnail" in html
     assert is_current(path, SampleStore(path).manifest.input_key)
     make_pdf(tmp_path / "report.pdf", 6)
     assert not is_current(path, SampleStore(path).manifest.input_key)

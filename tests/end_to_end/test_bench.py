@@ -44,6 +44,14 @@ def test_store_opens_quickly_and_reads_quickly(tmp_path):
 
 
 @pytest.mark.slow
+def test_tiles_are_those_of_pillow(tmp_path):
+    _, card = run_benchmark("tiles", tmp_path)
+    rows = [row for row in card["rows"] if row["by"] == "ours"]
+    assert len(rows) == 7 and rows[-1]["tiles"] == 43
+    assert all(row["mean difference to Pillow of 255"] < 0.01 for row in rows[:-1])
+
+
+@pytest.mark.slow
 def test_preprocessing_beats_the_naive_loop(tmp_path):
     _, card = run_benchmark("preprocess", tmp_path)
     rows = {row["way"]: row for row in card["rows"]}
