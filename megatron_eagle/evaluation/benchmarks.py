@@ -1,13 +1,23 @@
 """Benchmark questions in one JSONL form, and how an answer to each is scored.
 
-A line: `{"id", "question", "answer", "metric", "images"?, "videos"?, "options"?, "category"?, "max_tiles"?}`.
-Metrics: `choice` (answer: a letter or an option), `anls` and `exact` (a text or a list of accepted ones),
-`relaxed` (a text or number), `grounding` (answer: [start, end] in seconds).  Paths are relative to the file.
+A line: `{"id", "question", "answer", "metric", "images"?, "videos"?, "options"?, "category"?, "groups"?,
+"max_tiles"?, "frame_tiles"?}`. Paths are relative to the file. Metrics and their answers:
+
+choice               a letter or an option
+anls, exact          a text or a list of accepted ones
+contains, formula    the same; found in the answer, for a formula without its spaces
+vqa                  a list of what ten people answered
+relaxed              a text or number
+number               [number, decimal places]
+yes_no               yes or no
+grounding            [start, end] in seconds
+intervals            [[start, end], ...] in seconds
+judge                a text or a list of accepted ones; a language model compares (see `judge`)
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,35 +27,57 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation import metrics
 from megatron_eagle.inference.generate import Request
 
+_SHORT = "Answer the question using a single word or phrase."
 _INSTRUCTION = {
     "choice": "Answer with the option's letter from the given choices directly.",
-    "anls": "Answer the question using a single word or phrase.",
-    "exact": "Answer the question using a single word or phrase.",
-    "relaxed": "Answer the question using a single word or phrase.",
+    **dict.fromkeys(("anls", "exact", "relaxed", "vqa", "contains", "number"), _SHORT),
+    "formula": "Answer with the formula in LaTeX.",
+    "yes_no": "Answer with yes or no.",
     "grounding": "Answer with the start and the end in seconds, as in: 12.0 to 18.5 seconds.",
+    "intervals": "Answer with start and end of each part in seconds, as in: 2.0 to 8.5, 30.0 to 41.0.",
+    "judge": "",
 }
+_SCORES = {
+    "anls": metrics.anls,
+    "exact": metrics.exact_match,
+    "relaxed": metrics.relaxed_accuracy,
+    "vqa": metrics.vqa_accuracy,
+    "contains": metrics.contains,
+    "formula": metrics.contains_formula,
+    "number": metrics.number_match,
+    "yes_no": metrics.yes_no,
+    "grounding": lambda text, answer: metrics.temporal_iou(metrics.parse_interval(text), answer),
+    "intervals": lambda text, answer: metrics.intervals_iou(metrics.parse_intervals(text), answer),
+}
+Judge = Callable[[str, list[str], str], float]
+"""(question, accepted answers, answer) -> its score in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question: what is asked, and what its answer is compared with."""
+    """One question: what is asked, and what its answer is compared with.
+
+    `groups` name sets of questions that a benchmark counts as right only as a whole.
+    """
 
     id: str
+    question: str
     request: Request
     metric: str
     answer: Any
     options: tuple[str, ...] = ()
     category: str = "all"
+    groups: tuple[str, ...] = ()
 
-    def score(self, text: str) -> float:
-        """The score of an answer in [0, 1]; for `grounding` its temporal IoU."""
+    def score(self, text: str, judge: Judge | None = None) -> float:
+        """The score of an answer in [0, 1]; for `grounding` and `intervals` the temporal IoU."""
         if self.metric == "choice":
             return metrics.choice_accuracy(text, self.options, self.answer)
-        if self.metric == "grounding":
-            return metrics.temporal_iou(metrics.parse_interval(text), self.answer)
-        if self.metric == "relaxed":
-            return metrics.relaxed_accuracy(text, self.answer)
-        return {"anls": metrics.anls, "exact": metrics.exact_match}[self.metric](text, self.answer)
+        if self.metric == "judge":
+            if judge is None:
+                raise UserError("these answers are compared by a language model: name one with --judge")
+            return judge(self.question, self.answer, text)
+        return _SCORES[self.metric](text, self.answer)
 
 
 def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
@@ -61,7 +93,8 @@ def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
     problems = []
     for number, line in enumerate(lines, 1):
         try:
-            question = _question(json.loads(line), path, number)
+            record = _placed(json.loads(line), path.resolve().parent)
+            question = question_from(record, f"{path}, line {number}", number)
             if question.id in questions:
                 raise ValueError(f"the id {question.id!r} appears twice")
             questions[question.id] = question
@@ -74,7 +107,8 @@ def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
     return list(questions.values()), problems
 
 
-def _question(record: Any, path: Path, number: int) -> Question:
+def question_from(record: Any, where: str, number: int) -> Question:
+    """The question of a record; `number` names it if it has no id. Raises ValueError or `UserError`."""
     if not isinstance(record, Mapping) or not isinstance(record.get("question"), str):
         raise ValueError('a question needs "question" (text)')
     metric = record.get("metric")
@@ -89,13 +123,14 @@ def _question(record: Any, path: Path, number: int) -> Question:
     prompt = [record["question"].strip()]
     if metric == "choice":
         prompt += [f"{letter}. {o}" for letter, o in zip(metrics.LETTERS, options, strict=False)]
-    prompt.append(_INSTRUCTION[metric])
-    base = path.resolve().parent
-    media = {key: [_place(item, base) for item in record.get(key) or []] for key in ("images", "videos")}
-    asked = {"prompt": "\n".join(prompt), **media, "max_tiles": record.get("max_tiles")}
-    request = Request.from_record(asked, f"{path}, line {number}")
-    category = str(record.get("category", "all"))
-    return Question(str(record.get("id", number)), request, metric, answer, tuple(options), category)
+    prompt += [_INSTRUCTION[metric]] if _INSTRUCTION[metric] else []
+    asked = {key: record.get(key) for key in ("images", "videos", "max_tiles", "frame_tiles")}
+    request = Request.from_record({"prompt": "\n".join(prompt), **asked}, where)
+    return Question(
+        *(str(record.get("id", number)), record["question"].strip(), request, metric, answer, tuple(options)),
+        category=str(record.get("category", "all")),
+        groups=tuple(record.get("groups") or ()),
+    )
 
 
 def _answer(answer: Any, metric: str, options: list[str]) -> Any:
@@ -109,14 +144,42 @@ def _answer(answer: Any, metric: str, options: list[str]) -> Any:
             return letters[options.index(answer)]
         raise ValueError(f"the answer {answer!r} is neither a letter up to {letters[-1]} nor an option")
     if metric == "grounding":
-        numbers = isinstance(answer, list) and len(answer) == 2
-        numbers = numbers and all(isinstance(n, int | float) and not isinstance(n, bool) for n in answer)
-        if not numbers or not 0 <= answer[0] < answer[1]:
-            raise ValueError(f"the answer must be [start, end] in seconds, not {answer!r}")
-        return (float(answer[0]), float(answer[1]))
+        return _interval(answer)
+    if metric == "intervals":
+        if not isinstance(answer, list):
+            raise ValueError(f"the answer must be a list of [start, end] in seconds, not {answer!r}")
+        return [_interval(part) for part in answer]
+    if metric == "number":
+        if not (isinstance(answer, list) and len(answer) == 2 and all(map(_is_number, answer))):
+            raise ValueError(f"the answer must be [number, decimal places], not {answer!r}")
+        return (float(answer[0]), int(answer[1]))
+    if metric == "yes_no":
+        if str(answer).lower() not in ("yes", "no"):
+            raise ValueError(f"the answer must be yes or no, not {answer!r}")
+        return str(answer).lower()
     if metric == "relaxed":
         return str(answer)
     return [str(item) for item in answer] if isinstance(answer, list) else [str(answer)]
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    if not (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))):
+        raise ValueError(f"the answer must be [start, end] in seconds, not {value!r}")
+    if not 0 <= value[0] < value[1]:
+        raise ValueError(f"the answer must be [start, end] in seconds, not {value!r}")
+    return (float(value[0]), float(value[1]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _placed(record: Any, base: Path) -> Any:
+    """The record with its media's paths relative to `base`."""
+    if not isinstance(record, dict):
+        return record
+    media = {key: record[key] for key in ("images", "videos") if isinstance(record.get(key), list)}
+    return record | {key: [_place(item, base) for item in items] for key, items in media.items()}
 
 
 def _place(item: Any, base: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Scorers: multiple choice, ANLS, relaxed accuracy, exact match, temporal grounding; all in [0, 1]."""
+"""Scorers of single answers, all in [0, 1]: choices, words, numbers, formulas, parts of a video."""
 
 import re
 import unicodedata
@@ -79,13 +79,59 @@ def exact_match(text: str, answers: Sequence[str]) -> float:
     return float(_plain(text) in {_plain(answer) for answer in answers})
 
 
+def contains(text: str, answers: Sequence[str]) -> float:
+    """1 if an accepted answer is somewhere in the answer, but for case and line breaks (OCRBench)."""
+    text = " ".join(text.lower().split())
+    return float(any(" ".join(answer.lower().split()) in text for answer in answers))
+
+
+def contains_formula(text: str, answers: Sequence[str]) -> float:
+    """`contains` without any spaces and with case (OCRBench's formulas)."""
+    text = "".join(text.split())
+    return float(any("".join(answer.split()) in text for answer in answers))
+
+
+def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
+    """The mean over every choice of all people but one: 1 if three of them gave the answer, else their number
+    over 3 (TextVQA)."""
+    text, answers = _plain(text), [_plain(answer) for answer in answers]
+    if len(answers) == 1:
+        return float(text == answers[0])
+    matches = answers.count(text)
+    # Leaving out one who agrees leaves one match fewer; that happens `matches` times.
+    with_one_fewer, with_all = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
+    return (matches * with_one_fewer + (len(answers) - matches) * with_all) / len(answers) if matches else 0.0
+
+
+def number_match(text: str, answer: tuple[float, int]) -> float:
+    """1 if the last number of the answer, rounded to the decimal places asked for, is the true one."""
+    value, places = answer
+    found = re.findall(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", text.replace(",", ""))
+    return float(bool(found) and round(float(found[-1]), places) == round(value, places))
+
+
+def yes_no(text: str, answer: str) -> float:
+    """1 if the first yes or no of the answer is the true one."""
+    found = re.search(r"\b(yes|no)\b", text.lower())
+    return float(found is not None and found[1] == answer)
+
+
 def parse_interval(text: str) -> tuple[float, float] | None:
     """The first "X to Y" of an answer in seconds; X and Y are seconds or clock times such as 1:02.5."""
     match = _INTERVAL.search(text)
-    if match is None:
-        return None
-    start, end = (_seconds(part) for part in match.groups())
-    return (start, end) if start < end else None
+    return None if match is None else _ordered(match)
+
+
+def parse_intervals(text: str) -> list[tuple[float, float]]:
+    """Every "X to Y" of an answer, as `parse_interval`."""
+    return [part for match in _INTERVAL.finditer(text) if (part := _ordered(match)) is not None]
+
+
+def intervals_iou(predicted: Sequence[tuple[float, float]], true: Sequence[tuple[float, float]]) -> float:
+    """Intersection over union of what two lists of intervals cover."""
+    overlap = _covered([(max(a, c), min(b, d)) for a, b in predicted for c, d in true])
+    union = _covered([*predicted, *true])
+    return overlap / union if union else 0.0
 
 
 def temporal_iou(predicted: tuple[float, float] | None, true: tuple[float, float]) -> float:
@@ -100,6 +146,21 @@ def temporal_iou(predicted: tuple[float, float] | None, true: tuple[float, float
 def recall_at(ious: Sequence[float], threshold: float) -> float:
     """R@1 at an IoU: the share of predictions whose IoU reaches the threshold; 0 for none."""
     return sum(iou >= threshold for iou in ious) / len(ious) if ious else 0.0
+
+
+def _ordered(match: re.Match) -> tuple[float, float] | None:
+    start, end = (_seconds(part) for part in match.groups())
+    return (start, end) if start < end else None
+
+
+def _covered(intervals: Sequence[tuple[float, float]]) -> float:
+    """Length of the union."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        if end > max(start, reached):
+            total += end - max(start, reached)
+            reached = end
+    return total
 
 
 def _levenshtein(a: str, b: str) -> int:

@@ -8,23 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_eagle.data.ledger import LedgerEntry, write_ledger
 from megatron_eagle.errors import UserError
-from megatron_eagle.evaluation.benchmarks import Question
+from megatron_eagle.evaluation.benchmarks import Judge, Question
+from megatron_eagle.evaluation.judge import UnusableJudge
 from megatron_eagle.evaluation.metrics import recall_at
-from megatron_eagle.inference.generate import Request, Sampling
+from megatron_eagle.inference.generate import Answers, Sampling
 
 RECALLS = (0.3, 0.5, 0.7)
-
-
-class Answers(Protocol):
-    """What is evaluated: `inference.generate.ExportedModel`, or anything that answers."""
-
-    def answer(self, request: Request, sampling: Sampling) -> str:
-        """The answer to one request.  Raises `UserError` for media that are missing or unreadable."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -46,13 +39,17 @@ def evaluate(
     sampling: Sampling,
     about: dict[str, Any],
     progress: Callable[[list], Iterator] = iter,
-) -> list[Row]:
-    """Answer and score what `folder` does not have yet; returns the table and writes `scores.json`.
+    judge: Judge | None = None,
+) -> list[tuple[Question, float]]:
+    """Answer and score what `folder` does not have yet; returns each question that has an answer, and its
+    score.
 
     `about` names model and benchmark; `model` is only made if there is something to ask.  Questions that
     cannot be asked go to `dropped.jsonl` with `problems` and count in no score.  Raises `UserError` if the
-    folder holds another evaluation.
+    folder holds another evaluation, or if questions need a `judge` and there is none.
     """
+    if judge is None and (judged := [q.id for q in questions if q.metric == "judge"]):
+        raise UserError(f"{len(judged):,} answers are compared by a language model: name one with --judge")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "answers.jsonl"
     head = {**about, "sampling": asdict(sampling)}
@@ -65,17 +62,25 @@ def evaluate(
             for question in progress(todo):
                 try:
                     text = ready.answer(question.request, sampling)
+                    score = question.score(text, judge)
+                except UnusableJudge:
+                    raise
                 except UserError as error:
                     refused.append(LedgerEntry(str(about.get("benchmark", "")), 0, str(error), "not asked"))
                     continue
-                answers[question.id] = text
-                record = {"id": question.id, "answer": text, "score": question.score(text)}
+                answers[question.id] = score
+                record = {"id": question.id, "answer": text, "score": score}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
     write_ledger(folder / "dropped.jsonl", refused)
-    rows = tabulate([(q, q.score(answers[q.id])) for q in questions if q.id in answers])
-    (folder / "scores.json").write_text(json.dumps({**head, "rows": list(map(asdict, rows))}, indent=1))
-    return rows
+    return [(question, answers[question.id]) for question in questions if question.id in answers]
+
+
+def write_scores(folder: Path, head: dict[str, Any], rows: Sequence[Row], overall: float | None) -> None:
+    """`scores.json`: the table, and the one number of a published benchmark."""
+    asked = {row.metric: row.n for row in rows}  # the last row of a metric is that over all categories
+    text = json.dumps({**head, "asked": asked, "overall": overall, "rows": list(map(asdict, rows))}, indent=1)
+    (folder / "scores.json").write_text(text, encoding="utf-8")
 
 
 def tabulate(scored: Sequence[tuple[Question, float]]) -> list[Row]:
@@ -89,7 +94,8 @@ def tabulate(scored: Sequence[tuple[Question, float]]) -> list[Row]:
         if len(of_metric) > 1:
             of_metric["(all)"] = [score for scores in of_metric.values() for score in scores]
         for category, scores in of_metric.items():
-            recalls = tuple(recall_at(scores, at) for at in RECALLS) if metric == "grounding" else ()
+            iou = metric in ("grounding", "intervals")
+            recalls = tuple(recall_at(scores, at) for at in RECALLS) if iou else ()
             rows.append(Row(category, metric, len(scores), sum(scores) / len(scores), recalls))
     return rows
 
@@ -105,8 +111,8 @@ def render(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _resume(path: Path, head: dict[str, Any]) -> dict[str, str]:
-    """Answers that are there; the file afterwards ends with a whole line."""
+def _resume(path: Path, head: dict[str, Any]) -> dict[str, float]:
+    """Scores of the answers that are there; the file afterwards ends with a whole line."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     if lines and not lines[-1].endswith(b"\n"):  # the run was killed while it wrote
         lines.pop()
@@ -114,7 +120,7 @@ def _resume(path: Path, head: dict[str, Any]) -> dict[str, str]:
         records = [json.loads(line) for line in lines]
         if records and records[0] != json.loads(json.dumps(head)):
             raise UserError(f"{path}: holds another evaluation ({records[0]}); give another --output")
-        found = {record["id"]: record["answer"] for record in records[1:]}
+        found = {record["id"]: float(record["score"]) for record in records[1:]}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged; delete it or give another --output") from None
     path.write_bytes(b"".join(lines) or (json.dumps(head, ensure_ascii=False) + "\n").encode())

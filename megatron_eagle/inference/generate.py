@@ -29,28 +29,32 @@ class Request:
     """One question. Pictures and videos are shown before the prompt, unless it names them `<image-k>`.
 
     A video is a path, or `{"video": path}` with `start_time`, `end_time` (seconds), `fps`, `nframes`,
-    `min_frames`, `max_frames`. `max_tiles` overrides the processor's limit of tiles per picture.
+    `min_frames`, `max_frames`. `max_tiles` overrides the processor's limit of tiles per picture;
+    `frame_tiles` cuts video frames, otherwise one tile each, into up to as many.
     """
 
     prompt: str
     images: tuple[str, ...] = ()
     videos: tuple[str | dict[str, Any], ...] = ()
     max_tiles: int | None = None
+    frame_tiles: int | None = None
 
     @classmethod
     def from_record(cls, record: Any, where: str) -> "Request":
         """From one line of a batch file. Raises `UserError` naming `where`."""
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'{where}: expected an object with a "prompt" (text)')
-        images, videos, tiles = (record.get(key) for key in ("images", "videos", "max_tiles"))
+        images, videos = record.get("images"), record.get("videos")
         for name, value, kinds in (("images", images, str), ("videos", videos, (str, dict))):
             if value is not None and not (
                 isinstance(value, list) and all(isinstance(v, kinds) for v in value)
             ):
                 raise UserError(f'{where}: "{name}" must be a list of paths')
-        if tiles is not None and (isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1):
-            raise UserError(f'{where}: "max_tiles" must be a whole number of at least 1, not {tiles!r}')
-        return cls(record["prompt"], tuple(images or ()), tuple(videos or ()), tiles)
+        tiles = {name: record.get(name) for name in ("max_tiles", "frame_tiles")}
+        for name, value in tiles.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UserError(f'{where}: "{name}" must be a whole number of at least 1, not {value!r}')
+        return cls(record["prompt"], tuple(images or ()), tuple(videos or ()), **tiles)
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,13 @@ class ExportedModel:
         messages = [{"role": "user", "content": content}]
         max_tiles = request.max_tiles or sampling.max_tiles
         tiling = {} if max_tiles is None else {"max_dynamic_tiles": max_tiles}
+        frames = {} if request.frame_tiles is None else {"max_dynamic_tiles": request.frame_tiles}
         processor = self.processor
         try:
             text = processor.apply_chat_template(messages, add_generation_prompt=True)
             images, videos = processor.process_vision_info(messages)
-            return processor(
-                text=[text], images=images, videos=videos, images_kwargs=tiling, return_tensors="pt"
-            )
+            settings = {"images_kwargs": tiling, "videos_kwargs": frames, "return_tensors": "pt"}
+            return processor(text=[text], images=images, videos=videos, **settings)
         except ValueError as error:  # the processor's own messages name the file or the placeholder
             raise UserError(str(error)) from None
 

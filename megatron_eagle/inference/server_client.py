@@ -51,8 +51,8 @@ class ServedModel:
         Raises:
             UserError: a picture or video is missing or unreadable, or the server refuses the request.
         """
-        if request.max_tiles or sampling.max_tiles:
-            raise UserError("tiles per picture are the server's own setting; leave out max_tiles")
+        if request.max_tiles or sampling.max_tiles or request.frame_tiles:
+            raise UserError("tiles are the server's own setting; leave out max_tiles and frame_tiles")
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": _content(request, sampling)}],

@@ -110,6 +110,21 @@ def test_video_kwargs_travel_beside_plain_lists(processor, media):
     assert one == processor(text=[prompt], videos=videos)["input_ids"]
 
 
+def test_frames_may_be_tiled_like_pictures(processor, media):
+    messages = user({"type": "video", "video": media["video"], "nframes": 3}, text("?"))
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    frames = processor.process_vision_info(messages)[1]
+    pictures = processor.image_processor(images=list(frames[0]), max_dynamic_tiles=6)
+    tiled = processor(
+        text=[prompt], videos=frames, videos_kwargs={"max_dynamic_tiles": 6}, return_tensors="pt"
+    )
+    assert len(pictures["pixel_values"]) > 3
+    assert torch.equal(tiled["pixel_values"], pictures["pixel_values"])
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    expected = len(pictures["pixel_values"]) * processor.tokens_per_tile
+    assert int((tiled["input_ids"] == image_token).sum()) == expected
+
+
 def test_a_batch_is_padded_on_the_left_and_keeps_media_apart(processor, media):
     first = user(image(media["small"]), text("A?"))
     second = user(image(media["wide"]), text("B, please, in a long sentence?"))

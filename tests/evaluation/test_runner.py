@@ -8,7 +8,9 @@ from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import read_benchmark
-from megatron_eagle.evaluation.runner import evaluate, render
+from megatron_eagle.evaluation.bridge import write_bridge
+from megatron_eagle.evaluation.judge import UnusableJudge, make_judge
+from megatron_eagle.evaluation.runner import evaluate, render, tabulate
 from megatron_eagle.inference.generate import Sampling
 from tests.convert.hf_folder import write_hf_folder
 from tests.data.helpers import make_image, make_video, write_jsonl
@@ -62,7 +64,7 @@ def test_benchmark_to_table_and_back_again(tmp_path):
     model, folder = _Model(fails_at="Name?"), tmp_path / "o"
 
     def run(model, about="x"):
-        return evaluate(lambda: model, questions, problems, folder, Sampling(), {"model": about})
+        return tabulate(evaluate(lambda: model, questions, problems, folder, Sampling(), {"model": about}))
 
     with pytest.raises(KeyboardInterrupt):
         run(model)
@@ -103,7 +105,7 @@ def test_an_export_is_evaluated(tmp_path):
     make_image(tmp_path / "a.png", (64, 48))
     make_video(tmp_path / "v.mp4", 16, fps=4)
     lines = [*LINES[:6], {**LINES[3], "id": "d2", "images": ["no.png"]}]
-    arguments = ["--hf", tmp_path / "hf", "--benchmark", write_jsonl(tmp_path / "b.jsonl", lines)]
+    arguments = ["run", "--hf", tmp_path / "hf", "--benchmark", write_jsonl(tmp_path / "b.jsonl", lines)]
     arguments += ["--output", tmp_path / "o", "--max-new-tokens", 4]
     done = call_tool("evaluate", *arguments)
     assert done.returncode == 0, done.stderr
@@ -113,3 +115,74 @@ def test_an_export_is_evaluated(tmp_path):
     assert all(isinstance(a["answer"], str) and 0 <= a["score"] <= 1 for a in answers)
     again = call_tool("evaluate", *arguments)
     assert again.stdout == done.stdout
+
+
+class _Says:
+    def __init__(self, *replies):
+        self.replies, self.asked = list(replies), []
+
+    def answer(self, request, sampling):
+        self.asked.append(request.prompt)
+        return self.replies.pop(0)
+
+
+def test_free_answers_are_judged(tmp_path):
+    line = {"id": "j", "question": "Where?", "answer": ["sofa", "couch"], "metric": "judge"}
+    questions, problems = read_benchmark(write_jsonl(tmp_path / "b.jsonl", [line]))
+
+    def run(judge, folder="o"):
+        model = _Says("on the couch")
+        return evaluate(lambda: model, questions, problems, tmp_path / folder, Sampling(), {}, judge=judge)
+
+    with pytest.raises(UserError, match="1 answers are compared by a language model"):
+        run(None)
+    judge = _Says("I would say so", "4")
+    assert [score for _, score in run(make_judge(judge))] == [0.75]
+    assert all(text in judge.asked[0] for text in ("Where?", "sofa; couch", "Answer: on the couch"))
+    with pytest.raises(UnusableJudge, match="but 'no idea'"):
+        run(make_judge(_Says(*["no idea"] * 3)), "p")
+    assert len((tmp_path / "p" / "answers.jsonl").read_text().splitlines()) == 1  # asked again next time
+    assert make_judge(_Says())("Q", ["a"], " ") == 0  # nothing said: nothing asked
+
+
+def test_a_published_benchmark_over_several_numbers_of_frames(tmp_path):
+    import_hf(write_hf_folder(tmp_path / "source"), tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "hf")
+    data = tmp_path / "data"
+    data.mkdir()
+    make_video(data / "A1.mp4", 40, fps=4)
+    (data / "charades_sta_test.txt").write_text("A1 0.0 5.0##a cat.\nNONE 0.0 5.0##a dog.\n")
+    arguments = ["--hf", tmp_path / "hf", "--published", "charades-sta", "--data", data]
+    arguments += ["--output", tmp_path / "o", "--max-new-tokens", 2, "--frames", 8, 16]
+    done = call_tool("evaluate", "frames", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "16 frames at most" in done.stdout and "charades-sta" in done.stdout and "65.90" in done.stdout
+    assert (tmp_path / "o" / "frames.png").stat().st_size > 5000
+    dropped = (tmp_path / "o" / "frames-8" / "dropped.jsonl").read_text()
+    assert "NONE" in dropped and len(dropped.splitlines()) == 1
+    table = call_tool("evaluate", "table", tmp_path / "o" / "frames-8", tmp_path / "o" / "frames-16")
+    assert table.returncode == 0 and table.stdout.count("charades-sta") == 2
+    wrong = call_tool("evaluate", "table", tmp_path)
+    assert wrong.returncode == 2 and "no scores of a published benchmark" in wrong.stderr
+
+
+def test_every_published_benchmark_is_listed():
+    done = call_tool("evaluate", "list")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 32
+    assert "video-mme" in done.stdout and "72.4" in done.stdout
+
+
+def test_other_kits_get_their_command(tmp_path):
+    script = write_bridge("lmms-eval", "http://127.0.0.1:8000", "eagle", ["videomme", "mvbench"], tmp_path)
+    assert "OPENAI_API_BASE=http://127.0.0.1:8000/v1" in script
+    assert "--tasks videomme,mvbench" in script and "model_version=eagle" in script
+    write_bridge(
+        "vlmevalkit", "http://127.0.0.1:8000/v1", "m/eagle", ["MMStar", "Video-MME_64frame"], tmp_path
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model"]["eagle"]["api_base"] == "http://127.0.0.1:8000/v1/chat/completions"
+    assert config["data"]["MMStar"]["class"] == "ImageMCQDataset"
+    assert config["data"]["Video-MME_64frame"]["class"] == "VideoMME"
+    assert "sk-" not in (tmp_path / "evaluate.sh").read_text()
+    with pytest.raises(UserError, match="expected the URL"):
+        write_bridge("lmms-eval", "somewhere", "eagle", ["x"], tmp_path)

@@ -303,6 +303,7 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
             text: prompt or list of prompts; `<image-k>` is the prompt's own k-th picture.
             images_kwargs: `min_dynamic_tiles`, `max_dynamic_tiles`, `use_thumbnail`.
             videos_kwargs: `fps` and `timestamps` per video; default: what the loaded videos carry.
+                `max_dynamic_tiles`: cut frames as pictures are; default: a frame is one tile.
 
         Returns:
             `input_ids`, `attention_mask` [b, s]; with media `pixel_values` [n, 3, S, S] and `image_sizes`.
@@ -312,15 +313,16 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("the processor needs text: write the prompt with apply_chat_template")
-        tiling = dict(images_kwargs or {})
+        tiling, videos_kwargs = dict(images_kwargs or {}), dict(videos_kwargs or {})
+        frame_tiles = videos_kwargs.pop("max_dynamic_tiles", None)
         if kwargs.pop("truncation", None):
             raise ValueError("truncation would cut image tokens: use fewer frames or tiles instead")
         if kwargs:
             raise TypeError(f"the processor does not know {', '.join(sorted(kwargs))}")
         texts = [text] if isinstance(text, str) else list(text)
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        videos = _with_metadata([] if videos is None else videos, videos_kwargs or {})
-        media = _Media(self, images, videos, tiling)
+        videos = _with_metadata([] if videos is None else videos, videos_kwargs)
+        media = _Media(self, images, videos, tiling, frame_tiles)
         rows = [self._encode(media.expand(one)) for one in texts]
         media.check_all_used()
         padded = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
@@ -382,8 +384,8 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
 class _Media:
     """Pictures and videos of a batch, consumed prompt by prompt; collects tiles in reading order."""
 
-    def __init__(self, processor, images, videos, tiling):
-        self.processor, self.tiling = processor, tiling
+    def __init__(self, processor, images, videos, tiling, frame_tiles):
+        self.processor, self.tiling, self.frame_tiles = processor, tiling, frame_tiles
         self.media = {"image": list(images), "video": list(videos)}
         self.used = {"image": 0, "video": 0}  # by the prompts before the current one
         self.tiles, self.sizes = [], []
@@ -423,13 +425,18 @@ class _Media:
         return f"<image {number}>{self._tokens(len(data['pixel_values']))}"
 
     def _video(self, video: VideoFrames, number: int) -> str:
-        data = self.processor.image_processor(videos=[video])
+        if self.frame_tiles is None:
+            data = self.processor.image_processor(videos=[video])
+            counts = [1] * len(video)
+        else:
+            data = self.processor.image_processor(images=list(video), max_dynamic_tiles=self.frame_tiles)
+            counts = data["num_tiles"].tolist()
         self.tiles.append(data["pixel_values"])
         self.sizes.append(data["image_sizes"])
         ordinal = _ORDINALS[number - 1] if number <= len(_ORDINALS) else str(number)
         frames = "".join(
-            f"Frame {i} sample at {t:.2f}s: {self._tokens(1)}"
-            for i, t in enumerate(video.timestamps, start=1)
+            f"Frame {i} sample at {t:.2f}s: {self._tokens(n)}"
+            for i, (t, n) in enumerate(zip(video.timestamps, counts, strict=True), start=1)
         )
         return f"The {ordinal} video sampled with {video.fps:.2f} fps: {frames}"
 

@@ -1,0 +1,63 @@
+"""Other evaluation kits on a served model: the command, and the configuration it needs.
+
+`tools/serve_vllm.sh` serves an export; both kits talk to it as to OpenAI's API. They sample frames and tile
+pictures in their own way, so their numbers are not those of the native runner.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron_eagle.errors import UserError
+
+KITS = ("lmms-eval", "vlmevalkit")
+
+
+def write_bridge(kit: str, endpoint: str, model: str, tasks: list[str], folder: Path) -> str:
+    """Write `folder`/evaluate.sh (and VLMEvalKit's config.json); returns the script.
+
+    The key is taken from the environment when the script runs, not written down.
+    """
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UserError(f"{endpoint}: expected the URL of a server, as http://127.0.0.1:8000")
+    base = endpoint.rstrip("/") if parts.path.strip("/") else f"{endpoint.rstrip('/')}/v1"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail", 'export OPENAI_API_KEY="${OPENAI_API_KEY:-none}"']
+    if kit == "lmms-eval":
+        lines.append(f"export OPENAI_API_BASE={shlex.quote(base)}")
+        arguments = ["--model", "openai_compatible", "--model_args", f"model_version={model}"]
+        arguments += ["--tasks", ",".join(tasks), "--batch_size", "1"]
+        arguments += ["--output_path", str(folder / "results"), "--log_samples"]
+        lines.append(shlex.join(["python", "-m", "lmms_eval", *arguments]))
+    else:
+        settings = {"class": "GPT4V", "model": model, "api_base": f"{base}/chat/completions"}
+        settings |= {"temperature": 0, "retry": 3, "img_detail": "high"}
+        data = {task: {"class": _dataset_class(task), "dataset": task} for task in tasks}
+        config = {"model": {model.rsplit("/", 1)[-1]: settings}, "data": data}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        run = shlex.join(["--config", str(folder / "config.json"), "--work-dir", str(folder / "results")])
+        lines.append(f'python "${{VLMEVALKIT:?the folder of a VLMEvalKit checkout}}/run.py" {run}')
+    script = "\n".join(lines) + "\n"
+    (folder / "evaluate.sh").write_text(script, encoding="utf-8")
+    (folder / "evaluate.sh").chmod(0o755)
+    return script
+
+
+def _dataset_class(task: str) -> str:
+    """VLMEvalKit's class of a dataset."""
+    classes = {
+        **dict.fromkeys(("DocVQA", "InfoVQA", "ChartQA", "TextVQA"), "ImageVQADataset"),
+        "OCRBench": "OCRBench",
+        "MathVista": "MathVista",
+        "MMVet": "MMVet",
+        "MMMU": "MMMUDataset",
+        "HallusionBench": "ImageYORNDataset",
+        "Video-MME": "VideoMME",
+        "MVBench": "MVBench",
+        "MMBench-Video": "MMBenchVideo",
+        "MLVU": "MLVU",
+        "LongVideoBench": "LongVideoBench",
+    }
+    return next((name for start, name in classes.items() if task.startswith(start)), "ImageMCQDataset")

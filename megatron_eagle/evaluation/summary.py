@@ -1,0 +1,106 @@
+"""One number for a benchmark, beside the published one; and how it grows with the frames."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.benchmarks import Question
+from megatron_eagle.evaluation.published.registry import BENCHMARKS, Published
+
+Scored = Sequence[tuple[Question, float]]
+
+
+def overall(published: Published, scored: Scored) -> float:
+    """The score of a benchmark, in parts of its scale. Raises ZeroDivisionError if nothing was answered."""
+    mean = _mean([score for _, score in scored])
+    if published.score == "categories":
+        mean = _mean([_mean(scores) for scores in _by([(q.category, s) for q, s in scored]).values()])
+    elif published.score == "groups":
+        mean = _whole(scored, "question")
+    elif published.score == "hallusion":
+        mean = _mean(
+            [
+                mean,
+                _whole([(q, s) for q, s in scored if q.request.images], "figure"),
+                _whole(scored, "question"),
+            ]
+        )
+    return published.scale * mean
+
+
+def _whole(scored: Scored, kind: str) -> float:
+    """The share of groups of this kind in which every answer is right."""
+    pairs = [(group, score) for question, score in scored for group in question.groups]
+    groups = _by([(group, score) for group, score in pairs if group.startswith(f"{kind} ")])
+    return _mean([float(min(scores) == 1) for scores in groups.values()])
+
+
+def _by(pairs: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for name, score in pairs:
+        groups[name].append(score)
+    return groups
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `scores.json` of an evaluation says of a published benchmark."""
+
+    benchmark: str
+    score: float
+    asked: int
+    frames: int | None
+
+
+def read_result(folder: Path) -> Result:
+    """Raises `UserError` if the folder holds no finished evaluation of a published benchmark."""
+    try:
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        frames = scores["sampling"]["max_frames"]
+        return Result(scores["published"], scores["overall"], sum(scores["asked"].values()), frames)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder}: no scores of a published benchmark (evaluate.py run --published)"
+        ) from None
+
+
+def comparison(results: Sequence[Result]) -> str:
+    """Ours beside Eagle 2.5 8B as published."""
+    width = max(len(result.benchmark) for result in results)
+    lines = [f"{'benchmark':<{width}}  {'asked':>7}  {'ours':>7}  {'published':>9}  {'difference':>10}"]
+    for result in results:
+        reference = BENCHMARKS[result.benchmark].reference
+        lines.append(
+            f"{result.benchmark:<{width}}  {result.asked:>7,}  {result.score:>7.2f}  {reference:>9.2f}  "
+            f"{result.score - reference:>+10.2f}"
+        )
+    return "\n".join(lines)
+
+
+def plot_frames(results: Sequence[Result], png: Path) -> None:
+    """Score over the most frames that a video may have, one line for each benchmark."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    for name in dict.fromkeys(result.benchmark for result in results):
+        points = sorted((r.frames, r.score) for r in results if r.benchmark == name)
+        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    ticks = sorted({result.frames for result in results})
+    axis.set(xscale="log", xlabel="frames at most", ylabel="score", title="Score and number of frames")
+    axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(png, dpi=120)
+    pyplot.close(figure)
