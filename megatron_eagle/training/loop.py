@@ -42,7 +42,7 @@ from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.run_log import RunLog
 from megatron_eagle.training.schedule import build_batch, plan_batch, run_schedule
 from megatron_eagle.training.step_meter import measure
-from megatron_eagle.training.step_totals import StepTotals, count, read, zeros
+from megatron_eagle.training.step_totals import StepTotals, count_totals, read_totals, zero_totals
 from megatron_eagle.training.stragglers import Stragglers
 
 
@@ -294,11 +294,11 @@ def _forward_backward(job: _Job, batches: list[Batch], stop: list[str]) -> tuple
     # The loss's parts exist on the last pipeline stage, once per tensor parallel rank; a pack is counted once
     # per data parallel rank.
     own = torch.zeros(2, dtype=torch.float64)
-    own[0], counts = len(stop), zeros(length)
+    own[0], counts = len(stop), zero_totals(length)
     if mesh.is_last_stage() and mesh.tp.rank == 0:
         own[1] = part
         if mesh.cp.rank == 0:
-            counts = count(
+            counts = count_totals(
                 batches,
                 job.config.model,
                 length,
@@ -308,7 +308,7 @@ def _forward_backward(job: _Job, batches: list[Batch], stop: list[str]) -> tuple
     sums = torch.cat([own, counts]).to(job.device.torch_device)
     torch.distributed.all_reduce(sums)
     stops, loss = sums[:2].tolist()
-    return loss, read(sums[2:], length), stops > 0
+    return loss, read_totals(sums[2:], length), stops > 0
 
 
 def _schedule(job: _Job, batches: list[Batch], *, forward_only: bool = False) -> float:

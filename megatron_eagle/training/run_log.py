@@ -136,7 +136,7 @@ class RunLog:
         if metrics.evaluation_loss is not None:
             self.message(f"iteration {metrics.iteration}: evaluation loss {metrics.evaluation_loss:.4f}")
 
-    def event(self, iteration: int, kind: str, reason: str, **details: int) -> None:
+    def event(self, iteration: int, kind: str, reason: str, **details: int | str) -> None:
         """Record what is worth knowing of an iteration, in events.jsonl and above the progress bar."""
         if self._active:
             record = {"iteration": iteration, "event": kind, "reason": reason, **details}

@@ -43,7 +43,7 @@ def buckets(length: int) -> list[int]:
     return ends
 
 
-def count(
+def count_totals(
     batches: Sequence[Batch],
     eagle: EagleConfig,
     length: int,
@@ -51,7 +51,7 @@ def count(
     trainable: Collection[str],
     adapters: bool,
 ) -> torch.Tensor:
-    """fp64 vector of the totals of `batches`, packs of `length` tokens; `read` gives its sum its names."""
+    """fp64 vector of the totals of `batches`, packs of `length` tokens; `read_totals` gives its sum its names."""
     lengths = [
         end - start
         for batch in batches
@@ -90,13 +90,13 @@ def count(
     return torch.cat([torch.tensor([single[name] for name in _SINGLE], dtype=torch.float64), *by_length])
 
 
-def zeros(length: int) -> torch.Tensor:
+def zero_totals(length: int) -> torch.Tensor:
     """What a rank adds that counts nothing."""
     return torch.zeros(len(_SINGLE) + 2 * len(buckets(length)), dtype=torch.float64)
 
 
-def read(vector: torch.Tensor, length: int) -> StepTotals:
-    """The totals of a (summed) vector of `count`."""
+def read_totals(vector: torch.Tensor, length: int) -> StepTotals:
+    """The totals of a (summed) vector of `count_totals`."""
     ends = [str(end) for end in buckets(length)]
     values = vector.tolist()
     single = dict(zip(_SINGLE, values[: len(_SINGLE)], strict=True))

@@ -167,12 +167,12 @@ def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path):
     job = subprocess.Popen(
         submit, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(read_metrics(run / "logs" / "metrics.jsonl")) < 2:
         assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
         time.sleep(0.2)
     (tmp_path / "deliver").touch()
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     assert "which is saved; start again to go on (status 75)" in output
     assert (tmp_path / "requeued").read_text() == "100"
@@ -180,7 +180,7 @@ def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path):
     assert stopped >= 2
 
     submit.append(f"training.stop_at_iteration={stopped + 1}")
-    again = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=180)
+    again = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"at iteration {stopped}" in again.stderr
     assert [m.iteration for m in read_metrics(run / "logs" / "metrics.jsonl")][-1] == stopped + 1

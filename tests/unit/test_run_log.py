@@ -13,7 +13,7 @@ from megatron_eagle.model.presets import preset
 from megatron_eagle.training.flops import training_flops
 from megatron_eagle.training.metrics import StepMetrics, read_metrics
 from megatron_eagle.training.run_log import LoggingConfig, RunLog, WandbConfig, progress_line
-from megatron_eagle.training.step_totals import buckets, count, read, zeros
+from megatron_eagle.training.step_totals import buckets, count_totals, read_totals, zero_totals
 
 STEP = StepMetrics(
     iteration=3,
@@ -147,9 +147,9 @@ def test_totals_of_ranks_add_up():
     settings = {"trainable": ("vision", "connector", "language"), "adapters": False}
     first = batch([100, 512, 700], 2000, n_tiles=9, n_frames=5, frames_wanted=8, tiles_wanted=6)
     second = batch([2000], 2000, n_tiles=0)
-    parts = [count([pack], eagle, 2000, **settings) for pack in (first, second)]
-    totals = read(sum(parts) + zeros(2000), 2000)
-    assert totals == read(count([first, second], eagle, 2000, **settings), 2000)
+    parts = [count_totals([pack], eagle, 2000, **settings) for pack in (first, second)]
+    totals = read_totals(sum(parts) + zero_totals(2000), 2000)
+    assert totals == read_totals(count_totals([first, second], eagle, 2000, **settings), 2000)
     assert (totals.samples, totals.tokens) == (4, 3312)
     assert (totals.frames, totals.frames_wanted, totals.tiles, totals.tiles_wanted) == (5, 8, 4, 6)
     assert totals.samples_by_length == {"512": 2, "1024": 1, "2000": 1}
