@@ -51,7 +51,7 @@ def count_totals(
     trainable: Collection[str],
     adapters: bool,
 ) -> torch.Tensor:
-    """fp64 vector of the totals of `batches`, packs of `length` tokens; `read_totals` gives its sum its names."""
+    """fp64 vector of the totals of `batches`, packs of `length` tokens; `read_totals` names its sum."""
     lengths = [
         end - start
         for batch in batches
