@@ -31,7 +31,6 @@ CODECS = {
     "h264.mp4": ("libx264", {"bf": "3", "preset": "fast"}),
     "h264.mkv": ("libx264", {"bf": "0", "preset": "ultrafast"}),
     "hevc.mp4": ("libx265", X265),
-    "mpeg4.mp4": ("mpeg4", {"bf": "0"}),
     "vp8.webm": ("libvpx", {"auto-alt-ref": "0"}),
     "vp9.webm": ("libvpx-vp9", {"auto-alt-ref": "0"}),
 }

@@ -21,7 +21,6 @@ from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.dali_graph import VideoSource, colour_matrix, image_graph, video_graph
 from megatron_eagle.data.media.dali_runner import DaliFailed, PipelineRunner
 from megatron_eagle.data.media.decoder import ExactDecoder
-from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.remux import Remux, RemuxRefused, sparse_remux
 from megatron_eagle.data.media.source import open_media, page_ref
@@ -34,9 +33,10 @@ _THREADS = 4
 _GPU_FRAMES = 16
 _CPU_FRAMES = 8
 
-# Codecs of which a packet is one picture, hidden ones apart.  AV1's packets hold several, which DALI 2.4
-# counts as frames; on a GPU it takes neither MJPEG nor MPEG-2.
-_GPU_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9")
+# Codecs of which a packet is one picture, hidden ones apart, and all decoders give the same bits.  AV1's
+# packets hold several, which DALI 2.4 counts as frames; MPEG-4's decoders differ by their inverse DCT; MJPEG
+# and MPEG-2 it does not take on a GPU.
+_GPU_CODECS = ("h264", "hevc", "vp8", "vp9")
 _MAX_REORDER = 6  # DALI sorts frames into presentation order in a buffer of eight
 _PROGRESSIVE = (0, 1)  # FFmpeg's AV_FIELD_UNKNOWN and AV_FIELD_PROGRESSIVE
 # FFmpeg's numbers of colour tags (AVCOL_SPC); what has no tag is taken for BT.601, like BT.470BG and 170M.
@@ -50,8 +50,8 @@ class DaliDecoder:
 
     `tile_size` is S.  On a CUDA `device` videos and JPEG pictures are decoded there; on a CPU the exact
     decoder's frames go through the same graph, and pictures do not.  `video_source` is `dali_cpu` where a CPU
-    does to VP8 and VP9 what a GPU would do.  `timeout` is in seconds.  `fell_back` is told the reason and the
-    path of each medium that DALI's decoders were not given or did not take.
+    does to VP8 and VP9 what a GPU would do.  `timeout` is in seconds.  `fell_back` is told how and why each
+    medium was decoded that DALI's decoders were not given or did not take, and its path.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DaliDecoder:
         video_source: VideoSource | None = None,
     ):
         self._tile_size, self._timeout, self._fell_back = tile_size, timeout, fell_back
-        self._exact = ExactDecoder(tile_size)
+        self._exact = ExactDecoder(tile_size, fell_back)
         self._on_gpu = device.type == "cuda"
         self._process = os.getpid()
         device_id = (device.index or 0) if self._on_gpu else None
@@ -76,12 +76,12 @@ class DaliDecoder:
     def frames(self, path: str, index: FrameIndex) -> torch.Tensor:
         """All frames of an index as uint8 [n, 3, S, S] on the host.  Raises `Problem`."""
         if self._source == "frames":
-            outputs = [self._ask(self._videos, path, [inputs]) for inputs in _decoded(path, index)]
+            outputs = [self._ask(self._videos, path, [inputs]) for inputs in self._decoded(path, index)]
             return torch.from_numpy(np.concatenate([tiles for ((tiles,),) in outputs]))
         try:
             outputs = self._ask(self._videos, path, _encoded(path, index))
         except (RemuxRefused, DaliFailed) as reason:
-            self._fell_back(str(reason), path)
+            self._fell_back(f"exactly, not by DALI: {reason}", path)
             return self._exact.frames(path, index)
         tiles = np.concatenate([tiles for (tiles,) in outputs])
         return torch.from_numpy(np.ascontiguousarray(np.rot90(tiles, index.rotation // 90, (2, 3))))
@@ -97,7 +97,7 @@ class DaliDecoder:
             try:
                 ((whole, thumbnail),) = self._ask(self._pictures, path, [{"picture": data, "size": size}])
             except DaliFailed as reason:
-                self._fell_back(str(reason), path)
+                self._fell_back(f"exactly, not by DALI: {reason}", path)
             else:
                 thumbnail = torch.from_numpy(thumbnail) if columns * rows > 1 else None
                 return cut_tiles(torch.from_numpy(whole), thumbnail, grid)
@@ -107,6 +107,16 @@ class DaliDecoder:
         """Let DALI go, after what was asked of it."""
         self._videos.close()
         self._pictures.close()
+
+    def _decoded(self, path: str, index: FrameIndex) -> Iterator[_Inputs]:
+        """Samples of frames that are upright and have the right colours already."""
+        frames: list[np.ndarray] = []
+        for picture in self._exact.pictures(path, index):
+            if frames and (len(frames) == _CPU_FRAMES or picture.shape != frames[0].shape):
+                yield {"video": np.stack(frames), "colours": colour_matrix(bt709=False)}
+                frames = []
+            frames.append(picture)
+        yield {"video": np.stack(frames), "colours": colour_matrix(bt709=False)}
 
     def _ask(self, runner: PipelineRunner, path: str, samples: Iterable[_Inputs]) -> list[list[np.ndarray]]:
         """Outputs of the samples of one medium."""
@@ -122,18 +132,6 @@ class DaliDecoder:
                 runner.give_up(sample)
                 raise Problem("decoding takes too long", f"{path}: more than {self._timeout:g} s") from None
         return outputs
-
-
-def _decoded(path: str, index: FrameIndex) -> Iterator[_Inputs]:
-    """Samples of upright frames, already in the right colours."""
-    frames: list[np.ndarray] = []
-    for frame in read_frames(path, index):
-        picture = upright(frame, index.rotation)
-        if frames and (len(frames) == _CPU_FRAMES or picture.shape != frames[0].shape):
-            yield {"video": np.stack(frames), "colours": colour_matrix(bt709=False)}
-            frames = []
-        frames.append(picture)
-    yield {"video": np.stack(frames), "colours": colour_matrix(bt709=False)}
 
 
 def _encoded(path: str, index: FrameIndex) -> Iterator[_Inputs]:

@@ -24,8 +24,8 @@ def video_graph(
     """Frames of videos, resized (bicubic, antialiased): output uint8 [F, 3, S, S].
 
     Inputs of each sample: `colours` float32 [3, 3] turns the decoder's RGB into the right one; `video` is a
-    file (uint8 [bytes]) and `frames` int32 [F] its wanted frames, for `nvdec` (GPU: H.264, HEVC, MPEG-4, VP8,
-    VP9) and `dali_cpu` (VP8, VP9, MJPEG); for `frames`, `video` holds decoded ones, uint8 [F, h, w, 3].
+    file (uint8 [bytes]) and `frames` int32 [F] its wanted frames, for `nvdec` (GPU: H.264, HEVC, VP8, VP9)
+    and `dali_cpu` (VP8, VP9, MJPEG); for `frames`, `video` holds decoded ones, uint8 [F, h, w, 3].
     """
     pipeline = Pipeline(
         batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1

@@ -4,7 +4,7 @@ Shapes: n tiles, S tile size in pixels.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,16 +23,26 @@ BACKENDS = ("auto", "exact", "dali")
 class ExactDecoder:
     """PyAV, Pillow and torch: every frame is the right one or an error, on any machine."""
 
-    def __init__(self, tile_size: int):
-        self._tile_size = tile_size
+    def __init__(self, tile_size: int, fell_back: Callable[[str, str], None]):
+        self._tile_size, self._fell_back = tile_size, fell_back
 
     def frames(self, path: str, index: FrameIndex) -> torch.Tensor:
         """All frames of an index as uint8 [n, 3, S, S]; each is resized before the next one is decoded."""
         size = self._tile_size
         tiles = torch.empty(len(index.numbers), 3, size, size, dtype=torch.uint8)
-        for i, frame in enumerate(read_frames(path, index)):
-            tiles[i] = resize(upright(frame, index.rotation), size, size)
+        for i, picture in enumerate(self.pictures(path, index)):
+            tiles[i] = resize(picture, size, size)
         return tiles
+
+    def pictures(self, path: str, index: FrameIndex) -> Iterator[np.ndarray]:
+        """The same frames one by one, upright, at the size of the file: uint8 [h, w, 3]."""
+
+        def went_linear(why: str) -> None:
+            why = why if why == index.linear_reason else "a seek did not lead to its frames"
+            self._fell_back(f"from the start of the file: {why}", path)
+
+        for frame in read_frames(path, index, went_linear):
+            yield upright(frame, index.rotation)
 
     def picture(self, path: str, grid: tuple[int, int], *, max_pixels: int) -> torch.Tensor:
         """See `MediaDecoder.picture`."""
@@ -47,8 +57,8 @@ class MediaDecoder:
 
     `backend` is exact, dali, or auto: dali on a CUDA `device` if it is installed, else exact.  `name` and
     `reason` say what was chosen and why.  `timeout` is how many seconds one medium may take (None: no limit).
-    `fallbacks` counts by reason the media that dali leaves to the exact decoder; `report` gets a line at the
-    first of each.
+    `fallbacks` counts, by how and why, the media that are decoded in a slower way than others: exactly and
+    not by DALI, or from the start of the file; `report` gets a line at the first of each.
 
     Raises `UserError` for an unknown back end, and for dali if it is not installed.
     """
@@ -67,7 +77,7 @@ class MediaDecoder:
         self._timeout, self._report = timeout, report
         self.fallbacks: Counter[str] = Counter()
         if self.name == "exact":
-            self._backend = ExactDecoder(tile_size)
+            self._backend = ExactDecoder(tile_size, self._fell_back)
         else:
             from megatron_eagle.data.media.dali import DaliDecoder
 
@@ -116,10 +126,10 @@ class MediaDecoder:
         """Let the back end's threads and memory go."""
         self._backend.close()
 
-    def _fell_back(self, reason: str, path: str) -> None:
-        self.fallbacks[reason] += 1
-        if self.fallbacks[reason] == 1:
-            self._report(f"decoded exactly, not by DALI: {reason} (first: {path})")
+    def _fell_back(self, how: str, path: str) -> None:
+        self.fallbacks[how] += 1
+        if self.fallbacks[how] == 1:
+            self._report(f"media: decoded {how} (first: {path})")
 
 
 def _choose(backend: str, device: torch.device) -> tuple[str, str]:
