@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_eagle.data import preprocess as preprocess_module
+from megatron_eagle.data.media import frame_index
+from megatron_eagle.data.media.video import decode_frames
 from megatron_eagle.data.preprocess import preprocess
 from megatron_eagle.data.processor import PreprocessSettings
 from megatron_eagle.data.store import SampleStore
@@ -13,6 +15,7 @@ from megatron_eagle.errors import UserError
 from tests.data.helpers import (
     contents,
     conversation,
+    frame_number,
     make_image,
     make_store,
     make_video,
@@ -90,6 +93,28 @@ def test_a_row_is_complete(folder, tokenizer_dir, tokenizer):
     assert store[3].media_order == (0, 1)
     with pytest.raises(IndexError):
         store[4]
+
+
+def test_training_needs_no_frame_table(tmp_path, tokenizer_dir, monkeypatch):
+    """What the store keeps of a video is enough to decode its frames; the container is not read again."""
+    files = ("a.mp4", "b.mkv", "c.ts")
+    for name in files:
+        make_video(tmp_path / name, 40, gop=7)
+    records = [conversation("<video>", "x", video={"video": name, "start": 0.5}) for name in files]
+    store = SampleStore(make_store(tmp_path, tokenizer_dir, records))
+    videos = [store[row].videos[0] for row in range(len(files))]
+    assert all(video.frames[0] > 0 for video in videos)
+
+    def parsed(*_):
+        raise AssertionError("the container's frames were read")
+
+    monkeypatch.setattr(frame_index, "read_mp4", parsed)
+    monkeypatch.setattr(frame_index, "demux", parsed)
+    for video in videos:
+        some = video.frames[1::2]  # a rank's share
+        tiles, times = decode_frames(video.path, video.index, some, size=64)
+        assert [frame_number(tile.permute(1, 2, 0).numpy()) for tile in tiles] == list(some)
+        assert times.tolist() == video.times[1::2]
 
 
 def test_output_does_not_depend_on_the_workers(folder, tokenizer_dir):
