@@ -3,9 +3,10 @@
     annotate_videos.py story --chapters FILE --videos DIR --endpoint URL --model NAME --output O.jsonl
     annotate_videos.py clips --clips kept.jsonl           --endpoint URL --model NAME --output O.jsonl
 
-`story` reads chapters in the form of ViTT or VidChapters, `clips` what select_videos.py kept.  The endpoint
-speaks OpenAI's protocol; its key comes from an environment variable.  Every answer is kept in the cache:
-started again, a run goes on without paying twice.  --dry-run counts requests and tokens and asks nothing.
+`story` reads chapters in the form of ViTT or VidChapters, or without --chapters finds parts by what changes
+on screen; `clips` reads what select_videos.py kept.  The endpoint speaks OpenAI's protocol; its key comes from
+an environment variable.  Every answer is kept in the cache: started again, a run goes on without paying twice.
+--dry-run counts requests and tokens and asks nothing.
 """
 
 import argparse
@@ -13,13 +14,16 @@ import asyncio
 import json
 from pathlib import Path
 
+from megatron_eagle.config import from_dict
 from megatron_eagle.errors import UserError, run_cli
-from megatron_eagle.recipe.chapters import read_chapters
+from megatron_eagle.recipe.chapters import ChapteredVideo, read_chapters
 from megatron_eagle.recipe.client import Asks, Client, DryRun, for_each
 from megatron_eagle.recipe.clips import ClipQuestions, ClipSettings
+from megatron_eagle.recipe.encoder import Encoder
 from megatron_eagle.recipe.files import write_lines, write_whole
 from megatron_eagle.recipe.prompts import load_question_types
 from megatron_eagle.recipe.records import Notes
+from megatron_eagle.recipe.segmentation import SegmentSettings, detect_all
 from megatron_eagle.recipe.selection import read_kept
 from megatron_eagle.recipe.story import Story, StorySettings
 from megatron_eagle.recipe.transport import Endpoint
@@ -39,6 +43,7 @@ def main() -> None:
         options.timeout,
         options.concurrency,
         options.requests_per_minute,
+        options.tokens_per_minute,
         options.attempts,
         input_price=options.input_price,
         output_price=options.output_price,
@@ -65,8 +70,8 @@ async def _annotate(options: argparse.Namespace, client: Asks) -> tuple[list[dic
     sizes = {"fps": options.fps, "max_frames": options.max_frames, "side": options.side}
     sizes["questions"] = options.questions
     if options.recipe == "story":
-        notes = Notes(str(options.chapters))
-        items = read_chapters(options.chapters, options.videos, notes)
+        notes = Notes(str(options.chapters or options.videos))
+        items = _chaptered(options, notes)
         worker = Story(client, options.output, notes, StorySettings(**sizes), options.prompts)
     else:
         notes = Notes(str(options.clips))
@@ -81,6 +86,17 @@ async def _annotate(options: argparse.Namespace, client: Asks) -> tuple[list[dic
     return [line for lines in results for line in lines], notes
 
 
+def _chaptered(options: argparse.Namespace, notes: Notes) -> list[ChapteredVideo]:
+    if not options.videos.is_dir():
+        raise UserError(f"--videos {options.videos}: no such folder")
+    if options.chapters is not None:
+        return read_chapters(options.chapters, options.videos, notes)
+    lengths = {"shortest": options.shortest_part, "longest": options.longest_part}
+    settings = from_dict(SegmentSettings, lengths)
+    encoder = Encoder(options.encoder) if options.encoder else None
+    return detect_all(options.videos, notes, settings, encoder)
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--endpoint", required=True, metavar="URL", help="address up to and including /v1")
@@ -93,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--concurrency", type=int, default=8, help="requests at once (default %(default)s)")
     common.add_argument("--requests-per-minute", type=float, metavar="N", help="default: no limit")
+    common.add_argument("--tokens-per-minute", type=float, metavar="N", help="estimated; default: no limit")
     common.add_argument("--timeout", type=float, default=120.0, help="seconds (default %(default)s)")
     common.add_argument("--attempts", type=int, default=6, help="per request (default %(default)s)")
     common.add_argument("--input-price", type=float, default=0.0, help="per million tokens")
@@ -109,9 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipes = parser.add_subparsers(dest="recipe", required=True)
     story = recipes.add_parser("story", parents=[common], help="chapters -> captions -> questions")
-    story.add_argument("--chapters", type=Path, required=True, metavar="FILE", help="ViTT or VidChapters")
+    story.add_argument("--chapters", type=Path, metavar="FILE", help="ViTT or VidChapters (default: detect)")
     story.add_argument("--videos", type=Path, required=True, metavar="DIR", help="holds ID.mp4 and the like")
     story.add_argument("--questions", type=int, default=5, help="per video (default %(default)s)")
+    story.add_argument("--shortest-part", type=float, default=10, help="detected, seconds (%(default)s)")
+    story.add_argument("--longest-part", type=float, default=300, help="detected, seconds (%(default)s)")
+    story.add_argument("--encoder", type=Path, metavar="DIR", help="CLIP or SigLIP to detect with")
     clips = recipes.add_parser("clips", parents=[common], help="clips -> questions -> anchors")
     clips.add_argument("--clips", type=Path, required=True, metavar="kept.jsonl", help="of select_videos.py")
     clips.add_argument("--questions", type=int, default=3, help="per clip (default %(default)s)")

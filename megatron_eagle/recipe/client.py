@@ -18,7 +18,7 @@ from megatron_eagle.data.ledger import Problem
 from megatron_eagle.recipe.files import digest, write_whole
 from megatron_eagle.recipe.schema import example, parse_answer
 from megatron_eagle.recipe.transport import Endpoint, Reply, Retry, post
-from megatron_eagle.recipe.usage import Usage
+from megatron_eagle.recipe.usage import Usage, estimated_tokens
 
 _CORRECTION = (
     "That answer cannot be used: {problem}. Answer again, with nothing but the JSON that was asked for."
@@ -100,7 +100,7 @@ class Client:
         for attempt in range(1, self.endpoint.attempts + 1):
             try:
                 async with self._slots:
-                    await self._turn()
+                    await self._turn(request)
                     loop = asyncio.get_running_loop()
                     reply = await loop.run_in_executor(self._pool, self._pay, path, request)
                 break
@@ -126,33 +126,36 @@ class Client:
         write_whole(path, json.dumps(asdict(reply), ensure_ascii=False))
         return reply
 
-    async def _turn(self) -> None:
-        """Wait until the rate limit allows one more request to start."""
-        rate = self.endpoint.requests_per_minute
+    async def _turn(self, request: dict[str, Any]) -> None:
+        """Wait until the limits allow this request to start.
+
+        Limits count starts evenly: after a request of t tokens the next one waits for t / tokens_per_minute
+        minutes. Endpoints count an answer's whole limit of tokens.
+        """
+        tokens = sum(estimated_tokens(m["content"]) for m in request["messages"]) + request["max_tokens"]
+        limits = (1, self.endpoint.requests_per_minute), (tokens, self.endpoint.tokens_per_minute)
         while (delay := self._next_start - time.monotonic()) > 0:
             await asyncio.sleep(delay)
-        self._next_start = time.monotonic() + (60 / rate if rate else 0)
+        pause = max((60 * amount / limit for amount, limit in limits if limit), default=0)
+        self._next_start = time.monotonic() + pause
 
 
 class DryRun:
     """Counts what a run would ask, without asking: an estimate of tokens from text and pictures.
 
-    A token is taken as 4 characters, a picture as `picture_tokens`, an answer as half of its limit.
-    Every first answer counts as good, and none as cached.
+    Messages count as in `usage.estimated_tokens`, an answer as half of its limit.  Every first answer counts
+    as good, and none as cached.
     """
 
-    def __init__(self, endpoint: Endpoint, picture_tokens: int = 300) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self.usage = Usage(endpoint.input_price, endpoint.output_price)
         self.model = endpoint.model
-        self._picture_tokens = picture_tokens
 
     async def ask(self, content: str | list, schema: dict, *, max_tokens: int = 1024) -> Answer:
         """See `Asks`: an example of the schema."""
         self.usage.requests += 1
         self.usage.output_tokens += max_tokens // 2
-        for part in [content] if isinstance(content, str) else content:
-            text = part if isinstance(part, str) else part.get("text")
-            self.usage.input_tokens += self._picture_tokens if text is None else -(-len(text) // 4)
+        self.usage.input_tokens += estimated_tokens(content)
         return Answer(example(schema), "")
 
 

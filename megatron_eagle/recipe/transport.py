@@ -29,6 +29,7 @@ class Endpoint:
     timeout: float = 120.0
     concurrency: int = 8
     requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
     attempts: int = 6
     first_wait: float = 1.0
     longest_wait: float = 60.0
@@ -46,8 +47,9 @@ class Endpoint:
         for name in ("timeout", "concurrency", "attempts"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.requests_per_minute is not None and self.requests_per_minute <= 0:
-            raise UserError(f"requests_per_minute must be positive, not {self.requests_per_minute}")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if (limit := getattr(self, name)) is not None and limit <= 0:
+                raise UserError(f"{name} must be positive, not {limit}")
 
 
 class Retry(Exception):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 
@@ -88,6 +89,16 @@ def test_rate_limit(server, tmp_path):
     assert min(gaps) > 0.07  # a tenth of a second between starts, less what the way to the server varies
 
 
+def test_token_limit(server, tmp_path):
+    """Four requests of 8 + 1024 tokens each, at 60 times 5160 a minute: 0.2 s between starts."""
+    questions = [f"{i}" * 32 for i in range(4)]
+    start = time.monotonic()
+    answers, _ = _ask(server, tmp_path, questions, tokens_per_minute=60 * 5160)
+    assert len(answers) == 4 and time.monotonic() - start >= 3 * 1032 / 5160
+    with pytest.raises(UserError, match="tokens_per_minute must be positive"):
+        Endpoint(server.url, "m", tokens_per_minute=0)
+
+
 def test_nonsense_is_asked_again_and_given_up(server, tmp_path):
     server.faults = [("text", "no json"), ("text", '{"n": "7"}')]
     (answer,), usage = _ask(server, tmp_path)
@@ -136,7 +147,7 @@ def test_wrong_endpoints():
 
 
 def test_dry_run_counts_without_asking():
-    client = DryRun(Endpoint("http://127.0.0.1:9/v1", "m", input_price=1.0, output_price=2.0), 300)
+    client = DryRun(Endpoint("http://127.0.0.1:9/v1", "m", input_price=1.0, output_price=2.0))
     picture = {"type": "image_url", "image_url": {"url": "data:"}}
     content = [{"type": "text", "text": "a" * 40}, picture, picture]
     assert asyncio.run(client.ask(content, SCHEMA, max_tokens=100)).value == {"n": 0, "words": ["x"]}
