@@ -28,10 +28,9 @@ from megatron_eagle.data.media.tiles import cut_tiles
 
 _BATCH_SIZE = 8  # samples that DALI decodes side by side: an H200 has seven video decoders
 _THREADS = 4
-# Frames of one sample, decoded at full size at the same time: a new sample at the first key frame after so
-# many, or after twice as many at the latest.
-_GPU_FRAMES = 16
-_CPU_FRAMES = 8
+# Frames of one sample.  Of a video for the GPU a new sample begins at the first key frame after so many, or
+# after twice as many at the latest: at most 8 x 16 frames lie there at full size, 0.8 GB of 1920 x 1080.
+_SAMPLE_FRAMES = 8
 
 # Codecs of which a packet is one picture, hidden ones apart, and all decoders give the same bits.  AV1's
 # packets hold several, which DALI 2.4 counts as frames; MPEG-4's decoders differ by their inverse DCT; MJPEG
@@ -112,7 +111,7 @@ class DaliDecoder:
         """Samples of frames that are upright and have the right colours already."""
         frames: list[np.ndarray] = []
         for picture in self._exact.pictures(path, index):
-            if frames and (len(frames) == _CPU_FRAMES or picture.shape != frames[0].shape):
+            if frames and (len(frames) == _SAMPLE_FRAMES or picture.shape != frames[0].shape):
                 yield {"video": np.stack(frames), "colours": colour_matrix(bt709=False)}
                 frames = []
             frames.append(picture)
@@ -138,10 +137,10 @@ def _encoded(path: str, index: FrameIndex) -> Iterator[_Inputs]:
     """Samples of small files.  Raises `RemuxRefused` for a video that the GPU's decoder gets wrong."""
     start = 0
     for end in range(1, len(index.pts) + 1):
-        count = end - start
-        new_gop = end == len(index.pts) or index.seek_points[end] != index.seek_points[start]
-        if end < len(index.pts) and count < 2 * _GPU_FRAMES and not (new_gop and count >= _GPU_FRAMES):
-            continue
+        if end < len(index.pts):
+            new_gop = index.seek_points[end] != index.seek_points[end - 1]
+            if end - start < (_SAMPLE_FRAMES if new_gop else 2 * _SAMPLE_FRAMES):
+                continue
         remux = sparse_remux(path, index.select(index.numbers[start:end]))
         if refused := gpu_refusal(remux):
             raise RemuxRefused(refused)

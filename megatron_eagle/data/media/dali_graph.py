@@ -40,6 +40,7 @@ def video_graph(
                 frames=fn.external_source(name="frames", dtype=types.INT32, ndim=1),
                 device="mixed" if source == "nvdec" else "cpu",
                 pad_mode="none",
+                affine=False,  # the ranks of a machine would pin their threads to the same cores
             )
         video = _resize(video, [tile_size, tile_size], types.FLOAT)
         video = fn.cast(fn.coord_transform(video, M=colours), dtype=types.UINT8)
@@ -62,6 +63,7 @@ def image_graph(tile_size: int, *, device_id: int | None, batch_size: int, threa
             device="cpu" if device_id is None else "mixed",
             output_type=types.RGB,
             jpeg_fancy_upsampling=True,  # as Pillow does
+            affine=False,
         )
         size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
         pictures = [_resize(picture, extent, types.UINT8) for extent in (size, [tile_size, tile_size])]
