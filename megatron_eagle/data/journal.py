@@ -32,7 +32,7 @@ class Journal:
     def __init__(self, folder: Path, key: str, fresh: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._lock = _lock(folder / "lock")
+        self._lock = lock_file(folder / "lock")
         key_file = folder / "key"
         if fresh or not key_file.is_file() or key_file.read_text() != key:
             self.clear()
@@ -107,8 +107,11 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(path: Path) -> IO[bytes]:
-    """Hold the file at `path` until it is closed or this process ends, in whatever way."""
+def lock_file(path: Path) -> IO[bytes]:
+    """Hold the file at `path` until it is closed or this process ends, in whatever way.
+
+    Raises `UserError` while another process holds it.
+    """
     file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

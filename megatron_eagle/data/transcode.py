@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megatron_eagle.data.engines import in_processes
 from megatron_eagle.data.formats import read_sample, replace_videos
+from megatron_eagle.data.journal import lock_file
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.source import file_facts
 from megatron_eagle.data.media.transcode import TranscodeSettings, transcode_video
@@ -69,6 +70,8 @@ def transcode(
     The same command goes on where it was stopped: a copy is finished or not there, and is kept while its
     source and the settings are the same.  What failed is tried again.  Raises `UserError`.
     """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}")
     source, output = Path(source), Path(output).resolve()
     datasets = [] if source.is_dir() else datasets_of(source)
     paths = _videos_of(datasets) if datasets else _videos_in(source.resolve(), output)
@@ -77,30 +80,38 @@ def transcode(
     targets = _targets(paths, Path("/") if datasets else source.resolve(), output / "videos")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        log = output / "transcoded.jsonl"
-        done = {copy.source: copy for copy in _finished(log)}
-        _write_lines(log, done.values())
-        todo = [path for path in paths if not _is_current(done.get(path), targets[path], settings)]
-        copies = {path: done[path] for path in paths if path not in set(todo)}
-        failures: list[Failure] = []
-        jobs = [(path, targets[path]) for path in todo]
-        make = partial(_transcode, settings, log)
-        workers = min(workers or os.cpu_count() or 1, len(jobs))
-        results = in_processes(make, jobs, workers) if workers > 1 else (r for job in jobs for r in make(job))
-        bar = {"total": len(paths), "initial": len(paths) - len(jobs), "desc": "transcode", "unit": " videos"}
-        for result in tqdm(results, **bar, dynamic_ncols=True):
-            if isinstance(result, Failure):
-                failures.append(result)
-            else:
-                copies[result.source] = result
-        _write_lines(output / "failed.jsonl", failures)
-        _write_annotations(datasets, {path: copy.target for path, copy in copies.items()}, output)
+        with lock_file(output / ".lock"):
+            copies, failures, n_new = _copy_all(paths, targets, settings, workers, output)
+            _write_annotations(datasets, {path: copy.target for path, copy in copies.items()}, output)
     except OSError as error:
         raise UserError(
             f"cannot write {output}: {error.strerror or error}; when that is mended run the same command "
             "again, it continues where it stopped"
         ) from None
-    return Transcoded(list(copies.values()), len(todo) - len(failures), failures)
+    return Transcoded(list(copies.values()), n_new, failures)
+
+
+def _copy_all(
+    paths: list[str], targets: dict[str, Path], settings: TranscodeSettings, workers: int | None, output: Path
+) -> tuple[dict[str, Copy], list[Failure], int]:
+    """The copies by their sources, what failed, and how many copies are new."""
+    log = output / "transcoded.jsonl"
+    done = {copy.source: copy for copy in _finished(log)}
+    _write_lines(log, done.values())
+    copies = {path: done[path] for path in paths if _is_current(done.get(path), targets[path], settings)}
+    failures: list[Failure] = []
+    jobs = [(path, targets[path]) for path in paths if path not in copies]
+    make = partial(_transcode, settings, log)
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    results = in_processes(make, jobs, workers) if workers > 1 else (r for job in jobs for r in make(job))
+    bar = {"total": len(paths), "initial": len(copies), "desc": "transcode", "unit": " videos"}
+    for result in tqdm(results, **bar, dynamic_ncols=True):
+        if isinstance(result, Failure):
+            failures.append(result)
+        else:
+            copies[result.source] = result
+    _write_lines(output / "failed.jsonl", failures)
+    return copies, failures, len(jobs) - len(failures)
 
 
 def _videos_of(datasets: list[Dataset]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 
 from megatron_eagle.data.formats import read_sample, replace_videos
+from megatron_eagle.data.journal import lock_file
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media import transcode as one
 from megatron_eagle.data.media.frame_index import read_frame_table
@@ -272,6 +273,11 @@ def test_what_a_user_can_get_wrong(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="would have one name; rename one"):
         transcode(tmp_path, tmp_path / "out", SMALL)
     (tmp_path / "a.avi").unlink()
+    with pytest.raises(UserError, match="--workers must be at least 1, got 0"):
+        transcode(tmp_path, tmp_path / "out", SMALL, workers=0)
+    (tmp_path / "out").mkdir()
+    with lock_file(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another process is working"):
+        transcode(tmp_path, tmp_path / "out", SMALL)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
