@@ -22,6 +22,7 @@ BENCHMARKS = (
     "transcode",
     "train",
     "train_gpu",
+    "video",
 )
 
 
@@ -34,10 +35,12 @@ def main() -> None:
         "--large", action="store_true", help="also the sizes that take minutes or much memory"
     )
     parser.add_argument("--packs", metavar="DIR", help="a store's length folder, instead of made-up packs")
+    parser.add_argument("--clips", metavar="DIR", help="where videos are kept, instead of making them anew")
     parser.add_argument("--plot", metavar="FILE", help="draw the numbers, as PNG")
     arguments = parser.parse_args()
     run = importlib.import_module(f"benchmarks.{arguments.name}").run
-    options = {name: value for name in ("large", "packs", "plot") if (value := getattr(arguments, name))}
+    names = ("large", "packs", "clips", "plot")
+    options = {name: value for name in names if (value := getattr(arguments, name))}
     for name in options.keys() - inspect.signature(run).parameters.keys():
         raise UserError(f"{arguments.name} takes no --{name}; leave it out")
     report = run(**options)
