@@ -4,16 +4,19 @@ import argparse
 import importlib
 import inspect
 
+import torch
 from benchmarks.report import write_json
 
 from megatron_eagle.errors import UserError, run_cli
 
 BENCHMARKS = (
+    "activation_offload",
     "attention",
     "checkpoint",
     "context_parallel",
     "convert",
-    "linear_cross_entropy",
+    "kernels",
+    "linear_ce",
     "loader",
     "packing",
     "preprocess",
@@ -37,12 +40,15 @@ def main() -> None:
     parser.add_argument("--packs", metavar="DIR", help="a store's length folder, instead of made-up packs")
     parser.add_argument("--clips", metavar="DIR", help="where videos are kept, instead of making them anew")
     parser.add_argument("--plot", metavar="FILE", help="draw the numbers, as PNG")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where, if there is a choice (cpu)")
     arguments = parser.parse_args()
     run = importlib.import_module(f"benchmarks.{arguments.name}").run
-    names = ("large", "packs", "clips", "plot")
+    names = ("large", "packs", "clips", "plot", "device")
     options = {name: value for name in names if (value := getattr(arguments, name))}
     for name in options.keys() - inspect.signature(run).parameters.keys():
         raise UserError(f"{arguments.name} takes no --{name}; leave it out")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here")
     report = run(**options)
     print(report.table())
     if arguments.json:

@@ -1,4 +1,4 @@
-"""Memory of the chunked output layer and loss: what its formula says, and far less than its peers."""
+"""Memory of the chunked loss and of offloaded layers: their formulas', and far less than their peers'."""
 
 import json
 import os
@@ -9,23 +9,31 @@ import pytest
 
 from tests.paths import REPO
 
-CODE = """
-import json, torch
-from benchmarks.linear_cross_entropy import measure
+START = """
+import json
+from benchmarks import activation_offload, linear_ce
 from megatron_eagle.runtime.device import detect_device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 device = detect_device()
-with device.context(), process_group(device), model_parallel(ParallelConfig()):
-    print(json.dumps(measure(6144, 2048, 6144) + measure(6144, 2048, 900)))
+with device.context(), process_group(device), model_parallel(ParallelConfig()) as mesh:
 """
+LOSSES = "print(json.dumps(linear_ce.measure(6144, 2048, 6144) + linear_ce.measure(6144, 2048, 900)))"
+LAYERS = """print(json.dumps([
+    activation_offload.measure(mesh, layers, 512, policy)
+    for layers in (3, 9) for policy in ("none", "full", "offload", "offload, swiglu")
+]))"""
 
 
-def test_peak_memory_is_the_formulas():
+def _measured(statement: str) -> list[dict]:
     environment = os.environ | {"PYTHONPATH": f"{REPO / 'tools'}:{REPO}", "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    command = [sys.executable, "-W", "ignore", "-c", f"{START}    {statement}"]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_peak_memory_of_the_loss_is_the_formulas():
+    rows = _measured(LOSSES)
     for row in rows:
         assert row["dx off"] < 1e-6 and row["value off"] < 1e-6
         if row["loss"].startswith("fused"):
@@ -33,3 +41,14 @@ def test_peak_memory_is_the_formulas():
     of = {(row["supervised"], row["loss"]): row["peak MB"] for row in rows}
     assert of[6144, "fused"] < 0.5 * of[6144, "Megatron-Core"] < 0.5 * of[6144, "plain torch"]
     assert of[900, "fused"] < 0.5 * of[6144, "fused"]
+
+
+def test_peak_memory_of_offloaded_layers_is_the_formulas_and_does_not_grow_with_depth():
+    rows = _measured(LAYERS)
+    for row in rows:
+        assert row["peak MB"] == pytest.approx(row["formula MB"], rel=0.15), row
+    of = {(row["layers"], row["recompute"]): row["peak MB"] for row in rows}
+    assert len({row["loss"] for row in rows}) == 2  # of either depth: one loss, bit for bit
+    assert of[9, "offload"] < 1.03 * of[3, "offload"]
+    assert of[9, "offload"] < of[9, "full"] < 0.5 * of[9, "none"]
+    assert of[9, "full"] - of[3, "full"] == pytest.approx(6 * 512 * 256 * 4 / 1e6, rel=0.15)
