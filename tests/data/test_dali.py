@@ -35,8 +35,7 @@ S = 112
 CPU = torch.device("cpu")
 FINE = {"crf": "10", "b": "0"}
 
-if importlib.util.find_spec("nvidia.dali") is None:
-    pytest.skip("nvidia-dali is not installed", allow_module_level=True)
+pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
 
 from megatron_eagle.data.media.dali import DaliDecoder, gpu_refusal  # noqa: E402
 from megatron_eagle.data.media.dali_graph import colour_matrix, image_graph  # noqa: E402
