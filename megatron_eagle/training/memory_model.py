@@ -38,6 +38,7 @@ class StageMemory:
     weights: int
     gradients: int  # fp32 buffer, whole on every data parallel rank
     optimizer: int  # Adam's moments and, of a bf16 model, fp32 main parameters: shared over data x context
+    host: int = 0  # what offloaded layers leave in host memory, counted where that is the same memory
     activations: int = 0  # of the language layers, all microbatches in flight
     vision: int = 0  # activations of tower and connector, all microbatches in flight; tiles
     logits: int = 0  # logits (of the fused loss: of a chunk) and gradients of the output layer
@@ -51,7 +52,7 @@ class StageMemory:
     @property
     def states(self) -> int:
         """What is there between steps."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.host
 
     @property
     def total(self) -> int:
@@ -84,6 +85,7 @@ def peak_memory(
         "weights": parameters.total * e,
         "gradients": trained * FP32,
         "optimizer": shard * (2 if e == FP32 else 3) * FP32,
+        "host": offloaded(eagle, parallel, workload, stage) if workload.device == "cpu" else 0,
     }
     buffer, host = _gather_buffer(eagle, parallel, workload), _host_pixels(eagle, workload, stage)
     moments = [
@@ -98,11 +100,22 @@ def peak_memory(
         for moment in _backward_moments(eagle, parallel, workload, stage)
     ]
     after = {"optimizer step": _adam(workload, min(parameters.largest, shard), shard)}
+    if workload.device == "cpu":
+        after["sum of gradients"] = trained * FP32  # gloo's reduce-scatter copies the buffer
     if parallel.vision_sharding == "cp_tp" and tp > 1:
         after["sum of the tower's gradients"] = parameters.tower(workload.trainable) * FP32
     for name, workspace in after.items():
         moments.append(StageMemory(**states, moment=name, vision=host, workspace=workspace + buffer))
     return max(moments, key=lambda memory: memory.total)
+
+
+def offloaded(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, stage: int) -> int:
+    """Bytes of host memory that the offloaded layers of a rank take."""
+    if workload.recompute.language != "offload":
+        return 0
+    leaving = stage_layers(eagle, parallel, stage) // parallel.num_model_chunks
+    leaving = max(leaving - workload.recompute.offload_keep_last, 0)
+    return leaving * parallel.forwards_in_flight(stage) * language_layer(eagle, parallel, workload).away
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def as_records(plans: Plans) -> dict[str, Any]:
             "limit": plan.limit,
             "seconds": {"total": plan.time.total, **plan.time.parts},
             "mfu": plan.time.mfu,
+            "host_memory": plan.host_memory,
             "memory": {
                 "total": plan.memory.total,
                 "stage": plan.memory.stage,
@@ -131,6 +132,10 @@ def _explain(plan: Plan) -> str:
     return (
         f"First: {_seconds(total)} s = {spent}. Its memory peaks at {memory.total / 1e9:.1f} GB on pipeline "
         f"stage {memory.stage}, at the {memory.moment}; {memory.states / 1e9:.1f} GB are there between steps."
+        + (
+            f" Offloaded layers take {plan.host_memory / 1e9:.1f} GB of host memory a GPU."
+            * (plan.host_memory > 0)
+        )
     )
 
 

@@ -17,7 +17,7 @@ from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import expand_preset
 from megatron_eagle.runtime.parallel import ParallelConfig
-from megatron_eagle.training.memory_model import StageMemory, fullest_stage
+from megatron_eagle.training.memory_model import StageMemory, fullest_stage, offloaded
 from megatron_eagle.training.memory_shapes import Workload
 from megatron_eagle.training.run_config import RunConfig, load_run_config
 from megatron_eagle.training.step_time import Machine, StepTime, step_time
@@ -82,6 +82,7 @@ class Plan:
     memory: StageMemory  # of the stage that needs most
     time: StepTime
     capacity: float  # bytes that a layout may fill
+    host_memory: int  # bytes per GPU that offloaded layers take, on the fullest stage
 
     @property
     def fits(self) -> bool:
@@ -225,7 +226,9 @@ def _plan(
         machine=machine,
         document_bounds=packs.document_bounds,
     )
-    return Plan(parallel, data_parallel_size, workload.microbatches, memory, time, capacity)
+    stages = range(parallel.pipeline_model_parallel_size)
+    host = max(offloaded(config.model, parallel, workload, stage) for stage in stages)
+    return Plan(parallel, data_parallel_size, workload.microbatches, memory, time, capacity, host)
 
 
 def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:

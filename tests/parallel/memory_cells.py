@@ -84,6 +84,8 @@ MORE = [
     Cell("one process, fused loss", 1, loss="fused", length=3072, document=256),
     Cell("one process, fused loss, bf16", 1, loss="fused", length=3072, document=256, precision="bf16"),
     Cell("TP2 + SP, fused loss", 2, TP2 | SP, loss="fused", length=3072, document=256),
+    Cell("one process, offload", 1, recompute="offload", length=1024, document=256),
+    Cell("PP2, offload, bf16", 2, PP2, microbatches=4, recompute="offload", precision="bf16"),
     Cell("Ulysses 2", 2, CP2 | {"ulysses_parallel_size": 2}, length=1024, vocab_size=8000),
     Cell("CP2, documents of 128 tokens", 2, CP2, length=1024, document=128),
     # Score matrices of the reference attention decide.

@@ -13,7 +13,7 @@ from megatron_eagle.model.presets import preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.context_work import ContextWork, context_work
-from megatron_eagle.training.memory_model import fullest_stage, in_flight, peak_memory
+from megatron_eagle.training.memory_model import fullest_stage, in_flight, offloaded, peak_memory
 from megatron_eagle.training.memory_shapes import Workload, count_parameters, language_layer
 from megatron_eagle.training.planner import PackShape, plan_layouts, preset_run
 from megatron_eagle.training.step_time import Machine, step_time
@@ -149,9 +149,9 @@ def test_pipelines_hold_the_towers_activations_of_several_microbatches():
 
 def test_recompute_trades_time_for_memory():
     found = []
-    for policy in ("none", "selective", "full"):
+    for policy in ("none", "selective", "full", "offload"):
         workload = replace(
-            WORKLOAD, recompute=RecomputeConfig(policy, "full" if policy == "full" else "none")
+            WORKLOAD, recompute=RecomputeConfig(policy, "full" if policy in ("offload", "full") else "none")
         )
         time = step_time(
             EAGLE, layout(), 1, workload, mean_tiles=64, sum_squared_lengths=32768**2, machine=Machine()
@@ -159,6 +159,10 @@ def test_recompute_trades_time_for_memory():
         found.append((fullest_stage(EAGLE, layout(), 1, workload).total, time.total))
     assert found[0][0] > found[1][0] > found[2][0]
     assert found[0][1] < found[1][1] < found[2][1]
+    # Offload keeps less still, and does not run attention again.
+    assert found[3][0] < found[2][0] and found[3][1] < found[2][1]
+    # 26 of 28 layers leave input, attention output and, per query head, its statistics.
+    assert offloaded(EAGLE, layout(), workload, 0) == 26 * 32768 * (2 * 3584 + 2 * 3584 + 4 * 28)
 
 
 def test_frozen_parts_have_no_gradients_states_or_tower_activations():
