@@ -29,10 +29,10 @@ from megatron_eagle.data.packing import write_packs
 from megatron_eagle.data.preprocess import Execution, preprocess
 from megatron_eagle.data.processor import PreprocessSettings
 
-LENGTH, TILE, PATCH = 1024, 64, 16
+LENGTH, TILE, PATCH = 512, 64, 16
 LARGE = {
-    "vision": {"image_size": TILE, "patch_size": PATCH, "hidden_size": 192, "intermediate_size": 768},
-    "text": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6},
+    "vision": {"image_size": TILE, "patch_size": PATCH, "hidden_size": 128, "intermediate_size": 512},
+    "text": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6},
 }
 MODELS = {"tiny": {"preset": "tiny"}, "larger": LARGE}
 LAYOUTS = {
@@ -42,16 +42,16 @@ LAYOUTS = {
     "CP2": {"context_parallel_size": 2},
     "DP2": {},
 }
-SKIP = 3
+SKIP = 2
 
 
 def run() -> Report:
-    """Overhead of both models, then the split of the larger one under five layouts."""
+    """Overhead of both models, then the split of the tiny one under five layouts."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        store = make_store(root, length=LENGTH, tile=TILE, patch=PATCH, samples=200)
+        store = make_store(root, length=LENGTH, tile=TILE, patch=PATCH, samples=120)
         rows = []
-        for name, pairs in (("tiny", 60), ("larger", 20)):
+        for name, pairs in (("tiny", 30), ("larger", 14)):
             progress(f"overhead, {name} model: {pairs} pairs")
             settings = run_settings(root / f"pairs-{name}", store, MODELS[name], SKIP + pairs + 1)
             settings["data"]["prefetch"] = False  # nothing runs beside what is measured
@@ -59,12 +59,12 @@ def run() -> Report:
             rows.append({"what": "overhead", "model": name, "layout": "one process", **found})
         for layout, parallel in LAYOUTS.items():
             processes = 1 if layout == "one process" else 2
-            progress(f"split, larger model: {layout}")
-            settings = run_settings(root / f"split-{layout}", store, MODELS["larger"], SKIP + 6)
+            progress(f"split, tiny model: {layout}")
+            settings = run_settings(root / f"split-{layout}", store, MODELS["tiny"], SKIP + 4)
             settings["parallel"] = parallel
             ranks = measure(root, settings, "split", processes)
             parts = {part: fmean(rank[part] for rank in ranks) for part in ranks[0]}
-            rows.append({"what": "split", "model": "larger", "layout": layout, **parts})
+            rows.append({"what": "split", "model": "tiny", "layout": layout, **parts})
     columns = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name, "") for name in columns} for row in rows]
     return Report("the training loop: overhead over Megatron's bare schedule, split of a step", rows)
