@@ -4,9 +4,9 @@
     annotate_videos.py clips --clips kept.jsonl           --endpoint URL --model NAME --output O.jsonl
 
 `story` reads chapters in the form of ViTT or VidChapters, or without --chapters finds parts by what changes
-on screen; `clips` reads what select_videos.py kept.  The endpoint speaks OpenAI's protocol; its key comes from
-an environment variable.  Every answer is kept in the cache: started again, a run goes on without paying twice.
---dry-run counts requests and tokens and asks nothing.
+on screen; `clips` reads what select_videos.py kept.  The endpoint speaks OpenAI's protocol; its key comes
+from an environment variable.  Every answer is kept in the cache: started again, a run goes on without paying
+twice.  --dry-run counts requests and tokens and asks nothing.
 """
 
 import argparse

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_eagle.data.ads import SamplingSettings
 from megatron_eagle.data.engines import ENGINES
+from megatron_eagle.data.iap import TILINGS
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
 from megatron_eagle.data.media.transcode import AUDIO, CODECS, TranscodeSettings
 from megatron_eagle.data.preprocess import Execution, preprocess
@@ -38,6 +39,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add("--tile-size", type=int, default=448, help="pixels a side of a tile (default %(default)s)")
     add("--patch-size", type=int, default=14, help="pixels a side of a vision patch (default %(default)s)")
     add("--max-tiles", type=int, default=12, help="most tiles per picture (default %(default)s)")
+    add("--tiling", choices=TILINGS, default="iap", help="how grids are chosen (default %(default)s)")
     add("--fps", type=float, default=2.0, help="frames wanted per second of video (default %(default)s)")
     add("--min-frames", type=int, default=8, help="fewest frames per video (default %(default)s)")
     add("--max-frames", type=int, default=512, help="most frames per video (default %(default)s)")
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     """Make a store and print what became of the samples."""
     try:
         sampling = SamplingSettings(
-            args.fps, args.min_frames, args.max_frames, args.max_tiles, args.tile_size
+            *(args.fps, args.min_frames, args.max_frames, args.max_tiles, args.tile_size, args.tiling)
         )
     except ValueError as error:
         raise UserError(str(error)) from None

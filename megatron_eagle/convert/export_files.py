@@ -147,6 +147,7 @@ def _write_processor_settings(
             "min_dynamic_tiles": source.get("min_dynamic_tiles", exported["min_dynamic_tiles"]),
             "max_dynamic_tiles": limit,
             "use_thumbnail": source.get("use_thumbnail", exported["use_thumbnail"]),
+            "tiling": source.get("tiling", "iap"),
         },
     )
     exported["max_dynamic_tiles"] = exported["max_dynamic_patch"] = limit

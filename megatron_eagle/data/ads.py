@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_eagle.data.iap import select_grid, tile_count
+from megatron_eagle.data.iap import TILINGS, select_grid, tile_count
 from megatron_eagle.data.ledger import Problem
 
 TILE_LIMITS = (12, 8, 6, 4, 2, 1)
@@ -25,15 +25,19 @@ tiles of each shown page of each document."""
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How much of the media is wanted: frames per second, frames per video, tiles per picture."""
+    """How much of the media is wanted: frames per second, frames per video, tiles per picture; `tiling` is
+    the rule of `iap.select_grid`."""
 
     fps: float = 2.0
     min_frames: int = 8
     max_frames: int = 512
     max_tiles: int = 12
     tile_size: int = 448
+    tiling: str = "iap"
 
     def __post_init__(self):
+        if self.tiling not in TILINGS:
+            raise ValueError(f"tiling must be one of {', '.join(TILINGS)}, not {self.tiling}")
         if self.fps <= 0 or min(self.min_frames, self.max_frames, self.max_tiles, self.tile_size) < 1:
             raise ValueError(f"fps, frames, tiles and the tile size must be positive: {self}")
 
@@ -127,12 +131,12 @@ def sample_media(
     shown = [[document[page] for page in p] for document, p in zip(documents, pages, strict=True)]
     limits = sorted({settings.max_tiles, *(t for t in TILE_LIMITS if t < settings.max_tiles)})[::-1]
     for tile_limit in limits:
-        grids = _grids(images, tile_limit, settings.tile_size)
-        page_grids = tuple(_grids(wishes, tile_limit, settings.tile_size) for wishes in shown)
+        grids = _grids(images, tile_limit, settings)
+        page_grids = tuple(_grids(wishes, tile_limit, settings) for wishes in shown)
         n_tokens = count(_tiles(grids), frames, [_tiles(g) for g in page_grids])
         if n_tokens <= limit:
             break
-    wanted = [_grids(wishes, settings.max_tiles, settings.tile_size) for wishes in (images, *documents)]
+    wanted = [_grids(wishes, settings.max_tiles, settings) for wishes in (images, *documents)]
     tiles_wanted = sum(sum(_tiles(g)) for g in wanted)
     return Plan(grids, frames, pages, page_grids, n_tokens, tile_limit, tiles_wanted)
 
@@ -182,10 +186,9 @@ def _tiles(grids: Sequence[Grid]) -> list[int]:
     return [tile_count(grid) for grid in grids]
 
 
-def _grids(images: Sequence[ImageWish], tile_limit: int, tile_size: int) -> tuple[Grid, ...]:
+def _grids(images: Sequence[ImageWish], tile_limit: int, settings: SamplingSettings) -> tuple[Grid, ...]:
+    rule = {"tile_size": settings.tile_size, "tiling": settings.tiling}
     return tuple(
-        select_grid(
-            image.width, image.height, tile_size=tile_size, max_tiles=min(tile_limit, image.max_tiles)
-        )
+        select_grid(image.width, image.height, max_tiles=min(tile_limit, image.max_tiles), **rule)
         for image in images
     )

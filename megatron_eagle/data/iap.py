@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+TILINGS = ("iap", "aspect")
 # Among candidates of equal area the first wins a tie, which happens for (nearly) square pictures.  The order
 # is the one the released model was trained with.  It depends on the largest tile count N, in three groups;
 # each entry below is the order of one area, written as the columns of its candidates (their maximum is the
@@ -46,11 +47,13 @@ def grid_candidates(max_tiles: int, min_tiles: int = 1) -> tuple[tuple[int, int]
 
 @lru_cache(maxsize=65536)
 def select_grid(
-    width: int, height: int, *, tile_size: int, max_tiles: int, min_tiles: int = 1
+    width: int, height: int, *, tile_size: int, max_tiles: int, min_tiles: int = 1, tiling: str = "iap"
 ) -> tuple[int, int]:
     """Grid (columns, rows) for a picture of `width` x `height` pixels, with tiles of `tile_size` pixels.
 
-    Maximises `min(tiled area / picture area, 0.6) * min(ratio of the aspect ratios, its inverse)`.
+    Maximises `min(tiled area / picture area, 0.6) * min(ratio of the aspect ratios, its inverse)`.  With
+    `tiling` "aspect", what the paper compares with: the closest aspect ratio, and of several grids with that
+    ratio the last whose pixels are less than twice the picture's.
     Raises ValueError for an empty picture or impossible tile limits.
     """
     if width < 1 or height < 1:
@@ -60,8 +63,13 @@ def select_grid(
     for columns, rows in grid_candidates(max_tiles, min_tiles):
         target = columns / rows
         coverage = (columns * rows * tile_size * tile_size) / (width * height)
-        score = min(coverage, 0.6) * min(target / aspect, aspect / target)
-        if score > best_score:
+        if tiling == "aspect":
+            score = -abs(aspect - target)
+            better = score > best_score or (score == best_score and coverage < 2)
+        else:
+            score = min(coverage, 0.6) * min(target / aspect, aspect / target)
+            better = score > best_score
+        if better:
             best, best_score = (columns, rows), score
     return best
 

@@ -184,8 +184,8 @@ def _grid_words(store: SampleStore, image: ImagePlan) -> str:
     pixels = f"drawn at {page.width} x {page.height}" if page else f"{image.width} x {image.height}"
     words = f"{pixels} pixels in {image.columns} x {image.rows} tiles"
     words += " and a thumbnail" if image.n_tiles > 1 else ""
-    limits = {"tile_size": store.manifest.tile_size, "max_tiles": int(store.manifest.sampling["max_tiles"])}
-    best = select_grid(image.width, image.height, **limits)
+    rule = {name: store.manifest.sampling[name] for name in ("tile_size", "max_tiles", "tiling")}
+    best = select_grid(image.width, image.height, **rule)
     if tile_count(best) > image.n_tiles:
         words += f"; without a limit {best[0]} x {best[1]}"
     return words

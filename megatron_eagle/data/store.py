@@ -193,7 +193,7 @@ class DataManifest:
     pad_token_id: int
     lengths: list[int]
     sources: list[str]
-    sampling: dict[str, float]
+    sampling: dict[str, Any]
     max_pixels: int
     counts: dict[str, dict] = field(default_factory=dict)
     files: dict[str, dict] = field(default_factory=dict)

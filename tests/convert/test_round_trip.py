@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from transformers import AutoProcessor
 
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.shards import INDEX
@@ -46,6 +48,18 @@ def test_shards_and_mixed_types_are_kept(broken, tmp_path):
     index = json.loads((broken / INDEX).read_text())
     assert json.loads((tmp_path / "out" / INDEX).read_text()) == index
     assert len(set(index["weight_map"].values())) > 3
+
+
+def test_the_tiling_of_the_data_reaches_the_exported_processor(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    path = copy / "hf" / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(settings | {"tiling": "aspect", "max_dynamic_tiles": 12}))
+    export_hf(copy, tmp_path / "out", verify=False)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    side = processor.image_processor.size["height"]
+    tiles = processor.image_processor(images=[Image.new("RGB", (1000 * side // 448, 700 * side // 448))])
+    assert len(tiles["pixel_values"]) == 3 * 2 + 1  # IAP: 4 x 3 and the thumbnail
 
 
 def test_bf16_stays_bf16(broken, tmp_path):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from megatron_eagle.convert.hf_model import image_processing_eagle2_5_vl as exported
 from megatron_eagle.data.iap import grid_candidates, select_grid, select_grids, tile_count
 from tests.paths import SPEC, need_spec
 
@@ -45,6 +46,22 @@ def test_all_listed_cases_are_bit_exact():
 def test_candidate_order_is_the_listed_one():
     for max_tiles, listed in json.loads((SPEC / "iap_candidate_order.json").read_text()).items():
         assert [list(grid) for grid in grid_candidates(int(max_tiles))] == listed
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((640, 480), (4, 3)),  # of 4:3 there is one grid
+        ((896, 896), (2, 2)),  # 1 x 1 has a quarter of the pixels, 3 x 3 more than twice as many
+        ((500, 500), (1, 1)),  # 2 x 2 has more than three times as many
+        ((3000, 300), (10, 1)),
+        ((1000, 700), (3, 2)),  # IAP takes 4 x 3
+    ],
+)
+def test_the_closest_aspect_ratio(size, grid):
+    """The rule that IAP is compared with, and the same one in exported processors."""
+    assert select_grid(*size, tile_size=448, max_tiles=12, tiling="aspect") == grid
+    assert exported.select_grid(*size, 448, 12, tiling="aspect") == grid
 
 
 def test_min_tiles_and_refusals():

@@ -48,19 +48,25 @@ def grid_candidates(max_tiles: int, min_tiles: int = 1) -> list[tuple[int, int]]
 
 
 def select_grid(
-    width: int, height: int, tile_size: int, max_tiles: int, min_tiles: int = 1
+    width: int, height: int, tile_size: int, max_tiles: int, min_tiles: int = 1, tiling: str = "iap"
 ) -> tuple[int, int]:
     """Grid (columns, rows) for a picture: keeps its area (up to 60 %) and its aspect ratio.
 
+    `tiling` "aspect": the closest aspect ratio, of equal ones the last with less than twice the pixels.
     float64, in exactly this order of operations: exact arithmetic chooses differently for some sizes.
     """
     aspect = width / height
-    best, best_score = (1, 1), -1.0
+    best, best_score = (1, 1), float("-inf")
     for columns, rows in grid_candidates(max_tiles, min_tiles):
         target = columns / rows
-        area = min((columns * rows * tile_size * tile_size) / (width * height), 0.6)
-        score = area * min(target / aspect, aspect / target)
-        if score > best_score:
+        coverage = (columns * rows * tile_size * tile_size) / (width * height)
+        if tiling == "aspect":
+            score = -abs(aspect - target)
+            better = score > best_score or (score == best_score and coverage < 2)
+        else:
+            score = min(coverage, 0.6) * min(target / aspect, aspect / target)
+            better = score > best_score
+        if better:
             best, best_score = (columns, rows), score
     return best
 
@@ -110,6 +116,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
         rescale_factor, image_mean, image_std: normalisation `(x * rescale_factor - mean) / std`.
         min_dynamic_tiles, max_dynamic_tiles: cells of the grid of a picture.
         use_thumbnail: append the whole picture as one more tile, last, when the grid has several cells.
+        tiling: the rule of `select_grid`.
     """
 
     model_input_names = ["pixel_values"]
@@ -123,6 +130,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
         min_dynamic_tiles=1,
         max_dynamic_tiles=12,
         use_thumbnail=True,
+        tiling="iap",
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -135,6 +143,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
         self.min_dynamic_tiles = min_dynamic_tiles
         self.max_dynamic_tiles = max_dynamic_tiles
         self.use_thumbnail = use_thumbnail
+        self.tiling = tiling
 
     def tile_image(
         self, image, min_dynamic_tiles=None, max_dynamic_tiles=None, use_thumbnail=None
@@ -147,6 +156,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
             tile_size=side,
             max_tiles=self.max_dynamic_tiles if max_dynamic_tiles is None else max_dynamic_tiles,
             min_tiles=self.min_dynamic_tiles if min_dynamic_tiles is None else min_dynamic_tiles,
+            tiling=self.tiling,
         )
         whole = resize(pixels, rows * side, columns * side)
         tiles = whole.reshape(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)

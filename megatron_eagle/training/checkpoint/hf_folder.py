@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ HF_FOLDER = "hf"
 
 def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str | Path) -> None:
     """Give `root` its `hf/` folder, if it has none: that of `checkpoint`, else the tokenizer and the tile
-    limit of `data`.
+    limit of `data`. Grids are chosen as in `data`.
 
     Collective. Raises `UserError` if neither source exists or `root` cannot be written.
     """
@@ -26,10 +27,21 @@ def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str
             partial.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial)
-            if checkpoint is None:
-                limits = {"max_dynamic_tiles": read_manifest(data).sampling["max_tiles"]}
-                (partial / "preprocessor_config.json").write_text(json.dumps(limits))
+            _add_tiling(
+                partial / "preprocessor_config.json", read_manifest(data).sampling, checkpoint is None
+            )
             partial.rename(Path(root) / HF_FOLDER)
         except OSError as error:
             problem = f"{root}: cannot give the checkpoint a copy of {source}: {error}"
     raise_together(problem)
+
+
+def _add_tiling(path: Path, sampling: dict[str, Any], with_limit: bool) -> None:
+    """Put what the data were sampled with into the settings of the exported processor, where it differs."""
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    chosen = {"max_dynamic_tiles": sampling["max_tiles"]} if with_limit else {}
+    tiling = sampling.get("tiling", "iap")
+    if tiling != settings.get("tiling", "iap"):
+        chosen["tiling"] = tiling
+    if chosen:
+        path.write_text(json.dumps(settings | chosen))
