@@ -64,6 +64,11 @@ def _arguments() -> argparse.Namespace:
         "--max-tiles", type=int, help="tiles per picture for the exported processor (default: the source's)"
     )
     command.add_argument("--adapter", type=Path, help="folder for LoRA adapters, which --hf then leaves out")
+    command.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not compare the checkpoint's files with its manifest first",
+    )
 
     command = add("verify", "compare a checkpoint with a Hugging Face folder: tensors and logits")
     command.add_argument("--tensors-only", action="store_true", help="no logits")
@@ -107,12 +112,15 @@ def _export(options: argparse.Namespace) -> None:
     from megatron_eagle.convert.to_hf import export_hf
 
     _quiet()
-    merge = options.adapter is None
+    merge, verify = options.adapter is None, not options.no_verify
     if not merge:
-        files = export_adapter(options.checkpoint, options.adapter, base=options.hf)
+        files = export_adapter(options.checkpoint, options.adapter, base=options.hf, verify=verify)
+        verify = False  # once is enough
         print(f"{options.adapter}: {', '.join(files)}")
     if options.hf is not None:
-        files = export_hf(options.checkpoint, options.hf, max_tiles=options.max_tiles, merge=merge)
+        files = export_hf(
+            options.checkpoint, options.hf, max_tiles=options.max_tiles, merge=merge, verify=verify
+        )
         print(f"{options.hf}: {', '.join(files)}")
 
 

@@ -24,6 +24,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.training.checkpoint import checkpoint_folder, read_lora_config, read_model_config
+from megatron_eagle.training.manifest import verify_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Hugging Face's module -> the block it is in, and the model's adapter beside that block's fused layer.
@@ -55,7 +56,7 @@ def adapter_names(model: EagleConfig, config: LoraConfig) -> list[str]:
 
 
 def export_adapter(
-    checkpoint: str | Path, folder: str | Path, *, base: str | Path | None = None
+    checkpoint: str | Path, folder: str | Path, *, base: str | Path | None = None, verify: bool = True
 ) -> list[str]:
     """Write the adapters of the latest weights in `checkpoint` into `folder`, as peft does. Earlier adapters
     there are replaced.
@@ -63,6 +64,7 @@ def export_adapter(
     Args:
         base: the Hugging Face folder of the model that they adapt, for peft to find it (`export_hf` with
             `merge=False` writes it); default: not named, for the checkpoint that the run started from.
+        verify: read the checkpoint twice, first to compare every file with its manifest.
 
     Returns:
         Names of the files written.
@@ -85,6 +87,8 @@ def export_adapter(
         target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))
     ):
         raise UserError(f"{target}: exists and holds no adapters; choose a new or empty folder")
+    if verify:
+        verify_files(checkpoint_folder(checkpoint))
     weights = CheckpointWeights(checkpoint)
     weights.check(Plan(model_config, carries_head=False), adapter_names(model_config, config))
     dtype = DTYPES[trained_type(checkpoint)]

@@ -18,14 +18,20 @@ from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, wri
 from megatron_eagle.convert.whole_model import trained_type
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.lora import LoraConfig
-from megatron_eagle.training.checkpoint import read_lora_config, read_model_config
+from megatron_eagle.training.checkpoint import checkpoint_folder, read_lora_config, read_model_config
+from megatron_eagle.training.manifest import verify_files
 
 # Names an exported folder's own files, so that a later export may replace them and nothing else.
 RECORD = "megatron_eagle_export.json"
 
 
 def export_hf(
-    checkpoint: str | Path, hf: str | Path, *, max_tiles: int | None = None, merge: bool = True
+    checkpoint: str | Path,
+    hf: str | Path,
+    *,
+    max_tiles: int | None = None,
+    merge: bool = True,
+    verify: bool = True,
 ) -> list[str]:
     """Write the latest weights in `checkpoint` as a Hugging Face checkpoint into the folder `hf`.
 
@@ -37,16 +43,20 @@ def export_hf(
         max_tiles: tiles per picture for the exported processor; default: the source's, else 12.
         merge: add the checkpoint's LoRA adapters, if it has any, to the weights that they adapt. Without it
             the folder is their base (`convert.lora.export_adapter` writes them).
+        verify: read the checkpoint twice, first to compare every file with its manifest.
 
     Returns:
         Names of the files written.
 
     Raises:
-        UserError: no checkpoint, a tokenizer of another model, or `hf` holds something else than an export.
+        UserError: no checkpoint, a damaged one, a tokenizer of another model, or `hf` holds something else
+            than an export.
     """
     checkpoint, target = Path(checkpoint), Path(hf)
     config = read_model_config(checkpoint)
     _check_target(target)
+    if verify:
+        verify_files(checkpoint_folder(checkpoint))
     carried = Carried(checkpoint)
     extra = carried.tensors()
     plan = Plan(config, carries_head=bool(extra))

@@ -32,11 +32,14 @@ def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Compare a checkpoint's files with its manifest, if there is one (converters of others write none).
 
     Of `parts` about equal shares of the files this is share `part`. Needs no process group.
-    Raises `UserError` that names a file which is missing, of another size or of other content.
+    Raises `UserError` that names a file which is missing, unreadable, of another size or of other content.
     """
     entries = sorted(_read(folder).items(), key=lambda item: -item[1]["bytes"])
     for name, entry in entries[part::parts]:
-        _check(folder / name, entry)
+        try:
+            _check(folder / name, entry)
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from error
 
 
 def verify_together(folder: Path) -> None:
@@ -44,7 +47,7 @@ def verify_together(folder: Path) -> None:
     problem = None
     try:
         verify_files(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
-    except (UserError, OSError) as error:
+    except UserError as error:
         problem = str(error)
     raise_together(problem)
 

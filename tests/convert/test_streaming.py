@@ -124,9 +124,22 @@ def test_damage_is_named_and_nothing_is_left(checkpoint, tmp_path, damage, messa
     shutil.copytree(checkpoint, tmp_path / "c")
     damage(checkpoint_folder(tmp_path / "c"))
     with pytest.raises(UserError, match=message) as error:
-        export_hf(tmp_path / "c", tmp_path / "out")
+        export_hf(tmp_path / "c", tmp_path / "out", verify=False)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_flipped_byte_is_refused_by_name(checkpoint, tmp_path):
+    """In values, where nothing but the manifest can tell; without a process group."""
+    shutil.copytree(checkpoint, tmp_path / "c")
+    file = checkpoint_folder(tmp_path / "c") / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[2000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"__0_0.distcp: its content is not what was saved \(SHA-256\)"):
+        export_hf(tmp_path / "c", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export_hf(tmp_path / "c", tmp_path / "out", verify=False)
 
 
 def test_adapters_of_another_run_are_refused(checkpoint, tmp_path):
@@ -134,7 +147,7 @@ def test_adapters_of_another_run_are_refused(checkpoint, tmp_path):
     run_file = checkpoint_folder(tmp_path / "c") / "run.yaml"
     run_file.write_text(run_file.read_text() + "lora: {rank: 2}\n")
     with pytest.raises(UserError, match="lacks weights.*lora_fc1.gate_proj_a"):
-        export_hf(tmp_path / "c", tmp_path / "out")
+        export_hf(tmp_path / "c", tmp_path / "out", verify=False)
 
 
 def test_reading_is_exact_across_chunks(checkpoint):
