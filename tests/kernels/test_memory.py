@@ -10,17 +10,18 @@ import pytest
 from tests.paths import REPO
 
 START = """
-import json
+import json, torch
 from benchmarks import activation_offload, linear_ce
 from megatron_eagle.runtime.device import detect_device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+torch.set_num_threads(1)
 device = detect_device()
 with device.context(), process_group(device), model_parallel(ParallelConfig()) as mesh:
 """
 LOSSES = "print(json.dumps(linear_ce.measure(6144, 2048, 6144) + linear_ce.measure(6144, 2048, 900)))"
 LAYERS = """print(json.dumps([
     activation_offload.measure(mesh, layers, 512, policy)
-    for layers in (3, 9) for policy in ("none", "full", "offload", "offload, swiglu")
+    for layers in (3, 8) for policy in ("none", "full", "offload")
 ]))"""
 
 
@@ -49,6 +50,6 @@ def test_peak_memory_of_offloaded_layers_is_the_formulas_and_does_not_grow_with_
         assert row["peak MB"] == pytest.approx(row["formula MB"], rel=0.15), row
     of = {(row["layers"], row["recompute"]): row["peak MB"] for row in rows}
     assert len({row["loss"] for row in rows}) == 2  # of either depth: one loss, bit for bit
-    assert of[9, "offload"] < 1.03 * of[3, "offload"]
-    assert of[9, "offload"] < of[9, "full"] < 0.5 * of[9, "none"]
-    assert of[9, "full"] - of[3, "full"] == pytest.approx(6 * 512 * 256 * 4 / 1e6, rel=0.15)
+    assert of[8, "offload"] < 1.03 * of[3, "offload"]
+    assert of[8, "offload"] < of[8, "full"] < 0.5 * of[8, "none"]
+    assert of[8, "full"] - of[3, "full"] == pytest.approx(5 * 512 * 256 * 4 / 1e6, rel=0.15)
