@@ -6,12 +6,14 @@ is an event. Its in-job and in-process restarts are not used: see "Operations" i
 """
 
 import importlib
+import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.agreement import AgreedError
 from megatron_eagle.training.run_log import RunLog
 
 
@@ -30,32 +32,32 @@ class StragglerConfig:
             raise ValueError("interval_seconds must be above 0 and every at least 1")
 
     def check(self) -> None:
-        """Raises `UserError` where straggler detection cannot work, before anything has started."""
-        where = "resilience.stragglers"
-        try:
-            importlib.import_module("nvidia_resiliency_ext.straggler")
-        except ImportError:
+        """Raises `UserError` if nvidia-resiliency-ext is not installed, before anything has started."""
+        if importlib.util.find_spec("nvidia_resiliency_ext") is None:
             raise UserError(
-                f"{where}: nvidia-resiliency-ext is not installed; `pip install nvidia-resiliency-ext`, or "
-                "leave this section out"
-            ) from None
-        try:
-            importlib.import_module("nvrx_cupti_module")
-        except ImportError as error:
-            raise UserError(
-                f"{where}: nvidia-resiliency-ext cannot read kernel times here ({error}); it needs CUDA's "
-                "CUPTI: leave this section out"
-            ) from None
+                "resilience.stragglers: nvidia-resiliency-ext is not installed; `pip install "
+                "nvidia-resiliency-ext`, or leave this section out"
+            )
 
 
 class Stragglers:
-    """Times sections of the step while it is entered; does nothing without a configuration."""
+    """Times sections of the step while it is entered; does nothing without a configuration.
+
+    Entering raises `AgreedError` on a machine without CUDA's CUPTI, which times kernels.
+    """
 
     def __init__(self, config: StragglerConfig | None) -> None:
         self._config, self._detector = config, None
 
     def __enter__(self) -> "Stragglers":
         if self._config is not None:
+            try:
+                importlib.import_module("nvrx_cupti_module")
+            except ImportError as error:
+                raise AgreedError(
+                    f"resilience.stragglers: nvidia-resiliency-ext cannot time kernels here ({error}): it "
+                    "needs CUDA's CUPTI; leave this section out"
+                ) from None
             self._detector = importlib.import_module("nvidia_resiliency_ext.straggler").Detector
             self._detector.initialize(
                 gather_on_rank0=True,

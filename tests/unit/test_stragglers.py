@@ -8,7 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.metrics import read_events
+from megatron_eagle.training.agreement import AgreedError
+from megatron_eagle.training.metrics import read_events, read_metrics
 from megatron_eagle.training.run_config import load_run_config
 from tests.unit.test_training_loop import train_rank, write_run
 
@@ -54,7 +55,7 @@ class Detector:
 @pytest.fixture
 def installed(monkeypatch):
     package, straggler = ModuleType("nvidia_resiliency_ext"), ModuleType("nvidia_resiliency_ext.straggler")
-    straggler.Detector = Detector
+    package.__spec__, straggler.Detector = SimpleNamespace(name=package.__name__), Detector
     for module in (package, straggler, ModuleType("nvrx_cupti_module")):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(Detector, "calls", [])
@@ -82,9 +83,10 @@ def test_what_is_missing_is_one_line(installed, tmp_path, monkeypatch):
     file, section = tmp_path / "run.yaml", "resilience.stragglers={}"
     assert load_run_config(file, [section]).resilience.stragglers.threshold == 0.7
     monkeypatch.setitem(sys.modules, "nvrx_cupti_module", None)
-    with pytest.raises(UserError, match="cannot read kernel times here .*; it needs CUDA's CUPTI"):
-        load_run_config(file, [section])
-    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext.straggler", None)
+    with pytest.raises(AgreedError, match="cannot time kernels here .*: it needs CUDA's CUPTI"):
+        train_rank(str(file), 1, [section])
+    assert Detector.calls == [] and not read_metrics(tmp_path / "run" / "logs" / "metrics.jsonl")
+    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
     with pytest.raises(UserError, match="nvidia-resiliency-ext is not installed; `pip install"):
         load_run_config(file, [section])
     with pytest.raises(UserError, match="resilience.stragglers: threshold must lie between 0 and 1, got 2"):
