@@ -15,6 +15,7 @@ BENCHMARKS = (
     "checkpoint",
     "context_parallel",
     "convert",
+    "dali",
     "kernels",
     "linear_ce",
     "loader",
