@@ -76,6 +76,15 @@ def peak_memory(
     eagle: EagleConfig, parallel: ParallelConfig, data_parallel_size: int, workload: Workload, stage: int
 ) -> StageMemory:
     """The fullest moment of a step on a rank of pipeline stage `stage`."""
+    return max(
+        memory_moments(eagle, parallel, data_parallel_size, workload, stage), key=lambda memory: memory.total
+    )
+
+
+def memory_moments(
+    eagle: EagleConfig, parallel: ParallelConfig, data_parallel_size: int, workload: Workload, stage: int
+) -> list[StageMemory]:
+    """The moments of a step at which a rank of pipeline stage `stage` may hold most."""
     e, tp = workload.element_size, parallel.tensor_model_parallel_size
     parameters = count_parameters(eagle, parallel, stage)
     trained = parameters.trained(workload.trainable)
@@ -106,7 +115,7 @@ def peak_memory(
         after["sum of the tower's gradients"] = parameters.tower(workload.trainable) * FP32
     for name, workspace in after.items():
         moments.append(StageMemory(**states, moment=name, vision=host, workspace=workspace + buffer))
-    return max(moments, key=lambda memory: memory.total)
+    return moments
 
 
 def offloaded(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, stage: int) -> int:

@@ -18,7 +18,7 @@ from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.device import detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
 from megatron_eagle.training.loss import megatron_loss
-from megatron_eagle.training.memory_model import peak_memory
+from megatron_eagle.training.memory_model import memory_moments
 from megatron_eagle.training.memory_shapes import Workload
 from megatron_eagle.training.optimizer import wrap_models
 
@@ -82,13 +82,14 @@ def measure(mesh: Mesh, layers: int, tokens: int, policy: str) -> dict[str, str 
     loss = step()
     peak = peak_bytes(step)
     workload = Workload(tokens, 1, 1, "fp32", DOCUMENT, recompute, device="cpu")
-    memory = peak_memory(eagle, mesh.config, 1, workload, stage=0)
+    moments = memory_moments(eagle, mesh.config, 1, workload, stage=0)
+    formula = max(m.total - m.states for m in moments if m.moment == "loss" or m.moment.endswith("backward"))
     return {
         "layers": layers,
         "tokens": tokens,
         "recompute": policy,
         "peak MB": peak / 1e6,
-        "formula MB": (memory.total - memory.states) / 1e6,
+        "formula MB": formula / 1e6,
         "loss": loss,
     }
 
