@@ -43,7 +43,8 @@ def run() -> Report:
                 progress(f"{codec}, {count} frames")
                 numbers = np.linspace(0, index.n_frames - 1, count).round().astype(int)
                 rows += _measure(path, codec, index.select(numbers))
-    title = f"DALI on a CPU: {SECONDS} s of {SIZE[0]} x {SIZE[1]}, a key frame every {GOP}; one thread, median of 3"
+    clip = f"{SECONDS} s of {SIZE[0]} x {SIZE[1]}, a key frame every {GOP}"
+    title = f"DALI on a CPU: {clip}; one thread, median of 3"
     return Report(title, rows)
 
 
