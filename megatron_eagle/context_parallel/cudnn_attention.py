@@ -2,12 +2,16 @@
 
 A graph is planned per shape (`cudnn_graph.py`), so segments are filled up with empty ones and longest
 lengths rounded up, both to a power of two: packs share a few dozen graphs.
+
+For long documents it needs `torch.use_deterministic_algorithms(False)`: Transformer Engine's sources tell of a
+deterministic ragged backward on sm_90 whose workspace takes some 128 bytes for every pair of a query and a key.
 """
 
 import torch
 
 from megatron_eagle.context_parallel.cudnn_graph import plan_graph
-from megatron_eagle.context_parallel.varlen import varlen_shape
+from megatron_eagle.context_parallel.varlen import empty_contiguous, varlen_shape
+from megatron_eagle.runtime.libraries import why_not
 
 
 class CudnnAttention:
@@ -16,15 +20,15 @@ class CudnnAttention:
     @staticmethod
     def why_not() -> str | None:
         """Why it cannot be used here, or None if it can."""
-        if not torch.cuda.is_available():
-            return "there is no CUDA device"
+        if missing := why_not("cudnn"):
+            return missing
         if torch.cuda.get_device_capability() < (9, 0):
             return "ragged tensors need compute capability 9.0"
-        try:
-            import cudnn
+        import cudnn
 
+        try:
             version = cudnn.backend_version()
-        except (ImportError, OSError, RuntimeError) as error:
+        except RuntimeError as error:
             return f"nvidia-cudnn-frontend does not work: {error}"
         return None if version >= 90600 else f"cuDNN is {version}: ragged statistics need 90600"
 
@@ -35,10 +39,10 @@ class CudnnAttention:
         return tensors["o"], lse.t()
 
     def backward(self, grad_out, q, k, v, out, lse, segments, scale):
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        grads = empty_contiguous(q, k, v)
         tensors = {"q": q, "k": k, "v": v, "o": out, "do": grad_out, "stats": lse.t()}
         _run(segments, scale, tensors | dict(zip(("dq", "dk", "dv"), grads, strict=True)))
-        return tuple(grads)
+        return grads
 
 
 def _run(segments, scale: float, tensors: dict[str, torch.Tensor]) -> None:

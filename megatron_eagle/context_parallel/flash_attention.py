@@ -7,12 +7,12 @@ These are not public: their argument names are checked before use.
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from megatron_eagle.context_parallel.varlen import varlen_shape
+from megatron_eagle.context_parallel.varlen import empty_contiguous, varlen_shape
+from megatron_eagle.runtime.libraries import why_not
 
 # What FlashAttention 2 is given by name.
 _LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
@@ -45,11 +45,10 @@ class FlashAttention:
     @staticmethod
     def why_not() -> str | None:
         """Why it cannot be used here, or None if it can."""
-        interface, missing = _import("flash_attn.flash_attn_interface")
-        if missing:
+        if missing := why_not("flash_attn.flash_attn_interface"):
             return missing
         for name, needed in (("forward", _FORWARD), ("backward", _BACKWARD)):
-            function = getattr(interface, f"_flash_attn_varlen_{name}", None)
+            function = getattr(_flash_attn(), f"_flash_attn_varlen_{name}", None)
             if function is None:
                 return f"this flash_attn has no varlen {name} of its own: 2.7 or later has"
             if unknown := needed - _parameters(function):
@@ -64,7 +63,7 @@ class FlashAttention:
         return out, lse
 
     def backward(self, grad_out, q, k, v, out, lse, segments, scale):
-        grads = _like((q, k, v))
+        grads = empty_contiguous(q, k, v)
         _flash_attn()._flash_attn_varlen_backward(
             dout=grad_out,
             q=q,
@@ -87,8 +86,7 @@ class FlashAttention3:
     @staticmethod
     def why_not() -> str | None:
         """Why it cannot be used here, or None if it can."""
-        _, missing = _import("flash_attn_interface")
-        if missing:
+        if missing := why_not("flash_attn_interface"):
             return missing
         if torch.cuda.get_device_capability()[0] != 9:
             return "FlashAttention 3 needs compute capability 9.x"
@@ -126,7 +124,7 @@ class FlashAttention3:
 
     def backward(self, grad_out, q, k, v, out, lse, segments, scale):
         cu_q, cu_k, max_q, max_k = varlen_shape(segments, q.device)
-        grads = _like((q, k, v))
+        grads = empty_contiguous(q, k, v)
         torch.ops.flash_attn_3.bwd(
             *(grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(), q, k, v, out),
             lse.contiguous(),
@@ -140,16 +138,6 @@ class FlashAttention3:
         return grads
 
 
-def _import(name: str) -> tuple[object, str | None]:
-    """A module for the GPU, or why it cannot be used here."""
-    if not torch.cuda.is_available():
-        return None, "there is no CUDA device"
-    try:
-        return importlib.import_module(name), None
-    except (ImportError, OSError) as error:
-        return None, f"{name} does not import: {error}"
-
-
 def _flash_attn():
     return importlib.import_module("flash_attn.flash_attn_interface")
 
@@ -157,8 +145,3 @@ def _flash_attn():
 def _parameters(function: Callable) -> set[str]:
     """Argument names; flash-attn registers its functions as operators under some versions of torch only."""
     return set(inspect.signature(getattr(function, "_init_fn", function)).parameters)
-
-
-def _like(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Empty and contiguous, whatever the strides."""
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)

@@ -9,7 +9,6 @@ It is no `AttentionBackend`: forward and backward belong together and keys are e
 that is recomputed or offloaded runs it again.
 """
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.libraries import why_not
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
@@ -47,12 +47,8 @@ class TransformerEngineAttention(MegatronModule):
     @staticmethod
     def why_not() -> str | None:
         """Why it cannot be used here, or None if it can."""
-        if not torch.cuda.is_available():
-            return "there is no CUDA device"
-        try:
-            import transformer_engine.pytorch  # noqa: F401
-        except (ImportError, OSError) as error:
-            return f"transformer_engine.pytorch does not import: {error}"
+        if missing := why_not("transformer_engine.pytorch"):
+            return missing
         from megatron.core.utils import is_te_min_version
 
         # Before, documents of a pack could not be told apart under context parallelism.

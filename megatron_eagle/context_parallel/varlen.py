@@ -1,4 +1,4 @@
-"""Segments as the arguments of varlen attention kernels."""
+"""What varlen attention kernels are called with: segments as lengths, and room for gradients."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,3 +31,8 @@ def varlen_shape(segments: tuple[Segment, ...], device: torch.device) -> VarlenS
         max(part.q_end - part.q_start for part in segments),
         max(part.k_end - part.k_start for part in segments),
     )
+
+
+def empty_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Room for one gradient each; tensors may be slices of heads, whose strides `empty_like` would keep."""
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)

@@ -4,7 +4,6 @@ All have the same parameter names, so that a checkpoint fits every choice. What 
 offers is looked up by importing it: without Transformer Engine its names in Megatron are mocks.
 """
 
-import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from eagle_kernels.rms_norm import rms_norm
 from eagle_kernels.swiglu import forget_product, swiglu
 from megatron_eagle.context_parallel.backends import AttentionName
 from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.libraries import why_not
 
 
 @dataclass
@@ -139,17 +139,6 @@ def without_product(mlp: ModuleSpec, group: ProcessGroup) -> ModuleSpec:
     megatron = logging.getLogger(transformer_layer.__name__)
     megatron.addFilter(lambda record: not str(record.msg).startswith("Unknown MLP type"))
     return replace(mlp, module=ProductFreeMLP, params={"tp_group": group})
-
-
-def why_not(module: str) -> str | None:
-    """Why an optional library for the GPU cannot be used here, or None if it can."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        return f"{module} does not import: {error}"
-    return None
 
 
 def choose_layers(config: LayersConfig) -> LayerClasses:
