@@ -3,8 +3,8 @@
 A graph is planned per shape (`cudnn_graph.py`), so segments are filled up with empty ones and longest
 lengths rounded up, both to a power of two: packs share a few dozen graphs.
 
-For long documents it needs `torch.use_deterministic_algorithms(False)`: Transformer Engine's sources tell of a
-deterministic ragged backward on sm_90 whose workspace takes some 128 bytes for every pair of a query and a key.
+For long documents it needs `torch.use_deterministic_algorithms(False)`: Transformer Engine's sources tell of
+a deterministic ragged backward on sm_90 whose workspace takes some 128 bytes a pair of a query and a key.
 """
 
 import torch
