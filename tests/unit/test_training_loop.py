@@ -95,6 +95,8 @@ def test_rank_0_logs_the_global_loss_in_every_layout(job, parallel, one_process)
     for (loss, norm), found in zip(one_process, metrics, strict=True):
         assert found.loss == pytest.approx(loss, rel=1e-5)
         assert found.grad_norm == pytest.approx(norm, rel=1e-5)
+        assert (found.samples, found.packing) == (4, 40 / LENGTH), "each pack is counted once"
+        assert found.tokens_by_length == {"512": 1.0} and found.host_memory_gib > 0
 
 
 @pytest.fixture(scope="module")
