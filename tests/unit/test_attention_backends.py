@@ -97,9 +97,17 @@ def test_cudnn_accepts_the_graph(backward):
     assert cudnn.__version__
 
 
+@pytest.fixture
+def deterministic():
+    """As training has it (`runtime/determinism.py`)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FAST)
-def test_equals_the_reference(name):
+def test_equals_the_reference(name, deterministic):
     if missing := why_not(name, torch.bfloat16):
         pytest.skip(missing)
     torch.manual_seed(0)

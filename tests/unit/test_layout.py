@@ -120,6 +120,8 @@ def test_ranges():
     [
         (("zigzag", 60, 4, [0, 60]), "pack of 60 tokens .* over 4 ranks by the zigzag .* multiple of 8"),
         (("balanced", 62, 4, [0, 62]), "multiple of 4"),
+        (("balanced", 64, 128, [0, 64]), "64 tokens .* over 128 ranks .* use a multiple of 128"),
+        (("zigzag", 8, 8, [0, 8]), "8 tokens .* over 8 ranks .* use a multiple of 16"),
         (("balanced", 64, 4, [0, 64], 32), "in chunks of 32: use a multiple of 128"),
         (("zigzag", 64, 4, [0, 10, 10, 64]), r"document 1 of the pack is empty \(tokens 10 to 10\)"),
         (("zigzag", 64, 4, [0, 12, 10, 64]), "document 1 of the pack is empty"),
