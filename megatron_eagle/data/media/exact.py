@@ -15,8 +15,6 @@ from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_index import open_video
 from megatron_eagle.data.media.frame_table import FrameIndex
 
-# Decoders that leave out pictures which no other refers to, packet by packet, when told to.
-_SKIPPING = ("h264", "hevc")
 # Decoders that make up for mistakes of the encoder that the first packet names.
 _NAMING = ("h264", "mpeg4")
 _SLICE = re.compile(rb"\x00\x00\x01([\x01-\xaf])", re.DOTALL)  # start code of a slice of MPEG-2, its row
@@ -97,7 +95,8 @@ def _frames_from(
 ) -> Iterator[av.VideoFrame]:
     """Frames from the key frame at `key` on, the `wanted` among them, in presentation order."""
     codec = stream.codec_context
-    skipping = codec.name in _SKIPPING
+    # H.264 marks pictures that no other refers to (7.4.1, nal_ref_idc).  HEVC's marks hold in one layer only.
+    skipping = codec.name == "h264"
     container.seek(key, stream=stream, backward=True, any_frame=False)
     start = None  # presentation time of the first packet
     for packet in container.demux(stream):
