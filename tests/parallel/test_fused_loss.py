@@ -85,6 +85,41 @@ def test_two_chunks_under_way_change_no_bit(layers):
     assert [n for n, gradient in one.gradients.items() if not torch.equal(two.gradients[n], gradient)] == []
 
 
+def _over_ranks(bad: float | None) -> list[torch.Tensor]:
+    """Losses, and gradients of the input and of this rank's rows, with a z-loss and padding rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(9, 8, generator=generator), torch.randn(16, 8, generator=generator)
+    labels, token_weights = torch.arange(9) + 1, torch.rand(9, generator=generator)
+    if bad is not None:
+        x[4, 0] = bad
+    x.requires_grad_()
+    own = weight.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
+    losses = module.linear_cross_entropy(
+        *(x, own, labels, token_weights),
+        group=dist.group.WORLD,
+        vocab_size=13,
+        z_loss=1e-2,
+        chunk_size=2,
+    )
+    torch.dot(losses, token_weights).backward()
+    return [losses.detach(), x.grad, own.grad]
+
+
+def test_z_loss_over_ranks():
+    [one], ranks = launch(_over_ranks, 1, None), launch(_over_ranks, 4, None)
+    for losses, grad_x, _ in ranks:
+        torch.testing.assert_close(losses, one[0])
+        torch.testing.assert_close(grad_x, one[1])
+    torch.testing.assert_close(torch.cat([grad for *_, grad in ranks]), one[2])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_value_reaches_its_token_on_every_rank(bad):
+    for losses, grad_x, grad in launch(_over_ranks, 2, bad):
+        assert (~losses.isfinite()).nonzero().flatten().tolist() == [4]
+        assert grad_x.isnan().any(1).nonzero().flatten().tolist() == [4] and grad.isnan().any()
+
+
 def _logged() -> list[str]:
     """The order of products and all-reduces for three chunks."""
     log, add = [], module._add_product
