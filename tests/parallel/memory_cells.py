@@ -66,7 +66,7 @@ class Cell:
         """What each rank held."""
         arguments = (self.length, self.tiles, self.microbatches, self.precision, self.policy)
         arguments += (LayersConfig(loss=self.loss), self.document)
-        return launch(measure_step, self.world_size, self.model, self.parallel, *arguments)
+        return launch(measure_step, self.world_size, self.model, self.parallel, *arguments, timeout=900)
 
 
 QUICK = [Cell("one process", 1), Cell("TP2", 2, TP2)]
@@ -81,9 +81,9 @@ MORE = [
     Cell("PP2 x VPP2", 2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, microbatches=4),
     Cell("CP2", 2, CP2),
     Cell("DP2", 2, microbatches=2),
-    Cell("one process, fused loss", 1, loss="fused", length=3072, document=256),
-    Cell("one process, fused loss, bf16", 1, loss="fused", length=3072, document=256, precision="bf16"),
-    Cell("TP2 + SP, fused loss", 2, TP2 | SP, loss="fused", length=3072, document=256),
+    Cell("one process, fused loss", 1, loss="fused", length=1024, document=256),
+    Cell("one process, fused loss, bf16", 1, loss="fused", length=1024, document=256, precision="bf16"),
+    Cell("TP2 + SP, fused loss, two chunks", 2, TP2 | SP, loss="fused", length=2304, document=256),
     Cell("one process, offload", 1, recompute="offload", length=1024, document=256),
     Cell("PP2, offload, bf16", 2, PP2, microbatches=4, recompute="offload", precision="bf16"),
     Cell("Ulysses 2", 2, CP2 | {"ulysses_parallel_size": 2}, length=1024, vocab_size=8000),
