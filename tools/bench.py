@@ -21,6 +21,7 @@ BENCHMARKS = (
     "loader",
     "packing",
     "preprocess",
+    "selection",
     "store",
     "tiles",
     "transcode",

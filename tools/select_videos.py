@@ -4,6 +4,9 @@
 
 NEW and OLD name one video a line, or are training JSONL.  O holds the features, kept.jsonl, refused.jsonl and
 report.html.  Started again, it uses what is finished.  See `megatron_eagle/recipe/selection.py`.
+
+Many machines with one O share the work: --part 0/8 to --part 7/8, twice (features, then the search); then
+once without --part.
 """
 
 import argparse
@@ -14,10 +17,11 @@ from tqdm import tqdm
 
 from megatron_eagle.config import from_dict
 from megatron_eagle.data.ledger import write_ledger
-from megatron_eagle.errors import run_cli
+from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.recipe.encoder import Encoder
+from megatron_eagle.recipe.features import Part
 from megatron_eagle.recipe.files import read_videos
-from megatron_eagle.recipe.selection import SelectionSettings, select, summary
+from megatron_eagle.recipe.selection import SelectionSettings, select, summary, work_on_part
 from megatron_eagle.recipe.selection_report import write_report
 
 
@@ -38,6 +42,7 @@ def main() -> None:
     parser.add_argument("--videos-per-shard", type=int, default=64, help="default %(default)s")
     parser.add_argument("--candidate-block", type=int, default=32768, help="rows (default %(default)s)")
     parser.add_argument("--existing-block", type=int, default=4096, help="rows (default %(default)s)")
+    parser.add_argument("--part", type=_part, metavar="K/N", help="this machine's share, K from 0 to N - 1")
     options = parser.parse_args()
     for name in (
         "clip_seconds",
@@ -68,12 +73,25 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     write_ledger(options.output / "dropped.jsonl", [*problems, *more])
     progress = partial(tqdm, unit="shard")
+    if options.part is not None:
+        shared = (candidates, existing, options.output, encoder, settings, options.part, progress)
+        searched = work_on_part(*shared)
+        print("features and search done" if searched else "features done; for the search, again when all are")
+        return
     selection = select(candidates, existing, options.output, encoder, settings, progress)
     write_report(options.output / "report.html", selection, settings)
     print(summary(selection))
     if problems or more:
         print(f"  unreadable lines        {len(problems) + len(more):,} (dropped.jsonl)")
     print(f"{options.output / 'kept.jsonl'}, {options.output / 'report.html'}")
+
+
+def _part(text: str) -> Part:
+    try:
+        number, of = map(int, text.split("/"))
+        return Part(number, of)
+    except ValueError:
+        raise UserError(f"--part {text}: expected K/N with K from 0 to N - 1, as 0/8") from None
 
 
 if __name__ == "__main__":

@@ -50,6 +50,11 @@ class Shard:
     clips: tuple[Clip, ...]
     problems: tuple[tuple[str, str], ...]
 
+    @property
+    def number(self) -> int:
+        """Its place among the shards of its folder."""
+        return int(self.path.stem.removeprefix("shard-"))
+
     @cached_property
     def features(self) -> np.ndarray:
         """float32 [clips, d], memory mapped."""
@@ -63,14 +68,32 @@ def split_clips(start: Fraction, end: Fraction, settings: ClipSettings) -> list[
     return [(start + i * length, end if i == n - 1 else start + (i + 1) * length) for i in range(n)]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of `of` machines that share the work: shards `number`, `number + of`, ...; from 0."""
+
+    number: int = 0
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.of:
+            raise ValueError(f"a part is K/N with K from 0 to N - 1, not {self.number}/{self.of}")
+
+    def has(self, shard: int) -> bool:
+        """Whether this shard is this machine's."""
+        return shard % self.of == self.number
+
+
 def build_features(
     videos: list[VideoSource],
     folder: Path,
     encoder: Encoder,
     settings: ClipSettings = ClipSettings(),
     progress: Callable[[list], Iterator] = iter,
+    part: Part = Part(),
 ) -> list[Shard]:
-    """Compute the shards that `folder` does not have yet; returns all of them, in the order of `videos`.
+    """Compute the shards of `part` that `folder` does not have yet; returns all that are there then, in the
+    order of `videos`.
 
     A video that cannot be read costs its own clips and is listed in its shard.
     """
@@ -82,8 +105,16 @@ def build_features(
     for number, group in enumerate(progress(groups)):
         path = folder / f"shard-{number:05d}.npy"
         key = digest([model, asdict(settings), [_identity(video) for video in group]])
-        shards.append(_read_shard(path, key) or _make_shard(path, key, group, encoder, settings))
-    return shards
+        shard = _read_shard(path, key)
+        if shard is None and part.has(number):
+            shard = _make_shard(path, key, group, encoder, settings)
+        shards.append(shard)
+    return [shard for shard in shards if shard is not None]
+
+
+def n_shards(videos: list[VideoSource], settings: ClipSettings) -> int:
+    """How many shards the features of `videos` take."""
+    return -(-len(videos) // settings.videos_per_shard)
 
 
 def _identity(video: VideoSource) -> list:

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.errors import UserError
 from megatron_eagle.recipe.encoder import Encoder
-from megatron_eagle.recipe.features import Clip, ClipSettings, Shard, build_features
+from megatron_eagle.recipe.features import Clip, ClipSettings, Part, Shard, build_features, n_shards
 from megatron_eagle.recipe.files import digest, write_lines, write_whole
 from megatron_eagle.recipe.search import Blocks, greedy_distinct, highest_cosine
 
@@ -95,6 +95,30 @@ def select(
     write_lines(folder / "refused.jsonl", (d.record() for d in result.decisions if d.refused))
     write_lines(folder / "unreadable.jsonl", ({"video": v, "reason": why} for v, why in result.problems))
     return result
+
+
+def work_on_part(
+    candidates: list[VideoSource],
+    existing: list[VideoSource],
+    folder: Path,
+    encoder: Encoder,
+    settings: SelectionSettings,
+    part: Part,
+    progress: Callable[[list], Iterator] = iter,
+) -> bool:
+    """One machine's share of `select`, in a folder that all of them see: features, and the search of its
+    candidates if the features of the whole existing set are there; returns whether they were.
+
+    `select` afterwards does what no part has done, and decides.
+    """
+    settings_of_clips = settings.clips, progress, part
+    old = build_features(existing, folder / "existing", encoder, *settings_of_clips)
+    new = build_features(candidates, folder / "candidates", encoder, *settings_of_clips)
+    if len(old) < n_shards(existing, settings.clips):
+        return False
+    for shard in progress([shard for shard in new if part.has(shard.number)]):
+        _search(shard, old, folder / "search", settings.blocks, encoder)
+    return True
 
 
 def _search(

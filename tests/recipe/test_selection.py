@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_eagle.config import from_dict
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.errors import UserError
+from megatron_eagle.recipe import selection
 from megatron_eagle.recipe.encoder import Encoder
-from megatron_eagle.recipe.features import ClipSettings, build_features, split_clips
+from megatron_eagle.recipe.features import ClipSettings, Part, build_features, split_clips
 from megatron_eagle.recipe.files import read_videos
 from megatron_eagle.recipe.frames import frames_at, open_section, sample_times
 from megatron_eagle.recipe.search import Blocks, greedy_distinct, highest_cosine
-from megatron_eagle.recipe.selection import SelectionSettings, read_kept, select
+from megatron_eagle.recipe.selection import SelectionSettings, read_kept, select, work_on_part
 from megatron_eagle.recipe.selection_report import write_report
 from tests.data.helpers import conversation, frame_number, make_video, write_jsonl
 from tests.recipe.helpers import call_tool, make_clip, make_encoder
@@ -147,6 +149,28 @@ def test_select_keeps_what_is_new_and_resumes(videos, tmp_path, monkeypatch):
     other = SelectionSettings(tau=0.99, clips=ClipSettings(videos_per_shard=2, fps=2))
     assert len(select(candidates, existing, tmp_path, encoder, other).kept) == 3
     assert calls[2:] == [20] * 6  # other settings: all six clips again
+
+
+def test_machines_share_the_work(videos, tmp_path, monkeypatch):
+    settings = SelectionSettings(tau=0.99, distinct=0.99, clips=ClipSettings(videos_per_shard=1))
+    candidates, _ = read_videos(videos / "new.txt")
+    existing = [VideoSource(str(videos / "old.mp4"), end=Fraction(10 * i)) for i in (1, 2)]
+    encoder = Encoder(videos / "encoder", "cpu")
+    alone = select(candidates, existing, tmp_path / "alone", encoder, settings)
+    folder = tmp_path / "shared"
+    work = partial(work_on_part, candidates, existing, folder, encoder, settings)
+    first, second = partial(work, Part(0, 2)), partial(work, Part(1, 2))
+    assert not first()  # the other half of the existing set is not there yet
+    names = sorted(path.name for path in (folder / "candidates").glob("*.npy"))
+    assert names == ["shard-00000.npy", "shard-00002.npy"]
+    assert second() and first()
+    calls = []
+    monkeypatch.setattr(encoder, "encode", lambda p: calls.append(p))
+    monkeypatch.setattr(selection, "highest_cosine", lambda *a: calls.append(a))
+    joined = select(candidates, existing, folder, encoder, settings)
+    assert joined == alone and not calls  # nothing was left to compute
+    with pytest.raises(ValueError, match="a part is K/N"):
+        Part(2, 2)
 
 
 def test_a_shard_without_clips(videos, tmp_path):
