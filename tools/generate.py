@@ -1,14 +1,16 @@
 """Ask a model.
 
-    generate.py --hf H [--image F ...] [--video F ...] --prompt TEXT    one question, streamed
-    generate.py --hf H --jsonl IN --output OUT                          many: {"prompt", "images", "videos"}
+    generate.py --hf H [--image F ...] [--video F ...] [--document F ...] --prompt TEXT    streamed
+    generate.py --hf H --jsonl IN --output OUT    many: {"prompt", "images", "videos", "documents"} a line
 
 H is an exported folder. In its place:
 
     --checkpoint C    a training checkpoint of any layout: it is exported to a temporary folder first
     --endpoint URL    an OpenAI-compatible server, as tools/serve_vllm.sh starts one
 
-Decoding is greedy. Pictures and videos stand before the prompt, unless it says <image-1> or <video-1>.
+Decoding is greedy. Media stand before the prompt, unless it says <image-1> or <video-1>; the pages of a
+document (PDF) are pictures after the other ones. A --jsonl run that was stopped goes on when it is started
+again; until it is complete its answers are in OUT.partial.
 """
 
 import argparse
@@ -23,7 +25,8 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from megatron_eagle.errors import UserError, run_cli
-from megatron_eagle.inference.generate import Answers, ExportedModel, Request, Sampling, answer_file
+from megatron_eagle.inference.batch import answer_file
+from megatron_eagle.inference.generate import PREFILL_CHUNK, Answers, ExportedModel, Request, Sampling
 
 
 def main() -> None:
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--prompt", help="the question")
     parser.add_argument("--image", action="append", default=[], metavar="F", help="picture (repeatable)")
     parser.add_argument("--video", action="append", default=[], metavar="F", help="video (repeatable)")
+    parser.add_argument("--document", action="append", default=[], metavar="F", help="PDF file (repeatable)")
     parser.add_argument("--jsonl", type=Path, metavar="IN", help="requests, one JSON object a line")
     parser.add_argument("--output", type=Path, metavar="OUT", help="answers for --jsonl")
     parser.add_argument("--max-new-tokens", type=_positive(int), default=512, metavar="N")
@@ -46,11 +50,19 @@ def main() -> None:
     parser.add_argument(
         "--max-tiles", type=_positive(int), metavar="N", help="per picture (default: the model's)"
     )
+    parser.add_argument(
+        "--prefill-chunk",
+        type=_positive(int),
+        default=PREFILL_CHUNK,
+        metavar="N",
+        help="tokens of the prompt that are in the model at a time (%(default)s)",
+    )
     options = parser.parse_args()
+    media = {"images": options.image, "videos": options.video, "documents": options.document}
     if (options.prompt is None) == (options.jsonl is None):
         raise UserError("give either --prompt TEXT or --jsonl IN --output OUT")
-    if options.jsonl is not None and (options.output is None or options.image or options.video):
-        raise UserError("--jsonl needs --output OUT, and its lines name their own images and videos")
+    if options.jsonl is not None and (options.output is None or any(media.values())):
+        raise UserError("--jsonl needs --output OUT, and its lines name their own media")
 
     if options.model is not None and options.endpoint is None:
         raise UserError("--model is a name on a server: it needs --endpoint URL")
@@ -58,11 +70,13 @@ def main() -> None:
     sampling = Sampling(options.fps, options.max_frames, options.max_tiles, options.max_new_tokens)
     with _model(options) as model:
         if options.jsonl is None:
-            request = Request(options.prompt, tuple(options.image), tuple(options.video))
-            model.answer(request, sampling, stream=True)
+            request = Request(options.prompt, **{name: tuple(paths) for name, paths in media.items()})
+            model.answer(request, sampling, on_text=partial(print, end="", flush=True))
+            print()
             return
+        name = str(options.hf or options.checkpoint or options.endpoint)
         progress = partial(tqdm, desc="answers", unit="answer")
-        count = answer_file(model, options.jsonl, options.output, sampling, progress)
+        count = answer_file(model, options.jsonl, options.output, sampling, name, progress)
         print(f"{count} answers in {options.output}")
 
 
@@ -80,9 +94,9 @@ def _model(options: argparse.Namespace) -> Iterator[Answers]:
         warnings.filterwarnings("ignore", category=FutureWarning)  # between Megatron and torch
         with TemporaryDirectory() as folder:
             export_hf(options.checkpoint, folder)
-            yield ExportedModel(folder)
+            yield ExportedModel(folder, options.prefill_chunk)
     else:
-        yield ExportedModel(options.hf)
+        yield ExportedModel(options.hf, options.prefill_chunk)
 
 
 def _positive(kind: type):

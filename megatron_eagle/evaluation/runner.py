@@ -16,6 +16,7 @@ from megatron_eagle.evaluation.benchmarks import Judge, Question
 from megatron_eagle.evaluation.judge import UnusableJudge
 from megatron_eagle.evaluation.metrics import recall_at
 from megatron_eagle.inference.generate import Answers, Sampling
+from megatron_eagle.inference.resume import resume
 
 RECALLS = (0.3, 0.5, 0.7)
 
@@ -53,7 +54,10 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "answers.jsonl"
     head = {**about, "sampling": asdict(sampling)}
-    answers = _resume(path, head)
+    try:
+        answers = {record["id"]: float(record["score"]) for record in resume(path, head)}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; delete it or give another --output") from None
     todo = [question for question in questions if question.id not in answers]
     refused = list(problems)
     if todo:
@@ -109,19 +113,3 @@ def render(rows: Sequence[Row]) -> str:
         marks = zip(RECALLS, row.recalls, strict=False)
         lines.append(line + "".join(f"  R@{at:g} {100 * value:.2f}" for at, value in marks))
     return "\n".join(lines)
-
-
-def _resume(path: Path, head: dict[str, Any]) -> dict[str, float]:
-    """Scores of the answers that are there; the file afterwards ends with a whole line."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    if lines and not lines[-1].endswith(b"\n"):  # the run was killed while it wrote
-        lines.pop()
-    try:
-        records = [json.loads(line) for line in lines]
-        if records and records[0] != json.loads(json.dumps(head)):
-            raise UserError(f"{path}: holds another evaluation ({records[0]}); give another --output")
-        found = {record["id"]: float(record["score"]) for record in records[1:]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: damaged; delete it or give another --output") from None
-    path.write_bytes(b"".join(lines) or (json.dumps(head, ensure_ascii=False) + "\n").encode())
-    return found

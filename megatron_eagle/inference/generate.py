@@ -1,13 +1,13 @@
-"""Answers from an exported model: text, pictures and videos in, text out.
+"""Answers from an exported model: text, pictures, videos and PDF files in, text out.
 
-Needs transformers and the exported folder, nothing of Megatron and nothing of the training code. The folder's
-own Python files are run (`trust_remote_code`); it must therefore be a local folder, and the Hugging Face hub
-is switched off.
+Needs transformers and the exported folder, nothing of Megatron and nothing of the training code (PDF files
+are drawn by `data.media`). The folder's own Python files are run (`trust_remote_code`); it must therefore be
+a local folder, and the Hugging Face hub is switched off.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.inference.prefill import prefill
 
+PREFILL_CHUNK = 8192  # tokens
 # As a data record writes them -> as the exported processor does.
 _VIDEO_KEYS = {
     **dict.fromkeys(("start_time", "start", "video_start"), "video_start"),
@@ -24,10 +26,15 @@ _VIDEO_KEYS = {
 }
 
 
+OnText = Callable[[str], None]
+
+
 @dataclass(frozen=True)
 class Request:
-    """One question. Pictures and videos are shown before the prompt, unless it names them `<image-k>`.
+    """One question. Media are shown before the prompt, unless it names them `<image-k>` or `<video-k>`; the
+    pages of `documents` (PDF files) are pictures, numbered after `images`.
 
+    `turns` are earlier questions and answers of this conversation; media belong to its first question.
     A video is a path, or `{"video": path}` with `start_time`, `end_time` (seconds), `fps`, `nframes`,
     `min_frames`, `max_frames`. `max_tiles` overrides the processor's limit of tiles per picture;
     `frame_tiles` cuts video frames, otherwise one tile each, into up to as many.
@@ -38,14 +45,27 @@ class Request:
     videos: tuple[str | dict[str, Any], ...] = ()
     max_tiles: int | None = None
     frame_tiles: int | None = None
+    documents: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+
+    def conversation(self, media: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages of a chat, with `media` at the beginning of the first question."""
+        messages: list[dict[str, Any]] = []
+        for question, answer in self.turns:
+            messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        messages.append({"role": "user", "content": [{"type": "text", "text": self.prompt}]})
+        messages[0]["content"][:0] = media
+        return messages
 
     @classmethod
     def from_record(cls, record: Any, where: str) -> "Request":
         """From one line of a batch file. Raises `UserError` naming `where`."""
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'{where}: expected an object with a "prompt" (text)')
-        images, videos = record.get("images"), record.get("videos")
-        for name, value, kinds in (("images", images, str), ("videos", videos, (str, dict))):
+        media = {name: record.get(name) for name in ("images", "videos", "documents")}
+        for name, value in media.items():
+            kinds = (str, dict) if name == "videos" else str
             if value is not None and not (
                 isinstance(value, list) and all(isinstance(v, kinds) for v in value)
             ):
@@ -54,7 +74,7 @@ class Request:
         for name, value in tiles.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UserError(f'{where}: "{name}" must be a whole number of at least 1, not {value!r}')
-        return cls(record["prompt"], tuple(images or ()), tuple(videos or ()), **tiles)
+        return cls(record["prompt"], **{k: tuple(v or ()) for k, v in media.items()}, **tiles)
 
 
 @dataclass(frozen=True)
@@ -71,60 +91,75 @@ class Sampling:
 class Answers(Protocol):
     """What answers requests: an exported model here, or a server."""
 
-    def answer(self, request: Request, sampling: Sampling = Sampling(), *, stream: bool = False) -> str:
-        """The answer; with `stream` also printed while it is generated."""
+    def answer(
+        self, request: Request, sampling: Sampling = Sampling(), *, on_text: OnText | None = None
+    ) -> str:
+        """The answer; its pieces go to `on_text` while it is generated, which may raise to end it."""
 
 
 class ExportedModel:
     """An exported model and its processor, on the GPU if there is one.
 
+    Prompts of more than `prefill_chunk` tokens go through the model in pieces of as many (`prefill`).
+
     Raises:
         UserError: the folder is missing, no export, or cannot be loaded.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        _check_export(self.folder)
-        # Before transformers is imported for the first time: it reads them then.
-        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-        from transformers import AutoModel, AutoProcessor, logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        source: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
-        try:
-            self.processor = AutoProcessor.from_pretrained(str(self.folder), **source)
-            self.model = AutoModel.from_pretrained(str(self.folder), torch_dtype="auto", **source).eval()
-        except Exception as error:  # whatever its files or its code raise: the folder is at fault
-            raise UserError(f"{self.folder}: cannot be loaded as an export: {_first_line(error)}") from error
+    def __init__(self, folder: str | Path, prefill_chunk: int = PREFILL_CHUNK) -> None:
+        self.folder, self.prefill_chunk = Path(folder), prefill_chunk
+        self.processor = load_processor(self.folder)
+        self.model = _load(self.folder, "AutoModel", torch_dtype="auto").eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def answer(self, request: Request, sampling: Sampling = Sampling(), *, stream: bool = False) -> str:
-        """The answer, greedily decoded; with `stream` also printed while it is generated.
+    def answer(
+        self,
+        request: Request,
+        sampling: Sampling = Sampling(),
+        *,
+        on_text: OnText | None = None,
+        on_prompt: Callable[[int, int], None] | None = None,
+    ) -> str:
+        """The answer, greedily decoded; its pieces go to `on_text` while it is generated.
+
+        `on_prompt` is told the prompt's visual tokens and all its tokens before that.
 
         Raises:
-            UserError: a picture or video is missing or unreadable, or does not fit the prompt.
+            UserError: a picture, video or document is missing or unreadable, or does not fit the prompt.
         """
-        inputs = self._inputs(request, sampling).to(self.model.device)
-        streamer = None
-        if stream:
-            from transformers import TextStreamer
+        inputs = self._inputs(request, sampling)
+        ids = inputs["input_ids"]
+        if on_prompt is not None:
+            on_prompt(int((ids == self.model.config.image_token_index).sum()), ids.shape[1])
+        streamer = None if on_text is None else _streamer(self.processor.tokenizer, on_text)
+        answer = self.generate(inputs, sampling.max_new_tokens, streamer)
+        return self.processor.decode(answer[0], skip_special_tokens=True).strip()
 
-            streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids = self.model.generate(
-            **inputs, max_new_tokens=sampling.max_new_tokens, do_sample=False, streamer=streamer
+    def generate(self, inputs: Any, max_new_tokens: int, streamer: Any = None) -> torch.Tensor:
+        """New ids [1, n] after the processor's output, greedily; a long prompt is read in pieces."""
+        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
+        ids = inputs["input_ids"].to(self.model.device)
+        if ids.shape[1] <= self.prefill_chunk:
+            return self.model.generate(**inputs.to(self.model.device), **settings)
+        cache, embeddings = prefill(self.model, ids, inputs.get("pixel_values"), self.prefill_chunk)
+        return self.model.language_model.generate(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            generation_config=self.model.generation_config,
+            **settings,
         )
-        return self.processor.decode(ids[0], skip_special_tokens=True).strip()
 
     def _inputs(self, request: Request, sampling: Sampling) -> Any:
-        content: list[dict[str, Any]] = [{"type": "image", "image": path} for path in request.images]
-        content += [video_item(video, sampling) for video in request.videos]
-        content.append({"type": "text", "text": request.prompt})
-        messages = [{"role": "user", "content": content}]
         max_tiles = request.max_tiles or sampling.max_tiles
+        processor = self.processor
+        media: list[dict[str, Any]] = [{"type": "image", "image": path} for path in request.images]
+        for path in request.documents:
+            media += [{"type": "image", "image": page} for page in pages_of(processor, path, max_tiles)]
+        media += [video_item(video, sampling) for video in request.videos]
+        messages = request.conversation(media)
         tiling = {} if max_tiles is None else {"max_dynamic_tiles": max_tiles}
         frames = {} if request.frame_tiles is None else {"max_dynamic_tiles": request.frame_tiles}
-        processor = self.processor
         try:
             text = processor.apply_chat_template(messages, add_generation_prompt=True)
             images, videos = processor.process_vision_info(messages)
@@ -134,50 +169,24 @@ class ExportedModel:
             raise UserError(str(error)) from None
 
 
-def answer_file(
-    model: Answers,
-    source: Path,
-    output: Path,
-    sampling: Sampling,
-    progress: Callable[[list], Iterator] = iter,
-) -> int:
-    """Answer every line of a JSONL file; returns how many.
-
-    A line is a `Request` as JSON; the same object with "answer" added is written to `output` at once.
-
-    Raises:
-        UserError: a file or a line is wrong; the line is named, answers written before it stay.
-    """
-    requests = list(read_requests(source))
-    try:
-        file = output.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
-    with file:
-        for where, record, request in progress(requests):
-            try:
-                answer = model.answer(request, sampling)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            file.write(json.dumps({**record, "answer": answer}, ensure_ascii=False) + "\n")
-            file.flush()
-    return len(requests)
+def load_processor(folder: Path) -> Any:
+    """The processor of an exported folder. Raises `UserError` if it is missing or no export."""
+    _check_export(folder)
+    return _load(folder, "AutoProcessor")
 
 
-def read_requests(source: Path) -> Iterator[tuple[str, Mapping[str, Any], Request]]:
-    """(place, record, request) of every line of a batch file. Raises `UserError` naming file and line."""
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: cannot be read: {_first_line(error)}") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{source}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            problem = "is empty" if not line.strip() else f"is not valid JSON: {error}"
-            raise UserError(f"{where} {problem}; every line must be a request") from None
-        yield where, record, Request.from_record(record, where)
+def pages_of(processor: Any, path: str, max_tiles: int | None, max_pages: int | None = None) -> list:
+    """The pages of a PDF file as pictures for this processor. Raises `UserError` naming what is wrong."""
+    from megatron_eagle.inference.pages import page_pictures  # only documents need pdfium
+
+    images = processor.image_processor
+    return page_pictures(
+        path,
+        tile_size=images.size["height"],
+        max_tiles=max_tiles or images.max_dynamic_tiles,
+        tiling=images.tiling,
+        max_pages=max_pages,
+    )
 
 
 def video_item(video: str | dict[str, Any], sampling: Sampling) -> dict[str, Any]:
@@ -219,5 +228,30 @@ def _check_export(folder: Path) -> None:
             )
 
 
-def _first_line(error: BaseException) -> str:
+def _load(folder: Path, auto: str, **options: Any) -> Any:
+    # Before transformers is imported for the first time: it reads them then.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    source: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
+    try:
+        return getattr(transformers, auto).from_pretrained(str(folder), **source, **options)
+    except Exception as error:  # whatever its files or its code raise: the folder is at fault
+        raise UserError(f"{folder}: cannot be loaded as an export: {first_line(error)}") from error
+
+
+def _streamer(tokenizer: Any, on_text: OnText) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

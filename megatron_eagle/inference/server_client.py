@@ -18,7 +18,7 @@ from PIL import Image
 
 from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_image, load_video
 from megatron_eagle.errors import UserError
-from megatron_eagle.inference.generate import Request, Sampling, video_item
+from megatron_eagle.inference.generate import OnText, Request, Sampling, video_item
 
 _DEFAULT = Sampling()
 _TIMEOUT = 600  # seconds without a byte from the server
@@ -45,8 +45,10 @@ class ServedModel:
             model = names[0]
         self.model = model
 
-    def answer(self, request: Request, sampling: Sampling = _DEFAULT, *, stream: bool = False) -> str:
-        """The answer, greedily decoded; with `stream` also printed while it is generated.
+    def answer(
+        self, request: Request, sampling: Sampling = _DEFAULT, *, on_text: OnText | None = None
+    ) -> str:
+        """The answer, greedily decoded; its pieces go to `on_text` while it is generated.
 
         Raises:
             UserError: a picture or video is missing or unreadable, or the server refuses the request.
@@ -55,13 +57,13 @@ class ServedModel:
             raise UserError("tiles are the server's own setting; leave out max_tiles and frame_tiles")
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": _content(request, sampling)}],
+            "messages": request.conversation(_media(request, sampling)),
             "max_tokens": sampling.max_new_tokens,
             "temperature": 0,
-            "stream": stream,
+            "stream": on_text is not None,
         }
         with self._open("chat/completions", body) as response:
-            if not stream:
+            if on_text is None:
                 reply = _json(response.read(), self.url)
                 try:
                     return (reply["choices"][0]["message"]["content"] or "").strip()
@@ -69,9 +71,8 @@ class ServedModel:
                     raise UserError(f"{self.url}: the server's reply has no answer in it") from None
             pieces = []
             for piece in _events(response, self.url):
-                print(piece, end="", flush=True)
+                on_text(piece)
                 pieces.append(piece)
-            print()
             return "".join(pieces).strip()
 
     def _open(self, path: str, body: dict[str, Any] | None = None):
@@ -88,11 +89,15 @@ class ServedModel:
             raise UserError(f"{url}: cannot be reached: {getattr(error, 'reason', error)}") from None
 
 
-def _content(request: Request, sampling: Sampling) -> list[dict[str, Any]]:
-    """A user's turn in OpenAI's form."""
+def _media(request: Request, sampling: Sampling) -> list[dict[str, Any]]:
+    """Pictures, pages and labelled frames in OpenAI's form."""
     content: list[dict[str, Any]] = []
     try:
         content += [_picture(load_image(path)) for path in request.images]
+        for path in request.documents:
+            from megatron_eagle.inference.pages import page_pictures  # only documents need pdfium
+
+            content += [_picture(page) for page in page_pictures(path)]
         for number, video in enumerate(request.videos, 1):
             item = video_item(video, sampling)
             options = {k: v for k, v in item.items() if k not in ("type", "video") and v is not None}
@@ -102,7 +107,7 @@ def _content(request: Request, sampling: Sampling) -> list[dict[str, Any]]:
                 content += [_text(f"Frame {i} sample at {time:.2f}s: "), _picture(frame)]
     except ValueError as error:  # the loaders' own messages name the file
         raise UserError(str(error)) from None
-    return [*content, _text(request.prompt)]
+    return content
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """tools/generate.py: answers from the exported folder alone, streamed or from a file; one-line errors."""
 
+import copy
 import json
 import os
 import runpy
@@ -9,9 +10,19 @@ import sys
 import pytest
 import torch
 
+from megatron_eagle.data.ads import SamplingSettings
+from megatron_eagle.data.iap import select_grid
+from megatron_eagle.data.media.images import load_image
+from megatron_eagle.data.media.source import file_facts
+from megatron_eagle.data.media.tiles import tile_image
+from megatron_eagle.data.probe import PageFacts
 from megatron_eagle.errors import UserError
-from megatron_eagle.inference.generate import ExportedModel, Request, Sampling, read_requests
+from megatron_eagle.inference.batch import answer_file, read_requests
+from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
+from megatron_eagle.inference.prefill import prefill
+from tests.convert.hf_folder import TILE
 from tests.convert.media import write_picture, write_video
+from tests.data.helpers import make_pdf
 from tests.paths import REPO
 
 TOOL = str(REPO / "tools" / "generate.py")
@@ -67,10 +78,15 @@ def test_the_tool_needs_the_folder_and_nothing_of_megatron(exported, picture, tm
     assert result.stdout.strip() and not result.stderr.strip(), result.stderr.decode()
 
 
-def test_streamed_text_is_the_answer(model, picture, capsys):
+def test_streamed_text_is_the_answer(model, picture):
+    pieces, prompt = [], []
     request = Request("What is it?", (picture,))
-    answer = model.answer(request, Sampling(max_new_tokens=6), stream=True)
-    assert answer and capsys.readouterr().out.strip() == answer
+    streams = {"on_text": pieces.append, "on_prompt": lambda *tokens: prompt.append(tokens)}
+    answer = model.answer(request, Sampling(max_new_tokens=6), **streams)
+    assert answer and "".join(pieces).strip() == answer and len(pieces) > 1
+    inputs = model._inputs(request, Sampling())
+    visual = len(inputs["pixel_values"]) * model.processor.tokens_per_tile
+    assert prompt == [(visual, inputs["input_ids"].shape[1])]
 
 
 def test_pictures_videos_and_their_sampling_reach_the_model(model, picture, video):
@@ -84,6 +100,90 @@ def test_pictures_videos_and_their_sampling_reach_the_model(model, picture, vide
     assert more["pixel_values"].shape[0] > 1
     own = model._inputs(Request("?", (), ({"video": video, "nframes": 8},)), Sampling(fps=3, max_frames=4))
     assert own["pixel_values"].shape[0] == 8
+
+
+def test_pages_of_a_document_are_the_pictures_of_training(model, picture, tmp_path):
+    """Pages are numbered after the pictures, drawn at the size of their grid, and not resized again."""
+    path = str(make_pdf(tmp_path / "d.pdf", 2))
+    inputs = model._inputs(Request("Read.", (picture,), documents=(path,), max_tiles=6), Sampling())
+    text = model.processor.decode(inputs["input_ids"][0])
+    places = [text.index(f"<image {k}>") for k in (1, 2, 3)]
+    assert places == sorted(places) and "<image 4>" not in text
+    wish = PageFacts(file_facts(path), 1, 595, 842, 10**8)
+    settings = SamplingSettings(tile_size=TILE, max_tiles=6)
+    shape = wish.wish(settings)
+    grid = select_grid(shape.width, shape.height, tile_size=TILE, max_tiles=6)
+    last = tile_image(load_image(wish.name(grid, TILE), max_pixels=10**8), grid, TILE)
+    assert len(last) > 2 and torch.equal(inputs["pixel_values"][-len(last) :], last)
+
+
+def test_earlier_turns_are_part_of_the_prompt(model, picture):
+    request = Request("Why?", (picture,), turns=(("What is it?", "A cat."),))
+    text = model.processor.decode(model._inputs(request, Sampling())["input_ids"][0])
+    places = [text.index(part) for part in ("<image 1>", "What is it?", "A cat.", "Why?")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("chunk", [5, 7, 64])  # 4 tokens a tile: chunks end inside of tiles
+def test_a_prompt_in_pieces_is_the_prompt_in_one(model, picture, video, chunk):
+    request, sampling = Request("Compare.", (picture,), (video,)), Sampling(max_frames=8, max_new_tokens=8)
+    inputs = model._inputs(request, sampling)
+    embeddings = model.model.merge_features(inputs["input_ids"], inputs["pixel_values"])
+    pixels = inputs["pixel_values"]
+    cache, last = prefill(model.model, inputs["input_ids"], pixels, chunk)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] - 1
+    with torch.no_grad():
+        whole = model.model(inputs_embeds=embeddings).logits[0, -1]
+        pieces = model.model(inputs_embeds=last[:, -1:], past_key_values=cache).logits[0, -1]
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="more image tokens"):
+        prefill(model.model, inputs["input_ids"], pixels[1:], chunk)
+    with pytest.raises(ValueError, match="more visual features"):
+        prefill(model.model, inputs["input_ids"], torch.cat([pixels, pixels[:1]]), chunk)
+    chunked = copy.copy(model)
+    chunked.prefill_chunk = chunk
+    assert chunked.answer(request, sampling) == model.answer(request, sampling)
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_batch_goes_on_where_it_was_killed(tmp_path):
+    questions, answers = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions.write_text("".join(f'{{"prompt": "{name}"}}\n' for name in "abcd"))
+    asked = []
+
+    class Model:
+        def answer(self, request, sampling, on_text=None):
+            asked.append(request.prompt)
+            if asked == ["a", "b", "c"]:
+                raise _Killed
+            return request.prompt.upper()
+
+    def run(name="m", fps=None):
+        return answer_file(Model(), questions, answers, Sampling(fps), name)
+
+    with pytest.raises(_Killed):
+        run()
+    partial = tmp_path / "a.jsonl.partial"
+    assert not answers.exists()
+    partial.write_bytes(partial.read_bytes() + b'{"prompt": "c", "ans')  # the line that was being written
+    for change, what in (({"name": "n"}, "model"), ({"fps": 1}, "sampling")):
+        with pytest.raises(UserError, match=rf"\({what} differ\)"):
+            run(**change)
+    text = questions.read_text()
+    questions.write_text(text.replace("d", "e"))
+    with pytest.raises(UserError, match=r"requests differ") as error:
+        run()
+    assert "\n" not in str(error.value)
+    questions.write_text(text)
+    assert run() == 4 and asked == ["a", "b", "c", "c", "d"] and not partial.exists()
+    assert [json.loads(line)["answer"] for line in answers.read_text().splitlines()] == ["A", "B", "C", "D"]
+    assert run() == 4 and len(asked) == 9  # a complete run is no beginning
+    partial.write_text("?\n")
+    with pytest.raises(UserError, match="damaged"):
+        run()
 
 
 def test_a_file_of_requests(exported, picture, tmp_path, monkeypatch, capsys):
@@ -136,6 +236,8 @@ def test_bad_media_and_bad_settings_are_named(model, picture, video, tmp_path):
         (Request("a", ("nowhere.png",)), "image not found: nowhere.png"),
         (Request("a", (str(broken),)), "broken.png"),
         (Request("a", (), ("nowhere.mp4",)), "video not found: nowhere.mp4"),
+        (Request("a", documents=("nowhere.pdf",)), "nowhere.pdf"),
+        (Request("a", documents=(str(broken),)), "broken.png is no PDF file"),
         (Request("a", (), (str(broken),)), "broken.png"),
         (Request("see <image-2>", (picture,)), "asks for <image-2>"),
         (Request("a", (), ({"video": video, "begin": 1},)), "unknown setting 'begin'"),

@@ -19,6 +19,7 @@ from megatron_eagle.inference.generate import Request, Sampling
 from megatron_eagle.inference.server_client import ServedModel
 from tests.convert.hf_folder import read_weights
 from tests.convert.media import write_picture, write_video
+from tests.data.helpers import make_pdf
 from tests.paths import REPO
 
 # What vllm/model_executor/models/{eagle2_5_vl,siglip,qwen2}.py read of a configuration.
@@ -143,7 +144,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.requests.append(body)
-        content = body["messages"][0]["content"]
+        content = [item for message in body["messages"] for item in message["content"]]
         prompt = content[-1]["text"]
         if prompt == "fail":
             self._send(400, {"error": {"message": "too long\nreally"}})
@@ -197,6 +198,16 @@ def test_pictures_and_frames_reach_the_server(server, media):
     assert ours.tobytes() == Image.open(picture).convert("RGB").tobytes()
 
 
+def test_pages_and_earlier_turns_reach_the_server(server, tmp_path):
+    url, requests = server
+    document = str(make_pdf(tmp_path / "d.pdf", 3))
+    request = Request("Why?", documents=(document,), turns=(("What?", "A cat."),))
+    assert ServedModel(url).answer(request) == "3 pictures, Why?"
+    sent = requests[-1]["messages"]
+    assert [message["role"] for message in sent] == ["user", "assistant", "user"]
+    assert [item["type"] for item in sent[0]["content"]] == 3 * ["image_url"] + ["text"]
+
+
 def test_the_tool_streams_and_reads_files_of_requests(server, media, tmp_path, monkeypatch, capsys):
     url, _ = server
     status, out, _ = run_tool(monkeypatch, capsys, "--endpoint", url, "--image", media[0], "--prompt", "A?")
@@ -218,7 +229,7 @@ def test_what_a_server_may_do_wrong_is_one_line(server, media):
         (Request("a", max_tiles=2), False, "the server's own setting"),
     ]:
         with pytest.raises(UserError, match=message) as error:
-            model.answer(request, stream=stream)
+            model.answer(request, on_text=(lambda piece: None) if stream else None)
         assert "\n" not in str(error.value)
     for wrong, message in [
         ("127.0.0.1:8000", "expected the URL of a server"),

@@ -1,0 +1,37 @@
+"""A file of results that a killed run leaves behind, and the next one goes on with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.errors import UserError
+
+
+def resume(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records that are there; the file afterwards ends with a whole line.
+
+    Its first line is `head`, which says what makes the records; a line that was cut off is dropped.
+
+    Raises:
+        UserError: the file is damaged, cannot be written, or was made by something else.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        if lines and not lines[-1].endswith(b"\n"):  # the run was killed while it wrote
+            lines.pop()
+        records = [json.loads(line) for line in lines]
+        head = json.loads(json.dumps(head))  # as it was written: tuples are lists
+        if records and records[0] != head:
+            changed = [k for k in head if not isinstance(records[0], dict) or records[0].get(k) != head[k]]
+            raise UserError(
+                f"{path}: holds another evaluation or batch ({', '.join(changed) or 'more'} differ); "
+                "delete it or give another --output"
+            )
+        if not all(isinstance(record, dict) for record in records):
+            raise ValueError
+        path.write_bytes(b"".join(lines) or (json.dumps(head, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged; delete it or give another --output") from None
+    return records[1:]
