@@ -1,6 +1,7 @@
 """Frame tables of MP4 files from their boxes alone are those from reading all packets."""
 
 import struct
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -178,6 +179,21 @@ def test_promises_that_cannot_be_kept_are_one_clear_line(tmp_path, name):
     path.write_bytes(change(clip("b_frames")))
     with pytest.raises(Problem, match=message):
         read_frame_table(str(path))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["b_frames", "hevc", "sound_first"]), seed=st.integers(0, 1 << 30))
+def test_whatever_the_boxes_hold(tmp_path, name, seed):
+    """Bytes of `moov` at random: a table, a problem, or left to FFmpeg; nothing else."""
+    data = bytearray(clip(name))
+    generator = np.random.default_rng(seed)
+    for place in generator.integers(data.rindex(b"moov"), len(data), generator.integers(1, 6)):
+        data[place] = generator.choice([0, 1, 0x7F, 0xFF, generator.integers(256)])
+    path = tmp_path / "random.mp4"
+    path.write_bytes(data)
+    with suppress(Problem):
+        coded = read_mp4(str(path), len(data))
+        assert coded is None or len(coded.table(FileFacts(str(path), len(data), 0), 0).pts) > 0
 
 
 NOT_PLAIN = {

@@ -27,6 +27,7 @@ from megatron_eagle.data.media.mp4_boxes import (
 )
 
 _MAX_MOOV = 1 << 28  # bytes; an hour takes two million
+_MAX_FRAMES = 1 << 25  # two weeks
 # Codecs of which one sample is one shown frame, in the sample description's words.
 _CODECS = {b"avc1", b"avc3", b"hvc1", b"hev1", b"vp09", b"av01", b"mp4v", b"jpeg", b"mjpa"}
 # Tracks that are certainly no video; an unknown kind may become one by its codec.
@@ -76,7 +77,7 @@ def _read_movie(movie: memoryview, size: int) -> CodedFrames:
     if boxes.all(b"mvex") or b"covr" in movie.obj:  # fragments; a cover picture, which FFmpeg makes a track
         raise NotPlain
     header = boxes.one(b"mvhd")
-    timescale = number(header, 20 if header[0] else 12)
+    timescale = number(header, 20 if number(header, 0, 1) else 12)
     if _matrix(header, 48 if header[0] else 36) != _IDENTITY:
         raise NotPlain
     for stream, body in enumerate(boxes.all(b"trak")):
@@ -92,7 +93,7 @@ def _read_movie(movie: memoryview, size: int) -> CodedFrames:
 
 def _read_track(stream: int, track: Boxes, media: Boxes, movie_timescale: int, size: int) -> CodedFrames:
     header = media.one(b"mdhd")
-    timescale = number(header, 20 if header[0] else 12)
+    timescale = number(header, 20 if number(header, 0, 1) else 12)
     if not 0 < timescale < 1 << 31 or not 0 < movie_timescale < 1 << 31:
         raise NotPlain
     samples = _read_samples(media.inside(b"minf").inside(b"stbl"), size)
@@ -105,7 +106,7 @@ def _read_track(stream: int, track: Boxes, media: Boxes, movie_timescale: int, s
     header = track.one(b"tkhd")
     return CodedFrames(
         stream=stream,
-        rotation=_rotation(_matrix(header, 52 if header[0] else 40)),
+        rotation=_rotation(_matrix(header, 52 if number(header, 0, 1) else 40)),
         time_base=Fraction(1, timescale),
         linear_reason="",
         pts=samples.pts,
@@ -168,7 +169,7 @@ def _sizes(boxes: Boxes, size: int) -> np.ndarray:
     if box is None and compact is None:
         raise NotPlain
     count = number(box if box is not None else compact, 8)
-    if count > size:
+    if count > min(size, _MAX_FRAMES):
         raise BadBox(f"{count} frames are promised in {size} bytes")
     if box is not None and (uniform := number(box, 4)):
         sizes = np.full(count, uniform, np.int64)
@@ -222,7 +223,9 @@ def _apply_edits(
     Only one edit, after an empty one or not, at normal speed.  FFmpeg keeps what lies between the key frame
     before the edit and one after it, hides what is outside, and puts the first shown frame at time 0.
     """
-    form = struct.Struct(">QqI" if box[0] else ">IiI")  # span in the movie's unit, time in the track's, speed
+    form = struct.Struct(
+        ">QqI" if number(box, 0, 1) else ">IiI"
+    )  # span in the movie's unit, time in the track's, speed
     count = number(box, 4)
     if count not in (1, 2) or len(box) < 8 + count * form.size:
         raise NotPlain
