@@ -9,7 +9,7 @@ Points = list[tuple[float, float]]
 
 COLORS = ("#1f6fb2", "#d1622b", "#3a923a", "#8d5fb0", "#b8860b", "#4aa3a2", "#c24d7a", "#7a6a5d", "#5b6b8c")
 _WIDTH, _HEIGHT = 500, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 22, 26, 26  # margins; the legend stands above the plot
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 22, 32, 26  # margins; the legend stands above the plot
 _POINTS, _COLUMNS = 800, 160  # of a curve, of stacked shares: longer ones are drawn as means of neighbours
 
 
