@@ -6,22 +6,16 @@ chunks: boxes of the whole tensor, cut by whatever layout wrote it. Here a chunk
 values are known, and read where a tensor needs it, so that memory holds one tensor of one layer at a time.
 """
 
-import json
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_eagle.config import save_yaml, to_dict
+from megatron_eagle.config import to_dict
 from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
@@ -32,7 +26,10 @@ from megatron_eagle.training.checkpoint import (
     checkpoint_folder,
     read_index,
 )
-from megatron_eagle.training.manifest import write_manifest
+from megatron_eagle.training.checkpoint.content import Piece
+from megatron_eagle.training.checkpoint.files import write_pieces
+from megatron_eagle.training.checkpoint.folder import iteration_folder
+from megatron_eagle.training.checkpoint.saving import complete_folder
 
 _LAYER = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
 
@@ -45,7 +42,7 @@ def key_of(name: str) -> tuple[str, int | None]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """One chunk to write: its box in the whole tensor `key`, and how to get its values in its turn."""
 
     key: str
@@ -53,6 +50,10 @@ class Piece:
     offset: tuple[int, ...]
     size: tuple[int, ...]
     read: Callable[[], Tensor]
+
+    def filled(self, dtype: torch.dtype) -> Piece:
+        """The chunk with its values."""
+        return Piece(self.key, self.shape, self.offset, self.read().to(dtype).reshape(self.size))
 
 
 def key_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -66,7 +67,7 @@ def key_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def pieces_of(plan: Plan, read: Callable[[str], Tensor]) -> Iterable[Piece]:
+def pieces_of(plan: Plan, read: Callable[[str], Tensor]) -> Iterable[Chunk]:
     """The chunks of the plan's model, from a reader of HF tensors. To be written in this order."""
     shapes = key_shapes(plan)
     held: tuple[str, list[Tensor]] = ("", [])
@@ -85,55 +86,22 @@ def pieces_of(plan: Plan, read: Callable[[str], Tensor]) -> Iterable[Piece]:
             row += size[0]
             if layer is not None:
                 offset, size = (layer, *offset), (1, *size)
-            yield Piece(key, shapes[key], offset, size, lambda e=entry, n=number: block(e, n))
+            yield Chunk(key, shapes[key], offset, size, lambda e=entry, n=number: block(e, n))
 
 
 def write_checkpoint(
-    root: Path, config: EagleConfig, pieces: Iterable[Piece], dtype: torch.dtype, *, iteration: int = 0
+    root: Path, config: EagleConfig, chunks: Iterable[Chunk], dtype: torch.dtype, *, iteration: int = 0
 ) -> None:
     """Write the chunks into the new checkpoint `root`, one after the other, as `save_checkpoint` would.
 
     The folder is complete once this returns; the caller sees to it that nobody finds it before.
     """
-    folder = root / f"iter_{iteration:07d}"
+    folder = iteration_folder(root, iteration)
     folder.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there is no process group: so it is meant
-        torch_checkpoint.save(
-            {},
-            storage_writer=torch_checkpoint.FileSystemWriter(folder, sync_files=True),
-            planner=_PiecePlanner(pieces, dtype),
-            no_dist=True,
-        )
-    torch.save({"content_metadata": dict(CONTENT_METADATA)}, folder / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    save_yaml({"model": to_dict(config)}, folder / "run.yaml")
-    (folder / "state.json").write_text(json.dumps(to_dict(TrainState(iteration))))
-    write_manifest(folder, {})
+    file = write_pieces(folder / "__0_0.distcp", (chunk.filled(dtype) for chunk in chunks))
+    common = {"content_metadata": dict(CONTENT_METADATA)}
+    complete_folder(folder, common, {"model": to_dict(config)}, TrainState(iteration), [file])
     (root / TRACKER).write_text(f"{iteration}\n")
-
-
-class _PiecePlanner(torch_checkpoint.DefaultSavePlanner):
-    """Saves pieces in place of a state dict: torch asks for the values of one item at a time."""
-
-    def __init__(self, pieces: Iterable[Piece], dtype: torch.dtype) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.dtype = dtype
-        self.pieces = {MetadataIndex(piece.key, torch.Size(piece.offset)): piece for piece in pieces}
-
-    def create_local_plan(self) -> SavePlan:
-        items = []
-        for index, piece in self.pieces.items():
-            chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))
-            data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), torch.Size(piece.shape))
-            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        index = MetadataIndex(write_item.index.fqn, write_item.index.offset)
-        piece = self.pieces[index]
-        return piece.read().to(self.dtype).reshape(piece.size).contiguous()
 
 
 class CheckpointWeights:

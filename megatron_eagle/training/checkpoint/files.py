@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ class Written:
     entries: list[Entry]
 
 
-def write_pieces(file: Path, pieces: Sequence[Piece]) -> Written:
+def write_pieces(file: Path, pieces: Iterable[Piece]) -> Written:
     """Write `pieces` one after the other, as `torch.load` reads them, and wait until the disk has them.
 
     On the way at most one piece is copied. Raises `OSError`.
@@ -43,6 +43,7 @@ def write_pieces(file: Path, pieces: Sequence[Piece]) -> Written:
                     *(file.name, start, stream.size - start),
                 )
             )
+            del piece  # before the next one is made
     return Written(file.name, stream.size, stream.digest.hexdigest(), entries)
 
 

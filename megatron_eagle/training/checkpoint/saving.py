@@ -141,7 +141,10 @@ def _finish(root: Path, snapshot: Snapshot, shares: list[_Share]) -> str | None:
     if problem is None:
         try:
             set_optimizer_step(snapshot.common, max(share.step for share in shares))
-            _complete(partial_folder(root, iteration), snapshot, [s.file for s in shares if s.file])
+            files = [share.file for share in shares if share.file]
+            complete_folder(
+                partial_folder(root, iteration), snapshot.common, snapshot.run, snapshot.state, files
+            )
             publish_folder(root, iteration)
         except (OSError, RuntimeError, UserError) as error:  # RuntimeError: torch's own writer
             problem = _reason(error)
@@ -151,14 +154,16 @@ def _finish(root: Path, snapshot: Snapshot, shares: list[_Share]) -> str | None:
     return f"{root}: iteration {iteration} could not be saved: {problem}; {describe_latest(root)}"
 
 
-def _complete(partial: Path, snapshot: Snapshot, written: list[Written]) -> None:
-    """Write everything but the tensors."""
-    torch.save(snapshot.common, partial / COMMON_STATE_FNAME)
-    save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-    write_index(partial, (entry for file in written for entry in file.entries))
-    save_yaml(snapshot.run, partial / "run.yaml")
-    (partial / "state.json").write_text(json.dumps(to_dict(snapshot.state)))
-    write_manifest(partial, {file.name: {"bytes": file.size, "sha256": file.sha256} for file in written})
+def complete_folder(
+    folder: Path, common: dict[str, Any], run: dict[str, Any], state: TrainState, files: list[Written]
+) -> None:
+    """Write what a checkpoint holds beside the tensors, which are in `files`. Raises `OSError`."""
+    torch.save(common, folder / COMMON_STATE_FNAME)
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    write_index(folder, (entry for file in files for entry in file.entries))
+    save_yaml(run, folder / "run.yaml")
+    (folder / "state.json").write_text(json.dumps(to_dict(state)))
+    write_manifest(folder, {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files})
 
 
 def _reason(error: BaseException) -> str:
