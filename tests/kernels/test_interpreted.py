@@ -40,6 +40,17 @@ def test_equals_fp64(check, dtype, results):
     assert {name: error for name, error in errors.items() if not error <= LIMITS[dtype]} == {}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_equals_fp64_on_a_gpu(check, dtype):
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        errors = check(dtype)
+    assert {name: error for name, error in errors.items() if not error <= LIMITS[dtype]} == {}
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "triton", None)
     cuda = torch.device("cuda")
