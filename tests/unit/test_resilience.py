@@ -1,5 +1,6 @@
 """A run that is told to stop, whose loss jumps or is no number, whose ranks stand still or die."""
 
+import errno
 import json
 import os
 import re
@@ -16,11 +17,12 @@ import pytest
 from megatron_eagle.errors import UserError
 from megatron_eagle.training import faults, loop
 from megatron_eagle.training.agreement import AgreedError
-from megatron_eagle.training.checkpoint import read_train_state
+from megatron_eagle.training.checkpoint import checkpoint_folder, read_train_state, saving
 from megatron_eagle.training.heartbeat import Beat, Heartbeat, describe, read_beats
 from megatron_eagle.training.metrics import read_events, read_metrics
 from megatron_eagle.training.resilience import LossGuard, Preempted, ResilienceConfig, stop_signals
 from megatron_eagle.training.run_config import load_run_config
+from tests.data.helpers import contents
 from tests.parallel.harness import launch
 from tests.unit.synthetic_data import SyntheticLoader
 from tests.unit.test_training_loop import train_rank, values, write_run
@@ -200,26 +202,54 @@ class WeighedLoader(SyntheticLoader):
         return super().step(consumed_packs)
 
 
-def train_soaking(config: str, overrides: list[str], suffered: list[dict], memory: str) -> None:
+class FaultyDisk:
+    """Writes slowly. Once, the save of an iteration in `full` finds no space, of one in `deadly` kills."""
+
+    def __init__(self, marks: str, full: list[int], deadly: list[int]) -> None:
+        self._marks, self._full, self._deadly = Path(marks), full, deadly
+        self._write = saving.write_pieces
+
+    def __call__(self, file, pieces):
+        time.sleep(0.05)
+        iteration = int(file.parent.name[6:13])  # .iter_0000025.saving
+        if self._first(self._full, "full", iteration):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if self._first(self._deadly, "deadly", iteration):
+            self._write(file, pieces[:20])
+            os._exit(137)
+        return self._write(file, pieces)
+
+    def _first(self, iterations: list[int], kind: str, iteration: int) -> bool:
+        mark = self._marks / f"{kind}_{iteration}"
+        if iteration not in iterations or mark.exists():
+            return False
+        mark.touch()
+        return True
+
+
+def train_soaking(config: str, overrides: list[str], suffered: list[dict], marks: str, disk: dict) -> None:
+    environment = {faults.VARIABLE: json.dumps(suffered), "SOAK_MEMORY": f"{marks}/memory"}
     with (
-        patch.dict(os.environ, {faults.VARIABLE: json.dumps(suffered), "SOAK_MEMORY": memory}),
+        patch.dict(os.environ, environment),
         patch.object(loop, "PackLoader", WeighedLoader),
+        patch.object(saving, "write_pieces", FaultyDisk(marks, **disk)),
     ):
         loop.train(load_run_config(config, overrides, world_size=1))
 
 
 @pytest.mark.slow
 def test_soak(run, tmp_path):
-    """500 steps with kills, stalls, a full and a slow disk at random places: bit for bit, memory flat. Media
-    fail in both runs."""
+    """500 steps with kills, also in the middle of saves, stalls, a full and a slow disk at random places: bit
+    for bit, memory flat. Media fail in both runs."""
     settings = ["training.train_iterations=500", "checkpoint.save_interval=25", "checkpoint.keep_last=2"]
-    settings.append("data.on_media_error=skip")
+    settings += ["checkpoint.async_save=true", "data.on_media_error=skip"]
     lost = ((20, [1]), (21, [0, 1, 2, 3]), (300, [2, 3]))
     bad_media = [{"kind": "bad_media", "iteration": i, "samples": samples} for i, samples in lost]
-    memory = str(tmp_path / "memory")
-    launch(train_soaking, 1, run.config, settings, bad_media, memory, timeout=600)
-    clean = run.metrics()
-    resident = [int(line.split()[1]) for line in Path(memory).read_text().splitlines()]
+    marks, no_faults = str(tmp_path), {"full": [], "deadly": []}
+    launch(train_soaking, 1, run.config, settings, bad_media, marks, no_faults, timeout=900)
+    clean, kept = run.metrics(), contents(checkpoint_folder(run.root))
+    resident = [int(line.split()[1]) for line in (tmp_path / "memory").read_text().splitlines()]
+    print(f"resident MB: {[r // 10**6 for r in resident[::50]]}")
     assert len(resident) == 500 and max(resident[-50:]) < 1.05 * max(resident[50:100])
     shutil.rmtree(run.root)
 
@@ -232,17 +262,22 @@ def test_soak(run, tmp_path):
             for i in range(2)
         ),
         *({"kind": "failed_save", "iteration": 25 * random.randint(1, 19), **once[10 + i]} for i in range(2)),
-        {"kind": "slow_save", "seconds": 0.05},
         *bad_media,
     ]
+    saves = [25 * i for i in random.sample(range(1, 20), 6)]
+    disk = {"full": saves[:3], "deadly": saves[3:]}
     deaths = 0
     while True:
         try:
-            launch(train_soaking, 1, run.config, settings, suffered, memory, timeout=600)
+            launch(train_soaking, 1, run.config, settings, suffered, marks, disk, timeout=900)
             break
         except RuntimeError as error:
             assert "ended without a result" in str(error)
             deaths += 1
-    assert deaths == 8 and all(Path(fault["once"]).exists() for fault in once)
+    assert deaths == 8 + 3 and all(Path(fault["once"]).exists() for fault in once)
+    assert all((tmp_path / f"{kind}_{i}").exists() for kind, iterations in disk.items() for i in iterations)
     assert run.metrics() == clean
+    tensors = {name for name in kept if name.endswith(".distcp")}
+    found = contents(checkpoint_folder(run.root))
+    assert tensors and all(found[name] == kept[name] for name in tensors)
     assert len(list(run.root.glob("iter_*"))) == 2
