@@ -30,7 +30,7 @@ def uninterrupted() -> dict:
     ("writer", "reader"),
     [
         pytest.param((4, TP2), (2, PP2), id="tp2dp2-pp2"),
-        pytest.param((1, {}), (2, TP2 | SP), id="one-tp2sp"),
+        pytest.param((1, {}), (2, TP2 | SP), marks=slow, id="one-tp2sp"),
         pytest.param((2, VPP2), (1, {}), marks=slow, id="vpp2-one"),
         pytest.param((4, CP2), (4, TP2 | PP2), marks=slow, id="cp2dp2-tp2pp2"),
         pytest.param((2, WHOLE_TOWERS), (2, VPP2), marks=slow, id="towers-vpp2"),
@@ -60,9 +60,9 @@ def test_a_lost_optimizer_state_would_be_seen(uninterrupted, tmp_path):
     """Negative control: with the weights alone the next loss fits, and neither bits nor later losses do."""
     saved, loaded = tmp_path / "saved", tmp_path / "loaded"
     steps(1, {}, until=AFTER, save=str(saved))
-    after = steps(2, TP2, until=21, load=str(saved), weights_only=True, save_loaded=str(loaded))[0]
+    after = steps(2, TP2, until=4, load=str(saved), weights_only=True, save_loaded=str(loaded))[0]
     assert after["losses"][0] == pytest.approx(uninterrupted["losses"][AFTER], rel=1e-5)
-    assert after["losses"] != pytest.approx(uninterrupted["losses"][AFTER:], rel=1e-3)
+    assert after["losses"] != pytest.approx(uninterrupted["losses"][AFTER : AFTER + 4], rel=1e-3)
     found = different(read_whole(saved), read_whole(loaded))
     assert found and all(key.startswith("optimizer.state.exp_avg") for key in found)
 

@@ -117,11 +117,13 @@ def test_bf16_and_start_from_weights(job, tmp_path):
     assert (tmp_path / "second" / "hf" / "tokenizer.json").is_file()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(job, tmp_path):
+@pytest.mark.parametrize("async_save", ["false", "true"])
+def test_a_loss_that_is_not_finite_stops_the_run(async_save, job, tmp_path):
+    """Which says what is saved: it waits for a save under way."""
     write_run(tmp_path, data="broken")
     message = r"iteration 3: the loss is nan; stopped \(iteration 2 is saved\)"
     with pytest.raises(AgreedError, match=message):
-        job("checkpoint.save_interval=2")
+        job("checkpoint.save_interval=2", f"checkpoint.async_save={async_save}")
     assert len(read_metrics(job.root / "logs" / "metrics.jsonl")) == 2
 
 
