@@ -71,7 +71,13 @@ class HostStore:
     def _take(self, size: int, pinned: bool) -> Tensor:
         """A slot of at least `size` bytes, uint8."""
         if not self._free or self._slot_bytes < size:
-            slab = torch.empty(self.slots, size, dtype=torch.uint8, pin_memory=pinned)
+            try:
+                slab = torch.empty(self.slots, size, dtype=torch.uint8, pin_memory=pinned)
+            except RuntimeError as error:
+                raise MemoryError(
+                    f"activation_offload: {self.slots * size / 1e9:.1f} GB of host memory are not to be had: "
+                    "let more layers stay on the device (recompute.offload_keep_last)"
+                ) from error
             self._slot_bytes, self._free = size, list(slab.unbind())
         return self._free.pop()
 
@@ -180,6 +186,7 @@ def offloaded_layer(
         random: gives and sets the random states that the layer draws from.
 
     Raises:
+        MemoryError: the host has too little.
         RuntimeError: in backward, if it ran before, or under `torch.autograd.grad`.
     """
     if not torch.is_grad_enabled():

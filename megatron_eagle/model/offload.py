@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eagle_kernels.activation_offload import HostStore, Replay, offloaded_layer
 from megatron_eagle.context_parallel.attention import PackedSequence
+from megatron_eagle.errors import UserError
 
 
 def offloaded(
@@ -45,14 +46,21 @@ class OffloadedTransformerLayer(TransformerLayer):
     def forward(
         self, hidden_states: Tensor, *, packed_seq_params: PackedSequence, **others
     ) -> tuple[Tensor, None]:
-        """hidden_states [r, 1, h] -> the same shape, and no context: the model has no cross-attention."""
+        """hidden_states [r, 1, h] -> the same shape, and no context: the model has no cross-attention.
+
+        Raises:
+            UserError: the host has too little memory.
+        """
 
         def run(x: Tensor, attention: Replay) -> Tensor:
             packed = replace(packed_seq_params, replay=attention)
             return super(OffloadedTransformerLayer, self).forward(x, packed_seq_params=packed, **others)[0]
 
         random = (_random_states, _set_random_states)
-        return offloaded_layer(run, hidden_states, self.store, stays=self.stays, random=random), None
+        try:
+            return offloaded_layer(run, hidden_states, self.store, stays=self.stays, random=random), None
+        except MemoryError as error:
+            raise UserError(str(error)) from None
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -102,6 +102,12 @@ def test_one_slab_serves_packs_of_any_size_and_a_larger_one_replaces_it():
     assert len(store._free) == 3
 
 
+def test_too_little_host_memory_is_said_in_one_line():
+    x, store = torch.randn(5, WIDTH, requires_grad=True), HostStore(10**13)
+    with pytest.raises(MemoryError, match=r"GB of host memory are not to be had: .*offload_keep_last"):
+        offloaded_layer(_with(_layers(1)[0]), x, store)
+
+
 def test_nothing_leaves_without_gradients():
     store = HostStore(1)
     with torch.no_grad(), patch.object(HostStore, "leave", side_effect=AssertionError):
