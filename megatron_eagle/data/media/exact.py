@@ -7,6 +7,7 @@ cannot be trusted, all of the file is decoded from its start.
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import chain
 
 import av
 import numpy as np
@@ -97,14 +98,18 @@ def _frames_from(
     codec = stream.codec_context
     # H.264 marks pictures that no other refers to (7.4.1, nal_ref_idc).  HEVC's marks hold in one layer only.
     skipping = codec.name == "h264"
-    container.seek(key, stream=stream, backward=True, any_frame=False)
-    start = None  # presentation time of the first packet
-    for packet in container.demux(stream):
-        if start is None:
-            if not packet.is_keyframe or packet.pts is None or packet.pts > key:
-                raise _Missed(f"a seek to {key} leads to {packet.pts}")
-            start = last = packet.pts
-            begun = packet.is_discard  # a key frame that an edit list hides does not come out
+    # In an MP4 file that begins with an empty edit FFmpeg seeks earlier by as much.
+    for target in sorted({key, key + max(0, stream.start_time or 0)}, reverse=True):
+        container.seek(target, stream=stream, backward=True, any_frame=False)
+        packets = container.demux(stream)
+        first = next(packets)
+        if first.is_keyframe and first.pts is not None and first.pts <= key:
+            break
+    else:
+        raise _Missed(f"a seek to {key} leads to {first.pts}")
+    start = last = first.pts
+    begun = first.is_discard  # a key frame that an edit list hides does not come out
+    for packet in chain([first], packets):
         if skipping:
             codec.skip_frame = "DEFAULT" if packet.pts in wanted or not packet.size else "NONREF"
         try:
