@@ -1,0 +1,92 @@
+"""Talk to a model in a browser about pictures, videos and PDF files, and see what it sees of them.
+
+    serve_demo.py --hf H                     an exported folder, on this machine
+    serve_demo.py --endpoint URL [--hf H]    an OpenAI-compatible server; H shows what the export would see
+
+The page is at http://127.0.0.1:7860. Uploads are deleted when the server ends.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from megatron_eagle.errors import UserError, run_cli
+from megatron_eagle.inference.demo import Demo, make_app
+from megatron_eagle.inference.demo_media import Limits, Viewer
+from megatron_eagle.inference.generate import ExportedModel, Sampling, load_processor
+from megatron_eagle.inference.server_client import ServedModel
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hf", type=Path, help="exported folder")
+    parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server that answers")
+    parser.add_argument("--model", help="name of the model on the server (default: its first)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="0: any free one (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer")
+    parser.add_argument("--fps", type=float, help="frames per second of video (default 2)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="per video (default 256)")
+    parser.add_argument("--max-tiles", type=int, metavar="N", help="per picture (default: the model's)")
+    limits = Limits()
+    for name, default in (
+        ("megabytes", limits.megabytes),
+        ("megapixels", limits.pixels // 10**6),
+        ("pages", limits.pages),
+        ("minutes", limits.seconds // 60),
+    ):
+        parser.add_argument(f"--max-{name}", type=int, default=default, metavar="N", help="of an upload")
+    options = parser.parse_args()
+    if options.hf is None and options.endpoint is None:
+        raise UserError("give --hf H, --endpoint URL, or both")
+    if options.model is not None and options.endpoint is None:
+        raise UserError("--model is a name on a server: it needs --endpoint URL")
+    if options.max_tiles is not None and options.endpoint is not None:
+        raise UserError("--max-tiles: tiles are the server's own setting; leave it out")
+    positive = ("max_new_tokens", "fps", "max_frames", "max_tiles")
+    for name in (*positive, "max_megabytes", "max_megapixels", "max_pages", "max_minutes"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not positive")
+
+    if options.endpoint is None:
+        model = ExportedModel(options.hf)
+        processor, limit = model.processor, model.model.config.text_config.max_position_embeddings
+        name = options.hf.resolve().name
+    else:
+        model = ServedModel(options.endpoint, options.model)
+        processor, limit = load_processor(options.hf) if options.hf else None, None
+        name = f"{model.model} at {options.endpoint}"
+    sampling = Sampling(options.fps, options.max_frames, options.max_tiles, options.max_new_tokens)
+    limits = Limits(
+        options.max_megabytes,
+        options.max_megapixels * 10**6,
+        options.max_pages,
+        options.max_minutes * 60,
+    )
+    demo = Demo(model, Viewer(processor, sampling, limits), {"model": name, "token_limit": limit})
+    local = options.host in LOCAL
+    if not local:
+        print(
+            f"warning: --host {options.host}: everybody who reaches this machine can upload and ask; "
+            "there is no password and no encryption",
+            file=sys.stderr,
+        )
+    config = uvicorn.Config(
+        make_app(demo, local),
+        host=options.host,
+        port=options.port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=3,
+    )
+    uvicorn.Server(config).run()
+
+
+if __name__ == "__main__":
+    run_cli(main)
