@@ -1,46 +1,31 @@
-"""What the recipe tests share: a tiny random SigLIP or CLIP folder and clips whose content differs."""
+"""What the recipe tests share: the example's modules, clips whose content differs, tools in this process."""
 
 import contextlib
 import importlib.util
 import io
-import json
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import ModuleType
 from unittest import mock
 
 import av
 import numpy as np
-import torch
 
 from megatron_eagle.errors import run_cli
 from tests.paths import REPO
 
 
-def make_encoder(folder: Path, family: str = "siglip", seed: int = 0) -> Path:
-    """A vision model with random weights, in Hugging Face's format, for pictures of 28 pixels."""
-    import transformers
+def example(name: str) -> ModuleType:
+    """A module of examples/eagle_video, which is a folder of scripts and no package."""
+    path = REPO / "examples" / "eagle_video" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"image_size": 28, "patch_size": 14}
-    if family == "siglip":
-        model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes))
-        settings = {"size": {"height": 28, "width": 28}}
-    else:
-        config = transformers.CLIPVisionConfig(**sizes, projection_dim=16)
-        model = transformers.CLIPVisionModelWithProjection(config)
-        settings = {
-            "size": {"shortest_edge": 28},
-            "do_center_crop": True,
-            "crop_size": {"height": 28, "width": 28},
-        }
-    for parameter in model.parameters():  # wide enough for pictures to differ in their features
-        torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return folder
+
+make_encoder = example("random_encoder").make_encoder
 
 
 def make_clip(path: Path, scenes: list[int], *, seconds: int = 10, fps: int = 4) -> Path:
