@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.inference.generate import Request, Sampling
+from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
 from megatron_eagle.inference.server_client import ServedModel
 from tests.convert.hf_folder import read_weights
 from tests.convert.media import write_picture, write_video
@@ -129,6 +129,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Answers with the number of pictures and the prompt; "fail" is refused, "break" breaks off."""
 
     requests: list[dict]
+    answers: dict[str, str] = {}  # to prompts, in place of that
 
     def log_message(self, *arguments):
         pass
@@ -148,6 +149,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         prompt = content[-1]["text"]
         if prompt == "fail":
             self._send(400, {"error": {"message": "too long\nreally"}})
+            return
+        if prompt in self.answers:
+            self._send(200, {"choices": [{"message": {"content": self.answers[prompt]}}]})
             return
         pieces = [f"{sum(c['type'] == 'image_url' for c in content)} pictures, ", prompt]
         if not body["stream"]:
@@ -173,10 +177,10 @@ def media(tmp_path_factory):
     return write_picture(folder / "p.png", 60, 40), write_video(folder / "v.mp4")
 
 
-def run_tool(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, arguments)])
+def run_tool(monkeypatch, capsys, *arguments, tool="generate.py"):
+    monkeypatch.setattr("sys.argv", [tool, *map(str, arguments)])
     with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(REPO / "tools" / "generate.py"), run_name="__main__")
+        runpy.run_path(str(REPO / "tools" / tool), run_name="__main__")
     return exit.value.code or 0, *capsys.readouterr()
 
 
@@ -254,3 +258,42 @@ def test_one_source_of_answers(exported, checkpoint, tmp_path, monkeypatch, caps
     assert status == 2 and "not a checkpoint" in err and err.count("\n") == 1
     status, _, err = run_tool(monkeypatch, capsys, "--hf", exported, "--model", "m", "--prompt", "a")
     assert status == 2 and "needs --endpoint" in err
+
+
+def test_an_export_and_a_server_are_compared(exported, server, media, tmp_path, monkeypatch, capsys):
+    url, sent = server
+    picture, video = media
+    questions, output = tmp_path / "q.jsonl", tmp_path / "both.jsonl"
+    records = [{"prompt": "Same?", "images": [picture]}, {"prompt": "Parted?", "videos": [video]}]
+    questions.write_text("".join(json.dumps(record) + "\n" for record in records))
+    model, sampling = ExportedModel(exported), Sampling(max_frames=4, max_new_tokens=6)
+    same = model.answer(Request("Same?", (picture,)), sampling)
+    other = model.answer(Request("Parted?", (), (video,)), sampling)
+    monkeypatch.setattr(
+        Server, "answers", {"Same?": same, "Parted?": other[:2] + "\u00a7" * (len(other) - 2)}
+    )
+
+    def compare(*options):
+        source = ("--hf", exported, "--endpoint", url, "--jsonl", questions, "--output", output)
+        arguments = (*source, "--max-frames", 4, "--max-new-tokens", 6, *options)
+        return run_tool(monkeypatch, capsys, *arguments, tool="compare_server.py")
+
+    status, out, err = compare()
+    assert status == 1 and "1 of 2 answers are equal" in out and "  100%  " in out, err
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["agree"] for row in rows] == [1, 2 / len(other)]
+    assert (rows[0]["export"], rows[1]["server"][:2]) == (same, other[:2])
+    assert [
+        sum(item["type"] == "image_url" for item in body["messages"][0]["content"]) for body in sent[-2:]
+    ] == [
+        1,
+        4,
+    ]
+    assert compare("--at-least", 0.5)[0] == 0
+    status, _, err = compare("--at-least", 0)
+    assert status == 2 and "--at-least 0: expected a share" in err
+    questions.write_text('{"prompt": "fail"}\n')
+    status, _, err = compare()
+    assert status == 2 and "line 1: " in err and "too long" in err
+    questions.write_text("")
+    assert "has no requests" in compare()[2]
