@@ -283,12 +283,8 @@ def test_an_export_and_a_server_are_compared(exported, server, media, tmp_path, 
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["agree"] for row in rows] == [1, 2 / len(other)]
     assert (rows[0]["export"], rows[1]["server"][:2]) == (same, other[:2])
-    assert [
-        sum(item["type"] == "image_url" for item in body["messages"][0]["content"]) for body in sent[-2:]
-    ] == [
-        1,
-        4,
-    ]
+    contents = [body["messages"][0]["content"] for body in sent[-2:]]
+    assert [sum(item["type"] == "image_url" for item in content) for content in contents] == [1, 4]
     assert compare("--at-least", 0.5)[0] == 0
     status, _, err = compare("--at-least", 0)
     assert status == 2 and "--at-least 0: expected a share" in err
