@@ -14,6 +14,8 @@ that was stopped goes on.
 
 import argparse
 import hashlib
+import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -113,11 +115,13 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> Non
     for name, value in values.items():
         if value is not None and value <= 0:
             raise UserError(f"--{name} must be positive, not {value}")
-    about = {"model": options.endpoint or str(options.hf.resolve()), "limit": options.limit}
+    about = {"model": options.endpoint or str(options.hf.resolve())}
     published = BENCHMARKS.get(options.published)
     if published is not None:
         if options.data is None:
             raise UserError("--published needs --data, the folder of the benchmark's files")
+        if options.endpoint and published.frame_tiles:
+            raise UserError(f"{options.published}: frames are tiled, which no server does: use --hf")
         questions, problems = published.questions(Source(options.data, options.output / "pictures"))
         about |= {"published": options.published, "data": str(options.data.resolve())}
         if not questions:
@@ -130,20 +134,25 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> Non
     sampling = Sampling(options.fps, max_frames, options.max_tiles, options.max_new_tokens)
     judge = make_judge(ServedModel(options.judge, options.judge_model)) if options.judge else None
     about |= {"judge": options.judge_model or options.judge} if options.judge else {}
-    questions = questions[: options.limit]
+    questions = questions[: options.limit]  # not in `about`: a run with more questions goes on
     progress = partial(tqdm, unit="question")
     asked = partial(_model, options)
     scored = evaluate(asked, questions, problems, output, sampling, about, progress, judge)
+    dropped = [json.loads(line) for line in (output / "dropped.jsonl").open(encoding="utf-8")]
+    if not scored:
+        raise UserError(f"{output}: no question was answered; the first problem: {dropped[0]['reason']}")
     rows = tabulate(scored)
-    score = overall(published, scored) if published and scored else None
-    head = {**about, "sampling": {"max_frames": max_frames, "fps": options.fps}}
+    score = overall(published, scored) if published else None
+    head = {**about, "limit": options.limit, "sampling": {"max_frames": max_frames, "fps": options.fps}}
     write_scores(output, head, rows, score)
     print(render(rows))
     if score is not None:
         print(f"\n{comparison([read_result(output)])}")
-    lost = len((output / "dropped.jsonl").read_text(encoding="utf-8").splitlines())
-    if lost:
-        print(f"{lost:,} questions in no score: {output / 'dropped.jsonl'}")
+    if dropped:
+        print(f"{len(dropped):,} questions in no score: {output / 'dropped.jsonl'}")
+        for kind, count in sorted(Counter(entry["kind"] for entry in dropped).items()):
+            first = next(entry["reason"] for entry in dropped if entry["kind"] == kind)
+            print(f"  {kind}: {count:,}, the first: {first}")
 
 
 def _model(options: argparse.Namespace) -> Answers:

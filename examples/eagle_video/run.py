@@ -40,7 +40,7 @@ def main() -> None:
     videos = options.videos.resolve() if options.videos else copy_demo_clips(out / "videos")
     encoder = options.encoder or random_encoder(out / "encoder")
     new, old = write_lists(videos, out)
-    tau = options.tau if options.tau is not None else 0.5 if options.encoder else 0.999
+    tau = options.tau if options.tau is not None else 0.5 if options.encoder else 0.95
     step(2, f"Selection: clips whose highest cosine to what training has is below {tau:g}")
     tool(
         *("select_videos", "--candidates", new, "--existing", old, "--encoder", encoder),
@@ -78,7 +78,7 @@ def _arguments() -> argparse.Namespace:
         help="its first video plays the training set, the others are new",
     )
     add("--encoder", type=Path, metavar="DIR", help="CLIP or SigLIP folder (default: random weights)")
-    add("--tau", type=float, help="default 0.5, as in the paper; 0.999 for random weights")
+    add("--tau", type=float, help="default 0.5, as in the paper; 0.95 for random weights")
     add("--endpoint", metavar="URL", help="up to /v1 (default: one without a model, on this machine)")
     add("--model", metavar="NAME", help="the model's name there")
     add("--tokenizer", type=Path, metavar="DIR", help="default: one trained on the samples")

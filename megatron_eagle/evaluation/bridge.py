@@ -5,6 +5,7 @@ pictures in their own way, so their numbers are not those of the native runner.
 """
 
 import json
+import re
 import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 from megatron_eagle.errors import UserError
 
 KITS = ("lmms-eval", "vlmevalkit")
+_VIDEO_TASKS = ("Video-MME", "MVBench", "MMBench-Video", "MLVU", "LongVideoBench")
 
 
 def write_bridge(kit: str, endpoint: str, model: str, tasks: list[str], folder: Path) -> str:
@@ -24,6 +26,7 @@ def write_bridge(kit: str, endpoint: str, model: str, tasks: list[str], folder: 
         raise UserError(f"{endpoint}: expected the URL of a server, as http://127.0.0.1:8000")
     base = endpoint.rstrip("/") if parts.path.strip("/") else f"{endpoint.rstrip('/')}/v1"
     folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()  # the script runs from anywhere
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", 'export OPENAI_API_KEY="${OPENAI_API_KEY:-none}"']
     if kit == "lmms-eval":
         lines.append(f"export OPENAI_API_BASE={shlex.quote(base)}")
@@ -34,7 +37,7 @@ def write_bridge(kit: str, endpoint: str, model: str, tasks: list[str], folder: 
     else:
         settings = {"class": "GPT4V", "model": model, "api_base": f"{base}/chat/completions"}
         settings |= {"temperature": 0, "retry": 3, "img_detail": "high"}
-        data = {task: {"class": _dataset_class(task), "dataset": task} for task in tasks}
+        data = {task: _dataset(task) for task in tasks}
         config = {"model": {model.rsplit("/", 1)[-1]: settings}, "data": data}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         run = shlex.join(["--config", str(folder / "config.json"), "--work-dir", str(folder / "results")])
@@ -45,8 +48,11 @@ def write_bridge(kit: str, endpoint: str, model: str, tasks: list[str], folder: 
     return script
 
 
-def _dataset_class(task: str) -> str:
-    """VLMEvalKit's class of a dataset."""
+def _dataset(task: str) -> dict[str, str]:
+    """VLMEvalKit's setting of a task; empty for one about videos, whose name it knows with its frames, as in
+    Video-MME_64frame."""
+    if re.search(r"_\d+frame|_[\d.]+fps", task):
+        return {}
     classes = {
         **dict.fromkeys(("DocVQA", "InfoVQA", "ChartQA", "TextVQA"), "ImageVQADataset"),
         "OCRBench": "OCRBench",
@@ -54,10 +60,8 @@ def _dataset_class(task: str) -> str:
         "MMVet": "MMVet",
         "MMMU": "MMMUDataset",
         "HallusionBench": "ImageYORNDataset",
-        "Video-MME": "VideoMME",
-        "MVBench": "MVBench",
-        "MMBench-Video": "MMBenchVideo",
-        "MLVU": "MLVU",
-        "LongVideoBench": "LongVideoBench",
     }
-    return next((name for start, name in classes.items() if task.startswith(start)), "ImageMCQDataset")
+    if task.startswith(_VIDEO_TASKS):
+        raise UserError(f"{task}: VLMEvalKit needs the frames of a video task, as {task}_64frame")
+    name = next((name for start, name in classes.items() if task.startswith(start)), "ImageMCQDataset")
+    return {"class": name, "dataset": task}

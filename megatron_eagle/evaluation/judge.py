@@ -20,7 +20,7 @@ _TRIES = 3
 
 
 class UnusableJudge(UserError):
-    """The judge does not say a number."""
+    """The judge cannot be reached, or does not say a number."""
 
 
 def make_judge(model: Answers) -> Callable[[str, list[str], str], float]:
@@ -28,7 +28,7 @@ def make_judge(model: Answers) -> Callable[[str, list[str], str], float]:
 
     The scores depend on the judge and on this prompt; benchmarks whose authors judge with a model of their
     own choice are comparable between runs of one judge, and only roughly with published numbers. Raises
-    `UnusableJudge` after three replies without a number.
+    `UnusableJudge` if it fails, and after three replies without a number.
     """
 
     def judge(question: str, accepted: list[str], answer: str) -> float:
@@ -36,7 +36,10 @@ def make_judge(model: Answers) -> Callable[[str, list[str], str], float]:
             return 0.0
         prompt = _PROMPT.format(question=question, accepted="; ".join(accepted), answer=answer)
         for _ in range(_TRIES):
-            reply = model.answer(Request(prompt), Sampling(max_new_tokens=8))
+            try:
+                reply = model.answer(Request(prompt), Sampling(max_new_tokens=8))
+            except UserError as error:  # would be the next question's failure too
+                raise UnusableJudge(f"the judge fails: {error}") from None
             if found := re.search(r"[1-5]", reply):
                 return (int(found[0]) - 1) / 4
         raise UnusableJudge(f"the judge does not answer with a number from 1 to 5, but {reply[:60]!r}")

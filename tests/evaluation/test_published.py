@@ -442,6 +442,39 @@ def test_what_is_wrong_is_said(tmp_path):
     assert "video_uid" in problems[0].reason and "twice" in problems[1].reason
 
 
+def test_a_missing_answer_costs_its_question_alone(tmp_path):
+    item = {"id": 0, "question": "?", "options": ["a", "b"], "answer_id": 1}
+    asked = [item | {"answer_id": None}, {k: v for k, v in item.items() if k != "answer_id"}, item]
+    asked = [entry | {"id": number} for number, entry in enumerate(asked)]
+    write(tmp_path, "mc_question_valid.json", {"v": {"mc_question": asked}})
+    questions, problems = read(tmp_path, "perception-test")
+    assert [q.id for q in questions] == ["v:2"] and questions[0].answer == "B"
+    assert [p.reason for p in problems] == ["there is no answer to compare with"] * 2
+    entry = {"question": "?", "imagename": "a.png", "capability": ["ocr"]}
+    write(tmp_path, "mm-vet.json", {"v1_0": entry, "v1_1": entry | {"answer": "x"}})
+    questions, problems = read(tmp_path, "mm-vet")
+    assert [q.id for q in questions] == ["v1_1"] and len(problems) == 1
+
+
+def test_of_several_splits_the_scored_one_is_read(tmp_path):
+    picture = {"bytes": PNG, "path": "1.png"}
+    row = {"question_id": 1, "question": "?", "answers": ["a"] * 10, "image": picture}
+    for number, split in enumerate(("test", "train", "validation")):
+        table = pa.Table.from_pylist([row | {"question_id": number}])
+        parquet.write_table(table, tmp_path / f"{split}-00000.parquet")
+    assert [q.id for q in read(tmp_path, "textvqa")[0]] == ["2"]
+
+
+def test_a_number_counts_the_options_also_where_these_are_numbers(tmp_path):
+    rows = [
+        {"question": f"How many {i}?", "options": ["3", "0", "1"], "answer": answer, "image": {"bytes": PNG}}
+        for i, answer in enumerate(("1", "0", "5"))
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    questions, problems = read(tmp_path, "ai2d")
+    assert [q.answer for q in questions] == ["B", "A"] and len(problems) == 1
+
+
 def test_names_cannot_leave_the_folder(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "secret.png").write_bytes(PNG)

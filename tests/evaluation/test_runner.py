@@ -15,6 +15,7 @@ from megatron_eagle.inference.generate import Sampling
 from tests.convert.hf_folder import write_hf_folder
 from tests.data.helpers import make_image, make_video, write_jsonl
 from tests.recipe.helpers import call_tool
+from tests.recipe.server import serving
 
 CHOICE = {"metric": "choice", "options": ["red", "blue"]}
 LINES = [
@@ -99,6 +100,29 @@ def test_files_without_questions(tmp_path):
         read_benchmark(path)
 
 
+def test_a_limited_run_goes_on_with_more(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    path = write_jsonl(tmp_path / "b.jsonl", LINES[:3])
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        return "B"
+
+    with serving(answer) as server:
+        served = ["run", "--endpoint", server.url, "--model", "m", "--benchmark", path, "--output", tmp_path]
+        for limit, score in ((1, "100.00"), (3, "33.33"), (2, "50.00")):
+            done = call_tool("evaluate", *served, "--limit", limit)
+            assert done.returncode == 0 and score in done.stdout.splitlines()[-1], done.stderr
+    assert len(asked) == 3
+    away = call_tool("evaluate", *served[:-1], tmp_path / "p")  # the server is gone
+    assert away.returncode == 2 and "no question was answered" in away.stderr
+    assert "cannot be reached" in away.stderr
+    served[5:7] = ["--published", "perception-test", "--data", tmp_path]
+    tiled = call_tool("evaluate", *served)
+    assert tiled.returncode == 2 and "frames are tiled" in tiled.stderr
+
+
 def test_an_export_is_evaluated(tmp_path):
     import_hf(write_hf_folder(tmp_path / "source"), tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "hf")
@@ -126,6 +150,11 @@ class _Says:
         return self.replies.pop(0)
 
 
+class _Away:
+    def answer(self, request, sampling):
+        raise UserError("away")
+
+
 def test_free_answers_are_judged(tmp_path):
     line = {"id": "j", "question": "Where?", "answer": ["sofa", "couch"], "metric": "judge"}
     questions, problems = read_benchmark(write_jsonl(tmp_path / "b.jsonl", [line]))
@@ -142,6 +171,9 @@ def test_free_answers_are_judged(tmp_path):
     with pytest.raises(UnusableJudge, match="but 'no idea'"):
         run(make_judge(_Says(*["no idea"] * 3)), "p")
     assert len((tmp_path / "p" / "answers.jsonl").read_text().splitlines()) == 1  # asked again next time
+    with pytest.raises(UnusableJudge, match="the judge fails: away"):  # it does not cost all questions
+        run(make_judge(_Away()), "p")
+    assert [score for _, score in run(make_judge(_Says("5")), "p")] == [1.0]
     assert make_judge(_Says())("Q", ["a"], " ") == 0  # nothing said: nothing asked
 
 
@@ -182,7 +214,9 @@ def test_other_kits_get_their_command(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["eagle"]["api_base"] == "http://127.0.0.1:8000/v1/chat/completions"
     assert config["data"]["MMStar"]["class"] == "ImageMCQDataset"
-    assert config["data"]["Video-MME_64frame"]["class"] == "VideoMME"
+    assert config["data"]["Video-MME_64frame"] == {}  # the kit knows it by this name
+    with pytest.raises(UserError, match="as MVBench_64frame"):
+        write_bridge("vlmevalkit", "http://127.0.0.1:8000", "m", ["MVBench"], tmp_path)
     assert "sk-" not in (tmp_path / "evaluate.sh").read_text()
     with pytest.raises(UserError, match="expected the URL"):
         write_bridge("lmms-eval", "somewhere", "eagle", ["x"], tmp_path)

@@ -4,7 +4,7 @@ import ast
 import re
 from typing import Any
 
-from megatron_eagle.evaluation.published.source import Source, columns, letters
+from megatron_eagle.evaluation.published.source import Source, columns, letter, letters
 from megatron_eagle.evaluation.published.videos import Records
 
 _INLINE = re.compile(r"(?:^|[\s(])([A-J])[.:)]\s+")
@@ -17,7 +17,7 @@ def docvqa(source: Source, table: str, row: dict[str, Any]) -> Records:
             "id": str(item["questionId"]),
             "question": item["question"],
             "metric": "anls",
-            "answer": item["answers"],
+            "answer": item.get("answers"),
             "images": [source.picture(item.get("image_local_name") or item["image"])],
         }
 
@@ -29,7 +29,7 @@ def textvqa(source: Source, table: str, row: dict[str, Any]) -> Records:
             "id": str(item["question_id"]),
             "question": item["question"],
             "metric": "vqa",
-            "answer": item["answers"],
+            "answer": item.get("answers"),
             "images": [source.picture(item.get("image") or f"{item['image_id']}.jpg")],
         }
 
@@ -70,11 +70,12 @@ def multiple_choice(source: Source, table: str, row: dict[str, Any]) -> Records:
     RealWorldQA, where a row without options is a short answer)."""
     pictures = row.get("images") or [row["image"]]
     options = columns(row) or list(row.get("options") or [])
-    question, answer = str(row["question"]), str(row["answer"])
+    question = str(row["question"])
+    answer = "" if row.get("answer") is None else str(row["answer"])
     if not options:
         question, options = inline_options(question)
-    if options and answer.isdigit() and answer not in options:
-        answer = chr(65 + int(answer))
+    if options and answer.isdigit():  # a number counts the options, also where these are numbers
+        answer = letter(answer)
     images = [source.picture(picture) for picture in pictures]
     yield {
         "id": str(row.get("index") or row.get("question_id") or f"{images[0]}:{question}"),
@@ -152,12 +153,12 @@ def mathvista(source: Source, table: str, row: dict[str, Any]) -> Records:
         unit = f" (Unit: {item['unit']})" if item.get("unit") else ""
         precision = int(float(item["precision"])) if item.get("precision") not in (None, "") else 0
         number = item["answer_type"] in ("integer", "float")
-        decoded = item.get("decoded_image")
+        decoded, answer = item.get("decoded_image"), item.get("answer")
         yield {
             "id": str(name),
             "question": item["question"] + unit,
             "metric": "choice" if multiple else "number" if number else "exact",
-            "answer": [float(item["answer"]), precision] if number and not multiple else item["answer"],
+            "answer": [float(answer), precision] if answer and number and not multiple else answer,
             "options": list(item["choices"]) if multiple else [],
             "images": [source.picture(decoded if decoded else item["image"])],
             "category": item["metadata"]["task"],
@@ -171,7 +172,7 @@ def mm_vet(source: Source, table: str, row: dict[str, Any]) -> Records:
             "id": name,
             "question": item["question"],
             "metric": "judge",
-            "answer": item["answer"],
+            "answer": item.get("answer"),
             "images": [source.picture(item["imagename"])],
             "category": ", ".join(sorted(item["capability"])),
         }

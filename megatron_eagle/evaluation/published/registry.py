@@ -57,7 +57,9 @@ class Published:
 
 
 _TABLE = ("*.tsv", "*.parquet", "*.jsonl", "*.json")
-_CG, _HALF = ("cgbench.json", "*.parquet"), ("*val*.json", "*.parquet")
+_CG = ("cgbench.json", "*.parquet")
+# Of tables of several splits the one that is scored: others have answers too, or none.
+_HALF = ("*val*.json", "*val*.parquet", "*.parquet")
 BENCHMARKS: dict[str, Published] = {
     "video-mme": Published(("*.parquet", "*.json"), videos.video_mme, 72.4, max_frames=512),
     "video-mme-subtitles": Published(
@@ -65,10 +67,13 @@ BENCHMARKS: dict[str, Published] = {
     ),
     "mvbench": Published(("json/*.json", "*.json"), videos.mvbench, 74.8, "categories"),
     "mlvu": Published(("json/*.json", "*.json"), videos.mlvu, 77.6, "categories"),
-    "longvideobench": Published(("lvb_val.json", "*.parquet"), videos.longvideobench, 66.4),
+    "longvideobench": Published(("lvb_val.json", "*val*.parquet", "*.parquet"), videos.longvideobench, 66.4),
     "egoschema": Published(("questions.json", "*.parquet"), videos.egoschema, 72.2),
     "perception-test": Published(
-        ("mc_question_valid.json", "*.parquet"), videos.perception_test, 82.0, frame_tiles=12
+        ("mc_question_valid.json", "*val*.parquet", "*.parquet"),
+        videos.perception_test,
+        82.0,
+        frame_tiles=12,
     ),
     "cg-bench-clue": Published(_CG, videos.cg_bench_clue, 55.8),
     "cg-bench-long": Published(_CG, videos.cg_bench_long, 46.6),
@@ -83,15 +88,15 @@ BENCHMARKS: dict[str, Published] = {
     "docvqa": Published(_HALF, pictures.docvqa, 94.1),
     "infovqa": Published(_HALF, pictures.docvqa, 80.4),
     "textvqa": Published(_HALF, pictures.textvqa, 83.7),
-    "chartqa": Published(("test_*.json", "*.parquet"), pictures.chartqa, 87.5, "categories"),
+    "chartqa": Published(("test_*.json", "test*.parquet", "*.parquet"), pictures.chartqa, 87.5, "categories"),
     "ocrbench": Published(("OCRBench.json", "*.parquet"), pictures.ocrbench, 869, scale=1000),
     "mmstar": Published(_TABLE, pictures.multiple_choice, 66.2),
     "realworldqa": Published(_TABLE, pictures.multiple_choice, 76.7),
     "ai2d": Published(_TABLE, pictures.multiple_choice, 84.5),
     "erqa": Published(_TABLE, pictures.multiple_choice, 38.3),
     "mmbench-1.1": Published(("*.tsv",), pictures.mmbench, 81.7, "groups"),
-    "mmmu": Published(("*.parquet",), pictures.mmmu, 55.8),
-    "mathvista": Published(("testmini.json", "*.parquet"), pictures.mathvista, 67.8),
+    "mmmu": Published(("*val*.parquet", "*.parquet"), pictures.mmmu, 55.8),
+    "mathvista": Published(("testmini.json", "testmini*.parquet", "*.parquet"), pictures.mathvista, 67.8),
     "mm-vet": Published(("mm-vet.json",), pictures.mm_vet, 62.9),
     "hallusionbench": Published(("HallusionBench.json",), pictures.hallusionbench, 54.7, "hallusion"),
 }

@@ -145,6 +145,11 @@ def letters(options: Sequence[Any]) -> list[str]:
     return [mark[1] for mark in marked] if all(marked) else texts
 
 
+def letter(index: Any) -> str | None:
+    """0 -> A; None where a table has no answer."""
+    return None if index in (None, "") else chr(65 + int(index))
+
+
 def columns(row: dict[str, Any], names: str = "ABCDEFGHIJ") -> list[str]:
     """Options that are columns A, B, ... of a row."""
     return [str(row[name]) for name in names if row.get(name) not in (None, "", "nan")]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_eagle.evaluation.published.source import Source, columns, letters
+from megatron_eagle.evaluation.published.source import Source, columns, letter, letters
 
 Records = Iterator[dict[str, Any]]
 # Words that begin the names of HD-EPIC's tables -> the category whose mean counts.
@@ -34,7 +34,7 @@ def video_mme(source: Source, table: str, row: dict[str, Any]) -> Records:
             source.video(item["videoID"]),
             item["options"],
             id=item["question_id"],
-            answer=item["answer"],
+            answer=item.get("answer"),
             category=item["duration"],
         )
 
@@ -82,7 +82,7 @@ def longvideobench(source: Source, table: str, row: dict[str, Any]) -> Records:
         source.video(row["video_path"]),
         row["candidates"],
         id=row["id"],
-        answer=chr(65 + int(row["correct_choice"])),
+        answer=letter(row.get("correct_choice")),
         category=str(row.get("duration_group", "all")),
     )
 
@@ -94,9 +94,7 @@ def egoschema(source: Source, table: str, row: dict[str, Any]) -> Records:
     answer = row.get("answer")
     if answer is None:
         answer = source.object("subset_answers.json").get(name)
-    if answer is None or answer == "":
-        raise ValueError("there is no answer to compare with")
-    yield choice(source, row, source.video(name), options, id=name, answer=chr(65 + int(answer)))
+    yield choice(source, row, source.video(name), options, id=name, answer=letter(answer))
 
 
 def perception_test(source: Source, table: str, row: dict[str, Any]) -> Records:
@@ -112,7 +110,7 @@ def perception_test(source: Source, table: str, row: dict[str, Any]) -> Records:
             source.video(name),
             item["options"],
             id=f"{name}:{number}",
-            answer=chr(65 + int(item["answer_id"])),
+            answer=letter(item.get("answer_id")),
             category=item.get("area", "all"),
         )
 
@@ -158,7 +156,7 @@ def hourvideo(source: Source, table: str, row: dict[str, Any]) -> Records:
                 source.video(name),
                 options,
                 id=item["qid"],
-                answer=item["correct_answer_label"],
+                answer=item.get("correct_answer_label"),
                 category=item["task"],
             )
 
@@ -192,7 +190,7 @@ def hd_epic(source: Source, table: str, row: dict[str, Any]) -> Records:
             videos,
             item["choices"],
             id=name,
-            answer=chr(65 + int(item["correct_idx"])),
+            answer=letter(item.get("correct_idx")),
             category=category,
         )
 
