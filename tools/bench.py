@@ -20,6 +20,7 @@ BENCHMARKS = (
     "linear_ce",
     "loader",
     "packing",
+    "prefill",
     "preprocess",
     "selection",
     "store",

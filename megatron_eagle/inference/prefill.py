@@ -1,4 +1,4 @@
-"""The prompt's pass in pieces: memory of one piece, however long the prompt.
+"""The prompt's pass in pieces: activations of one piece, however long the prompt.
 
 transformers 5 has `prefill_chunk_size`, but it splits token ids: a prompt given as embeddings, as pictures
 are, goes through in one piece there.
