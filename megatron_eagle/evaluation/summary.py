@@ -21,13 +21,9 @@ def overall(published: Published, scored: Scored) -> float:
     elif published.score == "groups":
         mean = _whole(scored, "question")
     elif published.score == "hallusion":
-        mean = _mean(
-            [
-                mean,
-                _whole([(q, s) for q, s in scored if q.request.images], "figure"),
-                _whole(scored, "question"),
-            ]
-        )
+        figures = [(q, s) for q, s in scored if q.request.images]
+        parts = [mean, _whole(scored, "question")]
+        mean = _mean([*parts, _whole(figures, "figure")] if figures else parts)
     return published.scale * mean
 
 

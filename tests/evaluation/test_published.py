@@ -456,6 +456,15 @@ def test_a_missing_answer_costs_its_question_alone(tmp_path):
     assert [q.id for q in questions] == ["v1_1"] and len(problems) == 1
 
 
+def test_hallusionbench_without_figures(tmp_path):
+    row = {"category": "VS", "subcategory": "s", "set_id": 0, "figure_id": 0, "question_id": 1}
+    row |= {"visual_input": "0", "gt_answer": "1", "question": "?", "filename": None}
+    write(tmp_path, "HallusionBench.json", [row, row | {"question_id": 2}])
+    questions, _ = read(tmp_path, "hallusionbench")  # as a --limit may leave them
+    scored = list(zip(questions, (1.0, 0.0), strict=True))
+    assert overall(BENCHMARKS["hallusionbench"], scored) == 50
+
+
 def test_of_several_splits_the_scored_one_is_read(tmp_path):
     picture = {"bytes": PNG, "path": "1.png"}
     row = {"question_id": 1, "question": "?", "answers": ["a"] * 10, "image": picture}

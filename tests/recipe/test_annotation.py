@@ -131,6 +131,23 @@ def test_story_from_chapters_to_training_lines(server, media, tmp_path):
     assert "0 answers paid" in again.stdout
 
 
+@pytest.mark.parametrize("says", ["Sure, here it is!", '{"caption": "  ", "qa": []}'])
+def test_an_endpoint_that_never_answers_well_is_given_up(says, server, media, tmp_path):
+    server.answer = lambda request: says
+    story = _annotate("story", server, tmp_path / "story.jsonl", "--videos", media, "--max-frames", 2)
+    write_jsonl(tmp_path / "kept.jsonl", [{"video": str(media / "aa.mp4"), "start": 0, "end": 10}])
+    clips = _annotate("clips", server, tmp_path / "clips.jsonl", "--clips", tmp_path / "kept.jsonl")
+    for done, name, lost in ((story, "story", 3), (clips, "clips", 1)):
+        assert done.returncode == 0 and "0 samples" in done.stdout, done.stderr
+        assert (tmp_path / f"{name}.jsonl").read_text() == ""
+        entries = [json.loads(line) for line in (tmp_path / f"{name}.dropped.jsonl").open()]
+        assert sum(entry["kind"] == "no valid answer" for entry in entries) == lost
+    asked = len(server.requests)
+    assert asked < 20
+    _annotate("story", server, tmp_path / "story.jsonl", "--videos", media, "--max-frames", 2)
+    assert len(server.requests) == asked  # nor asked again by the next run
+
+
 def test_stopped_run_pays_for_the_rest_alone(server, media, tmp_path):
     write_jsonl(tmp_path / "kept.jsonl", [{"video": str(media / "aa.mp4"), "start": 0, "end": 10}])
     output = tmp_path / "clips.jsonl"
