@@ -55,6 +55,8 @@ class ClipQuestions:
         except Problem as problem:
             self._notes.add(problem.kind, f"{where}: {problem.detail}")
             return []
+        if not questions.value["qa"]:
+            self._notes.add("no questions", where)
         lines = []
         for item in questions.value["qa"][: self._settings.questions]:
             if item["type"] not in self._types:
