@@ -1,8 +1,8 @@
 """Memory of a long prompt's pass, read at once and in pieces (`megatron_eagle.inference.prefill`).
 
-A small model in fp32 with the tower's and the language model's ratios of widths, 448-pixel tiles of 256
-tokens; the peak is what the pass holds beyond weights and pixels, the cache that it returns included. PyTorch's
-attention takes a piece that follows others with a mask of piece x prompt, which long pieces pay for.
+A small model in fp32, 448-pixel tiles of 256 tokens; the peak is what the pass holds beyond weights and
+pixels, the cache that it returns included. PyTorch's attention takes a piece that follows others with a mask
+of piece x prompt, which long pieces pay for; beside wider layers, as real ones are, it weighs less.
 """
 
 import torch
