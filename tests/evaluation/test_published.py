@@ -465,6 +465,18 @@ def test_hallusionbench_without_figures(tmp_path):
     assert overall(BENCHMARKS["hallusionbench"], scored) == 50
 
 
+def test_pictures_are_written_anew_and_names_do_not_depend_on_their_place(tmp_path):
+    row = {"question": "?", "answer": "2", "type": "human", "image": {"bytes": PNG}}
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "test.parquet")
+    places = [Source(tmp_path, tmp_path / name) for name in ("a", "b")]
+    (first,), (second,) = (BENCHMARKS["chartqa"].questions(place)[0] for place in places)
+    assert first.id == second.id and first.request.images != second.request.images
+    Path(first.request.images[0]).unlink()
+    BENCHMARKS["chartqa"].questions(places[0])
+    assert Path(first.request.images[0]).read_bytes() == PNG
+    assert [path.suffix for path in (tmp_path / "a").iterdir()] == [".png"]
+
+
 def test_of_several_splits_the_scored_one_is_read(tmp_path):
     picture = {"bytes": PNG, "path": "1.png"}
     row = {"question_id": 1, "question": "?", "answers": ["a"] * 10, "image": picture}

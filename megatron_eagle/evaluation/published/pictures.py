@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 from typing import Any
 
 from megatron_eagle.evaluation.published.source import Source, columns, letter, letters
@@ -41,7 +42,7 @@ def chartqa(source: Source, table: str, row: dict[str, Any]) -> Records:
     picture = source.picture(row.get("imgname") or row["image"])
     answer = answer[0] if isinstance(answer, list) else answer
     yield {
-        "id": f"{category}:{row.get('imgname') or picture}:{question}",
+        "id": f"{category}:{row.get('imgname') or Path(picture).name}:{question}",
         "question": question,
         "metric": "relaxed",
         "answer": answer,
@@ -56,7 +57,7 @@ def ocrbench(source: Source, table: str, row: dict[str, Any]) -> Records:
     kind = row.get("type") or row["question_type"]
     picture = source.picture(row.get("image_path") or row["image"])
     yield {
-        "id": f"{kind}:{picture}:{row['question']}",
+        "id": f"{kind}:{row.get('image_path') or Path(picture).name}:{row['question']}",
         "question": row["question"],
         "metric": "formula" if "Math" in kind else "contains",
         "answer": answers if isinstance(answers, list) else [answers],
@@ -78,7 +79,7 @@ def multiple_choice(source: Source, table: str, row: dict[str, Any]) -> Records:
         answer = letter(answer)
     images = [source.picture(picture) for picture in pictures]
     yield {
-        "id": str(row.get("index") or row.get("question_id") or f"{images[0]}:{question}"),
+        "id": str(row.get("index") or row.get("question_id") or f"{Path(images[0]).name}:{question}"),
         "question": question,
         "metric": "choice" if options else "exact",
         "answer": answer,

@@ -94,7 +94,9 @@ class Source:
         path = self._pictures / f"{hashlib.sha256(value).hexdigest()[:24]}{ending}"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(value)
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")  # whole, or not there
+            part.write_bytes(value)
+            part.replace(path)
         return str(path)
 
     def video(self, name: str, start: float | None = None, end: float | None = None) -> dict[str, Any]:
