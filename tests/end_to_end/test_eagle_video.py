@@ -84,5 +84,7 @@ def test_real_clips_with_processes_of_their_own(tmp_path):
     command = [sys.executable, str(RUN), "--videos", str(MEDIA / "video"), "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert len(SampleStore(tmp_path / "data")) > 50
+    assert len(SampleStore(tmp_path / "data")) > 30
+    for name in ("kept", "refused"):
+        assert (tmp_path / "selection" / f"{name}.jsonl").stat().st_size
     assert "undecodable frame" in (tmp_path / "story.dropped.jsonl").read_text()
