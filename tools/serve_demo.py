@@ -64,10 +64,10 @@ def main() -> None:
         name = f"{model.model} at {options.endpoint}"
     sampling = Sampling(options.fps, options.max_frames, options.max_tiles, options.max_new_tokens)
     limits = Limits(
-        options.max_megabytes,
-        options.max_megapixels * 10**6,
-        options.max_pages,
-        options.max_minutes * 60,
+        megabytes=options.max_megabytes,
+        pixels=options.max_megapixels * 10**6,
+        pages=options.max_pages,
+        seconds=options.max_minutes * 60,
     )
     demo = Demo(model, Viewer(processor, sampling, limits), {"model": name, "token_limit": limit})
     local = options.host in LOCAL

@@ -27,7 +27,8 @@ class Limits:
     """What an upload may be."""
 
     megabytes: int = 200
-    pixels: int = 50_000_000  # of a picture or a frame
+    pixels: int = 50_000_000  # of a picture
+    frame_pixels: int = 9_000_000  # all frames that a video is sampled at are in memory at once
     pages: int = 64
     seconds: int = 3600
 
@@ -76,7 +77,7 @@ class Viewer:
 
     def _image(self, path: str) -> Shown:
         with Image.open(path) as opened:  # reads no pixels yet
-            self._check_pixels("the picture", *opened.size)
+            _check_pixels("the picture", *opened.size, self.limits.pixels)
         image = load_image(path)
         size = f"{image.width} x {image.height} pixels"
         if self.processor is None:
@@ -96,7 +97,7 @@ class Viewer:
             if not container.streams.video:
                 raise UserError("the video has no picture in it")
             codec = container.streams.video[0].codec_context
-            self._check_pixels("a frame", codec.width, codec.height)
+            _check_pixels("a frame", codec.width, codec.height, self.limits.frame_pixels)
             seconds = (container.duration or 0) / av.time_base
         if seconds > self.limits.seconds:
             raise UserError(
@@ -136,11 +137,10 @@ class Viewer:
         limits = {"max_tiles": self._max_tiles, "min_tiles": images.min_dynamic_tiles}
         return select_grid(image.width, image.height, images.size["height"], tiling=images.tiling, **limits)
 
-    def _check_pixels(self, what: str, width: int, height: int) -> None:
-        if width * height > self.limits.pixels:
-            raise UserError(
-                f"{what} has {width} x {height} pixels, limit {self.limits.pixels / 1e6:g} megapixels"
-            )
+
+def _check_pixels(what: str, width: int, height: int, limit: int) -> None:
+    if width * height > limit:
+        raise UserError(f"{what} has {width} x {height} pixels, limit {limit / 1e6:g} megapixels")
 
 
 def request_of(prompt: str, media: list[tuple[str, str]], turns: tuple[tuple[str, str], ...]) -> Request:

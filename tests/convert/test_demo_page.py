@@ -20,13 +20,15 @@ import uvicorn
 from megatron_eagle.inference.demo import Demo, make_app
 from megatron_eagle.inference.demo_media import Limits, Viewer
 from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
+from megatron_eagle.inference.server_client import ServedModel
 from tests.convert.hf_folder import TOKENS_PER_TILE
 from tests.convert.media import write_picture, write_video
-from tests.data.helpers import make_pdf
+from tests.convert.test_serving import protocol_server
+from tests.data.helpers import make_pdf, make_video
 from tests.paths import REPO
 
 TOOL = REPO / "tools" / "serve_demo.py"
-LIMITS = Limits(megabytes=1, pixels=500_000, pages=4, seconds=15)
+LIMITS = Limits(megabytes=1, pixels=500_000, frame_pixels=96 * 64, pages=4, seconds=15)
 
 
 class SlowModel:
@@ -162,6 +164,7 @@ def test_what_is_over_a_limit_or_no_media_is_one_line(live, tmp_path):
         (make_pdf(tmp_path / "long.pdf", 5), "the file has 5 pages, the limit is 4"),
         (write_picture(tmp_path / "wide.jpg", 1000, 501), "1000 x 501 pixels, limit 0.5 megapixels"),
         (write_video(tmp_path / "long.mp4", 25, 1), "the video takes 0.4 minutes, limit 0.25"),
+        (make_video(tmp_path / "wide.mp4"), "pixels, limit 0.006144 megapixels"),
         (written("cut.mp4", Path(write_video(tmp_path / "v.mp4")).read_bytes()[:400]), "cannot be read"),
     ]:
         status, reply = live.upload(path)
@@ -221,6 +224,14 @@ def test_without_a_processor_the_frames_are_shown_and_no_tokens(model, media):
     shown = [viewer.look(Path(path)) for path in media]
     assert [len(entry.pieces) for entry in shown] == [1, 4, 2]
     assert [entry.visual_tokens for entry in shown] == [None] * 3
+
+
+def test_an_endpoint_answers_in_place_of_a_model(media):
+    with protocol_server() as (url, requests), Live(ServedModel(url), None) as running:
+        ids = [running.upload(path)[1]["id"] for path in media]
+        events = running.answer("What?", *ids)
+    assert "".join(event.get("text", "") for event in events) == "9 pictures, What?"  # 1 + 6 frames + 2 pages
+    assert events[-1] == {"done": True} and requests[-1]["stream"]
 
 
 def test_the_tool_warns_serves_and_leaves_nothing(exported, tmp_path):

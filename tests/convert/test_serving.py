@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import threading
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
@@ -162,13 +163,20 @@ class Server(http.server.BaseHTTPRequestHandler):
         self._send(200, b"".join(f"data: {event}\n\n".encode() for event in events))
 
 
-@pytest.fixture(scope="module")
-def server():
+@contextmanager
+def protocol_server():
+    """URL of a running `Server`, and the requests that it got."""
     handler = type("Recorded", (Server,), {"requests": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}", handler.requests
         running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with protocol_server() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
