@@ -16,6 +16,7 @@ setup(
     # for Hugging Face's `kernels` library.
     package_dir={"eagle_kernels": "kernels/eagle_kernels"},
     package_data={
+        "megatron_eagle.inference": ["*.html"],
         "megatron_eagle.recipe": ["*.yaml"],
         "megatron_eagle.recipe.prompts": ["*.txt"],
     },
@@ -41,6 +42,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],  # Apex: see the Dockerfile
         "demo": ["scikit-image==0.26.0", "matplotlib"],
         "serve": ["fastapi", "uvicorn", "python-multipart"],  # the demo page
+        "monitor": ["wandb", "nvidia-resiliency-ext==0.4.1"],  # metrics elsewhere, straggler detection
         "recipe": ["faiss-cpu", "ray==2.60.0"],  # selection and preprocessing on many machines
         "dev": [
             "pytest",
