@@ -68,3 +68,11 @@ class Sample:
     file: str = ""
     line: int = 0
     overrides: Mapping[str, float] = field(default_factory=dict)
+
+
+def clock_seconds(text: str) -> float:
+    """ "1:02:03.5" -> 3723.5; also plain seconds."""
+    total = 0.0
+    for part in text.split(":"):
+        total = 60 * total + float(part)
+    return total

@@ -4,6 +4,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from megatron_eagle.data.sample import clock_seconds
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _CLOCK = r"\d+(?::\d{1,2}){0,2}(?:\.\d+)?"
 _INTERVAL = re.compile(
@@ -149,7 +151,7 @@ def recall_at(ious: Sequence[float], threshold: float) -> float:
 
 
 def _ordered(match: re.Match) -> tuple[float, float] | None:
-    start, end = (_seconds(part) for part in match.groups())
+    start, end = (clock_seconds(part) for part in match.groups())
     return (start, end) if start < end else None
 
 
@@ -186,10 +188,3 @@ def _plain(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).lower()
     words = re.sub(r"[^\w\s.%-]|\.(?!\d)", " ", text).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
-
-
-def _seconds(clock: str) -> float:
-    total = 0.0
-    for part in clock.split(":"):
-        total = 60 * total + float(part)
-    return total

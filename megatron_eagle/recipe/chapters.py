@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.data.sample import clock_seconds
 from megatron_eagle.errors import UserError
 from megatron_eagle.recipe.records import Notes
 
@@ -107,13 +108,5 @@ def _chapters(entry: Any) -> list[Chapter]:
         return [Chapter(str(title), float(start), float(end)) for (start, end), title in pairs]
     chapters = entry["chapters"]
     if isinstance(chapters, dict):
-        return [Chapter(str(title), _seconds(time), None) for time, title in chapters.items()]
+        return [Chapter(str(title), clock_seconds(str(time)), None) for time, title in chapters.items()]
     return [Chapter(str(c["label"]), float(c["time"]), None) for c in chapters]
-
-
-def _seconds(text: str) -> float:
-    """ "1:02:03" -> 3723.0; also plain seconds."""
-    total = 0.0
-    for part in str(text).split(":"):
-        total = 60 * total + float(part)
-    return total

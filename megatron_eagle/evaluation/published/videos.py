@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_eagle.data.sample import clock_seconds
 from megatron_eagle.evaluation.published.source import Source, columns, letter, letters
 
 Records = Iterator[dict[str, Any]]
@@ -246,10 +247,5 @@ def openeqa(source: Source, table: str, row: dict[str, Any]) -> Records:
 
 
 def _clock(text: str | None) -> float | None:
-    """Seconds of a clock time such as 00:01:02.5."""
-    if text is None:
-        return None
-    seconds = 0.0
-    for part in str(text).split(":"):
-        seconds = 60 * seconds + float(part)
-    return seconds
+    """Seconds of a clock time; None for none."""
+    return None if text is None else clock_seconds(str(text))
