@@ -94,10 +94,7 @@ def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
     for number, line in enumerate(lines, 1):
         try:
             record = _placed(json.loads(line), path.resolve().parent)
-            question = question_from(record, f"{path}, line {number}", number)
-            if question.id in questions:
-                raise ValueError(f"the id {question.id!r} appears twice")
-            questions[question.id] = question
+            add_question(questions, record, f"{path}, line {number}", number)
         except (ValueError, UserError) as error:
             problems.append(LedgerEntry(str(path), number, str(error), "bad question"))
     if not questions:
@@ -105,6 +102,15 @@ def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
             f"{path}: holds no question; the first problem: {problems[0].reason if problems else 'no lines'}"
         )
     return list(questions.values()), problems
+
+
+def add_question(found: dict[str, Question], record: Any, where: str, number: int) -> None:
+    """Put the question of a record under its id. Raises as `question_from`, and ValueError for an id that is
+    there already."""
+    question = question_from(record, where, number)
+    if question.id in found:
+        raise ValueError(f"the id {question.id!r} appears twice")
+    found[question.id] = question
 
 
 def question_from(record: Any, where: str, number: int) -> Question:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_eagle.data.ledger import LedgerEntry
-from megatron_eagle.evaluation.benchmarks import Question, question_from
+from megatron_eagle.evaluation.benchmarks import Question, add_question
 from megatron_eagle.evaluation.published import pictures, videos
 from megatron_eagle.evaluation.published.source import Source
 
@@ -47,10 +47,7 @@ class Published:
                 try:
                     if self.frame_tiles:
                         record |= {"frame_tiles": self.frame_tiles}
-                    question = question_from(record, f"{table}, row {number}", number)
-                    if question.id in found:
-                        raise ValueError(f"the id {question.id!r} appears twice")
-                    found[question.id] = question
+                    add_question(found, record, f"{table}, row {number}", number)
                 except ValueError as error:
                     problems.append(LedgerEntry(table, number, str(error), "bad question"))
         return list(found.values()), problems
