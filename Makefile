@@ -1,4 +1,5 @@
 # make demo | test | test-all | parity | lint.  TORCH_INDEX=URL names a package index with CPU builds of torch.
+# `make test-all` makes the targets of ALL that have not passed at this commit yet: it can be stopped and gone on with.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,19 +7,31 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.complete
 # Where exports are tried with the oldest transformers that they are made for.
 OLD := .venv-transformers-4.51
+ALL := test test-slow test-old-transformers test-soak
+STAMPED = $(BIN)/python -m tests.stamps run $@
+PYTEST = $(BIN)/python -m pytest
 export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all parity lint format env clean
+.PHONY: demo test test-all test-slow test-old-transformers test-soak parity lint format env clean
 
 demo: env
 	$(BIN)/python examples/demo/run.py
 
 test: env lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(STAMPED) $(PYTEST) -m "not slow and not gpu"
 
-test-all: env lint $(OLD)/.complete
-	$(BIN)/python -m pytest -m "not gpu"
+test-all: env
+	$(BIN)/python -m tests.stamps all $(ALL)
+
+test-slow: env
+	$(STAMPED) $(PYTEST) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py
+
+test-old-transformers: env $(OLD)/.complete
+	$(STAMPED) $(PYTEST) tests/convert/test_old_transformers.py
+
+test-soak: env
+	$(STAMPED) $(PYTEST) -m "soak and not gpu"
 
 parity: env
 	$(BIN)/python -W ignore -m tests.parallel.parity_table

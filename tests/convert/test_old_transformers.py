@@ -1,4 +1,4 @@
-"""Exports work with transformers 4.51 as with the newest: `make test-all` makes an environment for it."""
+"""Exports work with transformers 4.51 as with the newest; `make test-old-transformers` makes its venv."""
 
 import os
 import subprocess

@@ -18,7 +18,7 @@ DESCRIPTIONS = {
     ".gitignore": "what git leaves out",
     "Dockerfile": "GPU image; its first lines say what has been built and run",
     "LICENSE": "Apache-2.0",
-    "Makefile": "make demo, test, test-all, parity, lint, format, env, clean",
+    "Makefile": "make demo, test, test-all and its parts, parity, lint, format, env, clean",
     "README.md": "this file",
     "constraints-cpu.txt": "every package of the CPU environment, pinned",
     "pyproject.toml": "settings of ruff and pytest",

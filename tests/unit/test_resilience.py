@@ -238,6 +238,7 @@ def train_soaking(config: str, overrides: list[str], suffered: list[dict], marks
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_soak(run, tmp_path):
     """500 steps with kills, also in the middle of saves, stalls, a full and a slow disk at random places: bit
     for bit, memory flat. Media fail in both runs."""
