@@ -31,6 +31,7 @@ DESCRIPTIONS = {
     "megatron_eagle/recipe/prompts/leak_judge.v1.txt": "asks whether such a phrase gives the answer away",
     "megatron_eagle/recipe/prompts/story_caption.v1.txt": "asks for the description of a chapter",
     "megatron_eagle/recipe/prompts/story_questions.v1.txt": "asks for questions on a video from descriptions",
+    "tests/compatibility/0.1.0.tar.xz": "store, run file, checkpoint, logs and export of version 0.1.0, tiny",
     "examples/slurm/README.md": "how to use the scripts, and what of them has been run",
     "examples/slurm/convert.sbatch": "Hugging Face import and export as a job",
     "examples/slurm/preprocess.sbatch": "preprocessing on several nodes, with Ray",
