@@ -22,7 +22,7 @@ from train_tokenizer import train_tokenizer
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError, run_cli
-from megatron_eagle.training.metrics import METRICS_FILE, plot_loss_curve, read_metrics
+from megatron_eagle.training.metrics import METRICS_FILE, plot_loss_curve, read_steps
 
 DEMO = Path(__file__).resolve().parent
 REPO = DEMO.parent.parent
@@ -113,7 +113,7 @@ def compare_resumption() -> None:
 
 def read_losses(checkpoint: Path) -> dict[int, float]:
     """Iteration -> loss of the global batch."""
-    return {step.iteration: step.loss for step in read_metrics(checkpoint / "logs" / METRICS_FILE)}
+    return {step.iteration: step.loss for step in read_steps(checkpoint / "logs" / METRICS_FILE)}
 
 
 def examine(kept: list[Conversation]) -> tuple[int, int]:

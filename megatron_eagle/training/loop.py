@@ -34,6 +34,7 @@ from megatron_eagle.training.evaluation import HeldOut, evaluate
 from megatron_eagle.training.failed_media import describe, host_group, next_batch
 from megatron_eagle.training.faults import Faults
 from megatron_eagle.training.heartbeat import Heartbeat
+from megatron_eagle.training.metrics import EvaluationMetrics
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
 from megatron_eagle.training.profiler import StepProfiler
@@ -191,15 +192,6 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
             job.stragglers.report(state.iteration, log)
             saver.poll()
             at_end = state.iteration == last
-            evaluated = None
-            if held_out is not None and (at_end or state.iteration % config.evaluation.interval == 0):
-                heart.phase(state.iteration, "evaluation")
-                evaluated = evaluate(
-                    held_out.batches(partial(_next_batch, job, log, state.iteration, [])),
-                    job.mesh,
-                    job.device.torch_device,
-                    partial(_schedule, job, forward_only=True),
-                )
             if step.grad_norm is not None:
                 log.step(
                     measure(
@@ -213,9 +205,17 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
                         tokens=tokens,
                         seconds=seconds,
                         data_seconds=step.data_seconds,
-                        evaluation_loss=evaluated,
                     )
                 )
+            if held_out is not None and (at_end or state.iteration % config.evaluation.interval == 0):
+                heart.phase(state.iteration, "evaluation")
+                loss = evaluate(
+                    held_out.batches(partial(_next_batch, job, log, state.iteration, [])),
+                    job.mesh,
+                    job.device.torch_device,
+                    partial(_schedule, job, forward_only=True),
+                )
+                log.evaluation(EvaluationMetrics(state.iteration, loss))
             if at_end or step.told_to_stop or (interval and state.iteration % interval == 0):
                 heart.phase(state.iteration, "save")
                 _save(job, log, saver, must_succeed=at_end or step.told_to_stop)

@@ -1,4 +1,4 @@
-"""What a step leaves behind: one list of names for metrics.jsonl, TensorBoard, W&B and the report."""
+"""What steps and evaluations leave behind: one list of names for all logs, curves and the report."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ EVENTS_FILE = "events.jsonl"
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl. Its names are those of the curves everywhere.
+    """A step's line of metrics.jsonl. Its names are those of the curves everywhere.
 
     Counts and shares are of the global batch without its padding; memory and `data_seconds` are those of the
     rank that has most.
@@ -26,7 +26,7 @@ class StepMetrics:
     seconds: float  # wall clock, data included
     tflops: float  # model TFLOP/s of one process (training/flops.py), padding and recomputation left out
     mfu: float | None = None  # tflops / logging.peak_tflops
-    evaluation_loss: float | None = None  # on the held-out packs after this iteration, where it was due
+    evaluation_loss: float | None = None  # only in files of before `EvaluationMetrics`
     data_seconds: float = 0.0  # of `seconds`: the wait for the batch
     mfu_vision: float | None = None  # of mfu: tower and connector
     mfu_language: float | None = None
@@ -36,7 +36,7 @@ class StepMetrics:
     frames_wanted: int | None = None  # that it would have kept without a token limit
     tiles: int | None = None  # of pictures and pages, as frames
     tiles_wanted: int | None = None
-    device_memory_gib: float | None = None  # peak of the step that torch allocated; none on a CPU
+    device_memory_gib: float | None = None  # peak that torch allocated since the step before; none on a CPU
     host_memory_gib: float | None = None  # resident set of the process
     # Share of the samples, and of the tokens, that are in samples up to so many tokens (and above the bucket
     # before).
@@ -50,27 +50,52 @@ class StepMetrics:
 
     def scalars(self) -> dict[str, float]:
         """What has a value, by name; NAME/BUCKET for the shares by length."""
-        found = {"tokens_per_second": self.tokens_per_second}
-        for name, value in asdict(self).items():
-            if isinstance(value, dict):
-                found |= {f"{name}/{bucket}": share for bucket, share in value.items()}
-            elif value is not None and name != "iteration":
-                found[name] = value
-        return found
+        return {"tokens_per_second": self.tokens_per_second} | _scalars(self)
 
 
-def read_metrics(file: str | Path) -> list[StepMetrics]:
-    """All lines of a metrics.jsonl (none if it does not exist); a half-written last line is left out."""
+@dataclass(frozen=True)
+class EvaluationMetrics:
+    """An evaluation's line of metrics.jsonl. It has one of its own, as it may follow a skipped step."""
+
+    iteration: int  # after which the held-out packs were asked
+    evaluation_loss: float | None  # of all of them together; None: no token of theirs has weight
+
+    def scalars(self) -> dict[str, float]:
+        """As those of a step."""
+        return _scalars(self)
+
+
+def _scalars(record: StepMetrics | EvaluationMetrics) -> dict[str, float]:
+    found = {}
+    for name, value in asdict(record).items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{bucket}": share for bucket, share in value.items()}
+        elif value is not None and name != "iteration":
+            found[name] = value
+    return found
+
+
+def read_metrics(file: str | Path) -> list[StepMetrics | EvaluationMetrics]:
+    """The steps and evaluations of a metrics.jsonl, in its order (none if it does not exist).
+
+    A half-written last line is left out.
+    """
     file = Path(file)
     if not file.exists():
         return []
-    steps = []
+    found = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            steps.append(StepMetrics(**json.loads(line)))
+            record = json.loads(line)
+            found.append((StepMetrics if "loss" in record else EvaluationMetrics)(**record))
         except (ValueError, TypeError):
             continue  # the process was killed while it wrote this line
-    return steps
+    return found
+
+
+def read_steps(file: str | Path) -> list[StepMetrics]:
+    """The steps of a metrics.jsonl; skipped ones have no line."""
+    return [record for record in read_metrics(file) if isinstance(record, StepMetrics)]
 
 
 def read_events(file: str | Path) -> list[dict]:
@@ -91,7 +116,7 @@ def read_events(file: str | Path) -> list[dict]:
 
 def plot_loss_curve(metrics_jsonl: str | Path, png: str | Path) -> None:
     """Draw loss and learning rate over the iterations. Raises `UserError` if there is nothing to draw."""
-    steps = read_metrics(metrics_jsonl)
+    steps = read_steps(metrics_jsonl)
     if not steps:
         raise UserError(f"{metrics_jsonl}: no finished training step to draw")
     import matplotlib

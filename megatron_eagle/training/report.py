@@ -7,7 +7,14 @@ from pathlib import Path
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.charts import Points, line_chart, share_chart
-from megatron_eagle.training.metrics import EVENTS_FILE, METRICS_FILE, StepMetrics, read_events, read_metrics
+from megatron_eagle.training.metrics import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    EvaluationMetrics,
+    StepMetrics,
+    read_events,
+    read_metrics,
+)
 
 _EVENTS = 200  # the latest are listed
 _STYLE = """
@@ -37,12 +44,12 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     """
     run = Path(run)
     logs = next((folder for folder in (run / "logs", run) if (folder / METRICS_FILE).is_file()), None)
-    steps = [] if logs is None else read_metrics(logs / METRICS_FILE)
-    if not steps:
+    metrics = [] if logs is None else read_metrics(logs / METRICS_FILE)
+    if not any(isinstance(record, StepMetrics) for record in metrics):
         raise UserError(
             f"{run}: no finished step to report; expected a run's folder with logs/{METRICS_FILE}"
         )
-    page = render(run.resolve().name, steps, read_events(logs / EVENTS_FILE), _settings(run))
+    page = render(run.resolve().name, metrics, read_events(logs / EVENTS_FILE), _settings(run))
     output = logs / "report.html" if output is None else Path(output)
     try:
         output.write_text(page, encoding="utf-8")
@@ -51,15 +58,22 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     return output
 
 
-def render(name: str, steps: Sequence[StepMetrics], events: Sequence[dict], settings: str | None) -> str:
+def render(
+    name: str,
+    metrics: Sequence[StepMetrics | EvaluationMetrics],
+    events: Sequence[dict],
+    settings: str | None,
+) -> str:
     """The page. Everything that came from a user is escaped."""
+    steps = [record for record in metrics if isinstance(record, StepMetrics)]
+    evaluated = _points(metrics, "evaluation_loss")
     title = html.escape(f"Training run {name}")
     facts = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(key)}</span></div>"
-        for key, value in _facts(steps).items()
+        for key, value in _facts(steps, evaluated).items()
     )
     sections = {
-        "Learning": _learning(steps, events),
+        "Learning": _learning(steps, evaluated, events),
         "Speed": _speed(steps),
         "Data": _data(steps),
         "Memory": _memory(steps),
@@ -78,14 +92,13 @@ def render(name: str, steps: Sequence[StepMetrics], events: Sequence[dict], sett
     )
 
 
-def _facts(steps: Sequence[StepMetrics]) -> dict[str, str]:
+def _facts(steps: Sequence[StepMetrics], evaluated: Points) -> dict[str, str]:
     last = steps[-1]
     seconds = sum(step.seconds for step in steps)
-    evaluated = [step.evaluation_loss for step in steps if step.evaluation_loss is not None]
     facts = {
         "iterations": f"{last.iteration:,}",
         "loss, last": f"{last.loss:.4f}",
-        "evaluation loss, last": f"{evaluated[-1]:.4f}" if evaluated else "none",
+        "evaluation loss, last": f"{evaluated[-1][1]:.4f}" if evaluated else "none",
         "tokens, padding included": f"{sum(step.tokens for step in steps):,}",
         "time in steps": f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds:.1f} s",
         "tokens per second, median": f"{statistics.median(s.tokens_per_second for s in steps):,.0f}",
@@ -104,9 +117,9 @@ def _facts(steps: Sequence[StepMetrics]) -> dict[str, str]:
     return facts
 
 
-def _learning(steps: Sequence[StepMetrics], events: Sequence[dict]) -> list[str]:
+def _learning(steps: Sequence[StepMetrics], evaluated: Points, events: Sequence[dict]) -> list[str]:
     marks = [(event["iteration"], f"{event['iteration']}: {event.get('event')}") for event in events]
-    losses = {"training": _points(steps, "loss"), "evaluation": _points(steps, "evaluation_loss")}
+    losses = {"training": _points(steps, "loss"), "evaluation": evaluated}
     return _figures(
         ("Loss", "Dashed: events, listed below." if events else "", losses, {"marks": marks}),
         ("Gradient norm", "Before clipping.", {"": _points(steps, "grad_norm")}, {}),
@@ -171,8 +184,8 @@ def _memory(steps: Sequence[StepMetrics]) -> list[str]:
     )
 
 
-def _points(steps: Sequence[StepMetrics], name: str, factor: float = 1) -> Points:
-    found = [(step.iteration, getattr(step, name)) for step in steps]
+def _points(records: Sequence[StepMetrics | EvaluationMetrics], name: str, factor: float = 1) -> Points:
+    found = [(record.iteration, getattr(record, name)) for record in records]
     return [(x, factor * y) for x, y in found if y is not None]
 
 

@@ -15,6 +15,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.training.metrics import (
     EVENTS_FILE,
     METRICS_FILE,
+    EvaluationMetrics,
     StepMetrics,
     read_events,
     read_metrics,
@@ -68,7 +69,7 @@ class LoggingConfig:
 
 
 class RunLog:
-    """Writes each step's metrics everywhere they are looked at. Entered on every rank, active on rank 0.
+    """Writes metrics and events everywhere they are looked at. Entered on every rank, active on rank 0.
 
     A resumed run appends; lines of iterations that it is about to repeat are dropped.
     """
@@ -124,6 +125,20 @@ class RunLog:
         """Report a finished iteration."""
         if not self._active:
             return
+        self._record(metrics)
+        self._bar.set_postfix_str(progress_line(metrics), refresh=False)
+        self._bar.update(metrics.iteration - self._bar.n)
+
+    def evaluation(self, metrics: EvaluationMetrics) -> None:
+        """Report an evaluation, whether the step before it was skipped or not."""
+        if not self._active:
+            return
+        self._record(metrics)
+        loss = metrics.evaluation_loss
+        found = "no token of the held-out packs has weight" if loss is None else f"loss {loss:.4f}"
+        self.message(f"iteration {metrics.iteration}: evaluation {found}")
+
+    def _record(self, metrics: StepMetrics | EvaluationMetrics) -> None:
         self._file.write(json.dumps(asdict(metrics)) + "\n")
         scalars = {PREFIX + name: value for name, value in metrics.scalars().items()}
         if self._board is not None:
@@ -131,10 +146,6 @@ class RunLog:
                 self._board.add_scalar(name, value, metrics.iteration)
         if self._wandb is not None:
             self._wandb.log(scalars, step=metrics.iteration)
-        self._bar.set_postfix_str(progress_line(metrics), refresh=False)
-        self._bar.update(metrics.iteration - self._bar.n)
-        if metrics.evaluation_loss is not None:
-            self.message(f"iteration {metrics.iteration}: evaluation loss {metrics.evaluation_loss:.4f}")
 
     def event(self, iteration: int, kind: str, reason: str, **details: int | str) -> None:
         """Record what is worth knowing of an iteration, in events.jsonl and above the progress bar."""

@@ -21,7 +21,6 @@ def measure(
     tokens: int,
     seconds: float,
     data_seconds: float,
-    evaluation_loss: float | None,
 ) -> StepMetrics:
     """Collective: memory and `data_seconds` become those of the rank that has most.
 
@@ -57,7 +56,6 @@ def measure(
         seconds=seconds,
         tflops=vision + language,
         mfu=share_of_peak(vision + language),
-        evaluation_loss=evaluation_loss,
         data_seconds=data_seconds,
         mfu_vision=share_of_peak(vision),
         mfu_language=share_of_peak(language),

@@ -1,5 +1,6 @@
 """The evaluation loss is that of one global batch with all held-out packs, in every layout."""
 
+import json
 from functools import partial
 from unittest.mock import patch
 
@@ -10,11 +11,11 @@ from megatron_eagle.data.packing import write_packs
 from megatron_eagle.errors import UserError
 from megatron_eagle.training import loop
 from megatron_eagle.training.evaluation import EvaluationConfig, HeldOut
-from megatron_eagle.training.metrics import read_metrics
+from megatron_eagle.training.metrics import EvaluationMetrics, StepMetrics, read_metrics, read_steps
 from megatron_eagle.training.run_config import load_run_config
 from tests.data.helpers import conversation, make_store, make_tokenizer
 from tests.parallel.harness import launch
-from tests.unit.synthetic_data import SyntheticLoader
+from tests.unit.synthetic_data import SyntheticLoader, write_manifest
 from tests.unit.test_training_loop import write_run
 
 FROZEN = ["optimizer.lr=1e-30", "optimizer.weight_decay=0", "training.stop_at_iteration=2"]
@@ -52,11 +53,37 @@ def test_the_loss_of_all_packs_together(tmp_path, parallel):
     overrides = [f"evaluation.data={tmp_path / 'data'}", "evaluation.interval=1", *FROZEN, *parallel]
     size = 2 if parallel else 1
     launch(train_evaluating, size, str(tmp_path / "run.yaml"), size, overrides)
-    first, second = read_metrics(tmp_path / "run" / "logs" / "metrics.jsonl")
+    records = read_metrics(tmp_path / "run" / "logs" / "metrics.jsonl")
+    assert [type(record) for record in records] == [StepMetrics, EvaluationMetrics] * 2
+    first, evaluated, second, again = records
+    assert [record.iteration for record in records] == [1, 1, 2, 2]
     assert first.loss != pytest.approx(second.loss, rel=1e-4)
     expected = 0.25 * first.loss + 0.75 * second.loss
-    assert first.evaluation_loss == pytest.approx(expected, rel=1e-6)
-    assert second.evaluation_loss == pytest.approx(expected, rel=1e-6)
+    assert evaluated.evaluation_loss == pytest.approx(expected, rel=1e-6)
+    assert again.evaluation_loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_evaluation_after_a_skipped_step_is_logged(tmp_path, capsys):
+    write_run(tmp_path, data="broken")  # the third iteration's loss is NaN
+    write_manifest(tmp_path / "held-out")
+    overrides = [
+        *(f"evaluation.data={tmp_path / 'held-out'}", "evaluation.interval=3", "evaluation.batches=1"),
+        *("resilience.on_nonfinite=skip", "training.stop_at_iteration=3"),
+    ]
+    train_evaluating(str(tmp_path / "run.yaml"), 1, overrides)
+    logs = tmp_path / "run" / "logs"
+    first, second, evaluated = read_metrics(logs / "metrics.jsonl")
+    assert [first.iteration, second.iteration, evaluated.iteration] == [1, 2, 3]
+    assert isinstance(evaluated, EvaluationMetrics) and 0 < evaluated.evaluation_loss < 10
+    assert [json.loads(line)["event"] for line in (logs / "events.jsonl").open()] == ["skipped"]
+    assert f"iteration 3: evaluation loss {evaluated.evaluation_loss:.4f}" in capsys.readouterr().err
+
+    # Resumed, the run has this evaluation and the skip once, and evaluates again where it ends.
+    train_evaluating(str(tmp_path / "run.yaml"), 1, [*overrides, "training.stop_at_iteration=4"])
+    records = read_metrics(logs / "metrics.jsonl")
+    assert [m.iteration for m in records if isinstance(m, EvaluationMetrics)] == [3, 4]
+    assert records[:3] == [first, second, evaluated]
+    assert [m.iteration for m in read_steps(logs / "metrics.jsonl")] == [1, 2, 4]
 
 
 def test_weights_of_a_real_store_add_up_to_one(tmp_path):

@@ -62,6 +62,18 @@ def test_a_report_stands_alone(tmp_path, monkeypatch, capsys):
     assert "<title>7: skipped</title>" in figures[0][1], "events are marked in the loss"
 
 
+def test_evaluations_are_drawn_wherever_they_fall(tmp_path):
+    """Lines of their own, after skipped steps too, and those that older versions wrote into a step's."""
+    write_logs(tmp_path, 4, evaluation_loss=1.25)
+    with open(tmp_path / "logs" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"iteration": 6, "evaluation_loss": 1.5}) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert "<b>1.5000</b><span>evaluation loss, last" in page and "<b>4</b><span>iterations" in page
+    losses = re.search(r"<h2>Loss</h2>.*?</svg>", page, re.DOTALL)[0]
+    curves = [points.split() for points in re.findall(r'points="([^"]*)"', losses)]
+    assert [len(points) for points in curves] == [4, 2]
+
+
 def test_long_and_short_runs(tmp_path):
     for count in (1, 5000):
         run = tmp_path / str(count)

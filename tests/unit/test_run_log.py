@@ -11,7 +11,7 @@ from megatron_eagle.data.dataset import Batch
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import preset
 from megatron_eagle.training.flops import training_flops
-from megatron_eagle.training.metrics import StepMetrics, read_metrics
+from megatron_eagle.training.metrics import EvaluationMetrics, StepMetrics, read_metrics
 from megatron_eagle.training.run_log import LoggingConfig, RunLog, WandbConfig, progress_line
 from megatron_eagle.training.step_totals import buckets, count_totals, read_totals, zero_totals
 
@@ -40,10 +40,13 @@ STEP = StepMetrics(
 )
 
 
-def log_steps(config: LoggingConfig, folder, *steps: StepMetrics, iteration: int = 0) -> None:
+EVALUATION = EvaluationMetrics(iteration=3, evaluation_loss=2.25)
+
+
+def write_log(config: LoggingConfig, folder, *records, iteration: int = 0) -> None:
     with RunLog(config, folder, active=True, iteration=iteration, last_iteration=9) as log:
-        for step in steps:
-            log.step(step)
+        for record in records:
+            (log.step if isinstance(record, StepMetrics) else log.evaluation)(record)
 
 
 def test_every_number_has_one_name():
@@ -59,11 +62,12 @@ def test_every_number_has_one_name():
 def test_tensorboard_has_the_names_of_the_file(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log_steps(LoggingConfig(progress=False), tmp_path, STEP)
-    assert read_metrics(tmp_path / "metrics.jsonl") == [STEP]
+    write_log(LoggingConfig(progress=False), tmp_path, STEP, EVALUATION)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [STEP, EVALUATION]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(board.Tags()["scalars"]) == {f"train/{name}" for name in STEP.scalars()}
-    for name, value in STEP.scalars().items():
+    scalars = STEP.scalars() | {"evaluation_loss": 2.25}
+    assert set(board.Tags()["scalars"]) == {f"train/{name}" for name in scalars}
+    for name, value in scalars.items():
         (event,) = board.Scalars(f"train/{name}")
         assert (event.step, event.value) == (3, pytest.approx(value))
 
@@ -103,13 +107,13 @@ def wandb(monkeypatch):
 def test_wandb_gets_the_names_of_tensorboard(tmp_path, wandb):
     config = LoggingConfig(progress=False, tensorboard=False, wandb=WandbConfig("eagle", mode="offline"))
     config.check(1)
-    log_steps(config, tmp_path, STEP)
-    log_steps(config, tmp_path, iteration=3)
+    write_log(config, tmp_path, STEP, EVALUATION)
+    write_log(config, tmp_path, iteration=3)
     first, second = wandb.started
     assert first["project"] == "eagle" and first["mode"] == "offline" and first["dir"] == str(tmp_path)
     assert first["id"] is None and second["id"] == "abc123", "a resumed run goes on with its curves"
     expected = {f"train/{name}": value for name, value in STEP.scalars().items()}
-    assert wandb.logged == [(3, expected), "finished", "finished"]
+    assert wandb.logged == [(3, expected), (3, {"train/evaluation_loss": 2.25}), "finished", "finished"]
 
 
 def test_wandb_without_a_key_is_one_line(tmp_path, wandb, monkeypatch):
@@ -121,7 +125,7 @@ def test_wandb_without_a_key_is_one_line(tmp_path, wandb, monkeypatch):
     wandb.init = refuse
     config = LoggingConfig(progress=False, tensorboard=False, wandb=WandbConfig("eagle"))
     with pytest.raises(UserError) as caught:
-        log_steps(config, tmp_path, STEP)
+        write_log(config, tmp_path, STEP)
     assert str(caught.value) == (
         "logging.wandb: api_key not configured (no-tty); set WANDB_API_KEY, or logging.wandb.mode=offline"
     )

@@ -21,7 +21,7 @@ from benchmarks.train import make_store
 
 from megatron_eagle.config import save_yaml
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.metrics import METRICS_FILE, read_metrics
+from megatron_eagle.training.metrics import METRICS_FILE, read_steps
 
 LENGTHS = (8192, 32768, 65536)
 LAYERS, SKIP, STEPS = 6, 3, 10
@@ -81,7 +81,7 @@ def _measure(config: Path, folder: Path, changes: dict[str, str]) -> dict:
     command += [f"checkpoint.path={folder}", *overrides]
     environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'kernels'}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    steps = read_metrics(folder / "logs" / METRICS_FILE)[SKIP:]
+    steps = read_steps(folder / "logs" / METRICS_FILE)[SKIP:]
     shutil.rmtree(folder, ignore_errors=True)  # the last checkpoint is as large as the model's states
     if len(steps) < STEPS - SKIP:
         if "out of memory" in done.stderr.lower():
