@@ -14,7 +14,10 @@ def main() -> None:
     source.add_argument("--preset", metavar="NAME", help="a model preset, without data")
     parser.add_argument("--gpus", required=True, type=int, metavar="N")
     parser.add_argument(
-        "--gpu-memory", required=True, type=float, metavar="GB", help="of one GPU, 10^9 bytes"
+        "--gpu", required=True, metavar="NAME", help="h100, h200, a100, ... or CUDA's name (runtime/gpus.py)"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GB", help="of one GPU, 10^9 bytes (default: the GPU's own)"
     )
     parser.add_argument("--length", type=int, default=32768, help="tokens per pack, with --preset (32768)")
     parser.add_argument(
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
     arguments = parser.parse_args()
 
+    from megatron_eagle.runtime.gpus import find_gpu
     from megatron_eagle.training.plan_report import as_records, render
     from megatron_eagle.training.planner import PackShape, file_run, plan_layouts, preset_run
     from megatron_eagle.training.step_time import Machine
@@ -38,6 +42,8 @@ def main() -> None:
         value = getattr(arguments, name)
         if value is not None and value < (0 if name == "tiles" else 1):
             raise UserError(f"--{name.replace('_', '-')} is {value}: too small")
+    gpu = find_gpu(arguments.gpu)
+    memory = gpu.memory if arguments.gpu_memory is None else arguments.gpu_memory * 1e9
     if arguments.preset:
         config = preset_run(
             arguments.preset, arguments.length, arguments.global_batch_size, arguments.overrides
@@ -48,15 +54,16 @@ def main() -> None:
         packs = PackShape.of_data(config.data.path, config.data.length)
         if arguments.tiles is not None:
             packs = packs.with_tiles(arguments.tiles)
-    machine = Machine(gpus_per_node=arguments.gpus_per_node)
-    plans = plan_layouts(config, arguments.gpus, arguments.gpu_memory * 1e9, packs, machine)
+    machine = Machine.of(gpu, arguments.gpus_per_node)
+    plans = plan_layouts(config, arguments.gpus, memory, packs, machine)
     if arguments.json:
         try:
             Path(arguments.json).write_text(json.dumps(as_records(plans), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{arguments.json}: cannot write here: {error.strerror}") from error
     top = len(plans.legal) if arguments.all else arguments.top
-    print(render(plans, config, packs, arguments.gpus, top=top, refusals=arguments.all))
+    gpus = f"{arguments.gpus} x {gpu.name} with {memory / 1e9:g} GB"
+    print(render(plans, config, packs, gpus, top=top, refusals=arguments.all))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from megatron_eagle.training.resilience import LossGuard, Preempted, stop_signal
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.run_log import RunLog
 from megatron_eagle.training.schedule import build_batch, plan_batch, run_schedule
-from megatron_eagle.training.step_meter import measure
+from megatron_eagle.training.step_meter import choose_peak, measure
 from megatron_eagle.training.step_totals import StepTotals, count_totals, read_totals, zero_totals
 from megatron_eagle.training.stragglers import Stragglers
 
@@ -174,10 +174,12 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
     )
     profiler = StepProfiler(config.logging.profile, logs, rank, job.models[0].config)
     saver = CheckpointSaver(config.checkpoint, log.message, state.iteration if job.resumed else None)
+    peak = choose_peak(config.logging.peak_tflops, config.training.precision, job.device.torch_device)
     with log, heart, profiler, job.stragglers, stop_signals() as stop, saver:
         log.message(choose_layers(config.layers).reason)
         log.message(choose_attention(config.layers.attention, _dtype(config)).reason)
         log.message(loader.decoder)
+        log.message(peak.reason)
         if job.resumed:
             log.message(f"resumed from {root} at iteration {state.iteration}")
         if state.iteration >= last:
@@ -197,7 +199,7 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
                     measure(
                         step.totals,
                         job.device.torch_device,
-                        peak_tflops=config.logging.peak_tflops,
+                        peak_tflops=peak.tflops,
                         iteration=state.iteration,
                         loss=step.loss,
                         grad_norm=step.grad_norm,

@@ -25,7 +25,7 @@ class StepMetrics:
     tokens: int  # of the global batch, padding included
     seconds: float  # wall clock, data included
     tflops: float  # model TFLOP/s of one process (training/flops.py), padding and recomputation left out
-    mfu: float | None = None  # tflops / logging.peak_tflops
+    mfu: float | None = None  # tflops / the peak (step_meter.choose_peak); none where that is not known
     evaluation_loss: float | None = None  # only in files of before `EvaluationMetrics`
     data_seconds: float = 0.0  # of `seconds`: the wait for the batch
     mfu_vision: float | None = None  # of mfu: tower and connector

@@ -17,17 +17,17 @@ _SHORT = ("weight", "grad", "optim", "activ", "vision", "logits", "work")
 
 
 def render(
-    plans: Plans, config: RunConfig, packs: PackShape, gpus: int, *, top: int, refusals: bool = False
+    plans: Plans, config: RunConfig, packs: PackShape, gpus: str, *, top: int, refusals: bool = False
 ) -> str:
     """The plan as text: `top` layouts that fit (or the smallest, if none does), memory in GB of 10^9 bytes.
 
-    `refusals` adds every reason for which a layout was refused.
+    `gpus` says for which. `refusals` adds every reason for which a layout was refused.
     """
     fitting = plans.fitting
     shown = (plans.legal if refusals else fitting or plans.legal)[:top]
     recompute = config.recompute
     lines = [
-        f"{gpus} GPUs, packs of {config.data.length:,} tokens, {config.training.global_batch_size} a step, "
+        f"{gpus}, packs of {config.data.length:,} tokens, {config.training.global_batch_size} a step, "
         f"{config.training.precision}; {packs.mean_tiles:.4g} tiles a pack ({packs.tiles} at most), "
         f"longest document {packs.longest_document:,}",
         f"recompute: language {recompute.language}, vision {recompute.vision}; "
@@ -101,7 +101,7 @@ def _table(plans: list[Plan], own: ParallelConfig) -> list[str]:
                 "-" if first is None else str(first),
                 parallel.vision_sharding,
                 _seconds(plan.time.total),
-                f"{100 * plan.time.mfu:.0f} %",
+                "-" if plan.time.mfu is None else f"{100 * plan.time.mfu:.0f} %",
                 *(f"{parts[name] / 1e9:.1f}" for name in _MEMORY),
                 f"{plan.memory.total / 1e9:.1f}",
                 f"{(plan.capacity - plan.memory.total) / 1e9:.1f}",

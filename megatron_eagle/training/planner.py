@@ -157,7 +157,7 @@ def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterab
 
 
 def plan_layouts(
-    config: RunConfig, gpus: int, gpu_memory: float, packs: PackShape, machine: Machine | None = None
+    config: RunConfig, gpus: int, gpu_memory: float, packs: PackShape, machine: Machine
 ) -> Plans:
     """Try every layout of `gpus` GPUs with `gpu_memory` bytes each for the run `config`.
 
@@ -178,7 +178,6 @@ def plan_layouts(
         )
     if config.lora is not None:
         raise UserError("the planner counts whole gradients and optimizer states: remove the lora section")
-    machine = machine or Machine()
     legal, refused = [], Counter()
     for parallel in _candidates(config, gpus):
         try:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 from megatron_eagle.errors import UserError
@@ -47,9 +46,9 @@ class LoggingConfig:
     path: str | None = None
     tensorboard: bool = True
     wandb: WandbConfig | None = None
-    # Of one device, for the model FLOPs utilisation (MFU): 989 is the H100's and H200's in dense bf16, by the
-    # data sheet. null leaves MFU out, as on a CPU.
-    peak_tflops: float | None = 989.0 if torch.cuda.is_available() else None
+    # Of one device, for the model FLOPs utilisation (MFU). null: the dense bf16 peak of the GPU's exact name
+    # (runtime/gpus.py); where that is not known, on a CPU and in fp32 there is no MFU.
+    peak_tflops: float | None = None
     progress: bool = True
     # A window for PyTorch's profiler; null: none.
     profile: ProfileConfig | None = None

@@ -1,12 +1,45 @@
 """The numbers of a finished step, out of its clocks, its totals and the ranks' memory."""
 
+from dataclasses import dataclass
+
 import psutil
 import torch
 
+from megatron_eagle.runtime.gpus import known_gpu
 from megatron_eagle.training.metrics import StepMetrics
 from megatron_eagle.training.step_totals import StepTotals
 
 _GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PeakChoice:
+    """What the MFU is measured against."""
+
+    tflops: float | None  # of one device; None: there is no MFU
+    reason: str  # in one line
+
+
+def choose_peak(stated: float | None, precision: str, device: torch.device) -> PeakChoice:
+    """The peak that the run's file states (`logging.peak_tflops`), else that of the job's GPUs where the
+    table has all of them: the mean, if they differ. Collective."""
+    if stated is not None:
+        return PeakChoice(stated, f"MFU: of {stated:g} TFLOP/s, as logging.peak_tflops says")
+    advice = "logging.peak_tflops sets what it is measured against"
+    if device.type != "cuda":
+        return PeakChoice(None, f"no MFU: a CPU has no known peak; {advice}")
+    if precision != "bf16":
+        reason = f"no MFU: known peaks are those of bf16, and the run computes in {precision}; {advice}"
+        return PeakChoice(None, reason)
+    names: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, torch.cuda.get_device_name(device))
+    peaks = {name: known_gpu(name) for name in names}
+    unknown = [name for name, gpu in peaks.items() if gpu is None]
+    if unknown:
+        reason = f"no MFU: the peak of {unknown[0]!r} is not known (runtime/gpus.py); {advice}"
+        return PeakChoice(None, reason)
+    mean = sum(peaks[name].peak for name in names) / len(names) / 1e12
+    return PeakChoice(mean, f"MFU: of {mean:g} TFLOP/s, dense bf16 of {' and '.join(peaks)} (datasheet)")
 
 
 def measure(

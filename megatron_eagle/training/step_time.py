@@ -1,8 +1,8 @@
 """How long a training step takes under a layout: FLOPs, bytes and published speeds, nothing overlapped.
 
-An estimate for ranking layouts, not a promise: kernels reach their published speeds, every collective
-waits for the computation (as the training loop has it now) and latencies are left out. How even attention
-is over context parallel ranks, and which keys travel, is counted (`context_work.py`).
+An estimate for ranking layouts, not a promise: kernels reach their published speeds (those of bf16), every
+collective waits for the computation (as the training loop has it now) and latencies are left out. How even
+attention is over context parallel ranks, and which keys travel, is counted (`context_work.py`).
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from eagle_kernels.linear_cross_entropy import CHUNK
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import tower_parallel_size
+from megatron_eagle.runtime.gpus import Gpu
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.context_work import ContextWork, context_work
 from megatron_eagle.training.flops import StepFlops, training_flops
@@ -34,18 +35,32 @@ ATTENTION_EXECUTED = 3.5 / 3
 ACTIVATION_PASSES = 5
 
 
+# Shares of the peak that kernels reach. Matrix products: 790 of 989 TFLOP/s, as measured on one H200; taken
+# for all. FlashAttention-2: 35 % on Hopper (abstract of the FlashAttention-3 paper, arXiv 2407.08608), 50 to
+# 73 % on Ampere (of the FlashAttention-2 paper, arXiv 2307.08691): the middle, for Ada too. Blackwell counts
+# as Hopper.
+GEMM_SHARE = 790 / 989
+ATTENTION_SHARE = {"ampere": 0.6, "ada": 0.6, "hopper": 0.35, "blackwell": 0.35}
+
+
 @dataclass(frozen=True)
 class Machine:
-    """GPUs and links, SI units per GPU; the defaults are H200s in nodes of eight."""
+    """GPUs and links, SI units per GPU."""
 
-    peak: float = 989e12  # dense bf16 FLOP/s, NVIDIA H200 datasheet; MFU is quoted against it
-    gemm: float = 790e12  # bf16 matrix products, as measured on one H200
-    # FlashAttention-2 on Hopper: 35 % of the peak (abstract of the FlashAttention-3 paper, arXiv 2407.08608).
-    attention: float = 0.35 * 989e12
-    memory: float = 4.8e12  # byte/s, NVIDIA H200 datasheet
-    nvlink: float = 450e9  # byte/s in one direction: NVLink 4 is 900 GB/s both ways together (datasheet)
+    peak: float  # dense bf16 FLOP/s of the datasheet; MFU is quoted against it
+    gemm: float  # FLOP/s of bf16 matrix products
+    attention: float  # FLOP/s
+    memory: float  # byte/s
+    link: float  # byte/s in one direction inside of a node
     network: float = 50e9  # byte/s in one direction: one 400 Gb/s adapter per GPU (HGX H200 reference design)
     gpus_per_node: int = 8
+
+    @classmethod
+    def of(cls, gpu: Gpu, gpus_per_node: int = 8) -> "Machine":
+        """Nodes of so many `gpu`."""
+        attention = ATTENTION_SHARE[gpu.architecture] * gpu.peak
+        speeds = (gpu.peak, GEMM_SHARE * gpu.peak, attention, gpu.bandwidth, gpu.link)
+        return cls(*speeds, gpus_per_node=gpus_per_node)
 
     def bandwidth(self, size: int, stride: int) -> float:
         """Byte/s that a ring over `size` ranks, `stride` apart, passes through each of them.
@@ -53,7 +68,7 @@ class Machine:
         Members on one node share its network adapters, one each.
         """
         together = max(1, self.gpus_per_node // stride)
-        return self.nvlink if size <= together else min(self.nvlink, self.network * together)
+        return self.link if size <= together else min(self.link, self.network * together)
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,7 @@ class StepTime:
     context_parallel: float
     data_parallel: float
     pipeline: float  # transfers between stages, and waiting for other stages
-    mfu: float  # model FLOPs of the step over the peak of all GPUs
+    mfu: float | None  # model FLOPs of the step over the bf16 peak of all GPUs; None in fp32
 
     @property
     def total(self) -> float:
@@ -123,6 +138,7 @@ def step_time(
     gpus = parallel.model_parallel_size * data_parallel_size
     total = sum(parts.values()) + reduction
     mfu = m * data_parallel_size * model_flops / (gpus * machine.peak * total)
+    mfu = mfu if workload.precision == "bf16" else None
     return StepTime(**parts, data_parallel=reduction, mfu=mfu)
 
 

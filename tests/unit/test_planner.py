@@ -11,8 +11,10 @@ import pytest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import preset
 from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.runtime.gpus import GPUS, find_gpu
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.context_work import ContextWork, context_work
+from megatron_eagle.training.flops import training_flops
 from megatron_eagle.training.memory_model import fullest_stage, in_flight, offloaded, peak_memory
 from megatron_eagle.training.memory_shapes import Workload, count_parameters, language_layer
 from megatron_eagle.training.planner import PackShape, plan_layouts, preset_run
@@ -21,6 +23,7 @@ from tests.paths import REPO
 
 EAGLE = preset("eagle2.5-8b")
 WORKLOAD = Workload(sequence_length=32768, tiles=64, microbatches=4)
+MACHINE = Machine.of(GPUS["h200"])
 
 
 def layout(tp=1, sp=False, pp=1, vpp=None, cp=1, **rest):
@@ -36,7 +39,7 @@ def layout(tp=1, sp=False, pp=1, vpp=None, cp=1, **rest):
 
 def plans(gpus=8, memory=80e9, *overrides):
     config = preset_run("eagle2.5-8b", 32768, 64, overrides)
-    return plan_layouts(config, gpus, memory, PackShape.assumed(32768, config.model.tokens_per_tile))
+    return plan_layouts(config, gpus, memory, PackShape.assumed(32768, config.model.tokens_per_tile), MACHINE)
 
 
 def test_states_of_the_8b_model_by_hand():
@@ -100,7 +103,7 @@ def test_the_fused_loss_by_hand():
     def seconds(**settings):
         workload = replace(WORKLOAD, **settings)
         return step_time(
-            EAGLE, layout(), 1, workload, mean_tiles=64, sum_squared_lengths=32768**2, machine=Machine()
+            EAGLE, layout(), 1, workload, mean_tiles=64, sum_squared_lengths=32768**2, machine=MACHINE
         )
 
     assert seconds(fused_loss=True).elementwise < seconds().elementwise
@@ -124,7 +127,7 @@ def test_context_parallel_work_is_counted_for_the_packs():
             *(EAGLE, parallel, 1, workload),
             mean_tiles=0,
             sum_squared_lengths=32768**2,
-            machine=Machine(),
+            machine=MACHINE,
             document_bounds=[bounds],
         )
 
@@ -154,7 +157,7 @@ def test_recompute_trades_time_for_memory():
             WORKLOAD, recompute=RecomputeConfig(policy, "full" if policy in ("offload", "full") else "none")
         )
         time = step_time(
-            EAGLE, layout(), 1, workload, mean_tiles=64, sum_squared_lengths=32768**2, machine=Machine()
+            EAGLE, layout(), 1, workload, mean_tiles=64, sum_squared_lengths=32768**2, machine=MACHINE
         )
         found.append((fullest_stage(EAGLE, layout(), 1, workload).total, time.total))
     assert found[0][0] > found[1][0] > found[2][0]
@@ -195,7 +198,7 @@ def test_microbatches_in_flight(parallel, stage, microbatches, held):
 
 
 def test_a_ring_across_nodes_uses_the_adapters_of_its_members():
-    machine = Machine()
+    machine = MACHINE
     assert machine.bandwidth(8, 1) == 450e9
     assert machine.bandwidth(16, 1) == 400e9  # eight members a node
     assert machine.bandwidth(4, 4) == 100e9  # two
@@ -206,7 +209,7 @@ def test_pipelines_wait_and_more_gpus_are_faster():
     def seconds(parallel, microbatches):
         workload = replace(WORKLOAD, microbatches=microbatches)
         return step_time(
-            EAGLE, parallel, 1, workload, mean_tiles=0, sum_squared_lengths=32768**2, machine=Machine()
+            EAGLE, parallel, 1, workload, mean_tiles=0, sum_squared_lengths=32768**2, machine=MACHINE
         )
 
     few, many = seconds(layout(pp=4), 4), seconds(layout(pp=4), 64)
@@ -248,6 +251,10 @@ def test_nothing_fits():
     ("arguments", "message"),
     [
         (("--gpus", "0"), "--gpus is 0"),
+        (
+            ("--gpu", "H100 PCIe"),
+            "there is no GPU 'H100 PCIe' in the table .*: choose a100, .*h100-pcie, .*gb300",
+        ),
         (("--gpu-memory", "3"), "--gpu-memory is 3 GB: must be above the 4 GB"),
         (("--length", "0"), "data.length is 0"),
         (("--global-batch-size", "0"), "global_batch_size must be at least 1"),
@@ -269,6 +276,32 @@ def test_the_tool_refuses_in_one_line(arguments, message, monkeypatch, capsys):
     assert "\n" not in str(refusal.value)
 
 
+def test_the_table_of_gpus_is_the_machine(monkeypatch, capsys):
+    """Peak, memory and links by name; a ring inside of a node has the link; MFU is of the GPU's peak."""
+    for name, tflops, bandwidth, link in (
+        ("a100", 312, 2.039e12, 300e9),
+        ("NVIDIA H100 PCIe", 756, 2.0e12, 64e9),
+        ("H800", 989, 3.35e12, 200e9),
+        ("b200", 2250, 7.7e12, 900e9),
+    ):
+        machine = Machine.of(find_gpu(name), gpus_per_node=4)
+        assert (machine.peak, machine.memory, machine.bandwidth(4, 1)) == (tflops * 1e12, bandwidth, link)
+        assert machine.attention < machine.gemm < machine.peak and machine.bandwidth(2, 4) == 50e9
+    printed = run_tool(monkeypatch, capsys, "--gpu", "b200", "--top", "1")
+    assert printed.startswith("8 x NVIDIA B200 with 180 GB, packs of 32,768 tokens")
+    times = {}
+    for precision in ("bf16", "fp32"):
+        workload = replace(WORKLOAD, precision=precision)
+        times[precision] = step_time(
+            EAGLE, layout(), 1, workload, mean_tiles=0, sum_squared_lengths=32768**2, machine=MACHINE
+        )
+    flops = training_flops(EAGLE, tokens=32768, sum_squared_lengths=32768**2, tiles=0).total
+    bf16 = times["bf16"]
+    assert bf16.mfu == pytest.approx(WORKLOAD.microbatches * flops / bf16.total / 989e12)
+    assert times["fp32"].mfu is None  # the table's peak is not that of fp32
+    assert "  -  " in run_tool(monkeypatch, capsys, "--top", "1", "training.precision=fp32").splitlines()[6]
+
+
 def test_the_tool_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     printed = run_tool(monkeypatch, capsys, "--top", "3", "--json", str(tmp_path / "plan.json"))
     lines = printed.splitlines()
@@ -282,7 +315,7 @@ def test_the_tool_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
 
 
 def run_tool(monkeypatch, capsys, *arguments) -> str:
-    command = ["plan.py", "--preset", "eagle2.5-8b", "--gpus", "8", "--gpu-memory", "141", *arguments]
+    command = ["plan.py", "--preset", "eagle2.5-8b", "--gpus", "8", "--gpu", "h200", *arguments]
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(REPO / "tools" / "plan.py"))["main"]()
     return capsys.readouterr().out

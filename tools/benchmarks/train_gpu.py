@@ -3,7 +3,7 @@
 The model is Eagle2.5-8B cut in depth: full width, LAYERS layers of language model and tower, so that weights
 and optimizer states fit one device; FLOPs are counted for the cut model. Packs hold pictures, clips and text.
 Each row is a run of its own with one feature changed against the row `all`: every feature that saves memory
-without computing anything twice. MFU is against 989 TFLOP/s (dense bf16, data sheet of H100 and H200); times
+without computing anything twice. MFU is against the GPU's dense bf16 peak, if runtime/gpus.py has it; times
 are medians of the steps after the first SKIP. A row that does not fit says so.
 """
 
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
@@ -69,7 +70,7 @@ def settings(store: Path, length: int) -> dict:
         "model": {"preset": "eagle2.5-8b", "image_token_index": None, **depth},  # that of the made data
         "data": {"path": str(store), "length": length},
         "training": {"train_iterations": STEPS, "global_batch_size": 1, "precision": "bf16"},
-        "logging": {"tensorboard": False, "progress": False, "peak_tflops": 989.0},
+        "logging": {"tensorboard": False, "progress": False},
         **ALL,
     }
 
@@ -89,7 +90,12 @@ def _measure(config: Path, folder: Path, changes: dict[str, str]) -> dict:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return {
         "s a step": median(step.seconds for step in steps),
-        "MFU %": 100 * median(step.mfu for step in steps),
-        "of it vision": 100 * median(step.mfu_vision for step in steps),
+        "MFU %": _percent(step.mfu for step in steps),
+        "of it vision": _percent(step.mfu_vision for step in steps),
         "peak GiB": max(step.device_memory_gib for step in steps),
     }
+
+
+def _percent(shares: Iterable[float | None]) -> float | str:
+    known = [share for share in shares if share is not None]
+    return 100 * median(known) if known else "-"
