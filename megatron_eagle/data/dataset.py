@@ -1,4 +1,4 @@
-"""One pack as the model takes it: ids, labels, loss weights, positions, document bounds, tiles.
+"""One pack as the model takes it: ids, labels, loss weights, groups, positions, document bounds, tiles.
 
 Shapes: s tokens of a pack, n tiles, S tile size in pixels.
 """
@@ -38,6 +38,9 @@ class Batch:
     """int64 [s]: the next token, 0 at the end."""
     loss_weights: torch.Tensor
     """float32 [s]."""
+    group_ids: torch.Tensor
+    """int64 [s]: the losses of tokens with the same number are also summed apart.  The number of the sample's
+    data set; 0 in the padding, which has no weight."""
     position_ids: torch.Tensor
     """int64 [s], from 0 in each document."""
     document_bounds: list[int]
@@ -112,13 +115,14 @@ def assemble(
     """The tokens of a pack, without its pixels.  `total` is the normaliser of the global batch."""
     length = store.length
     ids = np.full(length, store.manifest.pad_token_id, np.int64)
-    positions = np.zeros(length, np.int64)
+    positions, groups = np.zeros(length, np.int64), np.zeros(length, np.int64)
     bounds = [0]
     samples = [store[row] for row in rows]
     for sample in samples:
         start, end = bounds[-1], bounds[-1] + sample.n_tokens
         ids[start:end] = sample.ids
         positions[start:end] = np.arange(sample.n_tokens)
+        groups[start:end] = sample.dataset
         bounds.append(end)
     if bounds[-1] < length:
         positions[bounds[-1] :] = np.arange(length - bounds[-1])
@@ -134,6 +138,7 @@ def assemble(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(np.append(ids[1:], 0)),
         loss_weights=token_weights(samples, length, weighting=weighting, multi_turn=multi_turn, total=total),
+        group_ids=torch.from_numpy(groups),
         position_ids=torch.from_numpy(positions),
         document_bounds=bounds,
         pixel_values=None,

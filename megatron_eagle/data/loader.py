@@ -32,7 +32,7 @@ from megatron_eagle.data.sample_media import FailedMedium, MediaReader
 from megatron_eagle.data.store import DataManifest, SampleStore
 from megatron_eagle.errors import UserError
 
-_TOKENS = ("input_ids", "labels", "loss_weights", "position_ids")
+_TOKENS = ("input_ids", "labels", "loss_weights", "group_ids", "position_ids")
 
 
 @dataclass
@@ -139,6 +139,11 @@ class PackLoader:
     def manifest(self) -> DataManifest:
         """What the data were made with."""
         return self._store.manifest
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the mixture's data sets, by their numbers in `Batch.group_ids`."""
+        return self.manifest.datasets
 
     @property
     def decoder(self) -> str:

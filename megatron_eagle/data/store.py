@@ -141,9 +141,11 @@ class SampleColumns:
 
 @dataclass(frozen=True)
 class StoredSample(SampleColumns):
-    """A sample of the store: its columns, the source file, ids int32 [s] and answers uint16 [s]."""
+    """A sample of the store: its columns, the source file, the number of its data set (an entry of the
+    manifest's `datasets`), ids int32 [s] and answers uint16 [s]."""
 
     file: str
+    dataset: int
     ids: np.ndarray
     answers: np.ndarray
 
@@ -205,6 +207,18 @@ class DataManifest:
     def patches_per_tile(self) -> int:
         """Vision patches of one tile."""
         return (self.tile_size // self.patch_size) ** 2
+
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets of the mixture: each name once, in the recipe's order.  Several sources may have one
+        name; a store without names has its sources."""
+        return list(dict.fromkeys(self.names or self.sources))
+
+    @property
+    def dataset_of_source(self) -> list[int]:
+        """The number of each source's data set among `datasets`."""
+        numbers = {name: number for number, name in enumerate(self.datasets)}
+        return [numbers[name] for name in self.names or self.sources]
 
     def save(self, folder: Path) -> None:
         """Write manifest.json."""
@@ -277,6 +291,7 @@ class SampleStore:
             raise UserError(f"{path} has no plan for length {length}; it has {', '.join(map(str, lengths))}")
         self.length = length
         self.folder = self.path / str(length)
+        self._dataset_of_source = self.manifest.dataset_of_source
         self.tokens = TokenFile(self.folder / "tokens")
         self.answers = TokenFile(self.folder / "answers")
         try:
@@ -295,8 +310,13 @@ class SampleStore:
             raise IndexError(f"row {row} of a store of {len(self)}")
         readers = self._readers(row // BATCH_ROWS)
         values = {name: read(row % BATCH_ROWS) for name, read in readers.items()}
-        file = self.manifest.sources[values["source"]]
-        return StoredSample(**values, file=file, ids=self.tokens[row], answers=self.answers[row])
+        return StoredSample(
+            **values,
+            file=self.manifest.sources[values["source"]],
+            dataset=self._dataset_of_source[values["source"]],
+            ids=self.tokens[row],
+            answers=self.answers[row],
+        )
 
     def _open_batch(self, number: int) -> dict[str, "_Reader"]:
         batch = self._file.get_batch(number)

@@ -34,6 +34,7 @@ class ModelInput:
     input_ids: Tensor  # [1, s] int64
     labels: Tensor | None  # [1, s] int64; None: the last stage returns logits
     loss_weights: Tensor | None  # [s] fp32
+    group_ids: Tensor | None  # [s] int64: whose losses are summed apart
     packed: PackedSequence
     # First stage only: this rank's tiles [n, channels, S, S], who exchanges which features, and the rows
     # [i] int64 of the hidden states that take the received features.

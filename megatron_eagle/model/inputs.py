@@ -128,13 +128,15 @@ def build_input(
     tiles: Tensor | None,
     labels: Tensor | None = None,
     loss_weights: Tensor | None = None,
+    group_ids: Tensor | None = None,
 ) -> ModelInput:
     """This rank's share of a pack on the device. Collective where ranks divide the decoding of tiles.
 
     Args:
         input_ids, position_ids: [S] int64; positions restart in every document.
         tiles: [i, channels, size, size], the tiles of `plan.tiles`, of any type.
-        labels, loss_weights: [S], already shifted: entry i belongs to the prediction made at token i.
+        labels, loss_weights, group_ids: [S], already shifted: entry i belongs to the prediction made at
+            token i.
     """
     plan = plan.to(device)
     padding = plan.token_index < 0
@@ -148,6 +150,7 @@ def build_input(
         input_ids=local(input_ids)[None],
         labels=None if labels is None else local(labels)[None],
         loss_weights=local(loss_weights),
+        group_ids=local(group_ids),
         packed=PackedSequence(
             cu_seqlens_q=plan.document_bounds,
             max_seqlen_q=plan.longest_document,
@@ -174,6 +177,7 @@ def make_input(
     pixel_values: Tensor | None,
     labels: Tensor | None = None,
     loss_weights: Tensor | None = None,
+    group_ids: Tensor | None = None,
 ) -> ModelInput:
     """`plan_input` and `build_input` for a pack whose tiles are all at hand.
 
@@ -200,6 +204,7 @@ def make_input(
         tiles=None if pixel_values is None else pixel_values[plan.tiles.start : plan.tiles.stop],
         labels=labels,
         loss_weights=loss_weights,
+        group_ids=group_ids,
     )
 
 

@@ -1,18 +1,20 @@
 """The loss on held-out packs, with the weights and the normaliser of the training loss.
 
 The result is that of one global batch with all evaluated packs: the sum of weighted token losses over the
-sum of weights, whatever the layout.
+sum of weights, whatever the layout; so are its parts by data set.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from megatron_eagle.data.dataset import Batch
 from megatron_eagle.data.loader import DataConfig, GlobalBatch, PackLoader
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.parallel import Mesh
+from megatron_eagle.training.dataset_losses import DatasetLosses, count_datasets, read_datasets
 
 
 @dataclass
@@ -58,6 +60,11 @@ class HeldOut:
             )
         self._starts = [i * batch_size for i in range(config.batches or available)]
 
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the held-out mixture's data sets."""
+        return self._loader.datasets
+
     def batches(self, read: Callable[[PackLoader, int], GlobalBatch]) -> Iterator[GlobalBatch]:
         """The global batches; `read` takes one from a loader."""
         for start in self._starts:
@@ -69,20 +76,26 @@ class HeldOut:
 
 
 def evaluate(
-    batches: Iterable[GlobalBatch], mesh: Mesh, device: torch.device, forward: Callable[[list[Batch]], float]
-) -> float | None:
-    """Loss on all global batches together; None if no token of them has weight. Collective.
+    batches: Iterable[GlobalBatch],
+    datasets: Sequence[str],
+    mesh: Mesh,
+    device: torch.device,
+    forward: Callable[[list[Batch]], Tensor],
+) -> tuple[float | None, DatasetLosses]:
+    """Loss on all global batches together (None if no token of them has weight), and by data set. Collective.
 
-    `forward` gives this rank's part of a batch's loss, on the last pipeline stage once per tensor parallel
-    rank.
+    `forward` gives this rank's part of a batch's loss and of the losses by data set, as `run_schedule`.
     """
-    loss, total = torch.zeros(1, dtype=torch.float64), 0.0
+    losses = torch.zeros(1 + len(datasets), dtype=torch.float64, device=device)
+    counts, total = torch.zeros(2, len(datasets), dtype=torch.float64), 0.0
     with torch.no_grad():
         for batch in batches:
-            part = forward(batch.microbatches)
+            losses += batch.total * forward(batch.microbatches)
             total += batch.total
-            if mesh.is_last_stage() and mesh.tp.rank == 0:
-                loss += batch.total * part
-    loss = loss.to(device)
-    torch.distributed.all_reduce(loss)
-    return loss.item() / total if total else None
+            if mesh.is_reporter:
+                weights, tokens = count_datasets(batch.microbatches, len(datasets))
+                counts += torch.stack([batch.total * weights, tokens])
+    sums = torch.cat([losses, counts.flatten().to(device)])
+    torch.distributed.all_reduce(sums)
+    loss, *by_dataset = sums.tolist()
+    return loss / total if total else None, read_datasets(datasets, by_dataset, total)

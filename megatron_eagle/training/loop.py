@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from torch import Tensor
 from torch.profiler import record_function
 
 from megatron_eagle.context_parallel.backends import choose_attention
@@ -30,6 +31,7 @@ from megatron_eagle.training.checkpoint import (
     read_lora_config,
     save_hf_folder,
 )
+from megatron_eagle.training.dataset_losses import DatasetLosses, count_datasets, read_datasets
 from megatron_eagle.training.evaluation import HeldOut, evaluate
 from megatron_eagle.training.failed_media import describe, host_group, next_batch
 from megatron_eagle.training.faults import Faults
@@ -198,6 +200,7 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
                 log.step(
                     measure(
                         step.totals,
+                        step.datasets,
                         job.device.torch_device,
                         peak_tflops=peak.tflops,
                         iteration=state.iteration,
@@ -211,13 +214,16 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
                 )
             if held_out is not None and (at_end or state.iteration % config.evaluation.interval == 0):
                 heart.phase(state.iteration, "evaluation")
-                loss = evaluate(
+                loss, datasets = evaluate(
                     held_out.batches(partial(_next_batch, job, log, state.iteration, [])),
+                    held_out.datasets,
                     job.mesh,
                     job.device.torch_device,
-                    partial(_schedule, job, forward_only=True),
+                    partial(_schedule, job, datasets=len(held_out.datasets), forward_only=True),
                 )
-                log.evaluation(EvaluationMetrics(state.iteration, loss))
+                log.evaluation(
+                    EvaluationMetrics(state.iteration, loss, datasets.loss, datasets.share, datasets.tokens)
+                )
             if at_end or step.told_to_stop or (interval and state.iteration % interval == 0):
                 heart.phase(state.iteration, "save")
                 _save(job, log, saver, must_succeed=at_end or step.told_to_stop)
@@ -232,6 +238,7 @@ class _Step:
     loss: float
     grad_norm: float | None  # None: the step was skipped
     totals: StepTotals
+    datasets: DatasetLosses
     data_seconds: float  # that the ranks waited for the last of them to have its batches
     told_to_stop: bool  # any rank
 
@@ -250,7 +257,9 @@ def _step(
     job.faults.before_step(number)
     heart.phase(number, "forward and backward")
     with job.stragglers.section("forward and backward", kernels=True):
-        loss, totals, told_to_stop = _forward_backward(job, batch.microbatches, stop)
+        loss, totals, datasets, told_to_stop = _forward_backward(
+            job, batch.microbatches, loader.datasets, stop
+        )
     loss = job.faults.loss(number, loss)
     if batch.total:
         action, reason = guard.judge("loss", loss)
@@ -282,42 +291,49 @@ def _step(
     state.iteration += 1
     state.consumed_packs += job.config.training.global_batch_size
     state.recent_losses = guard.recent
-    return _Step(loss, grad_norm, totals, data_seconds, told_to_stop)
+    return _Step(loss, grad_norm, totals, datasets, data_seconds, told_to_stop)
 
 
-def _forward_backward(job: _Job, batches: list[Batch], stop: list[str]) -> tuple[float, StepTotals, bool]:
-    """Gradients of one global batch, ready for the optimizer; returns its loss, what it consisted of, and
-    whether any rank has a name in `stop`. Equal on every rank."""
+def _forward_backward(
+    job: _Job, batches: list[Batch], datasets: list[str], stop: list[str]
+) -> tuple[float, StepTotals, DatasetLosses, bool]:
+    """Gradients of one global batch, ready for the optimizer; returns its loss, what it consisted of, its
+    losses by data set, and whether any rank has a name in `stop`. Equal on every rank."""
     mesh, length = job.mesh, job.config.data.length
     for model in job.models:
         model.zero_grad_buffer()
     job.optimizer.zero_grad()
-    part = _schedule(job, batches)
-    # The loss's parts exist on the last pipeline stage, once per tensor parallel rank; a pack is counted once
-    # per data parallel rank.
-    own = torch.zeros(2, dtype=torch.float64)
-    own[0], counts = len(stop), zero_totals(length)
-    if mesh.is_last_stage() and mesh.tp.rank == 0:
-        own[1] = part
-        if mesh.cp.rank == 0:
-            counts = count_totals(
-                batches,
-                job.config.model,
-                length,
-                trainable=job.config.optimizer.trainable,
-                adapters=job.config.lora is not None,
-            )
-    sums = torch.cat([own, counts]).to(job.device.torch_device)
+    n = len(datasets)
+    losses = _schedule(job, batches, n)
+    counts, totals = torch.zeros(2, n, dtype=torch.float64), zero_totals(length)
+    if mesh.is_reporter:  # a pack is counted once
+        counts = count_datasets(batches, n)
+        totals = count_totals(
+            batches,
+            job.config.model,
+            length,
+            trainable=job.config.optimizer.trainable,
+            adapters=job.config.lora is not None,
+        )
+    stops = torch.tensor([len(stop)], dtype=torch.float64)
+    sums = torch.cat([losses, torch.cat([counts.flatten(), stops, totals]).to(losses.device)])
     torch.distributed.all_reduce(sums)
-    stops, loss = sums[:2].tolist()
-    return loss, read_totals(sums[2:], length), stops > 0
+    loss, by_dataset, stops, totals = sums.cpu().split([1, 3 * n, 1, len(totals)])
+    found = read_totals(totals, length), read_datasets(datasets, by_dataset.tolist())
+    return loss.item(), *found, stops.item() > 0
 
 
-def _schedule(job: _Job, batches: list[Batch], *, forward_only: bool = False) -> float:
-    """This rank's part of the loss of its microbatches."""
-    build = partial(build_batch, job.device.torch_device)
-    length = job.config.data.length
-    return run_schedule(job.models, job.mesh, batches, build, length=length, forward_only=forward_only)
+def _schedule(job: _Job, batches: list[Batch], datasets: int, *, forward_only: bool = False) -> Tensor:
+    """This rank's part of the loss of its microbatches, and of the losses by data set."""
+    return run_schedule(
+        job.models,
+        job.mesh,
+        batches,
+        partial(build_batch, job.device.torch_device),
+        length=job.config.data.length,
+        groups=datasets,
+        forward_only=forward_only,
+    )
 
 
 def _next_batch(

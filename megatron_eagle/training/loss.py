@@ -21,7 +21,25 @@ def weighted_loss(token_losses: Tensor, loss_weights: Tensor) -> Tensor:
     return torch.dot(token_losses.view(-1).float(), loss_weights)
 
 
-def megatron_loss(token_losses: Tensor, loss_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, token count, value to report): what a schedule takes under `calculate_per_token_loss`."""
+def group_losses(token_losses: Tensor, loss_weights: Tensor, group_ids: Tensor, groups: int) -> Tensor:
+    """This rank's part of the loss, by group: fp64 [groups], without gradients.
+
+    Shapes as in `weighted_loss`; group_ids [s] int64 below `groups`.
+    """
+    weighted = token_losses.detach().view(-1).double() * loss_weights
+    return weighted.new_zeros(groups).index_add_(0, group_ids, weighted)
+
+
+def megatron_loss(
+    token_losses: Tensor, loss_weights: Tensor, group_ids: Tensor | None = None, groups: int = 0
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """(loss, token count, values to report): what a schedule takes under `calculate_per_token_loss`.
+
+    To be reported are the loss and, in fp64, its parts by group.
+    """
     loss = weighted_loss(token_losses, loss_weights)
-    return loss, torch.tensor(_NO_TOKEN_COUNT, dtype=torch.int, device=loss.device), loss.detach()
+    by_group = loss.new_zeros(0, dtype=torch.float64)
+    if groups:
+        by_group = group_losses(token_losses, loss_weights, group_ids, groups)
+    no_count = torch.tensor(_NO_TOKEN_COUNT, dtype=torch.int, device=loss.device)
+    return loss, no_count, (loss.detach(), by_group)

@@ -42,6 +42,11 @@ class StepMetrics:
     # before).
     samples_by_length: dict[str, float] = field(default_factory=dict)
     tokens_by_length: dict[str, float] = field(default_factory=dict)
+    # By data set of the mixture (training/dataset_losses.py): share x loss adds up to `loss`. None where the
+    # step keeps no sample of it.
+    loss_by_dataset: dict[str, float | None] = field(default_factory=dict)
+    share_by_dataset: dict[str, float | None] = field(default_factory=dict)  # of the loss's weight
+    tokens_by_dataset: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -49,7 +54,7 @@ class StepMetrics:
         return self.tokens / self.seconds
 
     def scalars(self) -> dict[str, float]:
-        """What has a value, by name; NAME/BUCKET for the shares by length."""
+        """What has a value, by name; NAME/BUCKET for the shares by length, NAME/DATASET by data set."""
         return {"tokens_per_second": self.tokens_per_second} | _scalars(self)
 
 
@@ -59,6 +64,10 @@ class EvaluationMetrics:
 
     iteration: int  # after which the held-out packs were asked
     evaluation_loss: float | None  # of all of them together; None: no token of theirs has weight
+    # By data set of the held-out packs, as those of a step.
+    evaluation_loss_by_dataset: dict[str, float | None] = field(default_factory=dict)
+    evaluation_share_by_dataset: dict[str, float | None] = field(default_factory=dict)
+    evaluation_tokens_by_dataset: dict[str, int | None] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """As those of a step."""
@@ -69,7 +78,7 @@ def _scalars(record: StepMetrics | EvaluationMetrics) -> dict[str, float]:
     found = {}
     for name, value in asdict(record).items():
         if isinstance(value, dict):
-            found |= {f"{name}/{bucket}": share for bucket, share in value.items()}
+            found |= {f"{name}/{key}": part for key, part in value.items() if part is not None}
         elif value is not None and name != "iteration":
             found[name] = value
     return found

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
 from megatron_eagle.data.dataset import Batch
 from megatron_eagle.data.media.tiles import normalize
@@ -41,6 +42,7 @@ def build_batch(device: torch.device, batch: Batch) -> ModelInput:
         tiles=batch.pixel_values,
         labels=batch.labels,
         loss_weights=batch.loss_weights,
+        group_ids=batch.group_ids,
     )
     if inputs.pixel_values is not None:
         inputs.pixel_values = normalize(inputs.pixel_values)
@@ -54,12 +56,14 @@ def run_schedule(
     build: Callable[[T], ModelInput],
     *,
     length: int,
+    groups: int = 0,
     forward_only: bool = False,
-) -> float:
+) -> Tensor:
     """Forward, and backward unless `forward_only`, of all microbatches: packs of `length` tokens.
 
     `build` is called once a microbatch, when its first model chunk needs it. Returns this rank's part of the
-    loss: on the last pipeline stage, the same on every tensor parallel rank; elsewhere 0.
+    loss and of the losses by group, fp64 [1 + groups] on the device: the sum over all ranks is the whole. (Of
+    tensor parallel ranks, which know the same, the first has it.)
     """
     inputs: dict[int, ModelInput] = {}
     uses: Counter[int] = Counter()
@@ -72,7 +76,7 @@ def run_schedule(
         uses[number] += 1
         if uses[number] == len(models):  # its last chunk: what backward needs, autograd holds
             del inputs[number]
-        return model(mine), lambda token_losses: megatron_loss(token_losses, mine.loss_weights)
+        return model(mine), lambda losses: megatron_loss(losses, mine.loss_weights, mine.group_ids, groups)
 
     iterators = [iter(range(len(microbatches))) for _ in models]  # every chunk walks through all of them
     several = len(models) > 1
@@ -85,4 +89,7 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return float(sum(parts)) if mesh.is_last_stage() else 0.0
+    if not (mesh.is_last_stage() and mesh.tp.rank == 0):
+        return torch.zeros(1 + groups, dtype=torch.float64, device=next(models[0].parameters()).device)
+    losses, by_group = zip(*parts, strict=True)
+    return torch.cat([sum(losses).double().view(1), sum(by_group)])

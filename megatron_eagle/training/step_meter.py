@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from megatron_eagle.runtime.gpus import known_gpu
+from megatron_eagle.training.dataset_losses import DatasetLosses
 from megatron_eagle.training.metrics import StepMetrics
 from megatron_eagle.training.step_totals import StepTotals
 
@@ -44,6 +45,7 @@ def choose_peak(stated: float | None, precision: str, device: torch.device) -> P
 
 def measure(
     totals: StepTotals,
+    datasets: DatasetLosses,
     device: torch.device,
     *,
     peak_tflops: float | None,
@@ -102,6 +104,9 @@ def measure(
         host_memory_gib=host_memory,
         samples_by_length=_shares(totals.samples_by_length),
         tokens_by_length=_shares(totals.tokens_by_length),
+        loss_by_dataset=datasets.loss,
+        share_by_dataset=datasets.share,
+        tokens_by_dataset=datasets.tokens,
     )
 
 

@@ -216,11 +216,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def make_store(
-    folder: Path, tokenizer_dir: Path, records: list, lengths: tuple[int, ...] = (256,), **settings
+    folder: Path,
+    tokenizer_dir: Path,
+    records: list | dict[str, list],
+    lengths: tuple[int, ...] = (256,),
+    **settings,
 ) -> Path:
-    """Preprocess records whose media lie in `folder`, with tiles of 28 pixels, one token each."""
-    write_jsonl(folder / "data.jsonl", records)
-    recipe = {"data": {"annotation": "data.jsonl", **settings.pop("recipe", {})}}
+    """Preprocess records whose media lie in `folder`, with tiles of 28 pixels, one token each.
+
+    `records` are those of one data set, or of several by name.
+    """
+    common, recipe = settings.pop("recipe", {}), {}
+    for name, own in (records if isinstance(records, dict) else {"data": records}).items():
+        write_jsonl(folder / f"{name}.jsonl", own)
+        recipe[name] = {"annotation": f"{name}.jsonl", **common}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     sampling = SamplingSettings(tile_size=28, **settings.pop("sampling", {}))
     execution = Execution(settings.pop("workers", 1), fresh=True)

@@ -138,8 +138,7 @@ def run_schedule(wrapped: list, eagle: EagleConfig, mesh: Mesh, batch: list[dict
         pixels = pack["pixel_values"] if mesh.pp.rank == 0 else None
         return make_input(eagle, mesh, torch.device("cpu"), **(pack | {"pixel_values": pixels}))
 
-    part = schedule.run_schedule(wrapped, mesh, mine, build, length=len(batch[0]["input_ids"]))
-    return part if mesh.tp.rank == 0 else 0.0
+    return schedule.run_schedule(wrapped, mesh, mine, build, length=len(batch[0]["input_ids"])).item()
 
 
 def forward_backward(

@@ -102,7 +102,7 @@ def run_packs(wrapped: list, mesh: Mesh, models: list, packs: list) -> dict:
     for model in wrapped:
         model.zero_grad_buffer()
     part = run_schedule(wrapped, mesh, packs, partial(build_batch, CPU), length=LENGTH)
-    return collect(mesh, models, wrapped, part if mesh.tp.rank == 0 else 0.0)
+    return collect(mesh, models, wrapped, part.item())
 
 
 def run_reference(store: str, without: str | None) -> dict:

@@ -34,6 +34,9 @@ def write_manifest(folder: Path) -> None:
     ).save(folder)
 
 
+DATASETS = ["even", "odd", "absent"]
+
+
 class SyntheticLoader:
     """`data.loader.PackLoader`'s interface. A pack depends on its global position alone; every third has no
     image. Data in a folder named `broken`: the weights of the third iteration's packs are NaN."""
@@ -42,7 +45,7 @@ class SyntheticLoader:
         self._broken = Path(config.path).name == "broken"
         self._batch, self._plan = global_batch_size, plan
         self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size
-        self.decoder = "media: made up"
+        self.decoder, self.datasets = "media: made up", DATASETS
 
     def step(self, consumed_packs: int) -> GlobalBatch:
         total = sum(float(self._pack(consumed_packs + i).loss_weights.sum()) for i in range(self._batch))
@@ -88,6 +91,7 @@ class SyntheticLoader:
             input_ids=ids,
             labels=labels,
             loss_weights=weights,
+            group_ids=torch.full((LENGTH,), position % 2),
             position_ids=torch.cat([torch.arange(40), torch.arange(LENGTH - 40)]),
             document_bounds=[0, 40, LENGTH],
             pixel_values=pixels,

@@ -37,6 +37,9 @@ STEP = StepMetrics(
     host_memory_gib=4.25,
     samples_by_length={"512": 0.5, "1024": 0.5},
     tokens_by_length={"512": 0.2, "1024": 0.8},
+    loss_by_dataset={"a": 2.5, "b c/d": 1.0, "absent": None},
+    share_by_dataset={"a": 0.5, "b c/d": 0.5, "absent": None},
+    tokens_by_dataset={"a": 700, "b c/d": 50, "absent": None},
 )
 
 
@@ -143,7 +146,8 @@ def batch(lengths: list[int], length: int, **counts) -> Batch:
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
     bounds += [] if bounds[-1] == length else [length]
     empty = torch.empty(0)
-    return Batch(empty, empty, empty, empty, bounds, None, sample_rows=list(range(len(lengths))), **counts)
+    rows = list(range(len(lengths)))
+    return Batch(empty, empty, empty, empty, empty, bounds, None, sample_rows=rows, **counts)
 
 
 def test_totals_of_ranks_add_up():

@@ -167,9 +167,10 @@ def test_weight_decay_leaves_out_vectors():
 def test_loss_is_a_plain_weighted_sum():
     losses = torch.tensor([[1.0, 2.0, 4.0]], requires_grad=True)
     weights = torch.tensor([0.5, 0.0, 0.25])
-    loss, count, reported = megatron_loss(losses, weights)
+    loss, count, (reported, by_group) = megatron_loss(losses, weights, torch.tensor([2, 1, 0]), 4)
     assert loss.item() == reported.item() == 1.5
-    assert count.dtype == torch.int and not reported.requires_grad
+    assert by_group.tolist() == [1.0, 0.0, 0.5, 0.0] and by_group.dtype == torch.float64
+    assert count.dtype == torch.int and not (reported.requires_grad or by_group.requires_grad)
     weighted_loss(losses, weights).backward()
     assert torch.equal(losses.grad[0], weights)
 
