@@ -1,4 +1,4 @@
-"""Charts as SVG text, for pages that load nothing: curves, and shares stacked to one."""
+"""Charts as SVG text with a legend below, for pages that load nothing: curves, and shares stacked to one."""
 
 import html
 import math
@@ -9,7 +9,7 @@ Points = list[tuple[float, float]]
 
 COLORS = ("#1f6fb2", "#d1622b", "#3a923a", "#8d5fb0", "#b8860b", "#4aa3a2", "#c24d7a", "#7a6a5d", "#5b6b8c")
 _WIDTH, _HEIGHT = 500, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 22, 32, 26  # margins; the legend stands above the plot
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 22, 12, 26  # margins
 _POINTS, _COLUMNS = 800, 160  # of a curve, of stacked shares: longer ones are drawn as means of neighbours
 
 
@@ -36,7 +36,7 @@ def line_chart(
                 f'<circle r="2.2" fill="{color}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}"/>'
                 for x, y in points
             ]
-    return _svg([*parts, _legend(list(curves))] if len(curves) > 1 else parts)
+    return _svg(parts) + (_legend(list(curves)) if any(curves) else "")
 
 
 def share_chart(xs: Sequence[float], shares: dict[str, Sequence[float]]) -> str:
@@ -53,7 +53,13 @@ def share_chart(xs: Sequence[float], shares: dict[str, Sequence[float]]) -> str:
         outline = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in edge)
         parts.append(f'<polygon fill="{color}" fill-opacity="0.75" points="{outline}"/>')
         below = above
-    return _svg([*parts, _legend(list(columns))])
+    return _svg(parts) + _legend(list(columns))
+
+
+def figure(title: str, note: str, chart: str) -> str:
+    """A chart under its title."""
+    note = f'<p class="note">{html.escape(note)}</p>' if note else ""
+    return f"<figure><h2>{html.escape(title)}</h2>{note}{chart}</figure>"
 
 
 class _Axes:
@@ -117,12 +123,12 @@ def _number(value: float) -> str:
 
 
 def _legend(names: list[str]) -> str:
-    parts, x = [], 8.0
-    for name, color in zip(names, _cycle(len(names)), strict=True):
-        parts.append(f'<rect x="{x:.0f}" y="8" width="10" height="10" fill="{color}"/>')
-        parts.append(f'<text x="{x + 14:.0f}" y="17">{html.escape(name)}</text>')
-        x += 24 + 6.2 * len(name)
-    return "".join(parts)
+    """Wraps where the page does: names may be many and long."""
+    entries = (
+        f'<span><b style="background:{color}"></b>{html.escape(name)}</span>'
+        for name, color in zip(names, _cycle(len(names)), strict=True)
+    )
+    return f'<p class="legend">{"".join(entries)}</p>'
 
 
 def _cycle(count: int) -> list[str]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.charts import Points, line_chart, share_chart
+from megatron_eagle.training.charts import Points, figure, line_chart, share_chart
+from megatron_eagle.training.dataset_report import dataset_figures, dataset_table
 from megatron_eagle.training.metrics import (
     EVENTS_FILE,
     METRICS_FILE,
@@ -30,6 +31,9 @@ p.note { color: #666; margin: 0 0 .4em; font-size: .92em }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 1em }
 figure { margin: 0 } svg { width: 100%; height: auto; display: block }
 svg text { font: 11px system-ui, sans-serif; fill: #555 }
+.legend { margin: .2em 0 0; font-size: .85em; color: #555 } .legend span { display: inline-block; margin-right: 1.2em }
+.legend b { display: inline-block; width: .8em; height: .8em; margin-right: .4em }
+td.number, th.number { text-align: right }
 table { border-collapse: collapse; background: #fff }
 td, th { padding: .25em 1.2em .25em .5em; text-align: left; border-bottom: 1px solid #eee }
 pre { background: #fff; border: 1px solid #e2e2e2; padding: 1em; overflow: auto }
@@ -66,6 +70,7 @@ def render(
 ) -> str:
     """The page. Everything that came from a user is escaped."""
     steps = [record for record in metrics if isinstance(record, StepMetrics)]
+    evaluations = [record for record in metrics if isinstance(record, EvaluationMetrics)]
     evaluated = _points(metrics, "evaluation_loss")
     title = html.escape(f"Training run {name}")
     facts = "".join(
@@ -74,6 +79,7 @@ def render(
     )
     sections = {
         "Learning": _learning(steps, evaluated, events),
+        "Data sets": dataset_figures(steps, evaluations),
         "Speed": _speed(steps),
         "Data": _data(steps),
         "Memory": _memory(steps),
@@ -87,7 +93,7 @@ def render(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
         '<p class="note">Curves over iterations; long runs are drawn as means of neighbouring steps.</p>'
-        f'<div class="facts">{facts}</div>{drawn}'
+        f'<div class="facts">{facts}</div>{drawn}{dataset_table(steps, evaluations)}'
         f"{_event_table(events)}{_settings_block(settings)}</body></html>\n"
     )
 
@@ -161,7 +167,7 @@ def _data(steps: Sequence[StepMetrics]) -> list[str]:
             }
             chart = share_chart([step.iteration for step in mixed], shares)
             title = f"Length mix: share of {whole}, %"
-            figures.append(_figure(title, "By the length of samples, in tokens.", chart))
+            figures.append(figure(title, "By the length of samples, in tokens.", chart))
     kept = {
         name: [
             (s.iteration, 100 * getattr(s, name) / getattr(s, wanted)) for s in steps if getattr(s, wanted)
@@ -192,15 +198,10 @@ def _points(records: Sequence[StepMetrics | EvaluationMetrics], name: str, facto
 def _figures(*figures: tuple[str, str, dict[str, Points], dict], from_zero: bool = True) -> list[str]:
     """A figure for each title, note, curves and further settings; none for those without a point."""
     return [
-        _figure(title, note, line_chart(curves, from_zero=from_zero, **more))
+        figure(title, note, line_chart(curves, from_zero=from_zero, **more))
         for title, note, curves, more in figures
         if any(curves.values())
     ]
-
-
-def _figure(title: str, note: str, chart: str) -> str:
-    note = f'<p class="note">{html.escape(note)}</p>' if note else ""
-    return f"<figure><h2>{html.escape(title)}</h2>{note}{chart}</figure>"
 
 
 def _short(tokens: str) -> str:

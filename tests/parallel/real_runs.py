@@ -17,7 +17,9 @@ from tests.parallel.store_cells import model_for
 LENGTH, PACKS = 160, 4
 
 
-def write_mixture(folder: Path, names: tuple[str, str, str, str] = ("chat", "pictures", "clips", "rare")) -> Path:
+def write_mixture(
+    folder: Path, names: tuple[str, str, str, str] = ("chat", "pictures", "clips", "rare")
+) -> Path:
     """A store of text, pictures of several tiles, clips, and one sample of a fourth data set, in packs that
     mix them and end with padding."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +35,10 @@ def write_mixture(folder: Path, names: tuple[str, str, str, str] = ("chat", "pic
             conversation("<image>What?", "A cat and a cup.", image="b.png"),
         ]
         * 4,
-        [conversation("<video>", "A clip.", video="v.mp4"), conversation("<video>?", "Bars " * 3, video="v.mp4")]
+        [
+            conversation("<video>", "A clip.", video="v.mp4"),
+            conversation("<video>?", "Bars " * 3, video="v.mp4"),
+        ]
         * 2,
         [conversation("Once?", "Never again.")],
     )

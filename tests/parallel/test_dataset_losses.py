@@ -1,4 +1,4 @@
-"""Losses by data set in every kind of layout, against token losses of one process added up from the definition."""
+"""Losses by data set in every kind of layout, against token losses of one process, added up by definition."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -164,6 +164,14 @@ def faults(name: str) -> list[dict]:
     """In some cells one rank loses a sample."""
     bad = {"kind": "bad_media", "iteration": 1, "samples": [LEFT_OUT], "rank": 3}
     return [bad] if "cp2" in name else []
+
+
+def test_sources_of_one_name_are_one_data_set(mixture):
+    manifest = SampleStore(mixture / "training" / "store", LENGTH).manifest
+    shared = replace(manifest, sources=["a.jsonl", "b.jsonl", "c.jsonl"], names=["x", "y", "x"])
+    assert (shared.datasets, shared.dataset_of_source) == (["x", "y"], [0, 1, 0])
+    nameless = replace(shared, names=[])
+    assert (nameless.datasets, nameless.dataset_of_source) == (nameless.sources, [0, 1, 2])
 
 
 def test_the_mixture_has_what_can_go_wrong(mixture, losses):

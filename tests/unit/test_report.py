@@ -125,3 +125,33 @@ def test_status_names_ranks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "status", str(tmp_path)])
     assert train_main()() == 0
     assert "behind the others: rank 1 on node (pid 1) in iteration 3, data" in capsys.readouterr().out
+
+
+def test_data_sets_are_drawn_and_listed(tmp_path):
+    """The heaviest have curves, the others are one share; a data set that is absent leaves a gap."""
+    write_logs(tmp_path, 30)
+    file = tmp_path / "logs" / "metrics.jsonl"
+    names, lines = ["<b>x</b>", *(f"set {k}" for k in range(10))], []
+    for line in map(json.loads, file.read_text().splitlines()):
+        there = [name for k, name in enumerate(names) if k != 1 or line["iteration"] <= 10]
+        parts = {"loss": 1 / line["iteration"], "share": 1 / len(there), "tokens": 100}
+        for what, value in parts.items():
+            line[f"{what}_by_dataset"] = dict.fromkeys(names) | dict.fromkeys(there, value)
+        lines.append(line)
+    held_out = {f"evaluation_{what}_by_dataset": {"other": 0.25, "none": None} for what in parts}
+    lines.append({"iteration": 30, "evaluation_loss": 0.25, **held_out})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path).read_text()
+    assert "<b>x</b>" not in page and "&lt;b&gt;x&lt;/b&gt;" in page
+    titles = "Loss by data set", "Evaluation loss by data set", "Mix: weight in the loss, %"
+    losses, evaluation, mix = (
+        page.partition(f"<h2>{title}</h2>")[2].partition("</figure>")[0] for title in titles
+    )
+    assert losses.count("<polyline") == 8 and "The 8 with most weight, of 11." in losses
+    assert evaluation.count("<polyline") == 1 and "</b>other</span>" in evaluation
+    assert mix.count("<polygon") == 9 and "</b>others</span>" in mix
+    cell = '<td class="number">{}</td>'.format
+    row = f"<tr><td>set 0</td>{cell('1,000')}{cell('3.03')}{cell('0.2929')}{cell('-')}</tr>"
+    assert row in page, "trained on in 10 of 30 steps"
+    assert f"<tr><td>other</td>{cell('-') * 3}{cell('0.2500')}</tr>" in page
+    assert f"<tr><td>none</td>{cell('-') * 4}</tr>" in page
