@@ -31,7 +31,8 @@ p.note { color: #666; margin: 0 0 .4em; font-size: .92em }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 1em }
 figure { margin: 0 } svg { width: 100%; height: auto; display: block }
 svg text { font: 11px system-ui, sans-serif; fill: #555 }
-.legend { margin: .2em 0 0; font-size: .85em; color: #555 } .legend span { display: inline-block; margin-right: 1.2em }
+.legend { margin: .2em 0 0; font-size: .85em; color: #555 }
+.legend span { display: inline-block; margin-right: 1.2em }
 .legend b { display: inline-block; width: .8em; height: .8em; margin-right: .4em }
 td.number, th.number { text-align: right }
 table { border-collapse: collapse; background: #fff }
