@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.training.loop import train
-from megatron_eagle.training.metrics import METRICS_FILE, read_metrics
+from megatron_eagle.training.metrics import METRICS_FILE, EvaluationMetrics, read_metrics, read_steps
 from megatron_eagle.training.report import write_report
 from megatron_eagle.training.run_config import load_run_config
 from tests.compatibility.make_fixture import archive, place
@@ -40,11 +40,13 @@ def test_a_run_goes_on(earlier):
     before = (logs / METRICS_FILE).read_text().splitlines()
     train(load_run_config("run.yaml", world_size=1))
     expected = [json.loads(line) for line in (earlier / "expected.jsonl").read_text().splitlines()]
-    steps = read_metrics(logs / METRICS_FILE)
+    steps = read_steps(logs / METRICS_FILE)
     assert [m.iteration for m in steps] == [record["iteration"] for record in expected]
     for step, record in zip(steps, expected, strict=True):
         for name in ("loss", "grad_norm", "lr", "tokens", "samples", "tiles", "frames"):
             assert getattr(step, name) == pytest.approx(record[name], rel=1e-5), (step.iteration, name)
+    [evaluation] = [m for m in read_metrics(logs / METRICS_FILE) if isinstance(m, EvaluationMetrics)]
+    assert evaluation.evaluation_loss == pytest.approx(expected[-1]["evaluation_loss"], rel=1e-5)
     assert (logs / METRICS_FILE).read_text().splitlines()[: len(before)] == before
     assert write_report(earlier / "run").is_file()
 
