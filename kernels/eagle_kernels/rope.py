@@ -1,8 +1,10 @@
 """Rotary positions with a position per token: packed documents and context parallel chunks need no more.
 
-Half-split rotation (Qwen2): with x = [a, b] in halves, y = [a cos - b sin, b cos + a sin]. Cosines and sines
-come from a table made once a step: computed inside the kernel they would spill registers.
-Bytes moved per element of type size b: 2b, forward and backward; the table is small beside all heads.
+Half-split rotation in the rounding order of Qwen2: with x = [a, b] in halves, y = [a cos - b sin,
+b cos + a sin], where cosines, sines, products and sums are rounded to the type of x, as transformers and
+vLLM do. Cosines and sines come from a table made once a step: computed inside the kernel they would spill
+registers. Bytes moved per element of type size b: 2b, forward and backward; the table is small beside all
+heads.
 """
 
 from __future__ import annotations
@@ -14,15 +16,29 @@ from eagle_kernels.configurations import configuration
 from eagle_kernels.dispatch import Implementation, jit, tl, triton, use_triton
 
 
-def rotary_table(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """positions [s], head size `dim` -> cosines and sines fp32 [s, dim / 2]."""
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    angles = torch.outer(positions.float(), base**-exponent)
-    return angles.cos(), angles.sin()
+def inverse_frequencies(dim: int, base: float) -> Tensor:
+    """Angles per position, fp32 [dim / 2] on the CPU: the bits of transformers' `Qwen2RotaryEmbedding`.
+
+    They come of this order of operations on a CPU; `base**-exponent` or a GPU's power differ in the last bit,
+    and cosines then by up to 8e-3 at position 131,071.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    return 1.0 / base**exponent
+
+
+def rotary_table(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """positions [s], `inverse_frequencies` [d / 2] on their device -> cosines and sines [s, d / 2].
+
+    Formed in fp32, then rounded to `dtype`, the type of what will be rotated.
+    """
+    angles = torch.outer(positions.float(), frequencies)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: Implementation = "auto") -> Tensor:
-    """x [s, heads, d], cos and sin fp32 [s, d / 2] of `rotary_table` -> [s, heads, d]; computed in fp32.
+    """x [s, heads, d], cos and sin [s, d / 2] of `rotary_table` -> [s, heads, d].
 
     Raises:
         ValueError: shapes differ; for Triton also if d / 2 is no power of two.
@@ -30,10 +46,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: Implementation = "
     if x.dim() != 3 or not cos.shape == sin.shape == (x.shape[0], x.shape[-1] // 2):
         shapes = f"x {list(x.shape)}, cos {list(cos.shape)}, sin {list(sin.shape)}"
         raise ValueError(f"rope: shapes do not fit: {shapes}")
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     if not use_triton(implementation, x):
-        a, b = x.float().chunk(2, dim=-1)
+        a, b = x.chunk(2, dim=-1)
         c, s = cos[:, None], sin[:, None]
-        return torch.cat([a * c - b * s, b * c + a * s], dim=-1).to(x.dtype)
+        return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
     half = x.shape[-1] // 2
     if half & (half - 1):
         raise ValueError(f"rope: half of the head size must be a power of two for Triton, got {half}")
@@ -55,23 +72,27 @@ def rotate_kernel(
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """HEADS heads of ROWS tokens; backward rotates the other way."""
+    """HEADS heads of ROWS tokens; backward rotates the other way. Products are rounded as in eager torch."""
     columns = tl.arange(0, HALF)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     first = tl.program_id(0).to(tl.int64) * ROWS
     for i in range(ROWS):
         row = first + i
         mask = (heads < n_heads)[:, None] & (row < n_rows)
-        cos = tl.load(COS + row * HALF + columns, mask=row < n_rows, other=0.0)[None, :]
-        sin = tl.load(SIN + row * HALF + columns, mask=row < n_rows, other=0.0)[None, :]
+        cos = tl.load(COS + row * HALF + columns, mask=row < n_rows, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(SIN + row * HALF + columns, mask=row < n_rows, other=0.0).to(tl.float32)[None, :]
         if BACKWARD:
             sin = -sin
         at = X + row * row_stride + heads[:, None] * head_stride + columns[None, :]
         a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+        a_cos = (a * cos).to(Y.dtype.element_ty).to(tl.float32)
+        b_sin = (b * sin).to(Y.dtype.element_ty).to(tl.float32)
+        b_cos = (b * cos).to(Y.dtype.element_ty).to(tl.float32)
+        a_sin = (a * sin).to(Y.dtype.element_ty).to(tl.float32)
         to = Y + (row * n_heads + heads[:, None]) * (2 * HALF) + columns[None, :]
-        tl.store(to, (a * cos - b * sin).to(Y.dtype.element_ty), mask=mask)
-        tl.store(to + HALF, (b * cos + a * sin).to(Y.dtype.element_ty), mask=mask)
+        tl.store(to, (a_cos - b_sin).to(Y.dtype.element_ty), mask=mask)
+        tl.store(to + HALF, (b_cos + a_sin).to(Y.dtype.element_ty), mask=mask)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:

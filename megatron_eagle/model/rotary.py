@@ -9,17 +9,24 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from eagle_kernels.dispatch import Implementation
-from eagle_kernels.rope import rope, rotary_table
+from eagle_kernels.rope import inverse_frequencies, rope, rotary_table
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.backends import AttentionChoice
 
 
 class PackedRotaryTable(torch.nn.Module):
-    """In place of `GPTModel.rotary_pos_emb`: Megatron asks for angles once a forward and gets none."""
+    """In place of `GPTModel.rotary_pos_emb`: Megatron asks for angles once a forward and gets none.
 
-    def __init__(self, dim: int, base: float) -> None:
+    Args:
+        dim: head size.
+        base: theta.
+        dtype: of queries and keys, to which the table is rounded.
+    """
+
+    def __init__(self, dim: int, base: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dim, self.base = dim, base
+        self.dtype = dtype
+        self.register_buffer("frequencies", inverse_frequencies(dim, base), persistent=False)
 
     def get_rotary_seq_len(
         self, inference_context, transformer, transformer_input, config, packed_seq_params
@@ -28,8 +35,8 @@ class PackedRotaryTable(torch.nn.Module):
         return packed_seq_params
 
     def forward(self, packed: PackedSequence, packed_seq: bool = False, cp_group=None) -> None:
-        """Leaves cosines and sines of the local tokens, fp32 [s, d / 2], in the pack."""
-        packed.rotary_table = rotary_table(packed.position_ids, self.dim, self.base)
+        """Leaves cosines and sines of the local tokens, [s, d / 2], in the pack."""
+        packed.rotary_table = rotary_table(packed.position_ids, self.frequencies, self.dtype)
 
 
 class RotaryAttention(MegatronModule):

@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def write_hf_folder(folder: Path, *, vision: dict | None = None) -> Path:
+def write_hf_folder(folder: Path, *, vision: dict | None = None, text: dict | None = None) -> Path:
     """An Eagle 2.5 checkpoint in fp32: grouped queries, pooling head, odd vocabulary, one file."""
     tokenizer = write_tokenizer(folder)
     torch.manual_seed(0)
@@ -58,18 +58,21 @@ def write_hf_folder(folder: Path, *, vision: dict | None = None) -> Path:
             intermediate_size=56,
             num_hidden_layers=2,
             num_attention_heads=2,
+            layer_norm_eps=3e-6,
             **(vision or {}),
         ),
-        text_config=dict(
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rope_theta=1e6,
-            max_position_embeddings=4096,
-            vocab_size=tokenizer.get_vocab_size() + SPARE_ROWS,
-        ),
+        text_config={
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_theta": 3e6,
+            "rms_norm_eps": 2e-6,
+            "max_position_embeddings": 4096,
+            "vocab_size": tokenizer.get_vocab_size() + SPARE_ROWS,
+            **(text or {}),
+        },
         image_token_index=tokenizer.token_to_id("<IMG_CONTEXT>"),
         max_dynamic_tiles=6,
         loss_version="of-the-source",

@@ -78,7 +78,7 @@ def test_config_is_the_sources_with_every_spelling(source, exported):
     assert ours["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert ours["architectures"] == ["Eagle2_5_VLForConditionalGeneration"]
     assert ours["text_config"]["architectures"] == ["Qwen2ForCausalLM"]
-    assert ours["text_config"]["rope_theta"] == 1e6  # transformers 4.51 reads no rope_parameters
+    assert ours["text_config"]["rope_theta"] == 3e6  # transformers 4.51 reads no rope_parameters
     assert ours["vision_config"]["vision_use_head"] is True
     assert (ours["select_layer"], ours["mlp_connector_layers"], ours["force_image_size"]) == (-1, 2, 64)
     assert not any(key.startswith("_") for key in ours)

@@ -97,7 +97,7 @@ def cases(architecture: int) -> list[Case]:
         kernel = getattr(swiglu, f"{way}_kernel")
         add(f"swiglu {way}", kernel, block, tensors | scalars, ROWS=step, BLOCK=block.size)
     block = settings.rope
-    signature = {"X": bf16, "COS": fp32, "SIN": fp32, "Y": bf16}
+    signature = dict.fromkeys(("X", "COS", "SIN", "Y"), bf16)
     signature |= dict.fromkeys(("n_rows", "n_heads", "row_stride", "head_stride"), i32)
     for way in ("forward", "backward"):
         constants = {"BACKWARD": way == "backward", "HALF": 64, "HEADS": block.size, "ROWS": step}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from eagle_kernels.layer_norm import layer_norm
 from eagle_kernels.linear_cross_entropy import linear_cross_entropy
 from eagle_kernels.rms_norm import rms_norm
-from eagle_kernels.rope import rope, rotary_table
+from eagle_kernels.rope import inverse_frequencies, rope, rotary_table
 from eagle_kernels.swiglu import forget_product, swiglu
 
 LIMITS = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2}
@@ -108,18 +108,20 @@ def check_swiglu(dtype: torch.dtype) -> dict[str, float]:
 
 
 def check_rope(dtype: torch.dtype) -> dict[str, float]:
-    """Positions far out, head counts that fill no block, a slice of a packed projection."""
+    """Positions far out, head counts that fill no block, a slice of a packed projection; every rounding."""
     positions = torch.tensor([0, 1, 2, 0, 1, 131071, 77, 5, 5])
-    cos, sin = rotary_table(positions, 64, 1e6)
+    cos, sin = rotary_table(positions, inverse_frequencies(64, 1e6))
 
     def reference(x: Tensor) -> Tensor:
         a, b = x.chunk(2, dim=-1)
         c, s = cos.double()[:, None], sin.double()[:, None]
         return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
 
-    packed = torch.randn(9, 5, 192).to(dtype)
+    packed, heads = torch.randn(9, 5, 192).to(dtype), torch.randn(9, 7, 64).to(dtype)
+    eager, kernel = (rope(heads, cos, sin, name) for name in ("eager", "triton"))
     return {
-        "heads": compare(lambda x: rope(x, cos, sin, "triton"), reference, torch.randn(9, 7, 64).to(dtype)),
+        "other bits than the eager twin": (eager != kernel).sum().item(),
+        "heads": compare(lambda x: rope(x, cos, sin, "triton"), reference, heads),
         "slice": compare(
             lambda x: rope(x[..., 64:128], cos, sin, "triton"), lambda x: reference(x[..., 64:128]), packed
         ),
@@ -217,7 +219,7 @@ def check_refusals(dtype: torch.dtype) -> dict[str, float]:
         ),
         "swiglu: the row length .* got 40": lambda: swiglu(ones(2, 80), "triton"),
         "rope: half of the head size must be a power of two for Triton, got 48": lambda: rope(
-            ones(3, 2, 96), *rotary_table(torch.arange(3), 96, 1e6), "triton"
+            ones(3, 2, 96), ones(3, 48), ones(3, 48), "triton"
         ),
         "rows of the weight: the row length .* got 40": lambda: fused(
             ones(2, 16), ones(40, 16), labels, weights

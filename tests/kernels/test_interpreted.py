@@ -13,7 +13,7 @@ from eagle_kernels.configurations import ARCHITECTURES, configuration
 from eagle_kernels.dispatch import explain
 from eagle_kernels.layer_norm import layer_norm
 from eagle_kernels.rms_norm import rms_norm
-from eagle_kernels.rope import rope, rotary_table
+from eagle_kernels.rope import rope
 from eagle_kernels.swiglu import swiglu
 from tests.kernels.interpreted import CHECKS, LIMITS
 from tests.paths import REPO
@@ -91,7 +91,7 @@ def test_auto_is_eager_without_cuda():
         (lambda: layer_norm(torch.ones(2, 32), torch.ones(32), torch.ones(2), 1e-6), r"bias \[2\]"),
         (lambda: swiglu(torch.ones(2, 33)), "even row length, got 33"),
         (lambda: swiglu(torch.ones(2, 32), "cuda"), "auto, triton or eager, not 'cuda'"),
-        (lambda: rope(torch.ones(3, 2, 32), *rotary_table(torch.arange(4), 32, 1e6)), "shapes do not fit"),
+        (lambda: rope(torch.ones(3, 2, 32), torch.ones(4, 16), torch.ones(4, 16)), "shapes do not fit"),
     ],
 )
 def test_refusals(call, message):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eagle_kernels.layer_norm import layer_norm
 from eagle_kernels.rms_norm import rms_norm
-from eagle_kernels.rope import rope, rotary_table
+from eagle_kernels.rope import inverse_frequencies, rope, rotary_table
 from eagle_kernels.swiglu import swiglu
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import build_model
@@ -86,7 +86,8 @@ def operations(tokens: int, device: str, dtype: torch.dtype, widths: tuple[int, 
         activation["Liger"] = lambda x: LigerSiLUMulFunction.apply(*x.chunk(2, dim=-1))
     yield Operation("swiglu", (tensor(tokens, 2 * ffn),), activation, (3, 5))
 
-    table = rotary_table(torch.arange(tokens, device=device), HEAD, 1e6)
+    frequencies = inverse_frequencies(HEAD, 1e6).to(device)
+    table = rotary_table(torch.arange(tokens, device=device), frequencies, dtype)
     turn = forms(lambda x, implementation: rope(x, *table, implementation))
     yield Operation("rope", (tensor(tokens, heads, HEAD),), turn, (2, 2))
 
