@@ -75,7 +75,7 @@ class TransformerEngineAttention(MegatronModule):
             attn_mask_type=attn_mask_type,
             attention_type=attention_type,
             attention_dropout=attention_dropout,
-            softmax_scale=softmax_scale,
+            softmax_scale=softmax_scale if softmax_scale is not None else config.kv_channels**-0.5,
             cp_comm_type="p2p",
             pg_collection=pg_collection,
         )

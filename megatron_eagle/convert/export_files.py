@@ -133,7 +133,12 @@ def _write_processor_settings(
 
     side = config.vision.image_size
     exported, source = read_json(folder / "config.json"), carried.json("preprocessor_config.json")
-    limit = source.get("max_dynamic_tiles", exported["max_dynamic_tiles"]) if max_tiles is None else max_tiles
+    cutting = {
+        key: source.get(key, exported[key])
+        for key in ("min_dynamic_tiles", "max_dynamic_tiles", "use_thumbnail")
+    }
+    if max_tiles is not None:
+        cutting["max_dynamic_tiles"] = max_tiles
     _write_json(
         folder / "preprocessor_config.json",
         {
@@ -144,13 +149,13 @@ def _write_processor_settings(
             "rescale_factor": 1 / 255,
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
-            "min_dynamic_tiles": source.get("min_dynamic_tiles", exported["min_dynamic_tiles"]),
-            "max_dynamic_tiles": limit,
-            "use_thumbnail": source.get("use_thumbnail", exported["use_thumbnail"]),
+            **cutting,
             "tiling": source.get("tiling", "iap"),
         },
     )
-    exported["max_dynamic_tiles"] = exported["max_dynamic_patch"] = limit
+    exported |= cutting
+    for end in ("min", "max"):  # vLLM's names
+        exported[f"{end}_dynamic_patch"] = cutting[f"{end}_dynamic_tiles"]
     _write_json(folder / "config.json", exported)
     _write_json(
         folder / "processor_config.json",

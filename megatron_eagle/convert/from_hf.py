@@ -35,6 +35,7 @@ def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = Fa
         raise UserError(f"{target}: exists and is not empty; choose a new folder for the checkpoint")
     hf_config = read_json(source / "config.json")
     config = EagleConfig.from_hf(hf_config)
+    _check_normalisation(source / "preprocessor_config.json")
     weights = open_weights(source, allow_pickle=allow_pickle)
     # transformers builds the pooling head unless told otherwise: without it there it would stay random.
     carries_head = hf_config["vision_config"].get("vision_use_head", True)
@@ -54,3 +55,11 @@ def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = Fa
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
+
+
+def _check_normalisation(file: Path) -> None:
+    """Training and export bring pixels to [-1, 1]; raises UserError for a model that took others."""
+    settings = read_json(file) if file.is_file() else {}
+    for name in ("image_mean", "image_std"):
+        if settings.get(name, [0.5] * 3) != [0.5] * 3:
+            raise UserError(f"{file}: {name} is {settings[name]}; only [0.5, 0.5, 0.5] is supported")

@@ -60,11 +60,16 @@ class TextConfig:
     def from_hf(cls, hf: dict) -> "TextConfig":
         """From a Qwen2 or Qwen2.5 configuration. Raises UserError for another architecture."""
         with _missing_keys_named():
-            _require(hf, model_type="qwen2", use_sliding_window=False, rope_scaling=None)
-            # transformers 5 moved rope_theta into rope_parameters.
-            rope = hf.get("rope_parameters") or {}
-            theta = hf.get("rope_theta", rope.get("rope_theta", 1e6))
-            return cls(**{**_known(cls, hf), "rope_theta": theta})
+            _require(hf, model_type="qwen2", hidden_act="silu", use_sliding_window=False, rope_scaling=None)
+            text = cls(**{**_known(cls, hf), "rope_theta": _rope_theta(hf)})
+            kinds = sorted(set(hf.get("layer_types") or ["full_attention"]))
+            size = hf.get("head_dim") or text.head_dim
+            _require(
+                {"layer_types": kinds, "head_dim": size},
+                layer_types=["full_attention"],
+                head_dim=text.head_dim,
+            )
+            return text
 
     @property
     def head_dim(self) -> int:
@@ -108,6 +113,11 @@ class EagleConfig:
         """
         vision, text = self.vision, self.text
         rules = [
+            (
+                self.downsample_ratio == 1 / self.shuffle_factor,
+                f"downsample_ratio {self.downsample_ratio}",
+                "1 divided by a whole number",
+            ),
             (vision.image_size % vision.patch_size == 0, "vision.image_size", "a multiple of patch_size"),
             (
                 (vision.image_size // vision.patch_size) % self.shuffle_factor == 0,
@@ -202,6 +212,8 @@ class EagleConfig:
                 "attention_dropout": 0.0,
                 "use_sliding_window": False,
                 **{f.name: getattr(text, f.name) for f in fields(text)},
+                # Beside rope_theta, over which it wins in transformers 5: a source's own must not stay.
+                "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
             },
             "image_token_index": self.image_token_index,
             "downsample_ratio": self.downsample_ratio,
@@ -216,6 +228,19 @@ class EagleConfig:
             "template": "qwen2-chat",
             "tie_word_embeddings": text.tie_word_embeddings,
         }
+
+
+def _rope_theta(hf: dict) -> float:
+    """Of a Qwen2 configuration: `rope_theta`, which transformers 5 moved into `rope_parameters`."""
+    moved = hf.get("rope_parameters") or {}
+    _require(moved, rope_type="default", type="default")
+    theta = moved.get("rope_theta", hf.get("rope_theta", 1e4))  # transformers' default
+    if hf.get("rope_theta", theta) != theta:
+        raise UserError(
+            f"config.json: rope_theta is {hf['rope_theta']} and rope_parameters.rope_theta {theta}; "
+            "leave the wrong one out"
+        )
+    return theta
 
 
 def _known(cls: type, values: dict) -> dict:

@@ -176,11 +176,12 @@ class BidirectionalAttention(MegatronModule):
 
     def __init__(self, config: TransformerConfig, **_) -> None:
         super().__init__(config=config)
+        self.scale = config.kv_channels**-0.5  # transformers' form; torch's own default is 1 / sqrt(d)
 
     def forward(self, query, key, value, attention_mask, **_) -> Tensor:
         """[patches, tiles, heads, d] each -> [patches, tiles, heads * d]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale).permute(2, 0, 1, 3).flatten(2)
 
 
 def _layer(

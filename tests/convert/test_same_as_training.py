@@ -12,7 +12,7 @@ from megatron_eagle.convert.hf_model.image_processing_eagle2_5_vl import select_
 from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_image as hf_load_image
 from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_video
 from megatron_eagle.data import iap
-from megatron_eagle.data.ads import SamplingSettings
+from megatron_eagle.data.ads import SamplingSettings, spread
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.tiles import tile_image
 from megatron_eagle.data.media.video import load_frames
@@ -122,7 +122,7 @@ def assert_same_video(hf, path, start=None, end=None):
     clip = {} if start is None else {"video_start": start, "video_end": end}
     facts = probe_video(VideoSource(path, *(None if t is None else Fraction(str(t)) for t in (start, end))))
     ours = load_video(path, **clip)
-    frames = np.linspace(facts.first, facts.last, len(ours)).round().astype(int)
+    frames = np.array(spread(facts.first, facts.last, len(ours)))
     assert ours.timestamps == facts.times(frames.tolist())
     assert ours.fps == float(len(ours) / facts.duration)
     theirs = load_frames(path, facts.table.index, frames, tile_size=TILE)

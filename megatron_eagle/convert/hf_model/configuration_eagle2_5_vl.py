@@ -99,8 +99,8 @@ class Eagle2_5_VLConfig(PretrainedConfig):
     @property
     def tokens_per_tile(self) -> int:
         """Visual tokens of one tile: (tile side / patch side x downsample ratio) squared."""
-        side = int(self.vision_config.image_size // self.vision_config.patch_size * self.downsample_ratio)
-        return side * side
+        patches = self.vision_config.image_size // self.vision_config.patch_size
+        return (patches // round(1 / self.downsample_ratio)) ** 2
 
 
 def _first(*values):

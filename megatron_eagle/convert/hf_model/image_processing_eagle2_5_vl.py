@@ -19,32 +19,33 @@ try:  # transformers 4.51 does not offer it at the top level when torchvision is
 except ImportError:
     from transformers.image_processing_base import ImageProcessingMixin
 
-# A grid and its transpose score the same for a square picture, and the first one tried wins: the tall one,
-# except where the wide one is listed here. The released model was trained with this order, which depends on
-# the tile limit: up to 7, up to 20 and up to 36, for the limits in `_RELEASED_LIMITS`.
-_RELEASED_LIMITS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 18, 20, 24, 32, 36))
-_WIDE_FIRST = {
-    7: "3x1 4x1 6x1 7x1",
-    20: "3x1 4x1 5x1 3x2 7x1 4x2 10x1 11x1 12x1 6x2 13x1 14x1 5x3 9x2 5x4 20x1 10x2",
-    36: "3x1 4x1 5x1 6x1 3x2 7x1 4x2 9x1 5x2 6x2 13x1 14x1 7x2 5x3 8x2 16x1 18x1 9x2 20x1 5x4 7x3 22x1 6x4 "
-    "9x3 27x1 7x4 14x2 29x1 15x2 8x4 16x2 34x1 17x2 35x1 7x5 18x2 36x1",
-}
+# Among candidates of equal area the first wins a tie, which happens for (nearly) square pictures and for 2:1.
+# The released model was trained with this order: by largest tile count N, in three groups, the columns of the
+# candidates of each area (their maximum). Areas not listed, and every N outside `_LISTED`, go by columns.
+_LISTED = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 18, 20, 24, 32, 36))
+_UP_TO_7 = "3 1, 4 1 2, 6 2 1 3, 7 1"
+_UP_TO_20 = (
+    "3 1, 2 4 1, 5 1, 1 6 3 2, 7 1, 4 2 1 8, 2 5 10 1, 11 1, 12 3 4 1 6 2, 13 1, 14 2 1 7, 1 5 15 3, "
+    "1 2 16 8 4, 9 1 18 3 2 6, 5 20 4 10 2 1"
+)
+_UP_TO_36 = (
+    "3 1, 2 4 1, 5 1, 6 3 2 1, 7 1, 4 2 1 8, 9 3 1, 1 5 10 2, 6 1 2 12 3 4, 13 1, 14 1 7 2, 1 5 3 15, "
+    "8 16 4 1 2, 18 3 9 1 6 2, 20 5 2 1 4 10, 7 1 3 21, 2 11 22 1, 1 24 6 3 4 2 8 12, 5 1 25, 1 2 13 26, "
+    "9 27 3 1, 1 7 14 2 4 28, 29 1, 3 15 1 2 10 5 30 6, 8 1 4 32 16 2, 1 33 3 11, 34 17 2 1, 35 1 7 5, "
+    "4 6 3 18 12 36 1 9 2"
+)
 
 
 def grid_candidates(max_tiles: int, min_tiles: int = 1) -> list[tuple[int, int]]:
     """Grids (columns, rows) of `min_tiles` to `max_tiles` tiles, in the order in which they are tried."""
-    wide_first = set()
-    if max_tiles in _RELEASED_LIMITS:
-        names = _WIDE_FIRST[min(limit for limit in _WIDE_FIRST if max_tiles <= limit)]
-        wide_first = {tuple(map(int, name.split("x"))) for name in names.split()}
-    grids = [(c, area // c) for area in range(1, max_tiles + 1) for c in range(1, area + 1) if area % c == 0]
-
-    def rank(grid):
-        columns, rows = grid
-        before_transpose = grid in wide_first or (columns < rows and (rows, columns) not in wide_first)
-        return columns * rows, min(grid), not before_transpose
-
-    return sorted((g for g in grids if g[0] * g[1] >= min_tiles), key=rank)
+    table = _UP_TO_7 if max_tiles < 8 else _UP_TO_20 if max_tiles < 24 else _UP_TO_36
+    orders = [[int(c) for c in entry.split()] for entry in table.split(",")] if max_tiles in _LISTED else []
+    listed = {max(order): order for order in orders}
+    grids = []
+    for area in range(min_tiles, max_tiles + 1):
+        ascending = [c for c in range(1, area + 1) if area % c == 0]
+        grids += [(c, area // c) for c in listed.get(area, ascending)]
+    return grids
 
 
 def select_grid(

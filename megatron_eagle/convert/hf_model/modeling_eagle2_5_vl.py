@@ -22,7 +22,7 @@ def pixel_shuffle(features: torch.Tensor, ratio: float = 0.5) -> torch.Tensor:
     are the block's four patches, row-major.
     """
     n, patches, channels = features.shape
-    side, block = int(patches**0.5), int(1 / ratio)
+    side, block = int(patches**0.5), round(1 / ratio)
     if side * side != patches or side % block:
         raise ValueError(f"pixel shuffle needs a square grid divisible by {block}, got {patches} patches")
     grid = features.view(n, side // block, block, side // block, block, channels).permute(0, 1, 3, 2, 4, 5)
@@ -60,7 +60,7 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         self.image_token_index = config.image_token_index
         self.vision_model = SiglipVisionModel(config.vision_config)
         self.language_model = Qwen2ForCausalLM(config.text_config)
-        vision_width = int(config.vision_config.hidden_size / config.downsample_ratio**2)
+        vision_width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
         text_width = config.text_config.hidden_size
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(vision_width),  # eps 1e-5, unlike the tower's 1e-6

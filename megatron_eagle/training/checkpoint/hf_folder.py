@@ -27,21 +27,25 @@ def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str
             partial.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial)
-            _add_tiling(
-                partial / "preprocessor_config.json", read_manifest(data).sampling, checkpoint is None
-            )
+            add_tiling(partial, read_manifest(data).sampling, checkpoint is None)
             partial.rename(Path(root) / HF_FOLDER)
         except OSError as error:
             problem = f"{root}: cannot give the checkpoint a copy of {source}: {error}"
     raise_together(problem)
 
 
-def _add_tiling(path: Path, sampling: dict[str, Any], with_limit: bool) -> None:
-    """Put what the data were sampled with into the settings of the exported processor, where it differs."""
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    chosen = {"max_dynamic_tiles": sampling["max_tiles"]} if with_limit else {}
-    tiling = sampling.get("tiling", "iap")
-    if tiling != settings.get("tiling", "iap"):
-        chosen["tiling"] = tiling
-    if chosen:
-        path.write_text(json.dumps(settings | chosen))
+def add_tiling(folder: Path, sampling: dict[str, Any], with_limit: bool) -> None:
+    """Put how the data's pictures were cut into the settings of the exported processor, where it differs."""
+    settings = folder / "preprocessor_config.json"
+    config, stated = (_read(path) for path in (folder / "config.json", settings))
+    ours = {"tiling": "iap", "use_thumbnail": True, "min_dynamic_tiles": 1}
+    cut = {**ours, "tiling": sampling.get("tiling", "iap")}
+    if with_limit:
+        cut["max_dynamic_tiles"] = sampling["max_tiles"]
+    before = {**ours, **config, **stated}
+    if chosen := {key: value for key, value in cut.items() if before.get(key) != value}:
+        settings.write_text(json.dumps(stated | chosen))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
