@@ -39,7 +39,10 @@ def test_refused_without_a_gpu(arguments, monkeypatch):
 
 
 def test_its_parts_give_rows_of_one_shape():
-    environment = os.environ | {"PYTHONPATH": f"{REPO / 'tools'}:{REPO}", "TORCHDYNAMO_DISABLE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{REPO / 'tools'}:{REPO}:{REPO / 'kernels'}",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-c", SMALL]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

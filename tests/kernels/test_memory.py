@@ -26,7 +26,10 @@ LAYERS = """print(json.dumps([
 
 
 def _measured(statement: str) -> list[dict]:
-    environment = os.environ | {"PYTHONPATH": f"{REPO / 'tools'}:{REPO}", "TORCHDYNAMO_DISABLE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{REPO / 'tools'}:{REPO}:{REPO / 'kernels'}",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-c", f"{START}    {statement}"]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
