@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from megatron_eagle.data.dataset import (
     sample_weight,
     token_weights,
 )
+from megatron_eagle.data.identity import DataIdentity, identify
 from megatron_eagle.data.loss_weights import LOSS_WEIGHTINGS
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.packing import read_packs
@@ -144,6 +145,18 @@ class PackLoader:
     def datasets(self) -> list[str]:
         """Names of the mixture's data sets, by their numbers in `Batch.group_ids`."""
         return self.manifest.datasets
+
+    @cached_property
+    def identity(self) -> DataIdentity:
+        """What is read, and in which order."""
+        config = self._config
+        return identify(
+            self._store,
+            self._index,
+            seed=config.seed,
+            loss_weighting=config.loss_weighting,
+            multi_turn=config.multi_turn,
+        )
 
     @property
     def decoder(self) -> str:

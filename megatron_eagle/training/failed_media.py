@@ -28,8 +28,9 @@ def next_batch(
     policy: Literal["error", "skip"],
     group: dist.ProcessGroup | None,
     injected: Sequence[int] = (),
-) -> tuple[GlobalBatch, list[FailedMedium]]:
-    """`loader.step`, with the samples left out whose media failed on any rank, and why. Collective.
+) -> tuple[GlobalBatch, dict[int, FailedMedium]]:
+    """`loader.step`, with the samples left out whose media failed on any rank; which, by their numbers in the
+    global batch, and why. Collective.
 
     Args:
         group: of `host_group`.
@@ -47,18 +48,18 @@ def next_batch(
     failures |= {number: FailedMedium(-1, "none", "none", "a fault for tests") for number in injected}
     failed = merge_marks(loader.n_samples(first_pack), failures, problem, group)
     if not failed:
-        return batch, []
+        return batch, {}
     of_ranks: list[dict[int, FailedMedium]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, failures, group=group)
     first = {number: medium for found in reversed(of_ranks) for number, medium in found.items()}
-    media = [first[number] for number in failed]
     if policy == "error":
+        more = f" (and {len(failed) - 1} more samples)" if len(failed) > 1 else ""
         raise AgreedError(
-            f"{describe(media[0])}{f' (and {len(media) - 1} more samples)' if len(media) > 1 else ''}. "
+            f"{describe(first[failed[0]])}{more}. "
             "Repair it, or set data.on_media_error=skip to train without such samples"
         )
     loader.leave_out(batch, set(failed))
-    return batch, media
+    return batch, {number: first[number] for number in failed}
 
 
 def merge_marks(

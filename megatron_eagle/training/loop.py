@@ -1,9 +1,11 @@
 """The training loop: global batch -> pipeline schedule -> optimizer step -> log, checkpoint, repeat."""
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -210,12 +212,15 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
                         tokens=tokens,
                         seconds=seconds,
                         data_seconds=step.data_seconds,
+                        first_pack=step.first_pack,
+                        packs=config.training.global_batch_size,
+                        data=loader.identity,
                     )
                 )
             if held_out is not None and (at_end or state.iteration % config.evaluation.interval == 0):
                 heart.phase(state.iteration, "evaluation")
                 loss, datasets = evaluate(
-                    held_out.batches(partial(_next_batch, job, log, state.iteration, [])),
+                    held_out.batches(partial(_next_batch, job, log, state.iteration, [], "evaluation")),
                     held_out.datasets,
                     job.mesh,
                     job.device.torch_device,
@@ -239,6 +244,7 @@ class _Step:
     grad_norm: float | None  # None: the step was skipped
     totals: StepTotals
     datasets: DatasetLosses
+    first_pack: int
     data_seconds: float  # that the ranks waited for the last of them to have its batches
     told_to_stop: bool  # any rank
 
@@ -249,10 +255,12 @@ def _step(
     """One global batch."""
     state, guard = job.state, job.guard
     number, first_pack = state.iteration + 1, state.consumed_packs
+    packs = job.config.training.global_batch_size
     heart.phase(number, "data")
     waiting = time.perf_counter()
     with record_function("data"), job.stragglers.section("data"):
-        batch = _next_batch(job, log, number, job.faults.bad_media(number), loader, first_pack)
+        injected = job.faults.bad_media(number)
+        batch = _next_batch(job, log, number, injected, "training", loader, first_pack)
     data_seconds = time.perf_counter() - waiting
     job.faults.before_step(number)
     heart.phase(number, "forward and backward")
@@ -275,23 +283,24 @@ def _step(
         with record_function("optimizer"):
             grad_norm = float(job.optimizer.step()[1])
         action, reason = guard.judge("gradient norm", grad_norm)
+    if action != "go":
+        kind = "skipped" if action == "skip" else "stopped"
+        details = {"first_pack": first_pack, "packs": packs, "data": loader.identity.to_dict()}
+        log.event(number, kind, reason, loss=loss if math.isfinite(loss) else None, **details)
     if action == "stop":
         saver.wait()
         saved = "no checkpoint" if saver.saved_iteration is None else f"iteration {saver.saved_iteration}"
         raise AgreedError(
             f"iteration {number}: {reason}; stopped ({saved} is saved). Lower optimizer.lr or "
-            "optimizer.clip_grad, or look at the samples of this step"
+            "optimizer.clip_grad, or look at the samples of this step (tools/train.py replay)"
         )
-    if action == "skip":
-        packs = job.config.training.global_batch_size
-        log.event(number, "skipped", reason, first_pack=first_pack, packs=packs)
-    else:
+    if action == "go":
         guard.accept(loss)
     job.scheduler.step(1)
     state.iteration += 1
-    state.consumed_packs += job.config.training.global_batch_size
+    state.consumed_packs += packs
     state.recent_losses = guard.recent
-    return _Step(loss, grad_norm, totals, datasets, data_seconds, told_to_stop)
+    return _Step(loss, grad_norm, totals, datasets, first_pack, data_seconds, told_to_stop)
 
 
 def _forward_backward(
@@ -337,13 +346,20 @@ def _schedule(job: _Job, batches: list[Batch], datasets: int, *, forward_only: b
 
 
 def _next_batch(
-    job: _Job, log: RunLog, iteration: int, injected: list[int], loader: PackLoader, first_pack: int
+    job: _Job,
+    log: RunLog,
+    iteration: int,
+    injected: list[int],
+    of: Literal["training", "evaluation"],
+    loader: PackLoader,
+    first_pack: int,
 ) -> GlobalBatch:
     """A global batch, without the samples whose media fail; these go into the log."""
     policy = job.config.data.on_media_error
     batch, failed = next_batch(loader, first_pack, policy, job.host_group, injected)
-    for medium in failed:
-        log.event(iteration, "failed_media", describe(medium), row=medium.row, path=medium.path)
+    for number, medium in failed.items():
+        details = {"row": medium.row, "path": medium.path, "sample": number, "of": of}
+        log.event(iteration, "failed_media", describe(medium), **details)
     return batch
 
 

@@ -8,6 +8,7 @@ from megatron_eagle.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+NO_CURVES = ("iteration", "first_pack", "packs", "data")  # fields that say where a line belongs
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class StepMetrics:
     loss_by_dataset: dict[str, float | None] = field(default_factory=dict)
     share_by_dataset: dict[str, float | None] = field(default_factory=dict)  # of the loss's weight
     tokens_by_dataset: dict[str, int | None] = field(default_factory=dict)
+    # Which global batch this was, for a look back (training/history.py). None: by an older version.
+    first_pack: int | None = None  # packs that the run had read before it
+    packs: int | None = None  # of the global batch
+    data: dict | None = None  # `data.identity.DataIdentity`
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,9 +82,11 @@ class EvaluationMetrics:
 def _scalars(record: StepMetrics | EvaluationMetrics) -> dict[str, float]:
     found = {}
     for name, value in asdict(record).items():
+        if name in NO_CURVES:
+            continue
         if isinstance(value, dict):
             found |= {f"{name}/{key}": part for key, part in value.items() if part is not None}
-        elif value is not None and name != "iteration":
+        elif value is not None:
             found[name] = value
     return found
 

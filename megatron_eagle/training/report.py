@@ -222,7 +222,7 @@ def _event_table(events: Sequence[dict]) -> str:
         return ""
     rows = ""
     for event in events[-_EVENTS:]:
-        more = {k: v for k, v in event.items() if k not in ("iteration", "event", "reason")}
+        more = {k: v for k, v in event.items() if k not in ("iteration", "event", "reason", "data")}
         cells = [
             *(event["iteration"], event.get("event", ""), event.get("reason", "")),
             ", ".join(f"{key} {value}" for key, value in more.items()),

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -146,7 +146,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(scalars, step=metrics.iteration)
 
-    def event(self, iteration: int, kind: str, reason: str, **details: int | str) -> None:
+    def event(self, iteration: int, kind: str, reason: str, **details: Any) -> None:
         """Record what is worth knowing of an iteration, in events.jsonl and above the progress bar."""
         if self._active:
             record = {"iteration": iteration, "event": kind, "reason": reason, **details}

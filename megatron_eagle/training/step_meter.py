@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from megatron_eagle.data.identity import DataIdentity
 from megatron_eagle.runtime.gpus import known_gpu
 from megatron_eagle.training.dataset_losses import DatasetLosses
 from megatron_eagle.training.metrics import StepMetrics
@@ -56,6 +57,9 @@ def measure(
     tokens: int,
     seconds: float,
     data_seconds: float,
+    first_pack: int,
+    packs: int,
+    data: DataIdentity,
 ) -> StepMetrics:
     """Collective: memory and `data_seconds` become those of the rank that has most.
 
@@ -107,6 +111,9 @@ def measure(
         loss_by_dataset=datasets.loss,
         share_by_dataset=datasets.share,
         tokens_by_dataset=datasets.tokens,
+        first_pack=first_pack,
+        packs=packs,
+        data=data.to_dict(),
     )
 
 

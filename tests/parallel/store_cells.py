@@ -94,7 +94,7 @@ def run_cell(store: str, parallel: dict) -> dict:
             }
             for pack in batch.microbatches
         ]
-        return result | {"decoded": dict(decoded), "failed": [medium.path for medium in failed]}
+        return result | {"decoded": dict(decoded), "failed": [medium.path for medium in failed.values()]}
 
 
 def run_packs(wrapped: list, mesh: Mesh, models: list, packs: list) -> dict:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_eagle.data.identity import DataIdentity
 from megatron_eagle.data.loader import Batch, GlobalBatch
 from megatron_eagle.data.store import DataManifest
 from megatron_eagle.model.presets import preset
@@ -46,6 +47,7 @@ class SyntheticLoader:
         self._batch, self._plan = global_batch_size, plan
         self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size
         self.decoder, self.datasets = "media: made up", DATASETS
+        self.identity = DataIdentity(config.path, LENGTH, config.seed, "square", False, "made", "up")
 
     def step(self, consumed_packs: int) -> GlobalBatch:
         total = sum(float(self._pack(consumed_packs + i).loss_weights.sum()) for i in range(self._batch))

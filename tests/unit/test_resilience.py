@@ -19,7 +19,7 @@ from megatron_eagle.training import faults, loop
 from megatron_eagle.training.agreement import AgreedError
 from megatron_eagle.training.checkpoint import checkpoint_folder, read_train_state, saving
 from megatron_eagle.training.heartbeat import Beat, Heartbeat, describe, read_beats
-from megatron_eagle.training.metrics import read_events, read_metrics
+from megatron_eagle.training.metrics import read_events, read_metrics, read_steps
 from megatron_eagle.training.resilience import LossGuard, Preempted, ResilienceConfig, stop_signals
 from megatron_eagle.training.run_config import load_run_config
 from tests.data.helpers import contents
@@ -92,10 +92,12 @@ def test_a_nan_is_skipped_with_a_record(run):
     run("resilience.on_nonfinite=skip", suffered=[{"kind": "nan", "iteration": 3}])
     assert [m[0] for m in run.metrics()] == [1, 2, 4, 5, 6]
     (event,) = read_events(run.logs / "events.jsonl")
+    assert event.pop("data") == read_steps(run.logs / "metrics.jsonl")[0].data
     assert event == {
         "iteration": 3,
         "event": "skipped",
         "reason": "the loss is nan",
+        "loss": None,
         "first_pack": 8,
         "packs": 4,
     }
@@ -105,6 +107,8 @@ def test_a_nan_is_skipped_with_a_record(run):
 def test_a_nan_stops_by_default_and_without_end(run):
     with pytest.raises(AgreedError, match="iteration 2: the loss is nan; stopped"):
         run(suffered=[{"kind": "nan", "iteration": 2}])
+    (event,) = read_events(run.logs / "events.jsonl")
+    assert (event["event"], event["iteration"], event["first_pack"]) == ("stopped", 2, 4)
     settings = ["resilience.on_nonfinite=skip", "resilience.max_consecutive_skips=2"]
     with pytest.raises(AgreedError, match="iteration 4: the loss is nan, after 2 skipped steps in a row"):
         run(*settings, suffered=[{"kind": "nan", "iteration": i} for i in (2, 3, 4, 5)])

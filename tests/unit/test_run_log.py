@@ -11,7 +11,7 @@ from megatron_eagle.data.dataset import Batch
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import preset
 from megatron_eagle.training.flops import training_flops
-from megatron_eagle.training.metrics import EvaluationMetrics, StepMetrics, read_metrics
+from megatron_eagle.training.metrics import NO_CURVES, EvaluationMetrics, StepMetrics, read_metrics
 from megatron_eagle.training.run_log import LoggingConfig, RunLog, WandbConfig, progress_line
 from megatron_eagle.training.step_totals import buckets, count_totals, read_totals, zero_totals
 
@@ -40,6 +40,9 @@ STEP = StepMetrics(
     loss_by_dataset={"a": 2.5, "b c/d": 1.0, "absent": None},
     share_by_dataset={"a": 0.5, "b c/d": 0.5, "absent": None},
     tokens_by_dataset={"a": 700, "b c/d": 50, "absent": None},
+    first_pack=8,
+    packs=4,
+    data={"path": "data", "seed": 0},
 )
 
 
@@ -56,7 +59,7 @@ def test_every_number_has_one_name():
     names = STEP.scalars().keys()
     whole = {name for name in names if "/" not in name}
     shares = {name.split("/")[0] for name in names if "/" in name}
-    expected = {f.name for f in fields(StepMetrics)} - {"iteration", "evaluation_loss"}
+    expected = {f.name for f in fields(StepMetrics)} - {*NO_CURVES, "evaluation_loss"}
     assert whole | shares == expected | {"tokens_per_second"}
     assert STEP.scalars()["tokens_per_second"] == 2000
     assert STEP.scalars()["tokens_by_length/1024"] == 0.8
