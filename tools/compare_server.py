@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.inference.batch import read_requests
 from megatron_eagle.inference.generate import ExportedModel, Sampling
+from megatron_eagle.inference.positions import add_option, warn_of_server
 from megatron_eagle.inference.server_client import ServedModel
 
 
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument(
         "--at-least", type=float, default=1.0, metavar="SHARE", help="of equal answers (%(default)s)"
     )
+    add_option(parser)
     options = parser.parse_args()
     if not 0 < options.at_least <= 1:
         raise UserError(f"--at-least {options.at_least:g}: expected a share above 0, at most 1")
@@ -40,7 +42,8 @@ def main() -> int:
         raise UserError(f"{options.jsonl}: has no requests")
 
     served = ServedModel(options.endpoint, options.model)
-    exported = ExportedModel(options.hf)
+    exported = ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
+    warn_of_server(served.read_max_positions(), exported.max_positions)
     sampling = Sampling(options.fps, options.max_frames, None, options.max_new_tokens)
     rows = []
     for where, record, request in tqdm(requests, desc="requests", unit="request"):

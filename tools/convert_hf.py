@@ -101,7 +101,8 @@ def _import(options: argparse.Namespace) -> None:
         config = import_parts(Parts(**parts), options.checkpoint)
     print(
         f"{options.checkpoint}: {config.text.num_hidden_layers} language layers, "
-        f"{config.vision.num_hidden_layers} vision layers, {config.text.vocab_size} tokens"
+        f"{config.vision.num_hidden_layers} vision layers, {config.text.vocab_size} tokens, prompts of up to "
+        f"{config.text.max_position_embeddings:,} tokens (max_position_embeddings)"
     )
 
 
@@ -110,13 +111,15 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError("export: name --hf, --adapter or both")
     from megatron_eagle.convert.lora import export_adapter
     from megatron_eagle.convert.to_hf import export_hf
+    from megatron_eagle.training.checkpoint import read_model_config
 
     _quiet()
     merge, verify = options.adapter is None, not options.no_verify
     if not merge:
         files = export_adapter(options.checkpoint, options.adapter, base=options.hf, verify=verify)
         verify = False  # once is enough
-        print(f"{options.adapter}: {', '.join(files)}")
+        positions = read_model_config(options.checkpoint).text.max_position_embeddings
+        print(f"{options.adapter}: {', '.join(files)}; trained for prompts of up to {positions:,} tokens")
     if options.hf is not None:
         files = export_hf(
             options.checkpoint, options.hf, max_tiles=options.max_tiles, merge=merge, verify=verify

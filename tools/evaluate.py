@@ -30,6 +30,7 @@ from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.evaluation.runner import evaluate, render, tabulate, write_scores
 from megatron_eagle.evaluation.summary import comparison, overall, plot_frames, read_result
 from megatron_eagle.inference.generate import Answers, ExportedModel, Sampling
+from megatron_eagle.inference.positions import add_option, check_option
 from megatron_eagle.inference.server_client import ServedModel
 
 
@@ -65,6 +66,7 @@ def _arguments() -> argparse.Namespace:
             "--judge", metavar="URL", help="endpoint of the model that compares free answers"
         )
         command.add_argument("--judge-model", metavar="NAME", help="at that endpoint (default: its first)")
+        add_option(command)
         if name == "run":
             command.add_argument(
                 "--max-frames", type=int, help="per video (default: the benchmark's, or 256)"
@@ -115,6 +117,7 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> Non
     for name, value in values.items():
         if value is not None and value <= 0:
             raise UserError(f"--{name} must be positive, not {value}")
+    check_option(options)
     about = {"model": options.endpoint or str(options.hf.resolve())}
     published = BENCHMARKS.get(options.published)
     if published is not None:
@@ -156,7 +159,9 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> Non
 
 
 def _model(options: argparse.Namespace) -> Answers:
-    return ExportedModel(options.hf) if options.hf else ServedModel(options.endpoint, options.model)
+    if options.hf is None:
+        return ServedModel(options.endpoint, options.model)
+    return ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
 
 
 def _table(options: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.inference.batch import answer_file
 from megatron_eagle.inference.generate import PREFILL_CHUNK, Answers, ExportedModel, Request, Sampling
+from megatron_eagle.inference.positions import add_option, check_option
 
 
 def main() -> None:
@@ -57,6 +58,7 @@ def main() -> None:
         metavar="N",
         help="tokens of the prompt that are in the model at a time (%(default)s)",
     )
+    add_option(parser)
     options = parser.parse_args()
     media = {"images": options.image, "videos": options.video, "documents": options.document}
     if (options.prompt is None) == (options.jsonl is None):
@@ -66,6 +68,7 @@ def main() -> None:
 
     if options.model is not None and options.endpoint is None:
         raise UserError("--model is a name on a server: it needs --endpoint URL")
+    check_option(options)
 
     sampling = Sampling(options.fps, options.max_frames, options.max_tiles, options.max_new_tokens)
     with _model(options) as model:
@@ -94,9 +97,13 @@ def _model(options: argparse.Namespace) -> Iterator[Answers]:
         warnings.filterwarnings("ignore", category=FutureWarning)  # between Megatron and torch
         with TemporaryDirectory() as folder:
             export_hf(options.checkpoint, folder)
-            yield ExportedModel(folder, options.prefill_chunk)
+            yield _exported(folder, options)
     else:
-        yield ExportedModel(options.hf, options.prefill_chunk)
+        yield _exported(options.hf, options)
+
+
+def _exported(folder: str | Path, options: argparse.Namespace) -> ExportedModel:
+    return ExportedModel(folder, options.prefill_chunk, allow_long_prompts=options.allow_long_prompts)
 
 
 def _positive(kind: type):

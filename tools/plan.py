@@ -58,7 +58,8 @@ def main() -> None:
     plans = plan_layouts(config, arguments.gpus, memory, packs, machine)
     if arguments.json:
         try:
-            Path(arguments.json).write_text(json.dumps(as_records(plans), indent=1) + "\n", encoding="utf-8")
+            records = json.dumps(as_records(plans, config), indent=1)
+            Path(arguments.json).write_text(records + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{arguments.json}: cannot write here: {error.strerror}") from error
     top = len(plans.legal) if arguments.all else arguments.top

@@ -15,7 +15,8 @@ import uvicorn
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.inference.demo import Demo, make_app
 from megatron_eagle.inference.demo_media import Limits, Viewer
-from megatron_eagle.inference.generate import ExportedModel, Sampling, load_processor
+from megatron_eagle.inference.generate import ExportedModel, Sampling, load_processor, read_max_positions
+from megatron_eagle.inference.positions import add_option, check_option, warn_of_server
 from megatron_eagle.inference.server_client import ServedModel
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -42,6 +43,7 @@ def main() -> None:
         ("minutes", limits.seconds // 60),
     ):
         parser.add_argument(f"--max-{name}", type=int, default=default, metavar="N", help="of an upload")
+    add_option(parser)
     options = parser.parse_args()
     if options.hf is None and options.endpoint is None:
         raise UserError("give --hf H, --endpoint URL, or both")
@@ -49,18 +51,23 @@ def main() -> None:
         raise UserError("--model is a name on a server: it needs --endpoint URL")
     if options.max_tiles is not None and options.endpoint is not None:
         raise UserError("--max-tiles: tiles are the server's own setting; leave it out")
+    check_option(options)
     positive = ("max_new_tokens", "fps", "max_frames", "max_tiles")
     for name in (*positive, "max_megabytes", "max_megapixels", "max_pages", "max_minutes"):
         if (value := getattr(options, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value} is not positive")
 
     if options.endpoint is None:
-        model = ExportedModel(options.hf)
-        processor, limit = model.processor, model.model.config.text_config.max_position_embeddings
+        model = ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
+        processor, limit = model.processor, model.max_positions
         name = options.hf.resolve().name
     else:
-        model = ServedModel(options.endpoint, options.model)
-        processor, limit = load_processor(options.hf) if options.hf else None, None
+        model, processor = ServedModel(options.endpoint, options.model), None
+        limit = model.read_max_positions()
+        if options.hf is not None:
+            processor, trained = load_processor(options.hf), read_max_positions(options.hf)
+            warn_of_server(limit, trained)
+            limit = min(limit or trained, trained)
         name = f"{model.model} at {options.endpoint}"
     sampling = Sampling(options.fps, options.max_frames, options.max_tiles, options.max_new_tokens)
     limits = Limits(

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Serve an exported model with vLLM, OpenAI-compatible:  tools/serve_vllm.sh H [more of vllm serve's options]
 # HOST (127.0.0.1), PORT (8000) and MAX_IMAGES per request (256; a video's frames count) come from the environment.
+# Prompts with their answers have at most the tokens that the model was trained for (max_position_embeddings of its
+# config.json); --max-model-len may ask for less, and for more only with VLLM_ALLOW_LONG_MAX_MODEL_LEN=1, vLLM's own.
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -12,9 +14,27 @@ for file in config.json configuration_eagle2_5_vl.py tokenizer_config.json chat_
 done
 command -v vllm >/dev/null || fail "vllm is not installed here (made for 0.33)"
 
+trained=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["text_config"]["max_position_embeddings"])' \
+  "$model/config.json" 2>/dev/null) || fail "$model/config.json: no max_position_embeddings in its text_config"
+length=(--max-model-len "$trained")
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in
+    --max[-_]model[-_]len=*) asked=${!i#*=} ;;
+    --max[-_]model[-_]len) next=$((i + 1)); asked=${!next:-} ;;
+    *) continue ;;
+  esac
+  length=() # another way to write a number is left to vLLM, which refuses more than the model's as well
+  [[ $asked =~ ^([0-9]+)([kK]?)$ ]] || continue
+  case ${BASH_REMATCH[2]} in k) unit=1000 ;; K) unit=1024 ;; *) unit=1 ;; esac
+  ((10#${BASH_REMATCH[1]} * unit > trained)) || continue
+  beyond="--max-model-len $asked is beyond the $trained tokens that the model was trained for (max_position_embeddings)"
+  [ "${VLLM_ALLOW_LONG_MAX_MODEL_LEN:-0}" = 1 ] || fail "$beyond: ask for less, or set VLLM_ALLOW_LONG_MAX_MODEL_LEN=1"
+  echo "warning: $beyond: answers may be worse" >&2
+done
+
 # String format: vLLM writes its own placeholder <image> where a picture stands, and the folder's template takes the
 # turn as text. In the other format the template would write <image-1>, which vLLM does not know.
 exec vllm serve "$model" --trust-remote-code --served-model-name eagle2.5 \
   --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
   --chat-template "$model/chat_template.jinja" --chat-template-content-format string --interleave-mm-strings \
-  --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}}" "$@"
+  --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}}" "${length[@]}" "$@"

@@ -33,6 +33,15 @@ _SOURCE_WINS = (
     *("dynamic_image_size", "use_thumbnail", "min_dynamic_tiles", "max_dynamic_tiles"),
     *("min_dynamic_patch", "max_dynamic_patch", "template"),
 )
+# Other names under which a source may limit a prompt's length; vLLM takes the least of those in text_config.
+_LENGTHS = (
+    "model_max_length",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "seq_length",
+    "seq_len",
+)
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 IM_END, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
@@ -46,6 +55,7 @@ def write_config(
     merged = {**source, **own, **{key: source[key] for key in _SOURCE_WINS if key in source}}
     for part in ("vision_config", "text_config"):
         merged[part] = {**source.get(part, {}), **own[part]}
+    _raise_lengths(merged["text_config"], config)
     merged["vision_config"]["vision_use_head"] = has_head
     merged["text_config"].setdefault("sliding_window", None)  # transformers 4.51 warns of its default
     # vLLM reads the tile limits under these names.
@@ -103,9 +113,17 @@ def _copy_tokenizer(folder: Path, config: EagleConfig, carried: Carried) -> dict
     settings.setdefault("eos_token", IM_END)
     settings.setdefault("pad_token", END_OF_TEXT if END_OF_TEXT in ids else IM_END)
     settings.pop("chat_template", None)  # it is in its own file
+    _raise_lengths(settings, config)
     settings["processor_class"] = _PROCESSOR
     _write_json(folder / "tokenizer_config.json", settings)
     return ids
+
+
+def _raise_lengths(settings: dict, config: EagleConfig) -> None:
+    """Let no number that the source has beside `max_position_embeddings` keep prompts shorter than that."""
+    for name in _LENGTHS:
+        if isinstance(settings.get(name), int | float):
+            settings[name] = max(settings[name], config.text.max_position_embeddings)
 
 
 def token_ids(folder: Path) -> dict[str, int]:

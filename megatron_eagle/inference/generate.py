@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.inference.positions import new_tokens
 from megatron_eagle.inference.prefill import prefill
 
 # Tokens. PyTorch's attention builds a mask of piece x prompt: longer pieces cost more than they save.
@@ -101,17 +102,26 @@ class Answers(Protocol):
 class ExportedModel:
     """An exported model and its processor, on the GPU if there is one.
 
-    Prompts of more than `prefill_chunk` tokens go through the model in pieces of as many (`prefill`).
+    Prompts of more than `prefill_chunk` tokens go through the model in pieces of as many (`prefill`). Prompts
+    beyond `max_positions` are refused, and answers end there, unless `allow_long_prompts`.
 
     Raises:
         UserError: the folder is missing, no export, or cannot be loaded.
     """
 
-    def __init__(self, folder: str | Path, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(
+        self, folder: str | Path, prefill_chunk: int = PREFILL_CHUNK, *, allow_long_prompts: bool = False
+    ) -> None:
         self.folder, self.prefill_chunk = Path(folder), prefill_chunk
+        self.allow_long_prompts = allow_long_prompts
         self.processor = load_processor(self.folder)
         self.model = _load(self.folder, "AutoModel", torch_dtype="auto").eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens that it was trained for."""
+        return self.model.config.text_config.max_position_embeddings
 
     def answer(
         self,
@@ -126,7 +136,8 @@ class ExportedModel:
         `on_prompt` is told the prompt's visual tokens and all its tokens before that.
 
         Raises:
-            UserError: a picture, video or document is missing or unreadable, or does not fit the prompt.
+            UserError: a picture, video or document is missing or unreadable, or does not fit the prompt, or
+                the prompt is longer than the model was trained for.
         """
         inputs = self._inputs(request, sampling)
         ids = inputs["input_ids"]
@@ -137,9 +148,14 @@ class ExportedModel:
         return self.processor.decode(answer[0], skip_special_tokens=True).strip()
 
     def generate(self, inputs: Any, max_new_tokens: int, streamer: Any = None) -> torch.Tensor:
-        """New ids [1, n] after the processor's output, greedily; a long prompt is read in pieces."""
-        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
+        """New ids [1, n] after the processor's output, greedily; a long prompt is read in pieces.
+
+        Raises `UserError` for a prompt beyond `max_positions`.
+        """
         ids = inputs["input_ids"].to(self.model.device)
+        allow = self.allow_long_prompts
+        count = new_tokens(ids.shape[1], max_new_tokens, self.max_positions, allow=allow)
+        settings = {"max_new_tokens": count, "do_sample": False, "streamer": streamer}
         if ids.shape[1] <= self.prefill_chunk:
             return self.model.generate(**inputs.to(self.model.device), **settings)
         cache, embeddings = prefill(self.model, ids, inputs.get("pixel_values"), self.prefill_chunk)
@@ -174,6 +190,12 @@ def load_processor(folder: Path) -> Any:
     """The processor of an exported folder. Raises `UserError` if it is missing or no export."""
     _check_export(folder)
     return _load(folder, "AutoProcessor")
+
+
+def read_max_positions(folder: Path) -> int:
+    """Tokens that an exported model was trained for. Raises `UserError` as `load_processor`."""
+    _check_export(folder)
+    return _load(folder, "AutoConfig").text_config.max_position_embeddings
 
 
 def pages_of(processor: Any, path: str, max_tiles: int | None, max_pages: int | None = None) -> list:

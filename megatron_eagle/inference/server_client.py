@@ -38,12 +38,19 @@ class ServedModel:
             raise UserError(f"{endpoint}: expected the URL of a server, as http://127.0.0.1:8000")
         self.url = endpoint.rstrip("/") if parts.path.strip("/") else f"{endpoint.rstrip('/')}/v1"
         if model is None:
-            with self._open("models") as response:
-                names = [entry.get("id") for entry in _json(response.read(), self.url).get("data", [])]
+            names = list(self._models())
             if not names:
                 raise UserError(f"{self.url}: the server names no model; name one with --model")
             model = names[0]
         self.model = model
+
+    def read_max_positions(self) -> int | None:
+        """Tokens of prompt and answer that the server takes; None where it does not say (vLLM does)."""
+        try:
+            limit = self._models().get(self.model, {}).get("max_model_len")
+        except UserError:  # it may answer all the same
+            return None
+        return limit if isinstance(limit, int) else None
 
     def answer(
         self, request: Request, sampling: Sampling = _DEFAULT, *, on_text: OnText | None = None
@@ -74,6 +81,12 @@ class ServedModel:
                 on_text(piece)
                 pieces.append(piece)
             return "".join(pieces).strip()
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        """What the server says of each model, by name."""
+        with self._open("models") as response:
+            entries = _json(response.read(), self.url).get("data") or []
+        return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
 
     def _open(self, path: str, body: dict[str, Any] | None = None):
         headers = {"Content-Type": "application/json"}

@@ -54,6 +54,7 @@ class TextConfig:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    # Tokens of a prompt that the model is made for; a run raises it to its packs (training/run_config.py).
     max_position_embeddings: int = 32768
 
     @classmethod

@@ -184,6 +184,8 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
         log.message(choose_attention(config.layers.attention, _dtype(config)).reason)
         log.message(loader.decoder)
         log.message(peak.reason)
+        for note in config.notes:
+            log.message(note)
         if job.resumed:
             log.message(f"resumed from {root} at iteration {state.iteration}")
         if state.iteration >= last:

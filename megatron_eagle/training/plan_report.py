@@ -30,6 +30,8 @@ def render(
         f"{gpus}, packs of {config.data.length:,} tokens, {config.training.global_batch_size} a step, "
         f"{config.training.precision}; {packs.mean_tiles:.4g} tiles a pack ({packs.tiles} at most), "
         f"longest document {packs.longest_document:,}",
+        f"positions: max_position_embeddings {config.model.text.max_position_embeddings:,}",
+        *config.notes,
         f"recompute: language {recompute.language}, vision {recompute.vision}; "
         f"trained: {', '.join(config.optimizer.trainable)}",
         "assumes a fused attention kernel (the reference attention is quadratic in memory), no overlap, and "
@@ -58,7 +60,7 @@ def _by_rule(refused: Counter[str]) -> Counter[str]:
     return rules
 
 
-def as_records(plans: Plans) -> dict[str, Any]:
+def as_records(plans: Plans, config: RunConfig) -> dict[str, Any]:
     """All numbers for JSON: bytes and seconds, layouts best first."""
     layouts = [
         {
@@ -80,7 +82,8 @@ def as_records(plans: Plans) -> dict[str, Any]:
         for plan in plans.legal
     ]
     refused = [{"reason": reason, "layouts": count} for reason, count in plans.refused.most_common()]
-    return {"layouts": layouts, "refused": refused}
+    positions = config.model.text.max_position_embeddings
+    return {"max_position_embeddings": positions, "layouts": layouts, "refused": refused}
 
 
 def _table(plans: list[Plan], own: ParallelConfig) -> list[str]:

@@ -134,7 +134,8 @@ def file_run(path: str, overrides: Iterable[str]) -> RunConfig:
     overrides = list(overrides)
     config = load_run_config(path, [*overrides, "parallel={}"], world_size=1)
     own = apply_overrides(load_yaml(path), overrides).get("parallel")
-    return replace(config, parallel=from_dict(ParallelConfig, own or {}, "parallel"))
+    config.parallel = from_dict(ParallelConfig, own or {}, "parallel")
+    return config
 
 
 def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterable[str]) -> RunConfig:
@@ -153,6 +154,7 @@ def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterab
         raise UserError(f"preset {name} takes its vocabulary from data: add model.text.vocab_size=N")
     if config.data.length < 1:
         raise UserError(f"data.length is {config.data.length}: must be at least 1")
+    config.settle_positions()
     return config
 
 

@@ -11,15 +11,16 @@ from megatron_eagle.training.run_config import RunConfig
 
 
 def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:
-    """One line for each run (or stage), configurations from `load_stages` for `processes` processes.
+    """What each run (or stage) is, in a line, and its notes. `load_stages` makes the configurations,
+    for `processes` processes.
 
     Raises `UserError` beyond what reading the configuration has found: no pack index for the run's length or
     one of other data, a folder that cannot be written.
     """
-    return [_check(config, processes) for config in configs]
+    return [line for config in configs for line in _check(config, processes)]
 
 
-def _check(config: RunConfig, processes: int) -> str:
+def _check(config: RunConfig, processes: int) -> list[str]:
     data, training, parallel = config.data, config.training, config.parallel
     packs = len(read_packs(SampleStore(data.path, data.length)))
     if config.evaluation is not None:
@@ -34,10 +35,11 @@ def _check(config: RunConfig, processes: int) -> str:
     }
     layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one process"
     epochs = training.train_iterations * training.global_batch_size / packs
-    return (
-        f"{config.checkpoint.path}: {layout}; {training.train_iterations} iterations of "
-        f"{training.global_batch_size} x {data.length} tokens, {epochs:.2f} epochs of {data.path}"
+    summary = (
+        f"{layout}; {training.train_iterations} iterations of {training.global_batch_size} x {data.length} "
+        f"tokens, {epochs:.2f} epochs of {data.path}"
     )
+    return [f"{config.checkpoint.path}: {line}" for line in (summary, *config.notes)]
 
 
 def _check_writable(folder: Path) -> None:

@@ -44,6 +44,8 @@ from megatron_eagle.training.optimizer import OptimizerConfig
 from megatron_eagle.training.resilience import ResilienceConfig
 from megatron_eagle.training.run_log import LoggingConfig
 
+_POSITIONS = "model.text.max_position_embeddings"
+
 
 @dataclass
 class TrainingConfig:
@@ -93,6 +95,8 @@ class RunConfig:
     evaluation: EvaluationConfig | None = None
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    # What was settled while the run's file was completed, in a line each, for the log.
+    notes: list[str] = field(default_factory=list, init=False, compare=False)
 
     def validate(self, world_size: int) -> None:
         """Check the sections against each other and against the number of processes.
@@ -119,6 +123,33 @@ class RunConfig:
                 "lora trains the language model through its adapters: add language to optimizer.trainable"
             )
 
+    def settle_positions(self, trained: int | None = None, stated: int | None = None) -> None:
+        """Raise `max_position_embeddings` to the longest pack that the model is trained on, this run's too.
+
+        It is no part of the architecture (rotary positions have no weights) but a property of the run, which
+        its checkpoints record and their exports promise; it never falls.
+
+        Args:
+            trained: that of the weights which the run starts from or resumes; None: fresh ones.
+            stated: what the run's file itself says, beyond a preset: more than was trained only so.
+        """
+        text, length = self.model.text, self.data.length
+        before = text.max_position_embeddings if trained is None else trained
+        text.max_position_embeddings = max(before, length, stated or 0)
+        if text.max_position_embeddings > max(before, length):
+            self.notes.append(
+                f"warning: {_POSITIONS} is {stated:,} as the run's file says, beyond the {before:,} of the "
+                f"checkpoint and the {length:,} tokens of this run's packs: nothing is trained there"
+            )
+        elif length > before:
+            self.notes.append(
+                f"{_POSITIONS} is raised from {before:,} to {length:,}, the tokens of this run's packs"
+            )
+        if stated is not None and stated < before:
+            self.notes.append(
+                f"{_POSITIONS} stays {before:,} as in the checkpoint: {stated:,} would lower it"
+            )
+
 
 def load_run_config(
     path: str | Path, overrides: Iterable[str] = (), *, world_size: int | None = None
@@ -136,36 +167,52 @@ def load_run_config(
 
 
 def complete_run_config(
-    values: dict[str, Any], *, world_size: int | None = None, load_later: bool = False
+    values: dict[str, Any], *, world_size: int | None = None, before: RunConfig | None = None
 ) -> RunConfig:
-    """As `load_run_config`, from the settings themselves. `load_later`: checkpoint.load is not there yet."""
-    _complete_model(values)
+    """As `load_run_config`, from the settings themselves. `before`: the run that will leave its weights in
+    checkpoint.load, if they are not there yet."""
+    stated = _stated_positions(values.get("model"))
+    _complete_model(values, before)
     config = from_dict(RunConfig, values)
     config.validate(int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
     config.model = _fit_to_data(config.model, config.data)
     if config.evaluation is not None:
         _check_same_data(config.evaluation.data, config.data)
     path, load = config.checkpoint.path, config.checkpoint.load
+    trained = []
     if has_checkpoint(path):
         _check_same_tokenizer(config.data.path, path)
-        _check_same_model(config.model, read_model_config(path), path)
+        trained.append(_check_same_model(config.model, path))
         check_same_lora(config.lora, read_lora_config(path), path)
-    elif load is not None and not (load_later and not has_checkpoint(load)):
-        _check_same_tokenizer(config.data.path, load)
-        _check_same_model(config.model, read_model_config(load), load)
-        saved = read_lora_config(load)
-        if saved is not None:  # weights without adapters may get new ones
-            check_same_lora(config.lora, saved, load)
+    elif load is not None:
+        if before is None or has_checkpoint(load):
+            _check_same_tokenizer(config.data.path, load)
+            trained.append(_check_same_model(config.model, load))
+            saved = read_lora_config(load)
+            if saved is not None:  # weights without adapters may get new ones
+                check_same_lora(config.lora, saved, load)
+        if before is not None:
+            trained.append(before.model.text.max_position_embeddings)
+    config.settle_positions(max(trained, default=None), stated)
     return config
 
 
-def _complete_model(values: dict[str, Any]) -> None:
-    """Put the values of a preset, or of the checkpoint to start from, into the model section."""
+def _stated_positions(model: Any) -> int | None:
+    """`max_position_embeddings` of a run file's own model section."""
+    text = model.get("text") if isinstance(model, dict) else None
+    return text.get("max_position_embeddings") if isinstance(text, dict) else None
+
+
+def _complete_model(values: dict[str, Any], before: RunConfig | None) -> None:
+    """Put the values of a preset, or of the model to start from, into the model section."""
     model, checkpoint = values.get("model"), values.get("checkpoint")
     if model:
         values["model"] = expand_preset(model) if isinstance(model, dict) else model
         return
     values.pop("model", None)  # an empty section is a missing one: no run trains a default model
+    if before is not None:
+        values["model"] = to_dict(before.model)
+        return
     for place in ("path", "load"):
         root = checkpoint.get(place) if isinstance(checkpoint, dict) else None
         if isinstance(root, str) and (place == "load" or has_checkpoint(root)):
@@ -234,10 +281,17 @@ def _check_same_tokenizer(data: str, checkpoint: str) -> None:
             )
 
 
-def _check_same_model(model: EagleConfig, saved: EagleConfig, where: str) -> None:
+def _check_same_model(model: EagleConfig, checkpoint: str) -> int:
+    """Refuse a checkpoint of another architecture; returns the positions that it was trained for."""
+    saved = read_model_config(checkpoint)
     differences = list(_differences(model, saved, "model"))
     if differences:
-        raise UserError(f"{where}: the checkpoint is of another model: {'; '.join(differences)}")
+        raise UserError(f"{checkpoint}: the checkpoint is of another model: {'; '.join(differences)}")
+    return saved.text.max_position_embeddings
+
+
+# What a run may change about a model that it goes on with.
+_NO_ARCHITECTURE = ("initializer_range", "max_position_embeddings")
 
 
 def _differences(here: Any, there: Any, where: str) -> Iterable[str]:
@@ -245,5 +299,5 @@ def _differences(here: Any, there: Any, where: str) -> Iterable[str]:
         a, b, name = getattr(here, f.name), getattr(there, f.name), f"{where}.{f.name}"
         if is_dataclass(a):
             yield from _differences(a, b, name)
-        elif a != b and f.name != "initializer_range":
+        elif a != b and f.name not in _NO_ARCHITECTURE:
             yield f"{name} is {b} there and {a} here"

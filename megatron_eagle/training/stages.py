@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.config import apply_overrides, load_yaml, nearest, to_dict
+from megatron_eagle.config import apply_overrides, load_yaml, nearest
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.device import detect_device, process_group
 from megatron_eagle.training.checkpoint import TrainState, has_checkpoint, read_train_state
@@ -58,10 +58,8 @@ def load_stages(
             starts = not has_checkpoint((run.get("checkpoint") or {}).get("path") or "")
             if previous is not None and not configs and starts:
                 _check_finished(previous, name, runs[previous])
-            if configs and not run.get("model"):  # the first stage's is that of its checkpoint
-                run["model"] = to_dict(configs[0].model)
-            config = complete_run_config(run, world_size=world_size, load_later=bool(configs))
-            configs.append(config)
+            before = configs[-1] if configs else None
+            configs.append(complete_run_config(run, world_size=world_size, before=before))
         previous = name
     return configs
 

@@ -189,6 +189,32 @@ def test_bad_questions_are_one_line(live, slow, media):
     assert running.answer("a")[-1] == {"done": True}
 
 
+def test_a_prompt_beyond_the_models_positions(live, model, media, monkeypatch, capsys):
+    monkeypatch.setattr(model.model.config.text_config, "max_position_embeddings", 20)
+    name = live.upload(media[0])[1]["id"]
+    counted, refused = live.answer("What?", name)
+    assert sum(counted["prompt"].values()) > 20 and "the model was trained for 20 " in refused["error"]
+    monkeypatch.setattr(model, "allow_long_prompts", True)
+    assert live.answer("What?", name)[-1] == {"done": True}
+    assert "go beyond the 20 that the model was trained for" in capsys.readouterr().err
+
+
+def test_the_page_knows_the_servers_limit_and_the_models(exported, monkeypatch, capsys):
+    """The served 5,000 tokens go beyond the 4,096 of the export."""
+    shown = []
+    monkeypatch.setattr(
+        "megatron_eagle.inference.demo.make_app", lambda demo, local: shown.append(demo.about)
+    )
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: None)
+    with protocol_server() as (url, _):
+        for folder in ((), ("--hf", str(exported))):
+            monkeypatch.setattr("sys.argv", ["serve_demo.py", "--endpoint", url, *folder])
+            with pytest.raises(SystemExit):
+                runpy.run_path(str(TOOL), run_name="__main__")
+    assert [about["token_limit"] for about in shown] == [5000, 4096]
+    assert capsys.readouterr().err.count("which the server takes, go beyond the 4,096 that") == 1
+
+
 def test_other_sites_and_other_names_are_refused(live):
     assert live.ask("POST", "/stop", Origin="http://elsewhere.example")[0] == 403
     assert live.ask("GET", "/", Host="elsewhere.example")[0] == 400
@@ -257,6 +283,7 @@ def test_the_tool_warns_serves_and_leaves_nothing(exported, tmp_path):
         (("--hf", "nowhere"), "no such folder"),
         (("--hf", "nowhere", "--model", "m"), "it needs --endpoint"),
         (("--hf", "nowhere", "--max-pages", "0"), "--max-pages 0 is not positive"),
+        (("--endpoint", "http://127.0.0.1:9", "--allow-long-prompts"), "the server's own setting"),
     ],
 )
 def test_bad_options_are_one_line(monkeypatch, capsys, arguments, message):

@@ -83,6 +83,8 @@ def test_logits_refuses_what_does_not_fit(checkpoint, hf, tmp_path):
         logits(checkpoint, ids + 10_000, pixels)
     with pytest.raises(UserError, match="not a checkpoint"):
         logits(tmp_path, ids, pixels)
+    with pytest.raises(UserError, match="the prompt has 4,097 tokens and the model was trained for 4,096 "):
+        logits(checkpoint, torch.zeros(4097, dtype=torch.long))
     assert not torch.distributed.is_initialized()
 
 

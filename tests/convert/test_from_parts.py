@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,11 @@ EAGLE_ONLY = SPECIAL[3:]
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Parts:
-    root = tmp_path_factory.mktemp("parts")
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+def write_parts(root: Path) -> Parts:
+    """A Qwen2.5 and a SigLIP folder of random weights, and a tokenizer with the image tokens."""
     write_tokenizer(root / "tokenizer")
     definition = json.loads((root / "tokenizer" / "tokenizer.json").read_text())
     definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] not in EAGLE_ONLY]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.shards import INDEX
@@ -82,6 +82,21 @@ def test_config_is_the_sources_with_every_spelling(source, exported):
     assert ours["vision_config"]["vision_use_head"] is True
     assert (ours["select_layer"], ours["mlp_connector_layers"], ours["force_image_size"]) == (-1, 2, 64)
     assert not any(key.startswith("_") for key in ours)
+
+
+def test_no_other_length_of_the_source_is_below_its_positions(broken, tmp_path):
+    """vLLM takes the least of several names in text_config; transformers warns of the tokenizer's."""
+    config = json.loads((broken / "config.json").read_text())
+    text = config["text_config"] | {"seq_length": 100, "model_max_length": 8000, "max_seq_len": None}
+    _edit_config(broken, text_config=text)
+    tokenizer = json.loads((broken / "tokenizer_config.json").read_text())
+    (broken / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"model_max_length": 100}))
+    import_hf(broken, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert (found["max_position_embeddings"], found["seq_length"]) == (4096, 4096)
+    assert (found["model_max_length"], found["max_seq_len"]) == (8000, None)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 4096
 
 
 def test_generation_stops_at_im_end_by_name(source, exported):

@@ -141,7 +141,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.wfile.write(value if isinstance(value, bytes) else json.dumps(value).encode())
 
     def do_GET(self):
-        self._send(200, {"data": [{"id": "tiny"}]} if self.path == "/v1/models" else {})
+        tiny = {"id": "tiny", "max_model_len": 5000}
+        self._send(200, {"data": [tiny]} if self.path == "/v1/models" else {})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -197,6 +198,8 @@ def test_pictures_and_frames_reach_the_server(server, media):
     picture, video = media
     model = ServedModel(url)
     assert model.model == "tiny" and ServedModel(f"{url}/v1", "own").model == "own"
+    assert model.read_max_positions() == 5000 and ServedModel(url, "own").read_max_positions() is None
+    assert ServedModel("http://127.0.0.1:9", "own").read_max_positions() is None
     request = Request("What?", (picture,), ({"video": video, "nframes": 4},))
     assert model.answer(request, Sampling(max_new_tokens=9)) == "5 pictures, What?"
     sent = requests[-1]
@@ -288,6 +291,7 @@ def test_an_export_and_a_server_are_compared(exported, server, media, tmp_path, 
 
     status, out, err = compare()
     assert status == 1 and "1 of 2 answers are equal" in out and "  100%  " in out, err
+    assert "warning: prompts of up to 5,000 tokens, which the server takes, go beyond the 4,096 that" in err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["agree"] for row in rows] == [1, 2 / len(other)]
     assert (rows[0]["export"], rows[1]["server"][:2]) == (same, other[:2])

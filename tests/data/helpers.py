@@ -222,7 +222,8 @@ def make_store(
     lengths: tuple[int, ...] = (256,),
     **settings,
 ) -> Path:
-    """Preprocess records whose media lie in `folder`, with tiles of 28 pixels, one token each.
+    """Preprocess records whose media lie in `folder`, with tiles of 28 pixels, one token each (`sampling` may
+    say otherwise).
 
     `records` are those of one data set, or of several by name.
     """
@@ -231,7 +232,7 @@ def make_store(
         write_jsonl(folder / f"{name}.jsonl", own)
         recipe[name] = {"annotation": f"{name}.jsonl", **common}
     (folder / "recipe.json").write_text(json.dumps(recipe))
-    sampling = SamplingSettings(tile_size=28, **settings.pop("sampling", {}))
+    sampling = SamplingSettings(**{"tile_size": 28, **settings.pop("sampling", {})})
     execution = Execution(settings.pop("workers", 1), fresh=True)
     chosen = PreprocessSettings(str(tokenizer_dir), lengths, sampling, **settings)
     preprocess(folder / "recipe.json", folder / "store", chosen, execution)

@@ -299,7 +299,8 @@ def test_the_table_of_gpus_is_the_machine(monkeypatch, capsys):
     bf16 = times["bf16"]
     assert bf16.mfu == pytest.approx(WORKLOAD.microbatches * flops / bf16.total / 989e12)
     assert times["fp32"].mfu is None  # the table's peak is not that of fp32
-    assert "  -  " in run_tool(monkeypatch, capsys, "--top", "1", "training.precision=fp32").splitlines()[6]
+    table = run_tool(monkeypatch, capsys, "--top", "1", "training.precision=fp32").split("\n\n")[1]
+    assert table.splitlines()[1].split()[11] == "-"
 
 
 def test_the_tool_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
@@ -309,6 +310,8 @@ def test_the_tool_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
     assert [line.split()[0] for line in table] == ["TP", "1", "2", "3"]
     assert "First: " in printed and "choose 1, 2 or 4" in printed
     written = json.loads((tmp_path / "plan.json").read_text())
+    assert "positions: max_position_embeddings 131,072" in lines
+    assert written["max_position_embeddings"] == 131072
     best = written["layouts"][0]
     assert best["fits"] and best["memory"]["total"] < 137e9
     assert sum(refusal["layouts"] for refusal in written["refused"]) > 0

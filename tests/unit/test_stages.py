@@ -214,7 +214,7 @@ def test_the_published_stages_load(tmp_path, monkeypatch):
             sampling={"max_tiles": 12},
             max_pixels=0,
         ).save(Path(path))
-    configs = load_stages(PROGRESSIVE, ["checkpoint.load="], world_size=64)
+    configs = load_stages(PROGRESSIVE, ["model.preset=eagle2.5-8b", "checkpoint.load="], world_size=64)
     assert [c.data.length for c in configs] == [32768, 32768, 32768, 65536, 131072]
     assert [c.training.global_batch_size * c.data.length for c in configs] == 5 * [2**21], "the same tokens"
     assert [c.recompute.language for c in configs] == [*(3 * ["none"]), "offload", "offload"]

@@ -65,10 +65,15 @@ def partial_folder(root: Path, iteration: int) -> Path:
 def read_model_config(root: str | Path) -> EagleConfig:
     """The model configuration that the latest checkpoint in `root` was saved with."""
     run_file = checkpoint_folder(root) / "run.yaml"
-    model = load_yaml(run_file).get("model")
-    if model is None:
+    run = load_yaml(run_file)
+    if run.get("model") is None:
         raise UserError(f"{run_file}: no model section; the checkpoint was not written by this project")
-    return from_dict(EagleConfig, model, f"{run_file}: model")
+    model = from_dict(EagleConfig, run["model"], f"{run_file}: model")
+    data = run.get("data")
+    trained = data.get("length") if isinstance(data, dict) else None
+    if isinstance(trained, int):  # version 0.1.0 did not raise it to the length of the packs
+        model.text.max_position_embeddings = max(model.text.max_position_embeddings, trained)
+    return model
 
 
 def read_lora_config(root: str | Path) -> LoraConfig | None:
