@@ -38,7 +38,7 @@ ACTIVATION_PASSES = 5
 # Shares of the peak that kernels reach. Matrix products: 790 of 989 TFLOP/s, as measured on one H200; taken
 # for all. FlashAttention-2: 35 % on Hopper (abstract of the FlashAttention-3 paper, arXiv 2407.08608), 50 to
 # 73 % on Ampere (of the FlashAttention-2 paper, arXiv 2307.08691): the middle, for Ada too. Blackwell counts
-# as Hopper.
+# as Hopper, unmeasured; an H20, whose matrix units are cut, probably reaches more than that of its low peak.
 GEMM_SHARE = 790 / 989
 ATTENTION_SHARE = {"ampere": 0.6, "ada": 0.6, "hopper": 0.35, "blackwell": 0.35}
 
