@@ -30,8 +30,8 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     `where` is the dotted place of `mapping` in the whole configuration and only serves messages.
     Accepted beside exact types: an int or a numeric text (YAML 1.1 reads `2e-5` as text) for a float,
     a list for a tuple. Raises `UserError`: unknown key (with the nearest valid one), missing key, wrong
-    type, a value outside a `Literal`, or what the dataclass' own `__post_init__` refuses with `UserError`
-    or `ValueError`.
+    type, a value outside a `Literal` or its declared range (`ranges`), or what the dataclass' own
+    `__post_init__` refuses, with `UserError` or with a `ValueError` that begins with the field's name.
     """
     if not isinstance(mapping, Mapping):
         raise _Mismatch(f"{where or 'configuration'}: expected a mapping of settings, got {_show(mapping)}")
@@ -48,7 +48,7 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     try:
         return cls(**values)
     except ValueError as error:
-        raise UserError(f"{where or cls.__name__}: {error}") from error
+        raise UserError(_join(where, error)) from error  # it begins with the name of a field
 
 
 def to_dict(obj: Any) -> Any:
@@ -146,6 +146,8 @@ def _parse(text: str) -> Any:
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data()
+    except ValueError as error:  # a date or a number that Python cannot hold
+        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
 
@@ -213,7 +215,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise _wrong_type("a number", value, where) from None
         if not math.isfinite(number):
             raise _wrong_type("a finite number", value, where)
@@ -222,6 +224,8 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         return Path(value)
     # bool is a subclass of int: `steps: true` must not become 1.
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if hint is int and value.bit_length() > 64:
+            raise _wrong_type("a whole number of at most 64 bits", value, where)
         return value
     quote = (
         "; put it in quotes"
@@ -253,6 +257,8 @@ def _show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to write the longest
+        return f"a whole number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

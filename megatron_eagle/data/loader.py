@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -32,12 +32,13 @@ from megatron_eagle.data.prefetch import Prefetcher
 from megatron_eagle.data.sample_media import FailedMedium, MediaReader
 from megatron_eagle.data.store import DataManifest, SampleStore
 from megatron_eagle.errors import UserError
+from megatron_eagle.ranges import Range, Ranged
 
 _TOKENS = ("input_ids", "labels", "loss_weights", "group_ids", "position_ids")
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Ranged):
     """What a run reads.
 
     `seed` orders the packs; `loss_weighting` is square, token or sample, with `multi_turn` counted per
@@ -50,26 +51,21 @@ class DataConfig:
     """
 
     path: str
-    length: int
-    seed: int = 0
+    length: Annotated[int, Range(1, 2**31 - 1)]
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     loss_weighting: str = "square"
     multi_turn: bool = False
-    decode_threads: int = 4
+    decode_threads: Annotated[int, Range(1, 1024)] = 4
     prefetch: bool = True
-    prefetch_bytes: int = 4_000_000_000
+    prefetch_bytes: Annotated[int, Range(0, 10**13)] = 4_000_000_000
     decoder: Literal["auto", "exact", "dali"] = "auto"
     on_media_error: Literal["error", "skip"] = "error"
-    decode_timeout_s: float = 120.0
+    decode_timeout_s: Annotated[float, Range(0.1, 86_400)] = 120.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.loss_weighting not in LOSS_WEIGHTINGS:
             raise UserError(f"data.loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}")
-        if self.decode_threads < 1:
-            raise UserError(f"data.decode_threads must be at least 1, got {self.decode_threads}")
-        if self.prefetch_bytes < 0:
-            raise UserError(f"data.prefetch_bytes must not be negative, got {self.prefetch_bytes}")
-        if self.decode_timeout_s <= 0:
-            raise UserError(f"data.decode_timeout_s must be above 0, got {self.decode_timeout_s:g}")
 
 
 @dataclass

@@ -48,6 +48,21 @@ class LayersConfig:
     attention: AttentionName = "auto"
 
 
+def check_layers(config: LayersConfig, precision: str) -> None:
+    """The rules that hold on every machine; `choose_layers` and `choose_attention` look at this one.
+
+    Raises:
+        UserError: settings that contradict each other.
+    """
+    if config.loss_into_main_grad and config.loss == "plain":
+        raise UserError("layers.loss_into_main_grad needs layers.loss fused; set it, or leave this out")
+    if config.attention not in ("auto", "reference") and precision != "bf16":
+        raise UserError(
+            f"layers.attention {config.attention} computes in bf16 and training.precision is {precision}: "
+            "choose reference, or bf16"
+        )
+
+
 @dataclass(frozen=True)
 class FusedLoss:
     """How the output layer and the loss are computed in one."""

@@ -10,6 +10,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
     """Check sizes that a layout divides.
 
     Args:
+        eagle: with its vocabulary, which may be the data's.
         sequence_length: tokens of a pack (`data.length`).
     Raises:
         UserError: the first rule that does not hold, its values, and legal ones.
@@ -22,6 +23,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
         "feed-forward features of the language model": text.intermediate_size,
         "heads of the vision tower": vision.num_attention_heads,
         "feed-forward features of the vision tower": vision.intermediate_size,
+        "padded vocabulary rows": text.padded_vocab_size,
     }
     legal = [n for n in range(1, 65) if not any(size % n for size in divided_by_tp.values())]
     for name, size in divided_by_tp.items():

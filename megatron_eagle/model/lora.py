@@ -31,7 +31,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -49,6 +49,7 @@ from torch.nn import functional as F
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.model.initialization import global_name, tensor_parallel_shard
+from megatron_eagle.ranges import Range, Ranged
 
 # Hugging Face's modules of a layer, in the order in which Megatron fuses them.
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,28 +57,23 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(Ranged):
     """Adapters on `target_modules` of every language layer; in place of the layers' own weights they train.
 
     Raises:
         ValueError: naming the rule and the value.
     """
 
-    rank: int = 16
-    alpha: float = 32.0  # the adapters' product is scaled by alpha / rank
+    rank: Annotated[int, Range(1, 4096)] = 16
+    alpha: Annotated[float, Range(1e-3, 1e5)] = 32.0  # the adapters' product is scaled by alpha / rank
     target_modules: list[Target] = field(default_factory=lambda: list(TARGETS))
-    # Training draws no random numbers: a resumed run is exact, and every layout computes the same.
-    dropout: float = 0.0
+    # A resumed run is exact, and every layout computes the same.
+    dropout: Annotated[float, Range(0, 0, why="training draws no random numbers")] = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha:g}")
+        super().__post_init__()
         if not self.target_modules:
             raise ValueError(f"target_modules is empty: name some of {', '.join(TARGETS)}")
-        if self.dropout != 0:
-            raise ValueError(f"dropout must be 0, got {self.dropout:g}: training draws no random numbers")
         self.target_modules = [name for name in TARGETS if name in self.target_modules]
 
     @property

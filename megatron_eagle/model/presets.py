@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_eagle.config import to_dict
+from megatron_eagle.config import from_dict, to_dict
 from megatron_eagle.errors import UserError
+from megatron_eagle.ranges import Range, Ranged
 
 # Vocabulary rows are padded to this multiple for every tensor parallel size up to 4, so that a rank's
 # share stays a multiple of 128 and a checkpoint has one shape whatever the layout.
@@ -17,24 +18,24 @@ VOCAB_MULTIPLE = 512
 
 
 @dataclass
-class VisionConfig:
+class VisionConfig(Ranged):
     """SigLIP2 tower at a fixed resolution (HF `SiglipVisionModel`); lengths in pixels and features."""
 
-    image_size: int = 64
-    patch_size: int = 16
-    hidden_size: int = 64
-    intermediate_size: int = 136
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    num_channels: int = 3
-    layer_norm_eps: float = 1e-6
+    image_size: Annotated[int, Range(1, 8192)] = 64
+    patch_size: Annotated[int, Range(1, 1024)] = 16
+    hidden_size: Annotated[int, Range(8, 65536)] = 64
+    intermediate_size: Annotated[int, Range(8, 262144)] = 136
+    num_hidden_layers: Annotated[int, Range(1, 1024)] = 2
+    num_attention_heads: Annotated[int, Range(1, 1024)] = 4
+    num_channels: Annotated[int, Range(3, 3, why="tiles are RGB")] = 3
+    layer_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-6
 
     @classmethod
     def from_hf(cls, hf: dict) -> "VisionConfig":
         """From a `SiglipVisionModel` configuration. Raises UserError for another tower."""
         with _missing_keys_named():
             _require(hf, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
-            return cls(**_known(cls, hf))
+            return from_dict(cls, _known(cls, hf), "config.json: vision_config")
 
     @property
     def num_patches(self) -> int:
@@ -42,27 +43,28 @@ class VisionConfig:
 
 
 @dataclass
-class TextConfig:
+class TextConfig(Ranged):
     """Qwen2.5 language model. `vocab_size: null` is taken from the data's manifest."""
 
-    hidden_size: int = 64
-    intermediate_size: int = 160
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    vocab_size: int | None = None
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
+    hidden_size: Annotated[int, Range(8, 65536)] = 64
+    intermediate_size: Annotated[int, Range(8, 262144)] = 160
+    num_hidden_layers: Annotated[int, Range(1, 1024)] = 4
+    num_attention_heads: Annotated[int, Range(1, 1024)] = 4
+    num_key_value_heads: Annotated[int, Range(1, 1024)] = 2
+    vocab_size: Annotated[int, Range(1, 2**24)] | None = None
+    rope_theta: Annotated[float, Range(1, 1e12)] = 1e6
+    rms_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-6
     tie_word_embeddings: bool = False
     # Tokens of a prompt that the model is made for; a run raises it to its packs (training/run_config.py).
-    max_position_embeddings: int = 32768
+    max_position_embeddings: Annotated[int, Range(1, 2**31 - 1)] = 32768
 
     @classmethod
     def from_hf(cls, hf: dict) -> "TextConfig":
         """From a Qwen2 or Qwen2.5 configuration. Raises UserError for another architecture."""
         with _missing_keys_named():
             _require(hf, model_type="qwen2", hidden_act="silu", use_sliding_window=False, rope_scaling=None)
-            text = cls(**{**_known(cls, hf), "rope_theta": _rope_theta(hf)})
+            own = {**_known(cls, hf), "rope_theta": _rope_theta(hf)}
+            text = from_dict(cls, own, "config.json: text_config")
             kinds = sorted(set(hf.get("layer_types") or ["full_attention"]))
             size = hf.get("head_dim") or text.head_dim
             _require(
@@ -83,7 +85,7 @@ class TextConfig:
 
 
 @dataclass
-class EagleConfig:
+class EagleConfig(Ranged):
     """Eagle 2.5: SigLIP2 tower, pixel shuffle, two-layer connector, Qwen2.5.
 
     `image_token_index: null` is taken from the data's manifest.
@@ -91,10 +93,10 @@ class EagleConfig:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    image_token_index: int | None = None
-    downsample_ratio: float = 0.5
+    image_token_index: Annotated[int, Range(0, 2**24)] | None = None
+    downsample_ratio: Annotated[float, Range(0.01, 1)] = 0.5
     # Standard deviation of a fresh model's weights (both source models use 0.02).
-    initializer_range: float = 0.02
+    initializer_range: Annotated[float, Range(1e-4, 1)] = 0.02
 
     @property
     def shuffle_factor(self) -> int:
@@ -187,12 +189,13 @@ class EagleConfig:
             )
             text = dict(hf["text_config"])
             text.setdefault("tie_word_embeddings", hf.get("tie_word_embeddings", False))
-            return cls(
-                vision=VisionConfig.from_hf(hf["vision_config"]),
-                text=TextConfig.from_hf(text),
-                image_token_index=hf["image_token_index"],
-                downsample_ratio=hf.get("downsample_ratio", 0.5),
-            ).validate()
+            own = {
+                "vision": to_dict(VisionConfig.from_hf(hf["vision_config"])),
+                "text": to_dict(TextConfig.from_hf(text)),
+                "image_token_index": hf["image_token_index"],
+                "downsample_ratio": hf.get("downsample_ratio", 0.5),
+            }
+            return from_dict(cls, own, "config.json").validate()
 
     def to_hf(self) -> dict:
         """Contents of `config.json`, without what only an exporter knows (`auto_map`, dtype)."""

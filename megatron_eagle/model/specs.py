@@ -6,7 +6,7 @@ sequence parallelism. They are tensor parallel like the language model.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -27,11 +27,12 @@ from megatron_eagle.model.layers import LayerClasses, without_product
 from megatron_eagle.model.offload import offloaded
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.rotary import RotaryAttention
+from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig
 
 
 @dataclass
-class RecomputeConfig:
+class RecomputeConfig(Ranged):
     """Activations that backward computes again instead of keeping them.
 
     `selective` keeps everything but core attention's (Megatron's default choice); `full` keeps only each
@@ -42,19 +43,12 @@ class RecomputeConfig:
 
     `swiglu`: the MLP's product silu(gate) * up is computed again in backward instead of kept, beside any
     policy (under `full` and `offload` it matters in the layer under way alone).
-
-    Raises:
-        ValueError: a negative number of layers.
     """
 
     language: Literal["none", "selective", "full", "offload"] = "none"
     vision: Literal["none", "full"] = "none"
-    offload_keep_last: int = 2
+    offload_keep_last: Annotated[int, Range(0, 1024)] = 2
     swiglu: bool = False
-
-    def __post_init__(self) -> None:
-        if self.offload_keep_last < 0:
-            raise ValueError(f"offload_keep_last must be at least 0, got {self.offload_keep_last}")
 
 
 # Megatron's words for the policies of `RecomputeConfig`; offload is not one of its own.

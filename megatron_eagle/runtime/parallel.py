@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -11,35 +11,41 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.ranges import Range, Ranged
 
 
 @dataclass
-class ParallelConfig:
+class ParallelConfig(Ranged):
     """Sizes of the parallel axes, in Megatron's words. Data parallelism takes what is left."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Annotated[int, Range(1, 1024)] = 1
     sequence_parallel: bool = False
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
+    pipeline_model_parallel_size: Annotated[int, Range(1, 1024)] = 1
+    virtual_pipeline_model_parallel_size: Annotated[int, Range(1, 1024)] | None = None
+    context_parallel_size: Annotated[int, Range(1, 1024)] = 1
     # Which tokens of a pack each context parallel rank holds (context_parallel/layout.py, balanced.py): the
     # paper's zigzag over the pack, or placement by the work in its documents, in chunks of so many tokens
     # (null: 64, fewer for short packs).
     context_parallel_layout: Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"] = "balanced"
-    context_parallel_chunk_size: int | None = None
+    context_parallel_chunk_size: Annotated[int, Range(1, 2**31 - 1)] | None = None
     # Fill every document up to a multiple of 2 * context_parallel_size tokens, for layers.attention te. Packs
     # then differ in length.
     pad_documents: bool = False
     # Adjacent context parallel ranks that divide heads around attention (context_parallel/ulysses.py); the
     # others exchange keys.
-    ulysses_parallel_size: int = 1
+    ulysses_parallel_size: Annotated[int, Range(1, 1024)] = 1
     # Language layers of the first pipeline stage, which also has the vision tower; null: as many as the
     # others. The other stages share the rest equally.
-    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_first_pipeline_stage: Annotated[int, Range(1, 1024)] | None = None
     # Which ranks divide the vision tiles of a pack (context_parallel/vision_sharding.py).
     vision_sharding: Literal["none", "cp", "cp_tp"] = "cp"
     # Reduce gradients over data parallel ranks, bucket by bucket, during the last backward.
     overlap_grad_reduce: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.virtual_pipeline_model_parallel_size == 1:  # Megatron would take one chunk for interleaving
+            self.virtual_pipeline_model_parallel_size = None
 
     @property
     def model_parallel_size(self) -> int:
@@ -67,20 +73,10 @@ class ParallelConfig:
         """Replicas of the model among `world_size` processes.
 
         Raises:
-            UserError: a size below 1, sizes that contradict each other, or a world that they do not divide.
+            UserError: no process, sizes that contradict each other, or a world that they do not divide.
         """
-        sizes = {
-            "tensor_model_parallel_size": self.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
-            "context_parallel_size": self.context_parallel_size,
-            "virtual_pipeline_model_parallel_size": self.num_model_chunks,
-            "ulysses_parallel_size": self.ulysses_parallel_size,
-        }
-        if self.context_parallel_chunk_size is not None:
-            sizes["context_parallel_chunk_size"] = self.context_parallel_chunk_size
-        for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"parallel.{name} is {size}: must be at least 1")
+        if world_size < 1:
+            raise UserError(f"the number of processes is {world_size}: must be at least 1")
         if self.context_parallel_size % self.ulysses_parallel_size:
             raise UserError(
                 f"parallel.ulysses_parallel_size {self.ulysses_parallel_size} does not divide "

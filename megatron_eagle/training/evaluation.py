@@ -6,6 +6,7 @@ sum of weights, whatever the layout; so are its parts by data set.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from torch import Tensor
 from megatron_eagle.data.dataset import Batch
 from megatron_eagle.data.loader import DataConfig, GlobalBatch, PackLoader
 from megatron_eagle.errors import UserError
+from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import Mesh
 from megatron_eagle.training.dataset_losses import DatasetLosses, count_datasets, read_datasets
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Ranged):
     """`data` is a token store with packs of the training's `data.length`, made with the same tokenizer.
 
     Evaluated every `interval` iterations and after the last one: the first `batches` global batches, or all
@@ -26,14 +28,19 @@ class EvaluationConfig:
     """
 
     data: str
-    interval: int
-    batches: int | None = None
+    interval: Annotated[int, Range(1, 10**9)]
+    batches: Annotated[int, Range(1, 10**9)] | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("interval", "batches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+
+def count_batches(config: EvaluationConfig, packs: int, batch_size: int) -> int:
+    """Global batches of an evaluation on a store of so many packs. Raises `UserError` for too few packs."""
+    wanted, available = config.batches or 1, packs // batch_size
+    if available < wanted:
+        raise UserError(
+            f"evaluation.data: {config.data} has {packs} packs of this data.length, and {wanted} global batches "
+            f"of {batch_size} are asked for"
+        )
+    return config.batches or available
 
 
 class HeldOut:
@@ -51,14 +58,12 @@ class HeldOut:
         open_loader: Callable[[DataConfig], PackLoader],
     ) -> None:
         self._loader = open_loader(replace(data, path=config.data, prefetch=False))
-        available = self._loader.packs_per_epoch // batch_size
-        if available < (config.batches or 1):
+        try:
+            batches = count_batches(config, self._loader.packs_per_epoch, batch_size)
+        except UserError:
             self._loader.close()
-            raise UserError(
-                f"evaluation.data: {config.data} has {self._loader.packs_per_epoch} packs of length "
-                f"{data.length}, and {config.batches or 1} global batches of {batch_size} are asked for"
-            )
-        self._starts = [i * batch_size for i in range(config.batches or available)]
+            raise
+        self._starts = range(0, batches * batch_size, batch_size)
 
     @property
     def datasets(self) -> list[str]:

@@ -35,6 +35,7 @@ def training_flops(
     tiles: int,
     trainable: Collection[str] = PARTS,
     adapters: bool = False,
+    layers: int | None = None,
 ) -> StepFlops:
     """FLOPs of forward and backward over a batch.
 
@@ -46,9 +47,10 @@ def training_flops(
             its input where an earlier part is trained.
         adapters: low-rank adapters train in place of the language model's weights; their own products,
             below one part in a hundred, are left out.
+        layers: of the language model, those of a pipeline stage, say; None: all.
     """
     vision, text = eagle.vision, eagle.text
-    layers, h = text.num_hidden_layers, text.hidden_size
+    layers, h = text.num_hidden_layers if layers is None else layers, text.hidden_size
     queries = text.num_attention_heads * text.head_dim
     kv = text.num_key_value_heads * text.head_dim
     layer = h * (queries + 2 * kv) + queries * h + 3 * h * text.intermediate_size

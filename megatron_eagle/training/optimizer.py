@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from megatron.core.distributed import (
@@ -20,13 +20,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_eagle.context_parallel.vision_sharding import sum_tower_gradients
+from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.megatron_cpu import fix_torch_adam_in_distributed_optimizer
 from megatron_eagle.training.flops import PARTS
 from megatron_eagle.training.parts import check_parts, mask_old_token_rows, optimizer_overrides
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Ranged):
     """AdamW and its schedule; the defaults are Eagle 2.5's (lr 2e-5 cosine, 3 % warm-up, decay 0.05, clip 1).
 
     The learning rate rises linearly from 0 over the warm-up and then follows `lr_decay_style` down to
@@ -35,39 +36,31 @@ class OptimizerConfig:
     Weight decay leaves out biases and every other vector (norm weights), as Megatron does.
     """
 
-    lr: float = 2e-5
-    min_lr: float = 0.0
+    lr: Annotated[float, Range(0, 1)] = 2e-5
+    min_lr: Annotated[float, Range(0, 1)] = 0.0
     lr_decay_style: Literal["cosine", "constant", "wsd"] = "cosine"
-    lr_warmup_fraction: float = 0.03  # of train_iterations, where lr_warmup_iterations is null
-    lr_warmup_iterations: int | None = None
-    lr_wsd_decay_fraction: float = 0.1  # of train_iterations
-    weight_decay: float = 0.05
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0  # L2 norm over all parameters; 0 switches clipping off
+    # Of train_iterations, where lr_warmup_iterations is null.
+    lr_warmup_fraction: Annotated[float, Range(0, 1)] = 0.03
+    lr_warmup_iterations: Annotated[int, Range(0, 10**9)] | None = None
+    lr_wsd_decay_fraction: Annotated[float, Range(0, 1)] = 0.1  # of train_iterations
+    weight_decay: Annotated[float, Range(0, 1)] = 0.05
+    # Adam computes in fp32: a beta nearer to 1 would be 1, and below so small an eps a squared gradient that
+    # has become 0 would divide.
+    adam_beta1: Annotated[float, Range(0, 0.999999)] = 0.9
+    adam_beta2: Annotated[float, Range(0, 0.999999)] = 0.999
+    adam_eps: Annotated[float, Range(1e-20, 1)] = 1e-8
+    # L2 norm over all parameters; 0 switches clipping off.
+    clip_grad: Annotated[float, Range(1e-3, 1e9, or_zero=True)] = 1.0
     # Parts with gradients, of vision, connector, language; new_token_rows in place of language trains the
     # embedding and output rows from first_new_token on. A multiplier scales lr and min_lr of a part.
     trainable: tuple[str, ...] = PARTS
-    lr_multipliers: dict[str, float] = field(default_factory=dict)
-    first_new_token: int | None = None
+    lr_multipliers: dict[str, Annotated[float, Range(0, 1000)]] = field(default_factory=dict)
+    first_new_token: Annotated[int, Range(0, 2**24)] | None = None
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr:g}")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"min_lr must lie between 0 and lr {self.lr:g}, got {self.min_lr:g}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name):g}")
-        for name in ("lr_warmup_fraction", "lr_wsd_decay_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name):g}")
-        for name in ("weight_decay", "clip_grad", "lr_warmup_iterations"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name):g}")
-        if self.adam_eps <= 0:
-            raise ValueError(f"adam_eps must be above 0, got {self.adam_eps:g}")
+        super().__post_init__()
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr:g}: must be at most lr {self.lr:g}")
         check_parts(self.trainable, self.lr_multipliers, self.first_new_token)
 
     def warmup_iterations(self, train_iterations: int) -> int:

@@ -152,8 +152,6 @@ def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterab
     config = from_dict(RunConfig, values)
     if config.model.text.vocab_size is None:
         raise UserError(f"preset {name} takes its vocabulary from data: add model.text.vocab_size=N")
-    if config.data.length < 1:
-        raise UserError(f"data.length is {config.data.length}: must be at least 1")
     config.settle_positions()
     return config
 

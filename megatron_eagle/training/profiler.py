@@ -7,10 +7,13 @@ https://ui.perfetto.dev or chrome://tracing.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from megatron_eagle.ranges import Range, Ranged
 
 FOLDER = "profile"
 # Megatron's schedules name the parts of a step to their timers; the others keep Megatron's names.
@@ -18,22 +21,20 @@ _NAMES = {"forward-compute": "forward", "backward-compute": "backward"}
 
 
 @dataclass
-class ProfileConfig:
+class ProfileConfig(Ranged):
     """Profile `steps` iterations from `start` (1-based) on each rank of `ranks`.
 
     Costs time and host memory while it lasts: a few iterations are enough.
     """
 
-    start: int
-    steps: int = 1
-    ranks: tuple[int, ...] = (0,)
+    start: Annotated[int, Range(1, 10**9)]
+    steps: Annotated[int, Range(1, 1000)] = 1
+    ranks: tuple[Annotated[int, Range(0, 10**6)], ...] = (0,)
 
     def __post_init__(self) -> None:
-        for name in ("start", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.ranks or min(self.ranks) < 0:
-            raise ValueError("ranks must name at least one rank, from 0 on")
+        super().__post_init__()
+        if not self.ranks:
+            raise ValueError("ranks is empty: name at least one, from 0 on")
 
 
 class StepProfiler:

@@ -7,8 +7,9 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.training.stragglers import StragglerConfig
 
 # A run that was told to stop has saved and ends with this status (EX_TEMPFAIL of sysexits.h): start it again.
@@ -18,7 +19,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
-class ResilienceConfig:
+class ResilienceConfig(Ranged):
     """Loss policy, heartbeat and hangs.
 
     `skip` leaves out the optimizer step of a global batch, records it in events.jsonl and goes on with the
@@ -30,23 +31,15 @@ class ResilienceConfig:
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     on_spike: Literal["ignore", "skip", "stop"] = "ignore"
-    spike_factor: float = 2.0
-    spike_window: int = 64
-    max_consecutive_skips: int = 10
-    heartbeat_seconds: float = 10.0  # between two writes of a rank's heartbeat file; 0: no heartbeat
-    hang_minutes: float = 20.0  # above the longest step, save and evaluation
+    spike_factor: Annotated[float, Range(1.01, 1e6)] = 2.0
+    spike_window: Annotated[int, Range(1, 100_000)] = 64
+    max_consecutive_skips: Annotated[int, Range(1, 10**6)] = 10
+    # Between two writes of a rank's heartbeat file; 0: no heartbeat.
+    heartbeat_seconds: Annotated[float, Range(0.1, 3600, or_zero=True)] = 10.0
+    hang_minutes: Annotated[float, Range(0.01, 100_000)] = 20.0  # above the longest step, save and evaluation
     abort_on_hang: bool = False
     # Slow ranks by name, with nvidia-resiliency-ext; null: none.
     stragglers: StragglerConfig | None = None
-
-    def __post_init__(self) -> None:
-        if self.spike_factor <= 1:
-            raise ValueError(f"spike_factor must be above 1, got {self.spike_factor:g}")
-        for name in ("spike_window", "max_consecutive_skips"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.heartbeat_seconds < 0 or self.hang_minutes <= 0:
-            raise ValueError("heartbeat_seconds must not be negative and hang_minutes must be above 0")
 
 
 class Preempted(Exception):

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -26,11 +26,12 @@ from megatron_eagle.context_parallel.te_attention import check_te_attention
 from megatron_eagle.data.loader import DataConfig
 from megatron_eagle.data.store import read_manifest
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.layers import LayersConfig
+from megatron_eagle.model.layers import LayersConfig, check_layers
 from megatron_eagle.model.layout_rules import check_layout
 from megatron_eagle.model.lora import LoraConfig, check_same_lora
 from megatron_eagle.model.presets import EagleConfig, expand_preset
 from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.checkpoint import (
     HF_FOLDER,
@@ -48,27 +49,26 @@ _POSITIONS = "model.text.max_position_embeddings"
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Ranged):
     """Length and arithmetic of a run. An iteration is one optimizer step over `global_batch_size` packs.
 
     `stop_at_iteration` ends the run early, checkpoint included, as if the job's time were over; the
     learning-rate schedule is that of `train_iterations`.
     """
 
-    train_iterations: int
-    global_batch_size: int = 1
+    train_iterations: Annotated[int, Range(1, 10**9)]
+    global_batch_size: Annotated[int, Range(1, 10**6)] = 1
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16 keeps fp32 main parameters in the optimizer
-    seed: int = 1234  # of fresh parameters; the data order has its own (data.seed)
-    stop_at_iteration: int | None = None
+    # Of fresh parameters; the data order has its own (data.seed).
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
+    stop_at_iteration: Annotated[int, Range(1, 10**9)] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("train_iterations", "global_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.stop_at_iteration is not None and not 1 <= self.stop_at_iteration <= self.train_iterations:
+        super().__post_init__()
+        if self.stop_at_iteration is not None and self.stop_at_iteration > self.train_iterations:
             raise ValueError(
-                f"stop_at_iteration must lie between 1 and train_iterations {self.train_iterations}, "
-                f"got {self.stop_at_iteration}"
+                f"stop_at_iteration is {self.stop_at_iteration}: must be at most train_iterations "
+                f"{self.train_iterations}"
             )
 
     @property
@@ -111,6 +111,7 @@ class RunConfig:
         check_layout(self.model, self.parallel, self.data.length)
         if self.layers.attention == "te":
             check_te_attention(self.parallel)
+        check_layers(self.layers, self.training.precision)
         _check_batch(self.training.global_batch_size, data_parallel_size, self.parallel)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
         if warmup >= self.training.train_iterations:
@@ -174,8 +175,9 @@ def complete_run_config(
     stated = _stated_positions(values.get("model"))
     _complete_model(values, before)
     config = from_dict(RunConfig, values)
+    config.model = _fit_to_data(config.model.validate(), config.data)
     config.validate(int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
-    config.model = _fit_to_data(config.model, config.data)
+    _check_new_tokens(config.optimizer.first_new_token, config.data)
     if config.evaluation is not None:
         _check_same_data(config.evaluation.data, config.data)
     path, load = config.checkpoint.path, config.checkpoint.load
@@ -254,6 +256,15 @@ def _fit_to_data(model: EagleConfig, data: DataConfig) -> EagleConfig:
         if theirs != ours:
             raise UserError(f"{data.path}: its {name} is {theirs} and the model's {ours}; prepare it again")
     return model.with_data(vocab_size=manifest.vocab_size, image_token_index=manifest.image_token_id)
+
+
+def _check_new_tokens(first: int | None, data: DataConfig) -> None:
+    tokens = read_manifest(data.path).vocab_size
+    if first is not None and first >= tokens:
+        raise UserError(
+            f"optimizer.first_new_token is {first}: must be below {tokens}, the number of tokens that the "
+            f"tokenizer of {data.path} has"
+        )
 
 
 def _check_same_data(held_out: str, data: DataConfig) -> None:

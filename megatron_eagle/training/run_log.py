@@ -6,11 +6,12 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.training.metrics import (
     EVENTS_FILE,
     METRICS_FILE,
@@ -40,7 +41,7 @@ class WandbConfig:
 
 
 @dataclass
-class LoggingConfig:
+class LoggingConfig(Ranged):
     """Where and what to log. `path: null` means the folder `logs` in `checkpoint.path`."""
 
     path: str | None = None
@@ -48,7 +49,7 @@ class LoggingConfig:
     wandb: WandbConfig | None = None
     # Of one device, for the model FLOPs utilisation (MFU). null: the dense bf16 peak of the GPU's exact name
     # (runtime/gpus.py); where that is not known, on a CPU and in fp32 there is no MFU.
-    peak_tflops: float | None = None
+    peak_tflops: Annotated[float, Range(1e-3, 1e6)] | None = None
     progress: bool = True
     # A window for PyTorch's profiler; null: none.
     profile: ProfileConfig | None = None

@@ -158,11 +158,13 @@ def _microbatch(
     tiles = tower_tiles(parallel, workload.tiles) if first else 0
 
     def flops(layers: int, trainable: Collection[str]) -> StepFlops:
-        model = replace(eagle, text=replace(eagle.text, num_hidden_layers=layers))
-        tokens = workload.sequence_length
-        squares = sum_squared_lengths
         return training_flops(
-            model, tokens=tokens, sum_squared_lengths=squares, tiles=tiles, trainable=trainable
+            eagle,
+            tokens=workload.sequence_length,
+            sum_squared_lengths=sum_squared_lengths,
+            tiles=tiles,
+            trainable=trainable,
+            layers=layers,
         )
 
     step, forward = flops(layers, workload.trainable), flops(layers, ())

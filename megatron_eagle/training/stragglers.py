@@ -9,27 +9,23 @@ import importlib
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.training.agreement import AgreedError
 from megatron_eagle.training.run_log import RunLog
 
 
 @dataclass
-class StragglerConfig:
+class StragglerConfig(Ranged):
     """How often the ranks compare, and below which share of the best speed one is a straggler."""
 
-    interval_seconds: float = 300.0
-    threshold: float = 0.7
-    every: int = 1  # time one of so many iterations
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold:g}")
-        if self.interval_seconds <= 0 or self.every < 1:
-            raise ValueError("interval_seconds must be above 0 and every at least 1")
+    interval_seconds: Annotated[float, Range(1, 10**6)] = 300.0
+    threshold: Annotated[float, Range(0.01, 0.99)] = 0.7
+    every: Annotated[int, Range(1, 10**6)] = 1  # time one of so many iterations
 
     def check(self) -> None:
         """Raises `UserError` if nvidia-resiliency-ext is not installed, before anything has started."""

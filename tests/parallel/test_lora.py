@@ -275,10 +275,10 @@ def test_a_run_with_a_lora_section_resumes_in_another_layout(job, tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"rank": 0}, "lora: rank must be at least 1"),
-        ({"alpha": -1}, "lora: alpha must be above 0"),
-        ({"dropout": 0.05}, "lora: dropout must be 0, got 0.05: training draws no random numbers"),
-        ({"target_modules": []}, "lora: target_modules is empty"),
+        ({"rank": 0}, "lora.rank is 0: must lie between 1 and"),
+        ({"alpha": -1}, "lora.alpha is -1.0: must lie between"),
+        ({"dropout": 0.05}, "lora.dropout is 0.05: must be 0: training draws no random numbers"),
+        ({"target_modules": []}, "lora.target_modules is empty"),
         ({"target_modules": ["gate_projj"]}, "did you mean 'gate_proj'"),
     ],
 )

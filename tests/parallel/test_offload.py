@@ -167,5 +167,5 @@ def test_lost_tensors_are_noticed(name):
 
 
 def test_a_negative_number_of_layers_is_refused():
-    with pytest.raises(ValueError, match="offload_keep_last must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="offload_keep_last is -1: must lie between 0 and"):
         RecomputeConfig("offload", offload_keep_last=-1)

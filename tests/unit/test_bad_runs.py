@@ -71,9 +71,11 @@ def test_settings_that_contradict_each_other(refused):
     assert "this part is frozen" in refused(
         "optimizer.trainable=[connector]", "optimizer.lr_multipliers={vision: 2}"
     )
-    assert "min_lr must lie between 0 and lr" in refused("optimizer.min_lr=1")
+    assert "optimizer.min_lr is 1: must be at most lr 2e-05" in refused("optimizer.min_lr=1")
     assert "sequence" in refused("parallel.sequence_parallel=true")
-    assert "stop_at_iteration must lie between" in refused("training.stop_at_iteration=5")
+    assert "training.stop_at_iteration is 5: must be at most train_iterations 1" in refused(
+        "training.stop_at_iteration=5"
+    )
     assert "first_new_token" in refused("optimizer.trainable=[new_token_rows]")
 
 

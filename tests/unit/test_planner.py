@@ -257,7 +257,7 @@ def test_nothing_fits():
         ),
         (("--gpu-memory", "3"), "--gpu-memory is 3 GB: must be above the 4 GB"),
         (("--length", "0"), "data.length is 0"),
-        (("--global-batch-size", "0"), "global_batch_size must be at least 1"),
+        (("--global-batch-size", "0"), "training.global_batch_size is 0: must lie between 1"),
         (("--top", "0"), "--top is 0"),
         (("--length", "32769", "data.length=32769", "--gpus", "3"), None),
         (("lora.rank=8",), "remove the lora section"),

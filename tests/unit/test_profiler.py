@@ -54,8 +54,8 @@ def test_a_run_that_ends_inside_the_window_writes_what_it_has(tmp_path):
 @pytest.mark.parametrize(
     ("window", "message"),
     [
-        ("{start: 0}", "logging.profile: start must be at least 1, got 0"),
-        ("{start: 1, ranks: []}", "logging.profile: ranks must name at least one rank"),
+        ("{start: 0}", "logging.profile.start is 0: must lie between 1 and"),
+        ("{start: 1, ranks: []}", "logging.profile.ranks is empty: name at least one"),
         (
             "{start: 1, ranks: [4]}",
             "logging.profile.ranks names rank 4: the run has 1 process, ",

@@ -136,7 +136,7 @@ def test_the_guard_needs_its_window_full():
     assert guard.judge("loss", 52.0)[0] == "stop" and guard.judge("loss", 51.0)[0] == "go"
     assert guard.judge("gradient norm", 1e9)[0] == "go"
     assert guard.judge("gradient norm", float("inf")) == ("stop", "the gradient norm is inf")
-    with pytest.raises(ValueError, match="spike_factor must be above 1"):
+    with pytest.raises(ValueError, match="spike_factor is 1: must lie between 1.01 and"):
         ResilienceConfig(spike_factor=1)
 
 

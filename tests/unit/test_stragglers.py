@@ -89,6 +89,6 @@ def test_what_is_missing_is_one_line(installed, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
     with pytest.raises(UserError, match="nvidia-resiliency-ext is not installed; `pip install"):
         load_run_config(file, [section])
-    with pytest.raises(UserError, match="resilience.stragglers: threshold must lie between 0 and 1, got 2"):
+    with pytest.raises(UserError, match="stragglers.threshold is 2.0: must lie between"):
         load_run_config(file, ["resilience.stragglers={threshold: 2}"])
     assert load_run_config(file).resilience.stragglers is None

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.training.agreement import AgreedError
 from megatron_eagle.training.checkpoint.files import HostCopy
 from megatron_eagle.training.checkpoint.folder import TrainState
@@ -25,7 +26,7 @@ from megatron_eagle.training.checkpoint.saving import take_snapshot, write_snaps
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(Ranged):
     """Where a run saves, resumes and starts from.
 
     `path` is saved to, and resumed from if it holds a checkpoint; otherwise `load` gives the initial weights
@@ -39,16 +40,10 @@ class CheckpointConfig:
 
     path: str
     load: str | None = None
-    save_interval: int | None = None
+    save_interval: Annotated[int, Range(1, 10**9)] | None = None
     async_save: bool = False
-    keep_last: int | None = None
+    keep_last: Annotated[int, Range(1, 10**6)] | None = None
     verify: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("save_interval", "keep_last"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 class CheckpointSaver:
