@@ -1,5 +1,7 @@
 """Errors that all ranks must see: one rank's refusal would leave the others waiting in a collective."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,17 @@ def raise_together(problem: str | None, group: torch.distributed.ProcessGroup | 
     for found in problems:
         if found is not None:
             raise AgreedError(found)
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """A `UserError` that the block raises on any rank is raised on all of them. Collective over all ranks."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    raise_together(problem)
 
 
 def gather_to_first(value: Any, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:

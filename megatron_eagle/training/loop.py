@@ -16,7 +16,6 @@ from torch.profiler import record_function
 
 from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.data.loader import Batch, GlobalBatch, PackLoader
-from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.layers import choose_layers
@@ -24,7 +23,7 @@ from megatron_eagle.model.lora import add_lora
 from megatron_eagle.runtime.determinism import set_deterministic
 from megatron_eagle.runtime.device import Device, detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, model_parallel
-from megatron_eagle.training.agreement import AgreedError, raise_together
+from megatron_eagle.training.agreement import AgreedError, agreed
 from megatron_eagle.training.checkpoint import (
     CheckpointSaver,
     TrainState,
@@ -65,6 +64,9 @@ def train(config: RunConfig) -> TrainState:
         process_group(device),
         model_parallel(config.parallel, seed=config.training.seed) as mesh,
     ):
+        with agreed():  # a library that one node lacks is said once, before anything is built
+            choose_layers(config.layers)
+            choose_attention(config.layers.attention, _dtype(config))
         loader, held_out = _open_data(config, mesh, device)
         try:
             job = _start(config, mesh, device)
@@ -96,8 +98,7 @@ class _Job:
 
 def _open_data(config: RunConfig, mesh: Mesh, device: Device) -> tuple[PackLoader, HeldOut | None]:
     """This rank's loaders; what is wrong with the data is wrong for every rank, and said once."""
-    problem = held_out = None
-    batch_size = config.training.global_batch_size
+    held_out, batch_size = None, config.training.global_batch_size
     open_loader = partial(
         PackLoader,
         global_batch_size=batch_size,
@@ -106,13 +107,10 @@ def _open_data(config: RunConfig, mesh: Mesh, device: Device) -> tuple[PackLoade
         plan=partial(plan_batch, config.model, mesh, device.kind == "cuda"),
         device=device.torch_device,
     )
-    try:
+    with agreed():
         loader = open_loader(config.data)
         if config.evaluation is not None:
             held_out = HeldOut(config.evaluation, config.data, batch_size, open_loader)
-    except UserError as error:
-        problem = str(error)
-    raise_together(problem)
     return loader, held_out
 
 

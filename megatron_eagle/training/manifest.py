@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.agreement import raise_together
+from megatron_eagle.training.agreement import agreed
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 22  # bytes
@@ -44,12 +44,8 @@ def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
 
 def verify_together(folder: Path) -> None:
     """As `verify_files`, each rank its share. Collective; raises `AgreedError`."""
-    problem = None
-    try:
+    with agreed():
         verify_files(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
-    except UserError as error:
-        problem = str(error)
-    raise_together(problem)
 
 
 def _read(folder: Path) -> dict[str, dict]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.evaluation import count_batches
 from megatron_eagle.training.run_config import RunConfig
 
 
@@ -15,7 +16,7 @@ def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:
     for `processes` processes.
 
     Raises `UserError` beyond what reading the configuration has found: no pack index for the run's length or
-    one of other data, a folder that cannot be written.
+    one of other data, too few packs to evaluate on, a folder that cannot be written.
     """
     return [line for config in configs for line in _check(config, processes)]
 
@@ -24,7 +25,8 @@ def _check(config: RunConfig, processes: int) -> list[str]:
     data, training, parallel = config.data, config.training, config.parallel
     packs = len(read_packs(SampleStore(data.path, data.length)))
     if config.evaluation is not None:
-        read_packs(SampleStore(config.evaluation.data, data.length))
+        held_out = read_packs(SampleStore(config.evaluation.data, data.length))
+        count_batches(config.evaluation, len(held_out), training.global_batch_size)
     for folder in (config.checkpoint.path, config.logging.path or config.checkpoint.path):
         _check_writable(Path(folder))
     sizes = {

@@ -1,0 +1,194 @@
+"""What `train.py check` accepts trains: edge values of every number of a run, in one process on a CPU.
+
+Each value is refused by `check` in one line that names it, or `run` takes a finite step of the optimizer in which
+every trainable part has a gradient and moves against it.
+"""
+
+import math
+import shutil
+import signal
+from collections import defaultdict
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_eagle.data.packing import write_packs
+from megatron_eagle.errors import UserError
+from megatron_eagle.training import loop
+from megatron_eagle.training.parts import part_of
+from megatron_eagle.training.preflight import check_runs
+from megatron_eagle.training.run_config import RunConfig
+from megatron_eagle.training.stages import load_stages
+from tests.data.helpers import conversation, make_image, make_store, make_tokenizer
+from tests.unit.numeric_fields import NumericField, numeric_fields
+from tests.unit.test_stragglers import installed  # noqa: F401 (a fixture)
+
+LENGTH, LR = 64, 1e-3
+FIELDS = {field.place: field for field in numeric_fields(RunConfig)}
+
+# Settings without which a number plays no part.
+NEEDS = {
+    "optimizer.first_new_token": ["optimizer.trainable=[vision, connector, new_token_rows]"],
+    "optimizer.lr_wsd_decay_fraction": ["optimizer.lr_decay_style=wsd"],
+    "recompute.offload_keep_last": ["recompute.language=offload"],
+    "resilience.spike_factor": ["resilience.on_spike=skip"],
+    "resilience.spike_window": ["resilience.on_spike=skip"],
+    "logging.profile.steps": ["logging.profile.start=1"],
+    "logging.profile.ranks.*": ["logging.profile.start=1"],
+}
+# Values inside their ranges that this machine cannot run, and why; `check` must take them.
+NOT_RUN = {
+    ("model.vision.hidden_size", 65536): "a layer of 52 GB",
+    ("model.text.hidden_size", 65536): "a layer of 52 GB",
+    ("model.vision.intermediate_size", 262144): "a step of a minute",
+    ("model.text.intermediate_size", 262144): "a step of a minute",
+    ("model.vision.num_hidden_layers", 1024): "a step of a minute",
+    ("model.text.num_hidden_layers", 1024): "a step of a minute",
+    ("model.text.vocab_size", 2**24): "21 GB of embedding, its gradient and moments",
+    ("training.global_batch_size", 10**6): "a million packs",
+    ("data.decode_timeout_s", 0.1): "on a busy machine a picture may take longer",
+}
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    """A run of a tiny model on packs that all have a picture."""
+    folder = tmp_path_factory.mktemp("run")
+    records = []
+    for k in range(4):
+        make_image(folder / f"{k}.png", (40, 30), k)
+        records.append(conversation("<image>\nWhat is shown?", "A cat. " * (k + 1), image=f"{k}.png"))
+    store = make_store(folder, make_tokenizer(folder / "tokenizer"), records, (LENGTH,))
+    write_packs(store, LENGTH, seed=0)
+    sections = {
+        "model": {
+            "preset": "tiny",
+            "vision": {"image_size": 28, "patch_size": 14},
+            "text": {"num_hidden_layers": 2},
+        },
+        "data": {"path": str(store), "length": LENGTH},
+        "training": {"train_iterations": 2, "stop_at_iteration": 1, "precision": "fp32"},
+        "optimizer": {"lr": LR, "lr_warmup_fraction": 0, "weight_decay": 0},
+        "checkpoint": {"path": str(folder / "run")},
+        "logging": {"progress": False, "tensorboard": False},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(sections))
+    return folder / "run.yaml"
+
+
+def settings(run_file: Path, place: str, value: float) -> list[str]:
+    """Overrides that give one number a value in a run where it matters."""
+    needed = list(NEEDS.get(place, []))
+    if place.startswith("evaluation."):
+        needed += [f"evaluation={{data: {run_file.parent / 'store'}, interval: 1}}"]
+    text = {math.inf: ".inf", -math.inf: "-.inf"}.get(
+        value, ".nan" if value != value else hex_or_float(value)
+    )
+    if place.endswith(".ranks.*"):
+        place, text = place.removesuffix(".*"), f"[{text}]"
+    return [*needed, f"{place.replace('.*', '.vision')}={text}"]
+
+
+def hex_or_float(value: float) -> str:
+    return repr(value) if isinstance(value, float) else hex(value)  # Python does not write the longest
+
+
+def check(run_file: Path, overrides: list[str]) -> RunConfig | str:
+    """What `train.py check` makes of a new run: the configuration, or the line that refuses it."""
+    shutil.rmtree(run_file.parent / "run", ignore_errors=True)
+    try:
+        [config] = load_stages(run_file, overrides, world_size=1)
+        check_runs([config], 1)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return config
+
+
+class Step:
+    """Watches the first step of an optimizer: by part, squared gradient, and gradient times movement."""
+
+    def __init__(self) -> None:
+        self.squares, self.products = defaultdict(float), defaultdict(float)
+
+    def build(self, config, models):
+        optimizer = Step.real(config, models)
+        take, self.step = optimizer.step, lambda: self._watch(models, take)
+        optimizer.step = self.step
+        return optimizer
+
+    real = staticmethod(loop.build_optimizer)
+
+    def _watch(self, models, take):
+        trained = {
+            (i, name): p for i, m in enumerate(models) for name, p in m.named_parameters() if p.requires_grad
+        }
+        before = {key: (p.detach().clone(), p.main_grad.clone()) for key, p in trained.items()}
+        result = take()
+        for key, parameter in trained.items():
+            (value, grad), part = before[key], part_of(key[1], parameter)
+            assert parameter.isfinite().all(), key
+            self.squares[part] += grad.double().square().sum().item()
+            self.products[part] += ((parameter.detach() - value).double() * grad.double()).sum().item()
+        return result
+
+
+def train(config: RunConfig) -> Step:
+    """One step of `run`; a run that hangs is an error."""
+    watched = Step()
+
+    def hangs(*_):
+        raise TimeoutError("no step within 60 s")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(60)
+    try:
+        with patch.object(loop, "build_optimizer", watched.build):
+            state = loop.train(config)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert state.iteration == config.training.last_iteration
+    assert all(map(math.isfinite, state.recent_losses))
+    return watched
+
+
+def stands_still(config: RunConfig, part: str) -> bool:
+    """Whether the settings say that a part does not move in the first step: its rate is 0 in fp32."""
+    optimizer = config.optimizer
+    rate = np.float32(optimizer.lr * optimizer.lr_multipliers.get(part, 1.0))
+    return rate == 0 or optimizer.warmup_iterations(config.training.train_iterations) > 0
+
+
+def assert_trains(config: RunConfig) -> None:
+    step = train(config)
+    assert step.squares.keys() == set(config.optimizer.trainable)
+    for part, square in step.squares.items():
+        assert 0 < square < math.inf, f"{part} has no gradient"
+        if stands_still(config, part):
+            assert step.products[part] == 0, part
+        elif not config.optimizer.weight_decay:
+            assert step.products[part] < 0, f"{part} does not move against its gradient"
+
+
+@pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
+def test_edge_values(run_file, field: NumericField, installed):  # noqa: F811
+    for value in field.edges:
+        found = check(run_file, settings(run_file, field.place, value))
+        print(
+            "@@",
+            field.place,
+            value if not isinstance(value, int) else hex(value)[:20],
+            found if isinstance(found, str) else "RUN",
+        )
+        if isinstance(found, str):
+            if value not in field.range:
+                assert field.place.removesuffix(".*") in found, found
+                assert str(field.range) in found or ": expected a " in found, found
+        else:
+            assert value in field.range
+            if (field.place, value) not in NOT_RUN:
+                assert_trains(found)
