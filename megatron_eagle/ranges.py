@@ -1,7 +1,9 @@
-"""The range of a number in a configuration, declared beside it: `lr: Annotated[float, Range(0, 1)] = 2e-5`.
+"""Ranges of numbers in configurations, each declared beside its field and checked wherever one is made.
 
-A dataclass that inherits from `Ranged` refuses a number outside its range however it is made: from a file
-(`config.from_dict`, which adds the dotted place) or in Python. Ranges are generous: they keep out what cannot
+    lr: Annotated[float, Range(0, 1)] = 2e-5
+
+A dataclass that inherits from `Ranged` refuses a number outside its range, made from a file
+(`config.from_dict`, which adds the dotted place) or in Python. Ranges are wide: they keep out what cannot
 train, not what is unusual. Rules between fields are their owners'.
 """
 

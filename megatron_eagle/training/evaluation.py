@@ -37,8 +37,8 @@ def count_batches(config: EvaluationConfig, packs: int, batch_size: int) -> int:
     wanted, available = config.batches or 1, packs // batch_size
     if available < wanted:
         raise UserError(
-            f"evaluation.data: {config.data} has {packs} packs of this data.length, and {wanted} global batches "
-            f"of {batch_size} are asked for"
+            f"evaluation.data: {config.data} has {packs} packs of this data.length, and {wanted} global "
+            f"batches of {batch_size} are asked for"
         )
     return config.batches or available
 
