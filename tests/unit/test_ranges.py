@@ -89,7 +89,12 @@ def test_a_number_without_a_range_is_noticed():
 def test_a_configuration_of_others_is_checked_as_ones_own():
     hf = preset("eagle2.5-8b").to_hf()
     for section, name, value, message in (
-        ("text_config", "rope_theta", -1, "config.json: text_config.rope_theta is -1.0: must lie between 1"),
+        (
+            "text_config",
+            "rms_norm_eps",
+            -1,
+            "config.json: text_config.rms_norm_eps is -1.0: must lie between",
+        ),
         ("text_config", "num_key_value_heads", 0, "config.json: text_config.num_key_value_heads is 0: must"),
         ("vision_config", "hidden_size", "wide", "vision_config.hidden_size: expected a whole number"),
     ):
