@@ -114,9 +114,9 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.backend = backend
-        # Groups of Megatron's hierarchical context parallelism: adjacent ranks first.
-        hierarchy = getattr(pg_collection, "hcp", None)
-        self.ulysses_group, self.key_group = hierarchy or (None, pg_collection.cp)
+        # The configuration decides, not which groups exist. Megatron's hierarchy: adjacent ranks first.
+        has_ulysses = config.hierarchical_context_parallel_sizes is not None
+        self.ulysses_group, self.key_group = pg_collection.hcp if has_ulysses else (None, pg_collection.cp)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(

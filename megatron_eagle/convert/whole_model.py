@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_eagle.config import load_yaml
-from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.lora import LoraConfig, add_lora
 from megatron_eagle.model.presets import EagleConfig
@@ -32,8 +30,6 @@ def whole_model(
     Raises:
         UserError: this process already holds Megatron's model-parallel groups of another layout.
     """
-    if parallel_state.model_parallel_is_initialized():
-        raise UserError("a model-parallel layout is active in this process: use another process for this")
     device = detect_device()
     with _group_of_one(device), device.context(), model_parallel(ParallelConfig()) as mesh:
         (model,) = build_model(config, mesh, device.torch_device, dtype)

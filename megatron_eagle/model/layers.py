@@ -4,14 +4,13 @@ All have the same parameter names, so that a checkpoint fits every choice. What 
 offers is looked up by importing it: without Transformer Engine its names in Megatron are mocks.
 """
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerConfig, transformer_layer
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -148,12 +147,18 @@ class ProductFreeMLP(MLP):
             return self.linear_fc2(product)
 
 
-def without_product(mlp: ModuleSpec, group: ProcessGroup) -> ModuleSpec:
-    """`mlp` as a `ProductFreeMLP` over the tensor parallel `group`."""
-    # Megatron hands the group to its own class alone, and would warn about another one in every layer.
-    megatron = logging.getLogger(transformer_layer.__name__)
-    megatron.addFilter(lambda record: not str(record.msg).startswith("Unknown MLP type"))
-    return replace(mlp, module=ProductFreeMLP, params={"tp_group": group})
+def without_product(mlp: ModuleSpec, group: ProcessGroup) -> type[ProductFreeMLP]:
+    """`mlp` as a `ProductFreeMLP` over the tensor parallel `group`.
+
+    A class, because Megatron hands the group to specifications of its own MLP alone, and warns about any
+    other specification in every layer.
+    """
+
+    class ProductFree(ProductFreeMLP):
+        def __init__(self, config: TransformerConfig) -> None:
+            super().__init__(config, mlp.submodules, tp_group=group)
+
+    return ProductFree
 
 
 def choose_layers(config: LayersConfig) -> LayerClasses:

@@ -123,6 +123,7 @@ def language_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         context_parallel_size=parallel.context_parallel_size,
+        hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes,
         sequence_parallel=parallel.sequence_parallel,
         # The loss is a plain sum: the token weights are already divided by the global normaliser.
         calculate_per_token_loss=True,

@@ -1,6 +1,7 @@
 """Parallel layout and its process groups. Megatron's global getters are called here and nowhere else."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -8,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged
@@ -53,6 +54,13 @@ class ParallelConfig(Ranged):
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
+
+    @property
+    def hierarchical_context_parallel_sizes(self) -> list[int] | None:
+        """Ranks that divide heads around attention, and ranks that exchange keys; None: all exchange keys."""
+        if self.ulysses_parallel_size == 1:
+            return None
+        return [self.ulysses_parallel_size, self.context_parallel_size // self.ulysses_parallel_size]
 
     @property
     def num_model_chunks(self) -> int:
@@ -143,29 +151,70 @@ class Mesh:
 
 @contextlib.contextmanager
 def model_parallel(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Mesh]:
-    """Create the process groups of `config` over the default group, and destroy them at the end.
+    """Create the process groups of `config` over the default group; give everything back at the end.
+
+    Afterwards, also after an error, Megatron's globals and the random states are what they were, and groups
+    that were created inside, by whomever, are destroyed: the next layout finds nothing of this one.
 
     Args:
         seed: of Megatron's model-parallel random states (dropout; parameters have their own seed).
     Raises:
-        UserError: as `ParallelConfig.data_parallel_size`.
+        UserError: as `ParallelConfig.data_parallel_size`, or another layout is active in this process.
     """
     config.data_parallel_size(torch.distributed.get_world_size())
-    ulysses, hierarchy = config.ulysses_parallel_size, None
-    if ulysses > 1:  # groups of adjacent ranks divide heads, groups across them exchange keys
-        hierarchy = [ulysses, config.context_parallel_size // ulysses]
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
-        context_parallel_size=config.context_parallel_size,
-        hierarchical_context_parallel_sizes=hierarchy,
-        create_gloo_process_groups=False,
-    )
-    try:
+    if parallel_state.model_parallel_is_initialized():
+        raise UserError("a model-parallel layout is active in this process: use another process for this")
+    with _groups_destroyed(), _globals_restored(), _random_states_restored():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+            context_parallel_size=config.context_parallel_size,
+            hierarchical_context_parallel_sizes=config.hierarchical_context_parallel_sizes,
+            create_gloo_process_groups=False,
+        )
         model_parallel_cuda_manual_seed(seed)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         axes = {name: Axis.of(getattr(groups, name)) for name in ("tp", "pp", "cp", "dp", "dp_cp")}
         yield Mesh(config, groups, **axes)
+
+
+@contextlib.contextmanager
+def _globals_restored() -> Iterator[None]:
+    # Whatever the module holds, not a list of names: Megatron 0.16.1's `destroy_model_parallel` forgets 13.
+    state = vars(parallel_state)
+    before = {
+        name: copy.copy(value) if isinstance(value, dict | list | set) else value
+        for name, value in state.items()
+    }
+    try:
+        yield
     finally:
-        parallel_state.destroy_model_parallel()
+        for name in [name for name in state if name not in before]:
+            del state[name]
+        state.update(before)
+
+
+@contextlib.contextmanager
+def _random_states_restored() -> Iterator[None]:
+    tracker = get_cuda_rng_tracker()
+    device = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(device):
+        try:
+            yield
+        finally:
+            tracker.reset()
+
+
+@contextlib.contextmanager
+def _groups_destroyed() -> Iterator[None]:
+    # torch has no public list of its groups; Megatron looks at this one, too.
+    existing = torch.distributed.distributed_c10d._world.pg_map
+    before = set(existing)
+    with contextlib.ExitStack() as youngest_first:  # the same order on every rank
+        try:
+            yield
+        finally:
+            for group in existing:
+                if group not in before:
+                    youngest_first.callback(torch.distributed.destroy_process_group, group)
