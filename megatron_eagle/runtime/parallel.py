@@ -4,12 +4,14 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Literal
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged
@@ -164,7 +166,12 @@ def model_parallel(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Mesh
     config.data_parallel_size(torch.distributed.get_world_size())
     if parallel_state.model_parallel_is_initialized():
         raise UserError("a model-parallel layout is active in this process: use another process for this")
-    with _groups_destroyed(), _globals_restored(), _random_states_restored():
+    with (
+        _groups_destroyed(),
+        _globals_restored(parallel_state),
+        _globals_restored(megatron_random),  # a flag that an error inside a recomputed layer leaves
+        _random_states_restored(),
+    ):
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -180,9 +187,9 @@ def model_parallel(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Mesh
 
 
 @contextlib.contextmanager
-def _globals_restored() -> Iterator[None]:
+def _globals_restored(module: ModuleType) -> Iterator[None]:
     # Whatever the module holds, not a list of names: Megatron 0.16.1's `destroy_model_parallel` forgets 13.
-    state = vars(parallel_state)
+    state = vars(module)
     before = {
         name: copy.copy(value) if isinstance(value, dict | list | set) else value
         for name, value in state.items()
