@@ -16,11 +16,11 @@ from pathlib import Path
 
 from megatron_eagle.config import from_dict
 from megatron_eagle.errors import UserError, run_cli
+from megatron_eagle.files import write_lines, write_whole
 from megatron_eagle.recipe.chapters import ChapteredVideo, read_chapters
 from megatron_eagle.recipe.client import Asks, Client, DryRun, for_each
 from megatron_eagle.recipe.clips import ClipQuestions, ClipSettings
 from megatron_eagle.recipe.encoder import Encoder
-from megatron_eagle.recipe.files import write_lines, write_whole
 from megatron_eagle.recipe.prompts import load_question_types
 from megatron_eagle.recipe.records import Notes
 from megatron_eagle.recipe.segmentation import SegmentSettings, detect_all

@@ -7,7 +7,6 @@ on after its last entry, and what it had written beyond is cut off.
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,6 +19,7 @@ import pyarrow as pa
 from megatron_eagle.data.ledger import LedgerEntry
 from megatron_eagle.data.store import SCHEMA
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import from_record, sync
 
 
 class Journal:
@@ -42,7 +42,9 @@ class Journal:
         heads = [json.loads((path / "entry.json").read_text(encoding="utf-8")) for path in self._entries]
         self.n_lines: int = sum(head["n_lines"] for head in heads)
         """Input lines that are done."""
-        self.dropped: list[LedgerEntry] = [LedgerEntry(**line) for head in heads for line in head["dropped"]]
+        self.dropped: list[LedgerEntry] = [
+            from_record(LedgerEntry, line) for head in heads for line in head["dropped"]
+        ]
         """Their ledger."""
 
     def rows(self, length: int) -> pa.Table:
@@ -72,10 +74,10 @@ class Journal:
         head = {"n_lines": n_lines, "dropped": [asdict(entry) for entry in dropped]}
         (new / "entry.json").write_text(json.dumps(head), encoding="utf-8")
         for path in (*new.iterdir(), new):
-            _to_disk(path)
+            sync(path)
         entry = self._folder / f"{len(self._entries):08d}"
         new.rename(entry)
-        _to_disk(self._folder)
+        sync(self._folder)
         self._entries.append(entry)
         self.n_lines += n_lines
         self.dropped += dropped
@@ -97,14 +99,6 @@ class Journal:
     def close(self) -> None:
         """Leave the entries for a later run."""
         self._lock.close()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def lock_file(path: Path) -> IO[bytes]:

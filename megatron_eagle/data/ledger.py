@@ -1,9 +1,10 @@
 """What preprocessing refuses, and why: one ledger line per dropped sample, nothing dropped silently."""
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from megatron_eagle.files import write_lines
 
 
 class Problem(Exception):
@@ -33,10 +34,8 @@ class LedgerEntry:
 
 
 def write_ledger(path: Path, entries: list[LedgerEntry]) -> None:
-    """Write the entries as JSON lines, in the order of the input."""
-    with path.open("w", encoding="utf-8") as out:
-        for entry in entries:
-            out.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+    """Write the entries as JSON lines, in the order of the input. Raises `OSError`."""
+    write_lines(path, map(asdict, entries))
 
 
 def count_kinds(entries: list[LedgerEntry], length: int) -> Counter[str]:

@@ -13,6 +13,7 @@ from megatron_eagle.data.balance import pack_costs
 from megatron_eagle.data.best_fit import pack_rows
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import beside
 
 _SCHEMA = pa.schema(
     {
@@ -72,13 +73,14 @@ def write_packs(data: str | Path, length: int, seed: int) -> PackReport:
         ),
     )
     path = store.folder / "packs.arrow"
-    partial = path.with_suffix(".partial")
     try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+        with (
+            beside(path) as partial,
+            pa.OSFile(str(partial), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as out,
+        ):
             out.write_table(table)
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     costs = pack_costs(sum_squares, n_tiles * store.manifest.patches_per_tile)
     return PackReport(

@@ -26,6 +26,7 @@ from megatron_eagle.data.indexed import TokenFile
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.source import FileFacts
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import from_record
 
 FORMAT_VERSION = 3
 BATCH_ROWS = 1024  # rows per Arrow batch: row r is row r % 1024 of batch r // 1024
@@ -238,7 +239,7 @@ def read_manifest(folder: str | Path) -> DataManifest:
             f"{folder} has store format {content['format_version']}, not {FORMAT_VERSION}; "
             "run preprocess_data again"
         )
-    return DataManifest(**content)
+    return from_record(DataManifest, content)
 
 
 def _manifest_content(folder: str | Path) -> dict:

@@ -9,6 +9,7 @@ OUT/failed.jsonl         a line for each video that has none, with the reason; a
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_eagle.data.media.source import file_facts
 from megatron_eagle.data.media.transcode import TranscodeSettings, transcode_video
 from megatron_eagle.data.recipe import Dataset, datasets_of
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import append_line, beside, from_record, read_records, write_lines, write_whole
 
 SUFFIXES = frozenset(
     (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
@@ -96,8 +98,10 @@ def _copy_all(
 ) -> tuple[dict[str, Copy], list[Failure], int]:
     """The copies by their sources, what failed, and how many copies are new."""
     log = output / "transcoded.jsonl"
-    done = {copy.source: copy for copy in _finished(log)}
-    _write_lines(log, done.values())
+    # The log stays as other versions wrote it; of each source only the last copy counts.
+    written = {record["source"]: record for record in read_records(log) if "source" in record}
+    write_lines(log, written.values())
+    done = _finished(written.values())
     copies = {path: done[path] for path in paths if _is_current(done.get(path), targets[path], settings)}
     failures: list[Failure] = []
     jobs = [(path, targets[path]) for path in paths if path not in copies]
@@ -110,7 +114,7 @@ def _copy_all(
             failures.append(result)
         else:
             copies[result.source] = result
-    _write_lines(output / "failed.jsonl", failures)
+    write_lines(output / "failed.jsonl", map(asdict, failures))
     return copies, failures, len(jobs) - len(failures)
 
 
@@ -150,14 +154,13 @@ def _targets(paths: list[str], root: Path, folder: Path) -> dict[str, Path]:
     return targets
 
 
-def _finished(path: Path) -> Iterator[Copy]:
-    """The copies that earlier runs wrote down; a line that was cut off by a kill is none."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                yield Copy(**json.loads(line))
-            except (ValueError, TypeError):
-                continue
+def _finished(records: Iterable[dict]) -> dict[str, Copy]:
+    """The copies that earlier runs wrote down, by their sources."""
+    found = {}
+    for record in records:
+        with suppress(TypeError):
+            found[record["source"]] = from_record(Copy, record)
+    return found
 
 
 def _is_current(copy: Copy | None, target: Path, settings: TranscodeSettings) -> bool:
@@ -181,8 +184,7 @@ def _transcode(settings: TranscodeSettings, log: Path, job: tuple[str, Path]) ->
         return [Failure(source, problem.kind, str(problem))]
     size = target.stat().st_size
     copy = Copy(source, facts.size, facts.mtime_ns, str(target), size, frames, asdict(settings))
-    with log.open("ab", buffering=0) as file:
-        file.write((json.dumps(asdict(copy)) + "\n").encode())
+    append_line(log, asdict(copy))
     return [copy]
 
 
@@ -191,18 +193,10 @@ def _write_annotations(datasets: list[Dataset], targets: dict[str, str], output:
     recipe = {}
     for dataset in datasets:
         name = f"{quote(dataset.name, safe=' ').removesuffix('.jsonl')}.jsonl"
-        with (output / f".{name}.partial").open("wb") as file:
+        with beside(output / name) as partial_file, partial_file.open("wb") as file:
             for raw, videos in _lines(dataset):
                 file.write(replace_videos(raw, dataset.root, targets) if videos else raw)
-        os.replace(output / f".{name}.partial", output / name)
         settings = {"repeat_time": dataset.repeat_time, **dataset.overrides}
         recipe[dataset.name] = {"annotation": name, "root": dataset.root, **settings}
     if recipe:
-        (output / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_lines(path: Path, records: Iterable[Copy | Failure]) -> None:
-    text = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-    partial_file = path.with_name(f".{path.name}.partial")
-    partial_file.write_text(text, encoding="utf-8")
-    os.replace(partial_file, path)
+        write_whole(output / "recipe.json", json.dumps(recipe, indent=1) + "\n")

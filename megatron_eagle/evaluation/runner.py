@@ -15,6 +15,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import Judge, Question
 from megatron_eagle.evaluation.judge import UnusableJudge
 from megatron_eagle.evaluation.metrics import recall_at
+from megatron_eagle.files import AppendedFile, to_line, write_whole
 from megatron_eagle.inference.generate import Answers, Sampling
 from megatron_eagle.inference.resume import resume
 
@@ -47,7 +48,8 @@ def evaluate(
 
     `about` names model and benchmark; `model` is only made if there is something to ask.  Questions that
     cannot be asked go to `dropped.jsonl` with `problems` and count in no score.  Raises `UserError` if the
-    folder holds another evaluation, or if questions need a `judge` and there is none.
+    folder holds another evaluation, or if questions need a `judge` and there is none; `OSError` if an answer
+    cannot be written, those before it are kept.
     """
     if judge is None and (judged := [q.id for q in questions if q.metric == "judge"]):
         raise UserError(f"{len(judged):,} answers are compared by a language model: name one with --judge")
@@ -62,7 +64,7 @@ def evaluate(
     refused = list(problems)
     if todo:
         ready = model()
-        with path.open("a", encoding="utf-8") as file:
+        with AppendedFile(path) as file:
             for question in progress(todo):
                 try:
                     text = ready.answer(question.request, sampling)
@@ -74,8 +76,7 @@ def evaluate(
                     continue
                 answers[question.id] = score
                 record = {"id": question.id, "answer": text, "score": score}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
+                file.write(to_line(record))
     write_ledger(folder / "dropped.jsonl", refused)
     return [(question, answers[question.id]) for question in questions if question.id in answers]
 
@@ -84,7 +85,7 @@ def write_scores(folder: Path, head: dict[str, Any], rows: Sequence[Row], overal
     """`scores.json`: the table, and the one number of a published benchmark."""
     asked = {row.metric: row.n for row in rows}  # the last row of a metric is that over all categories
     text = json.dumps({**head, "asked": asked, "overall": overall, "rows": list(map(asdict, rows))}, indent=1)
-    (folder / "scores.json").write_text(text, encoding="utf-8")
+    write_whole(folder / "scores.json", text)
 
 
 def tabulate(scored: Sequence[tuple[Question, float]]) -> list[Row]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import AppendedFile, to_line, write_lines
 from megatron_eagle.inference.generate import Answers, Request, Sampling, first_line
 from megatron_eagle.inference.resume import resume
 
@@ -28,21 +29,21 @@ def answer_file(
 
     Raises:
         UserError: a file or a line is wrong; the line is named, answers before it are kept.
+        OSError: an answer cannot be written; those before it are kept.
     """
     requests = list(read_requests(source))
     partial = output.with_name(output.name + ".partial")
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     done = resume(partial, {"model": name, "requests": digest, "sampling": asdict(sampling)})
-    with partial.open("a", encoding="utf-8") as file:
+    with AppendedFile(partial) as file:
         for where, record, request in progress(requests[len(done) :]):
             try:
                 answer = model.answer(request, sampling)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             done.append({**record, "answer": answer})
-            file.write(json.dumps(done[-1], ensure_ascii=False) + "\n")
-            file.flush()
-    output.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in done), encoding="utf-8")
+            file.write(to_line(done[-1]))
+    write_lines(output, done)
     partial.unlink()
     return len(done)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import to_line, write_whole
 
 
 def resume(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
@@ -13,10 +14,12 @@ def resume(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
     Its first line is `head`, which says what makes the records; a line that was cut off is dropped.
 
     Raises:
-        UserError: the file is damaged, cannot be written, or was made by something else.
+        UserError: the file is damaged, cannot be written (it is then what it was), or was made by something
+            else.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        content = path.read_bytes() if path.is_file() else b""
+        lines = content.splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # the run was killed while it wrote
             lines.pop()
         records = [json.loads(line) for line in lines]
@@ -29,7 +32,9 @@ def resume(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
             )
         if not all(isinstance(record, dict) for record in records):
             raise ValueError
-        path.write_bytes(b"".join(lines) or (json.dumps(head, ensure_ascii=False) + "\n").encode())
+        whole = b"".join(lines) or to_line(head)
+        if whole != content:
+            write_whole(path, whole)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     except ValueError:

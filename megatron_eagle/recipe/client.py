@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_eagle.data.ledger import Problem
-from megatron_eagle.recipe.files import digest, write_whole
+from megatron_eagle.errors import UserError
+from megatron_eagle.files import from_record, write_whole
+from megatron_eagle.recipe.files import digest
 from megatron_eagle.recipe.schema import example, parse_answer
 from megatron_eagle.recipe.transport import Endpoint, Reply, Retry, post
 from megatron_eagle.recipe.usage import Usage, estimated_tokens
@@ -122,8 +124,14 @@ class Client:
     def _pay(self, path: Path, request: dict[str, Any]) -> Reply:
         """Post and store in one thread: a run that is interrupted meanwhile still keeps what it paid for."""
         reply = post(self.endpoint, request)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(asdict(reply), ensure_ascii=False))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(asdict(reply), ensure_ascii=False))
+        except OSError as error:
+            raise UserError(
+                f"{self._cache}: cannot keep what was paid for: {error.strerror}; when that is mended start "
+                "again, earlier answers are kept"
+            ) from None
         return reply
 
     async def _turn(self, request: dict[str, Any]) -> None:
@@ -187,6 +195,6 @@ def _request(model: str, messages: list, temperature: float, max_tokens: int) ->
 
 def _read_reply(path: Path) -> Reply | None:
     try:
-        return Reply(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return from_record(Reply, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
         return None

@@ -18,8 +18,9 @@ import torch
 
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.sample import VideoSource
+from megatron_eagle.files import write_whole
 from megatron_eagle.recipe.encoder import Encoder
-from megatron_eagle.recipe.files import digest, write_whole
+from megatron_eagle.recipe.files import digest
 from megatron_eagle.recipe.frames import frames_at, open_section, sample_times
 
 

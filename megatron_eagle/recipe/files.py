@@ -1,9 +1,8 @@
-"""Small things about files that all steps share: whole or not at all, JSON lines, hashes, lists of videos."""
+"""Small things that all steps share: hashes, lists of videos."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,6 @@ from megatron_eagle.data.formats import read_sample
 from megatron_eagle.data.ledger import LedgerEntry, Problem
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.errors import UserError
-
-
-def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file so that it is there completely or not at all, whenever the process is killed."""
-    data = data.encode() if isinstance(data, str) else data
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(path)
-
-
-def write_lines(path: Path, records: Iterable[Any]) -> None:
-    """Write JSON lines, whole or not at all."""
-    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def digest(value: Any) -> str:

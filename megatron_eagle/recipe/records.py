@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_eagle.data.ledger import LedgerEntry
+from megatron_eagle.files import write_lines
 from megatron_eagle.recipe.client import Answer, Asks
-from megatron_eagle.recipe.files import write_lines
 from megatron_eagle.recipe.prompts import Prompt
 
 _PLACEHOLDER = re.compile(r"<(image|video|document)(-[0-9]+)?>")

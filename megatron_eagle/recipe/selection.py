@@ -14,9 +14,10 @@ import numpy as np
 
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import write_lines, write_whole
 from megatron_eagle.recipe.encoder import Encoder
 from megatron_eagle.recipe.features import Clip, ClipSettings, Part, Shard, build_features, n_shards
-from megatron_eagle.recipe.files import digest, write_lines, write_whole
+from megatron_eagle.recipe.files import digest
 from megatron_eagle.recipe.search import Blocks, greedy_distinct, highest_cosine
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.sample import VideoSource
+from megatron_eagle.files import write_whole
 from megatron_eagle.recipe.features import Clip
-from megatron_eagle.recipe.files import write_whole
 from megatron_eagle.recipe.frames import frames_at, open_section
 from megatron_eagle.recipe.selection import Decision, Selection, SelectionSettings, summary
 

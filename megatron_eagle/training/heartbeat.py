@@ -2,7 +2,7 @@
 
     LOGS/heartbeat/rank_00003.json   {"rank", "host", "pid", "iteration", "phase", "since", "written"}
     LOGS/heartbeat/rank_00003.stack  where each thread of the rank stood when it was found hanging
-    LOGS/hang.txt                    the report: which ranks stand where, and who is behind
+    LOGS/hang.txt                    a line for each hang: which ranks stand where, and who is behind
 
 The training thread only leaves a note in memory; the thread writes it every few seconds, also while the
 training thread waits in a collective. A rank whose process is gone or stopped is known by a file that ages.
@@ -15,10 +15,12 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import from_record, read_records, write_whole
 
 FOLDER, REPORT = "heartbeat", "hang.txt"
 # Of a job that ended itself because it hung (EX_SOFTWARE of sysexits.h).
@@ -58,17 +60,19 @@ class Heartbeat:
         self._reported: float | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        if not seconds:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                for file in self._folder.glob("rank_*.json"):
+                    if time.time() - file.stat().st_mtime > 60:  # of an earlier, perhaps larger job
+                        file.unlink()
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot write heartbeats here: {error.strerror}") from error
 
     def __enter__(self) -> "Heartbeat":
         if self._seconds:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                if self._rank == 0:
-                    for file in self._folder.glob("rank_*.json"):
-                        if time.time() - file.stat().st_mtime > 60:  # of an earlier, perhaps larger job
-                            file.unlink()
-            except OSError as error:
-                raise UserError(f"{self._folder}: cannot write heartbeats here: {error.strerror}") from error
             self._thread.start()
         return self
 
@@ -96,34 +100,37 @@ class Heartbeat:
         iteration, phase, since = self._note
         beat = Beat(self._rank, socket.gethostname(), os.getpid(), iteration, phase, since, time.time())
         target = self._folder / f"rank_{self._rank:05d}.json"
-        partial = target.with_suffix(".partial")
-        try:
-            partial.write_text(json.dumps(asdict(beat)))
-            partial.replace(target)
-        except OSError:
-            pass  # a full disk must not end the run; the file ages, as the report will say
+        with suppress(OSError):  # a full disk must not end the run; the file ages, as the report will say
+            write_whole(target, json.dumps(asdict(beat)), durable=False)
 
     def _report(self) -> None:
-        with open(self._folder / f"rank_{self._rank:05d}.stack", "w") as file:
+        with suppress(OSError), open(self._folder / f"rank_{self._rank:05d}.stack", "a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         time.sleep(2 * self._seconds)  # until every rank that lives has written where it stands
+        with suppress(OSError, UserError):  # a disk that is full since the start has no heartbeats
+            self._name_who_is_behind()
+        if self._abort:
+            time.sleep(self._seconds)
+            os._exit(EXIT_HANG)
+
+    def _name_who_is_behind(self) -> None:
         beats = read_beats(self._logs)
         alive = [beat.rank for beat in beats if not _silent(beat, self._seconds)]
         if alive and alive[0] == self._rank:
             text = describe(beats, self._seconds)
-            (self._logs / REPORT).write_text(text + "\n")
             print(f"hang: {text}", file=sys.stderr, flush=True)
-        if self._abort:
-            time.sleep(self._seconds)
-            os._exit(EXIT_HANG)
+            report = self._logs / REPORT
+            earlier = report.read_text() if report.exists() else ""
+            write_whole(report, f"{earlier}{text}\n")
 
 
 def read_beats(logs: str | Path) -> list[Beat]:
     """The ranks' files, in rank order. Raises `UserError` if there are none."""
     files = sorted((Path(logs) / FOLDER).glob("rank_*.json"))
-    if not files:
+    beats = [from_record(Beat, record) for file in files for record in read_records(file)]
+    if not beats:
         raise UserError(f"{logs}: no heartbeat of a run here; name a run's folder of logs")
-    return [Beat(**json.loads(file.read_text())) for file in files]
+    return beats
 
 
 def status(logs: str | Path) -> str:

@@ -166,14 +166,15 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
     tokens = config.training.global_batch_size * config.data.length
     rank, root = torch.distributed.get_rank(), Path(config.checkpoint.path)
     logs = Path(config.logging.path or root / "logs")
-    log = RunLog(config.logging, logs, active=rank == 0, iteration=state.iteration, last_iteration=last)
-    heart = Heartbeat(
-        logs,
-        rank,
-        seconds=settings.heartbeat_seconds,
-        hang_seconds=60 * settings.hang_minutes,
-        abort=settings.abort_on_hang,
-    )
+    with agreed():
+        log = RunLog(config.logging, logs, active=rank == 0, iteration=state.iteration, last_iteration=last)
+        heart = Heartbeat(
+            logs,
+            rank,
+            seconds=settings.heartbeat_seconds,
+            hang_seconds=60 * settings.hang_minutes,
+            abort=settings.abort_on_hang,
+        )
     profiler = StepProfiler(config.logging.profile, logs, rank, job.models[0].config)
     saver = CheckpointSaver(config.checkpoint, log.message, state.iteration if job.resumed else None)
     peak = choose_peak(config.logging.peak_tflops, config.training.precision, job.device.torch_device)

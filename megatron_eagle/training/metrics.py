@@ -1,10 +1,11 @@
 """What steps and evaluations leave behind: one list of names for all logs, curves and the report."""
 
-import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import from_record, read_records
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -94,18 +95,12 @@ def _scalars(record: StepMetrics | EvaluationMetrics) -> dict[str, float]:
 def read_metrics(file: str | Path) -> list[StepMetrics | EvaluationMetrics]:
     """The steps and evaluations of a metrics.jsonl, in its order (none if it does not exist).
 
-    A half-written last line is left out.
+    What a later version adds to a line is left out, and a line that is neither or was cut by a kill.
     """
-    file = Path(file)
-    if not file.exists():
-        return []
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-            found.append((StepMetrics if "loss" in record else EvaluationMetrics)(**record))
-        except (ValueError, TypeError):
-            continue  # the process was killed while it wrote this line
+    for record in read_records(Path(file)):
+        with suppress(TypeError):
+            found.append(from_record(StepMetrics if "loss" in record else EvaluationMetrics, record))
     return found
 
 
@@ -116,18 +111,7 @@ def read_steps(file: str | Path) -> list[StepMetrics]:
 
 def read_events(file: str | Path) -> list[dict]:
     """All records of an events.jsonl, as `read_metrics`."""
-    file = Path(file)
-    if not file.exists():
-        return []
-    events = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # as above
-        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
-            events.append(record)
-    return events
+    return [event for event in read_records(Path(file)) if isinstance(event.get("iteration"), int)]
 
 
 def plot_loss_curve(metrics_jsonl: str | Path, png: str | Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import write_whole
 from megatron_eagle.training.charts import Points, figure, line_chart, share_chart
 from megatron_eagle.training.dataset_report import dataset_figures, dataset_table
 from megatron_eagle.training.metrics import (
@@ -57,7 +58,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     page = render(run.resolve().name, metrics, read_events(logs / EVENTS_FILE), _settings(run))
     output = logs / "report.html" if output is None else Path(output)
     try:
-        output.write_text(page, encoding="utf-8")
+        write_whole(output, page)
     except OSError as error:
         raise UserError(f"{output}: cannot write the report: {error.strerror}") from error
     return output

@@ -1,9 +1,9 @@
 """Where a run's metrics and events go: progress line, metrics.jsonl, events.jsonl, TensorBoard, W&B."""
 
 import importlib.util
-import json
 import os
 import sys
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,19 +11,20 @@ from typing import Annotated, Any, Literal
 from tqdm import tqdm
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import AppendedFile, to_line, write_whole
 from megatron_eagle.ranges import Range, Ranged
+from megatron_eagle.training.log_files import Point, Sink, TensorBoardFile, drop_repeated
 from megatron_eagle.training.metrics import (
     EVENTS_FILE,
     METRICS_FILE,
     EvaluationMetrics,
     StepMetrics,
-    read_events,
-    read_metrics,
 )
 from megatron_eagle.training.profiler import ProfileConfig
 
 # Goes before the names in TensorBoard and W&B, which group curves by it.
 PREFIX = "train/"
+TENSORBOARD, WANDB = "TensorBoard", "W&B"
 
 
 @dataclass
@@ -68,10 +69,45 @@ class LoggingConfig(Ranged):
             )
 
 
+class WandbRun:
+    """The W&B run of these logs: a new one, or the one that an earlier start of this run made."""
+
+    def __init__(self, config: WandbConfig, folder: Path) -> None:
+        import wandb
+
+        file = folder / "wandb_run.txt"
+        known = file.read_text().strip() if file.exists() else ""
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                name=config.name,
+                entity=config.entity,
+                mode=config.mode,
+                dir=str(folder),
+                id=known or None,
+                resume="allow",
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.Error as error:
+            reason, key = str(error).splitlines()[0].rstrip("."), os.environ.get("WANDB_API_KEY")
+            hint = "" if key else "; set WANDB_API_KEY, or logging.wandb.mode=offline"
+            raise UserError(f"logging.wandb: {reason}{hint}") from error
+        if self._run.id != known:
+            write_whole(file, self._run.id + "\n")
+
+    def write(self, point: Point) -> None:
+        step, scalars = point
+        self._run.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 class RunLog:
     """Writes metrics and events everywhere they are looked at. Entered on every rank, active on rank 0.
 
-    A resumed run appends; lines of iterations that it is about to repeat are dropped.
+    A resumed run appends; only lines of iterations that it is about to repeat are dropped. A disk that is
+    full when the run starts is a `UserError`; later on training goes on, see `log_files.Sink`.
     """
 
     def __init__(
@@ -80,25 +116,8 @@ class RunLog:
         self._active = active
         if not active:
             return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = [m for m in read_metrics(folder / METRICS_FILE) if m.iteration <= iteration]
-            events = [e for e in read_events(folder / EVENTS_FILE) if e["iteration"] <= iteration]
-            self._file = open(folder / METRICS_FILE, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-            self._events = open(folder / EVENTS_FILE, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{folder}: cannot write the logs here: {error.strerror}") from error
-        for metrics in kept:
-            self._file.write(json.dumps(asdict(metrics)) + "\n")
-        for event in events:
-            self._events.write(json.dumps(event) + "\n")
-        self._board = self._wandb = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
-        if config.wandb is not None:
-            self._wandb = _start_wandb(config.wandb, folder)
+        self._sinks: dict[str, Sink] = {}
+        self._close = ExitStack()
         self._bar = tqdm(
             total=last_iteration,
             initial=iteration,
@@ -107,19 +126,39 @@ class RunLog:
             disable=not config.progress,
             mininterval=0.1 if sys.stderr.isatty() else 10,
         )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS_FILE, EVENTS_FILE):
+                if unreadable := drop_repeated(folder / name, iteration):
+                    self.message(f"warning: {folder / name}: {unreadable} lines are damaged; they are kept")
+                self._add_sink(name, AppendedFile(folder / name))
+            if config.tensorboard:
+                self._add_sink(TENSORBOARD, TensorBoardFile(folder / "tensorboard", iteration + 1))
+            if config.wandb is not None:
+                self._add_sink(WANDB, WandbRun(config.wandb, folder))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"{folder}: cannot write the logs here: {reason}; nothing of them is lost"
+            ) from error
+
+    def _add_sink(self, name: str, file: AppendedFile | TensorBoardFile | WandbRun) -> None:
+        self._sinks[name] = Sink(name, file.write, self.message)
+        self._close.callback(file.close)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._active:
+        if not self._active:
+            return
+        for name, sink in self._sinks.items():
+            if lost := sink.flush():
+                self.message(f"warning: {name} ends without the last {lost} records of this run")
+        with suppress(OSError):
             self._bar.close()
-            self._file.close()
-            self._events.close()
-            if self._board is not None:
-                self._board.close()
-            if self._wandb is not None:
-                self._wandb.finish()
+        with suppress(OSError):
+            self._close.close()
 
     def step(self, metrics: StepMetrics) -> None:
         """Report a finished iteration."""
@@ -127,7 +166,7 @@ class RunLog:
             return
         self._record(metrics)
         self._bar.set_postfix_str(progress_line(metrics), refresh=False)
-        self._bar.update(metrics.iteration - self._bar.n)
+        self._advance(metrics.iteration)
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
         """Report an evaluation, whether the step before it was skipped or not."""
@@ -139,26 +178,29 @@ class RunLog:
         self.message(f"iteration {metrics.iteration}: evaluation {found}")
 
     def _record(self, metrics: StepMetrics | EvaluationMetrics) -> None:
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._sinks[METRICS_FILE].put(to_line(asdict(metrics)))
         scalars = {PREFIX + name: value for name, value in metrics.scalars().items()}
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, metrics.iteration)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=metrics.iteration)
+        for name in (TENSORBOARD, WANDB):
+            if name in self._sinks:
+                self._sinks[name].put((metrics.iteration, scalars))
 
     def event(self, iteration: int, kind: str, reason: str, **details: Any) -> None:
         """Record what is worth knowing of an iteration, in events.jsonl and above the progress bar."""
         if self._active:
             record = {"iteration": iteration, "event": kind, "reason": reason, **details}
-            self._events.write(json.dumps(record) + "\n")
-            self._bar.update(iteration - self._bar.n)
+            self._sinks[EVENTS_FILE].put(to_line(record))
+            self._advance(iteration)
             self.message(f"iteration {iteration}: {kind}: {reason}")
 
     def message(self, text: str) -> None:
         """A line above the progress bar."""
         if self._active:
-            tqdm.write(text, file=sys.stderr)
+            with suppress(OSError):  # what the job prints may go to the full disk too
+                tqdm.write(text, file=sys.stderr)
+
+    def _advance(self, iteration: int) -> None:
+        with suppress(OSError):
+            self._bar.update(iteration - self._bar.n)
 
 
 def progress_line(metrics: StepMetrics) -> str:
@@ -179,27 +221,3 @@ def progress_line(metrics: StepMetrics) -> str:
     memory = {"GPU": metrics.device_memory_gib, "host": metrics.host_memory_gib}
     shown += [f"{where} {gib:.1f} GiB" for where, gib in memory.items() if gib is not None]
     return ", ".join(shown)
-
-
-def _start_wandb(config: WandbConfig, folder: Path):
-    """The W&B run of these logs: a new one, or the one that an earlier start of this run made."""
-    import wandb
-
-    known = folder / "wandb_run.txt"
-    try:
-        run = wandb.init(
-            project=config.project,
-            name=config.name,
-            entity=config.entity,
-            mode=config.mode,
-            dir=str(folder),
-            id=known.read_text().strip() if known.exists() else None,
-            resume="allow",
-            settings=wandb.Settings(silent=True),
-        )
-    except wandb.Error as error:
-        hint = "" if os.environ.get("WANDB_API_KEY") else "; set WANDB_API_KEY, or logging.wandb.mode=offline"
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"logging.wandb: {reason}{hint}") from error
-    known.write_text(run.id + "\n")
-    return run

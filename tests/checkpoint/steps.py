@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +31,7 @@ from megatron_eagle.training.checkpoint import (
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
 from tests.checkpoint.contents import different_from_megatron
+from tests.full_disk import full_disk
 from tests.parallel.cases import global_batch, run_schedule, tiny_model
 from tests.parallel.harness import launch
 
@@ -109,11 +109,8 @@ def save_on_full_disk(eagle: EagleConfig, root: str, limit: int) -> str:
     write = saver.write_snapshot
 
     def limited(*args):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        try:
+        with full_disk(limit):
             return write(*args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     saver.write_snapshot = limited
     try:

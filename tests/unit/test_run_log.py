@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import fields
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -86,28 +85,6 @@ def test_the_progress_line():
     assert progress_line(StepMetrics(1, 2.0, 1.0, 0.1, 8, 1.0, 0.1)) == (
         "loss 2.0000, grad norm 1.000, lr 1.00e-01, 8 tokens/s, 1.00 s (0.00 data)"
     )
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    """A module in wandb's place that records what it is called with."""
-    module = ModuleType("wandb")
-    module.__spec__ = SimpleNamespace(name="wandb")
-    module.Error = type("Error", (Exception,), {})
-    module.Settings = lambda **settings: settings
-    module.started, module.logged = [], []
-
-    def init(**settings):
-        module.started.append(settings)
-        return SimpleNamespace(
-            id=settings["id"] or "abc123",
-            log=lambda values, step: module.logged.append((step, values)),
-            finish=lambda: module.logged.append("finished"),
-        )
-
-    module.init = init
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return module
 
 
 def test_wandb_gets_the_names_of_tensorboard(tmp_path, wandb):

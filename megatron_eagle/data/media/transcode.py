@@ -4,8 +4,6 @@ Decoding one frame of a file costs all frames since the key frame before it.  Ar
 between key frames, at many times a tile's pixels; the copies made here have neither.
 """
 
-import errno
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +19,8 @@ from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.frame_index import open_video, read_frame_table
 from megatron_eagle.data.media.frame_table import FrameTable
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import FULL_DISK, UserError
+from megatron_eagle.files import beside
 
 # Encoder and options.  Without B-frames a frame is decoded when it is shown, so that times need no shifting.
 CODECS = {
@@ -75,17 +74,14 @@ def transcode_video(source: str, target: Path, settings: TranscodeSettings) -> i
     if table.pts[0] < 0 or table.time_base.denominator > _LARGEST_TIMESCALE:
         raise Problem("times not kept", f"{source}: begins before 0 or counts too finely for MP4")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        _encode(source, table, partial, settings)
-        _compare(table, read_frame_table(str(partial)), source)
-        os.replace(partial, target)
+        with beside(target) as partial:
+            _encode(source, table, partial, settings)
+            _compare(table, read_frame_table(str(partial)), source)
     except av.error.FFmpegError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in FULL_DISK:
             raise OSError(error.errno, error.strerror) from None
         raise Problem("cannot transcode", f"{source}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return len(table.pts)
 
 

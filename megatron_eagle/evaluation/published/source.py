@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import write_whole
 
 MIN_FRAMES = 8  # of a video, in every benchmark
 _VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -94,9 +95,7 @@ class Source:
         path = self._pictures / f"{hashlib.sha256(value).hexdigest()[:24]}{ending}"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")  # whole, or not there
-            part.write_bytes(value)
-            part.replace(path)
+            write_whole(path, value)
         return str(path)
 
     def video(self, name: str, start: float | None = None, end: float | None = None) -> dict[str, Any]:

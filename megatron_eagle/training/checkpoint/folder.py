@@ -6,13 +6,13 @@ killed at any point, or a disk that is full, leaves the last checkpoint loadable
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_eagle.config import from_dict, load_yaml
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import sync, write_whole
 from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.presets import EagleConfig
 
@@ -114,15 +114,12 @@ def publish_folder(root: Path, iteration: int) -> None:
     """Make the folder, which is complete, the latest checkpoint of `root`; on rank 0. Raises `OSError`."""
     partial, target = partial_folder(root, iteration), iteration_folder(root, iteration)
     for file in (*partial.iterdir(), partial):
-        _sync(file)
+        sync(file)
     shutil.rmtree(target, ignore_errors=True)  # saved before, and then abandoned for an earlier iteration
     partial.rename(target)
-    _sync(root)
-    tracker = root / f".{TRACKER}.saving"
-    tracker.write_text(f"{iteration}\n")
-    _sync(tracker)
-    tracker.replace(root / TRACKER)
-    _sync(root)
+    sync(root)
+    write_whole(root / TRACKER, f"{iteration}\n")
+    sync(root)
 
 
 def discard_folder(root: Path, iteration: int) -> None:
@@ -150,11 +147,3 @@ def describe_latest(root: Path) -> str:
     if not has_checkpoint(root):
         return "there is no earlier checkpoint"
     return f"iteration {read_train_state(root).iteration} stays the latest checkpoint"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
