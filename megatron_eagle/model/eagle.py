@@ -159,6 +159,7 @@ def build_model(
     Raises:
         UserError: `layers` names a library that cannot be used here.
     """
-    recompute, classes = recompute or RecomputeConfig(), choose_layers(layers or LayersConfig())
+    recompute = recompute or RecomputeConfig()
+    classes = choose_layers(layers or LayersConfig(), eagle, mesh.config)
     chunks, store = range(mesh.config.num_model_chunks), HostStore()
     return [EagleModel(eagle, mesh, dtype, chunk, recompute, classes, store).to(device) for chunk in chunks]

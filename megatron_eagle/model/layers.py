@@ -22,7 +22,9 @@ from eagle_kernels.rms_norm import rms_norm
 from eagle_kernels.swiglu import forget_product, swiglu
 from megatron_eagle.context_parallel.backends import AttentionName
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.libraries import why_not
+from megatron_eagle.runtime.parallel import ParallelConfig
 
 
 @dataclass
@@ -31,7 +33,8 @@ class LayersConfig:
 
     `linear` and `norm`: auto takes Transformer Engine on a GPU that has it, else the local ones, which are
     Megatron's linear layers and this project's norms. `apex` is its fused LayerNorm, in the tower only.
-    `kernels`: the form of this project's own norms, SwiGLU and loss; auto: Triton on a GPU, else eager.
+    `kernels`: the form of this project's own norms, SwiGLU, rotation and loss; auto: Triton on a GPU, for
+    sizes that it takes, else eager.
     `loss`: fused never holds the logits of a whole sequence (`eagle_kernels.linear_cross_entropy`), plain is
     Megatron's; auto: fused on a GPU. `loss_into_main_grad`: the fused loss adds the output weight's gradient
     straight to the fp32 buffer that gradients accumulate in.
@@ -47,12 +50,14 @@ class LayersConfig:
     attention: AttentionName = "auto"
 
 
-def check_layers(config: LayersConfig, precision: str) -> None:
+def check_layers(config: LayersConfig, precision: str, eagle: EagleConfig, parallel: ParallelConfig) -> None:
     """The rules that hold on every machine; `choose_layers` and `choose_attention` look at this one.
 
     Raises:
         UserError: settings that contradict each other.
     """
+    if config.kernels == "triton" and (obstacle := _not_for_triton(eagle, parallel)):
+        raise UserError(f"layers.kernels triton: {obstacle}; choose auto or eager")
     if config.loss_into_main_grad and config.loss == "plain":
         raise UserError("layers.loss_into_main_grad needs layers.loss fused; set it, or leave this out")
     if config.attention not in ("auto", "reference") and precision != "bf16":
@@ -60,6 +65,22 @@ def check_layers(config: LayersConfig, precision: str) -> None:
             f"layers.attention {config.attention} computes in bf16 and training.precision is {precision}: "
             "choose reference, or bf16"
         )
+
+
+def _not_for_triton(eagle: EagleConfig, parallel: ParallelConfig) -> str | None:
+    """The size that this project's Triton kernels cannot take, or None: rows are read 128 bits at a time."""
+    text, tp = eagle.text, parallel.tensor_model_parallel_size
+    rows = {
+        "hidden features of the language model": text.hidden_size,
+        "hidden features of the vision tower": eagle.vision.hidden_size,
+        "feed-forward features of a tensor parallel rank": text.intermediate_size // tp,
+        "vocabulary rows of a tensor parallel rank": text.padded_vocab_size // tp,
+    }
+    for name, size in rows.items():
+        if size % 16:
+            return f"the {size} {name} are no multiple of 16"
+    half = text.head_dim // 2
+    return f"half of the head size, {half}, is no power of two" if half & (half - 1) else None
 
 
 @dataclass(frozen=True)
@@ -161,8 +182,8 @@ def without_product(mlp: ModuleSpec, group: ProcessGroup) -> type[ProductFreeMLP
     return ProductFree
 
 
-def choose_layers(config: LayersConfig) -> LayerClasses:
-    """The classes that `config` stands for on this machine.
+def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelConfig) -> LayerClasses:
+    """The classes that `config` stands for on this machine, for these sizes.
 
     Raises:
         UserError: it names a library that cannot be used here.
@@ -178,12 +199,15 @@ def choose_layers(config: LayersConfig) -> LayerClasses:
         if missing:
             raise UserError(f"layers.{name} {choice}: {missing}; choose another or leave it at auto")
     on_gpu = torch.cuda.is_available()
+    kernels = config.kernels
     try:
-        _, kernels = explain(config.kernels, torch.device("cuda" if on_gpu else "cpu"))
+        use_triton, kernels_reason = explain(kernels, torch.device("cuda" if on_gpu else "cpu"))
     except ValueError as error:
         raise UserError(f"layers.{error}") from None
+    if use_triton and kernels == "auto" and (obstacle := _not_for_triton(eagle, parallel)):
+        kernels, kernels_reason = "eager", f"eager (auto: {obstacle})"
     column, row = ColumnParallelLinear, RowParallelLinear
-    own = {"kernels": config.kernels}
+    own = {"kernels": kernels}
     rms, layer = ModuleSpec(RMSNorm, params=own), ModuleSpec(LayerNorm, params=own)
     if "transformer_engine" in (linear, norm):
         from megatron.core.extensions.transformer_engine import (
@@ -206,15 +230,15 @@ def choose_layers(config: LayersConfig) -> LayerClasses:
     reason = f"linear layers: {linear}, norms: {norm}"
     if no_engine and "auto" in (config.linear, config.norm):
         reason += f" (auto, without Transformer Engine: {no_engine})"
-    reason += f", kernels: {kernels}, loss: {'fused' if fused else 'plain'}"
+    reason += f", kernels: {kernels_reason}, loss: {'fused' if fused else 'plain'}"
     return LayerClasses(
         column,
         row,
         rms,
         layer,
         ModuleSpec(SwiGLU, params=own),
-        FusedLoss(config.kernels, config.loss_into_main_grad) if fused else None,
-        config.kernels,
+        FusedLoss(kernels, config.loss_into_main_grad) if fused else None,
+        kernels,
         config.attention,
         reason,
     )

@@ -65,8 +65,7 @@ def train(config: RunConfig) -> TrainState:
         model_parallel(config.parallel, seed=config.training.seed) as mesh,
     ):
         with agreed():  # a library that one node lacks is said once, before anything is built
-            choose_layers(config.layers)
-            choose_attention(config.layers.attention, _dtype(config))
+            choose_libraries(config)
         loader, held_out = _open_data(config, mesh, device)
         try:
             job = _start(config, mesh, device)
@@ -156,6 +155,12 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     )
 
 
+def choose_libraries(config: RunConfig) -> tuple[str, str]:
+    """Why layers and attention are what they are on this machine. Raises `UserError` for what is not here."""
+    layers = choose_layers(config.layers, config.model, config.parallel)
+    return layers.reason, choose_attention(config.layers.attention, _dtype(config)).reason
+
+
 def _dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
 
@@ -179,8 +184,8 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
     saver = CheckpointSaver(config.checkpoint, log.message, state.iteration if job.resumed else None)
     peak = choose_peak(config.logging.peak_tflops, config.training.precision, job.device.torch_device)
     with log, heart, profiler, job.stragglers, stop_signals() as stop, saver:
-        log.message(choose_layers(config.layers).reason)
-        log.message(choose_attention(config.layers.attention, _dtype(config)).reason)
+        for reason in choose_libraries(config):
+            log.message(reason)
         log.message(loader.decoder)
         log.message(peak.reason)
         for note in config.notes:

@@ -4,10 +4,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.evaluation import count_batches
+from megatron_eagle.training.loop import choose_libraries
 from megatron_eagle.training.run_config import RunConfig
 
 
@@ -41,7 +44,19 @@ def _check(config: RunConfig, processes: int) -> list[str]:
         f"{layout}; {training.train_iterations} iterations of {training.global_batch_size} x {data.length} "
         f"tokens, {epochs:.2f} epochs of {data.path}"
     )
-    return [f"{config.checkpoint.path}: {line}" for line in (summary, *config.notes)]
+    notes = [*config.notes, *_check_libraries(config)]
+    return [f"{config.checkpoint.path}: {line}" for line in (summary, *notes)]
+
+
+def _check_libraries(config: RunConfig) -> list[str]:
+    """On a machine with a GPU, what the run will find there; without, a note of what only a GPU can tell."""
+    try:
+        choose_libraries(config)
+    except UserError as error:
+        if torch.cuda.is_available():
+            raise
+        return [f"not known without a GPU; here the run would end: {error}"]
+    return []
 
 
 def _check_writable(folder: Path) -> None:

@@ -111,7 +111,7 @@ class RunConfig:
         check_layout(self.model, self.parallel, self.data.length)
         if self.layers.attention == "te":
             check_te_attention(self.parallel)
-        check_layers(self.layers, self.training.precision)
+        check_layers(self.layers, self.training.precision, self.model, self.parallel)
         _check_batch(self.training.global_batch_size, data_parallel_size, self.parallel)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
         if warmup >= self.training.train_iterations:

@@ -1,6 +1,8 @@
 """Runs that cannot be: each is refused in one line, before the first step and before it writes anything."""
 
+import os
 import shutil
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,6 +20,7 @@ from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.run_config import load_run_config
 from megatron_eagle.training.stages import load_stages
 from tests.data.helpers import conversation, make_store, make_tokenizer
+from tests.parallel.harness import launch
 from tests.unit.test_training import train_main
 
 SHORT, LONG = 128, 256
@@ -79,8 +82,28 @@ def test_settings_that_contradict_each_other(refused):
     assert "first_new_token" in refused("optimizer.trainable=[new_token_rows]")
 
 
+def test_layouts_and_tokens_that_the_vocabulary_does_not_have(refused):
+    """371 tokens in 512 rows: tensor parallel ranks divide the rows, and no new token has a higher number."""
+    divisible = ["num_attention_heads=6", "num_key_value_heads=3", "hidden_size=96", "intermediate_size=144"]
+    sizes = [f"model.text.{size}" for size in divisible]
+    sizes += [
+        "model.vision.num_attention_heads=3",
+        "model.vision.hidden_size=96",
+        "training.global_batch_size=3",
+    ]
+    sizes += ["model.vision.intermediate_size=144"]
+    three = refused(*sizes, "parallel.tensor_model_parallel_size=3", world_size=3)
+    assert "3 does not divide the 512 padded vocabulary rows: choose 1" in three
+    parts = "optimizer.trainable=[new_token_rows]"
+    assert "optimizer.first_new_token is 371: must be below 371, the number of tokens" in refused(
+        parts, "optimizer.first_new_token=371"
+    )
+    assert "first_new_token is -1: must lie" in refused(parts, "optimizer.first_new_token=-1")
+
+
 def test_fewer_processes_or_gpus_than_the_layout(refused, monkeypatch):
     assert "1 processes cannot hold" in refused("parallel.context_parallel_size=2")
+    assert refused(world_size=0) == "the number of processes is 0: must be at least 1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with (
@@ -140,6 +163,33 @@ def test_output_that_cannot_be_written(made, refused, tmp_path):
     assert refused(f"checkpoint.path={made / 'run'}", f"logging.path={below}").startswith(f"{below}: ")
 
 
+def refusal(config: str, overrides: list[str]) -> str:
+    """On each rank: what `train.py run` leaves to print, of an error that it ends with."""
+    rank = str(torch.distributed.get_rank())
+    with (
+        patch.dict(os.environ, RANK=rank, WORLD_SIZE="2"),
+        patch.object(sys, "argv", ["train.py", "run", "--config", config, *overrides]),
+    ):
+        try:
+            assert train_main()() == 2
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+@pytest.mark.parametrize("setting", ["layers.norm=apex", "layers.attention=flash", "layers.kernels=triton"])
+def test_a_library_that_is_not_here_is_refused_once(made, tmp_path, setting):
+    """By `run`, on one of its ranks; `check` cannot know the job's machine, and says so."""
+    overrides = [setting, "training.precision=bf16", "training.global_batch_size=2"]
+    overrides += [f"checkpoint.path={tmp_path / 'new'}"]
+    printed, silent = launch(refusal, 2, str(made / "run.yaml"), overrides)
+    assert printed.startswith(setting.replace("=", " ")) and not silent
+    assert not (tmp_path / "new").exists()
+    [_, note] = check_runs(load_stages(made / "run.yaml", overrides, world_size=2), 2)
+    assert note == f"{tmp_path / 'new'}: not known without a GPU; here the run would end: {printed}"
+
+
 def test_the_check_before_a_job_finds_the_same(made, tmp_path, monkeypatch, capsys):
     """`train.py check`, for a job of many processes, in one."""
     (tmp_path / "file").write_text("in the way")
@@ -150,6 +200,10 @@ def test_the_check_before_a_job_finds_the_same(made, tmp_path, monkeypatch, caps
         ([f"logging.path={tmp_path / 'file' / 'logs'}"], "cannot be written: .*file is no folder"),
         ([f"data.path={data}", f"data.length={SHORT}"], "has no packs for length 128; run pack_data"),
         (["parallel.tensor_model_parallel_size=4"], "key-value heads"),
+        (
+            [f"evaluation={{data: {made / 'data'}, interval: 1, batches: 9}}"],
+            "9 global batches of 8 are asked",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             settings = [*overrides, "training.global_batch_size=8"]

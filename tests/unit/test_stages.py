@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from megatron_eagle.config import load_yaml
+from megatron_eagle.data.loader import DataConfig
 from megatron_eagle.data.store import DataManifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import build_model
@@ -90,7 +91,7 @@ def evaluate_handed_over(checkpoint: str, data: str) -> float:
         (model,) = models = build_model(eagle, mesh, device.torch_device)
         load_checkpoint(checkpoint, models=models)
         loader = SyntheticLoader(
-            type("Data", (), {"path": data}),
+            DataConfig(data, LENGTH),
             global_batch_size=4,
             data_parallel_rank=0,
             data_parallel_size=1,
