@@ -44,8 +44,8 @@ class OptimizerConfig(Ranged):
     lr_warmup_iterations: Annotated[int, Range(0, 10**9)] | None = None
     lr_wsd_decay_fraction: Annotated[float, Range(0, 1)] = 0.1  # of train_iterations
     weight_decay: Annotated[float, Range(0, 1)] = 0.05
-    # Adam computes in fp32: a beta nearer to 1 would be 1, and below so small an eps a squared gradient that
-    # has become 0 would divide.
+    # Adam computes in fp32: a beta nearer to 1 would be 1, and with an eps nearer to 0 a gradient so small
+    # that its square is 0 would be divided by next to nothing.
     adam_beta1: Annotated[float, Range(0, 0.999999)] = 0.9
     adam_beta2: Annotated[float, Range(0, 0.999999)] = 0.999
     adam_eps: Annotated[float, Range(1e-20, 1)] = 1e-8

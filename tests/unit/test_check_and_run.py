@@ -15,20 +15,19 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import yaml
 
-from megatron_eagle.data.packing import write_packs
 from megatron_eagle.errors import UserError
+from megatron_eagle.ranges import Ranged
 from megatron_eagle.training import loop
+from megatron_eagle.training.agreement import AgreedError
 from megatron_eagle.training.parts import part_of
 from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.stages import load_stages
-from tests.data.helpers import conversation, make_image, make_store, make_tokenizer
 from tests.unit.numeric_fields import NumericField, numeric_fields
+from tests.unit.picture_run import LENGTH, LR, PACKS, TOKENS, write_picture_run
 from tests.unit.test_stragglers import Detector, installed  # noqa: F401 (a fixture)
 
-LENGTH, LR = 64, 1e-3
 FIELDS = {field.place: field for field in numeric_fields(RunConfig)}
 
 # Settings without which a number plays no part.
@@ -62,8 +61,8 @@ RULES = {
     "optimizer.min_lr": f"must be at most lr {LR}",
     "optimizer.lr_warmup_fraction": "must be below training.train_iterations",
     "optimizer.lr_warmup_iterations": "must be below training.train_iterations",
-    "optimizer.first_new_token": "must be below 371",
-    "evaluation.batches": "4 packs of this data.length, and 1000000000 global batches",
+    "optimizer.first_new_token": f"must be below {TOKENS}",
+    "evaluation.batches": f"{PACKS} packs of this data.length, and 1000000000 global batches",
     "logging.profile.ranks.*": "the run has 1 process",
 }
 # Values inside their ranges that are not run here, and why; `check` must take them.
@@ -82,28 +81,14 @@ NOT_RUN = {
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory) -> Path:
-    """A run of a tiny model on packs that all have a picture."""
-    folder = tmp_path_factory.mktemp("run")
-    records = []
-    for k in range(4):
-        make_image(folder / f"{k}.png", (40, 30), k)
-        records.append(conversation("<image>\nWhat is shown?", "A cat. " * (k + 1), image=f"{k}.png"))
-    store = make_store(folder, make_tokenizer(folder / "tokenizer"), records, (LENGTH,))
-    write_packs(store, LENGTH, seed=0)
-    sections = {
-        "model": {
-            "preset": "tiny",
-            "vision": {"image_size": 28, "patch_size": 14},
-            "text": {"num_hidden_layers": 2},
-        },
-        "data": {"path": str(store), "length": LENGTH},
-        "training": {"train_iterations": 2, "stop_at_iteration": 1, "precision": "fp32"},
-        "optimizer": {"lr": LR, "lr_warmup_fraction": 0, "weight_decay": 0},
-        "checkpoint": {"path": str(folder / "run")},
-        "logging": {"progress": False, "tensorboard": False},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(sections))
-    return folder / "run.yaml"
+    return write_picture_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(installed, monkeypatch):  # noqa: F811
+    """A library for stragglers that finds none; a disk that nobody waits for."""
+    monkeypatch.setattr(Detector, "generate_report_if_interval_elapsed", lambda: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def settings(run_file: Path, place: str, value: float) -> list[str]:
@@ -197,9 +182,7 @@ def assert_trains(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS)
-def test_edge_values(run_file, field: NumericField, installed, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(Detector, "generate_report_if_interval_elapsed", lambda: None)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def test_edge_values(run_file, field: NumericField):
     inside = [value for value in field.edges if value in field.range]
     assert set(inside) >= {field.range.low, field.range.high}
     for value in field.edges:
@@ -211,3 +194,59 @@ def test_edge_values(run_file, field: NumericField, installed, monkeypatch):  # 
             assert field.place in RULES and re.search(RULES[field.place], found), found
         elif (field.place, value) not in NOT_RUN:
             assert_trains(found)
+
+
+@pytest.mark.parametrize(
+    ("setting", "fault"),
+    [
+        ("model.text.rope_theta=-1", "the loss is nan"),
+        ("optimizer.lr_multipliers.vision=-1", "vision does not move against its gradient"),
+    ],
+)
+def test_without_ranges_the_steps_show_what_is_wrong(run_file, monkeypatch, setting, fault):
+    """A negative control of `assert_trains`."""
+    monkeypatch.setattr(Ranged, "__post_init__", lambda self: None)
+    with pytest.raises((AgreedError, AssertionError), match=fault):
+        assert_trains(check(run_file, [setting]))
+
+
+# What a draw goes up to where the whole range would take too long here.
+UP_TO = {
+    "model.vision.hidden_size": 256,
+    "model.text.hidden_size": 256,
+    "model.vision.intermediate_size": 512,
+    "model.text.intermediate_size": 512,
+    "model.vision.num_hidden_layers": 4,
+    "model.text.num_hidden_layers": 4,
+    "model.text.vocab_size": 5000,
+    "training.global_batch_size": 6,
+    "training.stop_at_iteration": 2,
+    "lora.rank": 64,
+}
+
+
+def draw(field: NumericField, generator: np.random.Generator) -> float:
+    """An edge of the range, or a value inside: as likely between 1 and 10 as between 10 and 100."""
+    low, high = field.range.low, min(field.range.high, UP_TO.get(field.place, math.inf))
+    if generator.random() < 0.3:
+        value = generator.choice([low, high])
+    else:
+        value = math.exp(generator.uniform(math.log(max(low, high * 1e-9)), math.log(high))) if high else 0
+    return min(max(field.kind(value), low), high)
+
+
+@pytest.mark.slow
+def test_drawn_values_together(run_file):
+    """Five numbers at once, in bf16 every other time, of those that data and layout do not fix here."""
+    accepted, free = 0, [place for place in FIELDS if place not in RULES]
+    for seed in range(300):
+        generator = np.random.default_rng(seed)
+        overrides = [f"training.precision={('fp32', 'bf16')[seed % 2]}"]
+        for place in generator.choice(free, 5, replace=False):
+            overrides += settings(run_file, place, draw(FIELDS[place], generator))
+        print(seed, overrides)
+        found = check(run_file, overrides)
+        if not isinstance(found, str):
+            assert_trains(found)
+            accepted += 1
+    assert accepted >= 200
