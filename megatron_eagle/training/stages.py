@@ -10,6 +10,7 @@ A stage is a run of its own with its checkpoints in `checkpoint.path`/NAME. It s
 stage before it, under whatever layout, with a fresh optimizer and schedule, at the start of its own data.
 """
 
+import gc
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,7 @@ def train_stages(configs: Sequence[RunConfig]) -> TrainState:
     with process_group(device):  # one for all stages: the launcher's rendezvous serves once
         for config in configs:
             state = train(config)
+            gc.collect()  # wrapped models hold themselves in circles: their memory belongs to the next stage
             if state.iteration < config.training.train_iterations:
                 break
     return state

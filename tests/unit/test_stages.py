@@ -1,5 +1,6 @@
 """Stages from one file: what each becomes, the hand-over between them, the published example."""
 
+import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_eagle.config import load_yaml
 from megatron_eagle.data.loader import DataConfig
 from megatron_eagle.data.store import DataManifest
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
@@ -78,9 +79,15 @@ class RecordingLoader(SyntheticLoader):
         return batch
 
 
+def build_alone(*arguments, **settings) -> list[EagleModel]:
+    """`build_model`, of whose models none may still be there from the stage before."""
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, EagleModel)]
+    return build_model(*arguments, **settings)
+
+
 def train_rank(file: str, overrides: list[str], stage: str | None) -> int:
     """On each rank: all stages, or one."""
-    with patch.object(loop, "PackLoader", RecordingLoader):
+    with patch.object(loop, "PackLoader", RecordingLoader), patch.object(loop, "build_model", build_alone):
         return train_stages(load_stages(file, overrides, stage=stage, world_size=2)).iteration
 
 
