@@ -1,6 +1,6 @@
 """Is every rank alive, and who keeps the others waiting? One small file per rank, written by a thread.
 
-    LOGS/heartbeat/rank_00003.json   {"rank", "host", "pid", "iteration", "phase", "since", "written"}
+    LOGS/heartbeat/rank_00003.json   {"rank", "host", "pid", "iteration", "phase", "since", "written", ...}
     LOGS/heartbeat/rank_00003.stack  where each thread of the rank stood when it was found hanging
     LOGS/hang.txt                    a line for each hang: which ranks stand where, and who is behind
 
@@ -40,6 +40,7 @@ class Beat:
     phase: str
     since: float  # of this phase
     written: float
+    interval: float = 10.0  # seconds to the next one
 
     @property
     def place(self) -> tuple[int, int]:
@@ -55,7 +56,8 @@ class Heartbeat:
 
     def __init__(self, logs: Path, rank: int, *, seconds: float, hang_seconds: float, abort: bool) -> None:
         self._folder, self._logs, self._rank = logs / FOLDER, logs, rank
-        self._seconds, self._hang_seconds, self._abort = seconds, hang_seconds, abort
+        self._seconds = min(seconds, hang_seconds / 4)
+        self._hang_seconds, self._abort = hang_seconds, abort
         self._note = (0, PHASES[0], time.time())
         self._reported: float | None = None
         self._stop = threading.Event()
@@ -89,7 +91,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         self._write()
-        while not self._stop.wait(min(self._seconds, self._hang_seconds / 4)):
+        while not self._stop.wait(self._seconds):
             self._write()
             since = self._note[2]
             if time.time() - since > self._hang_seconds and self._reported != since:
@@ -97,8 +99,8 @@ class Heartbeat:
                 self._report()
 
     def _write(self) -> None:
-        iteration, phase, since = self._note
-        beat = Beat(self._rank, socket.gethostname(), os.getpid(), iteration, phase, since, time.time())
+        who = self._rank, socket.gethostname(), os.getpid()
+        beat = Beat(*who, *self._note, time.time(), self._seconds)
         target = self._folder / f"rank_{self._rank:05d}.json"
         with suppress(OSError):  # a full disk must not end the run; the file ages, as the report will say
             write_whole(target, json.dumps(asdict(beat)), durable=False)
@@ -106,18 +108,18 @@ class Heartbeat:
     def _report(self) -> None:
         with suppress(OSError), open(self._folder / f"rank_{self._rank:05d}.stack", "a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        time.sleep(2 * self._seconds)  # until every rank that lives has written where it stands
+        if self._stop.wait(2 * self._seconds):  # until every rank that lives has written where it stands
+            return  # the run went on, and has ended
         with suppress(OSError, UserError):  # a disk that is full since the start has no heartbeats
             self._name_who_is_behind()
-        if self._abort:
-            time.sleep(self._seconds)
+        if self._abort and not self._stop.wait(self._seconds):
             os._exit(EXIT_HANG)
 
     def _name_who_is_behind(self) -> None:
         beats = read_beats(self._logs)
-        alive = [beat.rank for beat in beats if not _silent(beat, self._seconds)]
+        alive = [beat.rank for beat in beats if not _silent(beat)]
         if alive and alive[0] == self._rank:
-            text = describe(beats, self._seconds)
+            text = describe(beats)
             print(f"hang: {text}", file=sys.stderr, flush=True)
             report = self._logs / REPORT
             earlier = report.read_text() if report.exists() else ""
@@ -141,13 +143,13 @@ def status(logs: str | Path) -> str:
         f"{now - beat.since:.0f} s; written {now - beat.written:.0f} s ago"
         for beat in beats
     ]
-    return "\n".join([*lines, describe(beats, 10.0)])
+    return "\n".join([*lines, describe(beats)])
 
 
-def describe(beats: list[Beat], seconds: float) -> str:
+def describe(beats: list[Beat]) -> str:
     """Who keeps the others waiting, in one line: the silent ranks, else those behind, else all."""
     now = time.time()
-    silent = [beat for beat in beats if _silent(beat, seconds)]
+    silent = [beat for beat in beats if _silent(beat)]
     first = min(beats, key=lambda beat: beat.place)
     last = max(beats, key=lambda beat: beat.place)
     if silent:
@@ -166,5 +168,5 @@ def describe(beats: list[Beat], seconds: float) -> str:
     return f"{kind}: {shown}{more}{'' if named is beats else where}"
 
 
-def _silent(beat: Beat, seconds: float) -> bool:
-    return beat.phase != "ended" and time.time() - beat.written > 3 * seconds + 5
+def _silent(beat: Beat) -> bool:
+    return beat.phase != "ended" and time.time() - beat.written > 3 * beat.interval + 5

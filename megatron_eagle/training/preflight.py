@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_eagle.data.media.decoder import choose_decoder
 from megatron_eagle.data.packing import read_packs
 from megatron_eagle.data.store import SampleStore
 from megatron_eagle.errors import UserError
@@ -19,7 +20,8 @@ def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:
     for `processes` processes.
 
     Raises `UserError` beyond what reading the configuration has found: no pack index for the run's length or
-    one of other data, too few packs to evaluate on, a folder that cannot be written.
+    one of other data, too few packs to evaluate on, a library that is not installed, a folder that cannot be
+    written.
     """
     return [line for config in configs for line in _check(config, processes)]
 
@@ -50,6 +52,7 @@ def _check(config: RunConfig, processes: int) -> list[str]:
 
 def _check_libraries(config: RunConfig) -> list[str]:
     """On a machine with a GPU, what the run will find there; without, a note of what only a GPU can tell."""
+    choose_decoder(config.data.decoder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         choose_libraries(config)
     except UserError as error:

@@ -41,6 +41,11 @@ class ResilienceConfig(Ranged):
     # Slow ranks by name, with nvidia-resiliency-ext; null: none.
     stragglers: StragglerConfig | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.abort_on_hang and not self.heartbeat_seconds:
+            raise ValueError("abort_on_hang needs the heartbeat, which finds hangs: heartbeat_seconds is 0")
+
 
 class Preempted(Exception):
     """The run was told to stop by a signal; its checkpoint is saved. Not an error: it wants to run again."""

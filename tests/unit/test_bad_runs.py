@@ -1,6 +1,7 @@
 """Runs that cannot be: each is refused in one line, before the first step and before it writes anything."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -188,6 +189,14 @@ def test_a_library_that_is_not_here_is_refused_once(made, tmp_path, setting):
     assert not (tmp_path / "new").exists()
     [_, note] = check_runs(load_stages(made / "run.yaml", overrides, world_size=2), 2)
     assert note == f"{tmp_path / 'new'}: not known without a GPU; here the run would end: {printed}"
+
+
+def test_a_decoder_that_is_not_installed(made, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
+    message = refused("data.decoder=dali")
+    assert message.startswith("data.decoder=dali: DALI cannot be imported")
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_runs(load_stages(made / "run.yaml", ["data.decoder=dali"], world_size=1), 1)
 
 
 def test_the_check_before_a_job_finds_the_same(made, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from unittest.mock import patch
@@ -160,11 +161,24 @@ def test_who_keeps_the_others_waiting(tmp_path):
         return Beat(rank, "node", 7, iteration, phase, now - 60, now - age)
 
     together = [beat(0, 4, "save"), beat(1, 4, "save")]
-    assert describe(together, 1).startswith("all in the same phase")
+    assert describe(together).startswith("all in the same phase")
     stopped = [beat(0, 4, "optimizer"), beat(1, 4, "optimizer", age=100)]
-    assert describe(stopped, 1).startswith("silent (process gone or stopped): rank 1 on node (pid 7) in iter")
+    assert describe(stopped).startswith("silent (process gone or stopped): rank 1 on node (pid 7) in iter")
+    rarely = [replace(together[0], interval=60.0, written=now - 100)]
+    assert describe(rarely).startswith("all in the same phase"), "it writes once a minute"
     with pytest.raises(UserError, match="no heartbeat of a run here"):
         read_beats(tmp_path)
+
+
+def test_a_run_that_goes_on_and_ends_does_not_wait_for_the_report_of_its_hang(tmp_path):
+    """Which waits until every rank has written, however rarely that was asked for; nor is it aborted."""
+    started = time.time()
+    with Heartbeat(tmp_path, 0, seconds=3600, hang_seconds=0.4, abort=True):
+        time.sleep(0.55)
+    assert time.time() - started < 5
+    assert (tmp_path / "heartbeat" / "rank_00000.stack").exists(), "it hung"
+    with pytest.raises(ValueError, match="abort_on_hang needs the heartbeat"):
+        ResilienceConfig(abort_on_hang=True, heartbeat_seconds=0)
 
 
 def test_no_heartbeat_is_written_when_it_is_off(tmp_path):

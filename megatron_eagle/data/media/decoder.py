@@ -73,7 +73,7 @@ class MediaDecoder:
         report: Callable[[str], None] = print,
     ):
         device = torch.device(device)
-        self.name, self.reason = _choose(backend, device)
+        self.name, self.reason = choose_decoder(backend, device)
         self._timeout, self._report = timeout, report
         self.fallbacks: Counter[str] = Counter()
         if self.name == "exact":
@@ -132,7 +132,7 @@ class MediaDecoder:
             self._report(f"media: decoded {how} (first: {path})")
 
 
-def _choose(backend: str, device: torch.device) -> tuple[str, str]:
+def choose_decoder(backend: str, device: torch.device) -> tuple[str, str]:
     """The back end's name and why; DALI is imported only if it may be taken."""
     if backend not in BACKENDS:
         raise UserError(f"data.decoder must be one of {', '.join(BACKENDS)}, got {backend}")
