@@ -42,8 +42,8 @@ class AttentionChoice:
         return CoreAttention(*args, backend=self.backend, **kwargs)
 
 
-def choose_attention(name: AttentionName, dtype: torch.dtype) -> AttentionChoice:
-    """The backend that `name` stands for on this machine.
+def choose_attention(name: AttentionName, dtype: torch.dtype, head_dim: int) -> AttentionChoice:
+    """The backend that `name` stands for on this machine, for heads of this type and size.
 
     Raises:
         UserError: it names one that cannot be used here.
@@ -51,10 +51,10 @@ def choose_attention(name: AttentionName, dtype: torch.dtype) -> AttentionChoice
     if name == "reference":
         return AttentionChoice(ReferenceAttention(), name, f"attention: {name}")
     if name != "auto":
-        if missing := why_not(name, dtype):
+        if missing := why_not(name, dtype, head_dim):
             raise UserError(f"layers.attention {name}: {missing}; choose another or leave it at auto")
         return AttentionChoice(FAST[name]() if name in FAST else None, name, f"attention: {name}")
-    reasons = {fast: why_not(fast, dtype) for fast in AUTO}
+    reasons = {fast: why_not(fast, dtype, head_dim) for fast in AUTO}
     for fast, missing in reasons.items():
         if missing is None:
             passed = [f"{other}: {reason}" for other, reason in reasons.items() if reason]
@@ -66,9 +66,15 @@ def choose_attention(name: AttentionName, dtype: torch.dtype) -> AttentionChoice
     )
 
 
-def why_not(name: str, dtype: torch.dtype) -> str | None:
-    """Why a fast backend cannot be used here for tensors of `dtype`, or None if it can."""
-    missing = FAST.get(name, TransformerEngineAttention).why_not()
-    if missing is None and dtype != torch.bfloat16:
+def why_not(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a fast backend cannot be used here for heads of this type and size, or None if it can."""
+    return FAST.get(name, TransformerEngineAttention).why_not() or unfit(dtype, head_dim)
+
+
+def unfit(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why no fast backend takes such heads, on any machine, or None if they do."""
+    if dtype != torch.bfloat16:
         return f"it computes in bf16 and the model in {str(dtype).removeprefix('torch.')}"
-    return missing
+    if head_dim % 8 or head_dim > 256:
+        return f"it takes head sizes of 8, 16, ... 256 and the model's is {head_dim}"
+    return None

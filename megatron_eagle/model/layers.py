@@ -20,7 +20,7 @@ from eagle_kernels.dispatch import Implementation, explain
 from eagle_kernels.layer_norm import layer_norm
 from eagle_kernels.rms_norm import rms_norm
 from eagle_kernels.swiglu import forget_product, swiglu
-from megatron_eagle.context_parallel.backends import AttentionName
+from megatron_eagle.context_parallel.backends import AttentionName, unfit
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.libraries import why_not
@@ -50,7 +50,9 @@ class LayersConfig:
     attention: AttentionName = "auto"
 
 
-def check_layers(config: LayersConfig, precision: str, eagle: EagleConfig, parallel: ParallelConfig) -> None:
+def check_layers(
+    config: LayersConfig, dtype: torch.dtype, eagle: EagleConfig, parallel: ParallelConfig
+) -> None:
     """The rules that hold on every machine; `choose_layers` and `choose_attention` look at this one.
 
     Raises:
@@ -60,11 +62,8 @@ def check_layers(config: LayersConfig, precision: str, eagle: EagleConfig, paral
         raise UserError(f"layers.kernels triton: {obstacle}; choose auto or eager")
     if config.loss_into_main_grad and config.loss == "plain":
         raise UserError("layers.loss_into_main_grad needs layers.loss fused; set it, or leave this out")
-    if config.attention not in ("auto", "reference") and precision != "bf16":
-        raise UserError(
-            f"layers.attention {config.attention} computes in bf16 and training.precision is {precision}: "
-            "choose reference, or bf16"
-        )
+    if config.attention not in ("auto", "reference") and (missing := unfit(dtype, eagle.text.head_dim)):
+        raise UserError(f"layers.attention {config.attention}: {missing}; choose another or leave it at auto")
 
 
 def _not_for_triton(eagle: EagleConfig, parallel: ParallelConfig) -> str | None:

@@ -222,7 +222,7 @@ def language_block(
 
     `store` is this rank's, for the tensors of offloaded layers.
     """
-    attention = choose_attention(classes.attention, config.params_dtype)
+    attention = choose_attention(classes.attention, config.params_dtype, config.kv_channels)
     core = ModuleSpec(module=RotaryAttention, params={"attention": attention, "kernels": classes.kernels})
     layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, classes.swiglu)
     if recompute.swiglu:

@@ -118,7 +118,7 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     checkpoint, seed = config.checkpoint, config.training.seed
     save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.path)
     models = build_model(
-        config.model, mesh, device.torch_device, _dtype(config), config.recompute, config.layers
+        config.model, mesh, device.torch_device, config.training.dtype, config.recompute, config.layers
     )
     freeze(models, config.optimizer.trainable, config.optimizer.first_new_token)
     resume = has_checkpoint(checkpoint.path)
@@ -157,12 +157,9 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
 
 def choose_libraries(config: RunConfig) -> tuple[str, str]:
     """Why layers and attention are what they are on this machine. Raises `UserError` for what is not here."""
-    layers = choose_layers(config.layers, config.model, config.parallel)
-    return layers.reason, choose_attention(config.layers.attention, _dtype(config)).reason
-
-
-def _dtype(config: RunConfig) -> torch.dtype:
-    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    layers, head_dim = choose_layers(config.layers, config.model, config.parallel), config.model.text.head_dim
+    attention = choose_attention(config.layers.attention, config.training.dtype, head_dim)
+    return layers.reason, attention.reason
 
 
 def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from tokenizers import Tokenizer
 
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml, to_dict
@@ -72,6 +73,11 @@ class TrainingConfig(Ranged):
             )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's parameters and activations."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
     def last_iteration(self) -> int:
         """Where this job ends."""
         return self.stop_at_iteration or self.train_iterations
@@ -111,7 +117,7 @@ class RunConfig:
         check_layout(self.model, self.parallel, self.data.length)
         if self.layers.attention == "te":
             check_te_attention(self.parallel)
-        check_layers(self.layers, self.training.precision, self.model, self.parallel)
+        check_layers(self.layers, self.training.dtype, self.model, self.parallel)
         _check_batch(self.training.global_batch_size, data_parallel_size, self.parallel)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
         if warmup >= self.training.train_iterations:

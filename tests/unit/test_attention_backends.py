@@ -24,14 +24,14 @@ SEGMENTS = (
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 @pytest.mark.parametrize("name", [*FAST, "te"])
 def test_without_a_gpu(name):
-    choice = choose_attention("auto", torch.bfloat16)
+    choice = choose_attention("auto", torch.bfloat16, 64)
     assert isinstance(choice.backend, ReferenceAttention)
     assert (choice.name, choice.reason) == (
         "reference",
         "attention: reference (auto; there is no CUDA device)",
     )
     with pytest.raises(UserError, match=f"layers.attention {name}: there is no CUDA device; choose another"):
-        choose_attention(name, torch.bfloat16)
+        choose_attention(name, torch.bfloat16, 64)
 
 
 def test_this_torch_has_the_operators_that_are_called():
@@ -47,22 +47,22 @@ def make_usable(monkeypatch, **missing: str) -> None:
 def test_fast_backends_refuse_fp32(monkeypatch):
     make_usable(monkeypatch)
     with pytest.raises(UserError, match="flash: it computes in bf16 and the model in float32"):
-        choose_attention("flash", torch.float32)
-    assert choose_attention("auto", torch.float32).name == "reference"
+        choose_attention("flash", torch.float32, 64)
+    assert choose_attention("auto", torch.float32, 64).name == "reference"
 
 
 def test_auto_takes_the_first_that_works_and_says_why(monkeypatch):
     lines = []
     for missing in ({}, {"flash3": "not Hopper"}, {"flash3": "not Hopper", "flash": "no module"}):
         make_usable(monkeypatch, **missing)
-        lines.append(choose_attention("auto", torch.bfloat16).reason)
+        lines.append(choose_attention("auto", torch.bfloat16, 64).reason)
     assert lines == [
         "attention: flash3 (auto)",
         "attention: flash (auto; flash3: not Hopper)",
         "attention: torch_varlen (auto; flash3: not Hopper; flash: no module)",
     ]
     make_usable(monkeypatch, flash3="not Hopper", flash="no module", torch_varlen="too old")
-    choice = choose_attention("auto", torch.bfloat16)  # cudnn only if asked for
+    choice = choose_attention("auto", torch.bfloat16, 64)  # cudnn only if asked for
     assert choice.reason == (
         "attention: reference (auto; flash3: not Hopper; flash: no module; torch_varlen: too old)"
     )
@@ -73,7 +73,7 @@ def test_long_score_matrices_are_refused_unless_asked_for():
     refuse_long(SEGMENTS, 8192)
     with pytest.raises(UserError, match="attention over 600 keys .* layers.attention reference"):
         refuse_long(SEGMENTS, 512)
-    assert choose_attention("reference", torch.bfloat16).backend.longest_on_gpu is None
+    assert choose_attention("reference", torch.bfloat16, 64).backend.longest_on_gpu is None
 
 
 def test_varlen_arguments():
@@ -108,7 +108,7 @@ def deterministic():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FAST)
 def test_equals_the_reference(name, deterministic):
-    if missing := why_not(name, torch.bfloat16):
+    if missing := why_not(name, torch.bfloat16, 64):
         pytest.skip(missing)
     torch.manual_seed(0)
     q, grad = (torch.randn(160, 14, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -54,24 +54,33 @@ def test_sizes_that_triton_does_not_take(text, tensor_parallel, obstacle, monkey
     }
     if obstacle is None:
         assert "kernels: triton (auto, on CUDA)" in classes.reason
-        check_layers(LayersConfig(kernels="triton"), "fp32", eagle, parallel)
+        check_layers(LayersConfig(kernels="triton"), torch.float32, eagle, parallel)
         return
     assert f"kernels: eager (auto: {obstacle}" in classes.reason
     with pytest.raises(UserError, match=f"layers.kernels triton: {obstacle}.*; choose auto or eager"):
-        check_layers(LayersConfig(kernels="triton"), "fp32", eagle, parallel)
+        check_layers(LayersConfig(kernels="triton"), torch.float32, eagle, parallel)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "dtype", "message"),
     [
-        (LayersConfig(attention="flash"), "attention flash computes in bf16 and training.precision is fp32"),
-        (LayersConfig(attention="te"), "attention te computes in bf16"),
-        (LayersConfig(loss="plain", loss_into_main_grad=True), "needs layers.loss fused"),
+        (
+            LayersConfig(attention="flash"),
+            torch.float32,
+            "flash: it computes in bf16 and the model in float32",
+        ),
+        (LayersConfig(attention="te"), torch.float32, "te: it computes in bf16"),
+        (
+            LayersConfig(attention="cudnn"),
+            torch.bfloat16,
+            "head sizes of 8, 16, ... 256 and the model's is 12",
+        ),
+        (LayersConfig(loss="plain", loss_into_main_grad=True), torch.float32, "needs layers.loss fused"),
     ],
 )
-def test_what_no_machine_allows(config, message):
+def test_what_no_machine_allows(config, dtype, message):
     with pytest.raises(UserError, match=message):
-        check_layers(config, "fp32", EAGLE, ONE)
+        check_layers(config, dtype, tiny_model(hidden_size=96), ONE)
 
 
 @pytest.mark.gpu

@@ -121,7 +121,7 @@ def contestants(task: Task) -> dict[str, Pass]:
     """What can run here; the others are named on standard error with the reason."""
     found = {}
     for name, backend in FAST.items():
-        if missing := why_not(name, torch.bfloat16):
+        if missing := why_not(name, torch.bfloat16, HEAD_DIM):
             progress(f"  {name}: left out, {missing}")
             continue
         found[name] = task.by_backend(backend())
