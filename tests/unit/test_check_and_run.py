@@ -7,9 +7,11 @@ which every trainable part has a gradient and moves against it.
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +22,8 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Ranged
 from megatron_eagle.training import loop
 from megatron_eagle.training.agreement import AgreedError
+from megatron_eagle.training.checkpoint import CheckpointSaver
+from megatron_eagle.training.optimizer import build_optimizer
 from megatron_eagle.training.parts import part_of
 from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.run_config import RunConfig
@@ -122,12 +126,10 @@ class Step:
         self.squares, self.products = defaultdict(float), defaultdict(float)
 
     def build(self, config, models):
-        optimizer = Step.real(config, models)
-        take, self.step = optimizer.step, lambda: self._watch(models, take)
-        optimizer.step = self.step
+        optimizer = build_optimizer(config, models)
+        take = optimizer.step
+        optimizer.step = lambda: self._watch(models, take)
         return optimizer
-
-    real = staticmethod(loop.build_optimizer)
 
     def _watch(self, models, take):
         trained = {
@@ -143,21 +145,23 @@ class Step:
         return result
 
 
-def train(config: RunConfig) -> Step:
-    """One step of `run`; a run that hangs is an error."""
+def train(config: RunConfig, saves: bool) -> Step:
+    """One step of `run`, with its checkpoint or without; one that hangs or takes 2 GiB more is an error."""
     watched = Step()
+    without = nullcontext() if saves else patch.object(CheckpointSaver, "save")
 
     def hangs(*_):
         raise TimeoutError("no step within 60 s")
 
-    before = signal.signal(signal.SIGALRM, hangs)
+    peak, before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, signal.signal(signal.SIGALRM, hangs)
     signal.alarm(60)
     try:
-        with patch.object(loop, "build_optimizer", watched.build):
+        with patch.object(loop, "build_optimizer", watched.build), without:
             state = loop.train(config)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 2**21  # KiB
     assert state.iteration == config.training.last_iteration
     assert all(map(math.isfinite, state.recent_losses))
     return watched
@@ -170,8 +174,8 @@ def stands_still(config: RunConfig, part: str) -> bool:
     return rate == 0 or optimizer.warmup_iterations(config.training.train_iterations) > 0
 
 
-def assert_trains(config: RunConfig) -> None:
-    step = train(config)
+def assert_trains(config: RunConfig, saves: bool = False) -> None:
+    step = train(config, saves)
     assert step.squares.keys() == set(config.optimizer.trainable)
     for part, square in step.squares.items():
         assert 0 < square < math.inf, f"{part} has no gradient"
@@ -193,7 +197,7 @@ def test_edge_values(run_file, field: NumericField):
         elif isinstance(found, str):
             assert field.place in RULES and re.search(RULES[field.place], found), found
         elif (field.place, value) not in NOT_RUN:
-            assert_trains(found)
+            assert_trains(found, saves=field.place.startswith("checkpoint."))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +251,6 @@ def test_drawn_values_together(run_file):
         print(seed, overrides)
         found = check(run_file, overrides)
         if not isinstance(found, str):
-            assert_trains(found)
+            assert_trains(found, saves=True)
             accepted += 1
     assert accepted >= 200
