@@ -149,6 +149,8 @@ def test_yaml_round_trip(tmp_path):
         ("- a", "expected a mapping of settings at the top level"),
         ("a: 1\nb:\n  c: 1\n  c: 2\n", "the key 'c' appears twice (line 4"),
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        (f"a: {'9' * 5000}", "not valid YAML: Exceeds the limit"),
+        ("a: 2024-13-45", "not valid YAML: month must be in 1..12"),
     ],
 )
 def test_broken_files(tmp_path, text, fragment):
