@@ -53,7 +53,8 @@ def test_activations_are_what_autograd_saves(precision):
     assert with_layer - base == language
     assert with_tower_layer - base == vision
     element, width, softmax = workload.element_size, eagle.text.hidden_size, 256 * 512 * 4
-    shared = 256 * (width * (4 + 2 * element) + 4) + 256 * eagle.text.head_dim * 4  # final norm, rotary table
+    table = 256 * eagle.text.head_dim * element  # of rotary positions
+    shared = 256 * (width * (4 + 2 * element) + 4) + table  # with the final norm
     counted = 2 * language + tower_activations(eagle, parallel, workload) + shared + softmax
     assert base == pytest.approx(counted, rel=1e-3)
     connector_alone = replace(workload, trainable=("connector",))
