@@ -26,13 +26,18 @@ def main() -> int | None:
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run's logs")
     status = commands.add_parser("status", help="where each rank of a run stands, and who is behind")
     status.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
-    arguments = parser.parse_args()
+    _add_replay(commands)
+    arguments, rest = parser.parse_known_args()
+    if rest and (arguments.command != "replay" or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "report":
         return _report(arguments.run, arguments.output)
     if arguments.command == "status":
         return _status(arguments.run)
     if arguments.command == "check":
         return _check(arguments)
+    if arguments.command == "replay":
+        return _replay(arguments, rest)  # argparse takes no overrides after RUN and options
     return _run(arguments)
 
 
@@ -62,10 +67,62 @@ def _status(run: str) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    # Libraries announce what is not installed (Apex, TransformerEngine) and what will be renamed, per rank.
+def _add_replay(commands: argparse._SubParsersAction) -> None:
+    replay = commands.add_parser(
+        "replay",
+        help="the samples of a past step as a page, each with its loss and gradient norm",
+        usage="%(prog)s RUN (--iteration N | --around-spike) [--checkpoint C] [options] [a.b=c ...]",
+    )
+    add = replay.add_argument
+    add("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
+    which = replay.add_mutually_exclusive_group(required=True)
+    which.add_argument("--iteration", type=int, metavar="N")
+    which.add_argument(
+        "--around-spike", action="store_true", help="the last step refused, or the largest jump of the loss"
+    )
+    add(
+        "--checkpoint",
+        metavar="C",
+        help="whose weights to ask, RUN itself or another (default: none, data alone)",
+    )
+    add("--output", metavar="FILE", help="default: replay_N.html in the run's logs")
+    add("--show", type=int, default=100, metavar="K", help="samples shown in full (default: %(default)s)")
+
+
+def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    _quiet()
+    from megatron_eagle.training.agreement import AgreedError
+    from megatron_eagle.training.history import History
+    from megatron_eagle.training.replay import measure, prepare
+    from megatron_eagle.training.replay_page import write_replay
+
+    first, prepared = os.environ.get("RANK", "0") == "0", None
+    try:
+        iteration = arguments.iteration
+        if arguments.around_spike:
+            iteration, reason = History(arguments.run).spike()
+            if first:
+                print(f"iteration {iteration}: {reason}")
+        prepared = prepare(arguments.run, iteration, checkpoint=arguments.checkpoint, overrides=overrides)
+        replay = measure(prepared) if prepared.weights is not None else prepared
+    except UserError as error:
+        # As below.
+        if not first and (prepared is None or isinstance(error, AgreedError)):
+            return 2
+        raise
+    if first:
+        print(write_replay(replay, arguments.run, arguments.output, arguments.show))
+    return 0
+
+
+def _quiet() -> None:
+    """Libraries announce per rank what is not installed (Apex, Transformer Engine) or will be renamed."""
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _quiet()
     from megatron_eagle.training.agreement import AgreedError
     from megatron_eagle.training.resilience import EXIT_REQUEUE, Preempted
     from megatron_eagle.training.stages import load_stages, train_stages

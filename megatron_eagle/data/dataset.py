@@ -111,9 +111,11 @@ def assemble(
     multi_turn: bool,
     total: float,
     first_sample: int = 0,
+    length: int | None = None,
 ) -> Batch:
-    """The tokens of a pack, without its pixels.  `total` is the normaliser of the global batch."""
-    length = store.length
+    """The tokens of a pack, without its pixels.  `total` is the normaliser of the global batch; `length` is
+    the store's unless given."""
+    length = length or store.length
     ids = np.full(length, store.manifest.pad_token_id, np.int64)
     positions, groups = np.zeros(length, np.int64), np.zeros(length, np.int64)
     bounds = [0]

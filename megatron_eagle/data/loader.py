@@ -201,6 +201,21 @@ class PackLoader:
         epochs, places = np.divmod(places, len(self._index))
         return np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places, strict=True)])
 
+    def samples(self, consumed_packs: int) -> list[tuple[int, int]]:
+        """The samples of a global batch in the order of their numbers: number of the pack, store row."""
+        packs = [int(pack) for pack in self.packs(consumed_packs)]
+        return [(pack, row) for pack in packs for row in self._index.rows(pack)]
+
+    def alone(self, batch: GlobalBatch, number: int, length: int) -> Batch:
+        """A sample of this rank, by its number in the global batch, as a pack of `length` tokens by itself.
+
+        It weighs what it weighs in the global batch.  `batch.failures` gets media that cannot be read.
+        """
+        _, row = self.samples(batch.first_pack)[number]
+        pack = self._planned([row], batch.total, number, length)
+        batch.failures |= self._media.read([pack])
+        return pack
+
     def n_samples(self, consumed_packs: int) -> int:
         """Samples of a global batch; they are numbered from 0 in the order of its packs."""
         return int(self._index.column("n_samples", self.packs(consumed_packs)).sum())
@@ -210,8 +225,8 @@ class PackLoader:
 
         The other samples' weights are then exactly those of a global batch in which these never had any.
         """
-        rows = itertools.chain.from_iterable(self._index.rows(int(p)) for p in self.packs(batch.first_pack))
-        kept = [self._store[row] for number, row in enumerate(rows) if number not in samples]
+        rows = enumerate(row for _, row in self.samples(batch.first_pack))
+        kept = [self._store[row] for number, row in rows if number not in samples]
         batch.total = math.fsum(sample_weight(sample, **self._weighting) for sample in kept)
         for microbatch in batch.microbatches:
             left_out = {number - microbatch.first_sample for number in samples}
@@ -240,16 +255,20 @@ class PackLoader:
         total = normalizer(self._index, packs, **self._weighting)
         counts = self._index.column("n_samples", packs)
         first_samples = counts.cumsum() - counts
-        microbatches = [self._assemble(packs[i], total, first_samples[i]) for i in self._own(packs)]
+        microbatches = [
+            self._planned(self._index.rows(int(packs[i])), total, int(first_samples[i]))
+            for i in self._own(packs)
+        ]
         tiles = sum(len(batch.plan.tiles or ()) for batch in microbatches if batch.plan is not None)
         tokens = sum(getattr(batch, name).nbytes for batch in microbatches for name in _TOKENS)
         return GlobalBatch(
             consumed_packs, microbatches, total, nbytes=tokens + tiles * 3 * self.manifest.tile_size**2
         )
 
-    def _assemble(self, pack: int, total: float, first_sample: int) -> Batch:
-        rows = self._index.rows(int(pack))
-        batch = assemble(self._store, rows, total=total, first_sample=int(first_sample), **self._weighting)
+    def _planned(self, rows: list[int], total: float, first_sample: int, length: int | None = None) -> Batch:
+        batch = assemble(
+            self._store, rows, total=total, first_sample=first_sample, length=length, **self._weighting
+        )
         if self._plan is not None:
             try:
                 batch.plan = self._plan(batch)

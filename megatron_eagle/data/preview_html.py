@@ -53,18 +53,19 @@ figcaption { font-size: 12px; }
 def sample_page(store: SampleStore, row: int) -> str:
     """The page of one store row."""
     tokenizer = load_tokenizer(store.path / "tokenizer")
-    return _page(f"Sample {row:,} of {len(store):,}", store, _sample(store, tokenizer, row))
+    return page(f"Sample {row:,} of {len(store):,}", store, sample_section(store, tokenizer, row))
 
 
 def pack_page(store: SampleStore, index: PackIndex, pack: int) -> str:
     """The page of one pack: its map, then its samples."""
     rows = index.rows(pack)
     tokenizer = load_tokenizer(store.path / "tokenizer")
-    samples = "".join(_sample(store, tokenizer, row) for row in rows)
-    return _page(f"Pack {pack:,} of {len(index):,}", store, _map(store, rows) + samples)
+    samples = "".join(sample_section(store, tokenizer, row) for row in rows)
+    return page(f"Pack {pack:,} of {len(index):,}", store, _map(store, rows) + samples)
 
 
-def _page(title: str, store: SampleStore, body: str) -> str:
+def page(title: str, store: SampleStore, body: str) -> str:
+    """A page about samples of a store; `body` is HTML."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     where = f"{escape(str(store.path))}, {store.length:,} tokens, template {escape(store.manifest.template)}"
     return (
@@ -111,7 +112,19 @@ def _kind(sample: StoredSample) -> str:
     return "picture-sample" if sample.images else "text-only"
 
 
-def _sample(store: SampleStore, tokenizer: Tokenizer, row: int) -> str:
+def sample_section(
+    store: SampleStore,
+    tokenizer: Tokenizer,
+    row: int,
+    *,
+    title: str | None = None,
+    anchor: str | None = None,
+    note: str = "",
+    weighting: str = "square",
+    multi_turn: bool = False,
+) -> str:
+    """All about a row under a heading; `anchor` (default: sample-ROW) is what links name it by, `note` are
+    further words, and `weighting` and `multi_turn` those of a run's loss."""
     sample = store[row]
     head = ("tokens", "text", "visual", "supervised", "tiles", "frames")
     counts = (
@@ -124,13 +137,14 @@ def _sample(store: SampleStore, tokenizer: Tokenizer, row: int) -> str:
     )
     table = "".join(f"<th>{name}</th>" for name in head), "".join(f"<td>{n:,}</td>" for n in counts)
     parts = [
-        f'<h2 id="sample-{row}">Row {row:,}</h2>',
+        f'<h2 id="{anchor or f"sample-{row}"}">{escape(title or f"Row {row:,}")}</h2>',
         f'<p class="note">{escape(sample.file)}, line {sample.line}</p>',
+        f"<p>{escape(note)}</p>" if note else "",
         f"<table><tr>{table[0]}</tr><tr>{table[1]}</tr></table>",
         "<h3>What was decided</h3>",
         "".join(f"<p>{escape(sentence)}</p>" for sentence in decision(store, sample)),
         "<h3>Text and loss weights</h3>",
-        _text(store, tokenizer, sample),
+        _text(store, tokenizer, sample, weighting, multi_turn),
     ]
     page_of = {
         document.first_image + i: f"Document {d}, page {number + 1} of {document.n_pages}"
@@ -191,9 +205,11 @@ def _grid_words(store: SampleStore, image: ImagePlan) -> str:
     return words
 
 
-def _text(store: SampleStore, tokenizer: Tokenizer, sample: StoredSample) -> str:
+def _text(
+    store: SampleStore, tokenizer: Tokenizer, sample: StoredSample, weighting: str, multi_turn: bool
+) -> str:
     """The text with answers coloured by the weight of their tokens, image tokens as counts."""
-    weights = answer_weights(sample.answer_lengths, "square", False)
+    weights = answer_weights(sample.answer_lengths, weighting, multi_turn)
     strongest = weights.max() or 1.0
     ids, answers = sample.ids, sample.answers
     is_image = ids == store.manifest.image_token_id
@@ -217,7 +233,10 @@ def _text(store: SampleStore, tokenizer: Tokenizer, sample: StoredSample) -> str
             shown = f'<span class="answer" style="{style}" title="{title}">{shown}</span>'
         parts.append(shown)
     n = sample.n_supervised
-    weight = f"Each of the {n:,} green tokens weighs {strongest:.4f} = 1 / sqrt({n}), everything else 0."
+    rule = {"square": f" = 1 / sqrt({n})", "sample": f" = 1 / {n}", "token": ""}[weighting]
+    weight = f"Each of the {n:,} green tokens weighs {strongest:.4f}{rule}, everything else 0."
+    if multi_turn:
+        weight = f"The {n:,} green tokens weigh by the length of their answer, everything else 0."
     return f'<p class="note">{weight}</p><div class="text">{"".join(parts)}</div>'
 
 

@@ -43,13 +43,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
     _check_stages(text.num_hidden_layers, parallel)
     if parallel.pad_documents:
         _check_padding(parallel)
-    multiple = sequence_multiple(
-        parallel.context_parallel_layout,
-        cp // ulysses,
-        ulysses,
-        sequence_parallel=tp if parallel.sequence_parallel else 1,
-        chunk_size=parallel.context_parallel_chunk_size,
-    )
+    multiple = pack_multiple(parallel)
     if sequence_length % multiple:
         nearest = max(round(sequence_length / multiple), 1) * multiple
         raise UserError(
@@ -58,6 +52,18 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
             f"{f' with sequence parallelism over {tp}' if parallel.sequence_parallel else ''}: "
             f"the nearest is {nearest}"
         )
+
+
+def pack_multiple(parallel: ParallelConfig) -> int:
+    """What the length of a pack must be a multiple of."""
+    ulysses = parallel.ulysses_parallel_size
+    return sequence_multiple(
+        parallel.context_parallel_layout,
+        parallel.context_parallel_size // ulysses,
+        ulysses,
+        sequence_parallel=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        chunk_size=parallel.context_parallel_chunk_size,
+    )
 
 
 def _check_padding(parallel: ParallelConfig) -> None:

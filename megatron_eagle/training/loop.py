@@ -16,10 +16,7 @@ from torch.profiler import record_function
 
 from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.data.loader import Batch, GlobalBatch, PackLoader
-from megatron_eagle.model.eagle import build_model
-from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.layers import choose_layers
-from megatron_eagle.model.lora import add_lora
 from megatron_eagle.runtime.determinism import set_deterministic
 from megatron_eagle.runtime.device import Device, detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, model_parallel
@@ -29,7 +26,6 @@ from megatron_eagle.training.checkpoint import (
     TrainState,
     has_checkpoint,
     load_checkpoint,
-    read_lora_config,
     save_hf_folder,
 )
 from megatron_eagle.training.dataset_losses import DatasetLosses, count_datasets, read_datasets
@@ -39,12 +35,12 @@ from megatron_eagle.training.faults import Faults
 from megatron_eagle.training.heartbeat import Heartbeat
 from megatron_eagle.training.metrics import EvaluationMetrics
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
-from megatron_eagle.training.parts import freeze
 from megatron_eagle.training.profiler import StepProfiler
 from megatron_eagle.training.resilience import LossGuard, Preempted, stop_signals
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.run_log import RunLog
 from megatron_eagle.training.schedule import build_batch, plan_batch, run_schedule
+from megatron_eagle.training.start import start_models
 from megatron_eagle.training.step_meter import choose_peak, measure
 from megatron_eagle.training.step_totals import StepTotals, count_totals, read_totals, zero_totals
 from megatron_eagle.training.stragglers import Stragglers
@@ -115,24 +111,11 @@ def _open_data(config: RunConfig, mesh: Mesh, device: Device) -> tuple[PackLoade
 
 def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
     """Build the model and give it its weights: resumed, from another checkpoint, or fresh."""
-    checkpoint, seed = config.checkpoint, config.training.seed
+    checkpoint = config.checkpoint
     save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.path)
-    models = build_model(
-        config.model, mesh, device.torch_device, config.training.dtype, config.recompute, config.layers
-    )
-    freeze(models, config.optimizer.trainable, config.optimizer.first_new_token)
     resume = has_checkpoint(checkpoint.path)
     source = checkpoint.path if resume else checkpoint.load
-    # Saved adapters are read with the weights; new ones go onto finished weights.
-    has_adapters = source is not None and read_lora_config(source) is not None
-    if config.lora is not None and has_adapters:
-        add_lora(models, config.lora, seed=seed)
-    if not resume and source is not None:
-        load_checkpoint(source, models=models, verify_files=checkpoint.verify)
-    elif not resume:
-        initialize_parameters(models, seed)
-    if config.lora is not None and not has_adapters:
-        add_lora(models, config.lora, seed=seed)
+    models = start_models(config, mesh, device, source, load=not resume)
     wrapped = wrap_models(models)
     optimizer = build_optimizer(config.optimizer, wrapped)
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iterations)

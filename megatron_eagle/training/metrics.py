@@ -92,6 +92,12 @@ def _scalars(record: StepMetrics | EvaluationMetrics) -> dict[str, float]:
     return found
 
 
+def find_logs(run: str | Path) -> Path | None:
+    """The logs in a run's folder of checkpoints, or the folder itself if it is one of logs."""
+    folders = Path(run) / "logs", Path(run)
+    return next((folder for folder in folders if (folder / METRICS_FILE).is_file()), None)
+
+
 def read_metrics(file: str | Path) -> list[StepMetrics | EvaluationMetrics]:
     """The steps and evaluations of a metrics.jsonl, in its order (none if it does not exist).
 

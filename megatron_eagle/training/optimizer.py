@@ -1,5 +1,6 @@
 """Adam through Megatron's distributed optimizer, and the learning-rate schedule."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -70,19 +71,28 @@ class OptimizerConfig(Ranged):
         return int(self.lr_warmup_fraction * train_iterations)
 
 
-def wrap_models(models: Sequence[MegatronModule]) -> list[DistributedDataParallel]:
+def wrap_models(
+    models: Sequence[MegatronModule], *, across_replicas: bool = True
+) -> list[DistributedDataParallel]:
     """Megatron's data-parallel wrapper around each model chunk.
 
-    Gradients accumulate in fp32 and are summed, never averaged, over data and context parallel ranks;
-    with `parallel.overlap_grad_reduce` while the last microbatch's backward still runs.
+    Gradients accumulate in fp32 and are summed, never averaged, over data and context parallel ranks, each
+    of which then has its optimizer's shard; with `parallel.overlap_grad_reduce` while the last microbatch's
+    backward still runs. Without `across_replicas` each data parallel rank is by itself: gradients are those
+    of its own microbatches, whole on each of its context parallel ranks.
     bf16 models are built in bf16 and need no `Float16Module`: it would also round the buffers that must
     stay fp32 (rotary frequencies).
     """
-    overlap = models[0].mesh.config.overlap_grad_reduce
+    mesh = models[0].mesh
+    overlap = mesh.config.overlap_grad_reduce and across_replicas
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap
+        grad_reduce_in_fp32=True, use_distributed_optimizer=across_replicas, overlap_grad_reduce=overlap
     )
-    wrapped = [DistributedDataParallel(model.config, config, model) for model in models]
+    groups = None  # all data parallel ranks
+    if not across_replicas:
+        groups = copy.copy(mesh.groups)
+        groups.dp, groups.dp_cp = mesh.groups.ep, mesh.cp.group  # of one rank: there are no experts
+    wrapped = [DistributedDataParallel(model.config, config, model, pg_collection=groups) for model in models]
     schedule = models[0].config  # the one that Megatron's schedules read
     schedule.finalize_model_grads_func = _finalize_model_grads
     if overlap:

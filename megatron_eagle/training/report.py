@@ -14,6 +14,7 @@ from megatron_eagle.training.metrics import (
     METRICS_FILE,
     EvaluationMetrics,
     StepMetrics,
+    find_logs,
     read_events,
     read_metrics,
 )
@@ -49,7 +50,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     Raises `UserError` if there is no finished step to draw, or the file cannot be written.
     """
     run = Path(run)
-    logs = next((folder for folder in (run / "logs", run) if (folder / METRICS_FILE).is_file()), None)
+    logs = find_logs(run)
     metrics = [] if logs is None else read_metrics(logs / METRICS_FILE)
     if not any(isinstance(record, StepMetrics) for record in metrics):
         raise UserError(

@@ -21,6 +21,7 @@ from megatron_eagle.training.checkpoint.folder import (
     read_lora_config,
     read_model_config,
     read_train_state,
+    saved_iterations,
 )
 from megatron_eagle.training.checkpoint.hf_folder import HF_FOLDER, save_hf_folder
 from megatron_eagle.training.checkpoint.index import read_index
@@ -44,4 +45,5 @@ __all__ = [
     "read_train_state",
     "save_checkpoint",
     "save_hf_folder",
+    "saved_iterations",
 ]

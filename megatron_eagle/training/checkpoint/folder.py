@@ -33,8 +33,9 @@ def has_checkpoint(root: str | Path) -> bool:
     return (Path(root) / TRACKER).is_file()
 
 
-def checkpoint_folder(root: str | Path) -> Path:
-    """The folder of the latest complete checkpoint in `root`. Raises `UserError` if there is none."""
+def checkpoint_folder(root: str | Path, iteration: int | None = None) -> Path:
+    """The folder of the latest complete checkpoint in `root`, or of this iteration's. Raises `UserError` if
+    there is none."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a checkpoint (a folder with {TRACKER})")
@@ -42,10 +43,15 @@ def checkpoint_folder(root: str | Path) -> Path:
         inside = root.name.startswith("iter_") and has_checkpoint(root.parent)
         advice = f"; name its parent {root.parent}" if inside else ""
         raise UserError(f"{root}: not a checkpoint, it has no {TRACKER}{advice}")
-    text = (root / TRACKER).read_text().strip()
-    if not text.isdecimal():
-        raise UserError(f"{root / TRACKER}: expected an iteration number, found {text[:40]!r}")
-    folder = iteration_folder(root, int(text))
+    if iteration is None:
+        text = (root / TRACKER).read_text().strip()
+        if not text.isdecimal():
+            raise UserError(f"{root / TRACKER}: expected an iteration number, found {text[:40]!r}")
+        iteration = int(text)
+    folder = iteration_folder(root, iteration)
+    if not folder.is_dir():
+        there = ", ".join(map(str, saved_iterations(root))) or "none"
+        raise UserError(f"{root}: no checkpoint of iteration {iteration}; it has those of {there}")
     for name in ("metadata.json", ".metadata", "common.pt", "run.yaml", "state.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: incomplete checkpoint, {name} is missing; copy it again in full")
@@ -60,6 +66,12 @@ def iteration_folder(root: Path, iteration: int) -> Path:
 def partial_folder(root: Path, iteration: int) -> Path:
     """Where it is filled until it is complete."""
     return root / f".{iteration_folder(root, iteration).name}.saving"
+
+
+def saved_iterations(root: str | Path) -> list[int]:
+    """Iterations whose checkpoint `root` still has, ascending."""
+    names = (path.name.removeprefix("iter_") for path in Path(root).glob("iter_*"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def read_model_config(root: str | Path) -> EagleConfig:
@@ -83,9 +95,9 @@ def read_lora_config(root: str | Path) -> LoraConfig | None:
     return None if section is None else from_dict(LoraConfig, section, f"{run_file}: lora")
 
 
-def read_train_state(root: str | Path) -> TrainState:
-    """Iteration and data position of the latest checkpoint in `root`."""
-    file = checkpoint_folder(root) / "state.json"
+def read_train_state(root: str | Path, iteration: int | None = None) -> TrainState:
+    """Iteration and data position of the latest checkpoint in `root`, or of this iteration's."""
+    file = checkpoint_folder(root, iteration) / "state.json"
     try:
         return from_dict(TrainState, json.loads(file.read_text()), str(file))
     except json.JSONDecodeError as error:

@@ -29,15 +29,16 @@ def load_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     verify_files: bool = True,
+    iteration: int | None = None,
 ) -> TrainState:
-    """Load the latest checkpoint in `root` into this layout, whatever layout wrote it. Collective.
+    """Load the latest checkpoint in `root`, or that of `iteration`, whatever layout wrote it. Collective.
 
     Weights only without `optimizer`. Learning rate, decay and the like stay those of the running
     configuration; a checkpoint brings weights, moments and the step.
     Raises `UserError`: no checkpoint there, a file that differs from the manifest (unless `verify_files` is
     false), or tensors that are not exactly the model's (names are given).
     """
-    folder = checkpoint_folder(root)
+    folder = checkpoint_folder(root, iteration)
     if verify_files:
         verify_together(folder)
     if optimizer is not None:
@@ -57,7 +58,7 @@ def load_checkpoint(
             group.update({k: v for k, v in kept.items() if k not in ("params", "step")})
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
-    return read_train_state(root)
+    return read_train_state(root, iteration)
 
 
 def _check_keys(folder: Path, content: dict, with_optimizer: bool) -> str | None:
