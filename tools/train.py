@@ -91,7 +91,6 @@ def _add_replay(commands: argparse._SubParsersAction) -> None:
 
 def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _quiet()
-    from megatron_eagle.training.agreement import AgreedError
     from megatron_eagle.training.history import History
     from megatron_eagle.training.replay import measure, prepare
     from megatron_eagle.training.replay_page import write_replay
@@ -106,13 +105,19 @@ def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
         prepared = prepare(arguments.run, iteration, checkpoint=arguments.checkpoint, overrides=overrides)
         replay = measure(prepared) if prepared.weights is not None else prepared
     except UserError as error:
-        # As below.
-        if not first and (prepared is None or isinstance(error, AgreedError)):
+        if _said_by_first(error, alike=prepared is None):
             return 2
         raise
     if first:
         print(write_replay(replay, arguments.run, arguments.output, arguments.show))
     return 0
+
+
+def _said_by_first(error: UserError, *, alike: bool) -> bool:
+    """Whether rank 0 prints the same: an agreed error, or one of what all ranks do alike (read settings)."""
+    from megatron_eagle.training.agreement import AgreedError
+
+    return os.environ.get("RANK", "0") != "0" and (alike or isinstance(error, AgreedError))
 
 
 def _quiet() -> None:
@@ -123,7 +128,6 @@ def _quiet() -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     _quiet()
-    from megatron_eagle.training.agreement import AgreedError
     from megatron_eagle.training.resilience import EXIT_REQUEUE, Preempted
     from megatron_eagle.training.stages import load_stages, train_stages
 
@@ -137,8 +141,7 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"{stopped}; start again to go on (status {EXIT_REQUEUE})", file=sys.stderr)
         return EXIT_REQUEUE
     except UserError as error:
-        # Every rank reads the same configuration and raises the same agreed errors: one of them prints.
-        if os.environ.get("RANK", "0") != "0" and (not started or isinstance(error, AgreedError)):
+        if _said_by_first(error, alike=not started):
             return 2
         raise
     return 0

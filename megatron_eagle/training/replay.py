@@ -27,7 +27,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.determinism import set_deterministic
 from megatron_eagle.runtime.device import Device, detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, model_parallel
-from megatron_eagle.training.agreement import raise_together
+from megatron_eagle.training.agreement import agreed, raise_together
 from megatron_eagle.training.checkpoint import checkpoint_folder, read_train_state, saved_iterations
 from megatron_eagle.training.failed_media import describe, host_group, next_batch
 from megatron_eagle.training.history import History, PastStep
@@ -192,9 +192,9 @@ def measure(prepared: Replay) -> Replay:
 
 
 def _open(prepared: Replay, mesh: Mesh, device: Device) -> PackLoader:
-    config, problem, loader = prepared.config, None, None
-    try:
-        loader = PackLoader(
+    config = prepared.config
+    with agreed():
+        return PackLoader(
             config.data,
             global_batch_size=prepared.step.packs,
             data_parallel_rank=mesh.dp.rank,
@@ -202,10 +202,6 @@ def _open(prepared: Replay, mesh: Mesh, device: Device) -> PackLoader:
             plan=partial(plan_batch, config.model, mesh, device.kind == "cuda"),
             device=device.torch_device,
         )
-    except UserError as error:
-        problem = str(error)
-    raise_together(problem)
-    return loader
 
 
 def _ask(
