@@ -18,7 +18,7 @@ from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training import loop
+from megatron_eagle.training import loop, start
 from megatron_eagle.training.checkpoint import load_checkpoint, read_model_config, read_train_state
 from megatron_eagle.training.loss import weighted_loss
 from megatron_eagle.training.metrics import read_metrics
@@ -87,7 +87,7 @@ def build_alone(*arguments, **settings) -> list[EagleModel]:
 
 def train_rank(file: str, overrides: list[str], stage: str | None) -> int:
     """On each rank: all stages, or one."""
-    with patch.object(loop, "PackLoader", RecordingLoader), patch.object(loop, "build_model", build_alone):
+    with patch.object(loop, "PackLoader", RecordingLoader), patch.object(start, "build_model", build_alone):
         return train_stages(load_stages(file, overrides, stage=stage, world_size=2)).iteration
 
 
