@@ -71,7 +71,7 @@ class History:
             grad_norm=None if taken is None else taken.grad_norm,
             not_taken=None if event is None else f"{event['event']}: {event.get('reason', '')}",
             left_out={
-                failed["sample"]: str(failed.get("reason", ""))
+                failed["sample"]: failed.get("reason") or "its media failed"
                 for failed in self._events
                 if failed.get("event") == "failed_media"
                 and failed["iteration"] == iteration

@@ -57,7 +57,7 @@ def _facts(replay: Replay) -> list[str]:
     if step.not_taken:
         found.append(f"The optimizer did not take this step: {step.not_taken}.")
     if step.left_out:
-        found.append(f"{len(step.left_out)} samples were left out, as their media could not be read.")
+        found.append(f"Left out, as their media could not be read: {len(step.left_out)} of the samples.")
     return found
 
 

@@ -3,8 +3,8 @@
 A sample's loss is its share of the batch's: sum(w x loss) over its tokens, with the normaliser of the batch.
 All come from one forward pass of the packs as training runs them, with a group for each sample. Its gradient
 is that of this share alone. Documents of a pack do not see each other, so it is formed from the sample in a
-pack of its own, and all samples together cost about what the batch does. Data parallel ranks do not wait for
-each other: each does the samples of its packs.
+pack of its own: all samples together have the tokens of the batch once more. Data parallel ranks do not wait
+for each other: each does the samples of its packs.
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from megatron_eagle.data.packing import read_packs, write_packs
-from megatron_eagle.data.preview_html import decision, pack_page, sample_page
+from megatron_eagle.data.preview_html import decision, pack_page, sample_page, sample_section
 from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.tokenizer import load_tokenizer
 from tests.data.helpers import (
     call_tool,
     conversation,
@@ -95,6 +96,18 @@ def test_a_sample_shows_everything(path):
     assert "line 4" in pages[3].text
     n = store[3].n_supervised
     assert f"Each of the {n} green tokens weighs {n**-0.5:.4f} = 1 / sqrt({n})" in pages[3].text
+
+
+def test_weights_of_a_run_s_own_loss(path):
+    store = SampleStore(path, 1000)
+    tokenizer, n = load_tokenizer(store.path / "tokenizer"), store[3].n_supervised
+    for settings, words in (
+        ({"weighting": "token"}, f"Each of the {n} green tokens weighs 1.0000, everything else 0."),
+        ({"weighting": "sample"}, f"weighs {1 / n:.4f} = 1 / {n}, everything"),
+        ({"multi_turn": True}, f"The {n} green tokens weigh by the length of their answer"),
+    ):
+        section = sample_section(store, tokenizer, 3, anchor="here", note="<more>", **settings)
+        assert words in section and '<h2 id="here">Row 3</h2>' in section and "&lt;more&gt;" in section
 
 
 def test_decisions_in_words(path):
