@@ -17,7 +17,7 @@ from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime import parallel
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training import failed_media
-from tests.parallel.cases import LAYOUTS, Layout, Outcome, combine, run, tiny_model
+from tests.parallel.cases import LAYOUTS, PACKS, Layout, Outcome, combine, run, tiny_model
 from tests.parallel.harness import launch
 from tests.parallel.test_lora import run_lora
 
@@ -165,16 +165,28 @@ def walk(steps: list[tuple[str, dict]]) -> list[tuple[dict, dict[str, str]]]:
     return [(compute(*step), left_behind()) for step in steps]
 
 
+def fits(layout: dict, ranks: int) -> bool:
+    """Whether `ranks` processes can hold the layout, and share the packs in its way."""
+    config = ParallelConfig(**layout)
+    if ranks % config.model_parallel_size or len(PACKS) % (ranks // config.model_parallel_size):
+        return False
+    packs = len(PACKS) * config.model_parallel_size // ranks
+    return config.num_model_chunks == 1 or packs % config.pipeline_model_parallel_size == 0
+
+
 def draw_walk(seed: int, pairs: int, ranks: int) -> list[tuple[str, dict]]:
-    """Layouts of the parity table that `ranks` processes can hold (data parallelism takes what is left), a
-    fourth with Ulysses, a fifth with LoRA, a fifth with offload. Those that follow each other are pairs."""
-    draw = random.Random(seed)
-    fitting = [
-        cell.parallel for cell in LAYOUTS if ranks % ParallelConfig(**cell.parallel).model_parallel_size == 0
-    ]
+    """Layouts one after the other, each two of which are a pair: of the parity table's that fit (data
+    parallelism takes what is left), one of every combination of axes, and half of the others with Ulysses. A
+    fifth has LoRA, a fifth offload."""
+    draw, number = random.Random(seed), pairs + 1
+    fitting = [cell.parallel for cell in LAYOUTS if fits(cell.parallel, ranks)]
+    alike: dict[frozenset, list[dict]] = {}
+    for layout in fitting:
+        axes = frozenset(name for name in layout if name.endswith(("_size", "sequence_parallel")))
+        alike.setdefault(axes, []).append(layout)
+    layouts = [draw.choice(same) for same in alike.values()]
     ulysses = [layout for layout in fitting if "ulysses_parallel_size" in layout]
-    number = pairs + 1
-    layouts = draw.choices(ulysses, k=number // 4) + draw.choices(fitting, k=number - number // 4)
+    layouts += draw.choices(ulysses + draw.sample(fitting, len(ulysses)), k=number - len(layouts))
     kinds = draw.sample(["LoRA", "offload", "plain", "plain", "full"] * -(-number // 5), number)
     draw.shuffle(layouts)
     return list(zip(kinds, layouts, strict=True))
@@ -191,14 +203,14 @@ def references() -> dict[str, Outcome]:
     ("seed", "pairs", "ranks"),
     [
         (0, 12, 4),
-        pytest.param(1, 20, 2, marks=pytest.mark.slow),
-        pytest.param(2, 20, 4, marks=pytest.mark.slow),
-        pytest.param(3, 20, 8, marks=pytest.mark.slow),
+        pytest.param(0, 20, 2, marks=pytest.mark.slow),
+        pytest.param(0, 20, 4, marks=pytest.mark.slow),
+        pytest.param(1, 20, 8, marks=pytest.mark.slow),
     ],
 )
 def test_the_second_layout_of_a_pair_equals_one_process(seed, pairs, ranks, references):
     steps = draw_walk(seed, pairs, ranks)
-    assert {kind for kind, _ in steps} == references.keys()
+    assert {kind for kind, layout in steps if "ulysses_parallel_size" in layout} >= {"LoRA", "offload"}
     of_ranks = launch(walk, ranks, steps, timeout=600)
     for number, (kind, layout) in enumerate(steps):
         results, left = zip(*(found[number] for found in of_ranks), strict=True)
