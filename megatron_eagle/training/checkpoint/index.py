@@ -61,7 +61,8 @@ def write_index(folder: Path, entries: Iterable[Entry]) -> None:
         overlap = len({chunk.offsets for chunk in whole.chunks}) < len(whole.chunks)
         if overlap or covered != whole.size.numel():
             raise UserError(f"{key}: the ranks hold {covered} of its {whole.size.numel()} elements")
-    metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
+    metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+    metadata.version = "1.0.0"  # from torch 2.9 on a field, which is then read
     with open(folder / INDEX, "wb") as file:
         pickle.dump(metadata, file)
 

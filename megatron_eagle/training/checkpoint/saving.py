@@ -146,7 +146,7 @@ def _finish(root: Path, snapshot: Snapshot, shares: list[_Share]) -> str | None:
                 partial_folder(root, iteration), snapshot.common, snapshot.run, snapshot.state, files
             )
             publish_folder(root, iteration)
-        except (OSError, RuntimeError, UserError) as error:  # RuntimeError: torch's own writer
+        except Exception as error:  # as in `_write_share`
             problem = _reason(error)
     if problem is None:
         return None
