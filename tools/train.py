@@ -20,6 +20,13 @@ def main() -> int | None:
         )
         command.add_argument("--stage", metavar="NAME", help="only this stage of a file (default: all)")
         command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of the file's")
+    run.add_argument(
+        "--stopped-status",
+        type=int,
+        metavar="N",
+        help="of a run that a signal stopped, when it has saved (default 75); 0 for a torchrun that would "
+        "start it again",
+    )
     check.add_argument("--processes", type=int, required=True, metavar="N", help="of the job, on all nodes")
     report = commands.add_parser("report", help="draw a run's logs into one HTML file")
     report.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
@@ -131,6 +138,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from megatron_eagle.training.resilience import EXIT_REQUEUE, Preempted
     from megatron_eagle.training.stages import load_stages, train_stages
 
+    status = EXIT_REQUEUE if arguments.stopped_status is None else arguments.stopped_status
     started = False
     try:
         configs = load_stages(arguments.config, arguments.overrides, stage=arguments.stage)
@@ -138,8 +146,8 @@ def _run(arguments: argparse.Namespace) -> int:
         train_stages(configs)
     except Preempted as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}; start again to go on (status {EXIT_REQUEUE})", file=sys.stderr)
-        return EXIT_REQUEUE
+            print(f"{stopped}; start again to go on (status {status})", file=sys.stderr)
+        return status
     except UserError as error:
         if _said_by_first(error, alike=not started):
             return 2

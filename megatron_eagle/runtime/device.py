@@ -54,11 +54,19 @@ def detect_device() -> Device:
 def process_group(device: Device, *, timeout_minutes: float = 30):
     """The default process group: torchrun's environment, or a group of one in a single process.
 
-    Leaves an already initialised group alone, so that a caller's group survives.
+    Leaves an already initialised group alone, so that a caller's group survives. Raises `UserError` for
+    processes that torchrun has started again where they would hang.
     """
     if torch.distributed.is_initialized():
         yield
         return
+    # Keys of the processes before are still there, with addresses where nobody listens any more.
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise UserError(
+            "torchrun started these processes again, over the store of those before: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun (with its c10d rendezvous), and start again"
+        )
     options = {"backend": device.backend, "timeout": timedelta(minutes=timeout_minutes)}
     if "RANK" not in os.environ:
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_eagle.data.packing import write_packs
 from megatron_eagle.training.checkpoint import read_train_state
+from megatron_eagle.training.faults import VARIABLE
 from megatron_eagle.training.metrics import read_metrics
 from tests.convert.hf_folder import write_hf_folder
 from tests.data.helpers import conversation, make_store, make_tokenizer
@@ -27,9 +28,10 @@ def slurm(tmp_path):
     """Environment with the stand-in's commands on PATH."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name in ("sbatch", "srun", "scontrol", "ray"):
+    standins = {"ray": "ray_standin.py", "older_python": "older_python.py"}
+    for name in ("sbatch", "srun", "scontrol", *standins):
         file = commands / name
-        standin = "ray_standin.py" if name == "ray" else "standin.py"
+        standin = standins.get(name, "standin.py")
         file.write_text(f"#!{sys.executable}\n{(REPO / 'tests' / 'slurm' / standin).read_text()}")
         file.chmod(0o755)
     return {
@@ -68,7 +70,7 @@ def jobs(tmp_path: Path) -> list[dict]:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say():
     scripts = [str(file) for file in SLURM.iterdir() if file.suffix in (".sh", ".sbatch")]
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     result = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
@@ -156,12 +158,64 @@ def test_conversion_both_ways(slurm, tmp_path):
     assert failed.returncode == 2 and failed.stderr.startswith("error: absent")
 
 
+TRAINER = """
+import os, signal, sys, time
+from pathlib import Path
+log = Path(sys.argv[sys.argv.index("--config") + 1])
+def note(text):
+    with open(log, "a") as file:
+        file.write(f"{text}\\n")
+note(f"start, SIGUSR1 {signal.getsignal(signal.SIGUSR1).name}")
+time.sleep(0.5)  # a signal that comes now is not lost
+told = []
+before = signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
+while not told:
+    time.sleep(0.05)
+signal.signal(signal.SIGUSR1, before)
+time.sleep(1.3)  # a save, during which the signal comes again
+note("saved")
+sys.exit(int(sys.argv[sys.argv.index("--stopped-status") + 1]))
+"""
+
+
+def test_a_torchrun_of_before_the_flags(slurm, tmp_path):
+    """It is asked, lives on, and starts nothing again; the signal reaches the training processes even if it
+    comes before they take it."""
+    log, trainer = tmp_path / "log", tmp_path / "trainer.py"
+    log.touch()
+    trainer.write_text(TRAINER)
+    environment = {**slurm, "PROCESSES": "1", "PYTHON": "older_python", "STANDIN_TRAINER": str(trainer)}
+    submit = ["sbatch", "--nodes=2", str(SLURM / "train.sbatch"), str(log)]
+    job = subprocess.Popen(
+        submit, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 60
+    while len(log.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+    (tmp_path / "deliver").touch()
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0 and "job 100 goes back to the queue" in output, output
+    assert log.read_text().splitlines() == ["start, SIGUSR1 SIG_IGN"] * 2 + ["saved"] * 2
+    refused = subprocess.run(
+        ["older_python", "-m", "torch.distributed.run", "--shutdown-timeout", "9", "tools/train.py"],
+        env=slurm,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2 and "unrecognized arguments: --shutdown-timeout" in refused.stderr
+
+
 @pytest.mark.slow
-def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path):
+@pytest.mark.parametrize("python", [sys.executable, "older_python"], ids=["today", "older torchrun"])
+def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path, python):
     """Two nodes with one CPU process each, through torchrun; the signal reaches the batch script alone."""
     run = tmp_path / "run"
     config = write_config(tmp_path, save=run)
-    environment = {**slurm, "PROCESSES": "1", "MAX_RESTARTS": "0"}
+    environment = {**slurm, "PROCESSES": "1", "MAX_RESTARTS": "1", "PYTHON": python}
+    # A process dies once: torchrun starts all again.
+    fault = {"kind": "kill", "rank": 1, "iteration": 2, "once": str(tmp_path / "killed")}
+    environment[VARIABLE] = json.dumps([fault])
     submit = ["sbatch", "--nodes=2", str(SLURM / "train.sbatch"), str(config)]
 
     job = subprocess.Popen(
@@ -174,7 +228,10 @@ def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path):
     (tmp_path / "deliver").touch()
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
-    assert "which is saved; start again to go on (status 75)" in output
+    status = 75 if python == sys.executable else 0
+    assert f"which is saved; start again to go on (status {status})" in output
+    assert (tmp_path / "killed").exists()
+    assert output.count("resumed from") == 0, "torchrun starts nothing again that was stopped"
     assert (tmp_path / "requeued").read_text() == "100"
     stopped = read_train_state(run).iteration
     assert stopped >= 2
