@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_eagle.data.preview_html import page, sample_section
 from megatron_eagle.data.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import write_whole
 from megatron_eagle.training.metrics import find_logs
 from megatron_eagle.training.replay import PastSample, Replay
 
@@ -112,7 +113,7 @@ def write_replay(replay: Replay, run: str | Path, output: str | Path | None, sho
     name = f"replay_{replay.step.iteration:07d}.html"
     output = find_logs(run) / name if output is None else Path(output)
     try:
-        output.write_text(replay_page(replay, shown), encoding="utf-8")
+        write_whole(output, replay_page(replay, shown))
     except OSError as error:
         raise UserError(f"{output}: cannot write the page: {error.strerror}") from error
     lines = [*_facts(replay), replay.verdict[0]]

@@ -13,11 +13,11 @@ from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.files import AppendedFile, append_line, read_records, to_line, write_whole
 from megatron_eagle.training import loop
 from megatron_eagle.training.agreement import AgreedError
-from megatron_eagle.training.heartbeat import Heartbeat
+from megatron_eagle.training.heartbeat import Heartbeat, read_beats, status
 from megatron_eagle.training.log_files import drop_repeated
 from megatron_eagle.training.metrics import StepMetrics, read_events, read_metrics
 from megatron_eagle.training.run_config import load_run_config
-from megatron_eagle.training.run_log import LoggingConfig, RunLog
+from megatron_eagle.training.run_log import LoggingConfig, RunLog, WandbConfig
 from tests.full_disk import full_disk
 from tests.parallel.harness import launch
 from tests.unit.synthetic_data import SyntheticLoader
@@ -90,6 +90,28 @@ def test_a_disk_that_is_full_to_the_end(tmp_path):
             log.step(step(iteration))
     assert "metrics.jsonl ends without the last 2 records of this run" in printed.getvalue()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("what", [{"tensorboard": True}, {"wandb": WandbConfig("eagle", mode="offline")}])
+def test_the_first_start_on_a_full_disk(tmp_path, wandb, what):
+    """There is room for names, and not for TensorBoard's head or W&B's id."""
+    config = LoggingConfig(**{"progress": False, "tensorboard": False, **what})
+    with full_disk(), pytest.raises(UserError, match="cannot write the logs here: File too large"):
+        RunLog(config, tmp_path, **START)
+    assert not (tmp_path / "wandb_run.txt").exists()
+    with RunLog(config, tmp_path, **START) as log:
+        log.step(step(1))
+    assert [m.iteration for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_heartbeats_of_a_later_version_are_read(tmp_path):
+    with Heartbeat(tmp_path, 3, seconds=60, hang_seconds=60, abort=False) as heart:
+        heart.phase(2, "data")
+    (beat,) = read_beats(tmp_path)
+    file = tmp_path / "heartbeat" / "rank_00003.json"
+    file.write_bytes(to_line(asdict(beat) | {"temperature": 71}))
+    (tmp_path / "heartbeat" / "rank_00004.json").write_bytes(b"")  # power was lost
+    assert read_beats(tmp_path) == [beat] and "rank     3" in status(tmp_path)
 
 
 def test_curves_end_where_a_resume_begins(tmp_path):
