@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -176,7 +176,7 @@ def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
             log.message(f"nothing to do: the run ends at iteration {last}")
         while state.iteration < last:
             started = time.perf_counter()
-            lr = get_canonical_lr_for_logging(job.optimizer.param_groups)
+            lr = job.scheduler.get_lr({})  # of no part's group: without its multiplier
             profiler.begin(state.iteration + 1)
             step = _step(job, loader, log, heart, stop, saver)
             seconds = time.perf_counter() - started

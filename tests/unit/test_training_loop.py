@@ -1,6 +1,7 @@
 """The training loop over made-up packs: resume, pipelines, stopping, what it writes."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -106,6 +107,13 @@ def one_process(tmp_path_factory):
     write_run(folder)
     train_rank(str(folder / "run.yaml"), 1, ["training.stop_at_iteration=2"])
     return [(m.loss, m.grad_norm) for m in read_metrics(folder / "run" / "logs" / "metrics.jsonl")]
+
+
+def test_the_logged_learning_rate_is_that_without_multipliers(job):
+    """Also where every part has one, and so none of the optimizer's groups the run's own rate."""
+    settings = ["training.stop_at_iteration=2", "optimizer.lr_warmup_fraction=0"]
+    [_, second] = job(*settings, "optimizer.lr_multipliers={vision: 2, connector: 3, language: 0.5}")
+    assert second.lr == pytest.approx(5e-3 * (1 + math.cos(math.pi / 6)) / 2)
 
 
 def test_bf16_and_start_from_weights(job, tmp_path):
