@@ -313,17 +313,20 @@ def preset(name: str) -> EagleConfig:
     return copy.deepcopy(PRESETS[name])
 
 
-def expand_preset(model: Mapping[str, Any]) -> dict[str, Any]:
+def expand_preset(model: Mapping[str, Any], source: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A run file's `model` section with `preset: NAME` and `hf: FILE` replaced by the values they stand for.
 
     `hf` is a config.json of Eagle 2.5, or of a Qwen2.5 or SigLIP model, which replaces that part of the
-    preset. What the section itself says wins; `config.from_dict` checks the result.
+    preset. Where neither is named, `source` (the model that the run goes on with) gives what the section
+    leaves out. What the section itself says wins; `config.from_dict` checks the result.
 
     Raises:
         UserError: no such preset, or a file that is no such configuration.
     """
     own = dict(model)
     name, file = own.pop("preset", None), own.pop("hf", None)
+    if name is None and file is None:
+        return _merged(source or {}, own)
     base = {} if name is None else to_dict(preset(name))
     if file is not None:
         base = _merged(base, _read_hf(Path(file)))

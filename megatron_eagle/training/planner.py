@@ -4,6 +4,7 @@ Legality is `RunConfig.validate`'s, the same rules with the same words as at the
 and time are estimates from shapes (`memory_model`, `step_time`).
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from megatron_eagle.model.presets import expand_preset
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.memory_model import StageMemory, fullest_stage, offloaded
 from megatron_eagle.training.memory_shapes import Workload
-from megatron_eagle.training.run_config import RunConfig, load_run_config
+from megatron_eagle.training.run_config import RunConfig, load_run_config, stated_positions
 from megatron_eagle.training.step_time import Machine, StepTime, step_time
 
 # Left out of what a layout may fill: the CUDA context, NCCL's buffers and the caching allocator's gaps. An
@@ -147,12 +148,13 @@ def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterab
         "checkpoint": {"path": ""},
     }
     values = apply_overrides(values, overrides)
+    stated = stated_positions(values["model"])
     if isinstance(values["model"], dict):  # from_dict says what is wrong with anything else
         values["model"] = expand_preset(values["model"])
     config = from_dict(RunConfig, values)
     if config.model.text.vocab_size is None:
         raise UserError(f"preset {name} takes its vocabulary from data: add model.text.vocab_size=N")
-    config.settle_positions()
+    config.settle_positions(stated=stated)
     return config
 
 
@@ -166,7 +168,7 @@ def plan_layouts(
     """
     if gpus < 1:
         raise UserError(f"--gpus is {gpus}: must be at least 1")
-    if gpu_memory <= RESERVED_BYTES:
+    if not RESERVED_BYTES < gpu_memory < math.inf:  # nan neither
         raise UserError(
             f"--gpu-memory is {gpu_memory / 1e9:g} GB: must be above the {RESERVED_BYTES / 1e9:g} GB that "
             "the CUDA context, NCCL and the allocator take"

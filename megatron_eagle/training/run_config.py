@@ -14,7 +14,7 @@ logging:    {tensorboard: true}
 
 import filecmp
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +40,7 @@ from megatron_eagle.training.checkpoint import (
     has_checkpoint,
     read_lora_config,
     read_model_config,
+    read_trainable,
 )
 from megatron_eagle.training.evaluation import EvaluationConfig
 from megatron_eagle.training.optimizer import OptimizerConfig
@@ -143,10 +144,11 @@ class RunConfig:
         text, length = self.model.text, self.data.length
         before = text.max_position_embeddings if trained is None else trained
         text.max_position_embeddings = max(before, length, stated or 0)
-        if text.max_position_embeddings > max(before, length):
+        if stated is not None and stated > max(trained or 0, length):
+            known = "" if trained is None else f"{trained:,} of the checkpoint and the "
             self.notes.append(
-                f"warning: {_POSITIONS} is {stated:,} as the run's file says, beyond the {before:,} of the "
-                f"checkpoint and the {length:,} tokens of this run's packs: nothing is trained there"
+                f"warning: {_POSITIONS} is {stated:,} as the run's file says, beyond the {known}{length:,} "
+                "tokens of this run's packs: nothing is trained there"
             )
         elif length > before:
             self.notes.append(
@@ -178,7 +180,7 @@ def complete_run_config(
 ) -> RunConfig:
     """As `load_run_config`, from the settings themselves. `before`: the run that will leave its weights in
     checkpoint.load, if they are not there yet."""
-    stated = _stated_positions(values.get("model"))
+    stated = stated_positions(values.get("model"))
     _complete_model(values, before)
     config = from_dict(RunConfig, values)
     config.model = _fit_to_data(config.model.validate(), config.data)
@@ -192,6 +194,7 @@ def complete_run_config(
         _check_same_tokenizer(config.data.path, path)
         trained.append(_check_same_model(config.model, path))
         check_same_lora(config.lora, read_lora_config(path), path)
+        _check_same_parts(config.optimizer.trainable, path)
     elif load is not None:
         if before is None or has_checkpoint(load):
             _check_same_tokenizer(config.data.path, load)
@@ -205,7 +208,7 @@ def complete_run_config(
     return config
 
 
-def _stated_positions(model: Any) -> int | None:
+def stated_positions(model: Any) -> int | None:
     """`max_position_embeddings` of a run file's own model section."""
     text = model.get("text") if isinstance(model, dict) else None
     return text.get("max_position_embeddings") if isinstance(text, dict) else None
@@ -213,19 +216,25 @@ def _stated_positions(model: Any) -> int | None:
 
 def _complete_model(values: dict[str, Any], before: RunConfig | None) -> None:
     """Put the values of a preset, or of the model to start from, into the model section."""
-    model, checkpoint = values.get("model"), values.get("checkpoint")
-    if model:
-        values["model"] = expand_preset(model) if isinstance(model, dict) else model
+    model = values.get("model") or {}
+    if not isinstance(model, dict):
         return
-    values.pop("model", None)  # an empty section is a missing one: no run trains a default model
+    source = None if {"preset", "hf"} & model.keys() else _source_model(values.get("checkpoint"), before)
+    if model or source is not None:
+        values["model"] = expand_preset(model, source)
+    else:
+        values.pop("model", None)  # an empty section is a missing one: no run trains a default model
+
+
+def _source_model(checkpoint: Any, before: RunConfig | None) -> dict[str, Any] | None:
+    """The model that a run goes on with; None: a fresh one."""
     if before is not None:
-        values["model"] = to_dict(before.model)
-        return
+        return to_dict(before.model)
     for place in ("path", "load"):
         root = checkpoint.get(place) if isinstance(checkpoint, dict) else None
         if isinstance(root, str) and (place == "load" or has_checkpoint(root)):
-            values["model"] = to_dict(read_model_config(root))
-            return
+            return to_dict(read_model_config(root))
+    return None
 
 
 def _check_batch(batch: int, data_parallel_size: int, parallel: ParallelConfig) -> None:
@@ -305,6 +314,17 @@ def _check_same_model(model: EagleConfig, checkpoint: str) -> int:
     if differences:
         raise UserError(f"{checkpoint}: the checkpoint is of another model: {'; '.join(differences)}")
     return saved.text.max_position_embeddings
+
+
+def _check_same_parts(trainable: Collection[str], checkpoint: str) -> None:
+    """Refuse to resume with other trained parts, whose optimizer state the checkpoint does not have."""
+    saved = read_trainable(checkpoint)
+    if set(trainable) != set(saved):
+        raise UserError(
+            f"{checkpoint}: optimizer.trainable is {', '.join(saved)} there and {', '.join(trainable)} here: "
+            "a run goes on with the same parts; to train others, start a run in another checkpoint.path with "
+            f"checkpoint.load={checkpoint}"
+        )
 
 
 # What a run may change about a model that it goes on with.

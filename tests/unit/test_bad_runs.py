@@ -144,6 +144,15 @@ def test_a_checkpoint_of_another_architecture(made, refused):
     assert "not a checkpoint" in refused(f"checkpoint.load={made / 'data'}")
 
 
+def test_a_resume_that_trains_other_parts(made):
+    with pytest.raises(UserError) as refusal:
+        load_stages(made / "run.yaml", ["optimizer.trainable=[connector]"], world_size=1)
+    assert str(refusal.value).startswith(
+        f"{made / 'run'}: optimizer.trainable is vision, connector, language there and connector here: "
+    )
+    load_stages(made / "run.yaml", ["optimizer.trainable=[language, connector, vision]"], world_size=1)
+
+
 def test_a_pack_index_of_another_length_or_none(made, refused, tmp_path):
     data = copy_of_data(made, tmp_path / "data")
     index = data / str(LONG) / "packs.arrow"

@@ -256,6 +256,7 @@ def test_nothing_fits():
             "there is no GPU 'H100 PCIe' in the table .*: choose a100, .*h100-pcie, .*gb300",
         ),
         (("--gpu-memory", "3"), "--gpu-memory is 3 GB: must be above the 4 GB"),
+        (("--gpu-memory", "nan"), "--gpu-memory is nan GB: must be above the 4 GB"),
         (("--length", "0"), "data.length is 0"),
         (("--global-batch-size", "0"), "training.global_batch_size is 0: must lie between 1"),
         (("--top", "0"), "--top is 0"),

@@ -65,10 +65,26 @@ def test_a_checkpoint_says_what_it_was_trained_for(folder, tmp_path, resumed, ov
     assert settled(folder, *paths, *overrides) == (value, [says] if says else [])
 
 
-def test_a_model_without_a_checkpoint_keeps_what_its_file_says(tmp_path):
+def test_a_model_without_a_checkpoint_has_what_its_file_says(tmp_path):
     write_run(tmp_path)
     assert settled(tmp_path) == (32768, [])
-    assert settled(tmp_path, f"{NAME}=100") == (100, [])
+    warning = "beyond the 64 tokens of this run's packs: nothing is trained there"
+    assert settled(tmp_path, f"{NAME}=100") == (
+        100,
+        [f"warning: {NAME} is 100 as the run's file says, {warning}"],
+    )
+
+
+def test_a_value_of_its_own_beside_the_model_of_the_checkpoint(tmp_path):
+    """The run's file has no model section but this value: all else is the checkpoint's, not a default."""
+    write_run(tmp_path)
+    train_rank(
+        str(tmp_path / "run.yaml"), 1, ["model.text.intermediate_size=96", "training.stop_at_iteration=1"]
+    )
+    start = ["model=", f"checkpoint.load={tmp_path / 'run'}", f"checkpoint.path={tmp_path / 'new'}"]
+    config = load_run_config(tmp_path / "run.yaml", [*start, f"{NAME}=40000"], world_size=1)
+    assert config.model.text.intermediate_size == 96
+    assert config.model.text.max_position_embeddings == 40000 and "warning" in config.notes[0]
 
 
 def test_other_sizes_stay_a_difference_of_architecture(folder):

@@ -21,6 +21,7 @@ from megatron_eagle.training.checkpoint.folder import (
     read_lora_config,
     read_model_config,
     read_train_state,
+    read_trainable,
     saved_iterations,
 )
 from megatron_eagle.training.checkpoint.hf_folder import HF_FOLDER, save_hf_folder
@@ -43,6 +44,7 @@ __all__ = [
     "read_lora_config",
     "read_model_config",
     "read_train_state",
+    "read_trainable",
     "save_checkpoint",
     "save_hf_folder",
     "saved_iterations",

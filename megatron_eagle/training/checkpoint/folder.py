@@ -15,6 +15,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.files import sync, write_whole
 from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.training.flops import PARTS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -93,6 +94,12 @@ def read_lora_config(root: str | Path) -> LoraConfig | None:
     run_file = checkpoint_folder(root) / "run.yaml"
     section = load_yaml(run_file).get("lora")
     return None if section is None else from_dict(LoraConfig, section, f"{run_file}: lora")
+
+
+def read_trainable(root: str | Path) -> tuple[str, ...]:
+    """The parts that the run of the latest checkpoint in `root` trains (`optimizer.trainable`)."""
+    section = load_yaml(checkpoint_folder(root) / "run.yaml").get("optimizer") or {}
+    return tuple(section.get("trainable", PARTS))
 
 
 def read_train_state(root: str | Path, iteration: int | None = None) -> TrainState:
