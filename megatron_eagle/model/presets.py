@@ -325,6 +325,9 @@ def expand_preset(model: Mapping[str, Any], source: Mapping[str, Any] | None = N
     """
     own = dict(model)
     name, file = own.pop("preset", None), own.pop("hf", None)
+    for key, value in (("preset", name), ("hf", file)):
+        if not isinstance(value, str | None):
+            raise UserError(f"model.{key}: expected text, got {value!r}")
     if name is None and file is None:
         return _merged(source or {}, own)
     base = {} if name is None else to_dict(preset(name))

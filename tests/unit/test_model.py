@@ -31,6 +31,9 @@ def test_a_section_wins_over_its_preset():
     assert (eagle.text.num_hidden_layers, eagle.text.hidden_size) == (2, 64)
     with pytest.raises(UserError, match="choose one of tiny, eagle2.5-8b, eagle2.5-1b-proxy"):
         expand_preset({"preset": "huge"})
+    for wrong in ({"preset": ["tiny"]}, {"hf": 5}):
+        with pytest.raises(UserError, match=r"model.\w+: expected text, got"):
+            expand_preset(wrong)
 
 
 def test_the_proxy_is_the_8b_model_cut():
