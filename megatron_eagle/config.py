@@ -222,6 +222,8 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         return number
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
+    if hint is str and value == "":  # as a folder it would be the working directory
+        raise _wrong_type("text that is not empty", value, where, "; leave it out for the default")
     # bool is a subclass of int: `steps: true` must not become 1.
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         if hint is int and value.bit_length() > 64:

@@ -115,38 +115,21 @@ class EagleConfig(Ranged):
             UserError: naming the rule and the values.
         """
         vision, text = self.vision, self.text
-        rules = [
-            (
-                self.downsample_ratio == 1 / self.shuffle_factor,
-                f"downsample_ratio {self.downsample_ratio}",
-                "1 divided by a whole number",
-            ),
-            (vision.image_size % vision.patch_size == 0, "vision.image_size", "a multiple of patch_size"),
-            (
-                (vision.image_size // vision.patch_size) % self.shuffle_factor == 0,
-                "vision.image_size / patch_size",
-                f"a multiple of {self.shuffle_factor} (pixel shuffle)",
-            ),
-            (
-                vision.hidden_size % vision.num_attention_heads == 0,
-                "vision.hidden_size",
-                "a multiple of num_attention_heads",
-            ),
-            (
-                text.hidden_size % text.num_attention_heads == 0,
-                "text.hidden_size",
-                "a multiple of num_attention_heads",
-            ),
-            (text.head_dim % 2 == 0, "text head size", "even (rotary embedding)"),
-            (
-                text.num_attention_heads % text.num_key_value_heads == 0,
-                "text.num_attention_heads",
-                "a multiple of num_key_value_heads",
-            ),
+        if self.downsample_ratio != 1 / self.shuffle_factor:
+            ratio = f"model.downsample_ratio is {self.downsample_ratio}"
+            raise UserError(f"{ratio}: must be 1 divided by a whole number")
+        patches, heads = vision.image_size // vision.patch_size, text.num_attention_heads
+        multiples = [
+            ("vision.image_size", vision.image_size, "patch_size", vision.patch_size),
+            ("vision.image_size / patch_size", patches, "1 / downsample_ratio", self.shuffle_factor),
+            ("vision.hidden_size", vision.hidden_size, "num_attention_heads", vision.num_attention_heads),
+            ("text.hidden_size", text.hidden_size, "num_attention_heads", heads),
+            ("text.hidden_size / num_attention_heads", text.head_dim, "a rotary pair", 2),
+            ("text.num_attention_heads", heads, "num_key_value_heads", text.num_key_value_heads),
         ]
-        for holds, name, rule in rules:
-            if not holds:
-                raise UserError(f"model.{name} must be {rule}: check the model section ({vision}, {text})")
+        for name, value, divisor_name, divisor in multiples:
+            if value % divisor:
+                raise UserError(f"model.{name} is {value}: must be a multiple of {divisor_name}, {divisor}")
         return self
 
     def with_data(self, *, vocab_size: int, image_token_index: int) -> "EagleConfig":

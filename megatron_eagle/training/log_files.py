@@ -26,10 +26,11 @@ def drop_repeated(path: Path, iteration: int) -> int:
     whole; raises `OSError`, and it is then what it was.
     """
     kept, unreadable = [], 0
-    lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):
         record = parse_line(line)
-        if record is None and number == len(lines):
+        if not line or (record is None and number == len(lines)):
             continue
         unreadable += record is None
         of = None if record is None else record.get("iteration")
