@@ -100,7 +100,7 @@ def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _quiet()
     from megatron_eagle.training.history import History
     from megatron_eagle.training.replay import measure, prepare
-    from megatron_eagle.training.replay_page import write_replay
+    from megatron_eagle.training.replay_page import summary, write_replay
 
     first, prepared = os.environ.get("RANK", "0") == "0", None
     try:
@@ -116,7 +116,8 @@ def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
             return 2
         raise
     if first:
-        print(write_replay(replay, arguments.run, arguments.output, arguments.show))
+        print(summary(replay))  # a page that cannot be written does not take it along
+        print(f"written to {write_replay(replay, arguments.run, arguments.output, arguments.show)}")
     return 0
 
 

@@ -5,6 +5,7 @@ own.
 """
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,16 @@ class History:
         ratio, iteration, loss, before = max(jumps)
         return iteration, f"the loss jumps to {loss:.4f}, {ratio:.2f} times the median before, {before:.4f}"
 
-    def same_weights(self, one: int, other: int) -> bool:
-        """Whether the run had the same weights after both iterations: no step between them was taken."""
-        low, high = sorted((one, other))
+    def had_weights(self, saved: int, recent_losses: Sequence[float], after: int) -> bool:
+        """Whether a checkpoint of iteration `saved` has the weights that the run had after an iteration: it
+        looks back on the losses that were logged, and no step between the two was taken."""
+        low, high = sorted((saved, after))
         between = (self._not_taken.get(iteration, {}) for iteration in range(low + 1, high + 1))
-        return all(event.get("event") == "skipped" for event in between)
+        if not all(event.get("event") == "skipped" for event in between):
+            return False
+        logged = [self._steps[i].loss for i in sorted(self._steps) if i <= saved]
+        pairs = zip(reversed(logged), reversed(recent_losses), strict=False)  # both may begin later
+        return bool(logged) == bool(recent_losses) and all(one == other for one, other in pairs)
 
     def _batch_of(self, iteration: int, record: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -111,7 +111,8 @@ class Replay:
             return f"{words} {self.total:.6f}; the logged loss is no finite number.", False
         if self.off <= TOLERANCE[self.config.training.precision]:
             return f"{words} {self.total:.6f}, the logged loss ({self.off:.0e} off).", False
-        return f"{words} {self.total:.6f}, NOT to the logged loss ({self.off:.0e} off).", True
+        words = f"NOT the logged loss: {where}, should have the weights that the step began with, but the"
+        return f"{words} samples' losses add up to {self.total:.6f} ({self.off:.0e} off).", True
 
 
 def prepare(
@@ -277,23 +278,17 @@ def _choose_weights(run: Path, checkpoint: Path, history: History, step: PastSte
     root, iteration, before = checkpoint, None, step.iteration - 1
     if re.fullmatch(r"iter_\d+", checkpoint.name):
         root, iteration = checkpoint.parent, int(checkpoint.name.removeprefix("iter_"))
-    if _is_of_run(root, run, history):
-        same = [saved for saved in saved_iterations(root) if history.same_weights(saved, before)]
-    elif before == 0 and _started_from(run) == root.resolve():
+    if before == 0 and _started_from(run) == root.resolve():
         same = saved_iterations(root)[-1:]
-    else:  # a copy of the run's, or another run's
+    else:  # of the run, a copy, or another run's, whose losses are others
         same = [
             saved
             for saved in saved_iterations(root)
-            if saved == before and read_train_state(root, saved).consumed_packs == step.first_pack
+            if history.had_weights(saved, read_train_state(root, saved).recent_losses, before)
         ]
     folder = checkpoint_folder(root, iteration if iteration is not None else next(iter(same), None))
     iteration = int(folder.name.removeprefix("iter_"))
     return Weights(root, iteration, iteration in same)
-
-
-def _is_of_run(root: Path, run: Path, history: History) -> bool:
-    return root.resolve() in (run.resolve(), history.logs.resolve().parent)
 
 
 def _latest_settings(run: Path) -> dict[str, Any]:

@@ -104,18 +104,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if abs(value) < 1e-3 else f"{value:.4f}"
 
 
-def write_replay(replay: Replay, run: str | Path, output: str | Path | None, shown: int) -> str:
-    """Write the page, as `replay_N.html` in the run's logs unless `output` names another file; returns what
-    to print of it.
-
-    Raises `UserError` if the file cannot be written.
-    """
-    name = f"replay_{replay.step.iteration:07d}.html"
-    output = find_logs(run) / name if output is None else Path(output)
-    try:
-        write_whole(output, replay_page(replay, shown))
-    except OSError as error:
-        raise UserError(f"{output}: cannot write the page: {error.strerror}") from error
+def summary(replay: Replay) -> str:
+    """What to print of it."""
     lines = [*_facts(replay), replay.verdict[0]]
     if replay.weights is not None:
         lines.append(f"{'loss':>10}{'mean loss':>11}{'grad norm':>11}{'tokens':>9}  sample")
@@ -126,4 +116,19 @@ def write_replay(replay: Replay, run: str | Path, output: str | Path | None, sho
                     f"{_number(numbers[0]):>10}{_number(numbers[1]):>11}{_number(numbers[2]):>11}"
                     f"{sample.n_tokens:>9,}  {sample.dataset}: {sample.file}:{sample.line} (row {sample.row})"
                 )
-    return "\n".join([*lines, f"written to {output}"])
+    return "\n".join(lines)
+
+
+def write_replay(replay: Replay, run: str | Path, output: str | Path | None, shown: int) -> Path:
+    """Write the page, as `replay_N.html` in the run's logs unless `output` names another file; returns where
+    it is.
+
+    Raises `UserError` if the file cannot be written.
+    """
+    name = f"replay_{replay.step.iteration:07d}.html"
+    output = find_logs(run) / name if output is None else Path(output)
+    try:
+        write_whole(output, replay_page(replay, shown))
+    except OSError as error:
+        raise UserError(f"{output}: cannot write the page: {error.strerror}") from error
+    return output

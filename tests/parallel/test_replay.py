@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -121,6 +122,24 @@ def test_other_weights_are_marked(run, replays):
     # The first step began with fresh weights that nobody saved: the latest ones are asked.
     first = prepare(run, 1, checkpoint=run).weights
     assert (first.iteration, first.exact) == (5, False)
+
+
+def test_a_checkpoint_of_another_run_is_not_the_steps(run, tmp_path):
+    """It is of the same iteration, and has read as many packs: its losses tell it from a copy."""
+    copied = shutil.copytree(run, tmp_path / "copied", ignore=shutil.ignore_patterns("logs"))
+    assert prepare(run, 3, checkpoint=copied).weights.exact
+    file = copied / "iter_0000002" / "state.json"
+    state = json.loads(file.read_text())
+    state["recent_losses"][-1] *= 1.0001
+    file.write_text(json.dumps(state))
+    assert not prepare(run, 3, checkpoint=copied / "iter_0000002").weights.exact
+
+
+def test_a_sum_that_is_not_the_logged_loss_is_marked(run):
+    prepared = prepare(run, 3, checkpoint=run)
+    samples = [replace(sample, loss=1.0) for sample in prepared.samples]
+    words, wrong = replace(prepared, samples=samples).verdict
+    assert wrong and words.startswith("NOT the logged loss: ")
 
 
 def gradients(run: str, iteration: int) -> dict:
@@ -274,6 +293,9 @@ def test_from_a_spike_to_its_samples_in_one_command(run, monkeypatch, capsys, tm
     assert "(row " in out and out.endswith(f"written to {page}\n")
     text = parsed(page.read_text()).text
     assert "the logged loss is no finite number" in text
+    with pytest.raises(UserError, match="cannot write the page"):
+        command(monkeypatch, capsys, run, "--iteration", 3, "--output", tmp_path / "none" / "page.html")
+    assert "packs from number" in capsys.readouterr().out, "what was found is printed"
     assert f"Iteration {SKIPPED}" in text and "did not take this step: skipped: the loss is nan" in text
 
 

@@ -100,11 +100,15 @@ def test_the_spike(tmp_path):
         History(write(tmp_path, {1: 2.0})).spike()
 
 
-def test_weights_that_skipped_steps_leave_alone(tmp_path):
-    history = History(
-        write(tmp_path, {1: 1.0, 2: 1.0, 5: 1.0}, [refused(3), refused(4), refused(6, "stopped")])
-    )
-    assert history.same_weights(2, 4) and history.same_weights(4, 2) and history.same_weights(5, 5)
-    assert (
-        not history.same_weights(1, 4) and not history.same_weights(4, 5) and not history.same_weights(5, 6)
-    )
+def test_weights_that_the_run_had(tmp_path):
+    events = [refused(3), refused(4), refused(6, "stopped")]
+    history = History(write(tmp_path, {1: 3.0, 2: 2.0, 5: 1.0}, events))
+    had = history.had_weights
+    assert had(2, [3.0, 2.0], 4) and had(4, [2.0], 2) and had(5, [9.0, 3.0, 2.0, 1.0], 5)
+    assert not had(1, [3.0], 4) and not had(4, [3.0, 2.0], 5) and not had(5, [3.0, 2.0, 1.0], 6), "taken"
+    assert not had(4, [3.0, 2.5], 4) and not had(2, [2.5, 2.0], 2) and not had(2, [], 2), "another run's"
+
+
+def test_weights_before_the_first_step_that_was_taken(tmp_path):
+    history = History(write(tmp_path, {2: 3.0}, [refused(1)]))
+    assert history.had_weights(1, [], 0) and not history.had_weights(1, [3.0], 0)
