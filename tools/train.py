@@ -102,6 +102,8 @@ def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_eagle.training.replay import measure, prepare
     from megatron_eagle.training.replay_page import summary, write_replay
 
+    if arguments.show < 0:
+        raise UserError(f"--show {arguments.show}: expected 0 or more samples")
     first, prepared = os.environ.get("RANK", "0") == "0", None
     try:
         iteration = arguments.iteration

@@ -121,7 +121,7 @@ class EagleConfig(Ranged):
         patches, heads = vision.image_size // vision.patch_size, text.num_attention_heads
         multiples = [
             ("vision.image_size", vision.image_size, "patch_size", vision.patch_size),
-            ("vision.image_size / patch_size", patches, "1 / downsample_ratio", self.shuffle_factor),
+            ("vision.image_size / patch_size", patches, "pixel shuffle's factor", self.shuffle_factor),
             ("vision.hidden_size", vision.hidden_size, "num_attention_heads", vision.num_attention_heads),
             ("text.hidden_size", text.hidden_size, "num_attention_heads", heads),
             ("text.hidden_size / num_attention_heads", text.head_dim, "a rotary pair", 2),

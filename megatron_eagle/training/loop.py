@@ -26,6 +26,7 @@ from megatron_eagle.training.checkpoint import (
     TrainState,
     has_checkpoint,
     load_checkpoint,
+    read_train_state,
     save_hf_folder,
 )
 from megatron_eagle.training.dataset_losses import DatasetLosses, count_datasets, read_datasets
@@ -128,6 +129,8 @@ def _start(config: RunConfig, mesh: Mesh, device: Device) -> _Job:
             scheduler=scheduler,
             verify_files=checkpoint.verify,
         )
+    elif source is not None:
+        state.started_from = read_train_state(source).iteration
     return _Job(
         *(config, mesh, device, wrapped, optimizer, scheduler, state),
         resumed=resume,

@@ -279,7 +279,7 @@ def _choose_weights(run: Path, checkpoint: Path, history: History, step: PastSte
     if re.fullmatch(r"iter_\d+", checkpoint.name):
         root, iteration = checkpoint.parent, int(checkpoint.name.removeprefix("iter_"))
     if before == 0 and _started_from(run) == root.resolve():
-        same = saved_iterations(root)[-1:]
+        same = [saved for saved in saved_iterations(root) if saved == read_train_state(run).started_from]
     else:  # of the run, a copy, or another run's, whose losses are others
         same = [
             saved
@@ -305,9 +305,11 @@ def _started_from(run: Path) -> Path | None:
 
 def _data_alone(step: PastStep, overrides: Iterable[str]) -> DataConfig:
     values = apply_overrides({"data": {"path": step.data.path}}, overrides)
-    other = next((name for name in values if name != "data"), None)
-    if other is not None:
-        raise UserError(f"{other}: without --checkpoint nothing but data.path can be set")
+    others = [name for name in values if name != "data"] + [
+        f"data.{k}" for k in values["data"] if k != "path"
+    ]
+    if others:
+        raise UserError(f"{others[0]}: without --checkpoint nothing but data.path can be set")
     return from_dict(DataConfig, _as_read(values["data"], step), "data")
 
 

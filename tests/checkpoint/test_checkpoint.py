@@ -100,6 +100,7 @@ def test_what_is_beside_the_tensors(saved):
         "iteration": 2,
         "consumed_packs": 8,
         "recent_losses": [],
+        "started_from": None,
     }
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert listed.keys() | {"manifest.json"} == set(os.listdir(folder))

@@ -17,6 +17,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.parallel import model_parallel
 from megatron_eagle.training import replay as replaying
 from megatron_eagle.training import sample_losses
+from megatron_eagle.training.checkpoint import TrainState, read_train_state
 from megatron_eagle.training.metrics import read_steps
 from megatron_eagle.training.optimizer import wrap_models
 from megatron_eagle.training.replay import Replay, measure, prepare
@@ -275,6 +276,25 @@ def test_adapters_frozen_parts_and_bf16(made, adapted):
         assert found["off"] <= 1e-2 and all(norm > 0 for _, norm in found["samples"].values())
         # Of a sum of vectors.
         assert step.grad_norm < sum(norm for _, norm in found["samples"].values()) * 1.01
+
+
+def test_the_source_of_a_run_may_have_trained_on(made, adapted, monkeypatch):
+    """The first step's weights are those of the iteration that the run began from, not of the latest."""
+    source, began = made / "run", read_train_state(adapted).started_from
+    assert began == read_train_state(source).iteration
+    found = prepare(adapted, 1, checkpoint=source).weights
+    assert (found.iteration, found.exact) == (began, True)
+    assert not prepare(adapted, 1, checkpoint=source / "iter_0000002").weights.exact
+    monkeypatch.setattr(replaying, "read_train_state", lambda *_: TrainState(2))  # of an earlier version
+    assert not prepare(adapted, 1, checkpoint=source).weights.exact
+
+
+def test_what_would_change_nothing_is_refused(run, monkeypatch, capsys):
+    for name, said in (("data.seed", "data.seed"), ("training.seed", "training")):
+        with pytest.raises(UserError, match=f"^{said}: without --checkpoint nothing but data.path can be"):
+            command(monkeypatch, capsys, run, "--iteration", 3, f"{name}=4")
+    with pytest.raises(UserError, match="--show -5: expected 0 or more"):
+        command(monkeypatch, capsys, run, "--iteration", 3, "--show", -5)
 
 
 def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:

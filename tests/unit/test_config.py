@@ -35,8 +35,8 @@ class Root:
     optional: Inner | None = None
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("path must not be empty")
+        if self.path == "forbidden":
+            raise ValueError("path must be another")
 
 
 def fails(mapping: dict, *fragments: str) -> None:
@@ -73,8 +73,9 @@ def test_defaults_and_nesting():
         ({"path": "x", "optional": {"beta": 1}}, ["did you mean 'optional.betas'?"]),
         ({"path": "x", 3: 1}, ["unknown setting '3'"]),
         ({}, ["path: missing"]),
-        ({"path": ""}, ["path must not be empty"]),
+        ({"path": "forbidden"}, ["path must be another"]),
         ({"path": 3}, ["path: expected text, got 3; put it in quotes"]),
+        ({"path": ""}, ["path: expected text that is not empty, got ''; leave it out for the default"]),
         ({"path": "x", "section": {"steps": True}}, ["section.steps: expected a whole number, got true"]),
         ({"path": "x", "section": {"steps": 1.5}}, ["section.steps: expected a whole number, got 1.5"]),
         ({"path": "x", "section": {"steps": None}}, ["section.steps: expected a whole number, got null"]),

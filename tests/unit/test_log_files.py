@@ -52,6 +52,9 @@ def test_only_repeated_and_cut_off_lines_go(tmp_path, capsys):
     assert drop_repeated(file, 2) == 1
     assert file.read_bytes() == b"".join(lines[:5])
     assert drop_repeated(file, 9) == 1 and file.read_bytes() == b"".join(lines[:5])
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_bytes(lines[3])  # the last line, but not cut
+    assert drop_repeated(damaged, 9) == 1 and damaged.read_bytes() == lines[3]
     with full_disk(), pytest.raises(UserError, match="File too large; nothing of them is lost"):
         RunLog(QUIET, tmp_path, **START)
     assert file.read_bytes() == b"".join(lines[:5]) and not list(tmp_path.glob(".*"))

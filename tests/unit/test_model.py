@@ -76,12 +76,12 @@ def test_sizes_from_hugging_face_files(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"vision": {"image_size": 60}}, "vision.image_size must be a multiple of patch_size"),
+        ({"vision": {"image_size": 60}}, "vision.image_size is 60: must be a multiple of patch_size, 16"),
         ({"vision": {"image_size": 48}}, "pixel shuffle"),
         ({"text": {"num_key_value_heads": 3}}, "num_key_value_heads"),
         (
             {"downsample_ratio": 0.3},
-            "downsample_ratio 0.3 must be 1 divided by a whole number",
+            "downsample_ratio is 0.3: must be 1 divided by a whole number",
         ),
     ],
 )

@@ -27,6 +27,7 @@ class TrainState:
     iteration: int = 0
     consumed_packs: int = 0
     recent_losses: list[float] = field(default_factory=list)  # what a loss spike is measured against
+    started_from: int | None = None  # iteration of checkpoint.load with whose weights the run began
 
 
 def has_checkpoint(root: str | Path) -> bool:
