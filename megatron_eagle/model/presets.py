@@ -129,7 +129,7 @@ class EagleConfig(Ranged):
         ]
         for name, value, divisor_name, divisor in multiples:
             if value % divisor:
-                raise UserError(f"model.{name} is {value}: must be a multiple of {divisor_name}, {divisor}")
+                raise UserError(f"model.{name} is {value}: must be a multiple of {divisor} ({divisor_name})")
         return self
 
     def with_data(self, *, vocab_size: int, image_token_index: int) -> "EagleConfig":

@@ -141,11 +141,12 @@ def file_run(path: str, overrides: Iterable[str]) -> RunConfig:
 
 def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterable[str]) -> RunConfig:
     """A run of a model preset without data. Raises `UserError`: no such preset, or a wrong override."""
+    nowhere = {"path": "nowhere"}  # nothing is read or written
     values = {
         "model": {"preset": name},
-        "data": {"path": "", "length": length},
+        "data": nowhere | {"length": length},
         "training": {"train_iterations": 1, "global_batch_size": global_batch_size},
-        "checkpoint": {"path": ""},
+        "checkpoint": nowhere,
     }
     values = apply_overrides(values, overrides)
     stated = stated_positions(values["model"])

@@ -125,5 +125,5 @@ def test_every_ratio_of_pixel_shuffle_means_the_same(k):
 
 
 def test_a_ratio_that_the_two_sides_would_round_apart_is_refused():
-    with pytest.raises(UserError, match="downsample_ratio 0.3333 must be 1 divided by a whole number"):
+    with pytest.raises(UserError, match="downsample_ratio is 0.3333: must be 1 divided by a whole number"):
         EagleConfig(text=TextConfig(vocab_size=9), downsample_ratio=0.3333).validate()

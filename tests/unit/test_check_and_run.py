@@ -46,11 +46,11 @@ NEEDS = {
 }
 # The rules between fields that refuse an edge of a range here, by what they say.
 RULES = {
-    "model.vision.image_size": "must be a multiple of patch_size",
-    "model.vision.patch_size": "its patch size is 14|must be a multiple of patch_size",
-    "model.vision.num_attention_heads": "must be a multiple of num_attention_heads",
-    "model.text.num_attention_heads": "must be a multiple of num_(key_value|attention)_heads",
-    "model.text.num_key_value_heads": "must be a multiple of num_key_value_heads",
+    "model.vision.image_size": r"must be a multiple of \d+ \(patch_size\)",
+    "model.vision.patch_size": r"its patch size is 14|must be a multiple of \d+ \(patch_size\)",
+    "model.vision.num_attention_heads": r"must be a multiple of \d+ \(num_attention_heads\)",
+    "model.text.num_attention_heads": r"must be a multiple of \d+ \(num_(key_value|attention)_heads\)",
+    "model.text.num_key_value_heads": r"must be a multiple of \d+ \(num_key_value_heads\)",
     "model.text.vocab_size": "the data was prepared with another tokenizer",
     "model.image_token_index": "the data was prepared with another tokenizer",
     "model.downsample_ratio": "pixel shuffle|its number of tokens per tile",

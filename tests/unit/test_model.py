@@ -76,7 +76,7 @@ def test_sizes_from_hugging_face_files(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"vision": {"image_size": 60}}, "vision.image_size is 60: must be a multiple of patch_size, 16"),
+        ({"vision": {"image_size": 60}}, "vision.image_size is 60: must be a multiple of 16 .patch_size."),
         ({"vision": {"image_size": 48}}, "pixel shuffle"),
         ({"text": {"num_key_value_heads": 3}}, "num_key_value_heads"),
         (
