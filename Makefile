@@ -7,13 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.complete
 # Where exports are tried with the oldest transformers that they are made for.
 OLD := .venv-transformers-4.51
-ALL := test test-slow test-old-transformers test-soak
+ALL := test test-slow test-old-transformers parity-mutants test-soak
 STAMPED = $(BIN)/python -m tests.stamps run $@
 PYTEST = $(BIN)/python -m pytest
 export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-slow test-old-transformers test-soak parity lint format env clean
+.PHONY: demo test test-all test-slow test-old-transformers test-soak parity parity-mutants lint format env clean
 
 demo: env
 	$(BIN)/python examples/demo/run.py
@@ -35,6 +35,9 @@ test-soak: env
 
 parity: env
 	$(BIN)/python -W ignore -m tests.parallel.parity_table
+
+parity-mutants: env
+	$(STAMPED) $(BIN)/python -W ignore -m tests.mutants.table
 
 lint: env
 	$(BIN)/ruff check .

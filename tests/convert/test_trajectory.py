@@ -35,7 +35,7 @@ from megatron_eagle.training.schedule import build_batch, plan_batch
 from tests.convert.hf_folder import TILE, read_weights, rewrite_weights, write_hf_folder
 from tests.data.helpers import conversation, make_image, make_store, read_media
 
-STEPS, PACKS, LENGTH = 50, 2, 192
+STEPS, FEW, PACKS, LENGTH = 50, 8, 2, 192
 # Their exact gradient is zero: a bias of the keys adds the same to all scores of a query, which softmax takes
 # away again. What is computed in its place is rounding, and Adam turns rounding into steps.
 WITHOUT_GRADIENT = {
@@ -158,12 +158,14 @@ class Case:
         self.config = folder / "run.yaml"
         self.config.write_text(yaml.safe_dump(settings))
 
-    def train_here(self) -> Trajectory:
-        loop.train(load_run_config(self.config, world_size=1))
-        export_hf(self.folder / "run", self.folder / "ours")
-        lines = read_metrics(self.folder / "run" / "logs" / "metrics.jsonl")
+    def train_here(self, last: int = STEPS) -> Trajectory:
+        run, export = self.folder / f"run{last}", self.folder / f"ours{last}"
+        overrides = [f"checkpoint.path={run}", f"training.stop_at_iteration={last}"]
+        loop.train(load_run_config(self.config, overrides, world_size=1))
+        export_hf(run, export)
+        lines = read_metrics(run / "logs" / "metrics.jsonl")
         curve = torch.tensor([(m.loss, m.grad_norm, m.lr) for m in lines], dtype=torch.float64)
-        return Trajectory(*curve.T, read_weights(self.folder / "ours"))
+        return Trajectory(*curve.T, read_weights(export))
 
     def loader(self, plan=None) -> PackLoader:
         return PackLoader(
@@ -227,9 +229,8 @@ def theirs(case, steps):
     return train_in_transformers(case.folder / "export", steps, RECIPE)
 
 
-def test_the_loss_curve_and_all_parameters_are_the_same(ours, theirs):
-    assert torch.equal(ours.lrs, theirs.lrs) and len(ours.losses) == STEPS
-    assert ours.norms.min() < RECIPE.clip < ours.norms.max()  # some steps are clipped
+def assert_same(ours: Trajectory, theirs: Trajectory) -> None:
+    assert torch.equal(ours.lrs, theirs.lrs)
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(ours.norms, theirs.norms, rtol=TOLERANCE, atol=0)
     assert ours.parameters.keys() == theirs.parameters.keys() > WITHOUT_GRADIENT
@@ -237,6 +238,16 @@ def test_the_loss_curve_and_all_parameters_are_the_same(ours, theirs):
         name: (ours.parameters[name] - value).abs().max().item() for name, value in theirs.parameters.items()
     }
     assert {name for name, worst in apart.items() if worst > TOLERANCE} <= WITHOUT_GRADIENT, apart
+
+
+def test_the_loss_curve_and_all_parameters_are_the_same(ours, theirs):
+    assert ours.norms.min() < RECIPE.clip < ours.norms.max() and len(ours.losses) == STEPS  # some are clipped
+    assert_same(ours, theirs)
+
+
+def test_a_few_steps_alone(case, steps):
+    """Which `make parity-mutants` repeats with every factor of one process."""
+    assert_same(case.train_here(FEW), train_in_transformers(case.folder / "export", steps[:FEW], RECIPE))
 
 
 def test_training_went_somewhere(case, ours):

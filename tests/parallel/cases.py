@@ -5,6 +5,7 @@ of them cut by the boundaries that context and sequence parallelism introduce, a
 padding tail. Runs the same wrapper, loss and schedule as training.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -155,19 +156,22 @@ def collect(mesh: Mesh, models: list[EagleModel], wrapped: list, loss: float) ->
     return {
         "place": (mesh.tp.rank, mesh.dp_cp.rank),
         "loss": loss,
-        "gradients": [entry for model in models for entry in _gradients(model)],
+        "gradients": entries(models, lambda parameter: parameter.main_grad),
     }
 
 
-def _gradients(model: EagleModel) -> list[tuple[str, int | None, torch.Tensor]]:
-    entries = []
-    for local_name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        sharded = getattr(parameter, "tensor_model_parallel", False)
-        name = global_name(local_name, model)
-        entries.append((name, parameter.partition_dim if sharded else None, parameter.main_grad.clone()))
-    return entries
+def entries(
+    models: list[EagleModel], value: Callable[[torch.nn.Parameter], torch.Tensor]
+) -> list[tuple[str, int | None, torch.Tensor]]:
+    """(global name, axis that tensor parallel ranks divide, value) of each trained parameter of a rank."""
+    found = []
+    for model in models:
+        for local_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                sharded = getattr(parameter, "tensor_model_parallel", False)
+                dim = parameter.partition_dim if sharded else None
+                found.append((global_name(local_name, model), dim, value(parameter).detach().clone()))
+    return found
 
 
 def combine(results: list[dict], check_replicas: bool = True) -> Outcome:
@@ -256,3 +260,8 @@ LAYOUTS += [
     _context("Ulysses 2 x CP2", 4, "zigzag_per_document", _CP4 | _U2),
     _context("TP2+SP x Ulysses 2 x CP2", 8, "balanced", _TP2 | _SP | _CP4 | _U2),
 ]
+
+
+def cell(name: str) -> Layout:
+    """The layout of the table with this name, or the one process."""
+    return next(layout for layout in (*LAYOUTS, ONE_PROCESS) if layout.name == name)

@@ -11,16 +11,13 @@ from eagle_kernels import linear_cross_entropy as module
 from megatron_eagle.model import language
 from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.specs import RecomputeConfig
-from tests.parallel.cases import LAYOUTS, ONE_PROCESS, Layout, Outcome, combine, run, tiny_model
+from tests.mutants.mutant import Mutant
+from tests.parallel.cases import ONE_PROCESS, Layout, Outcome, cell, combine, run, tiny_model
 from tests.parallel.harness import launch
 
 TOLERANCE = 1e-5  # max |g - ref| / max |ref| per tensor, fp32
 FUSED, INTO_MAIN_GRAD = LayersConfig(loss="fused"), LayersConfig(loss="fused", loss_into_main_grad=True)
 CHUNK = 7  # tokens: several chunks a pack, none full at the end
-
-
-def _cell(name: str) -> Layout:
-    return next(cell for cell in (*LAYOUTS, ONE_PROCESS) if cell.name == name)
 
 
 def _run_in_chunks(
@@ -32,7 +29,7 @@ def _run_in_chunks(
 
 
 def _fused(name: str, layers: LayersConfig, recompute: str = "none", **text) -> Outcome:
-    layout = _cell(name)
+    layout = cell(name)
     arguments = (layout, tiny_model(**text), layers, RecomputeConfig(recompute))
     return combine(launch(_run_in_chunks, layout.world_size, *arguments))
 
@@ -79,7 +76,7 @@ def test_recomputed_layers_leave_the_loss_alone(plain):
 
 @pytest.mark.parametrize("layers", [FUSED, INTO_MAIN_GRAD], ids=["own gradient", "main_grad"])
 def test_two_chunks_under_way_change_no_bit(layers):
-    arguments = (_cell("TP2+SP, none"), tiny_model(), layers, RecomputeConfig())
+    arguments = (cell("TP2+SP, none"), tiny_model(), layers, RecomputeConfig())
     two, one = (combine(launch(_run_in_chunks, 2, *arguments, pipelined)) for pipelined in (True, False))
     assert two.loss == one.loss
     assert [n for n, gradient in one.gradients.items() if not torch.equal(two.gradients[n], gradient)] == []
@@ -159,28 +156,13 @@ def test_all_reduces_travel_beside_products():
     assert launch(_logged, 2) == [expected, expected]
 
 
-class _WithoutAllReduce(SimpleNamespace):
-    """torch.distributed for one module, with an all-reduce that leaves every rank what it had."""
-
-    ReduceOp = dist.ReduceOp
-
-    def __init__(self, dropped: int) -> None:
-        super().__init__(dropped=dropped)
-
-    def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        # Maximum, then sum, of each chunk; a last one sums the gradient of the input.
-        kind = 0 if op == dist.ReduceOp.MAX else 1 if async_op else 2
-        if kind == self.dropped:
-            return SimpleNamespace(wait=lambda: None)
-        return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
-
-
-def _run_without(dropped: int) -> dict:
-    with patch.object(module, "dist", _WithoutAllReduce(dropped)):
-        return _run_in_chunks(_cell("TP2, none"), tiny_model(), FUSED, RecomputeConfig())
-
-
-@pytest.mark.parametrize("dropped", range(3), ids=["maximum", "sum", "gradient of the input"])
-def test_a_dropped_all_reduce_is_noticed(dropped, plain):
-    outcome = combine(launch(_run_without, 2, dropped), check_replicas=False)
-    assert outcome.worst(plain)[0] > 100 * TOLERANCE
+@pytest.mark.parametrize(
+    "place",
+    [" in _Chunk.start_maximum <", " in _Chunk.start_sums <", " in _LinearCrossEntropy.backward <"],
+    ids=["maximum", "sum", "gradient of the input"],
+)
+def test_a_dropped_all_reduce_is_noticed(place, plain):
+    arguments = (cell("TP2, none"), tiny_model(), FUSED, RecomputeConfig())
+    with Mutant("collective", place, part=True).in_force():
+        results = launch(_run_in_chunks, 2, *arguments)
+    assert combine(results, check_replicas=False).worst(plain)[0] > 100 * TOLERANCE

@@ -6,7 +6,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_eagle.config import from_dict
 from megatron_eagle.errors import UserError
@@ -27,6 +26,7 @@ from megatron_eagle.training.metrics import read_metrics
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
 from megatron_eagle.training.parts import freeze
 from megatron_eagle.training.run_config import load_run_config
+from tests.mutants.mutant import Mutant
 from tests.parallel.cases import (
     ONE_PROCESS,
     Outcome,
@@ -121,9 +121,21 @@ def test_some_targets_with_all_else_frozen_and_recomputed():
     assert found.worst(Outcome(expected.loss, adapters))[0] <= TOLERANCE
 
 
-def _keep_own_part(low, group):
-    """Backward without the sum over the ranks' shares of B."""
-    return gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=False, group=group)
+@pytest.mark.parametrize(
+    ("parallel", "place"),
+    [
+        (TP2, "copy_to_tensor_model_parallel_region < ColumnAdapter.forward"),
+        (
+            TP2_SP,
+            "Region.backward < gather_from_sequence_parallel_region < ColumnAdapter.forward",
+        ),
+    ],
+    ids=["backward sum over shares of B", "backward reduce-scatter over shares of B"],
+)
+def test_a_dropped_collective_is_noticed(parallel, place, reference):
+    with Mutant("collective", place, part=True).in_force():
+        results = launch(run_lora, 2, parallel)
+    assert combine(results, check_replicas=False).worst(reference)[0] > 100 * TOLERANCE
 
 
 _make_adapter = lora._Adapter.__init__
@@ -135,32 +147,13 @@ def _make_unmarked(self, *args):
         parameter.sequence_parallel = False
 
 
-# What is left out -> (a layout that must notice, the patch).
-SABOTAGES = {
-    "backward sum over shares of B": (
-        TP2,
-        lambda: patch.object(lora, "copy_to_tensor_model_parallel_region", lambda low, group: low),
-    ),
-    "backward reduce-scatter over shares of B": (
-        TP2_SP,
-        lambda: patch.object(lora, "gather_from_sequence_parallel_region", _keep_own_part),
-    ),
-    "whole factors' gradients over ranks with other tokens": (
-        TP2_SP,
-        lambda: patch.object(lora._Adapter, "__init__", _make_unmarked),
-    ),
-}
+def _run_unmarked() -> dict:
+    with patch.object(lora._Adapter, "__init__", _make_unmarked):
+        return run_lora(TP2_SP)
 
 
-def run_sabotaged(name: str) -> dict:
-    parallel, sabotage = SABOTAGES[name]
-    with sabotage():
-        return run_lora(parallel)
-
-
-@pytest.mark.parametrize("name", SABOTAGES)
-def test_a_dropped_collective_is_noticed(name, reference):
-    results = launch(run_sabotaged, 2, name)
+def test_whole_factors_that_are_not_summed_over_ranks_with_other_tokens_are_noticed(reference):
+    results = launch(_run_unmarked, 2)
     assert combine(results, check_replicas=False).worst(reference)[0] > 100 * TOLERANCE
 
 

@@ -15,10 +15,10 @@ from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.parts import freeze
 from tests.parallel.cases import (
-    LAYOUTS,
     ONE_PROCESS,
     Layout,
     Outcome,
+    cell,
     combine,
     forward_backward,
     global_batch,
@@ -29,10 +29,6 @@ from tests.parallel.harness import launch
 
 NONE, OFFLOAD = RecomputeConfig(), RecomputeConfig("offload", offload_keep_last=1)
 LAYERS, PACKS = tiny_model().text.num_hidden_layers, 4
-
-
-def _cell(name: str) -> Layout:
-    return next(cell for cell in (*LAYOUTS, ONE_PROCESS) if cell.name == name)
 
 
 def _differing(one: Outcome, other: Outcome) -> list[str]:
@@ -55,7 +51,7 @@ def _differing(one: Outcome, other: Outcome) -> list[str]:
     ],
 )
 def test_changes_no_bit(name, keep_last):
-    layout, layers = _cell(name), LayersConfig(loss="fused")
+    layout, layers = cell(name), LayersConfig(loss="fused")
     plain, offloaded = (
         combine(launch(run, layout.world_size, layout, tiny_model(), torch.float32, policy, layers))
         for policy in (NONE, RecomputeConfig("offload", offload_keep_last=keep_last))
@@ -122,7 +118,7 @@ def _counted(layout: Layout, recompute: RecomputeConfig) -> dict:
     [("one process", 1, [1]), ("PP2, none", 1, [2, 1]), ("PP2 x VPP2, none", 0, [5, 3])],
 )
 def test_attention_runs_once_and_the_slab_is_as_large_as_the_schedule_needs(name, keep_last, in_flight):
-    layout, recompute = _cell(name), RecomputeConfig("offload", offload_keep_last=keep_last)
+    layout, recompute = cell(name), RecomputeConfig("offload", offload_keep_last=keep_last)
     chunks = ParallelConfig(**layout.parallel).num_model_chunks
     per_chunk = LAYERS // layout.world_size // chunks
     leaving = per_chunk - keep_last

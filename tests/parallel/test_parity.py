@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
+from megatron_eagle.model import layers
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+from tests.mutants.mutant import Mutant
 from tests.parallel.cases import (
     LAYOUTS,
     ONE_PROCESS,
     Layout,
     Outcome,
+    cell,
     combine,
     forward_backward,
     global_batch,
@@ -22,7 +25,6 @@ from tests.parallel.cases import (
     tiny_model,
 )
 from tests.parallel.harness import launch
-from tests.parallel.sabotage import SABOTAGES, run_sabotaged
 
 TOLERANCE = 1e-5  # max |g - ref| / max |ref| per tensor, fp32
 
@@ -47,11 +49,52 @@ def test_every_gradient_of_the_reference_is_alive(reference):
     assert dead == []
 
 
-@pytest.mark.parametrize("name", SABOTAGES)
-def test_a_dropped_collective_is_noticed(name, reference):
-    [cell] = [cell for cell in LAYOUTS if cell.name == SABOTAGES[name][0]]
-    results = launch(run_sabotaged, cell.world_size, name, cell, tiny_model())
-    assert combine(results, check_replicas=False).worst(reference)[0] > 100 * TOLERANCE
+# What is dropped -> (a layout that must notice, a part of its call sites' names). `make parity-mutants` drops
+# every one, and doubles it.
+DROPPED = {
+    "dK/dV, reduce-scatter": ("CP2, zigzag", " in start_return < GatherKVAttention.backward"),
+    "dK/dV, all-to-all": ("CP4, balanced", " in start_return < GatherKVAttention.backward"),
+    "Ulysses before attention, backward": ("Ulysses 2, balanced", "TokensToHeads.backward"),
+    "Ulysses after attention, backward": ("Ulysses 2, balanced", "HeadsToTokens.backward"),
+    "vision features, backward exchange": ("CP2, cp", " in _Exchange.backward"),
+    "pixels that other ranks decoded": ("TP2, none", " in gather_tiles"),
+    "vision features over tensor parallel ranks, backward": (
+        "TP2+SP, none",
+        "copy_to_tensor_model_parallel_region < EagleModel._embed",
+    ),
+    "whole tower's gradients over tensor parallel ranks": ("TP2, cp_tp", " in sum_tower_gradients"),
+    "cross-entropy over tensor parallel ranks": ("TP2, none", " in _VocabParallelCrossEntropy.forward"),
+    "gradients over data parallel ranks": ("DP2, none", " in _ParamAndGradBucketGroup.start_grad_sync"),
+}
+
+
+def _error_of(function, name: str, reference: Outcome) -> float:
+    results = launch(function, cell(name).world_size, cell(name), tiny_model())
+    return combine(results, check_replicas=False).worst(reference)[0]
+
+
+@pytest.mark.parametrize("what", DROPPED)
+def test_a_dropped_collective_is_noticed(what, reference):
+    layout, place = DROPPED[what]
+    with Mutant("collective", place, part=True).in_force():
+        assert _error_of(run, layout, reference) > 100 * TOLERANCE
+
+
+class _UnmarkedNorm(layers.RMSNorm):
+    """Megatron no longer knows that this weight's gradient must be summed over tensor parallel ranks."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight.sequence_parallel = False
+
+
+def _run_unmarked(*arguments) -> dict:
+    with patch.object(layers, "RMSNorm", _UnmarkedNorm):
+        return run(*arguments)
+
+
+def test_a_weight_that_a_collective_leaves_out_is_noticed(reference):
+    assert _error_of(_run_unmarked, "TP2+SP, none", reference) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -64,9 +107,8 @@ def test_a_dropped_collective_is_noticed(name, reference):
     ],
 )
 def test_recomputation_is_exact(layout, language, vision, reference):
-    [cell] = [cell for cell in LAYOUTS if cell.name == layout]
     recompute = RecomputeConfig(language, vision)
-    results = launch(run, cell.world_size, cell, tiny_model(), torch.float32, recompute)
+    results = launch(run, cell(layout).world_size, cell(layout), tiny_model(), torch.float32, recompute)
     assert combine(results).worst(reference)[0] <= TOLERANCE
 
 
@@ -106,10 +148,25 @@ def test_recomputation_takes_place():
     assert calls == [layers * packs, 2 * layers * packs, 2 * layers * packs]
 
 
+def _few_packs(layout: Layout) -> dict:
+    """Half of the batch: with virtual stages, no forward is left when the first backward begins."""
+    eagle = tiny_model()
+    with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
+        models = build_model(eagle, mesh, torch.device("cpu"))
+        initialize_parameters(models, seed=1)
+        return forward_backward(models, eagle, mesh, global_batch(eagle)[:2])
+
+
+def test_as_many_microbatches_as_stages():
+    found, expected = (
+        combine(launch(_few_packs, at.world_size, at)) for at in (cell("PP2 x VPP2, none"), ONE_PROCESS)
+    )
+    assert found.worst(expected)[0] <= TOLERANCE
+
+
 def test_tied_embeddings_across_the_pipeline():
-    [pipeline] = [cell for cell in LAYOUTS if cell.name == "PP2, none"]
     tied = {"tie_word_embeddings": True}
-    assert outcome(pipeline, **tied).worst(outcome(ONE_PROCESS, **tied))[0] <= TOLERANCE
+    assert outcome(cell("PP2, none"), **tied).worst(outcome(ONE_PROCESS, **tied))[0] <= TOLERANCE
 
 
 def _bf16_loss() -> float:

@@ -8,10 +8,10 @@ from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
-from megatron_eagle.training.parts import check_parts, freeze
+from megatron_eagle.training.parts import check_parts, freeze, optimizer_overrides
 from tests.parallel.cases import (
-    LAYOUTS,
     ONE_PROCESS,
+    cell,
     combine,
     forward_backward,
     global_batch,
@@ -49,8 +49,8 @@ def everything():
     ],
 )
 def test_what_is_trained_has_the_same_gradients(layout, trainable, everything):
-    [cell] = [cell for cell in LAYOUTS if cell.name == layout]
-    found = combine(launch(run_frozen, cell.world_size, cell.parallel, trainable, None))
+    where = cell(layout)
+    found = combine(launch(run_frozen, where.world_size, where.parallel, trainable, None))
     prefixes = tuple({"vision": "vision_model"}.get(part, part) for part in trainable)
     expected = {name: g for name, g in everything.gradients.items() if name.startswith(prefixes)}
     everything_trained = type(everything)(everything.loss, expected)
@@ -59,8 +59,8 @@ def test_what_is_trained_has_the_same_gradients(layout, trainable, everything):
 
 def test_only_new_token_rows_have_gradients(everything):
     trainable = ["connector", "new_token_rows"]
-    [cell] = [cell for cell in LAYOUTS if cell.name == "TP2, none"]
-    found = combine(launch(run_frozen, cell.world_size, cell.parallel, trainable, FIRST_NEW_TOKEN))
+    where = cell("TP2, none")
+    found = combine(launch(run_frozen, where.world_size, where.parallel, trainable, FIRST_NEW_TOKEN))
     for name in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
         expected = everything.gradients[name].clone()
         expected[:FIRST_NEW_TOKEN] = 0
@@ -116,6 +116,11 @@ def test_learning_rate_of_a_part():
     moved = result["moved"]
     assert moved["vision_model.encoder.final_layernorm.weight"].abs().max() == pytest.approx(1e-3, rel=1e-2)
     assert moved["connector.linear_fc1.weight"].abs().max() == pytest.approx(1e-2, rel=1e-2)
+
+
+def test_a_multiplier_scales_both_ends_of_the_schedule():
+    groups = optimizer_overrides({"vision": 0.25}, 2.0, 1.0).values()
+    assert {"max_lr": 0.5, "min_lr": 0.25} in groups
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from tests.parallel.cases import LAYOUTS, LENGTH, ONE_PROCESS, Outcome, combine, global_batch, run, tiny_model
+from tests.parallel.cases import LENGTH, ONE_PROCESS, Outcome, cell, combine, global_batch, run, tiny_model
 from tests.parallel.harness import launch
 from tests.parallel.test_lora import run_lora
 
@@ -28,7 +28,7 @@ def _differing(one: Outcome, other: Outcome) -> list[str]:
     ("name", "policy"), [("one process", "none"), ("TP2+SP, none", "full"), ("PP2 x VPP2, none", "offload")]
 )
 def test_changes_no_bit(name, policy):
-    layout = next(cell for cell in (*LAYOUTS, ONE_PROCESS) if cell.name == name)
+    layout = cell(name)
     plain, again = (
         combine(launch(run, layout.world_size, layout, tiny_model(), torch.float32, recompute))
         for recompute in (RecomputeConfig(policy), RecomputeConfig(policy, swiglu=True))
