@@ -1,5 +1,7 @@
 """The chunked output layer and loss, eager, against plain torch in fp64; what it refuses."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -68,6 +70,17 @@ def test_another_loss_than_the_announced_is_refused():
     losses = linear_cross_entropy(*_inputs(), vocab_size=VOCAB)
     with pytest.raises(RuntimeError, match="must be summed with the token_weights that it was given"):
         losses.mean().backward()
+
+
+@pytest.mark.parametrize(("off", "refused"), [(6e-5, False), (1.5e-4, True)])
+def test_rounding_of_the_announced_loss_is_let_pass(off, refused):
+    """Up to 1e-4 of the largest, whatever the loss is scaled by."""
+    x, weight, labels, token_weights = _inputs()
+    losses = linear_cross_entropy(x, weight, labels, token_weights, vocab_size=VOCAB)
+    gradient = 3 * token_weights
+    gradient[token_weights.argmin()] += off * gradient.max()
+    with pytest.raises(RuntimeError, match="must be summed") if refused else nullcontext():
+        losses.backward(gradient)
 
 
 def test_no_supervised_token():

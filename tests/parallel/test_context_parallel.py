@@ -116,8 +116,14 @@ def test_ranges_carry_what_is_needed_and_no_more(name, pack):
 
 def test_the_cheapest_exchange_is_chosen():
     whole, parts, short = [0, LENGTH], [0, 48, 96], [*range(0, 96, 6), 96]
+    most = [0, 64, 96]  # its busiest rank sends two thirds of what all keys are
     kinds = [
         plan_exchange(plan_layout(name, LENGTH, 4, bounds), 0, bounds).kind
-        for name, bounds in [("zigzag", whole), ("contiguous", parts), ("contiguous", short)]
+        for name, bounds in [
+            ("zigzag", whole),
+            ("contiguous", most),
+            ("contiguous", parts),
+            ("contiguous", short),
+        ]
     ]
-    assert kinds == ["gather", "ranges", "none"]
+    assert kinds == ["gather", "gather", "ranges", "none"]

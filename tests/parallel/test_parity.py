@@ -9,6 +9,7 @@ from megatron_eagle.context_parallel.reference_attention import ReferenceAttenti
 from megatron_eagle.model import layers
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
+from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from tests.mutants.mutant import Mutant
@@ -110,6 +111,27 @@ def test_recomputation_is_exact(layout, language, vision, reference):
     recompute = RecomputeConfig(language, vision)
     results = launch(run, cell(layout).world_size, cell(layout), tiny_model(), torch.float32, recompute)
     assert combine(results).worst(reference)[0] <= TOLERANCE
+
+
+def _run_with_large_logits(layout: Layout, layers: LayersConfig) -> dict:
+    """Logits of several hundred, whose exponentials fp32 cannot hold."""
+    eagle = tiny_model()
+    with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
+        models = build_model(eagle, mesh, torch.device("cpu"), layers=layers)
+        initialize_parameters(models, seed=1)
+        with torch.no_grad():
+            models[-1].language_model.output_layer.weight.mul_(2000)
+        return forward_backward(models, eagle, mesh, global_batch(eagle))
+
+
+@pytest.mark.parametrize("loss", ["plain", "fused"])
+def test_large_logits(loss):
+    found, expected = (
+        combine(launch(_run_with_large_logits, at.world_size, at, LayersConfig(loss=loss)))
+        for at in (cell("TP2, none"), ONE_PROCESS)
+    )
+    assert expected.loss > 100
+    assert found.worst(expected)[0] <= 1e-3  # so much do differences of such logits round
 
 
 def _with_padding(padding: int) -> dict:

@@ -8,7 +8,7 @@ from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
-from megatron_eagle.training.parts import check_parts, freeze, optimizer_overrides
+from megatron_eagle.training.parts import check_parts, freeze
 from tests.parallel.cases import (
     ONE_PROCESS,
     cell,
@@ -118,9 +118,20 @@ def test_learning_rate_of_a_part():
     assert moved["connector.linear_fc1.weight"].abs().max() == pytest.approx(1e-2, rel=1e-2)
 
 
-def test_a_multiplier_scales_both_ends_of_the_schedule():
-    groups = optimizer_overrides({"vision": 0.25}, 2.0, 1.0).values()
-    assert {"max_lr": 0.5, "min_lr": 0.25} in groups
+def last_rates() -> list[float]:
+    """Learning rates of all groups after the last iteration."""
+    config = OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_multipliers={"vision": 0.1})
+    with model_parallel(ParallelConfig()) as mesh:
+        models = build_model(tiny_model(), mesh, torch.device("cpu"))
+        initialize_parameters(models, seed=1)
+        optimizer = build_optimizer(config, wrap_models(models))
+        build_scheduler(config, optimizer, train_iterations=10).step(10)
+        return sorted({group["lr"] for group in optimizer.param_groups})
+
+
+def test_a_part_ends_at_its_own_least_rate():
+    [rates] = launch(last_rates, 1)
+    assert rates == pytest.approx([1e-4, 1e-3])
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,24 @@ def test_chunks_too_large_for_windows_are_dealt_by_weight(monkeypatch):
     assert excess[0] < 0.04 and excess[1] > 0.17
 
 
+@pytest.mark.parametrize(
+    ("size", "bounds", "runs"),
+    [
+        (3, [0, 1536], 5),
+        (5, [0, 2560], 9),
+        (6, [0, 3072], 11),
+        (3, [0, 370, 1536], 6),
+        (5, [0, 1280, 2560], 70),
+    ],
+)
+def test_ranks_that_cannot_be_halved_equally(size, bounds, runs):
+    """Windows balance in few runs; only where they do not, as in the last case, are chunks dealt out."""
+    layout = balanced(bounds[-1], size, bounds, chunk_size=16, dense_pairs=64)
+    loads = [area + 64 * bounds[-1] // size for area in work(layout, bounds)]
+    assert max(loads) <= 1.04 * sum(loads) / size
+    assert sum(len(layout.segments(rank, bounds)) for rank in range(size)) == runs
+
+
 def test_short_documents_stay_together():
     """A document is cut at most where a rank's share begins or ends."""
     bounds = list(range(0, 4096 + 1, 64))
