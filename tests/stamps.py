@@ -60,7 +60,7 @@ def run_all(targets: list[str]) -> int:
     """Make the targets that have no stamp, the later ones also after a failure; 1 if any failed."""
     done, failed = folder(), []
     for target in targets:
-        if done is not None and (done / target).is_file():
+        if _stamped(done, target):
             print(f"{target}: passed at this commit before")
         elif subprocess.run(["make", "--no-print-directory", target], cwd=REPO, check=False).returncode:
             failed.append(target)

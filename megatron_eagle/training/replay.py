@@ -279,7 +279,8 @@ def _choose_weights(run: Path, checkpoint: Path, history: History, step: PastSte
     if re.fullmatch(r"iter_\d+", checkpoint.name):
         root, iteration = checkpoint.parent, int(checkpoint.name.removeprefix("iter_"))
     if before == 0 and _started_from(run) == root.resolve():
-        same = [saved for saved in saved_iterations(root) if saved == read_train_state(run).started_from]
+        began = read_train_state(run).started_from
+        same = [saved for saved in saved_iterations(root) if saved == began]
     else:  # of the run, a copy, or another run's, whose losses are others
         same = [
             saved
