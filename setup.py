@@ -17,8 +17,8 @@ setup(
     package_dir={"eagle_kernels": "kernels/eagle_kernels"},
     package_data={
         "megatron_eagle.inference": ["*.html"],
-        "megatron_eagle.recipe": ["*.yaml"],
-        "megatron_eagle.recipe.prompts": ["*.txt"],
+        "megatron_eagle.eagle_video": ["*.yaml"],
+        "megatron_eagle.eagle_video.prompts": ["*.txt"],
     },
     install_requires=[
         "torch",

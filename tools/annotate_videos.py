@@ -15,18 +15,18 @@ import json
 from pathlib import Path
 
 from megatron_eagle.config import from_dict
+from megatron_eagle.eagle_video.chapters import ChapteredVideo, read_chapters
+from megatron_eagle.eagle_video.client import Asks, Client, DryRun, for_each
+from megatron_eagle.eagle_video.clips import ClipQuestions, ClipSettings
+from megatron_eagle.eagle_video.encoder import Encoder
+from megatron_eagle.eagle_video.prompts import load_question_types
+from megatron_eagle.eagle_video.records import Notes
+from megatron_eagle.eagle_video.segmentation import SegmentSettings, detect_all
+from megatron_eagle.eagle_video.selection import read_kept
+from megatron_eagle.eagle_video.story import Story, StorySettings
+from megatron_eagle.eagle_video.transport import Endpoint
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.files import write_lines, write_whole
-from megatron_eagle.recipe.chapters import ChapteredVideo, read_chapters
-from megatron_eagle.recipe.client import Asks, Client, DryRun, for_each
-from megatron_eagle.recipe.clips import ClipQuestions, ClipSettings
-from megatron_eagle.recipe.encoder import Encoder
-from megatron_eagle.recipe.prompts import load_question_types
-from megatron_eagle.recipe.records import Notes
-from megatron_eagle.recipe.segmentation import SegmentSettings, detect_all
-from megatron_eagle.recipe.selection import read_kept
-from megatron_eagle.recipe.story import Story, StorySettings
-from megatron_eagle.recipe.transport import Endpoint
 
 
 def main() -> None:

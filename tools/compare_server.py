@@ -14,8 +14,8 @@ from tqdm import tqdm
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.inference.batch import read_requests
 from megatron_eagle.inference.generate import ExportedModel, Sampling
-from megatron_eagle.inference.positions import add_option, warn_of_server
 from megatron_eagle.inference.server_client import ServedModel
+from megatron_eagle.positions import add_option, warn_of_server
 
 
 def main() -> int:

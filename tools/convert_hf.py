@@ -109,9 +109,9 @@ def _import(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     if options.hf is None and options.adapter is None:
         raise UserError("export: name --hf, --adapter or both")
+    from megatron_eagle.checkpoint import read_model_config
     from megatron_eagle.convert.lora import export_adapter
     from megatron_eagle.convert.to_hf import export_hf
-    from megatron_eagle.training.checkpoint import read_model_config
 
     _quiet()
     merge, verify = options.adapter is None, not options.no_verify

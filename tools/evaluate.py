@@ -30,8 +30,8 @@ from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.evaluation.runner import evaluate, render, tabulate, write_scores
 from megatron_eagle.evaluation.summary import comparison, overall, plot_frames, read_result
 from megatron_eagle.inference.generate import Answers, ExportedModel, Sampling
-from megatron_eagle.inference.positions import add_option, check_option
 from megatron_eagle.inference.server_client import ServedModel
+from megatron_eagle.positions import add_option, check_option
 
 
 def main() -> None:

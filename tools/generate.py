@@ -27,7 +27,7 @@ from tqdm import tqdm
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.inference.batch import answer_file
 from megatron_eagle.inference.generate import PREFILL_CHUNK, Answers, ExportedModel, Request, Sampling
-from megatron_eagle.inference.positions import add_option, check_option
+from megatron_eagle.positions import add_option, check_option
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Group the samples of a token store into packs of one length.  See `megatron_eagle/data/packing.py`."""
+"""Group the samples of a token store into packs of one length; see `megatron_eagle/data/packing/index.py`."""
 
 import argparse
 
-from megatron_eagle.data.packing import write_packs
+from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.errors import run_cli
 
 

@@ -33,10 +33,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
     arguments = parser.parse_args()
 
+    from megatron_eagle.planning.plan_report import as_records, render
+    from megatron_eagle.planning.planner import PackShape, file_run, plan_layouts, preset_run
+    from megatron_eagle.planning.step_time import Machine
     from megatron_eagle.runtime.gpus import find_gpu
-    from megatron_eagle.training.plan_report import as_records, render
-    from megatron_eagle.training.planner import PackShape, file_run, plan_layouts, preset_run
-    from megatron_eagle.training.step_time import Machine
 
     for name in ("tiles", "gpus_per_node", "top"):
         value = getattr(arguments, name)

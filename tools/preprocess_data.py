@@ -4,17 +4,17 @@ import argparse
 import time
 from pathlib import Path
 
-from megatron_eagle.data.ads import SamplingSettings
-from megatron_eagle.data.engines import ENGINES
-from megatron_eagle.data.iap import TILINGS
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
 from megatron_eagle.data.media.transcode import AUDIO, CODECS, TranscodeSettings
-from megatron_eagle.data.preprocess import Execution, preprocess
-from megatron_eagle.data.processor import PreprocessSettings
-from megatron_eagle.data.report import format_kept, kept_of_datasets, plot_kept
-from megatron_eagle.data.summary import format_summary
-from megatron_eagle.data.template import VARIANTS
-from megatron_eagle.data.transcode import transcode
+from megatron_eagle.data.preparation.engines import ENGINES
+from megatron_eagle.data.preparation.preprocess import Execution, preprocess
+from megatron_eagle.data.preparation.processor import PreprocessSettings
+from megatron_eagle.data.preparation.report import format_kept, kept_of_datasets, plot_kept
+from megatron_eagle.data.preparation.summary import format_summary
+from megatron_eagle.data.preparation.transcode import transcode
+from megatron_eagle.data.sampling.ads import SamplingSettings
+from megatron_eagle.data.sampling.iap import TILINGS
+from megatron_eagle.data.text.template import VARIANTS
 from megatron_eagle.errors import UserError, run_cli
 
 

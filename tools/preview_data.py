@@ -7,14 +7,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_eagle.data.lint import problems
+from megatron_eagle.data.annotations.mixture import datasets_of
+from megatron_eagle.data.inspection.lint import problems
+from megatron_eagle.data.inspection.mix import recipe_mix, store_mix
+from megatron_eagle.data.inspection.preview import check_row, describe
+from megatron_eagle.data.inspection.preview_html import pack_page, sample_page
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
-from megatron_eagle.data.mix import recipe_mix, store_mix
-from megatron_eagle.data.packing import read_packs
-from megatron_eagle.data.preview import check_row, describe
-from megatron_eagle.data.preview_html import pack_page, sample_page
-from megatron_eagle.data.recipe import datasets_of
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.packing.index import read_packs
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError, run_cli
 
 

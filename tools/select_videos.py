@@ -3,7 +3,7 @@
     select_videos.py --candidates NEW --existing OLD --encoder DIR --output O [--tau 0.5] [--distinct 0.9]
 
 NEW and OLD name one video a line, or are training JSONL.  O holds the features, kept.jsonl, refused.jsonl and
-report.html.  Started again, it uses what is finished.  See `megatron_eagle/recipe/selection.py`.
+report.html.  Started again, it uses what is finished.  See `megatron_eagle/eagle_video/selection.py`.
 
 Many machines with one O share the work: --part 0/8 to --part 7/8, twice (features, then the search); then
 once without --part.
@@ -16,13 +16,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_eagle.config import from_dict
-from megatron_eagle.data.ledger import write_ledger
+from megatron_eagle.eagle_video.encoder import Encoder
+from megatron_eagle.eagle_video.features import Part
+from megatron_eagle.eagle_video.files import read_videos
+from megatron_eagle.eagle_video.selection import SelectionSettings, select, summary, work_on_part
+from megatron_eagle.eagle_video.selection_report import write_report
 from megatron_eagle.errors import UserError, run_cli
-from megatron_eagle.recipe.encoder import Encoder
-from megatron_eagle.recipe.features import Part
-from megatron_eagle.recipe.files import read_videos
-from megatron_eagle.recipe.selection import SelectionSettings, select, summary, work_on_part
-from megatron_eagle.recipe.selection_report import write_report
+from megatron_eagle.problems import write_ledger
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.inference.demo import Demo, make_app
 from megatron_eagle.inference.demo_media import Limits, Viewer
 from megatron_eagle.inference.generate import ExportedModel, Sampling, load_processor, read_max_positions
-from megatron_eagle.inference.positions import add_option, check_option, warn_of_server
 from megatron_eagle.inference.server_client import ServedModel
+from megatron_eagle.positions import add_option, check_option, warn_of_server
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 

@@ -60,14 +60,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _report(run: str, output: str | None) -> int:
-    from megatron_eagle.training.report import write_report
+    from megatron_eagle.training.monitoring.report import write_report
 
     print(write_report(run, output))
     return 0
 
 
 def _status(run: str) -> int:
-    from megatron_eagle.training.heartbeat import FOLDER, status
+    from megatron_eagle.training.monitoring.heartbeat import FOLDER, status
 
     logs = Path(run, "logs")
     print(status(logs if (logs / FOLDER).is_dir() else Path(run)))
@@ -98,9 +98,9 @@ def _add_replay(commands: argparse._SubParsersAction) -> None:
 
 def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _quiet()
-    from megatron_eagle.training.history import History
-    from megatron_eagle.training.replay import measure, prepare
-    from megatron_eagle.training.replay_page import summary, write_replay
+    from megatron_eagle.training.replay.history import History
+    from megatron_eagle.training.replay.page import summary, write_replay
+    from megatron_eagle.training.replay.replay import measure, prepare
 
     if arguments.show < 0:
         raise UserError(f"--show {arguments.show}: expected 0 or more samples")
@@ -125,7 +125,7 @@ def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _said_by_first(error: UserError, *, alike: bool) -> bool:
     """Whether rank 0 prints the same: an agreed error, or one of what all ranks do alike (read settings)."""
-    from megatron_eagle.training.agreement import AgreedError
+    from megatron_eagle.runtime.agreement import AgreedError
 
     return os.environ.get("RANK", "0") != "0" and (alike or isinstance(error, AgreedError))
 
@@ -138,7 +138,7 @@ def _quiet() -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     _quiet()
-    from megatron_eagle.training.resilience import EXIT_REQUEUE, Preempted
+    from megatron_eagle.training.resilience.policy import EXIT_REQUEUE, Preempted
     from megatron_eagle.training.stages import load_stages, train_stages
 
     status = EXIT_REQUEUE if arguments.stopped_status is None else arguments.stopped_status

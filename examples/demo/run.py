@@ -20,9 +20,9 @@ from documents import draw_documents
 from train_tokenizer import train_tokenizer
 
 from megatron_eagle.data.media.images import load_image
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError, run_cli
-from megatron_eagle.training.metrics import METRICS_FILE, plot_loss_curve, read_steps
+from megatron_eagle.training.monitoring.metrics import METRICS_FILE, plot_loss_curve, read_steps
 
 DEMO = Path(__file__).resolve().parent
 REPO = DEMO.parent.parent

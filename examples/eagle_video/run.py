@@ -19,8 +19,8 @@ import yaml
 from random_encoder import make_encoder
 from stand_in import Server, answer, serving
 
+from megatron_eagle.eagle_video.chapters import SUFFIXES
 from megatron_eagle.errors import UserError, run_cli
-from megatron_eagle.recipe.chapters import SUFFIXES
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parent.parent

@@ -15,21 +15,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_eagle.checkpoint import CONTENT_METADATA, TRACKER, TrainState, checkpoint_folder, read_index
+from megatron_eagle.checkpoint.content import Piece
+from megatron_eagle.checkpoint.files import write_pieces
+from megatron_eagle.checkpoint.folder import iteration_folder
+from megatron_eagle.checkpoint.saving import complete_folder
 from megatron_eagle.config import to_dict
 from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.training.checkpoint import (
-    CONTENT_METADATA,
-    TRACKER,
-    TrainState,
-    checkpoint_folder,
-    read_index,
-)
-from megatron_eagle.training.checkpoint.content import Piece
-from megatron_eagle.training.checkpoint.files import write_pieces
-from megatron_eagle.training.checkpoint.folder import iteration_folder
-from megatron_eagle.training.checkpoint.saving import complete_folder
 
 _LAYER = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
 

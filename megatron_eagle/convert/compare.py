@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_eagle.checkpoint import has_checkpoint, read_lora_config, read_model_config
 from megatron_eagle.convert.carried import Carried
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
 from megatron_eagle.convert.mapping import Entry, Plan
 from megatron_eagle.convert.shards import HfWeights
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.checkpoint import has_checkpoint, read_lora_config, read_model_config
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_eagle.checkpoint import checkpoint_folder, read_lora_config, read_model_config
+from megatron_eagle.checkpoint.manifest import verify_files
 from megatron_eagle.config import load_yaml
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
 from megatron_eagle.convert.mapping import Plan
@@ -23,8 +25,6 @@ from megatron_eagle.convert.whole_model import trained_type
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.training.checkpoint import checkpoint_folder, read_lora_config, read_model_config
-from megatron_eagle.training.manifest import verify_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Hugging Face's module -> the block it is in, and the model's adapter beside that block's fused layer.

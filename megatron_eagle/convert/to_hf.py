@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_eagle.checkpoint import checkpoint_folder, read_lora_config, read_model_config
+from megatron_eagle.checkpoint.manifest import verify_files
 from megatron_eagle.convert.carried import Carried
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
 from megatron_eagle.convert.export_files import write_config, write_processor
@@ -18,8 +20,6 @@ from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, wri
 from megatron_eagle.convert.whole_model import trained_type
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.lora import LoraConfig
-from megatron_eagle.training.checkpoint import checkpoint_folder, read_lora_config, read_model_config
-from megatron_eagle.training.manifest import verify_files
 
 # Names an exported folder's own files, so that a later export may replace them and nothing else.
 RECORD = "megatron_eagle_export.json"

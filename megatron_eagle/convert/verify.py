@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_eagle.checkpoint import read_model_config
 from megatron_eagle.convert.carried import Carried
+from megatron_eagle.convert.checkpoint_forward import many_logits
 from megatron_eagle.convert.export_files import write_config, write_processor
 from megatron_eagle.errors import UserError
-from megatron_eagle.inference.forward import many_logits
-from megatron_eagle.training.checkpoint import read_model_config
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
+from megatron_eagle.checkpoint import checkpoint_folder
 from megatron_eagle.config import load_yaml
 from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.lora import LoraConfig, add_lora
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.device import Device, detect_device
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
-from megatron_eagle.training.checkpoint import checkpoint_folder
 
 
 @contextlib.contextmanager

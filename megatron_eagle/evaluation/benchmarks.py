@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.data.ledger import LedgerEntry
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation import metrics
 from megatron_eagle.inference.generate import Request
+from megatron_eagle.problems import LedgerEntry
 
 _SHORT = "Answer the question using a single word or phrase."
 _INSTRUCTION = {

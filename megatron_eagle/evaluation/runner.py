@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.data.ledger import LedgerEntry, write_ledger
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import Judge, Question
 from megatron_eagle.evaluation.judge import UnusableJudge
@@ -18,6 +17,7 @@ from megatron_eagle.evaluation.metrics import recall_at
 from megatron_eagle.files import AppendedFile, to_line, write_whole
 from megatron_eagle.inference.generate import Answers, Sampling
 from megatron_eagle.inference.resume import resume
+from megatron_eagle.problems import LedgerEntry, write_ledger
 
 RECALLS = (0.3, 0.5, 0.7)
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.inference.positions import new_tokens
 from megatron_eagle.inference.prefill import prefill
+from megatron_eagle.positions import new_tokens
 
 # Tokens. PyTorch's attention builds a mask of piece x prompt: longer pieces cost more than they save.
 PREFILL_CHUNK = 2048

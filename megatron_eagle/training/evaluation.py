@@ -11,12 +11,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from megatron_eagle.data.dataset import Batch
-from megatron_eagle.data.loader import DataConfig, GlobalBatch, PackLoader
+from megatron_eagle.data.loading.batch import Batch
+from megatron_eagle.data.loading.loader import DataConfig, GlobalBatch, PackLoader
 from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import Mesh
-from megatron_eagle.training.dataset_losses import DatasetLosses, count_datasets, read_datasets
+from megatron_eagle.training.monitoring.dataset_losses import DatasetLosses, count_datasets, read_datasets
 
 
 @dataclass

@@ -14,14 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 from torch.profiler import record_function
 
-from megatron_eagle.context_parallel.backends import choose_attention
-from megatron_eagle.data.loader import Batch, GlobalBatch, PackLoader
-from megatron_eagle.model.layers import choose_layers
-from megatron_eagle.runtime.determinism import set_deterministic
-from megatron_eagle.runtime.device import Device, detect_device, process_group
-from megatron_eagle.runtime.parallel import Mesh, model_parallel
-from megatron_eagle.training.agreement import AgreedError, agreed
-from megatron_eagle.training.checkpoint import (
+from megatron_eagle.checkpoint import (
     CheckpointSaver,
     TrainState,
     has_checkpoint,
@@ -29,22 +22,29 @@ from megatron_eagle.training.checkpoint import (
     read_train_state,
     save_hf_folder,
 )
-from megatron_eagle.training.dataset_losses import DatasetLosses, count_datasets, read_datasets
+from megatron_eagle.context_parallel.backends import choose_attention
+from megatron_eagle.data.loading.loader import Batch, GlobalBatch, PackLoader
+from megatron_eagle.model.layers import choose_layers
+from megatron_eagle.runtime.agreement import AgreedError, agreed
+from megatron_eagle.runtime.determinism import set_deterministic
+from megatron_eagle.runtime.device import Device, detect_device, process_group
+from megatron_eagle.runtime.parallel import Mesh, model_parallel
 from megatron_eagle.training.evaluation import HeldOut, evaluate
-from megatron_eagle.training.failed_media import describe, host_group, next_batch
-from megatron_eagle.training.faults import Faults
-from megatron_eagle.training.heartbeat import Heartbeat
-from megatron_eagle.training.metrics import EvaluationMetrics
+from megatron_eagle.training.monitoring.dataset_losses import DatasetLosses, count_datasets, read_datasets
+from megatron_eagle.training.monitoring.heartbeat import Heartbeat
+from megatron_eagle.training.monitoring.metrics import EvaluationMetrics
+from megatron_eagle.training.monitoring.profiler import StepProfiler
+from megatron_eagle.training.monitoring.run_log import RunLog
+from megatron_eagle.training.monitoring.step_meter import choose_peak, measure
+from megatron_eagle.training.monitoring.step_totals import StepTotals, count_totals, read_totals, zero_totals
+from megatron_eagle.training.monitoring.stragglers import Stragglers
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
-from megatron_eagle.training.profiler import StepProfiler
-from megatron_eagle.training.resilience import LossGuard, Preempted, stop_signals
+from megatron_eagle.training.resilience.failed_media import describe, host_group, next_batch
+from megatron_eagle.training.resilience.faults import Faults
+from megatron_eagle.training.resilience.policy import LossGuard, Preempted, stop_signals
 from megatron_eagle.training.run_config import RunConfig
-from megatron_eagle.training.run_log import RunLog
 from megatron_eagle.training.schedule import build_batch, plan_batch, run_schedule
 from megatron_eagle.training.start import start_models
-from megatron_eagle.training.step_meter import choose_peak, measure
-from megatron_eagle.training.step_totals import StepTotals, count_totals, read_totals, zero_totals
-from megatron_eagle.training.stragglers import Stragglers
 
 
 def train(config: RunConfig) -> TrainState:

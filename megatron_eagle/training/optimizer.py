@@ -21,10 +21,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_eagle.context_parallel.vision_sharding import sum_tower_gradients
+from megatron_eagle.model.flops import PARTS
+from megatron_eagle.model.parts import check_parts, mask_old_token_rows, optimizer_overrides
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.megatron_cpu import fix_torch_adam_in_distributed_optimizer
-from megatron_eagle.training.flops import PARTS
-from megatron_eagle.training.parts import check_parts, mask_old_token_rows, optimizer_overrides
 
 
 @dataclass

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_eagle.data.media.decoder import choose_decoder
-from megatron_eagle.data.packing import read_packs
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.packing.index import read_packs
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.evaluation import count_batches
 from megatron_eagle.training.loop import choose_libraries

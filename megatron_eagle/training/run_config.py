@@ -22,10 +22,18 @@ from typing import Annotated, Any, Literal
 import torch
 from tokenizers import Tokenizer
 
+from megatron_eagle.checkpoint import (
+    HF_FOLDER,
+    CheckpointConfig,
+    has_checkpoint,
+    read_lora_config,
+    read_model_config,
+    read_trainable,
+)
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml, to_dict
 from megatron_eagle.context_parallel.te_attention import check_te_attention
-from megatron_eagle.data.loader import DataConfig
-from megatron_eagle.data.store import read_manifest
+from megatron_eagle.data.loading.loader import DataConfig
+from megatron_eagle.data.store.reader import read_manifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.layers import LayersConfig, check_layers
 from megatron_eagle.model.layout_rules import check_layout
@@ -34,18 +42,10 @@ from megatron_eagle.model.presets import EagleConfig, expand_preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import ParallelConfig
-from megatron_eagle.training.checkpoint import (
-    HF_FOLDER,
-    CheckpointConfig,
-    has_checkpoint,
-    read_lora_config,
-    read_model_config,
-    read_trainable,
-)
 from megatron_eagle.training.evaluation import EvaluationConfig
+from megatron_eagle.training.monitoring.run_log import LoggingConfig
 from megatron_eagle.training.optimizer import OptimizerConfig
-from megatron_eagle.training.resilience import ResilienceConfig
-from megatron_eagle.training.run_log import LoggingConfig
+from megatron_eagle.training.resilience.policy import ResilienceConfig
 
 _POSITIONS = "model.text.max_position_embeddings"
 

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_eagle.data.dataset import Batch
+from megatron_eagle.data.loading.batch import Batch
 from megatron_eagle.data.media.tiles import normalize
 from megatron_eagle.model.eagle import ModelInput
 from megatron_eagle.model.inputs import InputPlan, build_input, plan_input

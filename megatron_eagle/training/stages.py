@@ -17,10 +17,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.checkpoint import TrainState, has_checkpoint, read_train_state
 from megatron_eagle.config import apply_overrides, load_yaml, nearest
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.device import detect_device, process_group
-from megatron_eagle.training.checkpoint import TrainState, has_checkpoint, read_train_state
 from megatron_eagle.training.loop import train
 from megatron_eagle.training.run_config import RunConfig, complete_run_config
 

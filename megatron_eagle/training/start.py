@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from megatron_eagle.checkpoint import load_checkpoint, read_lora_config
 from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.lora import add_lora
+from megatron_eagle.model.parts import freeze
 from megatron_eagle.runtime.device import Device
 from megatron_eagle.runtime.parallel import Mesh
-from megatron_eagle.training.checkpoint import load_checkpoint, read_lora_config
-from megatron_eagle.training.parts import freeze
 from megatron_eagle.training.run_config import RunConfig
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_eagle.training.checkpoint import CONTENT_METADATA, checkpoint_folder, read_index
-from megatron_eagle.training.checkpoint.content import model_content, sharded_tensors
+from megatron_eagle.checkpoint import CONTENT_METADATA, checkpoint_folder, read_index
+from megatron_eagle.checkpoint.content import model_content, sharded_tensors
 
 
 def read_whole(root: str | Path) -> dict[str, torch.Tensor]:

@@ -10,14 +10,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_eagle.config import to_dict
-from megatron_eagle.model.eagle import build_model
-from megatron_eagle.model.initialization import global_name, initialize_parameters
-from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.runtime.device import Device, process_group
-from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
-from megatron_eagle.training.agreement import AgreedError
-from megatron_eagle.training.checkpoint import (
+from megatron_eagle.checkpoint import (
     CheckpointConfig,
     CheckpointSaver,
     TrainState,
@@ -28,8 +21,15 @@ from megatron_eagle.training.checkpoint import (
     saver,
     saving,
 )
+from megatron_eagle.config import to_dict
+from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.initialization import global_name, initialize_parameters
+from megatron_eagle.model.parts import freeze
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.runtime.agreement import AgreedError
+from megatron_eagle.runtime.device import Device, process_group
+from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
-from megatron_eagle.training.parts import freeze
 from tests.checkpoint.contents import different_from_megatron
 from tests.full_disk import full_disk
 from tests.parallel.cases import global_batch, run_schedule, tiny_model

@@ -9,13 +9,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from megatron_eagle.checkpoint import CheckpointConfig, CheckpointSaver, TrainState, read_train_state
+from megatron_eagle.checkpoint import saver as saver_module
+from megatron_eagle.checkpoint.files import HostCopy
+from megatron_eagle.runtime import agreement
+from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training import agreement
-from megatron_eagle.training.agreement import AgreedError
-from megatron_eagle.training.checkpoint import CheckpointConfig, CheckpointSaver, TrainState, read_train_state
-from megatron_eagle.training.checkpoint import saver as saver_module
-from megatron_eagle.training.checkpoint.files import HostCopy
 from tests.checkpoint.steps import EAGLE, build, save_killed, steps
 from tests.data.helpers import contents
 from tests.parallel.harness import launch
@@ -174,7 +174,7 @@ def test_a_failed_write_is_reported_and_a_last_one_raises(tmp_path):
     with run_here() as run, run.saver(tmp_path, async_save=True) as saver:
         run.save(saver, 1)
         saver.wait()
-        with patch("megatron_eagle.training.checkpoint.files.torch.save", side_effect=full):
+        with patch("megatron_eagle.checkpoint.files.torch.save", side_effect=full):
             run.save(saver, 2)
             saver.wait()
             with pytest.raises(AgreedError, match="iteration 3 could not be saved: rank 0: No space left"):

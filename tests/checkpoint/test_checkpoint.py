@@ -8,16 +8,16 @@ import shutil
 import pytest
 import torch
 
-from megatron_eagle.errors import UserError
-from megatron_eagle.training.agreement import AgreedError
-from megatron_eagle.training.checkpoint import (
+from megatron_eagle.checkpoint import (
     TRACKER,
     checkpoint_folder,
     read_index,
     read_model_config,
     read_train_state,
 )
-from megatron_eagle.training.manifest import write_manifest
+from megatron_eagle.checkpoint.manifest import write_manifest
+from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.agreement import AgreedError
 from tests.checkpoint.steps import EAGLE, save_fresh, save_killed, save_on_full_disk, steps
 from tests.parallel.cases import tiny_model
 from tests.parallel.harness import launch

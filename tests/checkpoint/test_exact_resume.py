@@ -16,14 +16,14 @@ import torch
 import yaml
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_eagle.data.loader import PackLoader
-from megatron_eagle.data.packing import write_packs
+from megatron_eagle.checkpoint import checkpoint_folder, read_train_state
+from megatron_eagle.checkpoint.manifest import write_manifest
+from megatron_eagle.data.loading.loader import PackLoader
+from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.training import loop
-from megatron_eagle.training.checkpoint import checkpoint_folder, read_train_state
-from megatron_eagle.training.manifest import write_manifest
-from megatron_eagle.training.metrics import read_metrics
-from megatron_eagle.training.resilience import Preempted
+from megatron_eagle.training.monitoring.metrics import read_metrics
+from megatron_eagle.training.resilience.policy import Preempted
 from megatron_eagle.training.run_config import load_run_config
 from tests.data.helpers import contents, conversation, make_image, make_store, make_tokenizer
 from tests.parallel.harness import launch

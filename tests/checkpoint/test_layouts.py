@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_eagle.training.checkpoint.content import boxes
+from megatron_eagle.checkpoint.content import boxes
 from tests.checkpoint.contents import different, read_step, read_whole
 from tests.checkpoint.steps import steps
 

@@ -12,8 +12,13 @@ from safetensors.torch import load_file
 
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.training.loop import train
-from megatron_eagle.training.metrics import METRICS_FILE, EvaluationMetrics, read_metrics, read_steps
-from megatron_eagle.training.report import write_report
+from megatron_eagle.training.monitoring.metrics import (
+    METRICS_FILE,
+    EvaluationMetrics,
+    read_metrics,
+    read_steps,
+)
+from megatron_eagle.training.monitoring.report import write_report
 from megatron_eagle.training.run_config import load_run_config
 from tests.compatibility.make_fixture import archive, place
 from tests.convert import ask_export

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig, Qwen2Config, SiglipVisionConfig
 
+from megatron_eagle.checkpoint import read_model_config
+from megatron_eagle.checkpoint.hf_folder import add_tiling
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
 from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import pixel_shuffle as their_pixel_shuffle
@@ -17,8 +19,6 @@ from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.connector import pixel_shuffle
 from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig, preset
-from megatron_eagle.training.checkpoint import read_model_config
-from megatron_eagle.training.checkpoint.hf_folder import add_tiling
 
 # Whatever a configuration says is a size that the model has, refused if it is another, or without effect.
 REFUSED = {

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from eagle_kernels.rope import rope
+from megatron_eagle.checkpoint import load_checkpoint, read_model_config
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.convert.hf_model import image_processing_eagle2_5_vl as their_images
@@ -28,14 +29,21 @@ from megatron_eagle.convert.hf_model.configuration_eagle2_5_vl import Eagle2_5_V
 from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import pixel_shuffle as their_pixel_shuffle
 from megatron_eagle.convert.whole_model import whole_model
-from megatron_eagle.data import iap, template
-from megatron_eagle.data.ads import SamplingSettings
 from megatron_eagle.data.media import images, tiles
-from megatron_eagle.data.processor import PreprocessSettings
-from megatron_eagle.data.tokenizer import END_OF_TEXT, IM_END, IMG_CONTEXT, IMG_END, IMG_START, load_tokenizer
+from megatron_eagle.data.preparation.processor import PreprocessSettings
+from megatron_eagle.data.sampling import iap
+from megatron_eagle.data.sampling.ads import SamplingSettings
+from megatron_eagle.data.text import template
+from megatron_eagle.data.text.tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+    load_tokenizer,
+)
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.training.checkpoint import load_checkpoint, read_model_config
 from tests.paths import REPO
 
 

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipConfig, SiglipModel, SiglipVisionConfig
 
+from megatron_eagle.checkpoint import read_model_config
 from megatron_eagle.convert.compare import open_tensors
 from megatron_eagle.convert.from_parts import Parts, import_parts
 from megatron_eagle.convert.to_hf import export_hf
@@ -17,7 +18,6 @@ from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.errors import UserError
 from megatron_eagle.inference import logits
 from megatron_eagle.model.initialization import initialize_parameters
-from megatron_eagle.training.checkpoint import read_model_config
 from tests.convert.hf_folder import SPECIAL, read_weights, write_tokenizer
 from tests.paths import REPO
 

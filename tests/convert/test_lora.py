@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_eagle.checkpoint import load_checkpoint, read_model_config, save_checkpoint
 from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.convert.lora import CONFIG, WEIGHTS, export_adapter
 from megatron_eagle.convert.to_hf import export_hf
@@ -18,7 +19,6 @@ from megatron_eagle.inference import logits
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.lora import TARGETS, LoraConfig, adapters, add_lora
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training.checkpoint import load_checkpoint, read_model_config, save_checkpoint
 from tests.convert.hf_folder import TILE, TOKENS_PER_TILE, read_weights
 from tests.parallel.harness import launch
 from tests.paths import REPO

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.convert.media import write_picture, write_video
-from tests.convert.test_quick_start import PROGRAMS, brief, table  # noqa: F401
+from tests.inference.test_quick_start import PROGRAMS, brief, table  # noqa: F401
 from tests.paths import REPO
 
 OLD = REPO / ".venv-transformers-4.51" / "bin" / "python"

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_eagle.checkpoint import read_model_config
 from megatron_eagle.convert.from_parts import import_parts
 from megatron_eagle.convert.to_hf import export_hf
-from megatron_eagle.data.packing import write_packs
+from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.inference.generate import ExportedModel
-from megatron_eagle.training.checkpoint import read_model_config
 from megatron_eagle.training.run_config import load_run_config
 from megatron_eagle.training.stages import load_stages, train_stages
 from tests.convert.media import write_picture

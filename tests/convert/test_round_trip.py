@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoProcessor, AutoTokenizer
 
+from megatron_eagle.checkpoint import save_checkpoint
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.shards import INDEX
 from megatron_eagle.convert.to_hf import RECORD, export_hf
@@ -18,7 +19,6 @@ from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.presets import preset
-from megatron_eagle.training.checkpoint import save_checkpoint
 from tests.convert.hf_folder import (
     SPARE_ROWS,
     assert_same_weights,

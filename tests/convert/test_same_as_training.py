@@ -11,14 +11,14 @@ from transformers import AutoProcessor
 from megatron_eagle.convert.hf_model.image_processing_eagle2_5_vl import select_grid
 from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_image as hf_load_image
 from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_video
-from megatron_eagle.data import iap
-from megatron_eagle.data.ads import SamplingSettings, spread
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.tiles import tile_image
 from megatron_eagle.data.media.video import load_frames
-from megatron_eagle.data.probe import probe_video
-from megatron_eagle.data.processor import PreprocessSettings, SampleProcessor, Task
+from megatron_eagle.data.preparation.processor import PreprocessSettings, SampleProcessor, Task
 from megatron_eagle.data.sample import VideoSource
+from megatron_eagle.data.sampling import iap
+from megatron_eagle.data.sampling.ads import SamplingSettings, spread
+from megatron_eagle.data.sampling.probe import probe_video
 from tests.convert.hf_folder import TILE
 from tests.convert.media import write_picture, write_video
 from tests.paths import MEDIA, need_media

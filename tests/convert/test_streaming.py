@@ -9,19 +9,19 @@ import sys
 import pytest
 import torch
 
-from megatron_eagle.convert.checkpoint_files import CheckpointWeights, key_of
-from megatron_eagle.convert.from_hf import import_hf
-from megatron_eagle.convert.to_hf import export_hf
-from megatron_eagle.errors import UserError
-from megatron_eagle.model.eagle import build_model
-from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training.checkpoint import (
+from megatron_eagle.checkpoint import (
     checkpoint_folder,
     load_checkpoint,
     read_index,
     read_model_config,
     save_checkpoint,
 )
+from megatron_eagle.convert.checkpoint_files import CheckpointWeights, key_of
+from megatron_eagle.convert.from_hf import import_hf
+from megatron_eagle.convert.to_hf import export_hf
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.eagle import build_model
+from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from tests.convert.hf_folder import assert_same_weights
 from tests.parallel.harness import launch
 from tests.paths import REPO

@@ -19,17 +19,17 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
+from megatron_eagle.checkpoint import load_checkpoint, read_model_config
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.convert.whole_model import whole_model
-from megatron_eagle.data.loader import DataConfig, PackLoader
-from megatron_eagle.data.packing import write_packs
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.loading.loader import DataConfig, PackLoader
+from megatron_eagle.data.packing.index import write_packs
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.training import loop
-from megatron_eagle.training.checkpoint import load_checkpoint, read_model_config
 from megatron_eagle.training.loss import weighted_loss
-from megatron_eagle.training.metrics import read_metrics
+from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.run_config import load_run_config
 from megatron_eagle.training.schedule import build_batch, plan_batch
 from tests.convert.hf_folder import TILE, read_weights, rewrite_weights, write_hf_folder

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_eagle.data.tokenizer import load_tokenizer
+from megatron_eagle.data.text.tokenizer import load_tokenizer
 from tests.data.helpers import make_tokenizer
 
 

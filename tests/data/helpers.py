@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_eagle.data.ads import SamplingSettings
-from megatron_eagle.data.dataset import Batch
+from megatron_eagle.data.loading.batch import Batch
+from megatron_eagle.data.loading.media_reader import sample_media
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.tiles import normalize
-from megatron_eagle.data.preprocess import Execution, preprocess
-from megatron_eagle.data.processor import PreprocessSettings
-from megatron_eagle.data.sample_media import sample_media
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.preparation.preprocess import Execution, preprocess
+from megatron_eagle.data.preparation.processor import PreprocessSettings
+from megatron_eagle.data.sampling.ads import SamplingSettings
+from megatron_eagle.data.store.reader import SampleStore
 from tests.paths import REPO
 
 SPECIAL = (

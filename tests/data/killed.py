@@ -8,10 +8,10 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_eagle.data import preprocess as module
-from megatron_eagle.data.ads import SamplingSettings
-from megatron_eagle.data.processor import PreprocessSettings
-from megatron_eagle.data.store_writer import StoreWriter
+from megatron_eagle.data.preparation import preprocess as module
+from megatron_eagle.data.preparation.processor import PreprocessSettings
+from megatron_eagle.data.sampling.ads import SamplingSettings
+from megatron_eagle.data.store.writer import StoreWriter
 
 POINTS = {"rename": (Path, "rename"), "add": (StoreWriter, "add"), "ledger": (module, "write_ledger")}
 EXECUTION = module.Execution(workers=1, shard=8)

@@ -12,8 +12,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml
-from megatron_eagle.data.iap import select_grid
 from megatron_eagle.data.media.documents import page_sizes
+from megatron_eagle.data.sampling.iap import select_grid
 from megatron_eagle.runtime.parallel import ParallelConfig
 from tests.paths import REPO
 

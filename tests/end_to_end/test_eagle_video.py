@@ -9,11 +9,11 @@ import pytest
 
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.to_hf import export_hf
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from tests.convert.hf_folder import write_hf_folder
+from tests.eagle_video.helpers import call_tool, example, make_clip
 from tests.paths import MEDIA, REPO, need_media
-from tests.recipe.helpers import call_tool, example, make_clip
 
 RUN = REPO / "examples" / "eagle_video" / "run.py"
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from megatron_eagle.data.store import SampleStore
-from megatron_eagle.training.metrics import read_metrics
+from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.training.monitoring.metrics import read_metrics
 from tests.parallel.harness import launch
 from tests.parallel.store_cells import LENGTH, write_store
 from tests.paths import REPO
-from tests.unit.test_training import train_main
+from tests.training.test_training import train_main
 
 
 @pytest.fixture(scope="module")

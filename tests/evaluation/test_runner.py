@@ -14,8 +14,8 @@ from megatron_eagle.evaluation.runner import evaluate, render, tabulate
 from megatron_eagle.inference.generate import Sampling
 from tests.convert.hf_folder import write_hf_folder
 from tests.data.helpers import make_image, make_video, write_jsonl
-from tests.recipe.helpers import call_tool
-from tests.recipe.server import serving
+from tests.eagle_video.helpers import call_tool
+from tests.eagle_video.server import serving
 
 CHOICE = {"metric": "choice", "options": ["red", "blue"]}
 LINES = [

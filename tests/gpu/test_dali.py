@@ -14,7 +14,7 @@ from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.tiles import resize
 from tests.data.helpers import frame_number, make_image, make_video
-from tests.data.photos import bt601_rgb, make_photos
+from tests.data.media.photos import bt601_rgb, make_photos
 from tests.paths import REPO
 from tools.benchmarks.report import Report
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_eagle.data.loader import DataConfig, PackLoader
+from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.schedule import build_batch, plan_batch

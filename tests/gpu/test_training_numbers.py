@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from megatron_eagle.training.metrics import read_metrics
-from tests.unit.test_training_loop import train_rank, write_run
+from megatron_eagle.training.monitoring.metrics import read_metrics
+from tests.training.test_training_loop import train_rank, write_run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -34,9 +34,12 @@ EQUIVALENT = Path(__file__).with_name("equivalent.yaml")
 # numbers from elsewhere.
 ABSOLUTE = [
     *(f"tests/kernels/test_{name}.py" for name in ("rms_norm", "linear_cross_entropy")),
-    *(f"tests/unit/test_{name}.py" for name in ("reference_attention", "training", "layout")),
+    *(
+        f"tests/context_parallel/test_{name}.py"
+        for name in ("reference_attention", "layout", "context_parallel")
+    ),
     *(f"tests/convert/test_{name}.py" for name in ("rotary", "lora", "constants", "trajectory")),
-    *("tests/data/test_loader.py", "tests/parallel/test_context_parallel.py"),
+    *("tests/data/loading/test_loader.py", "tests/training/test_training.py"),
 ]
 POOL = [
     *ABSOLUTE,
@@ -47,23 +50,23 @@ POOL = [
     *(f"tests/parallel/test_{name}.py" for name in ("offload", "swiglu_recompute", "store_cells")),
     *(
         "tests/parallel/test_dataset_losses.py",
-        "tests/unit/test_training_loop.py",
-        "tests/unit/test_evaluation.py",
+        "tests/training/test_training_loop.py",
+        "tests/training/test_evaluation.py",
     ),
 ]
 # Sources whose scale factors no number of training passes through.
 APART = {
-    "no part of training": [f"{name}/" for name in ("convert", "evaluation", "inference", "recipe")],
+    "no part of training": [f"{name}/" for name in ("convert", "evaluation", "inference", "eagle_video")],
     "prepares and divides data, whose tests compare what is written": ["data/"],
-    "plans": [f"training/{name}.py" for name in ("memory_model", "memory_shapes", "planner", "plan_report")]
-    + [f"training/{name}.py" for name in ("step_time", "context_work", "preflight", "flops")],
+    "plans": ["planning/", "training/preflight.py", "model/flops.py"],
     "reports": [
-        f"training/{name}.py" for name in ("charts", "dataset_report", "heartbeat", "metrics", "report")
+        f"training/monitoring/{name}.py"
+        for name in ("charts", "dataset_report", "heartbeat", "metrics", "report", "profiler", "run_log")
     ]
-    + [f"training/{name}.py" for name in ("profiler", "run_log", "step_meter", "step_totals", "stragglers")],
-    "saves and loads": ["training/checkpoint/"],
+    + [f"training/monitoring/{name}.py" for name in ("step_meter", "step_totals", "stragglers")],
+    "saves and loads": ["checkpoint/"],
 }
-NOT_APART = ("dataset.py", "loss_weights.py", "media/tiles.py")  # of data/: weights and pixels
+NOT_APART = ("loading/batch.py", "loss_weights.py", "media/tiles.py")  # of data/: weights and pixels
 _APART = tuple(f"megatron_eagle/{part}" for parts in APART.values() for part in parts)
 ARGUMENTS = [
     *("-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:terminal"),

@@ -29,7 +29,7 @@ def factors_of(file: str) -> list[str]:
             "CoreAttention.__init__: config.kv_channels ** (-0.5)",
         ),
         ("megatron_eagle/context_parallel/vision_sharding.py", "_Exchange.backward: own / share.copies"),
-        ("megatron_eagle/data/dataset.py", "token_weights: table[sample.answers[1:]] / total"),
+        ("megatron_eagle/data/loading/batch.py", "token_weights: table[sample.answers[1:]] / total"),
         ("kernels/eagle_kernels/linear_cross_entropy.py", "_LinearCrossEntropy.backward: grad_x *= scale"),
     ],
 )

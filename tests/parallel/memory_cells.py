@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
 from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.planning.memory_model import StageMemory, peak_memory
+from megatron_eagle.planning.memory_shapes import Workload
 from megatron_eagle.runtime.parallel import ParallelConfig
-from megatron_eagle.training.memory_model import StageMemory, peak_memory
-from megatron_eagle.training.memory_shapes import Workload
 from tests.parallel.harness import launch
 from tests.parallel.memory_run import measure_step
 

@@ -10,16 +10,16 @@ from unittest.mock import patch
 
 import torch
 
-from megatron_eagle.data.loader import DataConfig, PackLoader
-from megatron_eagle.data.packing import write_packs
-from megatron_eagle.data.sample_media import Medium
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.loading.loader import DataConfig, PackLoader
+from megatron_eagle.data.loading.media_reader import Medium
+from megatron_eagle.data.packing.index import write_packs
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
-from megatron_eagle.training.failed_media import host_group, next_batch
 from megatron_eagle.training.optimizer import wrap_models
+from megatron_eagle.training.resilience.failed_media import host_group, next_batch
 from megatron_eagle.training.schedule import build_batch, plan_batch, run_schedule
 from tests.data.helpers import conversation, every_tile, make_image, make_store, make_tokenizer, make_video
 from tests.parallel.cases import collect, tiny_model

@@ -8,13 +8,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_eagle.data.loader import DataConfig, PackLoader
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.loading.loader import DataConfig, PackLoader
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training import schedule
-from megatron_eagle.training.metrics import EvaluationMetrics, StepMetrics, read_metrics
+from megatron_eagle.training.monitoring.metrics import EvaluationMetrics, StepMetrics, read_metrics
 from tests.data.helpers import every_tile
 from tests.parallel.harness import launch
 from tests.parallel.real_runs import LENGTH, PACKS, train_cells, write_mixture, write_run

@@ -11,11 +11,11 @@ import pytest
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.training import loop
-from megatron_eagle.training.metrics import read_metrics
+from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.stages import load_stages
 from tests.parallel.harness import launch
-from tests.unit.picture_run import write_picture_run
+from tests.training.picture_run import write_picture_run
 
 
 @pytest.fixture(scope="module")

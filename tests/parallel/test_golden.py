@@ -7,13 +7,13 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 
+from megatron_eagle.checkpoint import load_checkpoint, read_model_config
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.mapping import Plan
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training.checkpoint import load_checkpoint, read_model_config
 from tests.parallel.cases import combine, forward_backward
 from tests.parallel.harness import launch
 from tests.paths import GOLDEN, need_golden

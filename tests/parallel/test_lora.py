@@ -7,24 +7,19 @@ import pytest
 import torch
 import yaml
 
+from megatron_eagle.checkpoint import TrainState, load_checkpoint, read_lora_config, save_checkpoint
 from megatron_eagle.config import from_dict
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import lora
 from megatron_eagle.model.eagle import EagleModel, build_model
+from megatron_eagle.model.flops import PARTS
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.lora import TARGETS, LoraConfig, add_lora, check_same_lora
+from megatron_eagle.model.parts import freeze
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
-from megatron_eagle.training.checkpoint import (
-    TrainState,
-    load_checkpoint,
-    read_lora_config,
-    save_checkpoint,
-)
-from megatron_eagle.training.flops import PARTS
-from megatron_eagle.training.metrics import read_metrics
+from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
-from megatron_eagle.training.parts import freeze
 from megatron_eagle.training.run_config import load_run_config
 from tests.mutants.mutant import Mutant
 from tests.parallel.cases import (
@@ -37,7 +32,7 @@ from tests.parallel.cases import (
     tiny_model,
 )
 from tests.parallel.harness import launch
-from tests.unit.test_training_loop import train_rank, write_run
+from tests.training.test_training_loop import train_rank, write_run
 
 TOLERANCE = 1e-5  # max |g - ref| / max |ref| per tensor, fp32
 ALL = LoraConfig(rank=3, alpha=6.0)

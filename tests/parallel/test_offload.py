@@ -11,9 +11,9 @@ from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.lora import LoraConfig, add_lora
+from megatron_eagle.model.parts import freeze
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training.parts import freeze
 from tests.parallel.cases import (
     ONE_PROCESS,
     Layout,

@@ -6,9 +6,9 @@ import torch
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters
+from megatron_eagle.model.parts import check_parts, freeze
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
-from megatron_eagle.training.parts import check_parts, freeze
 from tests.parallel.cases import (
     ONE_PROCESS,
     cell,

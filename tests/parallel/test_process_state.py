@@ -13,7 +13,7 @@ import torch
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
 from tests.parallel.harness import launch
 from tests.parallel.process_state import changes, process_state
-from tests.unit.test_training_loop import train_rank, write_run
+from tests.training.test_training_loop import train_rank, write_run
 
 PACKAGES = "megatron", "megatron_eagle", "eagle_kernels", "torch.distributed"
 # What may differ after runs, and why it cannot make another run wrong.

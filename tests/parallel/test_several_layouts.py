@@ -16,7 +16,7 @@ from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime import parallel
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training import failed_media
+from megatron_eagle.training.resilience import failed_media
 from tests.parallel.cases import LAYOUTS, PACKS, Layout, Outcome, combine, run, tiny_model
 from tests.parallel.harness import launch
 from tests.parallel.test_lora import run_lora

@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_eagle.data.loader import PackLoader
+from megatron_eagle.data.loading.loader import PackLoader
 from megatron_eagle.model.inputs import InputPlan
 from tests.parallel.cases import Outcome, combine
 from tests.parallel.harness import launch

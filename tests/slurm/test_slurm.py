@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_eagle.data.packing import write_packs
-from megatron_eagle.training.checkpoint import read_train_state
-from megatron_eagle.training.faults import VARIABLE
-from megatron_eagle.training.metrics import read_metrics
+from megatron_eagle.checkpoint import read_train_state
+from megatron_eagle.data.packing.index import write_packs
+from megatron_eagle.training.monitoring.metrics import read_metrics
+from megatron_eagle.training.resilience.faults import VARIABLE
 from tests.convert.hf_folder import write_hf_folder
 from tests.data.helpers import conversation, make_store, make_tokenizer
 from tests.paths import REPO

@@ -2,7 +2,7 @@
 
 Peak memory is the largest running sum of torch.profiler's memory events beyond what was there before the
 step: weights, gradient buffers, and the slab of host memory that a first step has made. `formula` is what
-`training/memory_model.py` counts from shapes. The model is Eagle 2.5 with small language layers, the pack one
+`planning/memory_model.py` counts from shapes. The model is Eagle 2.5 with small language layers, the pack one
 tile and short documents, so that layers and not the reference attention's score matrices fill the memory.
 """
 
@@ -15,11 +15,11 @@ from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
 from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.planning.memory_model import memory_moments
+from megatron_eagle.planning.memory_shapes import Workload
 from megatron_eagle.runtime.device import detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
 from megatron_eagle.training.loss import megatron_loss
-from megatron_eagle.training.memory_model import memory_moments
-from megatron_eagle.training.memory_shapes import Workload
 from megatron_eagle.training.optimizer import wrap_models
 
 DOCUMENT = 256  # tokens

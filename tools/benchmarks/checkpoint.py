@@ -22,19 +22,19 @@ from statistics import median
 import torch
 from benchmarks.report import Report, progress
 
-from megatron_eagle.model.eagle import build_model
-from megatron_eagle.model.initialization import initialize_parameters
-from megatron_eagle.model.presets import preset
-from megatron_eagle.runtime.device import Device, process_group
-from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training.checkpoint import (
+from megatron_eagle.checkpoint import (
     CONTENT_METADATA,
     CheckpointConfig,
     CheckpointSaver,
     TrainState,
     checkpoint_folder,
 )
-from megatron_eagle.training.checkpoint.content import model_content
+from megatron_eagle.checkpoint.content import model_content
+from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.initialization import initialize_parameters
+from megatron_eagle.model.presets import preset
+from megatron_eagle.runtime.device import Device, process_group
+from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
 
 TURNS = 5

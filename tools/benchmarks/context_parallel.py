@@ -24,9 +24,9 @@ from benchmarks.report import Report, progress
 from megatron_eagle.context_parallel.exchange import measure_traffic
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout, sequence_multiple
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.planner import sample_bounds
+from megatron_eagle.planning.planner import sample_bounds
 
 LENGTH, SIZES = 131072, (2, 4, 8, 16)
 LAYERS, QUERY_HEADS, KEY_HEADS, HEAD_DIM, PARAMETERS = 28, 28, 4, 128, 6.53e9

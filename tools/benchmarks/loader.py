@@ -14,13 +14,13 @@ import torch.distributed as dist
 from benchmarks.report import Report, interleaved, progress
 from PIL import Image
 
+from megatron_eagle.data.loading.media_reader import Medium
 from megatron_eagle.data.media.decoder import MediaDecoder
-from megatron_eagle.data.sample_media import Medium
-from megatron_eagle.data.store import ImagePlan
+from megatron_eagle.data.store.reader import ImagePlan
 from megatron_eagle.model.inputs import build_input, plan_input
 from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.parallel import ParallelConfig
-from megatron_eagle.training.failed_media import merge_marks
+from megatron_eagle.training.resilience.failed_media import merge_marks
 
 LENGTH, CHUNKS = 131_072, 4
 RANKS, SAMPLES = 2, 1024

@@ -5,8 +5,8 @@ Long: the videos have 64 to 512 frames, into packs of 131,072.  A tile costs 256
 
 A step is 8 ranks with one pack each, the hardest case, or with 8 packs each; packs come in a random order.
 Ours are shared among the ranks as the loader does it, the peers' in turn.  A step is even if the costliest
-rank has at most 5 % more to do (`megatron_eagle.data.balance`) than the mean.  A short sample is one of less
-than a sixteenth of a pack.
+rank has at most 5 % more to do (`megatron_eagle.data.packing.balance`) than the mean.  A short sample is one
+of less than a sixteenth of a pack.
 """
 
 import bisect
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from benchmarks.report import REPO, Report, interleaved, progress
 
-from megatron_eagle.data.balance import assign, pack_costs
-from megatron_eagle.data.best_fit import pack_rows
+from megatron_eagle.data.packing.balance import assign, pack_costs
+from megatron_eagle.data.packing.best_fit import pack_rows
 
 PEERS_LIMIT, BALANCE_LIMIT = 200_000, 20_000  # samples; beyond them only what grows slowly is measured
 RANKS = 8

@@ -21,10 +21,10 @@ from benchmarks.report import Report, progress
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_eagle.data.iap import select_grid
-from megatron_eagle.data.preprocess import Execution, preprocess
-from megatron_eagle.data.processor import PreprocessSettings
-from megatron_eagle.data.tokenizer import RESERVED
+from megatron_eagle.data.preparation.preprocess import Execution, preprocess
+from megatron_eagle.data.preparation.processor import PreprocessSettings
+from megatron_eagle.data.sampling.iap import select_grid
+from megatron_eagle.data.text.tokenizer import RESERVED
 
 TILE, TOKENS_PER_TILE = 448, 256
 LENGTHS = (4096, 8192, 16384)

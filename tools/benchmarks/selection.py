@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.report import Report, progress
 from numpy.lib.format import open_memmap
 
-from megatron_eagle.recipe.search import Blocks, highest_cosine
+from megatron_eagle.eagle_video.search import Blocks, highest_cosine
 
 DIM = 1152
 SIZES = ((1_000, 10_000), (1_000, 100_000), (10_000, 100_000))

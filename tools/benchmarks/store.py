@@ -19,8 +19,7 @@ import numpy as np
 import pyarrow as pa
 from benchmarks.report import REPO, Report, progress
 
-from megatron_eagle.data.indexed import TokenFileWriter, write_index
-from megatron_eagle.data.store import (
+from megatron_eagle.data.store.reader import (
     BATCH_ROWS,
     SCHEMA,
     DataManifest,
@@ -29,6 +28,7 @@ from megatron_eagle.data.store import (
     SampleStore,
     VideoPlan,
 )
+from megatron_eagle.data.store.token_file import TokenFileWriter, write_index
 
 LENGTH = 32768
 JSON_LIMIT = 100_000  # rows of the JSON lines file: ids as text take ten times the room

@@ -13,9 +13,9 @@ import torch
 from benchmarks.report import Report, interleaved, progress
 from PIL import Image
 
-from megatron_eagle.data.iap import select_grid, tile_count
 from megatron_eagle.data.media.images import image_size, load_image
 from megatron_eagle.data.media.tiles import cut_tiles, normalize, tile_image
+from megatron_eagle.data.sampling.iap import select_grid, tile_count
 from megatron_eagle.errors import UserError
 
 TILE = 448

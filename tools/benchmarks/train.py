@@ -24,10 +24,10 @@ from statistics import fmean
 from benchmarks.preprocess import make_input
 from benchmarks.report import REPO, Report, progress
 
-from megatron_eagle.data.ads import SamplingSettings
-from megatron_eagle.data.packing import write_packs
-from megatron_eagle.data.preprocess import Execution, preprocess
-from megatron_eagle.data.processor import PreprocessSettings
+from megatron_eagle.data.packing.index import write_packs
+from megatron_eagle.data.preparation.preprocess import Execution, preprocess
+from megatron_eagle.data.preparation.processor import PreprocessSettings
+from megatron_eagle.data.sampling.ads import SamplingSettings
 
 LENGTH, TILE, PATCH = 512, 64, 16
 LARGE = {

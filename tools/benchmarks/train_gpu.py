@@ -22,7 +22,7 @@ from benchmarks.train import make_store
 
 from megatron_eagle.config import save_yaml
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.metrics import METRICS_FILE, read_steps
+from megatron_eagle.training.monitoring.metrics import METRICS_FILE, read_steps
 
 LENGTHS = (8192, 32768, 65536)
 LAYERS, SKIP, STEPS = 6, 3, 10

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.step_clock import PARTS, StepClock, time_vision, timed_communication  # noqa: E402
 
-from megatron_eagle.data.loader import GlobalBatch, PackLoader  # noqa: E402
+from megatron_eagle.data.loading.loader import GlobalBatch, PackLoader  # noqa: E402
 from megatron_eagle.model.eagle import EagleModel  # noqa: E402
 from megatron_eagle.training import loop  # noqa: E402
 from megatron_eagle.training.loss import megatron_loss  # noqa: E402

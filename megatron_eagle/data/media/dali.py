@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.dali_graph import VideoSource, colour_matrix, image_graph, video_graph
 from megatron_eagle.data.media.dali_runner import DaliFailed, PipelineRunner
 from megatron_eagle.data.media.decoder import ExactDecoder
@@ -25,6 +24,7 @@ from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.remux import Remux, RemuxRefused, sparse_remux
 from megatron_eagle.data.media.source import open_media, page_ref
 from megatron_eagle.data.media.tiles import cut_tiles
+from megatron_eagle.problems import Problem
 
 _BATCH_SIZE = 8  # samples that DALI decodes side by side: an H200 has seven video decoders
 _THREADS = 4

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
-from megatron_eagle.data.ledger import Problem
+from megatron_eagle.problems import Problem
 
 T = TypeVar("T")
 TOO_LONG = "decoding takes too long"

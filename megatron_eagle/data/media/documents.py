@@ -16,8 +16,8 @@ import pypdfium2
 from PIL import Image
 from pypdfium2 import raw as pdfium
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.source import PageRef, file_facts
+from megatron_eagle.problems import Problem
 
 MAX_PAGES = 10_000  # a pack of 128K tokens shows 512; more is an archive, not a document
 _EDGE = 1024  # bytes at the start and at the end of a file in which a reader looks for its two marks

@@ -12,9 +12,9 @@ from itertools import chain
 import av
 import numpy as np
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_index import open_video
 from megatron_eagle.data.media.frame_table import FrameIndex
+from megatron_eagle.problems import Problem
 
 # Decoders that make up for mistakes of the encoder that the first packet names.
 _NAMING = ("h264", "mpeg4")

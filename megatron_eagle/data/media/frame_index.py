@@ -10,11 +10,11 @@ from itertools import islice
 import av
 import numpy as np
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_table import CodedFrames, FrameTable
 from megatron_eagle.data.media.mp4_boxes import FIRST_KINDS, outer_boxes
 from megatron_eagle.data.media.mp4_index import read_mp4
 from megatron_eagle.data.media.source import file_facts, fingerprint
+from megatron_eagle.problems import Problem
 
 # Containers that have no index of key frames: a seek leads near one at best.
 _NO_INDEX = {"mpegts": "MPEG transport stream", "mpeg": "MPEG program stream", "h264": "raw", "hevc": "raw"}

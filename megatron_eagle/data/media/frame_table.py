@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.source import FileFacts
+from megatron_eagle.problems import Problem
 
 
 @dataclass(frozen=True)

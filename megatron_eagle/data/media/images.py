@@ -3,9 +3,9 @@
 import numpy as np
 from PIL import ExifTags, Image
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.documents import draw_page
 from megatron_eagle.data.media.source import open_media, page_ref
+from megatron_eagle.problems import Problem
 
 DEFAULT_MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 9459 x 9459
 MAX_MAX_PIXELS = 2 * DEFAULT_MAX_PIXELS  # where Pillow itself refuses to open a picture

@@ -13,7 +13,6 @@ from math import atan2, degrees, hypot
 
 import numpy as np
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_table import CodedFrames
 from megatron_eagle.data.media.mp4_boxes import (
     FIRST_KINDS,
@@ -25,6 +24,7 @@ from megatron_eagle.data.media.mp4_boxes import (
     outer_boxes,
     table,
 )
+from megatron_eagle.problems import Problem
 
 _MAX_MOOV = 1 << 28  # bytes; an hour takes two million
 _MAX_FRAMES = 1 << 25  # two weeks

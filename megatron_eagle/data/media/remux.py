@@ -13,9 +13,9 @@ from itertools import groupby
 
 import av
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.frame_index import open_video
 from megatron_eagle.data.media.frame_table import FrameIndex
+from megatron_eagle.problems import Problem
 
 # MP4 and MOV, Matroska and WebM.  Others have no index of key frames, or several pictures in one packet.
 _CONTAINERS = {"mp4", "matroska"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
-from megatron_eagle.data.ledger import Problem
+from megatron_eagle.problems import Problem
 
 _SCHEME = "lmdb://"
 _HASHED_BYTES = 65536  # of each of three places

@@ -15,12 +15,12 @@ import numpy as np
 from av.container import OutputContainer
 from av.video.reformatter import ColorRange
 
-from megatron_eagle.data.ledger import Problem
 from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.frame_index import open_video, read_frame_table
 from megatron_eagle.data.media.frame_table import FrameTable
 from megatron_eagle.errors import FULL_DISK, UserError
 from megatron_eagle.files import beside
+from megatron_eagle.problems import Problem
 
 # Encoder and options.  Without B-frames a frame is decoded when it is shown, so that times need no shifting.
 CODECS = {

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_eagle.data.ledger import LedgerEntry
 from megatron_eagle.evaluation.benchmarks import Question, add_question
 from megatron_eagle.evaluation.published import pictures, videos
 from megatron_eagle.evaluation.published.source import Source
+from megatron_eagle.problems import LedgerEntry
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""`C/hf`: what an export to Hugging Face needs and training does not touch, given to a run's checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eagle.data.store.reader import read_manifest
+from megatron_eagle.runtime.agreement import raise_together
+
+HF_FOLDER = "hf"
+
+
+def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str | Path) -> None:
+    """Give `root` its `hf/` folder, if it has none: that of `checkpoint`, else the tokenizer and the tile
+    limit of `data`. Grids are chosen as in `data`.
+
+    Collective. Raises `UserError` if neither source exists or `root` cannot be written.
+    """
+    problem = None
+    if torch.distributed.get_rank() == 0 and not (Path(root) / HF_FOLDER).exists():
+        source = Path(data) / "tokenizer" if checkpoint is None else Path(checkpoint) / HF_FOLDER
+        partial = Path(root) / f".{HF_FOLDER}.saving"
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            add_tiling(partial, read_manifest(data).sampling, checkpoint is None)
+            partial.rename(Path(root) / HF_FOLDER)
+        except OSError as error:
+            problem = f"{root}: cannot give the checkpoint a copy of {source}: {error}"
+    raise_together(problem)
+
+
+def add_tiling(folder: Path, sampling: dict[str, Any], with_limit: bool) -> None:
+    """Put how the data's pictures were cut into the settings of the exported processor, where it differs."""
+    settings = folder / "preprocessor_config.json"
+    config, stated = (_read(path) for path in (folder / "config.json", settings))
+    ours = {"tiling": "iap", "use_thumbnail": True, "min_dynamic_tiles": 1}
+    cut = {**ours, "tiling": sampling.get("tiling", "iap")}
+    if with_limit:
+        cut["max_dynamic_tiles"] = sampling["max_tiles"]
+    before = {**ours, **config, **stated}
+    if chosen := {key: value for key, value in cut.items() if before.get(key) != value}:
+        settings.write_text(json.dumps(stated | chosen))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

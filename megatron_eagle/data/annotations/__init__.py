@@ -1,0 +1,1 @@
+"""Conversations as others write them, and mixtures of them."""

@@ -1,0 +1,1 @@
+"""Looking at data: lint, mixtures, previews. Nothing imports from here but the tools."""

@@ -1,0 +1,68 @@
+"""Pictures and frames of a preview: small, embedded as data, with the lines along which they are cut."""
+
+import base64
+import io
+from html import escape
+
+from PIL import Image
+
+from megatron_eagle.data.media.exact import read_frames, upright
+from megatron_eagle.data.media.images import load_image
+from megatron_eagle.data.store.reader import ImagePlan, VideoPlan
+from megatron_eagle.problems import Problem
+
+_PICTURE_SIZE, _FRAME_SIZE = 560, 150  # most pixels a side
+
+
+def picture(plan: ImagePlan, max_pixels: int) -> str:
+    """A picture with its tile grid and, beside it, the thumbnail of the whole; or why it cannot be shown."""
+    try:
+        image = load_image(plan.path, max_pixels=max_pixels)
+    except Problem as problem:
+        return f'<p class="problem">{escape(str(problem))}</p>'
+    scale = min(1, _PICTURE_SIZE / max(plan.width, plan.height))  # a page is drawn in its grid's shape
+    image = image.resize((max(1, round(plan.width * scale)), max(1, round(plan.height * scale))))
+    shown = _grid(image, plan.columns, plan.rows)
+    if plan.n_tiles > 1:
+        side = min(160, image.height)
+        shown += _grid(image.resize((side, side)), 1, 1, f"{plan.n_tiles}: thumbnail")
+    return shown
+
+
+def _grid(image: Image.Image, columns: int, rows: int, label: str = "") -> str:
+    """An SVG of the picture, cut into columns and rows that are numbered in the order of the tiles."""
+    width, height = image.size
+    parts = [f'<image href="{_data(image)}" width="{width}" height="{height}"/>']
+    for row in range(rows):
+        for column in range(columns):
+            x, y = width * column / columns, height * row / rows
+            size = f'width="{width / columns:.1f}" height="{height / rows:.1f}"'
+            text = label or str(row * columns + column + 1)
+            parts.append(f'<rect class="tile" x="{x:.1f}" y="{y:.1f}" {size}/>')
+            parts.append(f'<text x="{x + 5:.1f}" y="{y + 17:.1f}">{text}</text>')
+    box = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return f'<svg class="picture" {box}>{"".join(parts)}</svg>'
+
+
+def frames(plan: VideoPlan) -> str:
+    """The shown frames of a video with their numbers and times; or why they cannot be shown."""
+    figures = []
+    times = plan.times
+    try:
+        for i, frame in enumerate(read_frames(plan.path, plan.index)):
+            image = Image.fromarray(upright(frame, plan.rotation))
+            image.thumbnail((_FRAME_SIZE, _FRAME_SIZE))
+            caption = f"Frame {i + 1}: {times[i]:.2f} s<br>number {plan.frames[i]:,} in the file"
+            figures.append(
+                f'<figure><img src="{_data(image)}" width="{image.width}" height="{image.height}" '
+                f'alt="frame {i + 1}"><figcaption>{caption}</figcaption></figure>'
+            )
+    except Problem as problem:
+        figures.append(f'<p class="problem">{escape(str(problem))}</p>')
+    return f'<div class="frames">{"".join(figures)}</div>'
+
+
+def _data(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,290 @@
+"""The order of packs, and batches ready when they are asked for.
+
+The whole state is one integer, the number of packs consumed.  Which packs a global batch holds depends on
+nothing but the seed and that number; only who gets which of them depends on the data-parallel layout: the
+ranks share a global batch so that all have about the same to do.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+
+from megatron_eagle.data.loading.batch import (
+    Batch,
+    RankPlan,
+    assemble,
+    normalizer,
+    sample_weight,
+    token_weights,
+)
+from megatron_eagle.data.loading.identity import DataIdentity, identify
+from megatron_eagle.data.loading.loss_weights import LOSS_WEIGHTINGS
+from megatron_eagle.data.loading.media_reader import FailedMedium, MediaReader
+from megatron_eagle.data.loading.prefetch import Prefetcher
+from megatron_eagle.data.media.decoder import MediaDecoder
+from megatron_eagle.data.packing.balance import assign, pack_costs
+from megatron_eagle.data.packing.index import read_packs
+from megatron_eagle.data.store.reader import DataManifest, SampleStore
+from megatron_eagle.errors import UserError
+from megatron_eagle.ranges import Range, Ranged
+
+_TOKENS = ("input_ids", "labels", "loss_weights", "group_ids", "position_ids")
+
+
+@dataclass
+class DataConfig(Ranged):
+    """What a run reads.
+
+    `seed` orders the packs; `loss_weighting` is square, token or sample, with `multi_turn` counted per
+    answer.  `decode_threads` read media at the same time; with `prefetch` while training computes, at least
+    one global batch ahead, and more as long as those that wait hold at most `prefetch_bytes` on a rank.
+
+    `decoder` is exact, dali, or auto (see `media.decoder`).
+    A picture or video that can no longer be read, or not within `decode_timeout_s` seconds, ends the run
+    (`error`), or its sample goes without weight in the loss (`skip`).
+    """
+
+    path: str
+    length: Annotated[int, Range(1, 2**31 - 1)]
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    loss_weighting: str = "square"
+    multi_turn: bool = False
+    decode_threads: Annotated[int, Range(1, 1024)] = 4
+    prefetch: bool = True
+    prefetch_bytes: Annotated[int, Range(0, 10**13)] = 4_000_000_000
+    decoder: Literal["auto", "exact", "dali"] = "auto"
+    on_media_error: Literal["error", "skip"] = "error"
+    decode_timeout_s: Annotated[float, Range(0.1, 86_400)] = 120.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_weighting not in LOSS_WEIGHTINGS:
+            raise UserError(f"data.loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}")
+
+
+@dataclass
+class GlobalBatch:
+    """What one rank has of a global batch."""
+
+    first_pack: int
+    """Packs consumed before it."""
+    microbatches: list[Batch]
+    total: float
+    """The sum of the whole global batch's loss weights before it divided them."""
+    nbytes: int
+    """Bytes of the microbatches' tensors, once media are read."""
+    failures: dict[int, FailedMedium] = field(default_factory=dict)
+    """By number of the sample in the global batch: what of this rank's media could not be read."""
+
+
+class PackLoader:
+    """The batches of one data-parallel rank.
+
+    Pack number p of the run is that at place p % n of a permutation of the n packs, seeded by (seed, p //
+    n): an epoch holds every pack once.  The packs of a global batch are shared among the ranks by cost (see
+    `balance.assign`), equally many each; a rank keeps those it gets in their global order.
+
+    `plan` derives from a pack's tokens what this rank does with it, and so which tiles it decodes; it runs in
+    the background too.  Without it no media are read.  For a CUDA `device` tensors lie in pinned memory, so
+    that nobody waits for their copies.
+
+    Raises `UserError` for an unusable configuration, or if the pack index is missing or made for other data.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        plan: Callable[[Batch], RankPlan] | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        if global_batch_size < 1 or global_batch_size % data_parallel_size:
+            raise UserError(
+                f"the global batch size {global_batch_size} must be a multiple of the data-parallel size "
+                f"{data_parallel_size}"
+            )
+        self._config = config
+        self._store = SampleStore(config.path, config.length)
+        self._index = read_packs(self._store)
+        self._global_batch_size = global_batch_size
+        self._rank, self._size = data_parallel_rank, data_parallel_size
+        self._plan, self._pin_memory = plan, torch.device(device).type == "cuda"
+        self._weighting = {"weighting": config.loss_weighting, "multi_turn": config.multi_turn}
+        self._decoder = MediaDecoder(
+            config.decoder,
+            tile_size=self.manifest.tile_size,
+            device=device,
+            timeout=config.decode_timeout_s,
+        )
+        self._media = MediaReader(
+            self._store, self._decoder, config.decode_threads, pin_memory=self._pin_memory
+        )
+        self._ahead: Prefetcher[GlobalBatch] | None = None
+        self._ahead_from = 0  # packs consumed before the next batch that `_ahead` gives
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    @property
+    def manifest(self) -> DataManifest:
+        """What the data were made with."""
+        return self._store.manifest
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the mixture's data sets, by their numbers in `Batch.group_ids`."""
+        return self.manifest.datasets
+
+    @cached_property
+    def identity(self) -> DataIdentity:
+        """What is read, and in which order."""
+        config = self._config
+        return identify(
+            self._store,
+            self._index,
+            seed=config.seed,
+            loss_weighting=config.loss_weighting,
+            multi_turn=config.multi_turn,
+        )
+
+    @property
+    def decoder(self) -> str:
+        """How media are decoded, and why."""
+        return f"media: {self._decoder.name} ({self._decoder.reason})"
+
+    @property
+    def packs_per_epoch(self) -> int:
+        """Packs in the index."""
+        return len(self._index)
+
+    def step(self, consumed_packs: int) -> GlobalBatch:
+        """This rank's share of the global batch that starts at `consumed_packs`.
+
+        Those that follow are prepared in the background.  Media that cannot be read are zeros, and named in
+        `failures`.  Raises `UserError` for a damaged store or a pack that `plan` refuses.
+        """
+        if not self._config.prefetch:
+            batch = self._prepare(consumed_packs)
+            self._read_media(batch)
+            return batch
+        if self._ahead is None or self._ahead_from != consumed_packs:
+            self._stop_prefetch()
+            self._ahead = Prefetcher(
+                self._prepare,
+                self._read_media,
+                itertools.count(consumed_packs, self._global_batch_size),
+                limit=self._config.prefetch_bytes,
+            )
+        self._ahead_from = consumed_packs + self._global_batch_size
+        try:
+            return self._ahead.take()
+        except BaseException:
+            self._stop_prefetch()
+            raise
+
+    def close(self) -> None:
+        """Stop the background work."""
+        self._media.close()
+        self._stop_prefetch()
+        self._decoder.close()
+
+    def packs(self, consumed_packs: int) -> np.ndarray:
+        """Index numbers of the packs of a global batch, in their global order."""
+        places = np.arange(consumed_packs, consumed_packs + self._global_batch_size)
+        epochs, places = np.divmod(places, len(self._index))
+        return np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places, strict=True)])
+
+    def samples(self, consumed_packs: int) -> list[tuple[int, int]]:
+        """The samples of a global batch in the order of their numbers: number of the pack, store row."""
+        packs = [int(pack) for pack in self.packs(consumed_packs)]
+        return [(pack, row) for pack in packs for row in self._index.rows(pack)]
+
+    def alone(self, batch: GlobalBatch, number: int, length: int) -> Batch:
+        """A sample of this rank, by its number in the global batch, as a pack of `length` tokens by itself.
+
+        It weighs what it weighs in the global batch.  `batch.failures` gets media that cannot be read.
+        """
+        _, row = self.samples(batch.first_pack)[number]
+        pack = self._planned([row], batch.total, number, length)
+        batch.failures |= self._media.read([pack])
+        return pack
+
+    def n_samples(self, consumed_packs: int) -> int:
+        """Samples of a global batch; they are numbered from 0 in the order of its packs."""
+        return int(self._index.column("n_samples", self.packs(consumed_packs)).sum())
+
+    def leave_out(self, batch: GlobalBatch, samples: Collection[int]) -> None:
+        """Give samples, by their numbers in the whole global batch, no weight and no pixels.
+
+        The other samples' weights are then exactly those of a global batch in which these never had any.
+        """
+        rows = enumerate(row for _, row in self.samples(batch.first_pack))
+        kept = [self._store[row] for number, row in rows if number not in samples]
+        batch.total = math.fsum(sample_weight(sample, **self._weighting) for sample in kept)
+        for microbatch in batch.microbatches:
+            left_out = {number - microbatch.first_sample for number in samples}
+            microbatch.loss_weights = self._pinned(
+                token_weights(
+                    [self._store[row] for row in microbatch.sample_rows],
+                    self._store.length,
+                    total=batch.total,
+                    left_out=left_out,
+                    **self._weighting,
+                )
+            )
+            self._media.blank(microbatch, samples)
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._index))
+
+    def _own(self, packs: np.ndarray) -> np.ndarray:
+        """Places of this rank's packs in a global batch."""
+        patches = self._index.column("n_tiles", packs) * self.manifest.patches_per_tile
+        return assign(pack_costs(self._index.column("sum_squares", packs), patches), self._size)[self._rank]
+
+    def _prepare(self, consumed_packs: int) -> GlobalBatch:
+        """Everything but the pixels."""
+        packs = self.packs(consumed_packs)
+        total = normalizer(self._index, packs, **self._weighting)
+        counts = self._index.column("n_samples", packs)
+        first_samples = counts.cumsum() - counts
+        microbatches = [
+            self._planned(self._index.rows(int(packs[i])), total, int(first_samples[i]))
+            for i in self._own(packs)
+        ]
+        tiles = sum(len(batch.plan.tiles or ()) for batch in microbatches if batch.plan is not None)
+        tokens = sum(getattr(batch, name).nbytes for batch in microbatches for name in _TOKENS)
+        return GlobalBatch(
+            consumed_packs, microbatches, total, nbytes=tokens + tiles * 3 * self.manifest.tile_size**2
+        )
+
+    def _planned(self, rows: list[int], total: float, first_sample: int, length: int | None = None) -> Batch:
+        batch = assemble(
+            self._store, rows, total=total, first_sample=first_sample, length=length, **self._weighting
+        )
+        if self._plan is not None:
+            try:
+                batch.plan = self._plan(batch)
+            except UserError as error:
+                raise UserError(f"the pack of store rows {rows}: {error}") from None
+        for name in _TOKENS:
+            setattr(batch, name, self._pinned(getattr(batch, name)))
+        return batch
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if self._pin_memory else tensor
+
+    def _read_media(self, batch: GlobalBatch) -> None:
+        batch.failures = self._media.read(batch.microbatches)
+
+    def _stop_prefetch(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None

@@ -1,0 +1,137 @@
+"""The media of stored samples, of which a rank reads the tiles that it decodes.
+
+Of a video only the wanted frames are decoded.  A picture is decoded and resized whole whatever part of it is
+wanted: resizing mixes neighbouring pixels, and tiles must not depend on who asks for them.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from megatron_eagle.data.loading.batch import Batch
+from megatron_eagle.data.media.deadline import TOO_LONG
+from megatron_eagle.data.media.decoder import MediaDecoder
+from megatron_eagle.data.store.reader import ImagePlan, SampleStore, VideoPlan
+from megatron_eagle.errors import UserError
+from megatron_eagle.problems import Problem
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture, a page or a video; `source` is FILE:LINE of the annotation that uses it."""
+
+    plan: ImagePlan | VideoPlan
+    max_pixels: int  # that a picture may have
+    row: int
+    source: str
+
+    @property
+    def n_tiles(self) -> int:
+        return self.plan.n_tiles if isinstance(self.plan, ImagePlan) else len(self.plan.frames)
+
+    def load(self, decoder: MediaDecoder, tiles: range | None = None) -> torch.Tensor:
+        """Some of its tiles, or all: uint8 [n, 3, S, S].
+
+        Raises `Problem` for a file that has changed since it was preprocessed or can no longer be read, and
+        as the decoder says.
+        """
+        plan, wanted = self.plan, slice(None) if tiles is None else slice(tiles.start, tiles.stop)
+        if isinstance(plan, VideoPlan):
+            return decoder.frames(plan.path, plan.index, plan.frames[wanted])[0]
+        grid = plan.columns, plan.rows
+        return decoder.picture(plan.path, grid, max_pixels=self.max_pixels, file_size=plan.file_size)[wanted]
+
+
+def sample_media(store: SampleStore, row: int) -> list[Medium]:
+    """The media of a row, in the order in which its text shows them."""
+    sample = store[row]
+    source = f"{sample.file}:{sample.line}"
+    plans = [sample.images[i] if i >= 0 else sample.videos[-1 - i] for i in sample.media_order]
+    return [Medium(plan, store.manifest.max_pixels, row, source) for plan in plans]
+
+
+@dataclass(frozen=True)
+class FailedMedium:
+    """A medium that could not be read; it takes the sample of this store row out of training."""
+
+    row: int
+    source: str  # FILE:LINE of the annotation
+    path: str
+    reason: str
+
+
+class MediaReader:
+    """Reads the tiles of packs that their plans name, several media at the same time."""
+
+    def __init__(self, store: SampleStore, decoder: MediaDecoder, threads: int, *, pin_memory: bool):
+        self._store, self._decoder, self._threads = store, decoder, threads
+        self._pin_memory = pin_memory
+        self._pool = ThreadPoolExecutor(threads, "media")
+
+    def read(self, packs: Sequence[Batch]) -> dict[int, FailedMedium]:
+        """Fill in the packs' pixels; what cannot be read stays 0 and is returned, by sample number.
+
+        All media are handed to the threads before the first is waited for.  When as many as there are threads
+        took too long, those not begun are given up: the storage is gone, and each would take as long.
+        """
+        size = self._store.manifest.tile_size
+        reading = [
+            (pack, number, medium, places, self._pool.submit(medium.load, self._decoder, tiles))
+            for pack in packs
+            for number, medium, tiles, places in self._own(pack)
+        ]
+        for pack in packs:
+            if pack.plan is not None and pack.plan.tiles is not None:
+                shape = len(pack.plan.tiles), 3, size, size
+                pack.pixel_values = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        reading.reverse()
+        failures: dict[int, FailedMedium] = {}
+        overdue = 0
+        while reading:  # what is copied is let go at once
+            pack, number, medium, places, future = reading.pop()
+            try:
+                pack.pixel_values[places] = future.result()
+            except UserError:
+                raise
+            except Exception as error:  # a decoder may raise anything for a broken file
+                overdue += isinstance(error, Problem) and error.kind == TOO_LONG
+                if overdue == self._threads:
+                    for *_, later in reading:
+                        later.cancel()
+                path = medium.plan.path
+                failed = FailedMedium(medium.row, medium.source, path, _reason(error, path))
+                failures.setdefault(number, failed)
+        return failures
+
+    def blank(self, pack: Batch, samples: Collection[int]) -> None:
+        """Take the pixels of samples, by their numbers in the global batch, out of a pack."""
+        for number, _, _, places in self._own(pack):
+            if number in samples:
+                pack.pixel_values[places] = 0
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _own(self, pack: Batch) -> Iterator[tuple[int, Medium, range, slice]]:
+        """What this rank reads of a pack: the sample's number in the global batch, the medium, which of its
+        tiles, and their places in `pixel_values`."""
+        tiles = None if pack.plan is None else pack.plan.tiles
+        if not tiles:
+            return
+        start = 0
+        for number, row in enumerate(pack.sample_rows, pack.first_sample):
+            for medium in sample_media(self._store, row):
+                first, last = max(start, tiles.start), min(start + medium.n_tiles, tiles.stop)
+                if first < last:
+                    places = slice(first - tiles.start, last - tiles.start)
+                    yield number, medium, range(first - start, last - start), places
+                start += medium.n_tiles
+
+
+def _reason(error: Exception, path: str) -> str:
+    if isinstance(error, CancelledError):
+        return f"not read: {path}: too many before it took too long"
+    return str(error) if isinstance(error, Problem) else f"{path}: {type(error).__name__}: {error}"

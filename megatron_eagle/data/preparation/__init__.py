@@ -1,0 +1,1 @@
+"""From raw conversations to rows of the store."""

@@ -1,0 +1,311 @@
+"""From a recipe to a token store, restartable at any point, with rows in the order of the input.
+
+The new store grows in `.NAME.partial` beside its final place, what is finished of it is recorded in
+`.NAME.journal`, and an earlier store is replaced when the new one is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_eagle.data.annotations.mixture import Dataset, line_bounds, read_recipe
+from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
+from megatron_eagle.data.preparation.journal import Journal
+from megatron_eagle.data.preparation.processor import PreprocessSettings, Task
+from megatron_eagle.data.preparation.reuse import cache_key, is_current
+from megatron_eagle.data.preparation.summary import LengthCounts
+from megatron_eagle.data.store.reader import DataManifest, read_manifest, store_format
+from megatron_eagle.data.store.token_file import TokenFileWriter
+from megatron_eagle.data.store.writer import StoreWriter, write_tables
+from megatron_eagle.data.text.tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IMG_CONTEXT,
+    Tokenizer,
+    copy_tokenizer,
+    load_tokenizer,
+)
+from megatron_eagle.errors import UserError
+from megatron_eagle.problems import LedgerEntry, write_ledger
+
+SHARD = 512  # lines; what a kill makes a run repeat is never more (with many workers: twice `lines_ahead`)
+_CHUNK = 4  # lines per task of a worker: few, so that the bar moves also where every line is a long video
+_COMMIT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is done, which changes nothing in what comes out.
+
+    `workers` are processes, None for one per core of this machine or of the Ray cluster; `fresh` ignores
+    what earlier runs have left.
+    """
+
+    workers: int | None = None
+    engine: str = "local"
+    fresh: bool = False
+    shard: int = SHARD
+
+    def __post_init__(self):
+        if self.engine not in ENGINES:
+            raise UserError(f"--engine must be one of {', '.join(ENGINES)}, got {self.engine}")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"--workers must be at least 1, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class _Input:
+    """The lines of a recipe: byte offsets of each file's lines, and how often each line is taken."""
+
+    datasets: list[Dataset]
+    bounds: list[np.ndarray]
+    copies: list[np.ndarray]
+
+    def taken(self) -> list[tuple[int, int]]:
+        """(data set, 0-based line) of every line that is taken at least once, in order."""
+        return [(i, line) for i, count in enumerate(self.copies) for line in np.flatnonzero(count).tolist()]
+
+    def read(self, lines: list[tuple[int, int]]) -> list[Task]:
+        """The bytes of some lines."""
+        tasks = []
+        for source, line in lines:
+            dataset, (start, end) = self.datasets[source], self.bounds[source][line : line + 2].tolist()
+            with dataset.annotation.open("rb") as file:
+                file.seek(start)
+                raw = file.read(end - start)
+            tasks.append(
+                Task(raw, source, str(dataset.annotation), line + 1, dataset.root, dataset.overrides)
+            )
+        return tasks
+
+    def final_rows(self, sources: np.ndarray, lines: np.ndarray) -> np.ndarray | None:
+        """Rows of the store as numbers of the rows with these sources and 1-based lines: a data set once,
+        then what it repeats, and so on.  None if nothing is repeated.
+        """
+        copies = np.zeros(len(sources), np.int64)
+        passes = []
+        for source in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == source)
+            copies[rows] = self.copies[source][lines[rows] - 1]
+            passes += [rows[copies[rows] > k] for k in range(copies[rows].max())]
+        return np.concatenate(passes) if passes and copies.max() > 1 else None
+
+
+def preprocess(
+    recipe: str | Path, output: str | Path, settings: PreprocessSettings, execution: Execution | None = None
+) -> DataManifest:
+    """Make the token store `output` (see `store`) from a recipe; replaces an earlier store there.
+
+    A run that was interrupted, in whatever way, is continued; a store that is there already and follows from
+    the same input is kept.  The same input gives the same bytes, however it was made.  Raises `UserError`.
+    """
+    execution = execution or Execution()
+    output = Path(output).resolve()
+    datasets = read_recipe(recipe)
+    manifest = _new_manifest(datasets, settings)
+    _check_output(output)
+    partial, left = (output.with_name(f".{output.name}.{what}") for what in ("partial", "journal"))
+    if not execution.fresh and not left.exists() and is_current(output, manifest.input_key):
+        print(f"{output} is up to date: same input and settings, media unchanged; --fresh makes it again")
+        return read_manifest(output)
+    for dataset in datasets:
+        for key in dataset.ignored:
+            print(f'note: "{key}" of the recipe\'s entry "{dataset.name}" has no effect')
+    bounds = [line_bounds(dataset.annotation) for dataset in datasets]
+    copies = [dataset.copies(len(b) - 1) for dataset, b in zip(datasets, bounds, strict=True)]
+    source = _Input(datasets, bounds, copies)
+    with _continued(output, left, manifest.input_key, execution.fresh) as journal:
+        if journal.n_lines and not partial.exists() and _has_key(output, manifest.input_key):
+            journal.remove()  # killed between the last rename and this
+            return read_manifest(output)
+        if not all(_holds(partial / str(length), journal.n_tokens(length)) for length in settings.lengths):
+            journal.clear()
+        if not journal.n_lines:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        _write_tokens(source, partial, journal, settings, execution)
+        _write_rest(source, partial, journal, settings, manifest)
+        _replace(output, partial)
+        journal.remove()
+    return manifest
+
+
+def _new_manifest(datasets: list[Dataset], settings: PreprocessSettings) -> DataManifest:
+    tokenizer = load_tokenizer(settings.tokenizer)
+    image_token_id = tokenizer.token_id(IMG_CONTEXT)
+    identity = [tokenizer.fingerprint, settings.template, settings.tokens_per_tile]
+    return DataManifest(
+        fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        template=settings.template,
+        tile_size=settings.sampling.tile_size,
+        patch_size=settings.patch_size,
+        tokens_per_tile=settings.tokens_per_tile,
+        vocab_size=tokenizer.vocab_size,
+        image_token_id=image_token_id,
+        pad_token_id=_pad_token_id(tokenizer),
+        lengths=list(settings.lengths),
+        sources=[str(dataset.annotation) for dataset in datasets],
+        names=[dataset.name for dataset in datasets],
+        sampling=asdict(settings.sampling),
+        max_pixels=settings.max_pixels,
+        input_key=cache_key(datasets, settings, tokenizer.fingerprint),
+    )
+
+
+def _pad_token_id(tokenizer: Tokenizer) -> int:
+    """What fills the end of a pack, where nothing is learned: any id that is no image token does."""
+    try:
+        return tokenizer.token_id(END_OF_TEXT)
+    except UserError:
+        return tokenizer.token_id(IM_END)
+
+
+def _write_tokens(
+    source: _Input, partial: Path, journal: Journal, settings: PreprocessSettings, execution: Execution
+) -> None:
+    """Process the lines that the journal does not have, appending to the token files and to the journal."""
+    lines = source.taken()
+    writers = {
+        length: StoreWriter(partial / str(length), journal.n_tokens(length)) for length in settings.lengths
+    }
+    remaining = lines[journal.n_lines :]
+    chunks = (source.read(remaining[i : i + _CHUNK]) for i in range(0, len(remaining), _CHUNK))
+    if execution.engine == "ray":
+        available = ray_workers()
+        workers = execution.workers or available
+        outcomes = run_ray(chunks, settings, workers)
+    else:
+        workers = min(execution.workers or os.cpu_count() or 1, -(-len(remaining) // _CHUNK))
+        outcomes = run_local(chunks, settings, workers)
+    # Half a shard between commits, and at most half a shard in work beyond them.
+    per_commit = max(execution.shard // 2, lines_ahead(workers, _CHUNK) if workers > 1 else 0)
+    if journal.n_lines:
+        print(f"continuing: {journal.n_lines:,} of {len(lines):,} lines are done")
+    progress = tqdm(
+        outcomes,
+        total=len(lines),
+        initial=journal.n_lines,
+        desc="preprocess",
+        unit=" samples",
+        dynamic_ncols=True,
+    )
+    dropped: list[LedgerEntry] = []
+    n_new = 0
+    last_commit = time.monotonic()
+
+    def commit() -> None:
+        nonlocal n_new, last_commit
+        rows = {length: writer.take_rows() for length, writer in writers.items()}
+        journal.commit(n_new, dropped, rows)
+        dropped.clear()
+        n_new, last_commit = 0, time.monotonic()
+
+    try:
+        for outcome in progress:
+            dropped += outcome.dropped
+            for length, row in outcome.rows.items():
+                writers[length].add(row.ids, row.answers, row.columns)
+            n_new += 1
+            if n_new >= per_commit or time.monotonic() - last_commit > _COMMIT_SECONDS:
+                commit()
+        if n_new:
+            commit()
+    finally:
+        outcomes.close()
+        for writer in writers.values():
+            writer.close()
+
+
+def _write_rest(
+    source: _Input, partial: Path, journal: Journal, settings: PreprocessSettings, manifest: DataManifest
+) -> None:
+    """Everything but the tokens, from the journal: may be done again and again."""
+    shutil.rmtree(partial / "tokenizer", ignore_errors=True)
+    copy_tokenizer(settings.tokenizer, partial / "tokenizer")
+    n_lines = sum(map(len, source.copies))
+    not_taken = sum(int((count == 0).sum()) for count in source.copies)
+    for length in settings.lengths:
+        rows = journal.rows(length)
+        order = source.final_rows(np.asarray(rows["source"]), np.asarray(rows["line"]))
+        write_tables(partial / str(length), rows, order)
+        n_final = len(rows) if order is None else len(order)
+        counts = LengthCounts.of(rows, n_lines, not_taken, n_final, journal.dropped, length)
+        manifest.counts[str(length)] = asdict(counts)
+    write_ledger(partial / "dropped.jsonl", journal.dropped)
+    (partial / "manifest.json").unlink(missing_ok=True)
+    manifest.files.update(_file_hashes(partial))
+    manifest.save(partial)
+
+
+@contextmanager
+def _continued(output: Path, folder: Path, key: str, fresh: bool) -> Iterator[Journal]:
+    """The journal, in `folder`, of what an interrupted run has done towards `output`.
+
+    An error or an interruption leaves it for the next run.
+    """
+    old = output.with_name(f".{output.name}.old")
+    journal = None
+    try:
+        journal = Journal(folder, key, fresh)
+        if old.exists() and not output.exists():  # killed between the two renames of `_replace`
+            old.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+        yield journal
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output}: {error.strerror or error}; when that is mended run the same command "
+            "again, it continues where it stopped"
+        ) from None
+    finally:
+        if journal is not None:
+            journal.close()
+
+
+def _has_key(output: Path, key: str) -> bool:
+    return output.exists() and read_manifest(output).input_key == key
+
+
+def _holds(folder: Path, n_tokens: int) -> bool:
+    """Whether the token files of one length have all tokens that the journal tells of."""
+    files = (("tokens", np.int32), ("answers", np.uint16))
+    return all(TokenFileWriter.n_elements(folder / name, dtype) >= n_tokens for name, dtype in files)
+
+
+def _replace(output: Path, partial: Path) -> None:
+    old = output.with_name(f".{output.name}.old")
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_output(output: Path) -> None:
+    """Raise `UserError` for a place that holds something else than a token store, of whatever format."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        store_format(output)
+    except UserError:
+        raise UserError(
+            f"{output} exists and holds something else than a token store; choose another --output"
+        ) from None
+
+
+def _file_hashes(folder: Path) -> dict[str, dict]:
+    """Bytes and SHA-256 of every file in a folder, by relative path."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[str(path.relative_to(folder))] = {"bytes": os.path.getsize(path), "sha256": digest}
+    return hashes

@@ -1,0 +1,287 @@
+"""One annotation line into the rows of every length: read, probe, plan, render.  What each worker runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_eagle.data.annotations.formats import read_sample
+from megatron_eagle.data.media.documents import check_pages
+from megatron_eagle.data.media.exact import read_frames
+from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS
+from megatron_eagle.data.sample import Document, DocumentRef, ImageRef, Sample, VideoRef
+from megatron_eagle.data.sampling.ads import Plan, SamplingSettings, sample_media
+from megatron_eagle.data.sampling.iap import tile_count
+from megatron_eagle.data.sampling.probe import (
+    ImageFacts,
+    PageFacts,
+    VideoFacts,
+    probe_document,
+    probe_image,
+    probe_video,
+)
+from megatron_eagle.data.store.reader import DocumentPlan, ImagePlan, SampleColumns, VideoPlan
+from megatron_eagle.data.text.template import VARIANTS, ShownVideo, Template
+from megatron_eagle.data.text.tokenizer import load_tokenizer
+from megatron_eagle.errors import UserError
+from megatron_eagle.problems import LedgerEntry, Problem
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Everything that decides what a sample becomes.  Raises `UserError` for impossible values."""
+
+    tokenizer: str
+    lengths: tuple[int, ...]
+    sampling: SamplingSettings = SamplingSettings()
+    patch_size: int = 14
+    template: str = "train"
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
+            raise UserError(f"--max-tokens needs different positive lengths, got {list(self.lengths)}")
+        if self.patch_size < 1 or self.sampling.tile_size % (2 * self.patch_size):
+            raise UserError(
+                f"the tile size must be a multiple of twice the patch size, "
+                f"got {self.sampling.tile_size} and {self.patch_size}"
+            )
+        if not 1 <= self.max_pixels <= MAX_MAX_PIXELS:
+            raise UserError(f"--max-pixels must be from 1 to {MAX_MAX_PIXELS}, got {self.max_pixels}")
+        if self.template not in VARIANTS:
+            raise UserError(f"--template must be one of {', '.join(VARIANTS)}, got {self.template}")
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens of one tile: its patches, 2 x 2 merged into one."""
+        return (self.sampling.tile_size // self.patch_size // 2) ** 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the store keeps of a sample at one length."""
+
+    ids: np.ndarray
+    answers: np.ndarray
+    columns: SampleColumns
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line to be processed: its bytes, and where they come from."""
+
+    raw: bytes
+    source: int
+    file: str
+    line: int
+    root: str
+    overrides: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a line: its row at each length that has one, ledger entries for the others."""
+
+    rows: Mapping[int, Row]
+    dropped: tuple[LedgerEntry, ...]
+
+
+class SampleProcessor:
+    """Turns lines into rows.  Media are probed and text is tokenised once, then planned for every length."""
+
+    def __init__(self, settings: PreprocessSettings):
+        self._settings = settings
+        self._template = Template(
+            load_tokenizer(settings.tokenizer), settings.template, settings.tokens_per_tile
+        )
+        # Several questions about one video, document or picture usually follow each other.
+        self._probe_image = lru_cache(maxsize=1024)(lambda path: probe_image(path, settings.max_pixels))
+        self._probe_document = lru_cache(maxsize=32)(
+            lambda document: probe_document(document, settings.max_pixels)
+        )
+        self._probe_video = lru_cache(maxsize=32)(probe_video)
+
+    def process(self, task: Task) -> Outcome:
+        """Never raises for bad input: a sample that cannot be used becomes ledger entries."""
+        rows: dict[int, Row] = {}
+        dropped = []
+
+        def drop(problem: Problem, length: int | None = None) -> None:
+            dropped.append(LedgerEntry(task.file, task.line, str(problem), problem.kind, length))
+
+        try:
+            sample = read_sample(
+                task.raw, root=task.root, file=task.file, line=task.line, overrides=task.overrides
+            )
+            media = _Media(
+                [self._probe_image(path) for path in sample.images],
+                [self._probe_video(source) for source in sample.videos],
+                [self._probe_document(document) for document in sample.documents],
+            )
+            plans: dict[int, Plan] = {}
+            for length in self._settings.lengths:
+                try:
+                    plans[length] = self._plan(sample, media, length)
+                except Problem as problem:
+                    drop(problem, length)
+            self._check_frames(media.videos, list(plans.values()))
+            self._check_pages(sample.documents, list(plans.values()))
+            for length, plan in plans.items():
+                rows[length] = self._row(task, sample, media, plan)
+        except Exception as error:  # one strange file must not end a run of millions; the summary counts it
+            rows.clear()
+            dropped.clear()
+            unexpected = Problem("unexpected error", f"{type(error).__name__}: {error}")
+            drop(error if isinstance(error, Problem) else unexpected)
+        return Outcome(rows, tuple(dropped))
+
+    def _sampling(self, sample: Sample) -> SamplingSettings:
+        return replace(self._settings.sampling, **sample.overrides)
+
+    def _plan(self, sample: Sample, media: "_Media", length: int) -> Plan:
+        def count(tiles, frames, documents):
+            return self._template.count(sample, tiles, media.shown(frames), documents)
+
+        sampling = self._sampling(sample)
+        return sample_media(
+            [image.wish(sampling) for image in media.images],
+            [video.wish(sampling) for video in media.videos],
+            count,
+            length,
+            sampling,
+            [[page.wish(sampling) for page in pages] for pages in media.documents],
+        )
+
+    @staticmethod
+    def _check_frames(videos: list[VideoFacts], plans: list[Plan]) -> None:
+        """Decode every frame that some plan shows, so that training never meets one that cannot be.
+
+        A file that cannot be read by seeking is marked in `videos`, so that training does not try.
+        """
+        for i, video in enumerate(videos):
+            frames = sorted({frame for plan in plans for frame in plan.frames[i]})
+            reasons: list[str] = []
+            for _ in read_frames(video.file.path, video.table.index.select(frames), reasons.append):
+                pass
+            if reasons:
+                videos[i] = replace(video, table=replace(video.table, linear_reason=reasons[0]))
+
+    def _check_pages(self, documents: Sequence[Document], plans: list[Plan]) -> None:
+        """Open every page of a PDF file that some plan shows, likewise."""
+        for i, document in enumerate(documents):
+            if isinstance(document, str):
+                pages = sorted({page for plan in plans for page in plan.pages[i]})
+                check_pages(document, pages, max_pixels=self._settings.max_pixels)
+
+    def _row(self, task: Task, sample: Sample, media: "_Media", plan: Plan) -> Row:
+        tiles = [tile_count(grid) for grid in plan.grids]
+        page_tiles = [[tile_count(grid) for grid in grids] for grids in plan.page_grids]
+        encoded = self._template.encode(sample, tiles, media.shown(plan.frames), page_tiles)
+        if len(encoded.ids) != plan.n_tokens:
+            raise RuntimeError(
+                f"planned {plan.n_tokens} tokens, rendered {len(encoded.ids)}: {task.file}:{task.line}"
+            )
+        answer_lengths = np.bincount(encoded.answers)[1:]
+        n_frames = sum(map(len, plan.frames))
+        n_tiles = sum(tiles) + sum(map(sum, page_tiles)) + n_frames
+        n_visual = n_tiles * self._template.tokens_per_tile
+        sampling = self._sampling(sample)
+        documents = _document_plans(media, plan)
+        columns = SampleColumns(
+            source=task.source,
+            line=task.line,
+            n_tokens=plan.n_tokens,
+            n_text=plan.n_tokens - n_visual,
+            n_visual=n_visual,
+            n_supervised=int(answer_lengths.sum()),
+            answer_lengths=tuple(answer_lengths.tolist()),
+            n_tiles=n_tiles,
+            tiles_wanted=plan.tiles_wanted,
+            n_frames=n_frames,
+            frames_wanted=sum(video.wish(sampling).wanted for video in media.videos),
+            images=(
+                *(_image_plan(*picture, sampling) for picture in zip(media.images, plan.grids, strict=True)),
+                *(
+                    _image_plan(pages[number], grid, sampling)
+                    for pages, shown, grids in zip(media.documents, plan.pages, plan.page_grids, strict=True)
+                    for number, grid in zip(shown, grids, strict=True)
+                ),
+            ),
+            videos=tuple(map(_video_plan, media.videos, plan.frames)),
+            documents=documents,
+            media_order=_media_order(sample, documents),
+        )
+        return Row(encoded.ids, encoded.answers, columns)
+
+
+@dataclass(frozen=True)
+class _Media:
+    """The media of a sample, probed."""
+
+    images: list[ImageFacts]
+    videos: list[VideoFacts]
+    documents: list[list[ImageFacts] | list[PageFacts]]
+
+    def shown(self, frames: Sequence[Sequence[int]]) -> list[ShownVideo]:
+        """What the text says of the videos if these frames are shown."""
+        return [ShownVideo(v.duration, v.times(f)) for v, f in zip(self.videos, frames, strict=True)]
+
+
+def _document_plans(media: _Media, plan: Plan) -> tuple[DocumentPlan, ...]:
+    first = len(media.images)
+    plans = []
+    for pages, shown in zip(media.documents, plan.pages, strict=True):
+        plans.append(DocumentPlan(first, shown, len(pages)))
+        first += len(shown)
+    return tuple(plans)
+
+
+def _media_order(sample: Sample, documents: Sequence[DocumentPlan]) -> tuple[int, ...]:
+    order: list[int] = []
+    for part in (part for turn in sample.turns for part in turn.parts):
+        if isinstance(part, ImageRef):
+            order.append(part.index)
+        elif isinstance(part, VideoRef):
+            order.append(-1 - part.index)
+        elif isinstance(part, DocumentRef):
+            document = documents[part.index]
+            order += range(document.first_image, document.first_image + len(document.pages))
+    return tuple(order)
+
+
+def _image_plan(
+    image: ImageFacts | PageFacts, grid: tuple[int, int], sampling: SamplingSettings
+) -> ImagePlan:
+    wish = image.wish(sampling)
+    return ImagePlan(
+        path=image.name(grid, sampling.tile_size),
+        file_size=image.file.size,
+        mtime_ns=image.file.mtime_ns,
+        width=wish.width,
+        height=wish.height,
+        columns=grid[0],
+        rows=grid[1],
+    )
+
+
+def _video_plan(video: VideoFacts, frames: tuple[int, ...]) -> VideoPlan:
+    index = video.table.index.select(frames)
+    return VideoPlan(
+        path=video.file.path,
+        file_size=video.file.size,
+        mtime_ns=video.file.mtime_ns,
+        fingerprint=index.fingerprint,
+        stream=index.stream,
+        rotation=index.rotation,
+        time_base_num=index.time_base.numerator,
+        time_base_den=index.time_base.denominator,
+        duration_num=video.duration.numerator,
+        duration_den=video.duration.denominator,
+        n_frames=index.n_frames,
+        open_gop=int(index.open_gop),
+        linear_reason=index.linear_reason,
+        frames=frames,
+        pts=tuple(index.pts.tolist()),
+        seek_points=tuple(index.seek_points.tolist()),
+    )

@@ -1,0 +1,1 @@
+"""Which tiles and frames of a sample are shown."""

@@ -1,0 +1,119 @@
+"""What has to be known of a media file before frames and grids are chosen; no pixels are kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from megatron_eagle.data.media.documents import page_sizes, pixel_size
+from megatron_eagle.data.media.frame_index import read_frame_table
+from megatron_eagle.data.media.frame_table import FrameTable
+from megatron_eagle.data.media.images import image_size
+from megatron_eagle.data.media.source import FileFacts, PageRef, file_facts
+from megatron_eagle.data.sample import Document, VideoSource
+from megatron_eagle.data.sampling.ads import ImageWish, SamplingSettings, VideoWish, wanted_frames
+from megatron_eagle.problems import Problem
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """A picture's file and its size as shown, in pixels."""
+
+    file: FileFacts
+    width: int
+    height: int
+
+    def wish(self, settings: SamplingSettings) -> ImageWish:
+        """What the picture asks of the sampler."""
+        return ImageWish(self.width, self.height, settings.max_tiles)
+
+    def name(self, grid: tuple[int, int], tile_size: int) -> str:
+        """What the picture is read from."""
+        return self.file.path
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """Page `number` (from 0) of a PDF file, and its size in points; it is drawn with at most `max_pixels`."""
+
+    file: FileFacts
+    number: int
+    width: float
+    height: float
+    max_pixels: int
+
+    def wish(self, settings: SamplingSettings) -> ImageWish:
+        """What the page asks of the sampler: as many pixels as the tiles that it may have."""
+        tile = settings.tile_size**2
+        max_tiles = max(1, min(settings.max_tiles, self.max_pixels // tile))
+        return ImageWish(*pixel_size(self.width, self.height, max_tiles * tile), max_tiles)
+
+    def name(self, grid: tuple[int, int], tile_size: int) -> str:
+        """The page, drawn at the size of its grid."""
+        return str(PageRef(self.file.path, self.number, grid[0] * tile_size, grid[1] * tile_size))
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """A clip: its file, the file's frame table, the first and last frame number, its duration in seconds."""
+
+    file: FileFacts
+    table: FrameTable
+    first: int
+    last: int
+    duration: Fraction
+
+    def wish(self, settings: SamplingSettings) -> VideoWish:
+        """What the clip asks of the sampler."""
+        wanted = wanted_frames(self.last - self.first + 1, self.duration, settings)
+        return VideoWish(self.first, self.last, wanted, settings.min_frames)
+
+    def times(self, frames: Sequence[int]) -> list[float]:
+        """Presentation times of frame numbers, in seconds of the file's own clock."""
+        time_base = self.table.time_base
+        return [
+            pts * time_base.numerator / time_base.denominator for pts in self.table.pts[list(frames)].tolist()
+        ]
+
+
+def probe_image(path: str, max_pixels: int) -> ImageFacts:
+    """Check a picture to its end and read its size.  Raises `Problem`."""
+    width, height = image_size(path, max_pixels=max_pixels)
+    return ImageFacts(file_facts(path), width, height)
+
+
+def probe_document(document: Document, max_pixels: int) -> list[ImageFacts] | list[PageFacts]:
+    """The pages of a document, whether it is a PDF file or a list of pictures.  Raises `Problem`."""
+    if not isinstance(document, str):
+        return [probe_image(page, max_pixels) for page in document]
+    sizes, file = page_sizes(document), file_facts(document)
+    return [PageFacts(file, number, *size, max_pixels) for number, size in enumerate(sizes)]
+
+
+def probe_video(source: VideoSource) -> VideoFacts:
+    """Read a video's frame table and find the clip in it.
+
+    The duration of N frames is span + span / (N - 1) of their presentation times (one frame: its own
+    duration, or a second if the file does not say); that of a clip with both ends given is end - start.  All
+    in exact rationals.  Raises `Problem`, also for a clip without frames.
+    """
+    table = read_frame_table(source.path)
+    n = len(table.pts)
+    begin = int(table.pts[0]) * table.time_base
+    span = (int(table.pts[-1]) - int(table.pts[0])) * table.time_base
+    duration = span + span / (n - 1) if n > 1 else (table.last_duration * table.time_base or Fraction(1))
+    first, last = 0, n - 1
+    if source.start is not None or source.end is not None:
+        start = begin if source.start is None else source.start
+        end = begin + duration if source.end is None else source.end
+        duration = end - start
+        # Frames with start <= t < end; an integer is below a rational exactly if it is below its ceiling.
+        bounds = [-((-t) // table.time_base) for t in (start, end)]
+        first, stop = np.searchsorted(table.pts, bounds, side="left").tolist()
+        last = stop - 1
+        if last < first:
+            raise Problem(
+                "empty clip", f"{source.path} shows no frame from {float(start):g} s to {float(end):g} s"
+            )
+    return VideoFacts(table.file, table, first, last, duration)

@@ -1,0 +1,1 @@
+"""The rows on disk: tokens, labels, references to media."""

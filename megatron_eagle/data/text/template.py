@@ -1,0 +1,215 @@
+"""The chat template: one renderer for the training text and for what the Hugging Face processor writes.
+
+A sample becomes a sequence of pieces: plain text, single special tokens, runs of image tokens.  Text between
+two special tokens is one piece and is tokenised as a whole, so the ids equal those of tokenising the full
+rendered string with its special tokens parsed; a special token that somebody typed stays text.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from megatron_eagle.data.sample import ASSISTANT, SYSTEM, DocumentRef, ImageRef, Sample, Turn
+from megatron_eagle.data.text.tokenizer import IM_END, IM_START, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
+
+VARIANTS = ("train", "hf")
+_SYSTEM_PROMPT = {
+    "train": "You are an AI assistant whose name is Eagle-Next.",
+    "hf": "You are a helpful assistant.",
+}
+_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text, tokenised as one piece; from character `start` on it is part of `answer` (0 = none)."""
+
+    value: str
+    answer: int = 0
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Special:
+    """One special token; `answer` as in `Text`."""
+
+    name: str
+    answer: int = 0
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """`tiles` tiles of one picture or frame, as a run of image tokens."""
+
+    tiles: int
+
+
+Piece = Text | Special | ImageTokens
+
+
+@dataclass(frozen=True)
+class ShownVideo:
+    """What the text says of a video: its duration in seconds and the times of the frames shown."""
+
+    duration: Fraction
+    times: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A rendered sample: ids int32 [s] and answers uint16 [s], each token's 1-based answer (0 = none)."""
+
+    ids: np.ndarray
+    answers: np.ndarray
+
+
+class Template:
+    """Renders samples in one variant (`train` or `hf`, EAGLE 2.5's training text and its HF processor's)."""
+
+    def __init__(self, tokenizer: Tokenizer, variant: str, tokens_per_tile: int):
+        if variant not in VARIANTS:
+            raise ValueError(f"template variant must be one of {VARIANTS}, got {variant!r}")
+        self.tokenizer = tokenizer
+        self.variant = variant
+        self.tokens_per_tile = tokens_per_tile
+        self._ids = {name: tokenizer.token_id(name) for name in (IM_START, IM_END, IMG_START, IMG_END)}
+        self.image_token_id = tokenizer.token_id(IMG_CONTEXT)
+
+    def pieces(
+        self,
+        sample: Sample,
+        tiles: Sequence[int],
+        videos: Sequence[ShownVideo],
+        documents: Sequence[Sequence[int]] = (),
+    ) -> Iterator[Piece]:
+        """The finished sample, given the tile count of each image, the frames shown of each video and the
+        tile count of each page shown of each document.
+        """
+        turns = sample.turns
+        if turns[0].role != SYSTEM:
+            turns = (Turn(SYSTEM, (_SYSTEM_PROMPT[self.variant],)), *turns)
+        answer = 0
+        text = ""  # what has been written since the last special token
+        for turn in turns:
+            if text:
+                yield Text(text)
+            yield Special(IM_START)
+            text = f"{turn.role}\n"
+            if turn.role == ASSISTANT:
+                answer += 1
+                yield Text(text + turn.parts[0], answer, len(text))
+                yield Special(IM_END, answer)
+                text = "\n"
+                continue
+            for part in turn.parts:
+                if isinstance(part, str):
+                    text += part
+                elif isinstance(part, ImageRef | DocumentRef):
+                    for number, shown in self._pictures(part, sample, tiles, documents):
+                        yield Text(text + (f"<image {number}>" if number else ""))
+                        yield from self._block(shown)
+                        text = "\n" if self.variant == "train" else ""
+                else:
+                    video = videos[part.index]
+                    text += self._video_header(part.index, video)
+                    for number, time in enumerate(video.times, 1):
+                        yield Text(text + self._frame_label(number, time))
+                        yield from self._block(1)
+                        text = ""
+                    text = "\n" if self.variant == "train" else ""
+            if text:
+                yield Text(text)
+            yield Special(IM_END)
+            text = "\n"
+        yield Text(text)
+
+    @staticmethod
+    def _block(tiles: int) -> Iterator[Piece]:
+        yield Special(IMG_START)
+        yield ImageTokens(tiles)
+        yield Special(IMG_END)
+
+    def _pictures(
+        self, part: ImageRef | DocumentRef, sample: Sample, tiles: Sequence[int], documents: Sequence
+    ) -> Iterator[tuple[int, int]]:
+        """Number (1-based, 0 = without a label) and tiles of an image, or of each page shown of a document.
+
+        Pages are numbered after all images, so that an image keeps its number whatever a document gives up.
+        """
+        if isinstance(part, ImageRef):
+            labelled = len(sample.images) > 1 or sample.documents or self.variant == "hf"
+            yield part.index + 1 if labelled else 0, tiles[part.index]
+            return
+        first = len(sample.images) + sum(map(len, documents[: part.index])) + 1
+        yield from enumerate(documents[part.index], first)
+
+    def _video_header(self, index: int, video: ShownVideo) -> str:
+        name = _ORDINALS[index] if index < len(_ORDINALS) else str(index + 1)
+        fps = float(len(video.times) / video.duration)
+        if self.variant == "hf":
+            return f"The {name} video sampled with {fps:.2f} fps: "
+        return f"The {name} video of {float(video.duration):.2f} seconds at {fps:.2f} fps: "
+
+    def _frame_label(self, number: int, time: float) -> str:
+        return f"Frame {number} sample at {time:.2f}s: " if self.variant == "hf" else f"Frame {number}: "
+
+    def count(
+        self,
+        sample: Sample,
+        tiles: Sequence[int],
+        videos: Sequence[ShownVideo],
+        documents: Sequence[Sequence[int]] = (),
+    ) -> int:
+        """Exact number of tokens of the finished sample (C(plan) of EAGLE 2.5's Eq. 2)."""
+        total = 0
+        for piece in self.pieces(sample, tiles, videos, documents):
+            if isinstance(piece, Text):
+                total += self.tokenizer.count(piece.value)
+            elif isinstance(piece, ImageTokens):
+                total += piece.tiles * self.tokens_per_tile
+            else:
+                total += 1
+        return total
+
+    def text(
+        self,
+        sample: Sample,
+        tiles: Sequence[int],
+        videos: Sequence[ShownVideo],
+        documents: Sequence[Sequence[int]] = (),
+    ) -> str:
+        """The finished sample as one string."""
+
+        def write(piece: Piece) -> str:
+            if isinstance(piece, Text):
+                return piece.value
+            if isinstance(piece, ImageTokens):
+                return IMG_CONTEXT * (piece.tiles * self.tokens_per_tile)
+            return piece.name
+
+        return "".join(write(piece) for piece in self.pieces(sample, tiles, videos, documents))
+
+    def encode(
+        self,
+        sample: Sample,
+        tiles: Sequence[int],
+        videos: Sequence[ShownVideo],
+        documents: Sequence[Sequence[int]] = (),
+    ) -> Encoded:
+        """The finished sample as ids with the loss mask: answers up to and including their `<|im_end|>`."""
+        ids: list[int] = []
+        answers: list[int] = []
+        for piece in self.pieces(sample, tiles, videos, documents):
+            if isinstance(piece, Text):
+                new, before = self.tokenizer.encode_split(piece.value, piece.start)
+                marks = [0] * before + [piece.answer] * (len(new) - before)
+            elif isinstance(piece, ImageTokens):
+                new = [self.image_token_id] * (piece.tiles * self.tokens_per_tile)
+                marks = [0] * len(new)
+            else:
+                new, marks = [self._ids[piece.name]], [piece.answer]
+            ids += new
+            answers += marks
+        return Encoded(np.array(ids, np.int32), np.array(answers, np.uint16))

@@ -1,0 +1,1 @@
+"""Before a run: memory, time and layouts by formula."""

@@ -1,0 +1,228 @@
+"""What a rank keeps: its parameters, and the activations that each layer keeps for its backward, in bytes.
+
+Counted from shapes; nothing is fitted to a measurement. Each line names the tensors that the layer's code
+keeps; `tests/planning/test_memory_model.py` compares the counts with what autograd really saves.
+
+Letters: h hidden features, q and kv features of all queries and of all keys, f feed-forward features,
+s tokens of a context parallel rank, r rows of its hidden states (s, or s / tp under sequence
+parallelism), e bytes of an element.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_eagle.model.flops import PARTS
+from megatron_eagle.model.parts import NEW_TOKEN_ROWS
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.model.specs import RecomputeConfig, tower_parallel_size
+from megatron_eagle.runtime.parallel import ParallelConfig
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every data parallel rank computes in one step."""
+
+    sequence_length: int  # tokens of a pack
+    tiles: int  # of a pack
+    microbatches: int  # packs of a data parallel rank and step
+    precision: Literal["bf16", "fp32"] = "bf16"
+    longest_document: int | None = None  # tokens; None: a pack is one document
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    # As `optimizer.trainable`. With a frozen language model its activations are an upper bound: weights
+    # without a gradient do not keep their inputs.
+    trainable: Collection[str] = PARTS
+    # Of `layers`: the fused loss, and whether it adds its weight's gradient to the fp32 buffer at once. All
+    # tokens are taken as supervised.
+    fused_loss: bool = False
+    loss_into_main_grad: bool = False
+    # "cpu" counts the reference attention's score matrices and the packs of the step; "cuda" a fused
+    # attention kernel, whose memory is linear in the sequence.
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return 2 if self.precision == "bf16" else FP32
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements of the parameters that a rank holds, by part (0 where the stage does not have it)."""
+
+    language: int
+    token_rows: int  # of them in the embedding and the output layer
+    vision: int
+    connector: int
+    largest: int  # of one tensor
+
+    @property
+    def total(self) -> int:
+        return self.language + self.vision + self.connector
+
+    def trained(self, trainable: Collection[str]) -> int:
+        """Elements with a gradient buffer."""
+        rows = self.token_rows if NEW_TOKEN_ROWS in trainable else 0
+        return rows + sum(getattr(self, part) for part in PARTS if part in trainable)
+
+    def tower(self, trainable: Collection[str]) -> int:
+        """Elements of tower and connector with a gradient buffer."""
+        return self.trained([part for part in trainable if part in ("vision", "connector")])
+
+
+def stage_layers(eagle: EagleConfig, parallel: ParallelConfig, stage: int) -> int:
+    """Language layers on pipeline stage `stage`, all its chunks together."""
+    layers, stages = eagle.text.num_hidden_layers, parallel.pipeline_model_parallel_size
+    first = parallel.num_layers_in_first_pipeline_stage
+    if first is None:
+        return layers // stages
+    return first if stage == 0 else (layers - first) // (stages - 1)
+
+
+def query_size(eagle: EagleConfig) -> int:
+    """Features of all query heads."""
+    return eagle.text.num_attention_heads * eagle.text.head_dim
+
+
+def kv_size(eagle: EagleConfig) -> int:
+    """Features of all key heads."""
+    return eagle.text.num_key_value_heads * eagle.text.head_dim
+
+
+def count_parameters(eagle: EagleConfig, parallel: ParallelConfig, stage: int) -> Parameters:
+    """Parameters of a rank of pipeline stage `stage`."""
+    text, vision = eagle.text, eagle.vision
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    h, q = text.hidden_size, query_size(eagle)
+    qkv = q + 2 * kv_size(eagle)
+    fc1 = 2 * h * text.intermediate_size // tp
+    layer = (h * qkv + qkv + q * h) // tp + fc1 + fc1 // 2 + 2 * h
+    vocabulary = text.padded_vocab_size * h // tp
+    first, last = stage == 0, stage == stages - 1
+    # Tied embeddings are one tensor only where one stage has both ends.
+    ends = 1 if first and last and text.tie_word_embeddings else first + last
+    language = stage_layers(eagle, parallel, stage) * layer + ends * vocabulary + (h if last else 0)
+    largest = max(fc1, vocabulary if ends else 0)
+    if not first:
+        return Parameters(language, ends * vocabulary, 0, 0, largest)
+    t, c, i = tower_parallel_size(parallel), vision.hidden_size, vision.intermediate_size
+    patch = vision.num_channels * vision.patch_size**2 * c + c
+    block = (3 * c * c + 3 * c + c * c + c * i + i + i * c) // t + 2 * c + 4 * c
+    tower = patch + vision.num_patches * c + vision.num_hidden_layers * block + 2 * c
+    shuffled = c * eagle.shuffle_factor**2
+    connector = 2 * shuffled + (shuffled * h + h + h * h) // t + h
+    return Parameters(language, ends * vocabulary, tower, connector, largest)
+
+
+def rank_rows(parallel: ParallelConfig, workload: Workload) -> int:
+    """r: rows of the hidden states between layers."""
+    rows = workload.sequence_length // parallel.context_parallel_size
+    return rows // parallel.tensor_model_parallel_size if parallel.sequence_parallel else rows
+
+
+def rms_norm(r: int, h: int, e: int) -> int:
+    """RMSNorm in plain torch: fp32 input (itself in fp32), 1 / deviation, rounded and scaled output."""
+    return r * (h * (FP32 + 2 * e) + FP32)
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes that a layer keeps for its backward."""
+
+    attention: int  # input norm, projections and core attention
+    mlp: int  # second norm and feed-forward
+    input: int  # the layer's input, which full recomputation keeps alone
+    output: int  # of core attention, which offload keeps beside the input and the statistics
+    statistics: int  # log-sum-exp of the softmax
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.mlp
+
+    @property
+    def away(self) -> int:
+        """What an offloaded layer leaves in host memory."""
+        return self.input + self.output + self.statistics
+
+    def kept(self, recompute: Literal["none", "selective", "full", "offload"]) -> int:
+        """Bytes that stay until the layer's backward begins; of offloaded layers those that are not away.
+
+        Core attention keeps q, k, v and its output, and the projections around it keep them anyway:
+        recomputing it saves the statistics alone.
+        """
+        if recompute == "full":
+            return self.input
+        if recompute == "offload":
+            return self.away
+        return self.total - (self.statistics if recompute == "selective" else 0)
+
+
+def tower_tiles(parallel: ParallelConfig, tiles: int) -> int:
+    """Tiles that one rank encodes of a pack with `tiles`: at least one, as many as any other rank."""
+    ranks = {
+        "none": 1,
+        "cp": parallel.context_parallel_size,
+        "cp_tp": parallel.context_parallel_size * parallel.tensor_model_parallel_size,
+    }[parallel.vision_sharding]
+    return max(1, -(-tiles // ranks))
+
+
+def language_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> LayerActivations:
+    """What one language layer keeps for one microbatch."""
+    text, e = eagle.text, workload.element_size
+    tp = parallel.tensor_model_parallel_size
+    s = workload.sequence_length // parallel.context_parallel_size
+    r = rank_rows(parallel, workload)
+    h, f = text.hidden_size, text.intermediate_size // tp
+    q, kv, heads = query_size(eagle) // tp, kv_size(eagle) // tp, text.num_attention_heads // tp
+    norm = rms_norm(r, h, e)
+    statistics = s * heads * FP32
+    # The joint projection (whose slice is v), rotated q and k, the output. (All layers share one table of
+    # cosines and sines.)
+    attention = s * e * ((q + 2 * kv) + q + kv + q) + statistics
+    # Gate and up, silu(gate) where the kernel is the eager one, their product.
+    product = 0 if workload.recompute.swiglu else f
+    mlp = s * e * (2 * f + (f if workload.device == "cpu" else 0) + product)
+    return LayerActivations(norm + attention, norm + mlp, r * h * e, s * e * q, statistics)
+
+
+def vision_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> LayerActivations:
+    """What one layer of the tower keeps for one microbatch."""
+    vision, e, t = eagle.vision, workload.element_size, tower_parallel_size(parallel)
+    p = tower_tiles(parallel, workload.tiles) * vision.num_patches
+    c, i = vision.hidden_size, vision.intermediate_size // t
+    norm = p * (2 * c * e + 2 * _layer_norm_statistic(workload))  # input and output
+    statistics = p * vision.num_attention_heads // t * FP32
+    attention = p * e * (3 * c // t + c // t) + statistics  # joint projection, output
+    mlp = p * e * 2 * i  # before and after the GELU
+    return LayerActivations(norm + attention, norm + mlp, p * c * e, p * e * c // t, statistics)
+
+
+def tower_activations(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+    """Bytes that tower and connector keep for one microbatch, its tiles included.
+
+    What is frozen, with everything before it frozen too, keeps nothing.
+    """
+    if "vision" not in workload.trainable and "connector" not in workload.trainable:
+        return 0
+    vision, e, statistic = eagle.vision, workload.element_size, _layer_norm_statistic(workload)
+    tiles, h, c = tower_tiles(parallel, workload.tiles), eagle.text.hidden_size, vision.hidden_size
+    kept = 0
+    if "vision" in workload.trainable:
+        p = tiles * vision.num_patches
+        layer = vision_layer(eagle, parallel, workload).kept(workload.recompute.vision)
+        pixels = tiles * vision.num_channels * vision.image_size**2 * e
+        kept = pixels + vision.num_hidden_layers * layer + p * (c * e + 2 * statistic)  # and the final norm
+    tokens, shuffled = tiles * eagle.tokens_per_tile, c * eagle.shuffle_factor**2
+    # The connector's norm; before and after its GELU; the features that this rank's tokens received.
+    kept += tokens * (2 * shuffled * e + 2 * statistic)
+    kept += 2 * tokens * h // tower_parallel_size(parallel) * e
+    image_tokens = workload.tiles * eagle.tokens_per_tile
+    return kept + image_tokens * rank_rows(parallel, workload) // workload.sequence_length * h * e
+
+
+def _layer_norm_statistic(workload: Workload) -> int:
+    """Bytes of a mean or a deviation as torch's LayerNorm keeps it."""
+    return FP32 if workload.device == "cuda" else workload.element_size

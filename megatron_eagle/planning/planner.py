@@ -1,0 +1,275 @@
+"""Which layouts a number of GPUs allows for a run, how long each would take, and whether it fits. No GPU.
+
+Legality is `RunConfig.validate`'s, the same rules with the same words as at the start of training; memory
+and time are estimates from shapes (`memory_model`, `step_time`).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+from megatron_eagle.config import apply_overrides, from_dict, load_yaml
+from megatron_eagle.data.packing.index import read_packs
+from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.presets import expand_preset
+from megatron_eagle.planning.memory_model import StageMemory, fullest_stage, offloaded
+from megatron_eagle.planning.memory_shapes import Workload
+from megatron_eagle.planning.step_time import Machine, StepTime, step_time
+from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.training.run_config import RunConfig, load_run_config, stated_positions
+
+# Left out of what a layout may fill: the CUDA context, NCCL's buffers and the caching allocator's gaps. An
+# allowance, not a measurement.
+RESERVED_BYTES = 4e9
+
+
+@dataclass(frozen=True)
+class PackShape:
+    """What the packs of a data set are like."""
+
+    tiles: int  # the most in one pack: memory must hold it
+    mean_tiles: float
+    longest_document: int  # tokens
+    sum_squared_lengths: float  # of a pack's documents, mean over packs
+    document_bounds: tuple[tuple[int, ...], ...] = ()  # of typical packs; none: one document each
+
+    @classmethod
+    def of_data(cls, path: str, length: int) -> "PackShape":
+        """From a packed token store. Raises `UserError`: no store, or not packed for `length`."""
+        store = SampleStore(path, length)
+        packs = read_packs(store)
+        tiles, lengths = (packs.table["n_tiles"].to_numpy(), store.column("n_tokens").to_numpy())
+        squares = (lengths.astype(float) ** 2).sum() / len(packs)
+        return cls(
+            int(tiles.max()), float(tiles.mean()), int(lengths.max()), float(squares), sample_bounds(store, 8)
+        )
+
+    @classmethod
+    def assumed(cls, length: int, tokens_per_tile: int, tiles: int | None = None) -> "PackShape":
+        """One document a pack, half of it image tokens unless `tiles` says otherwise."""
+        tiles = length // (2 * tokens_per_tile) if tiles is None else tiles
+        return cls(tiles, tiles, length, float(length) ** 2)
+
+    def with_tiles(self, tiles: int) -> "PackShape":
+        """The same with `tiles` in every pack."""
+        return replace(self, tiles=tiles, mean_tiles=tiles)
+
+
+def sample_bounds(store: SampleStore, count: int) -> tuple[tuple[int, ...], ...]:
+    """Document bounds of `count` packs of a store or of all, evenly spread; padding is a document.
+
+    Raises `UserError`: not packed.
+    """
+    index, tokens = read_packs(store), store.column("n_tokens").to_numpy()
+    bounds = []
+    for pack in np.linspace(0, len(index) - 1, min(count, len(index))).astype(int):
+        ends = tokens[index.rows(int(pack))].cumsum().tolist()
+        bounds.append((0, *ends) if ends[-1] == store.length else (0, *ends, store.length))
+    return tuple(bounds)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One legal layout with its estimates."""
+
+    parallel: ParallelConfig
+    data_parallel_size: int
+    microbatches: int  # of a step on each data parallel rank
+    memory: StageMemory  # of the stage that needs most
+    time: StepTime
+    capacity: float  # bytes that a layout may fill
+    host_memory: int  # bytes per GPU that offloaded layers take, on the fullest stage
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.capacity
+
+    @property
+    def limit(self) -> str:
+        """What to look at to better this layout: the memory that is too much, or the time that is lost."""
+        if not self.fits:
+            name, size = max(self.memory.parts.items(), key=lambda part: part[1])
+            return f"memory: {name} {size / 1e9:,.0f} GB at the {self.memory.moment}"
+        losses = {k: v for k, v in self.time.parts.items() if k not in ("matrix_products", "vision")}
+        name, seconds = max(losses.items(), key=lambda part: part[1])
+        return f"{name.replace('_', ' ')} {100 * seconds / self.time.total:.0f} %"
+
+    @property
+    def _order(self) -> tuple:
+        p = self.parallel
+        layout = (
+            p.model_parallel_size,
+            p.pipeline_model_parallel_size,
+            p.tensor_model_parallel_size,
+            p.num_model_chunks,
+            p.ulysses_parallel_size,
+            p.num_layers_in_first_pipeline_stage or 0,
+            p.vision_sharding,
+            p.sequence_parallel,
+        )
+        return not self.fits, self.time.total if self.fits else self.memory.total, self.memory.total, layout
+
+
+@dataclass(frozen=True)
+class Plans:
+    """All layouts of a number of GPUs."""
+
+    legal: list[Plan]  # those that fit, fastest first, then the others, smallest first
+    refused: Counter[str]  # reason -> layouts
+
+    @property
+    def fitting(self) -> list[Plan]:
+        return [plan for plan in self.legal if plan.fits]
+
+
+def file_run(path: str, overrides: Iterable[str]) -> RunConfig:
+    """The run of a YAML file for any number of GPUs: its layout is read but not checked against them.
+
+    Raises `UserError` as `load_run_config`.
+    """
+    overrides = list(overrides)
+    config = load_run_config(path, [*overrides, "parallel={}"], world_size=1)
+    own = apply_overrides(load_yaml(path), overrides).get("parallel")
+    config.parallel = from_dict(ParallelConfig, own or {}, "parallel")
+    return config
+
+
+def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterable[str]) -> RunConfig:
+    """A run of a model preset without data. Raises `UserError`: no such preset, or a wrong override."""
+    nowhere = {"path": "nowhere"}  # nothing is read or written
+    values = {
+        "model": {"preset": name},
+        "data": nowhere | {"length": length},
+        "training": {"train_iterations": 1, "global_batch_size": global_batch_size},
+        "checkpoint": nowhere,
+    }
+    values = apply_overrides(values, overrides)
+    stated = stated_positions(values["model"])
+    if isinstance(values["model"], dict):  # from_dict says what is wrong with anything else
+        values["model"] = expand_preset(values["model"])
+    config = from_dict(RunConfig, values)
+    if config.model.text.vocab_size is None:
+        raise UserError(f"preset {name} takes its vocabulary from data: add model.text.vocab_size=N")
+    config.settle_positions(stated=stated)
+    return config
+
+
+def plan_layouts(
+    config: RunConfig, gpus: int, gpu_memory: float, packs: PackShape, machine: Machine
+) -> Plans:
+    """Try every layout of `gpus` GPUs with `gpu_memory` bytes each for the run `config`.
+
+    The sizes in `config.parallel` play no part. Raises `UserError`: less than one GPU, no memory beyond
+    `RESERVED_BYTES`, more tiles than a pack holds, a LoRA run, or no legal layout at all.
+    """
+    if gpus < 1:
+        raise UserError(f"--gpus is {gpus}: must be at least 1")
+    if not RESERVED_BYTES < gpu_memory < math.inf:  # nan neither
+        raise UserError(
+            f"--gpu-memory is {gpu_memory / 1e9:g} GB: must be above the {RESERVED_BYTES / 1e9:g} GB that "
+            "the CUDA context, NCCL and the allocator take"
+        )
+    if packs.tiles * config.model.tokens_per_tile > config.data.length:
+        raise UserError(
+            f"{packs.tiles} tiles of {config.model.tokens_per_tile} tokens do not fit a pack of "
+            f"{config.data.length} tokens: at most {config.data.length // config.model.tokens_per_tile}"
+        )
+    if config.lora is not None:
+        raise UserError("the planner counts whole gradients and optimizer states: remove the lora section")
+    legal, refused = [], Counter()
+    for parallel in _candidates(config, gpus):
+        try:
+            replace(config, parallel=parallel).validate(gpus)
+        except UserError as error:
+            refused[str(error)] += 1
+            continue
+        legal.append(_plan(config, parallel, gpus, gpu_memory - RESERVED_BYTES, packs, machine))
+    if not legal:
+        reason, count = refused.most_common(1)[0]
+        raise UserError(
+            f"no legal layout on {gpus} GPUs; {count} of {refused.total()} refused because {reason}"
+        )
+    return Plans(sorted(legal, key=lambda plan: plan._order), refused)
+
+
+def _plan(
+    config: RunConfig,
+    parallel: ParallelConfig,
+    gpus: int,
+    capacity: float,
+    packs: PackShape,
+    machine: Machine,
+) -> Plan:
+    data_parallel_size = parallel.data_parallel_size(gpus)
+    workload = Workload(
+        sequence_length=config.data.length,
+        tiles=packs.tiles,
+        microbatches=config.training.global_batch_size // data_parallel_size,
+        precision=config.training.precision,
+        longest_document=packs.longest_document,
+        recompute=config.recompute,
+        trainable=config.optimizer.trainable,
+        fused_loss=config.layers.loss != "plain",  # auto takes it on a GPU
+        loss_into_main_grad=config.layers.loss_into_main_grad,
+    )
+    memory = fullest_stage(config.model, parallel, data_parallel_size, workload)
+    time = step_time(
+        config.model,
+        parallel,
+        data_parallel_size,
+        workload,
+        mean_tiles=packs.mean_tiles,
+        sum_squared_lengths=packs.sum_squared_lengths,
+        machine=machine,
+        document_bounds=packs.document_bounds,
+    )
+    stages = range(parallel.pipeline_model_parallel_size)
+    host = max(offloaded(config.model, parallel, workload, stage) for stage in stages)
+    return Plan(parallel, data_parallel_size, workload.microbatches, memory, time, capacity, host)
+
+
+def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
+    """Every combination of sizes whose product divides `gpus`, legal or not, the same layout only once.
+
+    A first stage of its own size is tried where it is smaller than the others' share (it has the tower), or
+    where the layers have no equal shares.
+    """
+    layers, heads = config.model.text.num_hidden_layers, config.model.text.num_key_value_heads
+    sizes = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    for tp in sizes:
+        for pp in (n for n in sizes if (gpus // tp) % n == 0 and n <= layers):
+            for cp in (n for n in sizes if (gpus // tp // pp) % n == 0):
+                shardings = ["none"] + ["cp"] * (cp > 1) + ["cp_tp"] * (tp > 1)
+                ulysses_sizes = [n for n in sizes if cp % n == 0 and n <= heads]
+                for parallel in _variants(config.parallel, layers, tp, pp):
+                    for sharding, ulysses in product(shardings, ulysses_sizes):
+                        yield replace(
+                            parallel,
+                            context_parallel_size=cp,
+                            ulysses_parallel_size=ulysses,
+                            vision_sharding=sharding,
+                        )
+
+
+def _variants(base: ParallelConfig, layers: int, tp: int, pp: int) -> Iterator[ParallelConfig]:
+    """With and without sequence parallelism, virtual stages and a first stage of its own size.
+
+    What else `base` says stays.
+    """
+    share = -(-layers // pp)
+    for sequence_parallel in (False, True) if tp > 1 else (False,):
+        for chunks in range(1, share + 1) if pp > 1 else (1,):
+            for first in (None, *range(chunks, share, chunks)) if pp > 1 else (None,):
+                yield replace(
+                    base,
+                    tensor_model_parallel_size=tp,
+                    sequence_parallel=sequence_parallel,
+                    pipeline_model_parallel_size=pp,
+                    virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+                    num_layers_in_first_pipeline_stage=first,
+                )

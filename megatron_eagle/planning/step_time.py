@@ -1,0 +1,297 @@
+"""How long a training step takes under a layout: FLOPs, bytes and published speeds, nothing overlapped.
+
+An estimate for ranking layouts, not a promise: kernels reach their published speeds (those of bf16), every
+collective waits for the computation (as the training loop has it now) and latencies are left out. How even
+attention is over context parallel ranks, and which keys travel, is counted (`context_work.py`).
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from eagle_kernels.linear_cross_entropy import CHUNK
+from megatron_eagle.model.flops import StepFlops, training_flops
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.model.specs import tower_parallel_size
+from megatron_eagle.planning.context_work import ContextWork, context_work
+from megatron_eagle.planning.memory_shapes import (
+    FP32,
+    Workload,
+    count_parameters,
+    kv_size,
+    language_layer,
+    query_size,
+    stage_layers,
+    tower_activations,
+    tower_tiles,
+)
+from megatron_eagle.runtime.gpus import Gpu
+from megatron_eagle.runtime.parallel import ParallelConfig
+
+# Flash attention's backward does five matrix products for the forward's two, one more than the gradients
+# need (it computes the scores again); training_flops counts three times the forward.
+ATTENTION_EXECUTED = 3.5 / 3
+# A kept activation is written, read by the forward, read by the backward, its gradient written and read.
+ACTIVATION_PASSES = 5
+
+
+# Shares of the peak that kernels reach. Matrix products: 790 of 989 TFLOP/s, as measured on one H200; taken
+# for all. FlashAttention-2: 35 % on Hopper (abstract of the FlashAttention-3 paper, arXiv 2407.08608), 50 to
+# 73 % on Ampere (of the FlashAttention-2 paper, arXiv 2307.08691): the middle, for Ada too. Blackwell counts
+# as Hopper, unmeasured; an H20, whose matrix units are cut, probably reaches more than that of its low peak.
+GEMM_SHARE = 790 / 989
+ATTENTION_SHARE = {"ampere": 0.6, "ada": 0.6, "hopper": 0.35, "blackwell": 0.35}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs and links, SI units per GPU."""
+
+    peak: float  # dense bf16 FLOP/s of the datasheet; MFU is quoted against it
+    gemm: float  # FLOP/s of bf16 matrix products
+    attention: float  # FLOP/s
+    memory: float  # byte/s
+    link: float  # byte/s in one direction inside of a node
+    network: float = 50e9  # byte/s in one direction: one 400 Gb/s adapter per GPU (HGX H200 reference design)
+    gpus_per_node: int = 8
+
+    @classmethod
+    def of(cls, gpu: Gpu, gpus_per_node: int = 8) -> "Machine":
+        """Nodes of so many `gpu`."""
+        attention = ATTENTION_SHARE[gpu.architecture] * gpu.peak
+        speeds = (gpu.peak, GEMM_SHARE * gpu.peak, attention, gpu.bandwidth, gpu.link)
+        return cls(*speeds, gpus_per_node=gpus_per_node)
+
+    def bandwidth(self, size: int, stride: int) -> float:
+        """Byte/s that a ring over `size` ranks, `stride` apart, passes through each of them.
+
+        Members on one node share its network adapters, one each.
+        """
+        together = max(1, self.gpus_per_node // stride)
+        return self.link if size <= together else min(self.link, self.network * together)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step by what they are spent on."""
+
+    matrix_products: float
+    attention: float
+    vision: float  # tower and connector, on the slowest stage
+    elementwise: float  # memory traffic of everything that is no matrix product, and the optimizer
+    tensor_parallel: float
+    context_parallel: float
+    data_parallel: float
+    pipeline: float  # transfers between stages, and waiting for other stages
+    mfu: float | None  # model FLOPs of the step over the bf16 peak of all GPUs; None in fp32
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {name: value for name, value in vars(self).items() if name != "mfu"}
+
+
+def step_time(
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    data_parallel_size: int,
+    workload: Workload,
+    *,
+    mean_tiles: float,
+    sum_squared_lengths: float,
+    machine: Machine,
+    document_bounds: Sequence[Sequence[int]] = (),
+) -> StepTime:
+    """Estimated step of `workload` on `parallel.model_parallel_size * data_parallel_size` GPUs.
+
+    Args:
+        mean_tiles: tiles of a pack on average (`workload.tiles` is the most, which memory must hold).
+        sum_squared_lengths: squared lengths of a pack's documents, summed, on average.
+        document_bounds: of typical packs; none: one document a pack.
+    """
+    context = context_work(parallel, document_bounds or [[0, workload.sequence_length]])
+    average = replace(workload, tiles=round(mean_tiles))
+    stages = range(parallel.pipeline_model_parallel_size)
+    per_stage = [
+        _microbatch(eagle, parallel, average, stage, sum_squared_lengths, context, machine)
+        for stage in stages
+    ]
+    seconds = [sum(parts.values()) for parts in per_stage]
+    slowest = max(stages, key=lambda stage: seconds[stage])
+    m = workload.microbatches
+    parts = {name: m * value for name, value in per_stage[slowest].items()}
+    # The pipeline fills and drains once a step, through one chunk of every other stage.
+    parts["pipeline"] += (sum(seconds) - seconds[slowest]) / parallel.num_model_chunks
+    reduction, optimizer = _finish(eagle, parallel, data_parallel_size, workload, machine)
+    parts["elementwise"] += optimizer
+    model_flops = training_flops(
+        eagle,
+        tokens=workload.sequence_length,
+        sum_squared_lengths=sum_squared_lengths,
+        tiles=mean_tiles,
+        trainable=workload.trainable,
+    ).total
+    gpus = parallel.model_parallel_size * data_parallel_size
+    total = sum(parts.values()) + reduction
+    mfu = m * data_parallel_size * model_flops / (gpus * machine.peak * total)
+    mfu = mfu if workload.precision == "bf16" else None
+    return StepTime(**parts, data_parallel=reduction, mfu=mfu)
+
+
+def _microbatch(
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    workload: Workload,
+    stage: int,
+    sum_squared_lengths: float,
+    context: ContextWork,
+    machine: Machine,
+) -> dict[str, float]:
+    """Seconds of forward and backward of one pack on a rank of `stage`."""
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    first, last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
+    layers, e = stage_layers(eagle, parallel, stage), workload.element_size
+    tiles = tower_tiles(parallel, workload.tiles) if first else 0
+
+    def flops(layers: int, trainable: Collection[str]) -> StepFlops:
+        return training_flops(
+            eagle,
+            tokens=workload.sequence_length,
+            sum_squared_lengths=sum_squared_lengths,
+            tiles=tiles,
+            trainable=trainable,
+            layers=layers,
+        )
+
+    step, forward = flops(layers, workload.trainable), flops(layers, ())
+    head, head_forward = flops(0, workload.trainable).language_linear, flops(0, ()).language_linear
+    linear, attention = step.language_linear, step.language_attention * ATTENTION_EXECUTED
+    vision = step.vision + step.connector
+    if not last:
+        linear -= head
+    if workload.recompute.language in ("full", "offload"):
+        linear += forward.language_linear - head_forward
+    if workload.recompute.language in ("selective", "full"):
+        attention += forward.language_attention
+    if workload.recompute.vision == "full":
+        vision += forward.vision
+
+    kept = layers * language_layer(eagle, parallel, workload).total
+    kept += tower_activations(eagle, parallel, workload) if first else 0
+    logits = _logits_bytes(eagle, parallel, workload) if last else 0
+    # A gradient is written, then added to the fp32 buffer.
+    accumulation = count_parameters(eagle, parallel, stage).trained(workload.trainable) * (2 * e + 2 * FP32)
+    traffic = ACTIVATION_PASSES * kept + logits + accumulation
+    return {
+        "matrix_products": linear / (tp * cp) / machine.gemm,
+        "attention": attention * context.unevenness / (tp * cp) / machine.attention,
+        "vision": vision / tower_parallel_size(parallel) / machine.gemm,
+        "elementwise": traffic / machine.memory,
+        "tensor_parallel": _tensor_bytes(eagle, parallel, workload, layers, tiles, last)
+        / machine.bandwidth(tp, 1),
+        "context_parallel": _context_seconds(eagle, parallel, workload, layers, first, context, machine),
+        "pipeline": _stage_bytes(eagle, parallel, workload)
+        / machine.bandwidth(parallel.pipeline_model_parallel_size, machine.gpus_per_node),
+    }
+
+
+def _tensor_bytes(
+    eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, layers: int, tiles: int, last: bool
+) -> float:
+    """Bytes through a rank's link for one pack; an all-reduce is a reduce-scatter and an all-gather."""
+    tp = parallel.tensor_model_parallel_size
+    s, h = workload.sequence_length // parallel.context_parallel_size, eagle.text.hidden_size
+    e = workload.element_size
+    # Two all-reduces each way. Sequence parallelism gathers the column-parallel inputs once more.
+    halves = layers * (10 if parallel.sequence_parallel else 8)
+    if last:
+        # Gradient of the output layer's input, which the fused loss does not gather again.
+        halves += 3 if parallel.sequence_parallel and not workload.fused_loss else 2
+    moved = halves * s * h * e
+    if tiles:
+        moved += 2 * s * h * e  # the embedding
+        if tower_parallel_size(parallel) > 1:
+            vision = eagle.vision
+            moved += 8 * vision.num_hidden_layers * tiles * vision.num_patches * vision.hidden_size * e
+            # The connector's output, and the gradient of its input.
+            moved += 2 * tiles * eagle.tokens_per_tile * h * e
+            moved += 2 * tiles * vision.num_patches * vision.hidden_size * e
+    return moved * (tp - 1) / tp
+
+
+def _logits_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+    """Memory traffic of one pack's logits on a rank of the last stage.
+
+    Those of the fused loss are written, read for the sums, made a gradient in place and read by two products;
+    each chunk's part of the weight's gradient is added in fp32.
+    """
+    tp, e = parallel.tensor_model_parallel_size, workload.element_size
+    s, rows = workload.sequence_length // parallel.context_parallel_size, eagle.text.padded_vocab_size // tp
+    if not workload.fused_loss:
+        return ACTIVATION_PASSES * s * rows * (e + FP32)
+    return 6 * s * rows * e + math.ceil(s / CHUNK) * 2 * rows * eagle.text.hidden_size * FP32
+
+
+def _context_seconds(
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    workload: Workload,
+    layers: int,
+    first: bool,
+    context: ContextWork,
+    machine: Machine,
+) -> float:
+    """Keys and values from other ranks forward and again backward, their fp32 gradients back; Ulysses' heads
+    both ways; image features."""
+    cp, ulysses, tp = (
+        parallel.context_parallel_size,
+        parallel.ulysses_parallel_size,
+        parallel.tensor_model_parallel_size,
+    )
+    e, policy = workload.element_size, workload.recompute.language
+    q, kv = query_size(eagle) // tp, kv_size(eagle) // tp
+    times = 3 if policy in ("selective", "full") else 2  # backward, and a second forward, take keys again
+    keys = layers * context.foreign_keys * 2 * kv / ulysses * (times * e + FP32)
+    seconds = keys / machine.bandwidth(cp // ulysses, tp * ulysses)
+    tokens = workload.sequence_length // cp * (ulysses - 1) / ulysses
+    ways = 2 if policy == "none" else 3  # any second run of a layer trades heads again
+    seconds += layers * ways * tokens * 2 * (q + kv) * e / machine.bandwidth(ulysses, tp)
+    if first and parallel.vision_sharding != "none":
+        features = workload.tiles * eagle.tokens_per_tile * eagle.text.hidden_size * e
+        seconds += 2 * features / cp * (cp - 1) / cp / machine.bandwidth(cp, tp)
+    return seconds
+
+
+def _stage_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> float:
+    """Hidden states to the next stage and their gradient back, once per chunk."""
+    if parallel.pipeline_model_parallel_size == 1:
+        return 0.0
+    rows = workload.sequence_length // parallel.context_parallel_size
+    if parallel.sequence_parallel:
+        rows //= parallel.tensor_model_parallel_size
+    return 2 * parallel.num_model_chunks * rows * eagle.text.hidden_size * workload.element_size
+
+
+def _finish(
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    data_parallel_size: int,
+    workload: Workload,
+    machine: Machine,
+) -> tuple[float, float]:
+    """Seconds of the gradients' reduction with the weights' gathering, and of Adam, on the fullest stage."""
+    tp, e = parallel.tensor_model_parallel_size, workload.element_size
+    stages = range(parallel.pipeline_model_parallel_size)
+    counts = [count_parameters(eagle, parallel, stage) for stage in stages]
+    largest = max(count.trained(workload.trainable) for count in counts)
+    ranks = data_parallel_size * parallel.context_parallel_size
+    seconds = largest * (FP32 + e) * (ranks - 1) / ranks / machine.bandwidth(ranks, tp)
+    if parallel.vision_sharding == "cp_tp":
+        seconds += 2 * counts[0].tower(workload.trainable) * FP32 * (tp - 1) / tp / machine.bandwidth(tp, 1)
+    # Read: gradient, weight, two moments. Written: weight, two moments, and the rounded weight.
+    adam = largest / ranks * (7 * FP32 + e) / machine.memory
+    return seconds, adam

@@ -1,0 +1,111 @@
+"""What a global batch consists of, as sums that every rank adds its share to: FLOPs, lengths, what ADS kept.
+
+The sums travel with the loss in one all-reduce. In fp64, where counts are exact up to 2^53.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_eagle.data.loading.batch import Batch
+from megatron_eagle.model.flops import training_flops
+from megatron_eagle.model.presets import EagleConfig
+
+_SHORTEST = 512  # upper end of the first bucket; every next one is twice as long
+_SINGLE = (
+    *("flops_vision", "flops_language"),
+    *("samples", "tokens", "frames", "frames_wanted", "tiles", "tiles_wanted"),
+)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Of one global batch, padding left out. `tiles` are those of pictures and pages, without frames."""
+
+    flops_vision: float  # tower and connector
+    flops_language: float
+    samples: int
+    tokens: int
+    frames: int
+    frames_wanted: int  # without a token limit, as tiles_wanted
+    tiles: int
+    tiles_wanted: int
+    samples_by_length: dict[str, int]  # by the upper end of the bucket of lengths
+    tokens_by_length: dict[str, int]
+
+
+def buckets(length: int) -> list[int]:
+    """Upper ends, in tokens, of the buckets that samples of up to `length` are counted in."""
+    ends = [_SHORTEST]
+    while ends[-1] < length:
+        ends.append(min(2 * ends[-1], length))
+    return ends
+
+
+def count_totals(
+    batches: Sequence[Batch],
+    eagle: EagleConfig,
+    length: int,
+    *,
+    trainable: Collection[str],
+    adapters: bool,
+) -> torch.Tensor:
+    """fp64 vector of the totals of `batches`, packs of `length` tokens; `read_totals` names its sum."""
+    lengths = [
+        end - start
+        for batch in batches
+        for start, end, _ in zip(
+            batch.document_bounds, batch.document_bounds[1:], batch.sample_rows, strict=False
+        )  # the padding at the end has no row
+    ]
+    n_tiles, n_frames, frames_wanted, tiles_wanted = (
+        sum(getattr(batch, name) for batch in batches)
+        for name in ("n_tiles", "n_frames", "frames_wanted", "tiles_wanted")
+    )
+    flops = training_flops(
+        eagle,
+        tokens=sum(lengths),
+        sum_squared_lengths=sum(n * n for n in lengths),
+        tiles=n_tiles,
+        trainable=trainable,
+        adapters=adapters,
+    )
+    single = {
+        "flops_vision": flops.vision + flops.connector,
+        "flops_language": flops.language_linear + flops.language_attention,
+        "samples": len(lengths),
+        "tokens": sum(lengths),
+        "frames": n_frames,
+        "frames_wanted": frames_wanted,
+        "tiles": n_tiles - n_frames,
+        "tiles_wanted": tiles_wanted,
+    }
+    ends = torch.tensor(buckets(length))
+    place = torch.bucketize(torch.tensor(lengths, dtype=torch.long), ends)
+    by_length = [
+        torch.bincount(place, minlength=len(ends)).double(),
+        torch.bincount(place, weights=torch.tensor(lengths).double(), minlength=len(ends)),
+    ]
+    return torch.cat([torch.tensor([single[name] for name in _SINGLE], dtype=torch.float64), *by_length])
+
+
+def zero_totals(length: int) -> torch.Tensor:
+    """What a rank adds that counts nothing."""
+    return torch.zeros(len(_SINGLE) + 2 * len(buckets(length)), dtype=torch.float64)
+
+
+def read_totals(vector: torch.Tensor, length: int) -> StepTotals:
+    """The totals of a (summed) vector of `count_totals`."""
+    ends = [str(end) for end in buckets(length)]
+    values = vector.tolist()
+    single = dict(zip(_SINGLE, values[: len(_SINGLE)], strict=True))
+    return StepTotals(
+        **{name: value if name.startswith("flops") else int(value) for name, value in single.items()},
+        samples_by_length=_by_length(ends, values[-2 * len(ends) : -len(ends)]),
+        tokens_by_length=_by_length(ends, values[-len(ends) :]),
+    )
+
+
+def _by_length(ends: list[str], values: list[float]) -> dict[str, int]:
+    return {end: int(value) for end, value in zip(ends, values, strict=True)}

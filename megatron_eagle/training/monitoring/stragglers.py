@@ -1,0 +1,96 @@
+"""Which rank is slower than the others, or than it was: straggler detection of nvidia-resiliency-ext.
+
+Each rank times its own waiting for data, and (through CUPTI) the kernels of its forward and backward. Every
+`interval_seconds` the ranks compare: a rank slower than 1 / `threshold` times the fastest, or its own best,
+is an event. Its in-job and in-process restarts are not used: see "Operations" in the README.
+"""
+
+import importlib
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.ranges import Range, Ranged
+from megatron_eagle.runtime.agreement import AgreedError
+from megatron_eagle.training.monitoring.run_log import RunLog
+
+
+@dataclass
+class StragglerConfig(Ranged):
+    """How often the ranks compare, and below which share of the best speed one is a straggler."""
+
+    interval_seconds: Annotated[float, Range(1, 10**6)] = 300.0
+    threshold: Annotated[float, Range(0.01, 0.99)] = 0.7
+    every: Annotated[int, Range(1, 10**6)] = 1  # time one of so many iterations
+
+    def check(self) -> None:
+        """Raises `UserError` if nvidia-resiliency-ext is not installed, before anything has started."""
+        if importlib.util.find_spec("nvidia_resiliency_ext") is None:
+            raise UserError(
+                "resilience.stragglers: nvidia-resiliency-ext is not installed; `pip install "
+                "nvidia-resiliency-ext`, or leave this section out"
+            )
+
+
+class Stragglers:
+    """Times sections of the step while it is entered; does nothing without a configuration.
+
+    Entering raises `AgreedError` on a machine without CUDA's CUPTI, which times kernels.
+    """
+
+    def __init__(self, config: StragglerConfig | None) -> None:
+        self._config, self._detector = config, None
+
+    def __enter__(self) -> "Stragglers":
+        if self._config is not None:
+            try:
+                importlib.import_module("nvrx_cupti_module")
+            except ImportError as error:
+                raise AgreedError(
+                    f"resilience.stragglers: nvidia-resiliency-ext cannot time kernels here ({error}): it "
+                    "needs CUDA's CUPTI; leave this section out"
+                ) from None
+            self._detector = importlib.import_module("nvidia_resiliency_ext.straggler").Detector
+            self._detector.initialize(
+                gather_on_rank0=True,
+                profiling_interval=self._config.every,
+                report_time_interval=self._config.interval_seconds,
+            )
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._detector is not None:
+            self._detector.shutdown()
+            self._detector = None
+
+    def section(self, name: str, *, kernels: bool = False) -> AbstractContextManager:
+        """Time what runs inside; `kernels`: also each CUDA kernel that it launches."""
+        if self._detector is None:
+            return nullcontext()
+        return self._detector.detection_section(name, profile_cuda=kernels)
+
+    def report(self, iteration: int, log: RunLog) -> None:
+        """After each iteration: where the interval has passed, compare and log the stragglers. Collective."""
+        if self._detector is None:
+            return
+        report = self._detector.generate_report_if_interval_elapsed()
+        if report is None or torch.distributed.get_rank() != 0:
+            return
+        share = self._config.threshold
+        found = report.identify_stragglers(
+            gpu_rel_threshold=share,
+            section_rel_threshold=share,
+            gpu_indiv_threshold=share,
+            section_indiv_threshold=share,
+        )
+        than = {"relative": "than the fastest rank", "individual": "than it was"}
+        for kind, words in than.items():
+            slow = {"GPU": found[f"straggler_gpus_{kind}"], **found[f"straggler_sections_{kind}"]}
+            for what, ranks in slow.items():
+                for straggler in sorted(ranks, key=lambda s: s.rank):
+                    reason = f"rank {straggler.rank} on {straggler.node} is slower {words}: {what}"
+                    log.event(iteration, "straggler", reason, rank=straggler.rank)

@@ -1,0 +1,1 @@
+"""A past step of a run, made again."""

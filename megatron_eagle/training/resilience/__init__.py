@@ -1,0 +1,1 @@
+"""What a run does when a step, a sample or a node fails."""

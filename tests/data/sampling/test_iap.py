@@ -1,0 +1,90 @@
+"""Image Area Preservation against the listed cases and the examples of the specification."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from megatron_eagle.convert.hf_model import image_processing_eagle2_5_vl as exported
+from megatron_eagle.data.sampling.iap import grid_candidates, select_grid, select_grids, tile_count
+from tests.paths import SPEC, need_spec
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((640, 480), (4, 3)),
+        ((1920, 1080), (4, 2)),
+        ((336, 336), (1, 1)),
+        ((1024, 1024), (2, 2)),
+        ((3000, 300), (10, 1)),
+        ((2172, 2172), (3, 4)),
+    ],
+)
+def test_worked_examples(size, grid):
+    assert select_grid(*size, tile_size=448, max_tiles=12) == grid
+
+
+@need_spec
+def test_all_listed_cases_are_bit_exact():
+    cases = list(csv.DictReader((SPEC / "iap_cases.csv").open()))
+    for case in cases:
+        value = {key: int(text) for key, text in case.items()}
+        grid = select_grid(
+            value["width"], value["height"], tile_size=value["tile"], max_tiles=value["max_tiles"]
+        )
+        assert grid == (value["cols"], value["rows"]), case
+        sizes = [value["width"]], [value["height"]]
+        grids = select_grids(*sizes, tile_size=value["tile"], max_tiles=value["max_tiles"])
+        assert tuple(grids[0].tolist()) == grid
+        assert (tile_count(grid) > grid[0] * grid[1]) == bool(value["thumbnail"])
+    assert len(cases) == 120
+
+
+@need_spec
+def test_candidate_order_is_the_listed_one():
+    for max_tiles, listed in json.loads((SPEC / "iap_candidate_order.json").read_text()).items():
+        assert [list(grid) for grid in grid_candidates(int(max_tiles))] == listed
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((640, 480), (4, 3)),  # of 4:3 there is one grid
+        ((896, 896), (2, 2)),  # 1 x 1 has a quarter of the pixels, 3 x 3 more than twice as many
+        ((500, 500), (1, 1)),  # 2 x 2 has more than three times as many
+        ((3000, 300), (10, 1)),
+        ((1000, 700), (3, 2)),  # IAP takes 4 x 3
+    ],
+)
+def test_the_closest_aspect_ratio(size, grid):
+    """The rule that IAP is compared with, and the same one in exported processors."""
+    assert select_grid(*size, tile_size=448, max_tiles=12, tiling="aspect") == grid
+    assert exported.select_grid(*size, 448, 12, tiling="aspect") == grid
+
+
+def test_min_tiles_and_refusals():
+    assert select_grid(336, 336, tile_size=448, max_tiles=12, min_tiles=4) == (2, 2)
+    assert tile_count((1, 1)) == 1
+    assert tile_count((3, 4)) == 13
+    with pytest.raises(ValueError, match="positive"):
+        select_grid(0, 5, tile_size=448, max_tiles=12)
+    with pytest.raises(ValueError, match="tile limits"):
+        select_grid(5, 5, tile_size=448, max_tiles=1, min_tiles=2)
+
+
+def test_arrays_give_the_same_grids():
+    generator = np.random.default_rng(0)
+    widths, heights = generator.integers(1, 6000, (2, 3000))
+    widths[:300] = heights[:300]  # squares, where the order among candidates decides
+    for max_tiles, min_tiles in ((1, 1), (6, 1), (12, 1), (13, 4), (24, 2)):
+        limits = {"tile_size": 448, "max_tiles": max_tiles, "min_tiles": min_tiles}
+        grids = select_grids(widths, heights, **limits)
+        expected = [
+            select_grid(w, h, **limits) for w, h in zip(widths.tolist(), heights.tolist(), strict=True)
+        ]
+        assert [tuple(grid) for grid in grids.tolist()] == expected
+    assert select_grids([], [], tile_size=448, max_tiles=12).shape == (0, 2)
+    with pytest.raises(ValueError, match="positive"):
+        select_grids([3, 0], [3, 3], tile_size=448, max_tiles=12)

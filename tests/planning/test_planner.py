@@ -1,0 +1,325 @@
+"""The planner: states and parameters of the 8B model by hand, the schedule, ranking, refusals, the tool."""
+
+import json
+import math
+import runpy
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.model.flops import training_flops
+from megatron_eagle.model.presets import preset
+from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.planning.context_work import ContextWork, context_work
+from megatron_eagle.planning.memory_model import fullest_stage, in_flight, offloaded, peak_memory
+from megatron_eagle.planning.memory_shapes import Workload, count_parameters, language_layer
+from megatron_eagle.planning.planner import PackShape, plan_layouts, preset_run
+from megatron_eagle.planning.step_time import Machine, step_time
+from megatron_eagle.runtime.gpus import GPUS, find_gpu
+from megatron_eagle.runtime.parallel import ParallelConfig
+from tests.paths import REPO
+
+EAGLE = preset("eagle2.5-8b")
+WORKLOAD = Workload(sequence_length=32768, tiles=64, microbatches=4)
+MACHINE = Machine.of(GPUS["h200"])
+
+
+def layout(tp=1, sp=False, pp=1, vpp=None, cp=1, **rest):
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
+        **rest,
+    )
+
+
+def plans(gpus=8, memory=80e9, *overrides):
+    config = preset_run("eagle2.5-8b", 32768, 64, overrides)
+    return plan_layouts(config, gpus, memory, PackShape.assumed(32768, config.model.tokens_per_tile), MACHINE)
+
+
+def test_states_of_the_8b_model_by_hand():
+    """TP4 x PP2 x CP2 x DP4, first stage: 14 layers, the embedding, a quarter of tower and connector."""
+    layer = (3584 * 4608 + 4608 + 3584 * 3584) // 4 + 3 * 3584 * 18944 // 4 + 2 * 3584
+    embedding = 152064 * 3584 // 4  # 151,676 rows, padded to 297 x 512
+    block = (4 * 1152**2 + 2 * 1152 * 4304 + 3 * 1152 + 4304) // 4 + 6 * 1152  # whole: norms, output biases
+    tower = 27 * block + 1152 * (3 * 14 * 14 + 1) + 1024 * 1152 + 2 * 1152
+    connector = 2 * 4608 + (4608 * 3584 + 3584 * 3584 + 3584) // 4 + 3584
+    parameters = 14 * layer + embedding + tower + connector
+    assert layer == 58_269_824
+
+    parallel = layout(tp=4, sp=True, pp=2, cp=2)
+    memory = peak_memory(EAGLE, parallel, 4, WORKLOAD, stage=0)
+    assert memory.weights == 2 * parameters
+    assert memory.gradients == 4 * parameters
+    assert memory.optimizer == 12 * math.ceil(parameters / 8)  # fp32 weights and two moments over 2 x 4 ranks
+    last = peak_memory(EAGLE, parallel, 4, WORKLOAD, stage=1)
+    assert last.weights == 2 * (14 * layer + 3584 + embedding)
+
+
+def test_training_states_of_the_whole_model():
+    """18 bytes a parameter: 144.5 GB and the padded vocabulary's rows."""
+    memory = peak_memory(EAGLE, layout(), 1, WORKLOAD, stage=0)
+    assert memory.states == 18 * count_parameters(EAGLE, layout(), 0).total
+    assert memory.states / 1e9 == pytest.approx(144.5, rel=5e-3)
+
+
+def test_one_language_layer_by_hand():
+    """bf16 bytes a token: two norms of 8 x 3584 + 4, attention, gate, up and their product of 18944."""
+    attention = 2 * (3584 + 2 * 512 + 3584 + 512 + 3584) + 4 * 28
+    per_token = 2 * (8 * 3584 + 4) + attention + 2 * 3 * 18944
+    assert language_layer(EAGLE, layout(), WORKLOAD).total == 32768 * per_token
+
+
+def test_tensor_parallelism_takes_less_memory():
+    found = [fullest_stage(EAGLE, layout(tp=tp, sp=tp > 1), 1, WORKLOAD) for tp in (1, 2, 4)]
+    for name in ("weights", "gradients", "optimizer", "activations", "vision", "logits"):
+        values = [memory.parts[name] for memory in found]
+        assert values == sorted(values, reverse=True) and values[0] > values[2], name
+
+
+def test_context_parallelism_takes_less_memory():
+    found = [fullest_stage(EAGLE, layout(cp=cp), 1, WORKLOAD).total for cp in (1, 2, 4)]
+    assert found == sorted(found, reverse=True)
+
+
+def test_the_fused_loss_by_hand():
+    """8B at 32K: plain keeps the logits twice over; fused one chunk of 2048 and the weight's gradient."""
+    plain = peak_memory(EAGLE, layout(), 1, WORKLOAD, stage=0)
+    assert plain.moment == "loss" and plain.logits == 32768 * 152064 * (2 + 4)
+    hidden, weight = 32768 * 3584 * 2, 152064 * 3584
+    found = {}
+    for name, settings in {"own": {}, "main": {"loss_into_main_grad": True}}.items():
+        workload = replace(WORKLOAD, fused_loss=True, **settings)
+        found[name] = peak_memory(EAGLE, layout(), 1, workload, stage=0)
+    assert found["own"].logits == 2 * hidden + 4 * weight + 2 * weight  # its backward
+    chunk = 2048 * (152064 + 3584) * 2
+    assert found["main"].logits == max(hidden + chunk, 2 * hidden + 2 * weight)
+
+    def seconds(**settings):
+        workload = replace(WORKLOAD, **settings)
+        return step_time(
+            EAGLE, layout(), 1, workload, mean_tiles=64, sum_squared_lengths=32768**2, machine=MACHINE
+        )
+
+    assert seconds(fused_loss=True).elementwise < seconds().elementwise
+    assert seconds(fused_loss=True).matrix_products == seconds().matrix_products
+
+
+def test_context_parallel_work_is_counted_for_the_packs():
+    whole, short = [0, 32768], [*range(0, 32768 + 1, 512)]
+    uneven = [0, 24576, 32768]
+    gathered = context_work(layout(cp=4), [whole])
+    assert gathered == (ContextWork(32768 * 3 / 4, 1.0))
+    assert context_work(layout(cp=4), [short]).foreign_keys < 512
+    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [short]).foreign_keys == 0.0
+    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [uneven]).unevenness > 1.2
+    assert context_work(layout(cp=4), [uneven]).unevenness < 1.02
+    assert context_work(layout(cp=4, ulysses_parallel_size=4), [whole]) == ContextWork(0.0, 1.0)
+
+    def seconds(parallel, bounds, recompute="none"):
+        workload = replace(WORKLOAD, tiles=0, recompute=RecomputeConfig(recompute))
+        return step_time(
+            *(EAGLE, parallel, 1, workload),
+            mean_tiles=0,
+            sum_squared_lengths=32768**2,
+            machine=MACHINE,
+            document_bounds=[bounds],
+        )
+
+    # Bytes by hand, 28 layers and 4 microbatches: keys and values of 512 features, twice bf16 and once fp32.
+    keys = 28 * 4 * (32768 * 3 / 4) * 2 * 512 * (2 + 2 + 4)
+    assert seconds(layout(cp=4), whole).context_parallel == pytest.approx(keys / 450e9)
+    # Queries, keys, values and outputs of 4608 features there and of their gradients back, 3 of 4 parts.
+    heads = 28 * 4 * (32768 / 4) * 2 * (3584 + 512) * 2 * 2 * 3 / 4
+    ulysses = layout(cp=4, ulysses_parallel_size=4)
+    assert seconds(ulysses, whole).context_parallel == pytest.approx(heads / 450e9)
+    assert seconds(ulysses, whole, "full").context_parallel == pytest.approx(1.5 * heads / 450e9)
+    assert seconds(layout(cp=4), short).context_parallel < 0.05 * keys / 450e9
+    zigzag = layout(cp=4, context_parallel_layout="zigzag")
+    assert seconds(zigzag, uneven).attention > 1.2 * seconds(layout(cp=4), uneven).attention
+
+
+def test_pipelines_hold_the_towers_activations_of_several_microbatches():
+    one, two = (peak_memory(EAGLE, layout(pp=pp), 1, WORKLOAD, stage=0) for pp in (1, 2))
+    assert two.states < 0.6 * one.states
+    assert two.vision == 2 * one.vision
+
+
+def test_recompute_trades_time_for_memory():
+    found = []
+    for policy in ("none", "selective", "full", "offload"):
+        workload = replace(
+            WORKLOAD, recompute=RecomputeConfig(policy, "full" if policy in ("offload", "full") else "none")
+        )
+        time = step_time(
+            EAGLE, layout(), 1, workload, mean_tiles=64, sum_squared_lengths=32768**2, machine=MACHINE
+        )
+        found.append((fullest_stage(EAGLE, layout(), 1, workload).total, time.total))
+    assert found[0][0] > found[1][0] > found[2][0]
+    assert found[0][1] < found[1][1] < found[2][1]
+    # Offload keeps less still, and does not run attention again.
+    assert found[3][0] < found[2][0] and found[3][1] < found[2][1]
+    # 26 of 28 layers leave input, attention output and, per query head, its statistics.
+    assert offloaded(EAGLE, layout(), workload, 0) == 26 * 32768 * (2 * 3584 + 2 * 3584 + 4 * 28)
+
+
+def test_frozen_parts_have_no_gradients_states_or_tower_activations():
+    connector = replace(WORKLOAD, trainable=("connector",))
+    memory = peak_memory(EAGLE, layout(), 1, connector, stage=0)
+    assert memory.gradients == 4 * count_parameters(EAGLE, layout(), 0).connector
+    everything = peak_memory(EAGLE, layout(), 1, WORKLOAD, stage=0)
+    assert memory.weights == everything.weights and memory.vision < everything.vision / 10
+    language = replace(WORKLOAD, trainable=("language",))
+    assert peak_memory(EAGLE, layout(), 1, language, stage=0).vision == 0
+
+
+@pytest.mark.parametrize(
+    ("parallel", "stage", "microbatches", "held"),
+    [
+        (layout(), 0, 8, [1]),
+        (layout(pp=4), 0, 8, [4]),  # one forward, one backward: stages - stage microbatches
+        (layout(pp=4), 3, 8, [1]),
+        (layout(pp=4), 0, 2, [2]),
+        # Interleaved, hand-walked: F 0a 1a 0b 1b 2a | B 0b F 3a B 1b F 2b B 0a ... on the first stage,
+        # F 0a 1a 0b | B 0b F 1b B 1b F 2a B 0a ... on the last.
+        (layout(pp=2, vpp=2), 0, 4, [5, 5]),
+        (layout(pp=2, vpp=2), 1, 4, [3, 3]),
+    ],
+)
+def test_microbatches_in_flight(parallel, stage, microbatches, held):
+    """Counted in chunks when a backward of each chunk begins."""
+    chunks = parallel.num_model_chunks
+    assert [sum(at) for at in in_flight(parallel, microbatches, stage, [(1, 0)] * chunks)] == held
+
+
+def test_a_ring_across_nodes_uses_the_adapters_of_its_members():
+    machine = MACHINE
+    assert machine.bandwidth(8, 1) == 450e9
+    assert machine.bandwidth(16, 1) == 400e9  # eight members a node
+    assert machine.bandwidth(4, 4) == 100e9  # two
+    assert machine.bandwidth(2, 8) == 50e9
+
+
+def test_pipelines_wait_and_more_gpus_are_faster():
+    def seconds(parallel, microbatches):
+        workload = replace(WORKLOAD, microbatches=microbatches)
+        return step_time(
+            EAGLE, parallel, 1, workload, mean_tiles=0, sum_squared_lengths=32768**2, machine=MACHINE
+        )
+
+    few, many = seconds(layout(pp=4), 4), seconds(layout(pp=4), 64)
+    assert few.pipeline / few.total > 4 * many.pipeline / many.total
+    assert seconds(layout(pp=4, vpp=7), 4).pipeline < few.pipeline
+    assert seconds(layout(cp=2), 4).total < seconds(layout(), 4).total
+    assert seconds(layout(tp=4), 4).tensor_parallel > 0 == seconds(layout(cp=4), 4).tensor_parallel
+
+
+def test_ranking_is_fastest_first_and_deterministic():
+    first, again = plans(), plans()
+    assert [plan.parallel for plan in first.legal] == [plan.parallel for plan in again.legal]
+    times = [plan.time.total for plan in first.fitting]
+    assert times and times == sorted(times)
+    fits = [plan.fits for plan in first.legal]
+    assert fits == sorted(fits, reverse=True)
+    assert len({repr(plan.parallel) for plan in first.legal}) == len(first.legal)
+    for plan in first.legal:
+        assert plan.parallel.model_parallel_size * plan.data_parallel_size == 8
+        assert 0 < plan.time.mfu < 0.8
+
+
+def test_illegal_layouts_are_refused_with_the_rule():
+    refused = plans().refused
+    reason = next(reason for reason in refused if "tensor_model_parallel_size 8" in reason)
+    assert reason.endswith("does not divide the 28 query heads of the language model: choose 1, 2 or 4")
+    batches = plans(8, 80e9, "training.global_batch_size=6").refused
+    assert any("training.global_batch_size is 6" in reason for reason in batches)
+
+
+def test_nothing_fits():
+    """The smallest comes first, and its limit says which memory is too much."""
+    found = plans(gpus=1)
+    assert not found.fitting
+    assert found.legal[0].limit.startswith("memory: activations 180 GB")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpus", "0"), "--gpus is 0"),
+        (
+            ("--gpu", "H100 PCIe"),
+            "there is no GPU 'H100 PCIe' in the table .*: choose a100, .*h100-pcie, .*gb300",
+        ),
+        (("--gpu-memory", "3"), "--gpu-memory is 3 GB: must be above the 4 GB"),
+        (("--gpu-memory", "nan"), "--gpu-memory is nan GB: must be above the 4 GB"),
+        (("--length", "0"), "data.length is 0"),
+        (("--global-batch-size", "0"), "training.global_batch_size is 0: must lie between 1"),
+        (("--top", "0"), "--top is 0"),
+        (("--length", "32769", "data.length=32769", "--gpus", "3"), None),
+        (("lora.rank=8",), "remove the lora section"),
+        (("model.preset=tiny",), "takes its vocabulary from data"),
+        (("model=3",), "model: expected a mapping"),
+        (("--tiles", "200"), "200 tiles of 256 tokens do not fit a pack of 32768 tokens: at most 128"),
+        (("--json", "/nowhere/plan.json"), "cannot write here"),
+    ],
+)
+def test_the_tool_refuses_in_one_line(arguments, message, monkeypatch, capsys):
+    if message is None:  # an odd length is legal without context parallelism
+        assert "layouts fit" in run_tool(monkeypatch, capsys, *arguments)
+        return
+    with pytest.raises(UserError, match=message) as refusal:
+        run_tool(monkeypatch, capsys, *arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_table_of_gpus_is_the_machine(monkeypatch, capsys):
+    """Peak, memory and links by name; a ring inside of a node has the link; MFU is of the GPU's peak."""
+    for name, tflops, bandwidth, link in (
+        ("a100", 312, 2.039e12, 300e9),
+        ("NVIDIA H100 PCIe", 756, 2.0e12, 64e9),
+        ("H800", 989, 3.35e12, 200e9),
+        ("b200", 2250, 7.7e12, 900e9),
+    ):
+        machine = Machine.of(find_gpu(name), gpus_per_node=4)
+        assert (machine.peak, machine.memory, machine.bandwidth(4, 1)) == (tflops * 1e12, bandwidth, link)
+        assert machine.attention < machine.gemm < machine.peak and machine.bandwidth(2, 4) == 50e9
+    printed = run_tool(monkeypatch, capsys, "--gpu", "b200", "--top", "1")
+    assert printed.startswith("8 x NVIDIA B200 with 180 GB, packs of 32,768 tokens")
+    times = {}
+    for precision in ("bf16", "fp32"):
+        workload = replace(WORKLOAD, precision=precision)
+        times[precision] = step_time(
+            EAGLE, layout(), 1, workload, mean_tiles=0, sum_squared_lengths=32768**2, machine=MACHINE
+        )
+    flops = training_flops(EAGLE, tokens=32768, sum_squared_lengths=32768**2, tiles=0).total
+    bf16 = times["bf16"]
+    assert bf16.mfu == pytest.approx(WORKLOAD.microbatches * flops / bf16.total / 989e12)
+    assert times["fp32"].mfu is None  # the table's peak is not that of fp32
+    table = run_tool(monkeypatch, capsys, "--top", "1", "training.precision=fp32").split("\n\n")[1]
+    assert table.splitlines()[1].split()[11] == "-"
+
+
+def test_the_tool_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
+    printed = run_tool(monkeypatch, capsys, "--top", "3", "--json", str(tmp_path / "plan.json"))
+    lines = printed.splitlines()
+    table = lines[lines.index("") + 1 :][:4]
+    assert [line.split()[0] for line in table] == ["TP", "1", "2", "3"]
+    assert "First: " in printed and "choose 1, 2 or 4" in printed
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert "positions: max_position_embeddings 131,072" in lines
+    assert written["max_position_embeddings"] == 131072
+    best = written["layouts"][0]
+    assert best["fits"] and best["memory"]["total"] < 137e9
+    assert sum(refusal["layouts"] for refusal in written["refused"]) > 0
+
+
+def run_tool(monkeypatch, capsys, *arguments) -> str:
+    command = ["plan.py", "--preset", "eagle2.5-8b", "--gpus", "8", "--gpu", "h200", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(REPO / "tools" / "plan.py"))["main"]()
+    return capsys.readouterr().out

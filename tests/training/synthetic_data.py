@@ -1,0 +1,102 @@
+"""A loader of made-up packs, so that the training loop is tested without media, tokenizer or store."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_eagle.data.loading.identity import DataIdentity
+from megatron_eagle.data.loading.loader import Batch, GlobalBatch
+from megatron_eagle.data.store.reader import DataManifest
+from megatron_eagle.model.presets import preset
+
+LENGTH = 64
+IMAGE_TOKEN = 7
+VOCABULARY = 504
+
+
+def write_manifest(folder: Path) -> None:
+    """What of a token store is read besides its packs: the manifest and a tokenizer folder."""
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    eagle = preset("tiny")
+    DataManifest(
+        fingerprint="synthetic",
+        template="hf",
+        tile_size=eagle.vision.image_size,
+        patch_size=eagle.vision.patch_size,
+        tokens_per_tile=eagle.tokens_per_tile,
+        vocab_size=VOCABULARY,
+        image_token_id=IMAGE_TOKEN,
+        pad_token_id=0,
+        lengths=[LENGTH],
+        sources=[],
+        sampling={"max_tiles": 4},
+        max_pixels=0,
+    ).save(folder)
+
+
+DATASETS = ["even", "odd", "absent"]
+
+
+class SyntheticLoader:
+    """`data.loader.PackLoader`'s interface. A pack depends on its global position alone; every third has no
+    image. Data in a folder named `broken`: the weights of the third iteration's packs are NaN."""
+
+    def __init__(self, config, *, global_batch_size, data_parallel_rank, data_parallel_size, plan, device):
+        self._broken = Path(config.path).name == "broken"
+        self._batch, self._plan = global_batch_size, plan
+        self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size
+        self.decoder, self.datasets = "media: made up", DATASETS
+        self.identity = DataIdentity(config.path, LENGTH, config.seed, "square", False, "made", "up")
+
+    def step(self, consumed_packs: int) -> GlobalBatch:
+        total = sum(float(self._pack(consumed_packs + i).loss_weights.sum()) for i in range(self._batch))
+        if self._broken and consumed_packs == 2 * self._batch:
+            total = float("nan")
+        mine = range(self._rank * self._share, (self._rank + 1) * self._share)
+        return GlobalBatch(consumed_packs, [self._planned(consumed_packs, i, total) for i in mine], total, 0)
+
+    def n_samples(self, consumed_packs: int) -> int:
+        return self._batch
+
+    def leave_out(self, batch: GlobalBatch, samples: set[int]) -> None:
+        kept = [i for i in range(self._batch) if i not in samples]
+        batch.total = sum(float(self._pack(batch.first_pack + i).loss_weights.sum()) for i in kept)
+        for i, pack in enumerate(batch.microbatches, self._rank * self._share):
+            weights = self._pack(batch.first_pack + i).loss_weights
+            pack.loss_weights = weights / batch.total if i in kept else torch.zeros_like(weights)
+
+    def _planned(self, consumed_packs: int, i: int, total: float) -> Batch:
+        pack = self._pack(consumed_packs + i)
+        pack.loss_weights /= total
+        pack.plan = self._plan(pack)
+        tiles = pack.plan.tiles
+        pack.pixel_values = None if tiles is None else pack.pixel_values[tiles.start : tiles.stop]
+        return pack
+
+    def close(self) -> None:
+        pass
+
+    def _pack(self, position: int) -> Batch:
+        eagle = preset("tiny")
+        generator = torch.Generator().manual_seed(position)
+        ids = torch.randint(8, 24, (LENGTH,), generator=generator)  # few tokens: soon learned
+        tiles = position % 3
+        ids[3 : 3 + tiles * eagle.tokens_per_tile] = IMAGE_TOKEN
+        labels = torch.cat([ids[1:], ids[:1]])
+        weights = torch.rand(LENGTH, generator=generator) * (labels != IMAGE_TOKEN)
+        weights[[39, LENGTH - 1]] = 0
+        size = eagle.vision.image_size
+        shape = tiles, 3, size, size
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return Batch(
+            input_ids=ids,
+            labels=labels,
+            loss_weights=weights,
+            group_ids=torch.full((LENGTH,), position % 2),
+            position_ids=torch.cat([torch.arange(40), torch.arange(LENGTH - 40)]),
+            document_bounds=[0, 40, LENGTH],
+            pixel_values=pixels,
+            n_tiles=tiles,
+            sample_rows=[position],
+        )
