@@ -42,6 +42,7 @@ parity-mutants: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-logo --cache-dir build/import_linter
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -53,6 +53,11 @@ setup(
             "faiss-cpu",
             "lmdb",
             "ruff==0.17.5",
+            "import-linter==2.17",
+            "mypy==2.4.1",
+            "types-PyYAML",
+            "types-tqdm",
+            "pytest-cov",
         ],
     },
 )
