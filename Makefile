@@ -10,6 +10,8 @@ OLD := .venv-transformers-4.51
 ALL := test test-slow test-old-transformers parity-mutants test-soak
 STAMPED = $(BIN)/python -m tests.stamps run $@
 PYTEST = $(BIN)/python -m pytest
+# On both cores; tests/conftest.py says what may run side by side.
+BOTH = -n 2 --dist loadgroup
 export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
@@ -19,13 +21,13 @@ demo: env
 	$(BIN)/python examples/demo/run.py
 
 test: env lint
-	$(STAMPED) $(PYTEST) -m "not slow and not gpu"
+	$(STAMPED) $(PYTEST) $(BOTH) -m "not slow and not gpu"
 
 test-all: env
 	$(BIN)/python -m tests.stamps all $(ALL)
 
 test-slow: env
-	$(STAMPED) $(PYTEST) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py
+	$(STAMPED) $(PYTEST) $(BOTH) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py
 
 test-old-transformers: env $(OLD)/.complete
 	$(STAMPED) $(PYTEST) tests/convert/test_old_transformers.py
