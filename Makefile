@@ -45,6 +45,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-logo --cache-dir build/import_linter
+	$(BIN)/python -m tests.project.types
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -16,6 +16,8 @@ setup(
     # for Hugging Face's `kernels` library.
     package_dir={"eagle_kernels": "kernels/eagle_kernels"},
     package_data={
+        "megatron_eagle": ["py.typed"],
+        "eagle_kernels": ["py.typed"],
         "megatron_eagle.inference": ["*.html"],
         "megatron_eagle.eagle_video": ["*.yaml"],
         "megatron_eagle.eagle_video.prompts": ["*.txt"],
