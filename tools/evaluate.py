@@ -27,7 +27,7 @@ from megatron_eagle.evaluation.bridge import KITS, write_bridge
 from megatron_eagle.evaluation.judge import make_judge
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
-from megatron_eagle.evaluation.runner import evaluate, render, tabulate, write_scores
+from megatron_eagle.evaluation.runner import render_scores, run_benchmark, tabulate, write_scores
 from megatron_eagle.evaluation.summary import comparison, overall, plot_frames, read_result
 from megatron_eagle.inference.generate import Answers, ExportedModel, Sampling
 from megatron_eagle.inference.server_client import ServedModel
@@ -140,7 +140,7 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> Non
     questions = questions[: options.limit]  # not in `about`: a run with more questions goes on
     progress = partial(tqdm, unit="question")
     asked = partial(_model, options)
-    scored = evaluate(asked, questions, problems, output, sampling, about, progress, judge)
+    scored = run_benchmark(asked, questions, problems, output, sampling, about, progress, judge)
     dropped = [json.loads(line) for line in (output / "dropped.jsonl").open(encoding="utf-8")]
     if not scored:
         raise UserError(f"{output}: no question was answered; the first problem: {dropped[0]['reason']}")
@@ -148,7 +148,7 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> Non
     score = overall(published, scored) if published else None
     head = {**about, "limit": options.limit, "sampling": {"max_frames": max_frames, "fps": options.fps}}
     write_scores(output, head, rows, score)
-    print(render(rows))
+    print(render_scores(rows))
     if score is not None:
         print(f"\n{comparison([read_result(output)])}")
     if dropped:

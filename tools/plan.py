@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")
     arguments = parser.parse_args()
 
-    from megatron_eagle.planning.plan_report import as_records, render
+    from megatron_eagle.planning.plan_report import as_records, render_plan
     from megatron_eagle.planning.planner import PackShape, file_run, plan_layouts, preset_run
     from megatron_eagle.planning.step_time import Machine
     from megatron_eagle.runtime.gpus import find_gpu
@@ -64,7 +64,7 @@ def main() -> None:
             raise UserError(f"{arguments.json}: cannot write here: {error.strerror}") from error
     top = len(plans.legal) if arguments.all else arguments.top
     gpus = f"{arguments.gpus} x {gpu.name} with {memory / 1e9:g} GB"
-    print(render(plans, config, packs, gpus, top=top, refusals=arguments.all))
+    print(render_plan(plans, config, packs, gpus, top=top, refusals=arguments.all))
 
 
 if __name__ == "__main__":

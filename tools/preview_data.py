@@ -10,7 +10,7 @@ from tqdm import tqdm
 from megatron_eagle.data.annotations.mixture import datasets_of
 from megatron_eagle.data.inspection.lint import problems
 from megatron_eagle.data.inspection.mix import recipe_mix, store_mix
-from megatron_eagle.data.inspection.preview import check_row, describe
+from megatron_eagle.data.inspection.preview import check_row, describe_row
 from megatron_eagle.data.inspection.preview_html import pack_page, sample_page
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
 from megatron_eagle.data.packing.index import read_packs
@@ -58,7 +58,7 @@ def show(args: argparse.Namespace) -> None:
     if args.json:
         if args.sample is None:
             raise UserError("--json shows one sample; name it with --sample I")
-        print(json.dumps(describe(store, args.sample)))
+        print(json.dumps(describe_row(store, args.sample)))
     if args.html:
         has_packs = (store.folder / "packs.arrow").is_file()
         if args.sample is None and (args.pack is not None or has_packs):

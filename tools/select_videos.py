@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from megatron_eagle.config import from_dict
 from megatron_eagle.eagle_video.encoder import Encoder
-from megatron_eagle.eagle_video.features import Part
+from megatron_eagle.eagle_video.features import WorkShare
 from megatron_eagle.eagle_video.files import read_videos
-from megatron_eagle.eagle_video.selection import SelectionSettings, select, summary, work_on_part
-from megatron_eagle.eagle_video.selection_report import write_report
+from megatron_eagle.eagle_video.selection import SelectionSettings, select, selection_summary, work_on_part
+from megatron_eagle.eagle_video.selection_report import write_selection_report
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.problems import write_ledger
 
@@ -79,17 +79,17 @@ def main() -> None:
         print("features and search done" if searched else "features done; for the search, again when all are")
         return
     selection = select(candidates, existing, options.output, encoder, settings, progress)
-    write_report(options.output / "report.html", selection, settings)
-    print(summary(selection))
+    write_selection_report(options.output / "report.html", selection, settings)
+    print(selection_summary(selection))
     if problems or more:
         print(f"  unreadable lines        {len(problems) + len(more):,} (dropped.jsonl)")
     print(f"{options.output / 'kept.jsonl'}, {options.output / 'report.html'}")
 
 
-def _part(text: str) -> Part:
+def _part(text: str) -> WorkShare:
     try:
         number, of = map(int, text.split("/"))
-        return Part(number, of)
+        return WorkShare(number, of)
     except ValueError:
         raise UserError(f"--part {text}: expected K/N with K from 0 to N - 1, as 0/8") from None
 

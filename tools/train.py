@@ -60,17 +60,17 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _report(run: str, output: str | None) -> int:
-    from megatron_eagle.training.monitoring.report import write_report
+    from megatron_eagle.training.monitoring.report import write_run_report
 
-    print(write_report(run, output))
+    print(write_run_report(run, output))
     return 0
 
 
 def _status(run: str) -> int:
-    from megatron_eagle.training.monitoring.heartbeat import FOLDER, status
+    from megatron_eagle.training.monitoring.heartbeat import HEARTBEATS, status
 
     logs = Path(run, "logs")
-    print(status(logs if (logs / FOLDER).is_dir() else Path(run)))
+    print(status(logs if (logs / HEARTBEATS).is_dir() else Path(run)))
     return 0
 
 
@@ -99,8 +99,8 @@ def _add_replay(commands: argparse._SubParsersAction) -> None:
 def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _quiet()
     from megatron_eagle.training.replay.history import History
-    from megatron_eagle.training.replay.page import summary, write_replay
-    from megatron_eagle.training.replay.replay import measure, prepare
+    from megatron_eagle.training.replay.page import replay_summary, write_replay
+    from megatron_eagle.training.replay.replay import measure_losses, prepare
 
     if arguments.show < 0:
         raise UserError(f"--show {arguments.show}: expected 0 or more samples")
@@ -112,13 +112,13 @@ def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
             if first:
                 print(f"iteration {iteration}: {reason}")
         prepared = prepare(arguments.run, iteration, checkpoint=arguments.checkpoint, overrides=overrides)
-        replay = measure(prepared) if prepared.weights is not None else prepared
+        replay = measure_losses(prepared) if prepared.weights is not None else prepared
     except UserError as error:
         if _said_by_first(error, alike=prepared is None):
             return 2
         raise
     if first:
-        print(summary(replay))  # a page that cannot be written does not take it along
+        print(replay_summary(replay))  # a page that cannot be written does not take it along
         print(f"written to {write_replay(replay, arguments.run, arguments.output, arguments.show)}")
     return 0
 

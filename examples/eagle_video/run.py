@@ -19,7 +19,7 @@ import yaml
 from random_encoder import make_encoder
 from stand_in import Server, answer, serving
 
-from megatron_eagle.eagle_video.chapters import SUFFIXES
+from megatron_eagle.eagle_video.chapters import VIDEO_SUFFIXES
 from megatron_eagle.errors import UserError, run_cli
 
 HERE = Path(__file__).resolve().parent
@@ -110,7 +110,7 @@ def random_encoder(folder: Path) -> Path:
 
 def write_lists(videos: Path, out: Path) -> tuple[Path, Path]:
     """The lists of new videos and of those in training."""
-    files = sorted(str(file) for file in videos.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = sorted(str(file) for file in videos.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES)
     if len(files) < 2:
         raise UserError(f"{videos}: {len(files)} videos; needs one for the training set and another")
     old = files[::3]

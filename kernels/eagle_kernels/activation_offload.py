@@ -2,7 +2,7 @@
 
 A layer keeps its input and what its core attention computed: the output and the log-sum-exp. Both go to the
 host while the next layer runs; backward brings them back one layer ahead, and runs the layer again around an
-attention that gets its results handed in (`Replay`) and goes straight to its own backward.
+attention that gets its results handed in (`KeptResults`) and goes straight to its own backward.
 
 Host memory is one pinned slab of equal slots (torch rounds pinned memory up to a power of two). Copies run
 on two streams of their own, one each way. With s tokens, h features, q features and n heads of all queries
@@ -23,7 +23,7 @@ from torch import Tensor
 _ALIGNMENT = 64  # bytes between the starts of tensors in a slot
 
 
-class Replay:
+class KeptResults:
     """Results that a layer computes once: kept in its first run, given back in the run of backward."""
 
     def __init__(self, results: tuple[Tensor, ...] | None = None) -> None:
@@ -166,7 +166,7 @@ def set_random_states(states: tuple[Tensor, ...]) -> None:
 
 
 def offloaded_layer(
-    layer: Callable[[Tensor, Replay], Tensor],
+    layer: Callable[[Tensor, KeptResults], Tensor],
     x: Tensor,
     store: HostStore,
     *,
@@ -190,7 +190,7 @@ def offloaded_layer(
         RuntimeError: in backward, if it ran before, or under `torch.autograd.grad`.
     """
     if not torch.is_grad_enabled():
-        return layer(x, Replay())
+        return layer(x, KeptResults())
     if not x.requires_grad:
         # Without this the layer's parameters would have no part in the graph.
         x = x.detach().requires_grad_()
@@ -202,7 +202,7 @@ class _OffloadedLayer(torch.autograd.Function):
     def forward(ctx, x, layer, store, stays, random):
         get_states, ctx.set_states = random
         ctx.get_states, ctx.states, ctx.layer = get_states, get_states(), layer
-        replay = Replay()
+        replay = KeptResults()
         y = layer(x.detach(), replay)
         kept = (x.detach(), *(replay.results or ()))
         if stays:
@@ -226,7 +226,7 @@ class _OffloadedLayer(torch.autograd.Function):
         ctx.set_states(ctx.states)
         try:
             with torch.enable_grad():
-                y = ctx.layer(x, Replay(tuple(results) or None))
+                y = ctx.layer(x, KeptResults(tuple(results) or None))
         finally:
             ctx.set_states(now)
         torch.autograd.backward(y, grad)

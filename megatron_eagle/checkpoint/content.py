@@ -36,7 +36,7 @@ _OPTIMIZER_STATE = ("param", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorBox:
     """A box of the whole tensor `key`, with this rank's values."""
 
     key: str
@@ -84,7 +84,7 @@ def content_to_save(
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
-) -> tuple[list[Piece], dict[str, Any]]:
+) -> tuple[list[TensorBox], dict[str, Any]]:
     """The pieces that this rank writes, with values that training will change in place; and plain values,
     which are everybody's but for the optimizer's step (a rank on which nothing trains has none)."""
     common: dict[str, Any] = {"content_metadata": dict(CONTENT_METADATA)}
@@ -92,7 +92,7 @@ def content_to_save(
         common["scheduler"] = scheduler.state_dict()
     content = model_content(models)
     pieces = [
-        Piece(t.key, tuple(t.global_shape), tuple(t.global_offset), _with_box_shape(t, t.data))
+        TensorBox(t.key, tuple(t.global_shape), tuple(t.global_offset), _with_box_shape(t, t.data))
         for t in sharded_tensors(content)
         if is_main_replica(t.replica_id)
     ]
@@ -157,7 +157,7 @@ def _boxes_in_row(shape: Sequence[int], index: int, start: int, stop: int):
             yield (index, *offset), (1, *size)
 
 
-def _optimizer_pieces(distributed: Any, content: dict) -> Iterable[Piece]:
+def _optimizer_pieces(distributed: Any, content: dict) -> Iterable[TensorBox]:
     """This rank's run of elements of every parameter: main parameter and both moments."""
     described = {}
     for chunk in content.values():
@@ -194,11 +194,11 @@ def _flat_index(shape: Sequence[int], offset: Sequence[int]) -> int:
     return index
 
 
-def _placed(whole: ShardedTensor, key: str, low: Sequence[int], part: Tensor) -> Piece:
+def _placed(whole: ShardedTensor, key: str, low: Sequence[int], part: Tensor) -> TensorBox:
     """A box `part` of the local tensor, as a box of the global one."""
     local = (*[0] * whole.prepend_axis_num, *low)
     offset = tuple(a + b for a, b in zip(whole.global_offset, local, strict=True))
-    return Piece(key, tuple(whole.global_shape), offset, _with_box_shape(whole, part))
+    return TensorBox(key, tuple(whole.global_shape), offset, _with_box_shape(whole, part))
 
 
 def _with_box_shape(whole: ShardedTensor, part: Tensor) -> Tensor:

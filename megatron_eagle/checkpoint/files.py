@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.content import Piece
-from megatron_eagle.checkpoint.index import Entry
+from megatron_eagle.checkpoint.content import TensorBox
+from megatron_eagle.checkpoint.index import StoredBox
 
 _ALIGNMENT = 64  # bytes
 
@@ -24,10 +24,10 @@ class Written:
     name: str
     size: int
     sha256: str
-    entries: list[Entry]
+    entries: list[StoredBox]
 
 
-def write_pieces(file: Path, pieces: Iterable[Piece]) -> Written:
+def write_pieces(file: Path, pieces: Iterable[TensorBox]) -> Written:
     """Write `pieces` one after the other, as `torch.load` reads them, and wait until the disk has them.
 
     On the way at most one piece is copied. Raises `OSError`.
@@ -38,7 +38,7 @@ def write_pieces(file: Path, pieces: Iterable[Piece]) -> Written:
             start = stream.size
             torch.save(_own_storage(piece.data), stream)
             entries.append(
-                Entry(
+                StoredBox(
                     *(piece.key, piece.data.dtype, piece.shape, piece.offset, tuple(piece.data.shape)),
                     *(file.name, start, stream.size - start),
                 )
@@ -101,7 +101,7 @@ class HostCopy:
     def nbytes(self) -> int:
         return self._memory.numel()
 
-    def fill(self, pieces: Sequence[Piece]) -> list[Piece]:
+    def fill(self, pieces: Sequence[TensorBox]) -> list[TensorBox]:
         """Pieces with the values that `pieces` have now. They hold until the next call."""
         places, end = [], 0
         for piece in pieces:

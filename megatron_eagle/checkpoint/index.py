@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_eagle.errors import UserError
 
-INDEX = ".metadata"
+INDEX_FILE = ".metadata"
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredBox:
     """One box and its place: `length` bytes of `file` from `start` on, which `torch.load` reads."""
 
     key: str
@@ -39,7 +39,7 @@ class Entry:
     length: int
 
 
-def write_index(folder: Path, entries: Iterable[Entry]) -> None:
+def write_checkpoint_index(folder: Path, entries: Iterable[StoredBox]) -> None:
     """Write the index of `entries` into `folder`.
 
     Raises:
@@ -63,7 +63,7 @@ def write_index(folder: Path, entries: Iterable[Entry]) -> None:
             raise UserError(f"{key}: the ranks hold {covered} of its {whole.size.numel()} elements")
     metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
     metadata.version = "1.0.0"  # from torch 2.9 on a field, which is then read
-    with open(folder / INDEX, "wb") as file:
+    with open(folder / INDEX_FILE, "wb") as file:
         pickle.dump(metadata, file)
 
 
@@ -98,7 +98,8 @@ class _IndexUnpickler(pickle.Unpickler):
 def read_index(folder: Path) -> Any:
     """The checkpoint's table of tensors. Also guards Megatron's own, unrestricted read of the same file."""
     try:
-        with open(folder / INDEX, "rb") as file:
+        with open(folder / INDEX_FILE, "rb") as file:
             return _IndexUnpickler(file).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
-        raise UserError(f"{folder / INDEX}: not a checkpoint's index, or a damaged one: {error}") from error
+        where = folder / INDEX_FILE
+        raise UserError(f"{where}: not a checkpoint's index, or a damaged one: {error}") from error

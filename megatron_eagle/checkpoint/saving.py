@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_eagle.checkpoint.content import Piece, content_to_save, optimizer_step, set_optimizer_step
+from megatron_eagle.checkpoint.content import TensorBox, content_to_save, optimizer_step, set_optimizer_step
 from megatron_eagle.checkpoint.files import Written, write_pieces
 from megatron_eagle.checkpoint.folder import (
     TrainState,
@@ -28,7 +28,7 @@ from megatron_eagle.checkpoint.folder import (
     retain_folders,
     start_folder,
 )
-from megatron_eagle.checkpoint.index import write_index
+from megatron_eagle.checkpoint.index import write_checkpoint_index
 from megatron_eagle.checkpoint.manifest import write_manifest
 from megatron_eagle.config import save_yaml, to_dict
 from megatron_eagle.errors import UserError
@@ -41,7 +41,7 @@ class Snapshot:
     """One rank's share of a checkpoint. The values of `pieces` are those of the running training until they
     are copied; everything else is a copy."""
 
-    pieces: list[Piece]
+    pieces: list[TensorBox]
     common: dict[str, Any]
     run: dict[str, Any]
     state: TrainState
@@ -155,7 +155,7 @@ def complete_folder(
     """Write what a checkpoint holds beside the tensors, which are in `files`. Raises `OSError`."""
     torch.save(common, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    write_index(folder, (entry for file in files for entry in file.entries))
+    write_checkpoint_index(folder, (entry for file in files for entry in file.entries))
     save_yaml(run, folder / "run.yaml")
     (folder / "state.json").write_text(json.dumps(to_dict(state)))
     write_manifest(folder, {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files})

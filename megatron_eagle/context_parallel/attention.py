@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from eagle_kernels.activation_offload import Replay
+from eagle_kernels.activation_offload import KeptResults
 from megatron_eagle.context_parallel.exchange import KeyExchange
 from megatron_eagle.context_parallel.gather_kv import GatherKVAttention
 from megatron_eagle.context_parallel.layout import Segment, SequenceLayout
@@ -34,7 +34,7 @@ class PackedSequence(PackedSeqParams):
     layout: SequenceLayout | None = None  # over all context parallel ranks
     exchange: KeyExchange | None = None  # this rank's part, on its device
     rotary_table: tuple[Tensor, Tensor] | None = None  # cosines and sines, set on each pipeline stage
-    replay: Replay | None = None  # what an offloaded layer keeps of its attention
+    replay: KeptResults | None = None  # what an offloaded layer keeps of its attention
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
@@ -78,7 +78,7 @@ def context_parallel_attention(
     scale: float,
     key_group: ProcessGroup,
     ulysses_group: ProcessGroup | None = None,
-    replay: Replay | None = None,
+    replay: KeptResults | None = None,
 ) -> Tensor:
     """Attention of this rank's queries over the pack: q [s, np, d], k and v [s, ng, d] -> [s, np, d].
 

@@ -51,10 +51,10 @@ def choose_attention(name: AttentionName, dtype: torch.dtype, head_dim: int) -> 
     if name == "reference":
         return AttentionChoice(ReferenceAttention(), name, f"attention: {name}")
     if name != "auto":
-        if missing := why_not(name, dtype, head_dim):
+        if missing := why_not_backend(name, dtype, head_dim):
             raise UserError(f"layers.attention {name}: {missing}; choose another or leave it at auto")
         return AttentionChoice(FAST[name]() if name in FAST else None, name, f"attention: {name}")
-    reasons = {fast: why_not(fast, dtype, head_dim) for fast in AUTO}
+    reasons = {fast: why_not_backend(fast, dtype, head_dim) for fast in AUTO}
     for fast, missing in reasons.items():
         if missing is None:
             passed = [f"{other}: {reason}" for other, reason in reasons.items() if reason]
@@ -66,7 +66,7 @@ def choose_attention(name: AttentionName, dtype: torch.dtype, head_dim: int) -> 
     )
 
 
-def why_not(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not_backend(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why a fast backend cannot be used here for heads of this type and size, or None if it can."""
     return FAST.get(name, TransformerEngineAttention).why_not() or unfit(dtype, head_dim)
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_eagle.context_parallel.cudnn_graph import plan_graph
 from megatron_eagle.context_parallel.varlen import empty_contiguous, varlen_shape
-from megatron_eagle.runtime.libraries import why_not
+from megatron_eagle.runtime.libraries import why_not_library
 
 
 class CudnnAttention:
@@ -20,7 +20,7 @@ class CudnnAttention:
     @staticmethod
     def why_not() -> str | None:
         """Why it cannot be used here, or None if it can."""
-        if missing := why_not("cudnn"):
+        if missing := why_not_library("cudnn"):
             return missing
         if torch.cuda.get_device_capability() < (9, 0):
             return "ragged tensors need compute capability 9.0"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_eagle.context_parallel.varlen import empty_contiguous, varlen_shape
-from megatron_eagle.runtime.libraries import why_not
+from megatron_eagle.runtime.libraries import why_not_library
 
 # What FlashAttention 2 is given by name.
 _LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
@@ -45,7 +45,7 @@ class FlashAttention:
     @staticmethod
     def why_not() -> str | None:
         """Why it cannot be used here, or None if it can."""
-        if missing := why_not("flash_attn.flash_attn_interface"):
+        if missing := why_not_library("flash_attn.flash_attn_interface"):
             return missing
         for name, needed in (("forward", _FORWARD), ("backward", _BACKWARD)):
             function = getattr(_flash_attn(), f"_flash_attn_varlen_{name}", None)
@@ -86,7 +86,7 @@ class FlashAttention3:
     @staticmethod
     def why_not() -> str | None:
         """Why it cannot be used here, or None if it can."""
-        if missing := why_not("flash_attn_interface"):
+        if missing := why_not_library("flash_attn_interface"):
             return missing
         if torch.cuda.get_device_capability()[0] != 9:
             return "FlashAttention 3 needs compute capability 9.x"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.errors import UserError
-from megatron_eagle.runtime.libraries import why_not
+from megatron_eagle.runtime.libraries import why_not_library
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
@@ -47,7 +47,7 @@ class TransformerEngineAttention(MegatronModule):
     @staticmethod
     def why_not() -> str | None:
         """Why it cannot be used here, or None if it can."""
-        if missing := why_not("transformer_engine.pytorch"):
+        if missing := why_not_library("transformer_engine.pytorch"):
             return missing
         from megatron.core.utils import is_te_min_version
 

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_eagle.checkpoint.hf_folder import HF_FOLDER
 from megatron_eagle.convert.pickled import PickledWeights
-from megatron_eagle.convert.shards import INDEX, HfWeights, read_json, save
+from megatron_eagle.convert.shards import HF_INDEX, HfWeights, read_json, save
 from megatron_eagle.errors import UserError
 
-FOLDER = "hf"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt"),
@@ -35,7 +35,7 @@ class Carried:
     """Reads `C/hf`; every part may be absent."""
 
     def __init__(self, checkpoint: str | Path) -> None:
-        self.folder = Path(checkpoint) / FOLDER
+        self.folder = Path(checkpoint) / HF_FOLDER
 
     def json(self, name: str) -> dict:
         """A carried JSON file; empty if there is none."""
@@ -43,7 +43,7 @@ class Carried:
 
     @property
     def weight_map(self) -> dict[str, str]:
-        return self.json(INDEX).get("weight_map", {})
+        return self.json(HF_INDEX).get("weight_map", {})
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -68,15 +68,15 @@ def write_carried(
     checkpoint: str | Path, source: Path, weights: HfWeights | PickledWeights, names: Iterable[str]
 ) -> None:
     """Write `C/hf` from the HF folder `source`; `names` are the tensors that only pass through."""
-    folder = Path(checkpoint) / FOLDER
+    folder = Path(checkpoint) / HF_FOLDER
     folder.mkdir(parents=True)
     for name in _SOURCE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if (source / INDEX).is_file():
-        shutil.copyfile(source / INDEX, folder / INDEX)
+    if (source / HF_INDEX).is_file():
+        shutil.copyfile(source / HF_INDEX, folder / HF_INDEX)
     else:
-        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights.weight_map}))
+        (folder / HF_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights.weight_map}))
     (folder / _DTYPES).write_text(json.dumps(weights.dtypes, indent=1, sort_keys=True))
     write_tensors(checkpoint, {name: weights.read(name) for name in names})
 
@@ -84,4 +84,4 @@ def write_carried(
 def write_tensors(checkpoint: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors that only pass through into `C/hf`, if there are any."""
     if tensors:
-        save(tensors, Path(checkpoint) / FOLDER / _TENSORS)
+        save(tensors, Path(checkpoint) / HF_FOLDER / _TENSORS)

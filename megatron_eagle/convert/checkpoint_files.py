@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_eagle.checkpoint import CONTENT_METADATA, TRACKER, TrainState, checkpoint_folder, read_index
-from megatron_eagle.checkpoint.content import Piece
+from megatron_eagle.checkpoint.content import TensorBox
 from megatron_eagle.checkpoint.files import write_pieces
 from megatron_eagle.checkpoint.folder import iteration_folder
 from megatron_eagle.checkpoint.saving import complete_folder
 from megatron_eagle.config import to_dict
-from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 
@@ -45,12 +45,12 @@ class Chunk:
     size: tuple[int, ...]
     read: Callable[[], Tensor]
 
-    def filled(self, dtype: torch.dtype) -> Piece:
+    def filled(self, dtype: torch.dtype) -> TensorBox:
         """The chunk with its values."""
-        return Piece(self.key, self.shape, self.offset, self.read().to(dtype).reshape(self.size))
+        return TensorBox(self.key, self.shape, self.offset, self.read().to(dtype).reshape(self.size))
 
 
-def key_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+def key_shapes(plan: ModelMapping) -> dict[str, tuple[int, ...]]:
     """Every key of a checkpoint of the plan's model, with its whole shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in plan.entries:
@@ -61,7 +61,7 @@ def key_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def pieces_of(plan: Plan, read: Callable[[str], Tensor]) -> Iterable[Chunk]:
+def pieces_of(plan: ModelMapping, read: Callable[[str], Tensor]) -> Iterable[Chunk]:
     """The chunks of the plan's model, from a reader of HF tensors. To be written in this order."""
     shapes = key_shapes(plan)
     held: tuple[str, list[Tensor]] = ("", [])
@@ -124,7 +124,7 @@ class CheckpointWeights:
         for key, chunks in self._chunks.items():
             self._chunks[key] = [(offset, size, files.get((key, offset))) for offset, size, _ in chunks]
 
-    def check(self, plan: Plan, adapters: Iterable[str] = ()) -> None:
+    def check(self, plan: ModelMapping, adapters: Iterable[str] = ()) -> None:
         """Compare keys and shapes with those of the plan's model and the parameters `adapters` of its LoRA.
 
         Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_eagle.checkpoint import has_checkpoint, read_lora_config, read_model_config
 from megatron_eagle.convert.carried import Carried
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
-from megatron_eagle.convert.mapping import Entry, Plan
+from megatron_eagle.convert.mapping import MappedTensor, ModelMapping
 from megatron_eagle.convert.shards import HfWeights
 from megatron_eagle.errors import UserError
 
@@ -43,12 +43,12 @@ class CheckpointTensors:
             raise UserError(f"{checkpoint}: it has LoRA adapters; export it (merged) and compare the export")
         config = read_model_config(checkpoint)
         self._carried = Carried(checkpoint).tensors()
-        plan = self._plan = Plan(config, carries_head=bool(self._carried))
+        plan = self._plan = ModelMapping(config, carries_head=bool(self._carried))
         self._weights = CheckpointWeights(checkpoint)
         self._weights.check(plan)
         self.shapes = dict(plan.hf_shapes)
         self._places = {name: (e, i) for e in plan.entries for i, name in enumerate(e.hf)}
-        self._held: tuple[Entry | None, list[Tensor]] = (None, [])
+        self._held: tuple[MappedTensor | None, list[Tensor]] = (None, [])
 
     def read(self, name: str) -> Tensor:
         """One tensor, in the checkpoint's type."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import megatron_eagle.convert.hf_model
 from megatron_eagle.convert.carried import Carried
 from megatron_eagle.convert.shards import read_json
+from megatron_eagle.data.text.tokenizer import END_OF_TEXT, IM_END
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 
@@ -43,7 +44,6 @@ _LENGTHS = (
     "seq_len",
 )
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-IM_END, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_eagle.convert.carried import write_carried
 from megatron_eagle.convert.checkpoint_files import pieces_of, write_checkpoint
-from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.pickled import open_weights
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
@@ -39,7 +39,7 @@ def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = Fa
     weights = open_weights(source, allow_pickle=allow_pickle)
     # transformers builds the pooling head unless told otherwise: without it there it would stay random.
     carries_head = hf_config["vision_config"].get("vision_use_head", True)
-    plan = Plan(config, carries_head=carries_head)
+    plan = ModelMapping(config, carries_head=carries_head)
     plan.check_hf(weights.shapes, str(source))
 
     dtype = torch.bfloat16 if set(weights.dtypes.values()) == {"BF16"} else torch.float32

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_eagle.convert.carried import FOLDER, TOKENIZER_FILES, write_tensors
+from megatron_eagle.checkpoint.hf_folder import HF_FOLDER
+from megatron_eagle.convert.carried import TOKENIZER_FILES, write_tensors
 from megatron_eagle.convert.checkpoint_files import pieces_of, write_checkpoint
 from megatron_eagle.convert.export_files import IMAGE_TOKENS, token_ids
-from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.pickled import open_weights
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
@@ -63,15 +64,15 @@ def import_parts(parts: Parts, checkpoint: str | Path) -> EagleConfig:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not empty; choose a new folder for the checkpoint")
     source = _Source(parts)
-    plan = Plan(source.config, carries_head=source.has_head)
+    plan = ModelMapping(source.config, carries_head=source.has_head)
     plan.check_hf(source.shapes, f"{parts.language} and {parts.vision}")
     partial = target.parent / f".{target.name}.importing"
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-        (partial / FOLDER).mkdir(parents=True)
+        (partial / HF_FOLDER).mkdir(parents=True)
         for name in TOKENIZER_FILES:
             if (parts.tokenizer / name).is_file():
-                shutil.copyfile(parts.tokenizer / name, partial / FOLDER / name)
+                shutil.copyfile(parts.tokenizer / name, partial / HF_FOLDER / name)
         write_tensors(partial, {name: source.read(name) for name in plan.carried})
         write_checkpoint(partial, source.config, pieces_of(plan, source.read), source.dtype)
         partial.replace(target)

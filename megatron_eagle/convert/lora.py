@@ -19,7 +19,7 @@ from megatron_eagle.checkpoint import checkpoint_folder, read_lora_config, read_
 from megatron_eagle.checkpoint.manifest import verify_files
 from megatron_eagle.config import load_yaml
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
-from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.shards import DTYPES, save
 from megatron_eagle.convert.whole_model import trained_type
 from megatron_eagle.errors import UserError
@@ -90,7 +90,7 @@ def export_adapter(
     if verify:
         verify_files(checkpoint_folder(checkpoint))
     weights = CheckpointWeights(checkpoint)
-    weights.check(Plan(model_config, carries_head=False), adapter_names(model_config, config))
+    weights.check(ModelMapping(model_config, carries_head=False), adapter_names(model_config, config))
     dtype = DTYPES[trained_type(checkpoint)]
     tensors = {
         f"base_model.model.{module}.lora_{letter}.weight": weights.read(factor).to(dtype).contiguous()

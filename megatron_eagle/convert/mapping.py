@@ -23,8 +23,8 @@ class Layout:
     together, and a file may hold them apart.
     """
 
-    join: Callable[[list[Tensor], "Plan"], list[Tensor]]
-    split: Callable[[Tensor, "Plan"], list[Tensor]]
+    join: Callable[[list[Tensor], "ModelMapping"], list[Tensor]]
+    split: Callable[[Tensor, "ModelMapping"], list[Tensor]]
 
 
 def _join_groups(parts: list[Tensor], groups: int) -> list[Tensor]:
@@ -39,7 +39,7 @@ def _split_groups(tensor: Tensor, groups: int, queries: int) -> list[Tensor]:
     return [part.reshape(-1, *tensor.shape[1:]) for part in parts]
 
 
-def _pad_rows(parts: list[Tensor], plan: "Plan") -> list[Tensor]:
+def _pad_rows(parts: list[Tensor], plan: "ModelMapping") -> list[Tensor]:
     """Zeros for the padding rows: no id refers to them, the loss gives them no probability, and so their
     gradient is zero and they stay zero."""
     missing = plan.config.text.padded_vocab_size - len(parts[0])
@@ -137,7 +137,7 @@ CARRIED: list[tuple[str, str]] = [
 
 
 @dataclass(frozen=True)
-class Entry:
+class MappedTensor:
     """One tensor of the model and the HF tensors it consists of (names and shapes, in the layout's order)."""
 
     model: str
@@ -145,7 +145,7 @@ class Entry:
     layout: Layout
 
 
-class Plan:
+class ModelMapping:
     """The table written out for one model: every tensor by its full name, with its shape.
 
     `carries_head` says whether the HF checkpoint has the tower's pooling head.
@@ -177,7 +177,7 @@ class Plan:
     def _shape(self, letters: str) -> tuple[int, ...]:
         return tuple(self._sizes[letter] for letter in letters.split())
 
-    def _written_out(self) -> Iterator[Entry]:
+    def _written_out(self) -> Iterator[MappedTensor]:
         tied = self.config.text.tie_word_embeddings
         for model, names, shapes, layout in TABLE:
             if tied and model == "language_model.output_layer.weight":
@@ -188,7 +188,7 @@ class Plan:
                 layers = (self.config.vision if tower else self.config.text).num_hidden_layers
             for layer in range(layers):
                 hf = {n.format(layer): self._shape(s) for n, s in zip(names, shapes, strict=True)}
-                yield Entry(model.format(layer), hf, layout)
+                yield MappedTensor(model.format(layer), hf, layout)
 
     def check_hf(self, found: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Check the names and shapes of an HF checkpoint.
@@ -213,11 +213,11 @@ class Plan:
         if problems:
             raise UserError(f"{where}: its tensors do not fit its config.json: {'; '.join(problems)}")
 
-    def blocks(self, entry: Entry, read: Callable[[str], Tensor]) -> list[Tensor]:
+    def blocks(self, entry: MappedTensor, read: Callable[[str], Tensor]) -> list[Tensor]:
         """One tensor of the model, as blocks of its rows, from a reader of HF tensors."""
         return entry.layout.join([read(name) for name in entry.hf], self)
 
-    def block_shapes(self, entry: Entry) -> list[tuple[int, ...]]:
+    def block_shapes(self, entry: MappedTensor) -> list[tuple[int, ...]]:
         """Shapes of `blocks`, without values."""
         empty = [torch.empty(shape, device="meta") for shape in entry.hf.values()]
         return [tuple(block.shape) for block in entry.layout.join(empty, self)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_eagle.convert.shards import DTYPES, INDEX, SINGLE, HfWeights, read_json
+from megatron_eagle.convert.shards import DTYPES, HF_INDEX, SINGLE, HfWeights, read_json
 from megatron_eagle.errors import UserError
 
 _SINGLE = "pytorch_model.bin"
@@ -80,6 +80,6 @@ class PickledWeights:
 def open_weights(folder: str | Path, *, allow_pickle: bool = False) -> HfWeights | PickledWeights:
     """The tensors of a Hugging Face folder; safetensors where there are any."""
     folder = Path(folder)
-    if not allow_pickle or (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+    if not allow_pickle or (folder / HF_INDEX).is_file() or (folder / SINGLE).is_file():
         return HfWeights(folder)
     return PickledWeights(folder)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_eagle.errors import UserError
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+HF_INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
 # safetensors' names of the types a checkpoint may hold.
@@ -65,16 +65,16 @@ class HfWeights:
             self._open(file)
 
     def _weight_map(self) -> dict[str, str]:
-        if (self.folder / INDEX).is_file():
-            weight_map = read_json(self.folder / INDEX).get("weight_map")
+        if (self.folder / HF_INDEX).is_file():
+            weight_map = read_json(self.folder / HF_INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{self.folder / INDEX}: it has no weight_map; copy the file again")
+                raise UserError(f"{self.folder / HF_INDEX}: it has no weight_map; copy the file again")
             return weight_map
         single = self.folder / SINGLE
         if not single.is_file():
             pickled = sorted(self.folder.glob("*.bin"))
             advice = f"; {pickled[0].name} is a pickle, read only with --allow-pickle" if pickled else ""
-            raise UserError(f"{self.folder}: no weights here ({SINGLE} or {INDEX}){advice}")
+            raise UserError(f"{self.folder}: no weights here ({SINGLE} or {HF_INDEX}){advice}")
         try:
             with safe_open(single, "pt") as file:
                 return dict.fromkeys(file.keys(), SINGLE)
@@ -85,7 +85,7 @@ class HfWeights:
         path = self.folder / name
         # A name with a folder in it could point anywhere.
         if Path(name).name != name:
-            raise UserError(f"{self.folder / INDEX}: {name!r} is not a file name")
+            raise UserError(f"{self.folder / HF_INDEX}: {name!r} is not a file name")
         if not path.is_file():
             raise UserError(
                 f"{path}: the index names this shard and it is missing; copy the checkpoint again"
@@ -175,7 +175,7 @@ def write_shards(
     if set(weight_map.values()) != {SINGLE}:
         total = sum(tensor_bytes(shape, dtype) for dtype, shape in kinds.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / HF_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _header(kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:

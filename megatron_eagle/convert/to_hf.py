@@ -15,7 +15,7 @@ from megatron_eagle.convert.carried import Carried
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
 from megatron_eagle.convert.export_files import write_config, write_processor
 from megatron_eagle.convert.lora import adapter_names, merged
-from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, write_shards
 from megatron_eagle.convert.whole_model import trained_type
 from megatron_eagle.errors import UserError
@@ -59,7 +59,7 @@ def export_hf(
         verify_files(checkpoint_folder(checkpoint))
     carried = Carried(checkpoint)
     extra = carried.tensors()
-    plan = Plan(config, carries_head=bool(extra))
+    plan = ModelMapping(config, carries_head=bool(extra))
     shapes = {name: tuple(tensor.shape) for name, tensor in extra.items()}
     plan.check_hf({**plan.hf_shapes, **shapes}, str(carried.folder))
 
@@ -96,7 +96,7 @@ def export_hf(
 
 def _tensors(
     weights: CheckpointWeights,
-    plan: Plan,
+    plan: ModelMapping,
     dtypes: dict[str, str],
     extra: dict[str, Tensor],
     lora: LoraConfig | None,
@@ -108,7 +108,7 @@ def _tensors(
         yield name, tensor.to(DTYPES[dtypes[name]])
 
 
-def _dtypes(plan: Plan, carried: Carried, checkpoint: Path) -> dict[str, str]:
+def _dtypes(plan: ModelMapping, carried: Carried, checkpoint: Path) -> dict[str, str]:
     """Type of every exported tensor: the source's, or for a model from scratch the one it was trained in."""
     return {**dict.fromkeys(plan.hf_shapes, trained_type(checkpoint)), **carried.dtypes}
 

@@ -15,7 +15,7 @@ from megatron_eagle.data.sample import clock_seconds
 from megatron_eagle.eagle_video.records import Notes
 from megatron_eagle.errors import UserError
 
-SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".ts", ".flv")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".ts", ".flv")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_chapters(path: Path, videos: Path, notes: Notes) -> list[ChapteredVideo
         except (KeyError, TypeError, ValueError) as error:
             notes.add("unknown chapter form", f"{name}: {type(error).__name__} {error}", number)
             continue
-        files = [file for s in SUFFIXES if (file := videos / f"{name}{s}").is_file()]
+        files = [file for s in VIDEO_SUFFIXES if (file := videos / f"{name}{s}").is_file()]
         if not files:
             notes.add("missing media", f"{videos / name}.*", number)
             continue
@@ -60,7 +60,7 @@ def read_chapters(path: Path, videos: Path, notes: Notes) -> list[ChapteredVideo
     return list(found.values())
 
 
-def within(video: ChapteredVideo, duration: float, notes: Notes) -> list[Chapter]:
+def chapters_within(video: ChapteredVideo, duration: float, notes: Notes) -> list[Chapter]:
     """Chapters with both ends inside the video; what has no title or lies beyond the end goes to `notes`."""
     inside = []
     for i, chapter in enumerate(video.chapters):

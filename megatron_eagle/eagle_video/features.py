@@ -25,7 +25,7 @@ from megatron_eagle.problems import Problem
 
 
 @dataclass(frozen=True)
-class ClipSettings:
+class FeatureSettings:
     """Length of a clip in seconds, frames taken a second, videos per shard."""
 
     clip_seconds: float = 10.0
@@ -62,7 +62,7 @@ class Shard:
         return np.load(self.path, mmap_mode="r")
 
 
-def split_clips(start: Fraction, end: Fraction, settings: ClipSettings) -> list[tuple[Fraction, Fraction]]:
+def split_clips(start: Fraction, end: Fraction, settings: FeatureSettings) -> list[tuple[Fraction, Fraction]]:
     """Cut a section into clips; a rest shorter than half a clip belongs to the clip before it."""
     length = Fraction(str(settings.clip_seconds))
     n = max(1, int((end - start) / length + Fraction(1, 2)))
@@ -70,7 +70,7 @@ def split_clips(start: Fraction, end: Fraction, settings: ClipSettings) -> list[
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkShare:
     """One of `of` machines that share the work: shards `number`, `number + of`, ...; from 0."""
 
     number: int = 0
@@ -89,9 +89,9 @@ def build_features(
     videos: list[VideoSource],
     folder: Path,
     encoder: Encoder,
-    settings: ClipSettings = ClipSettings(),
+    settings: FeatureSettings = FeatureSettings(),
     progress: Callable[[list], Iterator] = iter,
-    part: Part = Part(),
+    part: WorkShare = WorkShare(),
 ) -> list[Shard]:
     """Compute the shards of `part` that `folder` does not have yet; returns all that are there then, in the
     order of `videos`.
@@ -113,7 +113,7 @@ def build_features(
     return [shard for shard in shards if shard is not None]
 
 
-def n_shards(videos: list[VideoSource], settings: ClipSettings) -> int:
+def n_shards(videos: list[VideoSource], settings: FeatureSettings) -> int:
     """How many shards the features of `videos` take."""
     return -(-len(videos) // settings.videos_per_shard)
 
@@ -139,7 +139,7 @@ def _read_shard(path: Path, key: str) -> Shard | None:
 
 
 def _make_shard(
-    path: Path, key: str, videos: list[VideoSource], encoder: Encoder, settings: ClipSettings
+    path: Path, key: str, videos: list[VideoSource], encoder: Encoder, settings: FeatureSettings
 ) -> Shard:
     clips: list[Clip] = []
     problems: list[tuple[str, str]] = []
@@ -163,7 +163,7 @@ def _make_shard(
 
 
 def _video_features(
-    video: VideoSource, encoder: Encoder, settings: ClipSettings
+    video: VideoSource, encoder: Encoder, settings: FeatureSettings
 ) -> tuple[list[Clip], torch.Tensor]:
     """The clips of one video and their features, float32 [clips, d]: means over frames, of length 1."""
     facts, start = open_section(video)

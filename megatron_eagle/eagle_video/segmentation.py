@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_eagle.data.sample import VideoSource
-from megatron_eagle.eagle_video.chapters import SUFFIXES, Chapter, ChapteredVideo
+from megatron_eagle.eagle_video.chapters import VIDEO_SUFFIXES, Chapter, ChapteredVideo
 from megatron_eagle.eagle_video.encoder import Encoder
 from megatron_eagle.eagle_video.frames import frames_at, open_section, sample_times
 from megatron_eagle.eagle_video.records import Notes
@@ -48,7 +48,7 @@ def detect_all(
 ) -> list[ChapteredVideo]:
     """Every video file directly in `videos`, with detected chapters; what cannot be read goes to `notes`."""
     found = []
-    for path in sorted(file for file in videos.iterdir() if file.suffix.lower() in SUFFIXES):
+    for path in sorted(file for file in videos.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES):
         try:
             chapters = tuple(detect_chapters(str(path), settings, encoder))
         except Problem as problem:

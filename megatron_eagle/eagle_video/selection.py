@@ -14,7 +14,14 @@ import numpy as np
 
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.eagle_video.encoder import Encoder
-from megatron_eagle.eagle_video.features import Clip, ClipSettings, Part, Shard, build_features, n_shards
+from megatron_eagle.eagle_video.features import (
+    Clip,
+    FeatureSettings,
+    Shard,
+    WorkShare,
+    build_features,
+    n_shards,
+)
 from megatron_eagle.eagle_video.files import digest
 from megatron_eagle.eagle_video.search import Blocks, greedy_distinct, highest_cosine
 from megatron_eagle.errors import UserError
@@ -27,7 +34,7 @@ class SelectionSettings:
 
     tau: float = 0.5
     distinct: float | None = None
-    clips: ClipSettings = field(default_factory=ClipSettings)
+    clips: FeatureSettings = field(default_factory=FeatureSettings)
     blocks: Blocks = field(default_factory=Blocks)
 
     def __post_init__(self) -> None:
@@ -104,7 +111,7 @@ def work_on_part(
     folder: Path,
     encoder: Encoder,
     settings: SelectionSettings,
-    part: Part,
+    part: WorkShare,
     progress: Callable[[list], Iterator] = iter,
 ) -> bool:
     """One machine's share of `select`, in a folder that all of them see: features, and the search of its
@@ -158,7 +165,7 @@ def _decisions(
             yield Decision(clip, float(cosine[i]), like, why)
 
 
-def summary(selection: Selection) -> str:
+def selection_summary(selection: Selection) -> str:
     """The counts, one line each."""
     reasons = [d.refused for d in selection.decisions]
     lines = [

@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.eagle_video.features import Clip
 from megatron_eagle.eagle_video.frames import frames_at, open_section
-from megatron_eagle.eagle_video.selection import Decision, Selection, SelectionSettings, summary
+from megatron_eagle.eagle_video.selection import Decision, Selection, SelectionSettings, selection_summary
 from megatron_eagle.files import write_whole
 from megatron_eagle.problems import Problem
 
@@ -27,7 +27,7 @@ figcaption { font-size: 12px; overflow-wrap: anywhere }
 _SIDE = 160  # pixels of a thumbnail's longer side
 
 
-def write_report(
+def write_selection_report(
     path: Path, selection: Selection, settings: SelectionSettings, n_pictures: int = 12, n_bins: int = 40
 ) -> None:
     """Write the report; `n_pictures` clips each of the kept and of the refused, spread over their cosines."""
@@ -35,7 +35,7 @@ def write_report(
     cosines = np.array([d.cosine for d in selection.decisions])
     parts = [
         f"<!doctype html><meta charset=utf-8><title>Video selection</title><style>{_STYLE}</style>",
-        f"<h1>Video selection</h1><pre>{escape(summary(selection))}</pre>",
+        f"<h1>Video selection</h1><pre>{escape(selection_summary(selection))}</pre>",
         f"<h2>Highest cosine to the training set, tau = {settings.tau:g}</h2>",
         _histogram(cosines, settings.tau, n_bins),
         f"<h2>Kept ({len(selection.kept):,})</h2>",

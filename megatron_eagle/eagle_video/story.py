@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron_eagle.data.sample import VideoSource
-from megatron_eagle.eagle_video.chapters import Chapter, ChapteredVideo, within
+from megatron_eagle.eagle_video.chapters import Chapter, ChapteredVideo, chapters_within
 from megatron_eagle.eagle_video.client import Answer, Asks
 from megatron_eagle.eagle_video.frames import frames_at, open_section, sample_times
 from megatron_eagle.eagle_video.prompts import load_prompt
@@ -69,7 +69,7 @@ class Story:
         try:
             facts, begin = open_section(VideoSource(video.path))
             duration = float(facts.duration)
-            chapters = within(video, duration, self._notes)
+            chapters = chapters_within(video, duration, self._notes)
             captions: list[tuple[Chapter, Answer]] = []
             for chapter in chapters:  # one after the other: only one chapter's frames are held
                 start, end = (begin + Fraction(str(t)) for t in (chapter.start, chapter.end))

@@ -23,7 +23,7 @@ RECALLS = (0.3, 0.5, 0.7)
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """One line of the table: a category (or all) under one metric, its mean score, R@1 for grounding."""
 
     category: str
@@ -33,7 +33,7 @@ class Row:
     recalls: tuple[float, ...] = ()
 
 
-def evaluate(
+def run_benchmark(
     model: Callable[[], Answers],
     questions: Sequence[Question],
     problems: list[LedgerEntry],
@@ -81,14 +81,14 @@ def evaluate(
     return [(question, answers[question.id]) for question in questions if question.id in answers]
 
 
-def write_scores(folder: Path, head: dict[str, Any], rows: Sequence[Row], overall: float | None) -> None:
+def write_scores(folder: Path, head: dict[str, Any], rows: Sequence[ScoreRow], overall: float | None) -> None:
     """`scores.json`: the table, and the one number of a published benchmark."""
     asked = {row.metric: row.n for row in rows}  # the last row of a metric is that over all categories
     text = json.dumps({**head, "asked": asked, "overall": overall, "rows": list(map(asdict, rows))}, indent=1)
     write_whole(folder / "scores.json", text)
 
 
-def tabulate(scored: Sequence[tuple[Question, float]]) -> list[Row]:
+def tabulate(scored: Sequence[tuple[Question, float]]) -> list[ScoreRow]:
     """Means by category and, where there are several categories, over all, for each metric."""
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     for question, score in scored:
@@ -101,11 +101,11 @@ def tabulate(scored: Sequence[tuple[Question, float]]) -> list[Row]:
         for category, scores in of_metric.items():
             iou = metric in ("grounding", "intervals")
             recalls = tuple(recall_at(scores, at) for at in RECALLS) if iou else ()
-            rows.append(Row(category, metric, len(scores), sum(scores) / len(scores), recalls))
+            rows.append(ScoreRow(category, metric, len(scores), sum(scores) / len(scores), recalls))
     return rows
 
 
-def render(rows: Sequence[Row]) -> str:
+def render_scores(rows: Sequence[ScoreRow]) -> str:
     """The table as text, scores in percent."""
     width = max([len(row.category) for row in rows] + [8])
     lines = [f"{'category':<{width}}  {'metric':<10} {'n':>6} {'score':>7}"]

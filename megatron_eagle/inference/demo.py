@@ -37,15 +37,15 @@ _POLICY = (
 )
 _log = logging.getLogger("uvicorn.error")
 
-Text = Annotated[str, Field(max_length=100_000)]
+LimitedText = Annotated[str, Field(max_length=100_000)]
 
 
-class Question(BaseModel):
+class DemoQuestion(BaseModel):
     """What the page asks: ids of uploads, the question, earlier questions and answers."""
 
-    prompt: Text
+    prompt: LimitedText
     media: Annotated[list[str], Field(max_length=MAX_UPLOADS)] = []
-    turns: Annotated[list[tuple[Text, Text]], Field(max_length=64)] = []
+    turns: Annotated[list[tuple[LimitedText, LimitedText]], Field(max_length=64)] = []
 
 
 class _Stopped(Exception):
@@ -94,7 +94,7 @@ class Demo:
         """End the running answer at its next token."""
         self._stop.set()
 
-    async def answer(self, question: Question) -> AsyncIterator[dict[str, Any]]:
+    async def answer(self, question: DemoQuestion) -> AsyncIterator[dict[str, Any]]:
         """Events of one answer; leaving the iterator stops it."""
         if not self._answering.acquire(blocking=False):
             yield {"error": "another answer is being made: wait for its end, or stop it"}
@@ -118,7 +118,7 @@ class Demo:
             stopped.set()
 
     def _work(
-        self, question: Question, stopped: threading.Event, emit: Callable[[dict[str, Any]], None]
+        self, question: DemoQuestion, stopped: threading.Event, emit: Callable[[dict[str, Any]], None]
     ) -> None:
         def check() -> None:
             if stopped.is_set():
@@ -211,7 +211,7 @@ def make_app(demo: Demo, local: bool) -> FastAPI:
         return {}
 
     @app.post("/ask")
-    async def ask(question: Question) -> StreamingResponse:
+    async def ask(question: DemoQuestion) -> StreamingResponse:
         async def lines() -> AsyncIterator[str]:
             async for event in demo.answer(question):
                 yield json.dumps(event) + "\n"

@@ -40,7 +40,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Thumbnail:
     """A frame, tile or page: a small picture as a data URL, and what it is."""
 
     picture: str
@@ -53,7 +53,7 @@ class Shown:
 
     kind: str  # image, video or document
     summary: str
-    pieces: list[Piece]
+    pieces: list[Thumbnail]
     visual_tokens: int | None
 
 
@@ -175,9 +175,9 @@ def _kind(path: Path) -> str:
     return "image"
 
 
-def _piece(image: Image.Image, label: str) -> Piece:
+def _piece(image: Image.Image, label: str) -> Thumbnail:
     small = image.copy()
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=75)
-    return Piece(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", label)
+    return Thumbnail(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", label)

@@ -23,7 +23,7 @@ from eagle_kernels.swiglu import forget_product, swiglu
 from megatron_eagle.context_parallel.backends import AttentionName, unfit
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.runtime.libraries import why_not
+from megatron_eagle.runtime.libraries import why_not_library
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
@@ -187,7 +187,7 @@ def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelCo
     Raises:
         UserError: it names a library that cannot be used here.
     """
-    no_engine, no_apex = why_not("transformer_engine.pytorch"), why_not("apex.normalization")
+    no_engine, no_apex = why_not_library("transformer_engine.pytorch"), why_not_library("apex.normalization")
     linear, norm = config.linear, config.norm
     if linear == "auto":
         linear = "local" if no_engine else "transformer_engine"

@@ -9,12 +9,12 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from eagle_kernels.activation_offload import HostStore, Replay, offloaded_layer
+from eagle_kernels.activation_offload import HostStore, KeptResults, offloaded_layer
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.errors import UserError
 
 
-def offloaded(
+def offloaded_specs(
     layers: list[ModuleSpec], store: HostStore, keep_last: int, forwards_in_flight: int
 ) -> list[ModuleSpec]:
     """The language layers of a model chunk, offloaded.
@@ -52,7 +52,7 @@ class OffloadedTransformerLayer(TransformerLayer):
             UserError: the host has too little memory.
         """
 
-        def run(x: Tensor, attention: Replay) -> Tensor:
+        def run(x: Tensor, attention: KeptResults) -> Tensor:
             packed = replace(packed_seq_params, replay=attention)
             return super(OffloadedTransformerLayer, self).forward(x, packed_seq_params=packed, **others)[0]
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from eagle_kernels.activation_offload import HostStore
 from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.model.layers import LayerClasses, without_product
-from megatron_eagle.model.offload import offloaded
+from megatron_eagle.model.offload import offloaded_specs
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.rotary import RotaryAttention
 from megatron_eagle.ranges import Range, Ranged
@@ -230,7 +230,7 @@ def language_block(
     layers = [layer] * get_num_layers_to_build(config, chunk)
     if recompute.language == "offload":
         in_flight = mesh.config.forwards_in_flight(mesh.pp.rank)
-        layers = offloaded(layers, store, recompute.offload_keep_last, in_flight)
+        layers = offloaded_specs(layers, store, recompute.offload_keep_last, in_flight)
     return TransformerBlockSubmodules(layers, layer_norm=classes.rms_norm)
 
 

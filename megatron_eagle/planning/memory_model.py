@@ -20,7 +20,7 @@ from megatron_eagle.planning.memory_shapes import (
     language_layer,
     query_size,
     rank_rows,
-    rms_norm,
+    rms_norm_bytes,
     stage_layers,
     tower_activations,
     tower_tiles,
@@ -94,7 +94,7 @@ def memory_moments(
         "weights": parameters.total * e,
         "gradients": trained * FP32,
         "optimizer": shard * (2 if e == FP32 else 3) * FP32,
-        "host": offloaded(eagle, parallel, workload, stage) if workload.device == "cpu" else 0,
+        "host": offloaded_bytes(eagle, parallel, workload, stage) if workload.device == "cpu" else 0,
     }
     buffer, host = _gather_buffer(eagle, parallel, workload), _host_pixels(eagle, workload, stage)
     moments = [
@@ -118,7 +118,7 @@ def memory_moments(
     return moments
 
 
-def offloaded(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, stage: int) -> int:
+def offloaded_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, stage: int) -> int:
     """Bytes of host memory that the offloaded layers of a rank take."""
     if workload.recompute.language != "offload":
         return 0
@@ -149,7 +149,7 @@ def _backward_moments(
         staying = min(workload.recompute.offload_keep_last, in_chunk)
     layers = staying * layer.kept(policy)
     vision = tower_activations(eagle, parallel, workload) if first else 0
-    final_norm = rms_norm(r, h, e)
+    final_norm = rms_norm_bytes(r, h, e)
 
     kept = []
     for chunk in range(chunks):

@@ -122,7 +122,7 @@ def rank_rows(parallel: ParallelConfig, workload: Workload) -> int:
     return rows // parallel.tensor_model_parallel_size if parallel.sequence_parallel else rows
 
 
-def rms_norm(r: int, h: int, e: int) -> int:
+def rms_norm_bytes(r: int, h: int, e: int) -> int:
     """RMSNorm in plain torch: fp32 input (itself in fp32), 1 / deviation, rounded and scaled output."""
     return r * (h * (FP32 + 2 * e) + FP32)
 
@@ -177,7 +177,7 @@ def language_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workl
     r = rank_rows(parallel, workload)
     h, f = text.hidden_size, text.intermediate_size // tp
     q, kv, heads = query_size(eagle) // tp, kv_size(eagle) // tp, text.num_attention_heads // tp
-    norm = rms_norm(r, h, e)
+    norm = rms_norm_bytes(r, h, e)
     statistics = s * heads * FP32
     # The joint projection (whose slice is v), rotated q and k, the output. (All layers share one table of
     # cosines and sines.)

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from megatron_eagle.planning.planner import RESERVED_BYTES, PackShape, Plan, Plans
+from megatron_eagle.planning.planner import RESERVED_BYTES, LayoutPlan, LayoutPlans, PackShape
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.run_config import RunConfig
 
@@ -16,8 +16,8 @@ _MEMORY = ("weights", "gradients", "optimizer", "activations", "vision", "logits
 _SHORT = ("weight", "grad", "optim", "activ", "vision", "logits", "work")
 
 
-def render(
-    plans: Plans, config: RunConfig, packs: PackShape, gpus: str, *, top: int, refusals: bool = False
+def render_plan(
+    plans: LayoutPlans, config: RunConfig, packs: PackShape, gpus: str, *, top: int, refusals: bool = False
 ) -> str:
     """The plan as text: `top` layouts that fit (or the smallest, if none does), memory in GB of 10^9 bytes.
 
@@ -60,7 +60,7 @@ def _by_rule(refused: Counter[str]) -> Counter[str]:
     return rules
 
 
-def as_records(plans: Plans, config: RunConfig) -> dict[str, Any]:
+def as_records(plans: LayoutPlans, config: RunConfig) -> dict[str, Any]:
     """All numbers for JSON: bytes and seconds, layouts best first."""
     layouts = [
         {
@@ -86,7 +86,7 @@ def as_records(plans: Plans, config: RunConfig) -> dict[str, Any]:
     return {"max_position_embeddings": positions, "layouts": layouts, "refused": refused}
 
 
-def _table(plans: list[Plan], own: ParallelConfig) -> list[str]:
+def _table(plans: list[LayoutPlan], own: ParallelConfig) -> list[str]:
     rows = [["", *_LAYOUT, "step s", "MFU", *_SHORT, "GB", "free", "limited by"]]
     for number, plan in enumerate(plans, 1):
         parallel, parts = plan.parallel, plan.memory.parts
@@ -121,7 +121,7 @@ def _table(plans: list[Plan], own: ParallelConfig) -> list[str]:
     ]
 
 
-def _explain(plan: Plan) -> str:
+def _explain(plan: LayoutPlan) -> str:
     memory, total = plan.memory, plan.time.total
     if not plan.fits:
         return (

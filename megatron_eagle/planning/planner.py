@@ -17,7 +17,7 @@ from megatron_eagle.data.packing.index import read_packs
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import expand_preset
-from megatron_eagle.planning.memory_model import StageMemory, fullest_stage, offloaded
+from megatron_eagle.planning.memory_model import StageMemory, fullest_stage, offloaded_bytes
 from megatron_eagle.planning.memory_shapes import Workload
 from megatron_eagle.planning.step_time import Machine, StepTime, step_time
 from megatron_eagle.runtime.parallel import ParallelConfig
@@ -74,7 +74,7 @@ def sample_bounds(store: SampleStore, count: int) -> tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """One legal layout with its estimates."""
 
     parallel: ParallelConfig
@@ -116,14 +116,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Plans:
+class LayoutPlans:
     """All layouts of a number of GPUs."""
 
-    legal: list[Plan]  # those that fit, fastest first, then the others, smallest first
+    legal: list[LayoutPlan]  # those that fit, fastest first, then the others, smallest first
     refused: Counter[str]  # reason -> layouts
 
     @property
-    def fitting(self) -> list[Plan]:
+    def fitting(self) -> list[LayoutPlan]:
         return [plan for plan in self.legal if plan.fits]
 
 
@@ -161,7 +161,7 @@ def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterab
 
 def plan_layouts(
     config: RunConfig, gpus: int, gpu_memory: float, packs: PackShape, machine: Machine
-) -> Plans:
+) -> LayoutPlans:
     """Try every layout of `gpus` GPUs with `gpu_memory` bytes each for the run `config`.
 
     The sizes in `config.parallel` play no part. Raises `UserError`: less than one GPU, no memory beyond
@@ -194,7 +194,7 @@ def plan_layouts(
         raise UserError(
             f"no legal layout on {gpus} GPUs; {count} of {refused.total()} refused because {reason}"
         )
-    return Plans(sorted(legal, key=lambda plan: plan._order), refused)
+    return LayoutPlans(sorted(legal, key=lambda plan: plan._order), refused)
 
 
 def _plan(
@@ -204,7 +204,7 @@ def _plan(
     capacity: float,
     packs: PackShape,
     machine: Machine,
-) -> Plan:
+) -> LayoutPlan:
     data_parallel_size = parallel.data_parallel_size(gpus)
     workload = Workload(
         sequence_length=config.data.length,
@@ -229,8 +229,8 @@ def _plan(
         document_bounds=packs.document_bounds,
     )
     stages = range(parallel.pipeline_model_parallel_size)
-    host = max(offloaded(config.model, parallel, workload, stage) for stage in stages)
-    return Plan(parallel, data_parallel_size, workload.microbatches, memory, time, capacity, host)
+    host = max(offloaded_bytes(config.model, parallel, workload, stage) for stage in stages)
+    return LayoutPlan(parallel, data_parallel_size, workload.microbatches, memory, time, capacity, host)
 
 
 def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:

@@ -5,7 +5,7 @@ import importlib
 import torch
 
 
-def why_not(module: str) -> str | None:
+def why_not_library(module: str) -> str | None:
     """Why a library for the GPU cannot be used here, or None if it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"

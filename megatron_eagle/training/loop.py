@@ -39,7 +39,7 @@ from megatron_eagle.training.monitoring.step_meter import choose_peak, measure
 from megatron_eagle.training.monitoring.step_totals import StepTotals, count_totals, read_totals, zero_totals
 from megatron_eagle.training.monitoring.stragglers import Stragglers
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
-from megatron_eagle.training.resilience.failed_media import describe, host_group, next_batch
+from megatron_eagle.training.resilience.failed_media import describe_failure, host_group, next_batch
 from megatron_eagle.training.resilience.faults import Faults
 from megatron_eagle.training.resilience.policy import LossGuard, Preempted, stop_signals
 from megatron_eagle.training.run_config import RunConfig
@@ -348,7 +348,7 @@ def _next_batch(
     batch, failed = next_batch(loader, first_pack, policy, job.host_group, injected)
     for number, medium in failed.items():
         details = {"row": medium.row, "path": medium.path, "sample": number, "of": of}
-        log.event(iteration, "failed_media", describe(medium), **details)
+        log.event(iteration, "failed_media", describe_failure(medium), **details)
     return batch
 
 

@@ -78,7 +78,7 @@ def save_killed(eagle: EagleConfig, root: str, point: str, async_save: bool = Fa
     elif point == "tensors":
         saving.gather_to_first = die  # tensors written, nothing else yet
     elif point in ("index", "run.yaml", "manifest", "rename"):
-        name = {"index": "write_index", "run.yaml": "save_yaml", "manifest": "write_manifest"}
+        name = {"index": "write_checkpoint_index", "run.yaml": "save_yaml", "manifest": "write_manifest"}
         setattr(saving, name.get(point, "publish_folder"), die)
     elif point == "common.pt":
         saving.save_config = die  # written just before

@@ -18,7 +18,7 @@ from megatron_eagle.training.monitoring.metrics import (
     read_metrics,
     read_steps,
 )
-from megatron_eagle.training.monitoring.report import write_report
+from megatron_eagle.training.monitoring.report import write_run_report
 from megatron_eagle.training.run_config import load_run_config
 from tests.compatibility.make_fixture import archive, place
 from tests.convert import ask_export
@@ -53,7 +53,7 @@ def test_a_run_goes_on(earlier):
     [evaluation] = [m for m in read_metrics(logs / METRICS_FILE) if isinstance(m, EvaluationMetrics)]
     assert evaluation.evaluation_loss == pytest.approx(expected[-1]["evaluation_loss"], rel=1e-5)
     assert (logs / METRICS_FILE).read_text().splitlines()[: len(before)] == before
-    assert write_report(earlier / "run").is_file()
+    assert write_run_report(earlier / "run").is_file()
 
 
 def test_an_export_answers_as_one_made_now(earlier, monkeypatch):

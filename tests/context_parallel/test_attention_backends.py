@@ -5,7 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_eagle.context_parallel.backends import FAST, LONGEST_REFERENCE, choose_attention, why_not
+from megatron_eagle.context_parallel.backends import (
+    FAST,
+    LONGEST_REFERENCE,
+    choose_attention,
+    why_not_backend,
+)
 from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention, refuse_long
 from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
@@ -108,7 +113,7 @@ def deterministic():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FAST)
 def test_equals_the_reference(name, deterministic):
-    if missing := why_not(name, torch.bfloat16, 64):
+    if missing := why_not_backend(name, torch.bfloat16, 64):
         pytest.skip(missing)
     torch.manual_seed(0)
     q, grad = (torch.randn(160, 14, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -8,7 +8,7 @@ import torch
 
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.pickled import PickledWeights, open_weights
-from megatron_eagle.convert.shards import INDEX, SINGLE, HfWeights
+from megatron_eagle.convert.shards import HF_INDEX, SINGLE, HfWeights
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
 from tests.convert.hf_folder import read_weights
@@ -36,7 +36,7 @@ def test_import_and_export(source, pickled, tmp_path):
     before, after = read_weights(source), read_weights(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(before[n].dtype == after[n].dtype and torch.equal(before[n], after[n]) for n in before)
-    files = set(json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"].values())
+    files = set(json.loads((tmp_path / "out" / HF_INDEX).read_text())["weight_map"].values())
     assert files == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 
 

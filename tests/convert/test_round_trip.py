@@ -13,7 +13,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from megatron_eagle.checkpoint import save_checkpoint
 from megatron_eagle.convert.from_hf import import_hf
-from megatron_eagle.convert.shards import INDEX
+from megatron_eagle.convert.shards import HF_INDEX
 from megatron_eagle.convert.to_hf import RECORD, export_hf
 from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.errors import UserError
@@ -32,7 +32,7 @@ from tests.paths import REPO
 
 def test_round_trip_is_bit_equal(source, exported):
     assert_same_weights(source, exported)
-    assert not (exported / INDEX).exists()  # the source has none
+    assert not (exported / HF_INDEX).exists()  # the source has none
 
 
 def test_shards_and_mixed_types_are_kept(broken, tmp_path):
@@ -45,8 +45,8 @@ def test_shards_and_mixed_types_are_kept(broken, tmp_path):
     import_hf(broken, tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "out")
     assert_same_weights(broken, tmp_path / "out")
-    index = json.loads((broken / INDEX).read_text())
-    assert json.loads((tmp_path / "out" / INDEX).read_text()) == index
+    index = json.loads((broken / HF_INDEX).read_text())
+    assert json.loads((tmp_path / "out" / HF_INDEX).read_text()) == index
     assert len(set(index["weight_map"].values())) > 3
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_eagle.convert.shards import INDEX, SINGLE, HfWeights, plan_shards, write_shards
+from megatron_eagle.convert.shards import HF_INDEX, SINGLE, HfWeights, plan_shards, write_shards
 from megatron_eagle.errors import UserError
 from tests.convert.hf_folder import kinds_of
 
@@ -28,7 +28,7 @@ def test_shards_read_as_written(folder):
     }
     assert weights.read("b").tolist() == [1.0] * 4
     assert weights.dtypes == dict.fromkeys("abc", "F32")
-    assert json.loads((folder / INDEX).read_text())["metadata"] == {"total_size": 48}
+    assert json.loads((folder / HF_INDEX).read_text())["metadata"] == {"total_size": 48}
 
 
 def test_files_are_those_of_the_library(tmp_path):
@@ -66,15 +66,15 @@ def _truncate(folder):
 
 
 def _rename(folder):
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / HF_INDEX).read_text())
     index["weight_map"]["d"] = index["weight_map"].pop("c")
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / HF_INDEX).write_text(json.dumps(index))
 
 
 def _escape(folder):
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / HF_INDEX).read_text())
     index["weight_map"]["c"] = "../model-00002-of-00002.safetensors"
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / HF_INDEX).write_text(json.dumps(index))
 
 
 def _only_pickle(folder):
@@ -94,8 +94,8 @@ def _only_pickle(folder):
         ),
         (_rename, "not those that the index names, as c, d"),
         (_escape, "is not a file name"),
-        (lambda f: (f / INDEX).write_text("{"), "cannot be read as JSON"),
-        (lambda f: (f / INDEX).write_text("{}"), "no weight_map"),
+        (lambda f: (f / HF_INDEX).write_text("{"), "cannot be read as JSON"),
+        (lambda f: (f / HF_INDEX).write_text("{}"), "no weight_map"),
         (_only_pickle, "no weights here.*pytorch_model.bin is a pickle"),
     ],
 )

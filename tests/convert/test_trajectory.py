@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_eagle.checkpoint import load_checkpoint, read_model_config
 from megatron_eagle.convert.from_hf import import_hf
-from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
@@ -283,7 +283,7 @@ def gradients(case: Case) -> dict[str, Tensor]:
         for batch in case.loader(partial(plan_batch, config, mesh, False)).step(0).microbatches:
             inputs = build_batch(device.torch_device, batch)
             weighted_loss(model(inputs), inputs.loss_weights).backward()
-        plan = Plan(config, carries_head=False)
+        plan = ModelMapping(config, carries_head=False)
         return dict(plan.to_hf(lambda name: model.get_parameter(name).grad))
 
 

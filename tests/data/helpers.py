@@ -18,7 +18,7 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_eagle.data.loading.batch import Batch
-from megatron_eagle.data.loading.media_reader import sample_media
+from megatron_eagle.data.loading.media_reader import media_of_row
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.tiles import normalize
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
@@ -242,7 +242,7 @@ def make_store(
 def read_media(store: SampleStore, row: int) -> list[torch.Tensor]:
     """The tiles of each medium of a row, in reading order: float32 in [-1, 1]."""
     decoder = MediaDecoder("exact", tile_size=store.manifest.tile_size)
-    return [normalize(medium.load(decoder)) for medium in sample_media(store, row)]
+    return [normalize(medium.load(decoder)) for medium in media_of_row(store, row)]
 
 
 def every_tile(batch: Batch) -> SimpleNamespace:

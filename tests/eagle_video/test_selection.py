@@ -13,12 +13,12 @@ from megatron_eagle.config import from_dict
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.eagle_video import selection
 from megatron_eagle.eagle_video.encoder import Encoder
-from megatron_eagle.eagle_video.features import ClipSettings, Part, build_features, split_clips
+from megatron_eagle.eagle_video.features import FeatureSettings, WorkShare, build_features, split_clips
 from megatron_eagle.eagle_video.files import read_videos
 from megatron_eagle.eagle_video.frames import frames_at, open_section, sample_times
 from megatron_eagle.eagle_video.search import Blocks, greedy_distinct, highest_cosine
 from megatron_eagle.eagle_video.selection import SelectionSettings, read_kept, select, work_on_part
-from megatron_eagle.eagle_video.selection_report import write_report
+from megatron_eagle.eagle_video.selection_report import write_selection_report
 from megatron_eagle.errors import UserError
 from tests.data.helpers import conversation, frame_number, make_video, write_jsonl
 from tests.eagle_video.helpers import call_tool, make_clip, make_encoder
@@ -91,7 +91,7 @@ def test_frames_are_those_on_screen(tmp_path):
 
 
 def test_clips_cover_a_video_once():
-    settings = ClipSettings()
+    settings = FeatureSettings()
     assert split_clips(Fraction(0), Fraction(24), settings) == [(0, 10), (10, 24)]
     assert split_clips(Fraction(0), Fraction(25), settings) == [(0, 10), (10, 20), (20, 25)]
     assert split_clips(Fraction(5), Fraction(6), settings) == [(5, 6)]
@@ -124,7 +124,7 @@ def test_features_are_means_of_frame_features(family, videos, tmp_path):
 
 
 def test_select_keeps_what_is_new_and_resumes(videos, tmp_path, monkeypatch):
-    settings = SelectionSettings(tau=0.99, distinct=0.99, clips=ClipSettings(videos_per_shard=2))
+    settings = SelectionSettings(tau=0.99, distinct=0.99, clips=FeatureSettings(videos_per_shard=2))
     candidates, _ = read_videos(videos / "new.txt")
     existing, dropped = read_videos(videos / "old.jsonl")
     assert [entry.kind for entry in dropped] == ["broken JSON"]
@@ -146,20 +146,20 @@ def test_select_keeps_what_is_new_and_resumes(videos, tmp_path, monkeypatch):
     again = select(candidates, existing, tmp_path, encoder, settings)
     assert calls == [10, 10] and again == first and (tmp_path / "kept.jsonl").read_bytes() == written
 
-    other = SelectionSettings(tau=0.99, clips=ClipSettings(videos_per_shard=2, fps=2))
+    other = SelectionSettings(tau=0.99, clips=FeatureSettings(videos_per_shard=2, fps=2))
     assert len(select(candidates, existing, tmp_path, encoder, other).kept) == 3
     assert calls[2:] == [20] * 6  # other settings: all six clips again
 
 
 def test_machines_share_the_work(videos, tmp_path, monkeypatch):
-    settings = SelectionSettings(tau=0.99, distinct=0.99, clips=ClipSettings(videos_per_shard=1))
+    settings = SelectionSettings(tau=0.99, distinct=0.99, clips=FeatureSettings(videos_per_shard=1))
     candidates, _ = read_videos(videos / "new.txt")
     existing = [VideoSource(str(videos / "old.mp4"), end=Fraction(10 * i)) for i in (1, 2)]
     encoder = Encoder(videos / "encoder", "cpu")
     alone = select(candidates, existing, tmp_path / "alone", encoder, settings)
     folder = tmp_path / "shared"
     work = partial(work_on_part, candidates, existing, folder, encoder, settings)
-    first, second = partial(work, Part(0, 2)), partial(work, Part(1, 2))
+    first, second = partial(work, WorkShare(0, 2)), partial(work, WorkShare(1, 2))
     assert not first()  # the other half of the existing set is not there yet
     names = sorted(path.name for path in (folder / "candidates").glob("*.npy"))
     assert names == ["shard-00000.npy", "shard-00002.npy"]
@@ -170,12 +170,12 @@ def test_machines_share_the_work(videos, tmp_path, monkeypatch):
     joined = select(candidates, existing, folder, encoder, settings)
     assert joined == alone and not calls  # nothing was left to compute
     with pytest.raises(ValueError, match="a part is K/N"):
-        Part(2, 2)
+        WorkShare(2, 2)
 
 
 def test_a_shard_without_clips(videos, tmp_path):
     sources = [VideoSource(str(videos / name)) for name in ("broken.mp4", "old.mp4")]
-    settings = SelectionSettings(distinct=0.9, clips=ClipSettings(videos_per_shard=1))
+    settings = SelectionSettings(distinct=0.9, clips=FeatureSettings(videos_per_shard=1))
     selection = select(sources, sources, tmp_path, Encoder(videos / "encoder", "cpu"), settings)
     assert [d.refused for d in selection.decisions] == ["like the training set"] * 2
     assert [d.nearest for d in selection.decisions] == [d.clip for d in selection.decisions]
@@ -211,5 +211,5 @@ def test_report_without_anything_to_compare(tmp_path, videos):
     encoder = Encoder(videos / "encoder", "cpu")
     selection = select([VideoSource(str(videos / "old.mp4"))], [], tmp_path, encoder)
     assert len(selection.kept) == 2
-    write_report(tmp_path / "r.html", selection, SelectionSettings())
+    write_selection_report(tmp_path / "r.html", selection, SelectionSettings())
     assert "no clips to compare with" in (tmp_path / "r.html").read_text()

@@ -10,7 +10,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import read_benchmark
 from megatron_eagle.evaluation.bridge import write_bridge
 from megatron_eagle.evaluation.judge import UnusableJudge, make_judge
-from megatron_eagle.evaluation.runner import evaluate, render, tabulate
+from megatron_eagle.evaluation.runner import render_scores, run_benchmark, tabulate
 from megatron_eagle.inference.generate import Sampling
 from tests.convert.hf_folder import write_hf_folder
 from tests.data.helpers import make_image, make_video, write_jsonl
@@ -65,7 +65,9 @@ def test_benchmark_to_table_and_back_again(tmp_path):
     model, folder = _Model(fails_at="Name?"), tmp_path / "o"
 
     def run(model, about="x"):
-        return tabulate(evaluate(lambda: model, questions, problems, folder, Sampling(), {"model": about}))
+        return tabulate(
+            run_benchmark(lambda: model, questions, problems, folder, Sampling(), {"model": about})
+        )
 
     with pytest.raises(KeyboardInterrupt):
         run(model)
@@ -83,7 +85,7 @@ def test_benchmark_to_table_and_back_again(tmp_path):
     assert rows["all", "anls"].score == pytest.approx(5 / 6)
     grounding = rows["all", "grounding"]
     assert grounding.score == pytest.approx((1 / 3 + 0.95) / 2) and grounding.recalls == (1.0, 0.5, 0.5)
-    table = render(list(rows.values()))
+    table = render_scores(list(rows.values()))
     assert "66.67" in table and "64.17  R@0.3 100.00  R@0.5 50.00" in table
     assert len((folder / "dropped.jsonl").read_text().splitlines()) == 4
 
@@ -161,7 +163,9 @@ def test_free_answers_are_judged(tmp_path):
 
     def run(judge, folder="o"):
         model = _Says("on the couch")
-        return evaluate(lambda: model, questions, problems, tmp_path / folder, Sampling(), {}, judge=judge)
+        return run_benchmark(
+            lambda: model, questions, problems, tmp_path / folder, Sampling(), {}, judge=judge
+        )
 
     with pytest.raises(UserError, match="1 answers are compared by a language model"):
         run(None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eagle_kernels.activation_offload import HostStore, Left, Replay, offloaded_layer
+from eagle_kernels.activation_offload import HostStore, KeptResults, Left, offloaded_layer
 
 WIDTH = 16
 
@@ -19,7 +19,7 @@ def _layers(count: int, device: str = "cpu") -> list[torch.nn.Linear]:
 def _with(linear: torch.nn.Linear, log: list | None = None, name: object = None):
     """A layer with dropout and one operation that is not run again."""
 
-    def layer(x: torch.Tensor, replay: Replay) -> torch.Tensor:
+    def layer(x: torch.Tensor, replay: KeptResults) -> torch.Tensor:
         if log is not None:
             log.append(("run", name))
         # Its results have no gradient here: what matters is that they are handed back.
@@ -36,7 +36,7 @@ def _gradients(linears, x, store: HostStore | None, stays: int = 0) -> list[torc
     for number, linear in enumerate(linears):
         layer = _with(linear)
         if store is None:
-            x = layer(x, Replay())
+            x = layer(x, KeptResults())
         else:
             x = offloaded_layer(layer, x, store, stays=number >= len(linears) - stays)
     x.square().sum().backward()

@@ -84,7 +84,9 @@ def test_what_no_machine_allows(config, dtype, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(layers.why_not("transformer_engine.pytorch") is not None, reason="no Transformer Engine")
+@pytest.mark.skipif(
+    layers.why_not_library("transformer_engine.pytorch") is not None, reason="no Transformer Engine"
+)
 def test_transformer_engine_takes_what_specifications_give():
     classes = choose_layers(LayersConfig("transformer_engine", "transformer_engine"), EAGLE, ONE)
     linear = inspect.signature(classes.column_parallel_linear.__init__).parameters

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_eagle.checkpoint import load_checkpoint, read_model_config
 from megatron_eagle.convert.from_hf import import_hf
-from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import EagleConfig
@@ -107,7 +107,7 @@ def test_logits_loss_and_gradients(name, checkpoint):
     outcome = combine(results)
     assert outcome.loss == pytest.approx(float(io["packed.loss_official"]), abs=1e-4)
     config = EagleConfig.from_hf(json.loads((GOLDEN / "tiny_eagle" / "config.json").read_text()))
-    found = dict(Plan(config, carries_head=False).to_hf(outcome.gradients.__getitem__))
+    found = dict(ModelMapping(config, carries_head=False).to_hf(outcome.gradients.__getitem__))
     stored = load_file(GOLDEN / "tiny_eagle_grads.safetensors")
     expected = {name.removeprefix("grad."): gradient for name, gradient in stored.items()}
     assert found.keys() >= expected.keys()

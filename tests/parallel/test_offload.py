@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from eagle_kernels.activation_offload import HostStore, Left, Replay
+from eagle_kernels.activation_offload import HostStore, KeptResults, Left
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
@@ -147,7 +147,7 @@ def _computed_again(self, compute):
 _take = Left.take
 SABOTAGES = {
     "statistics": lambda: patch.object(Left, "take", _forgotten),
-    "attention's results": lambda: patch.object(Replay, "once", _computed_again),
+    "attention's results": lambda: patch.object(KeptResults, "once", _computed_again),
 }
 
 

@@ -13,7 +13,7 @@ from megatron_eagle.model.flops import training_flops
 from megatron_eagle.model.presets import preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.planning.context_work import ContextWork, context_work
-from megatron_eagle.planning.memory_model import fullest_stage, in_flight, offloaded, peak_memory
+from megatron_eagle.planning.memory_model import fullest_stage, in_flight, offloaded_bytes, peak_memory
 from megatron_eagle.planning.memory_shapes import Workload, count_parameters, language_layer
 from megatron_eagle.planning.planner import PackShape, plan_layouts, preset_run
 from megatron_eagle.planning.step_time import Machine, step_time
@@ -165,7 +165,7 @@ def test_recompute_trades_time_for_memory():
     # Offload keeps less still, and does not run attention again.
     assert found[3][0] < found[2][0] and found[3][1] < found[2][1]
     # 26 of 28 layers leave input, attention output and, per query head, its statistics.
-    assert offloaded(EAGLE, layout(), workload, 0) == 26 * 32768 * (2 * 3584 + 2 * 3584 + 4 * 28)
+    assert offloaded_bytes(EAGLE, layout(), workload, 0) == 26 * 32768 * (2 * 3584 + 2 * 3584 + 4 * 28)
 
 
 def test_frozen_parts_have_no_gradients_states_or_tower_activations():

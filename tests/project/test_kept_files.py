@@ -26,17 +26,17 @@ from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.data.store.writer import StoreWriter
 from megatron_eagle.eagle_video import client as client_module
 from megatron_eagle.eagle_video.client import Client
-from megatron_eagle.eagle_video.features import ClipSettings
+from megatron_eagle.eagle_video.features import FeatureSettings
 from megatron_eagle.eagle_video.selection import SelectionSettings, select
 from megatron_eagle.eagle_video.transport import Endpoint, Reply
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import read_benchmark
-from megatron_eagle.evaluation.runner import evaluate, tabulate, write_scores
+from megatron_eagle.evaluation.runner import run_benchmark, tabulate, write_scores
 from megatron_eagle.inference.batch import answer_file
 from megatron_eagle.inference.generate import Sampling
 from megatron_eagle.training.monitoring.heartbeat import Heartbeat
 from megatron_eagle.training.monitoring.metrics import StepMetrics
-from megatron_eagle.training.monitoring.report import write_report
+from megatron_eagle.training.monitoring.report import write_run_report
 from megatron_eagle.training.monitoring.run_log import LoggingConfig, RunLog, WandbConfig
 from tests.data.helpers import contents, conversation, make_tokenizer, make_video, write_jsonl
 from tests.data.killed import settings as preprocess_settings
@@ -90,8 +90,8 @@ def heartbeats(folder: Path) -> Kept:
 
 def report(folder: Path) -> Kept:
     (folder / "metrics.jsonl").write_text(json.dumps(asdict(step(1))) + "\n")
-    write_report(folder)
-    return Kept(lambda: write_report(folder) and None, later=(folder / "metrics.jsonl",))
+    write_run_report(folder)
+    return Kept(lambda: write_run_report(folder) and None, later=(folder / "metrics.jsonl",))
 
 
 def latest_checkpoint(folder: Path) -> Kept:
@@ -137,7 +137,7 @@ def scores(folder: Path) -> Kept:
 
     def run() -> int:
         before = len(asked)
-        scored = evaluate(lambda: model, questions, problems, folder, Sampling(), {"model": "m"})
+        scored = run_benchmark(lambda: model, questions, problems, folder, Sampling(), {"model": "m"})
         write_scores(folder, {}, tabulate(scored), None)
         return len(asked) - before
 
@@ -277,7 +277,7 @@ def selected_clips(folder: Path) -> Kept:
             [videos[0]],
             folder,
             encoder,
-            SelectionSettings(clips=ClipSettings(videos_per_shard=1)),
+            SelectionSettings(clips=FeatureSettings(videos_per_shard=1)),
         )
         return encoder.encoded - before - (n == 2)
 
@@ -297,9 +297,13 @@ IN_PLACE = {
         *("convert/carried.write_carried", "convert/checkpoint_files.write_checkpoint"),
         *("convert/export_files._write_json", "convert/export_files._write_processor_settings"),
         *("convert/lora.export_adapter", "convert/shards.write_shards", "convert/to_hf.export_hf"),
-        *("data/store/token_file.__init__", "data/store/token_file.write_index", "data/store/reader.save"),
+        *(
+            "data/store/token_file.__init__",
+            "data/store/token_file.write_token_index",
+            "data/store/reader.save",
+        ),
         *("data/preparation/journal.__init__", "data/preparation/journal.commit"),
-        *("checkpoint/files._hashed", "checkpoint/index.write_index"),
+        *("checkpoint/files._hashed", "checkpoint/index.write_checkpoint_index"),
         *("checkpoint/hf_folder.add_tiling", "checkpoint/saving.complete_folder"),
         "checkpoint/manifest.write_manifest",
     },

@@ -38,13 +38,13 @@ class OldMetadata:
 
 
 def test_torch_before_the_version_of_its_index(tmp_path, monkeypatch):
-    entry = index.Entry("weight", torch.float32, (2, 3), (0, 0), (2, 3), "__0_0.distcp", 0, 24)
-    index.write_index(tmp_path, [entry])
+    entry = index.StoredBox("weight", torch.float32, (2, 3), (0, 0), (2, 3), "__0_0.distcp", 0, 24)
+    index.write_checkpoint_index(tmp_path, [entry])
     today = index.read_index(tmp_path)
     monkeypatch.setattr(index, "Metadata", OldMetadata)
     allowed = {**index._IndexUnpickler.ALLOWED, __name__: {"OldMetadata"}}
     monkeypatch.setattr(index._IndexUnpickler, "ALLOWED", allowed)
-    index.write_index(tmp_path, [entry])
+    index.write_checkpoint_index(tmp_path, [entry])
     assert vars(index.read_index(tmp_path)) == vars(today) and today.version == "1.0.0"
 
 

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_eagle.context_parallel.attention import AttentionBackend
-from megatron_eagle.context_parallel.backends import FAST, why_not
+from megatron_eagle.context_parallel.backends import FAST, why_not_backend
 from megatron_eagle.context_parallel.exchange import plan_exchange
 from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.planning import plan_layout
@@ -121,7 +121,7 @@ def contestants(task: Task) -> dict[str, Pass]:
     """What can run here; the others are named on standard error with the reason."""
     found = {}
     for name, backend in FAST.items():
-        if missing := why_not(name, torch.bfloat16, HEAD_DIM):
+        if missing := why_not_backend(name, torch.bfloat16, HEAD_DIM):
             progress(f"  {name}: left out, {missing}")
             continue
         found[name] = task.by_backend(backend())

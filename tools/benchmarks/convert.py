@@ -20,7 +20,7 @@ import torch
 from benchmarks.report import Report, progress
 from torch import Tensor
 
-from megatron_eagle.convert.mapping import Plan
+from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, write_shards
 from megatron_eagle.model.presets import EagleConfig, preset
 
@@ -50,7 +50,7 @@ def write_folder(folder: Path, config: EagleConfig) -> int:
     """A Hugging Face folder of random bf16 weights in shards; returns the bytes of the largest one."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    shapes = Plan(config, carries_head=True).hf_shapes
+    shapes = ModelMapping(config, carries_head=True).hf_shapes
     kinds = {name: ("BF16", shape) for name, shape in shapes.items()}
     sizes = {name: tensor_bytes(shape, "BF16") for name, shape in shapes.items()}
     write_shards(folder, _random(kinds), plan_shards(sizes, SHARD_BYTES), kinds)

@@ -28,7 +28,7 @@ from megatron_eagle.data.store.reader import (
     SampleStore,
     VideoPlan,
 )
-from megatron_eagle.data.store.token_file import TokenFileWriter, write_index
+from megatron_eagle.data.store.token_file import TokenFileWriter, write_token_index
 
 LENGTH = 32768
 JSON_LIMIT = 100_000  # rows of the JSON lines file: ids as text take ten times the room
@@ -75,7 +75,7 @@ def make_store(folder: Path, rows: int) -> None:
         for n in lengths.tolist():
             writer.add(np.arange(n).astype(dtype))
         writer.close()
-        write_index(target / name, dtype, lengths, np.arange(rows) % BATCH_ROWS)
+        write_token_index(target / name, dtype, lengths, np.arange(rows) % BATCH_ROWS)
     batch = pa.RecordBatch.from_pylist([asdict(c) for c in columns], SCHEMA)
     with pa.OSFile(str(target / "samples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as out:
         for start in range(0, rows, BATCH_ROWS):

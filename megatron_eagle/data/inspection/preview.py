@@ -21,7 +21,7 @@ def _image(image: ImagePlan) -> dict:
     }
 
 
-def describe(store: SampleStore, row: int) -> dict:
+def describe_row(store: SampleStore, row: int) -> dict:
     """One row: source, token counts, media with their grids or frames, ids, loss weights 1 / sqrt(n).
 
     `loss_weights[i]` belongs to token i itself: 0 where it is not part of an answer.  Raises `UserError` for

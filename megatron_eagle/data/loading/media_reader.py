@@ -44,7 +44,7 @@ class Medium:
         return decoder.picture(plan.path, grid, max_pixels=self.max_pixels, file_size=plan.file_size)[wanted]
 
 
-def sample_media(store: SampleStore, row: int) -> list[Medium]:
+def media_of_row(store: SampleStore, row: int) -> list[Medium]:
     """The media of a row, in the order in which its text shows them."""
     sample = store[row]
     source = f"{sample.file}:{sample.line}"
@@ -123,7 +123,7 @@ class MediaReader:
             return
         start = 0
         for number, row in enumerate(pack.sample_rows, pack.first_sample):
-            for medium in sample_media(self._store, row):
+            for medium in media_of_row(self._store, row):
                 first, last = max(start, tiles.start), min(start + medium.n_tiles, tiles.stop)
                 if first < last:
                     places = slice(first - tiles.start, last - tiles.start)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_eagle.data.media.dali_graph import VideoSource, colour_matrix, image_graph, video_graph
+from megatron_eagle.data.media.dali_graph import FrameOrigin, colour_matrix, image_graph, video_graph
 from megatron_eagle.data.media.dali_runner import DaliFailed, PipelineRunner
 from megatron_eagle.data.media.decoder import ExactDecoder
 from megatron_eagle.data.media.frame_table import FrameIndex
@@ -60,7 +60,7 @@ class DaliDecoder:
         *,
         timeout: float | None,
         fell_back: Callable[[str, str], None],
-        video_source: VideoSource | None = None,
+        video_source: FrameOrigin | None = None,
     ):
         self._tile_size, self._timeout, self._fell_back = tile_size, timeout, fell_back
         self._exact = ExactDecoder(tile_size, fell_back)

@@ -12,14 +12,14 @@ from typing import Literal
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
 
-VideoSource = Literal["nvdec", "dali_cpu", "frames"]
+FrameOrigin = Literal["nvdec", "dali_cpu", "frames"]
 
 # Luma coefficients (red, blue), ITU-R BT.601 and BT.709.
 _BT601, _BT709 = (0.299, 0.114), (0.2126, 0.0722)
 
 
 def video_graph(
-    tile_size: int, source: VideoSource, *, device_id: int | None, batch_size: int, threads: int
+    tile_size: int, source: FrameOrigin, *, device_id: int | None, batch_size: int, threads: int
 ) -> Pipeline:
     """Frames of videos, resized (bicubic, antialiased): output uint8 [F, 3, S, S].
 

@@ -16,12 +16,12 @@ class DaliFailed(Exception):
 
 
 @dataclass
-class Sample:
+class PipelineJob:
     """Arrays for the graph's inputs by name, the promise of its outputs, and the queue it stands in."""
 
     inputs: dict[str, np.ndarray]
     outputs: Future[list[np.ndarray]] = field(default_factory=Future)
-    queue: "queue.SimpleQueue[Sample | None] | None" = None
+    queue: "queue.SimpleQueue[PipelineJob | None] | None" = None
 
 
 class PipelineRunner:
@@ -35,14 +35,14 @@ class PipelineRunner:
         self._lock = threading.Lock()
         self._waiting = self._start()
 
-    def submit(self, inputs: dict[str, np.ndarray]) -> Sample:
+    def submit(self, inputs: dict[str, np.ndarray]) -> PipelineJob:
         """Hand a sample in; `outputs` of what is returned raises `DaliFailed` if it cannot be processed."""
-        sample = Sample(inputs)
+        sample = PipelineJob(inputs)
         with self._lock:
             self._put(sample)
         return sample
 
-    def give_up(self, sample: Sample) -> None:
+    def give_up(self, sample: PipelineJob) -> None:
         """Leave a pipeline that stands still over a sample: what waits behind it goes to a new one.
 
         The old thread ends when DALI lets it go; the samples of its batch are never answered.
@@ -60,18 +60,18 @@ class PipelineRunner:
         """Let the thread end after what was handed in."""
         self._waiting.put(None)
 
-    def _put(self, sample: Sample) -> None:
+    def _put(self, sample: PipelineJob) -> None:
         sample.queue = self._waiting
         self._waiting.put(sample)
 
-    def _start(self) -> "queue.SimpleQueue[Sample | None]":
-        waiting: queue.SimpleQueue[Sample | None] = queue.SimpleQueue()
+    def _start(self) -> "queue.SimpleQueue[PipelineJob | None]":
+        waiting: queue.SimpleQueue[PipelineJob | None] = queue.SimpleQueue()
         threading.Thread(target=self._serve, args=(waiting,), name="dali", daemon=True).start()
         return waiting
 
-    def _serve(self, waiting: "queue.SimpleQueue[Sample | None]") -> None:
+    def _serve(self, waiting: "queue.SimpleQueue[PipelineJob | None]") -> None:
         pipeline = None
-        alone: deque[Sample] = deque()  # of a batch that failed, to find out which of them did
+        alone: deque[PipelineJob] = deque()  # of a batch that failed, to find out which of them did
         while batch := [alone.popleft()] if alone else self._take(waiting):
             try:
                 if pipeline is None:
@@ -87,9 +87,9 @@ class PipelineRunner:
                 for sample, arrays in zip(batch, outputs, strict=True):
                     sample.outputs.set_result(arrays)
 
-    def _take(self, waiting: "queue.SimpleQueue[Sample | None]") -> list[Sample]:
+    def _take(self, waiting: "queue.SimpleQueue[PipelineJob | None]") -> list[PipelineJob]:
         """What is waiting, at least one and at most a batch; empty at the end."""
-        batch: list[Sample] = []
+        batch: list[PipelineJob] = []
         while len(batch) < self._batch_size and (not batch or not waiting.empty()):
             sample = waiting.get()
             if sample is None:
@@ -99,7 +99,7 @@ class PipelineRunner:
         return batch
 
 
-def _run(pipeline: Pipeline, batch: list[Sample]) -> list[list[np.ndarray]]:
+def _run(pipeline: Pipeline, batch: list[PipelineJob]) -> list[list[np.ndarray]]:
     for name in batch[0].inputs:
         pipeline.feed_input(name, [sample.inputs[name] for sample in batch])
     outputs = [output.as_cpu() for output in pipeline.run()]

@@ -12,7 +12,7 @@ T = TypeVar("T")
 TOO_LONG = "decoding takes too long"
 
 
-def within(seconds: float | None, path: str, call: Callable[[], T]) -> T:
+def within_deadline(seconds: float | None, path: str, call: Callable[[], T]) -> T:
     """`call()`, or `Problem` if it takes longer than this (None: no limit).
 
     The call itself cannot be stopped: it goes on in a thread that nobody waits for, not even the end of the

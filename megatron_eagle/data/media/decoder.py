@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from megatron_eagle.data.media.deadline import within
+from megatron_eagle.data.media.deadline import within_deadline
 from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.images import load_image
@@ -102,7 +102,7 @@ class MediaDecoder:
             check_unchanged(source, index.file, index.fingerprint)
             return self._backend.frames(source, chosen)
 
-        tiles = within(self._timeout, source, decode)
+        tiles = within_deadline(self._timeout, source, decode)
         if len(order) > len(tiles) or (order.diff() < 0).any():
             tiles = tiles[order]
         return tiles, torch.from_numpy(chosen.times)[order]
@@ -120,7 +120,7 @@ class MediaDecoder:
                 check_size(path, file_size)
             return self._backend.picture(path, grid, max_pixels=max_pixels)
 
-        return within(self._timeout, path, decode)
+        return within_deadline(self._timeout, path, decode)
 
     def close(self) -> None:
         """Let the back end's threads and memory go."""

@@ -11,7 +11,7 @@ from megatron_eagle.data.media.documents import check_pages
 from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS
 from megatron_eagle.data.sample import Document, DocumentRef, ImageRef, Sample, VideoRef
-from megatron_eagle.data.sampling.ads import Plan, SamplingSettings, sample_media
+from megatron_eagle.data.sampling.ads import MediaPlan, SamplingSettings, plan_media
 from megatron_eagle.data.sampling.iap import tile_count
 from megatron_eagle.data.sampling.probe import (
     ImageFacts,
@@ -59,7 +59,7 @@ class PreprocessSettings:
 
 
 @dataclass(frozen=True)
-class Row:
+class StoreRow:
     """What the store keeps of a sample at one length."""
 
     ids: np.ndarray
@@ -83,7 +83,7 @@ class Task:
 class Outcome:
     """What became of a line: its row at each length that has one, ledger entries for the others."""
 
-    rows: Mapping[int, Row]
+    rows: Mapping[int, StoreRow]
     dropped: tuple[LedgerEntry, ...]
 
 
@@ -104,7 +104,7 @@ class SampleProcessor:
 
     def process(self, task: Task) -> Outcome:
         """Never raises for bad input: a sample that cannot be used becomes ledger entries."""
-        rows: dict[int, Row] = {}
+        rows: dict[int, StoreRow] = {}
         dropped = []
 
         def drop(problem: Problem, length: int | None = None) -> None:
@@ -119,7 +119,7 @@ class SampleProcessor:
                 [self._probe_video(source) for source in sample.videos],
                 [self._probe_document(document) for document in sample.documents],
             )
-            plans: dict[int, Plan] = {}
+            plans: dict[int, MediaPlan] = {}
             for length in self._settings.lengths:
                 try:
                     plans[length] = self._plan(sample, media, length)
@@ -139,12 +139,12 @@ class SampleProcessor:
     def _sampling(self, sample: Sample) -> SamplingSettings:
         return replace(self._settings.sampling, **sample.overrides)
 
-    def _plan(self, sample: Sample, media: "_Media", length: int) -> Plan:
+    def _plan(self, sample: Sample, media: "_Media", length: int) -> MediaPlan:
         def count(tiles, frames, documents):
             return self._template.count(sample, tiles, media.shown(frames), documents)
 
         sampling = self._sampling(sample)
-        return sample_media(
+        return plan_media(
             [image.wish(sampling) for image in media.images],
             [video.wish(sampling) for video in media.videos],
             count,
@@ -154,7 +154,7 @@ class SampleProcessor:
         )
 
     @staticmethod
-    def _check_frames(videos: list[VideoFacts], plans: list[Plan]) -> None:
+    def _check_frames(videos: list[VideoFacts], plans: list[MediaPlan]) -> None:
         """Decode every frame that some plan shows, so that training never meets one that cannot be.
 
         A file that cannot be read by seeking is marked in `videos`, so that training does not try.
@@ -167,14 +167,14 @@ class SampleProcessor:
             if reasons:
                 videos[i] = replace(video, table=replace(video.table, linear_reason=reasons[0]))
 
-    def _check_pages(self, documents: Sequence[Document], plans: list[Plan]) -> None:
+    def _check_pages(self, documents: Sequence[Document], plans: list[MediaPlan]) -> None:
         """Open every page of a PDF file that some plan shows, likewise."""
         for i, document in enumerate(documents):
             if isinstance(document, str):
                 pages = sorted({page for plan in plans for page in plan.pages[i]})
                 check_pages(document, pages, max_pixels=self._settings.max_pixels)
 
-    def _row(self, task: Task, sample: Sample, media: "_Media", plan: Plan) -> Row:
+    def _row(self, task: Task, sample: Sample, media: "_Media", plan: MediaPlan) -> StoreRow:
         tiles = [tile_count(grid) for grid in plan.grids]
         page_tiles = [[tile_count(grid) for grid in grids] for grids in plan.page_grids]
         encoded = self._template.encode(sample, tiles, media.shown(plan.frames), page_tiles)
@@ -212,7 +212,7 @@ class SampleProcessor:
             documents=documents,
             media_order=_media_order(sample, documents),
         )
-        return Row(encoded.ids, encoded.answers, columns)
+        return StoreRow(encoded.ids, encoded.answers, columns)
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class _Media:
         return [ShownVideo(v.duration, v.times(f)) for v, f in zip(self.videos, frames, strict=True)]
 
 
-def _document_plans(media: _Media, plan: Plan) -> tuple[DocumentPlan, ...]:
+def _document_plans(media: _Media, plan: MediaPlan) -> tuple[DocumentPlan, ...]:
     first = len(media.images)
     plans = []
     for pages, shown in zip(media.documents, plan.pages, strict=True):

@@ -74,7 +74,7 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Plan:
+class MediaPlan:
     """What was decided: grid (columns, rows) per image, frame numbers per video, and the resulting length.
 
     Per document `pages` are the 0-based numbers of those shown and `page_grids` their grids.  `tile_limit` is
@@ -96,14 +96,14 @@ def wanted_frames(available: int, duration: Fraction, settings: SamplingSettings
     return min(available, settings.max_frames, max(settings.min_frames, by_time))
 
 
-def sample_media(
+def plan_media(
     images: Sequence[ImageWish],
     videos: Sequence[VideoWish],
     count: Count,
     limit: int,
     settings: SamplingSettings,
     documents: Sequence[Sequence[ImageWish]] = (),
-) -> Plan:
+) -> MediaPlan:
     """Fit a sample into `limit` tokens; a document is the wishes of its pages.
 
     Raises `Problem` if it does not fit with one tile per image, one page per document and the minimum of
@@ -138,7 +138,7 @@ def sample_media(
             break
     wanted = [_grids(wishes, settings.max_tiles, settings) for wishes in (images, *documents)]
     tiles_wanted = sum(sum(_tiles(g)) for g in wanted)
-    return Plan(grids, frames, pages, page_grids, n_tokens, tile_limit, tiles_wanted)
+    return MediaPlan(grids, frames, pages, page_grids, n_tokens, tile_limit, tiles_wanted)
 
 
 def _give(

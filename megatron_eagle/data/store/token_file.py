@@ -48,7 +48,9 @@ class TokenFileWriter:
         self._file.close()
 
 
-def write_index(prefix: Path, dtype: type, lengths: np.ndarray, order: np.ndarray | None = None) -> None:
+def write_token_index(
+    prefix: Path, dtype: type, lengths: np.ndarray, order: np.ndarray | None = None
+) -> None:
     """Write `prefix`.idx for sequences of `lengths` (int32) that lie in `prefix`.bin one after the other.
 
     `order` lists them in the order of the final rows; one may occur several times.

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_eagle.data.store.reader import BATCH_ROWS, SCHEMA, SampleColumns
-from megatron_eagle.data.store.token_file import TokenFileWriter, write_index
+from megatron_eagle.data.store.token_file import TokenFileWriter, write_token_index
 
 
 class StoreWriter:
@@ -56,7 +56,7 @@ def write_tables(folder: Path, rows: pa.Table, order: np.ndarray | None = None) 
         repeated.replace(path)
     lengths = np.asarray(rows["n_tokens"]).astype(np.int32)
     for name, dtype in (("tokens", np.int32), ("answers", np.uint16)):
-        write_index(folder / name, dtype, lengths, order)
+        write_token_index(folder / name, dtype, lengths, order)
 
 
 def _write_batches(path: Path, rows: pa.Table, order: np.ndarray | None) -> None:

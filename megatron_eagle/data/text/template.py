@@ -46,7 +46,7 @@ class ImageTokens:
     tiles: int
 
 
-Piece = Text | Special | ImageTokens
+TextPiece = Text | Special | ImageTokens
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Template:
         tiles: Sequence[int],
         videos: Sequence[ShownVideo],
         documents: Sequence[Sequence[int]] = (),
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TextPiece]:
         """The finished sample, given the tile count of each image, the frames shown of each video and the
         tile count of each page shown of each document.
         """
@@ -126,7 +126,7 @@ class Template:
         yield Text(text)
 
     @staticmethod
-    def _block(tiles: int) -> Iterator[Piece]:
+    def _block(tiles: int) -> Iterator[TextPiece]:
         yield Special(IMG_START)
         yield ImageTokens(tiles)
         yield Special(IMG_END)
@@ -182,7 +182,7 @@ class Template:
     ) -> str:
         """The finished sample as one string."""
 
-        def write(piece: Piece) -> str:
+        def write(piece: TextPiece) -> str:
             if isinstance(piece, Text):
                 return piece.value
             if isinstance(piece, ImageTokens):

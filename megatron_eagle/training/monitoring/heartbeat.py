@@ -22,7 +22,7 @@ from pathlib import Path
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, read_records, write_whole
 
-FOLDER, REPORT = "heartbeat", "hang.txt"
+HEARTBEATS, REPORT = "heartbeat", "hang.txt"
 # Of a job that ended itself because it hung (EX_SOFTWARE of sysexits.h).
 EXIT_HANG = 70
 # The order of a step's phases: who is in an earlier one keeps the others waiting.
@@ -55,7 +55,7 @@ class Heartbeat:
     """
 
     def __init__(self, logs: Path, rank: int, *, seconds: float, hang_seconds: float, abort: bool) -> None:
-        self._folder, self._logs, self._rank = logs / FOLDER, logs, rank
+        self._folder, self._logs, self._rank = logs / HEARTBEATS, logs, rank
         self._seconds = min(seconds, hang_seconds / 4)
         self._hang_seconds, self._abort = hang_seconds, abort
         self._note = (0, PHASES[0], time.time())
@@ -119,7 +119,7 @@ class Heartbeat:
         beats = read_beats(self._logs)
         alive = [beat.rank for beat in beats if not _silent(beat)]
         if alive and alive[0] == self._rank:
-            text = describe(beats)
+            text = describe_beats(beats)
             print(f"hang: {text}", file=sys.stderr, flush=True)
             report = self._logs / REPORT
             earlier = report.read_text() if report.exists() else ""
@@ -128,7 +128,7 @@ class Heartbeat:
 
 def read_beats(logs: str | Path) -> list[Beat]:
     """The ranks' files, in rank order. Raises `UserError` if there are none."""
-    files = sorted((Path(logs) / FOLDER).glob("rank_*.json"))
+    files = sorted((Path(logs) / HEARTBEATS).glob("rank_*.json"))
     beats = [from_record(Beat, record) for file in files for record in read_records(file)]
     if not beats:
         raise UserError(f"{logs}: no heartbeat of a run here; name a run's folder of logs")
@@ -143,10 +143,10 @@ def status(logs: str | Path) -> str:
         f"{now - beat.since:.0f} s; written {now - beat.written:.0f} s ago"
         for beat in beats
     ]
-    return "\n".join([*lines, describe(beats)])
+    return "\n".join([*lines, describe_beats(beats)])
 
 
-def describe(beats: list[Beat]) -> str:
+def describe_beats(beats: list[Beat]) -> str:
     """Who keeps the others waiting, in one line: the silent ranks, else those behind, else all."""
     now = time.time()
     silent = [beat for beat in beats if _silent(beat)]

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_eagle.ranges import Range, Ranged
 
-FOLDER = "profile"
+PROFILES = "profile"
 # Megatron's schedules name the parts of a step to their timers; the others keep Megatron's names.
 _NAMES = {"forward-compute": "forward", "backward-compute": "backward"}
 
@@ -80,7 +80,7 @@ class StepProfiler:
             return
         self._schedule.timers = None
         self._profile.stop()
-        folder = self._logs / FOLDER
+        folder = self._logs / PROFILES
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(folder / f"rank_{self._rank:05d}.json.gz"))

@@ -43,7 +43,7 @@ pre { background: #fff; border: 1px solid #e2e2e2; padding: 1em; overflow: auto 
 """
 
 
-def write_report(run: str | Path, output: str | Path | None = None) -> Path:
+def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
     """Draw the run whose checkpoints (or logs) lie in `run`; returns the file, `report.html` in its logs
     unless `output` names another.
 
@@ -56,7 +56,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
         raise UserError(
             f"{run}: no finished step to report; expected a run's folder with logs/{METRICS_FILE}"
         )
-    page = render(run.resolve().name, metrics, read_events(logs / EVENTS_FILE), _settings(run))
+    page = render_report(run.resolve().name, metrics, read_events(logs / EVENTS_FILE), _settings(run))
     output = logs / "report.html" if output is None else Path(output)
     try:
         write_whole(output, page)
@@ -65,7 +65,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     return output
 
 
-def render(
+def render_report(
     name: str,
     metrics: Sequence[StepMetrics | EvaluationMetrics],
     events: Sequence[dict],

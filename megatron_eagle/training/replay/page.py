@@ -104,7 +104,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if abs(value) < 1e-3 else f"{value:.4f}"
 
 
-def summary(replay: Replay) -> str:
+def replay_summary(replay: Replay) -> str:
     """What to print of it."""
     lines = [*_facts(replay), replay.verdict[0]]
     if replay.weights is not None:

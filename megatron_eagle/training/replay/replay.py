@@ -37,13 +37,13 @@ from megatron_eagle.training.replay.sample_losses import (
     gradient_norm,
     sample_losses,
 )
-from megatron_eagle.training.resilience.failed_media import describe, host_group, next_batch
+from megatron_eagle.training.resilience.failed_media import describe_failure, host_group, next_batch
 from megatron_eagle.training.run_config import RunConfig, complete_run_config
 from megatron_eagle.training.schedule import plan_batch
 from megatron_eagle.training.start import start_models
 
 # How far the samples' losses may add up to something else than the logged loss, relatively.
-TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
+LOSS_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Replay:
         words = f"The samples' losses under the weights that the step began with ({where}) add up to"
         if self.off is None:
             return f"{words} {self.total:.6f}; the logged loss is no finite number.", False
-        if self.off <= TOLERANCE[self.config.training.precision]:
+        if self.off <= LOSS_TOLERANCE[self.config.training.precision]:
             return f"{words} {self.total:.6f}, the logged loss ({self.off:.0e} off).", False
         words = f"NOT the logged loss: {where}, should have the weights that the step began with, but the"
         return f"{words} samples' losses add up to {self.total:.6f} ({self.off:.0e} off).", True
@@ -166,7 +166,7 @@ def prepare(
     return Replay(step, store, _samples(step, store, loader.samples(step.first_pack)), weights, config)
 
 
-def measure(prepared: Replay) -> Replay:
+def measure_losses(prepared: Replay) -> Replay:
     """The same with losses and gradient norms, under the checkpoint that `prepare` chose. Collective.
 
     Raises `AgreedError`: as loading a checkpoint, and for media that the step read and that cannot be read
@@ -239,8 +239,8 @@ def _refuse(failed: Sequence[FailedMedium]) -> None:
     problem = None
     if failed:
         problem = (
-            f"{describe(failed[0])}; the step could: put the file back, or leave out --checkpoint to see the "
-            "data alone"
+            f"{describe_failure(failed[0])}; the step could: put the file back, or leave out --checkpoint "
+            "to see the data alone"
         )
     raise_together(problem)
 

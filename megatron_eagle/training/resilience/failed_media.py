@@ -55,7 +55,7 @@ def next_batch(
     if policy == "error":
         more = f" (and {len(failed) - 1} more samples)" if len(failed) > 1 else ""
         raise AgreedError(
-            f"{describe(first[failed[0]])}{more}. "
+            f"{describe_failure(first[failed[0]])}{more}. "
             "Repair it, or set data.on_media_error=skip to train without such samples"
         )
     loader.leave_out(batch, set(failed))
@@ -78,6 +78,6 @@ def merge_marks(
     return marks.nonzero().flatten().tolist()
 
 
-def describe(medium: FailedMedium) -> str:
+def describe_failure(medium: FailedMedium) -> str:
     """One line: what failed and where it is used."""
     return f"{medium.reason}; used by row {medium.row} of the store ({medium.source})"

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
-from megatron_eagle.data.media.deadline import within
+from megatron_eagle.data.media.deadline import within_deadline
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.frame_index import read_frame_table
@@ -319,11 +319,11 @@ def test_nobody_waits_for_a_pipeline_that_stands_still(clips):
 def test_deadline():
     begin, never = time.monotonic(), threading.Event()
     with pytest.raises(Problem, match="decoding takes too long: a.mp4: more than 0.1 s"):
-        within(0.1, "a.mp4", never.wait)
+        within_deadline(0.1, "a.mp4", never.wait)
     assert time.monotonic() - begin < 5
-    assert within(5, "a.mp4", lambda: 7) == within(None, "a.mp4", lambda: 7) == 7
+    assert within_deadline(5, "a.mp4", lambda: 7) == within_deadline(None, "a.mp4", lambda: 7) == 7
     with pytest.raises(Problem, match="missing media"):
-        within(5, "a.mp4", partial(load_image, "a.mp4", max_pixels=1))
+        within_deadline(5, "a.mp4", partial(load_image, "a.mp4", max_pixels=1))
 
 
 def test_a_forked_process_is_refused(clips, like_gpu, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_eagle.data.inspection.preview import describe
+from megatron_eagle.data.inspection.preview import describe_row
 from megatron_eagle.data.media import source
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.packing.index import write_packs
@@ -41,7 +41,7 @@ def test_pages_are_labelled_pictures(tmp_path, tokenizer_dir):
     for tile, name in zip(tiles, shown, strict=True):
         image = load_image(str(tmp_path / name)).resize((28, 28), Image.Resampling.BICUBIC)
         assert (tile.mean() - (torch.tensor(list(image.getdata())).float().mean() / 127.5 - 1)).abs() < 0.02
-    facts = describe(store, 0)
+    facts = describe_row(store, 0)
     assert [image["path"] for image in facts["images"]] == [str(tmp_path / "photo.png")]
     assert [document["pages"] for document in facts["documents"]] == [[0, 1, 2], [0, 1]]
     assert facts["documents"][1]["images"][0]["path"] == str(tmp_path / "3.png")

@@ -238,7 +238,8 @@ def test_a_folder_in_several_processes_killed_on_the_way(tmp_path):
         make_video(tmp_path / "in" / f"{k % 2}" / f"{k}.mkv", 20 + k)
     (tmp_path / "in" / "notes.txt").touch()
     program = (
-        "import os, sys; from megatron_eagle.data import transcode as t; real = t.transcode_video\n"
+        "import os, sys; from megatron_eagle.data.preparation import transcode as t\n"
+        "real = t.transcode_video\n"
         "def some(source, *rest):\n"
         "    os._exit(9) if source.endswith('3.mkv') else None\n"
         "    return real(source, *rest)\n"

@@ -12,7 +12,7 @@ from megatron_eagle.data.sampling.ads import (
     ImageWish,
     SamplingSettings,
     VideoWish,
-    sample_media,
+    plan_media,
     wanted_frames,
 )
 from megatron_eagle.data.sampling.iap import select_grid, tile_count
@@ -49,20 +49,20 @@ def video(seconds, fps=30):
 
 def test_one_long_video():
     count = counter(200, [600])
-    plan = sample_media([], [video(600)], count, 32768, SETTINGS)
+    plan = plan_media([], [video(600)], count, 32768, SETTINGS)
     assert len(plan.frames[0]) == 123
     assert plan.n_tokens == 32708
     assert count([], [range(124)]) == 32973
 
 
 def test_two_videos_share_by_what_they_want():
-    plan = sample_media([], [video(120), video(30)], counter(100, [120, 30]), 32768, SETTINGS)
+    plan = plan_media([], [video(120), video(30)], counter(100, [120, 30]), 32768, SETTINGS)
     assert [len(frames) for frames in plan.frames] == [98, 25]
 
 
 def test_tiles_come_after_frames():
     count = counter(150, [20])
-    plan = sample_media([ImageWish(1920, 1080, 12)], [video(20)], count, 12288, SETTINGS)
+    plan = plan_media([ImageWish(1920, 1080, 12)], [video(20)], count, 12288, SETTINGS)
     assert len(plan.frames[0]) == 40
     assert count([1], plan.frames) == 10980
     assert plan.grids == ((2, 2),)
@@ -86,8 +86,8 @@ def test_frames_are_spread_with_both_ends():
 
 def test_what_cannot_fit_is_refused():
     with pytest.raises(Problem, match="too long: needs at least 2304 tokens, the limit is 2303"):
-        sample_media([], [video(600)], counter(200), 2303, SETTINGS)
-    assert sample_media([], [video(600)], counter(200), 2304, SETTINGS).n_tokens == 2304
+        plan_media([], [video(600)], counter(200), 2303, SETTINGS)
+    assert plan_media([], [video(600)], counter(200), 2304, SETTINGS).n_tokens == 2304
 
 
 PAGE = ImageWish(1240, 1754, 12)  # A4 at 150 dpi: 3 x 4 tiles and the thumbnail
@@ -97,27 +97,27 @@ def test_a_document_gives_up_pages_before_anything_else():
     count = counter(100, [20])
     pages = [PAGE] * 30
     # 30 pages of 264 tokens do not fit beside the 8 frames that the video must have.
-    plan = sample_media([], [video(20)], count, 5000, SETTINGS, [pages])
+    plan = plan_media([], [video(20)], count, 5000, SETTINGS, [pages])
     assert len(plan.frames[0]) == 8
     assert plan.pages[0] == tuple(round(29 * i / 9) for i in range(10))
     assert plan.n_tokens == count([], plan.frames, [[1] * 10]) == 4864 <= 5000 < 4864 + 264
     assert plan.page_grids == (((1, 1),) * 10,)
     assert plan.tiles_wanted == 30 * 13
     # They all fit: frames come next, then tiles for all pictures alike.
-    plan = sample_media([ImageWish(1920, 1080, 12)], [video(20)], count, 22_000, SETTINGS, [pages])
+    plan = plan_media([ImageWish(1920, 1080, 12)], [video(20)], count, 22_000, SETTINGS, [pages])
     assert (len(plan.pages[0]), len(plan.frames[0]), plan.tile_limit) == (30, 40, 1)
-    plan = sample_media([ImageWish(1920, 1080, 12)], [video(20)], count, 40_000, SETTINGS, [pages])
+    plan = plan_media([ImageWish(1920, 1080, 12)], [video(20)], count, 40_000, SETTINGS, [pages])
     assert plan.tile_limit == 2
     assert plan.grids == ((2, 1),)
     assert set(plan.page_grids[0]) == {(1, 2)}
     with pytest.raises(Problem, match="too long: needs at least 627 tokens, the limit is 626"):
-        sample_media([], [], counter(99), 626, SETTINGS, [[PAGE], [PAGE] * 2])
-    one_each = sample_media([], [], counter(99), 627, SETTINGS, [[PAGE], [PAGE] * 2])
+        plan_media([], [], counter(99), 626, SETTINGS, [[PAGE], [PAGE] * 2])
+    one_each = plan_media([], [], counter(99), 627, SETTINGS, [[PAGE], [PAGE] * 2])
     assert one_each.pages == ((0,), (0,))
 
 
 def test_documents_share_by_what_they_have():
-    plan = sample_media([], [], counter(0), 264 * 12, SETTINGS, [[PAGE] * 30, [PAGE] * 10])
+    plan = plan_media([], [], counter(0), 264 * 12, SETTINGS, [[PAGE] * 30, [PAGE] * 10])
     assert [len(pages) for pages in plan.pages] == [9, 3]
     assert plan.pages[1] == (0, 4, 9)
 
@@ -140,9 +140,9 @@ def test_properties(text, images, videos, documents, limit):
     fewest = [w.frames(min(w.minimum, w.wanted)) for w in wishes]
     if count(single, fewest, [[1]] * len(documents)) > limit:
         with pytest.raises(Problem):
-            sample_media(images, wishes, count, limit, SETTINGS, documents)
+            plan_media(images, wishes, count, limit, SETTINGS, documents)
         return
-    plan = sample_media(images, wishes, count, limit, SETTINGS, documents)
+    plan = plan_media(images, wishes, count, limit, SETTINGS, documents)
     tiles = [tile_count(grid) for grid in plan.grids]
     page_tiles = [[tile_count(grid) for grid in grids] for grids in plan.page_grids]
     assert plan.n_tokens == count(tiles, plan.frames, page_tiles) <= limit

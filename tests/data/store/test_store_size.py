@@ -17,7 +17,7 @@ from megatron_eagle.data.store.reader import (
     SampleColumns,
     SampleStore,
 )
-from megatron_eagle.data.store.token_file import TokenFileWriter, write_index
+from megatron_eagle.data.store.token_file import TokenFileWriter, write_token_index
 
 N_ROWS = 300_000
 
@@ -58,7 +58,7 @@ def path(tmp_path_factory):
         for n in lengths.tolist():
             writer.add(np.arange(n).astype(dtype))
         writer.close()
-        write_index(target / name, dtype, lengths, np.arange(N_ROWS) % BATCH_ROWS)
+        write_token_index(target / name, dtype, lengths, np.arange(N_ROWS) % BATCH_ROWS)
     batch = pa.RecordBatch.from_pylist([asdict(row) for row in rows], SCHEMA)
     with pa.ipc.new_file(str(target / "samples.arrow"), SCHEMA) as out:
         for start in range(0, N_ROWS, BATCH_ROWS):
@@ -100,7 +100,7 @@ def test_opening_reads_nothing(path):
     """Anonymous memory and time to open hardly depend on the number of rows."""
     code = f"""
 import time
-from megatron_eagle.data.store import SampleStore
+from megatron_eagle.data.store.reader import SampleStore
 def megabytes():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(lines["RssAnon"].split()[0]) / 1024

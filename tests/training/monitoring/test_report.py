@@ -10,7 +10,7 @@ import pytest
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.monitoring.charts import line_chart, share_chart
 from megatron_eagle.training.monitoring.metrics import StepMetrics
-from megatron_eagle.training.monitoring.report import write_report
+from megatron_eagle.training.monitoring.report import write_run_report
 from tests.training.test_training import train_main
 
 
@@ -67,7 +67,7 @@ def test_evaluations_are_drawn_wherever_they_fall(tmp_path):
     write_logs(tmp_path, 4, evaluation_loss=1.25)
     with open(tmp_path / "logs" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"iteration": 6, "evaluation_loss": 1.5}) + "\n")
-    page = write_report(tmp_path).read_text()
+    page = write_run_report(tmp_path).read_text()
     assert "<b>1.5000</b><span>evaluation loss, last" in page and "<b>4</b><span>iterations" in page
     losses = re.search(r"<h2>Loss</h2>.*?</svg>", page, re.DOTALL)[0]
     curves = [points.split() for points in re.findall(r'points="([^"]*)"', losses)]
@@ -78,7 +78,7 @@ def test_long_and_short_runs(tmp_path):
     for count in (1, 5000):
         run = tmp_path / str(count)
         write_logs(run, count)
-        page = write_report(run, tmp_path / f"{count}.html").read_text()
+        page = write_run_report(run, tmp_path / f"{count}.html").read_text()
         curve = re.search(r'points="([^"]*)"', page)[1].split()
         assert len(curve) == min(count, 715) and len(page) < 300_000
 
@@ -110,10 +110,10 @@ def test_axes_have_round_numbers(curve, labels):
 
 def test_nothing_to_report(tmp_path):
     with pytest.raises(UserError, match="no finished step to report"):
-        write_report(tmp_path)
+        write_run_report(tmp_path)
     write_logs(tmp_path / "run", 2)
     with pytest.raises(UserError, match="cannot write the report"):
-        write_report(tmp_path / "run", tmp_path / "absent" / "report.html")
+        write_run_report(tmp_path / "run", tmp_path / "absent" / "report.html")
 
 
 def test_status_names_ranks(tmp_path, monkeypatch, capsys):
@@ -141,7 +141,7 @@ def test_data_sets_are_drawn_and_listed(tmp_path):
     held_out = {f"evaluation_{what}_by_dataset": {"other": 0.25, "none": None} for what in parts}
     lines.append({"iteration": 30, "evaluation_loss": 0.25, **held_out})
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = write_report(tmp_path).read_text()
+    page = write_run_report(tmp_path).read_text()
     assert "<b>x</b>" not in page and "&lt;b&gt;x&lt;/b&gt;" in page
     titles = "Loss by data set", "Evaluation loss by data set", "Mix: weight in the loss, %"
     losses, evaluation, mix = (

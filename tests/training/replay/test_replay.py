@@ -21,7 +21,7 @@ from megatron_eagle.training.optimizer import wrap_models
 from megatron_eagle.training.replay import replay as replaying
 from megatron_eagle.training.replay import sample_losses
 from megatron_eagle.training.replay.page import replay_page
-from megatron_eagle.training.replay.replay import Replay, measure, prepare
+from megatron_eagle.training.replay.replay import Replay, measure_losses, prepare
 from megatron_eagle.training.schedule import build_batch, run_schedule
 from megatron_eagle.training.start import start_models
 from tests.data.inspection.test_preview import parsed
@@ -73,7 +73,7 @@ def ask(run: str, questions: list[tuple[int, str, list[str]]]) -> list[dict]:
     found = []
     for iteration, checkpoint, overrides in questions:
         prepared = prepare(run, iteration, checkpoint=checkpoint, overrides=overrides, world_size=world_size)
-        replay = measure(prepared)
+        replay = measure_losses(prepared)
         found.append(
             {
                 "exact": replay.weights.exact,
@@ -322,7 +322,7 @@ def test_from_a_spike_to_its_samples_in_one_command(run, monkeypatch, capsys, tm
 def test_the_page_shows_every_sample(run):
     """Without a checkpoint: no model is built."""
     prepared = prepare(run, 2)
-    with patch.object(replaying, "measure", side_effect=AssertionError):
+    with patch.object(replaying, "measure_losses", side_effect=AssertionError):
         page = replay_page(prepared, 100)
     seen = parsed(page)
     assert seen.tags.count("tr") - 2 * len(prepared.samples) == 1 + len(prepared.samples)

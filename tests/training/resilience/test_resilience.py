@@ -19,7 +19,7 @@ from megatron_eagle.checkpoint import checkpoint_folder, read_train_state, savin
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.training import loop
-from megatron_eagle.training.monitoring.heartbeat import Beat, Heartbeat, describe, read_beats
+from megatron_eagle.training.monitoring.heartbeat import Beat, Heartbeat, describe_beats, read_beats
 from megatron_eagle.training.monitoring.metrics import read_events, read_metrics, read_steps
 from megatron_eagle.training.resilience import faults
 from megatron_eagle.training.resilience.policy import LossGuard, Preempted, ResilienceConfig, stop_signals
@@ -162,11 +162,13 @@ def test_who_keeps_the_others_waiting(tmp_path):
         return Beat(rank, "node", 7, iteration, phase, now - 60, now - age)
 
     together = [beat(0, 4, "save"), beat(1, 4, "save")]
-    assert describe(together).startswith("all in the same phase")
+    assert describe_beats(together).startswith("all in the same phase")
     stopped = [beat(0, 4, "optimizer"), beat(1, 4, "optimizer", age=100)]
-    assert describe(stopped).startswith("silent (process gone or stopped): rank 1 on node (pid 7) in iter")
+    assert describe_beats(stopped).startswith(
+        "silent (process gone or stopped): rank 1 on node (pid 7) in iter"
+    )
     rarely = [replace(together[0], interval=60.0, written=now - 100)]
-    assert describe(rarely).startswith("all in the same phase"), "it writes once a minute"
+    assert describe_beats(rarely).startswith("all in the same phase"), "it writes once a minute"
     with pytest.raises(UserError, match="no heartbeat of a run here"):
         read_beats(tmp_path)
 
