@@ -52,6 +52,7 @@ POOL = [
         "tests/parallel/test_dataset_losses.py",
         "tests/training/test_training_loop.py",
         "tests/training/test_evaluation.py",
+        "tests/model/test_model.py",
     ),
 ]
 # Sources whose scale factors no number of training passes through.

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from unittest.mock import patch
 
+import psutil
 import pytest
+import torch
 import yaml
 
 from megatron_eagle.checkpoint import saver
@@ -155,3 +157,37 @@ def test_a_save_that_fails_is_reported_and_training_goes_on(job, capsys):
     ):
         shutil.rmtree(job.root)
         job("training.stop_at_iteration=1")
+
+
+def _logs_apart(config: str, folders: list[str]) -> str:
+    """Each rank with its own folder for logs; returns the error that ends the run."""
+    here = folders[torch.distributed.get_rank()]
+    with pytest.raises(AgreedError) as refused:
+        train_rank(config, 2, [f"logging.path={here}", "training.stop_at_iteration=1"])
+    return str(refused.value)
+
+
+def test_what_one_rank_cannot_write_ends_the_run_on_all(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "file").touch()
+    folders = [str(tmp_path / "logs"), str(tmp_path / "file" / "logs")]
+    errors = launch(_logs_apart, 2, str(tmp_path / "run.yaml"), folders)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(f"{folders[1]}/heartbeat: cannot write heartbeats here")
+
+
+def _with_ballast(config: str, gib: float) -> float:
+    """Trains while the last rank holds so much more memory; returns the rank's own GiB after it."""
+    ballast = torch.ones(int(gib * 2**28) if torch.distributed.get_rank() == 1 else 0)
+    train_rank(config, 2, ["training.stop_at_iteration=2"])
+    own = psutil.Process().memory_info().rss / 2**30
+    del ballast
+    return own
+
+
+def test_the_logged_memory_is_that_of_the_rank_that_has_most(tmp_path):
+    write_run(tmp_path)
+    first, last = launch(_with_ballast, 2, str(tmp_path / "run.yaml"), 0.75)
+    assert last > first + 0.6
+    metrics = read_metrics(tmp_path / "run" / "logs" / "metrics.jsonl")
+    assert metrics[-1].host_memory_gib == pytest.approx(last, rel=0.15)
