@@ -42,6 +42,7 @@ from tests.data.helpers import contents, conversation, make_tokenizer, make_vide
 from tests.data.killed import settings as preprocess_settings
 from tests.full_disk import full_disk
 from tests.paths import REPO
+from tests.training.conftest import wandb  # noqa: F401
 
 
 @dataclass
