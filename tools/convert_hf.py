@@ -53,7 +53,7 @@ def _arguments() -> argparse.Namespace:
     command.add_argument("--language", type=Path, help="Qwen2.5 folder, with --vision and --tokenizer")
     command.add_argument("--vision", type=Path, help="SigLIP or SigLIP2 folder (fixed resolution)")
     command.add_argument("--tokenizer", type=Path, help="the language model's tokenizer with image tokens")
-    command.add_argument("--tile-size", type=int, help="pixels a side (default: as the tower's pictures)")
+    command.add_argument("--tile-size", type=int, help="pixels a side (default: as the encoder's pictures)")
     command.add_argument("--seed", type=int, default=0, help="of the fresh connector (default 0)")
     command.add_argument(
         "--allow-pickle", action="store_true", help="read pytorch_model*.bin (tensors only) too"

@@ -40,33 +40,33 @@ class KeptResults:
 
 
 class HostStore:
-    """Where the layers of a rank leave tensors: a slab of host memory, made when the first tensors come.
+    """Where the layers of a rank offload tensors to: a slab of host memory, made when the first come.
 
-    `slots`, to be set before, is how many layers' tensors are away at one time. More, or larger ones, get a
-    new slab: a number that is too small costs memory and no failure.
+    `slots`, to be set before, is how many layers' tensors are offloaded at one time. More, or larger ones,
+    get a new slab: a number that is too small costs memory and no failure.
     """
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
         self._slot_bytes, self._free = 0, []
         self._streams: tuple[Any, Any] | None = None
-        self._leaving: tuple[Any, Sequence[Tensor]] | None = None
+        self._copying: tuple[Any, Sequence[Tensor]] | None = None
 
-    def leave(self, tensors: Sequence[Tensor]) -> Left:
+    def offload(self, tensors: Sequence[Tensor]) -> Offloaded:
         """Begin to copy `tensors` to the host; they may not be written to any more."""
         self.settle()
         tensors = [tensor.contiguous() for tensor in tensors]
-        left = Left(self, tensors)
-        event = _copy(left.hosts, tensors, self._stream(tensors[0].device, 0))
+        offloaded = Offloaded(self, tensors)
+        event = _copy(offloaded.hosts, tensors, self._stream(tensors[0].device, 0))
         if event is not None:
-            self._leaving = event, tensors
-        return left
+            self._copying = event, tensors
+        return offloaded
 
     def settle(self) -> None:
-        """Let go of the tensors that left last: what is computed from here on may take their memory."""
-        if self._leaving is not None:
-            torch.cuda.current_stream().wait_event(self._leaving[0])
-            self._leaving = None
+        """Free the tensors that were offloaded last: what is computed from here on may take their memory."""
+        if self._copying is not None:
+            torch.cuda.current_stream().wait_event(self._copying[0])
+            self._copying = None
 
     def _take(self, size: int, pinned: bool) -> Tensor:
         """A slot of at least `size` bytes, uint8."""
@@ -94,7 +94,7 @@ class HostStore:
         return self._streams[way]
 
 
-class Left:
+class Offloaded:
     """Tensors in a slot of a `HostStore`."""
 
     def __init__(self, store: HostStore, tensors: Sequence[Tensor]) -> None:
@@ -109,7 +109,7 @@ class Left:
         ]
         self._returned: list[Tensor] | None = None
 
-    def call_back(self) -> None:
+    def prefetch(self) -> None:
         """Begin to copy them to their device, if that has not begun."""
         if self._returned is None:
             self._returned = [torch.empty_like(host, device=self._device) for host in self.hosts]
@@ -117,7 +117,7 @@ class Left:
 
     def take(self) -> list[Tensor]:
         """The tensors on their device, for what is computed from here on; once."""
-        self.call_back()
+        self.prefetch()
         if self._event is not None:
             # Also keeps the slot's next tensors behind: their copy waits for what is computed up to then.
             torch.cuda.current_stream().wait_event(self._event)
@@ -126,13 +126,13 @@ class Left:
         return returned
 
 
-class _Stayed:
-    """`Left` for tensors that stay on their device."""
+class _OnDevice:
+    """`Offloaded` for tensors that stay on their device."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
 
-    def call_back(self) -> None:
+    def prefetch(self) -> None:
         pass
 
     def take(self) -> list[Tensor]:
@@ -175,7 +175,7 @@ def offloaded_layer(
 ) -> Tensor:
     """`layer(x, replay)`, run again in backward from tensors that waited on the host.
 
-    Layers that follow each other call each other's tensors back: backward of one starts the copies of the
+    Layers that follow each other prefetch each other's tensors: backward of one starts the copies of the
     one before it.
 
     Args:
@@ -207,20 +207,20 @@ class _OffloadedLayer(torch.autograd.Function):
         kept = (x.detach(), *(replay.results or ()))
         if stays:
             store.settle()
-        ctx.left = _Stayed(kept) if stays else store.leave(kept)
+        ctx.offloaded = _OnDevice(kept) if stays else store.offload(kept)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError("activation_offload: torch.autograd.grad is not possible here; use backward")
-        if ctx.left is None:
+        if ctx.offloaded is None:
             raise RuntimeError("activation_offload: backward ran before; what the layer kept is gone")
-        x, *results = ctx.left.take()
-        ctx.left = None
+        x, *results = ctx.offloaded.take()
+        ctx.offloaded = None
         for node, _ in ctx.next_functions:
-            if isinstance(before := getattr(node, "left", None), Left):
-                before.call_back()
+            if isinstance(before := getattr(node, "offloaded", None), Offloaded):
+                before.prefetch()
         x = x.requires_grad_()
         now = ctx.get_states()
         ctx.set_states(ctx.states)

@@ -1,4 +1,4 @@
-"""LayerNorm of the vision tower: y = (x - mean) / sqrt(var + eps) * weight + bias, rounded once at the end.
+"""LayerNorm of the vision encoder: y = (x - mean) / sqrt(var + eps) * weight + bias, rounded once at the end.
 
 Bytes moved per element of type size b: forward 2b, backward 3b.
 """

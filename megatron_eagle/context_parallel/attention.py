@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from eagle_kernels.activation_offload import KeptResults
-from megatron_eagle.context_parallel.exchange import KeyExchange
+from megatron_eagle.context_parallel.exchange import KVExchange
 from megatron_eagle.context_parallel.gather_kv import GatherKVAttention
 from megatron_eagle.context_parallel.layout import Segment, SequenceLayout
 from megatron_eagle.context_parallel.ulysses import HeadsToTokens, TokensToHeads
@@ -32,7 +32,7 @@ class PackedSequence(PackedSeqParams):
 
     position_ids: Tensor | None = None  # [s] positions of the local tokens inside their documents
     layout: SequenceLayout | None = None  # over all context parallel ranks
-    exchange: KeyExchange | None = None  # this rank's part, on its device
+    exchange: KVExchange | None = None  # this rank's part, on its device
     rotary_table: tuple[Tensor, Tensor] | None = None  # cosines and sines, set on each pipeline stage
     replay: KeptResults | None = None  # what an offloaded layer keeps of its attention
 
@@ -74,7 +74,7 @@ def context_parallel_attention(
     k: Tensor,
     v: Tensor,
     backend: AttentionBackend,
-    exchange: KeyExchange,
+    exchange: KVExchange,
     scale: float,
     key_group: ProcessGroup,
     ulysses_group: ProcessGroup | None = None,

@@ -29,13 +29,13 @@ RANGES_BELOW = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class KeyExchange:
+class KVExchange:
     """One rank's part in the exchange of a pack's keys. s: its tokens; r: rows it receives, its own too."""
 
     kind: Literal["none", "ranges", "gather"]
     segments: tuple[Segment, ...]  # what the local queries see, in rows of `keys`
     num_received: int  # r
-    key_rows: Tensor | None  # int64 [keys]: received row of each; None: already in this order
+    kv_rows: Tensor | None  # int64 [keys]: received row of each; None: already in this order
     # The keys whose gradients a received row adds up, `keys` for none: int64 [most, r]. None: itself.
     fold_rows: Tensor | None
     # Only for `ranges`: local rows to send, by receiver; rows to and from each rank; and where the
@@ -45,9 +45,9 @@ class KeyExchange:
     receive_counts: tuple[int, ...] = ()
     return_rows: Tensor | None = None
 
-    def to(self, device: torch.device) -> "KeyExchange":
+    def to(self, device: torch.device) -> "KVExchange":
         """The same with its index tensors on `device`."""
-        names = ("key_rows", "fold_rows", "send_rows", "return_rows")
+        names = ("kv_rows", "fold_rows", "send_rows", "return_rows")
         tensors = {name: getattr(self, name) for name in names}
         return replace(
             self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None}
@@ -87,7 +87,7 @@ def measure_traffic(layout: SequenceLayout, document_bounds: Sequence[int]) -> T
 
 def plan_exchange(
     layout: SequenceLayout, rank: int, document_bounds: Sequence[int], ranges_below: float = RANGES_BELOW
-) -> KeyExchange:
+) -> KVExchange:
     """The part of `rank` of the group that holds `layout`.
 
     Args:
@@ -108,16 +108,16 @@ def plan_exchange(
     ends = sizes.cumsum()
     starts = ends - sizes
     tokens = np.concatenate([np.arange(start, end) for start, end in table[:, 2:].tolist()])
-    key_rows = row[tokens]
-    in_order = len(key_rows) == len(received) and bool((key_rows == np.arange(len(received))).all())
-    plan = KeyExchange(
+    kv_rows = row[tokens]
+    in_order = len(kv_rows) == len(received) and bool((kv_rows == np.arange(len(received))).all())
+    plan = KVExchange(
         kind=kind,
         segments=tuple(
             Segment(*part) for part in np.stack([table[:, 0], table[:, 1], starts, ends], axis=1).tolist()
         ),
         num_received=len(received),
-        key_rows=None if in_order else torch.from_numpy(key_rows),
-        fold_rows=None if in_order else torch.from_numpy(_fold_rows(table, key_rows, len(received))),
+        kv_rows=None if in_order else torch.from_numpy(kv_rows),
+        fold_rows=None if in_order else torch.from_numpy(_fold_rows(table, kv_rows, len(received))),
     )
     if kind != "ranges":
         return plan
@@ -131,14 +131,14 @@ def plan_exchange(
     )
 
 
-def _fold_rows(table: np.ndarray, key_rows: np.ndarray, num_received: int) -> np.ndarray:
+def _fold_rows(table: np.ndarray, kv_rows: np.ndarray, num_received: int) -> np.ndarray:
     """Where each received row occurs among the keys: once in some of its document's segments."""
     _, document, count = np.unique(table[:, 2], return_inverse=True, return_counts=True)
     order = np.argsort(document, kind="stable")
     number = np.empty(len(table), dtype=np.int64)  # of the segment among its document's
     number[order] = np.arange(len(table)) - np.repeat(count.cumsum() - count, count)
-    folds = np.full((count.max(), num_received), len(key_rows))
-    folds[np.repeat(number, table[:, 3] - table[:, 2]), key_rows] = np.arange(len(key_rows))
+    folds = np.full((count.max(), num_received), len(kv_rows))
+    folds[np.repeat(number, table[:, 3] - table[:, 2]), kv_rows] = np.arange(len(kv_rows))
     return folds
 
 

@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_eagle.context_parallel.exchange import KeyExchange
+from megatron_eagle.context_parallel.exchange import KVExchange
 
 
-def start_gather(kv: Tensor, exchange: KeyExchange, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+def start_gather(kv: Tensor, exchange: KVExchange, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
     """Begin to gather keys and values; the returned function waits for them.
 
     Args:
@@ -50,13 +50,13 @@ def start_gather(kv: Tensor, exchange: KeyExchange, group: dist.ProcessGroup | N
     def finish() -> Tensor:
         if work is not None:
             work.wait()
-        return received if exchange.key_rows is None else received.index_select(0, exchange.key_rows)
+        return received if exchange.kv_rows is None else received.index_select(0, exchange.kv_rows)
 
     return finish
 
 
 def start_return(
-    grad_k: Tensor, grad_v: Tensor, exchange: KeyExchange, group: dist.ProcessGroup | None
+    grad_k: Tensor, grad_v: Tensor, exchange: KVExchange, group: dist.ProcessGroup | None
 ) -> Callable[[], Tensor]:
     """Begin to send gradients of keys and values back to their tokens' ranks.
 
@@ -65,7 +65,7 @@ def start_return(
     Returns:
         a function that waits and gives fp32 [s, 2, h, d]: the sum over all ranks, for this rank's tokens.
     """
-    if exchange.key_rows is None:
+    if exchange.kv_rows is None:
         rows = torch.stack([grad_k, grad_v], dim=1).float()
     else:
         keys, *shape = grad_k.shape
@@ -123,10 +123,10 @@ class GatherKVAttention(torch.autograd.Function):
 
         def attend() -> tuple[Tensor, Tensor]:
             heads = _head_groups(q, k, parts)
-            keys_and_values = _gathered(k, v, exchange, group, heads)
+            gathered_kv = _gathered(k, v, exchange, group, heads)
             outputs = [
                 backend.forward(q[:, queries], keys, values, exchange.segments, scale)
-                for (queries, _), (keys, values) in zip(heads, keys_and_values, strict=True)
+                for (queries, _), (keys, values) in zip(heads, gathered_kv, strict=True)
             ]
             return _joined([out for out, _ in outputs], 1), _joined([lse for _, lse in outputs], 0)
 
@@ -173,7 +173,7 @@ def _gathered(k, v, exchange, group, heads):
     def start(own: slice) -> Callable[[], Tensor]:
         return start_gather(torch.stack([k[:, own], v[:, own]], dim=1), exchange, group)
 
-    if exchange.kind == "none" and exchange.key_rows is None:
+    if exchange.kind == "none" and exchange.kv_rows is None:
         yield from ((k[:, own], v[:, own]) for _, own in heads)
         return
     pending = deque([start(heads[0][1])])

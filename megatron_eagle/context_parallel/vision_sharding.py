@@ -1,10 +1,10 @@
 """Encode every tile once: tiles are divided over ranks, features travel to where their tokens live.
 
 Modes (`parallel.vision_sharding`):
-    none   every rank encodes all tiles of its pack; the tower is tensor parallel.
-    cp     tiles are divided over the context parallel ranks; the tower is tensor parallel.
-    cp_tp  tiles are divided over context x tensor parallel ranks; each holds the whole tower, whose
-           gradients are then summed over the tensor parallel ranks (`sum_tower_gradients`).
+    none   every rank encodes all tiles of its pack; the vision encoder is tensor parallel.
+    cp     tiles are divided over the context parallel ranks; the vision encoder is tensor parallel.
+    cp_tp  tiles are divided over context x tensor parallel ranks; each holds the whole encoder, whose
+           gradients are then summed over the tensor parallel ranks (`sum_encoder_gradients`).
 
 Every rank knows the whole pack, so who sends which feature to whom is computed on the host and nothing
 is negotiated. One all-to-all moves each feature exactly once to each rank that needs it, and its
@@ -137,7 +137,7 @@ class _Exchange(torch.autograd.Function):
         return (own / share.copies).to(grad.dtype), None
 
 
-def sum_tower_gradients(gradients: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+def sum_encoder_gradients(gradients: Iterable[Tensor], group: dist.ProcessGroup) -> None:
     """Sum gradients over tensor parallel ranks in place, in one collective: their tiles were different.
 
     Megatron sums the gradients of replicated parameters only under sequence parallelism.

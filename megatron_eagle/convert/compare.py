@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.checkpoint import has_checkpoint, read_lora_config, read_model_config
-from megatron_eagle.convert.carried import Carried
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
+from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.mapping import MappedTensor, ModelMapping
 from megatron_eagle.convert.shards import HfWeights
 from megatron_eagle.errors import UserError
@@ -42,8 +42,8 @@ class CheckpointTensors:
         if read_lora_config(checkpoint) is not None:
             raise UserError(f"{checkpoint}: it has LoRA adapters; export it (merged) and compare the export")
         config = read_model_config(checkpoint)
-        self._carried = Carried(checkpoint).tensors()
-        plan = self._plan = ModelMapping(config, carries_head=bool(self._carried))
+        self._passed_through = HfMetadata(checkpoint).tensors()
+        plan = self._plan = ModelMapping(config, has_head=bool(self._passed_through))
         self._weights = CheckpointWeights(checkpoint)
         self._weights.check(plan)
         self.shapes = dict(plan.hf_shapes)
@@ -52,8 +52,8 @@ class CheckpointTensors:
 
     def read(self, name: str) -> Tensor:
         """One tensor, in the checkpoint's type."""
-        if name in self._carried:
-            return self._carried[name]
+        if name in self._passed_through:
+            return self._passed_through[name]
         entry, place = self._places[name]
         if self._held[0] is not entry:  # query, key and value lie in one tensor
             self._held = (entry, entry.layout.split(self._weights.read(entry.model), self._plan))

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import megatron_eagle.convert.hf_model
-from megatron_eagle.convert.carried import Carried
+from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.data.text.tokenizer import END_OF_TEXT, IM_END
 from megatron_eagle.errors import UserError
@@ -48,10 +48,10 @@ IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
 
 
 def write_config(
-    folder: Path, config: EagleConfig, carried: Carried, dtypes: dict[str, str], *, has_head: bool
+    folder: Path, config: EagleConfig, metadata: HfMetadata, dtypes: dict[str, str], *, has_head: bool
 ) -> None:
     """config.json: the source's with this model's sizes on top, and the code files it points to."""
-    source, own = _public(carried.json("config.json")), config.to_hf()
+    source, own = _public(metadata.json("config.json")), config.to_hf()
     merged = {**source, **own, **{key: source[key] for key in _SOURCE_WINS if key in source}}
     for part in ("vision_config", "text_config"):
         merged[part] = {**source.get(part, {}), **own[part]}
@@ -70,31 +70,31 @@ def write_config(
         shutil.copyfile(_CODE / name, folder / name)
 
 
-def write_processor(folder: Path, config: EagleConfig, carried: Carried, max_tiles: int | None) -> None:
+def write_processor(folder: Path, config: EagleConfig, metadata: HfMetadata, max_tiles: int | None) -> None:
     """Tokenizer, chat template, processor and generation settings; only the last without a tokenizer.
 
     Raises:
         UserError: the tokenizer lacks a token that the model needs, or has other ids than the model.
     """
-    generation = _public(carried.json("generation_config.json"))
-    if carried.tokenizer_files:
-        ids = _copy_tokenizer(folder, config, carried)
+    generation = _public(metadata.json("generation_config.json"))
+    if metadata.tokenizer_files:
+        ids = _copy_tokenizer(folder, config, metadata)
         stop = generation.get("eos_token_id")
         if ids[IM_END] not in (stop if isinstance(stop, list) else [stop]):
             generation["eos_token_id"] = ids[IM_END]
         generation["pad_token_id"] = ids.get(END_OF_TEXT, ids[IM_END])
         generation.pop("bos_token_id", None)  # Qwen writes none; a wrong one would be put before a prompt
-        _write_processor_settings(folder, config, carried, max_tiles)
+        _write_processor_settings(folder, config, metadata, max_tiles)
     if generation:
         _write_json(folder / "generation_config.json", generation)
 
 
-def _copy_tokenizer(folder: Path, config: EagleConfig, carried: Carried) -> dict[str, int]:
+def _copy_tokenizer(folder: Path, config: EagleConfig, metadata: HfMetadata) -> dict[str, int]:
     """Copy the tokenizer's files; returns its tokens' ids."""
-    where = carried.folder
-    for path in carried.tokenizer_files:
+    where = metadata.folder
+    for path in metadata.tokenizer_files:
         shutil.copyfile(path, folder / path.name)
-    ids = token_ids(carried.folder)
+    ids = token_ids(metadata.folder)
     for token in (IM_END, *IMAGE_TOKENS):
         if token not in ids:
             raise UserError(f"{where}: the tokenizer has no token {token}; an export needs it")
@@ -108,7 +108,7 @@ def _copy_tokenizer(folder: Path, config: EagleConfig, carried: Carried) -> dict
             f"{where}: the tokenizer's ids reach {max(ids.values())} and the model has "
             f"{config.text.vocab_size} rows; this is the tokenizer of another model"
         )
-    settings = carried.json("tokenizer_config.json")
+    settings = metadata.json("tokenizer_config.json")
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings.setdefault("eos_token", IM_END)
     settings.setdefault("pad_token", END_OF_TEXT if END_OF_TEXT in ids else IM_END)
@@ -145,12 +145,12 @@ def token_ids(folder: Path) -> dict[str, int]:
 
 
 def _write_processor_settings(
-    folder: Path, config: EagleConfig, carried: Carried, max_tiles: int | None
+    folder: Path, config: EagleConfig, metadata: HfMetadata, max_tiles: int | None
 ) -> None:
     from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import CHAT_TEMPLATE
 
     side = config.vision.image_size
-    exported, source = read_json(folder / "config.json"), carried.json("preprocessor_config.json")
+    exported, source = read_json(folder / "config.json"), metadata.json("preprocessor_config.json")
     cutting = {
         key: source.get(key, exported[key])
         for key in ("min_dynamic_tiles", "max_dynamic_tiles", "use_thumbnail")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_eagle.convert.carried import write_carried
 from megatron_eagle.convert.checkpoint_files import pieces_of, write_checkpoint
+from megatron_eagle.convert.hf_metadata import write_hf_metadata
 from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.pickled import open_weights
 from megatron_eagle.convert.shards import read_json
@@ -38,8 +38,8 @@ def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = Fa
     _check_normalisation(source / "preprocessor_config.json")
     weights = open_weights(source, allow_pickle=allow_pickle)
     # transformers builds the pooling head unless told otherwise: without it there it would stay random.
-    carries_head = hf_config["vision_config"].get("vision_use_head", True)
-    plan = ModelMapping(config, carries_head=carries_head)
+    has_head = hf_config["vision_config"].get("vision_use_head", True)
+    plan = ModelMapping(config, has_head=has_head)
     plan.check_hf(weights.shapes, str(source))
 
     dtype = torch.bfloat16 if set(weights.dtypes.values()) == {"BF16"} else torch.float32
@@ -47,7 +47,7 @@ def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = Fa
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         partial.mkdir(parents=True)
-        write_carried(partial, source, weights, plan.carried)
+        write_hf_metadata(partial, source, weights, plan.passed_through)
         write_checkpoint(partial, config, pieces_of(plan, weights.read), dtype)
         partial.replace(target)
     except OSError as error:

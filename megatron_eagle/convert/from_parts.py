@@ -1,7 +1,7 @@
-"""Import from parts: a Qwen2.5 language model and a SigLIP tower become what stage 1 starts from.
+"""Import from parts: a Qwen2.5 language model and a SigLIP encoder become what stage 1 starts from.
 
 - Rows of tokens that the language model's own tokenizer does not have are the mean of those that it has.
-- Position embeddings are resized (bicubic) when tiles are of another size than the tower's pictures.
+- Position embeddings are resized (bicubic) when tiles are of another size than the encoder's pictures.
 - The connector is fresh, drawn as training draws it (`model.initialization`).
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_eagle.checkpoint.hf_folder import HF_FOLDER
-from megatron_eagle.convert.carried import TOKENIZER_FILES, write_tensors
 from megatron_eagle.convert.checkpoint_files import pieces_of, write_checkpoint
 from megatron_eagle.convert.export_files import IMAGE_TOKENS, token_ids
+from megatron_eagle.convert.hf_metadata import TOKENIZER_FILES, write_tensors
 from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.pickled import open_weights
 from megatron_eagle.convert.shards import read_json
@@ -25,7 +25,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
 
-_LANGUAGE, _TOWER = "language_model.", "vision_model."
+_LANGUAGE, _VISION = "language_model.", "vision_model."
 _POSITIONS = "vision_model.vision_model.embeddings.position_embedding.weight"
 _ROWS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 _CONNECTOR = {"0": "layer_norm", "1": "linear_fc1", "3": "linear_fc2"}
@@ -35,7 +35,7 @@ _CONNECTOR = {"0": "layer_norm", "1": "linear_fc1", "3": "linear_fc2"}
 class Parts:
     """Folders to begin from. `tokenizer` extends the language model's own by the image tokens.
 
-    `tile_size` in pixels; default: the tower's pictures. `seed` draws the connector. `allow_pickle`: read
+    `tile_size` in pixels; default: the encoder's pictures. `seed` draws the connector. `allow_pickle`: read
     `pytorch_model*.bin` where there are no safetensors files.
     """
 
@@ -50,8 +50,8 @@ class Parts:
 def import_parts(parts: Parts, checkpoint: str | Path) -> EagleConfig:
     """Write the new checkpoint `checkpoint` (iteration 0). One tensor at a time is in memory.
 
-    Weights are stored as bf16 if both models are bf16, else as fp32. The tower's pooling head, if there is
-    one, is carried to exports; what SigLIP has besides its tower is left out.
+    Weights are stored as bf16 if both models are bf16, else as fp32. The encoder's pooling head, if there is
+    one, passes through to exports; what SigLIP has besides its encoder is left out.
 
     Returns:
         The model's configuration.
@@ -64,7 +64,7 @@ def import_parts(parts: Parts, checkpoint: str | Path) -> EagleConfig:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not empty; choose a new folder for the checkpoint")
     source = _Source(parts)
-    plan = ModelMapping(source.config, carries_head=source.has_head)
+    plan = ModelMapping(source.config, has_head=source.has_head)
     plan.check_hf(source.shapes, f"{parts.language} and {parts.vision}")
     partial = target.parent / f".{target.name}.importing"
     try:
@@ -73,7 +73,7 @@ def import_parts(parts: Parts, checkpoint: str | Path) -> EagleConfig:
         for name in TOKENIZER_FILES:
             if (parts.tokenizer / name).is_file():
                 shutil.copyfile(parts.tokenizer / name, partial / HF_FOLDER / name)
-        write_tensors(partial, {name: source.read(name) for name in plan.carried})
+        write_tensors(partial, {name: source.read(name) for name in plan.passed_through})
         write_checkpoint(partial, source.config, pieces_of(plan, source.read), source.dtype)
         partial.replace(target)
     except OSError as error:
@@ -98,15 +98,18 @@ class _Source:
         text = TextConfig.from_hf(read_json(parts.language / "config.json"))
         self.known_rows = self._known_rows(text.vocab_size)
         text.vocab_size = max(self.ids.values()) + 1
-        tower = _tower_config(parts.vision)
-        self.tower_grid = tower.image_size // tower.patch_size
-        tower.image_size = tower.image_size if parts.tile_size is None else parts.tile_size
+        encoder = _vision_config(parts.vision)
+        self.vision_grid = encoder.image_size // encoder.patch_size
+        encoder.image_size = encoder.image_size if parts.tile_size is None else parts.tile_size
         image_token = self.ids["<IMG_CONTEXT>"]
-        self.config = EagleConfig(vision=tower, text=text, image_token_index=image_token).validate()
+        self.config = EagleConfig(vision=encoder, text=text, image_token_index=image_token).validate()
         self.connector = _connector(self.config, parts.seed)
         self.shapes = self._shapes()
         self.has_head = any(".head." in name for name in self.shapes)
-        kinds = {*self.language.dtypes.values(), *(self.vision.dtypes[n] for n in self._tower().values())}
+        kinds = {
+            *self.language.dtypes.values(),
+            *(self.vision.dtypes[n] for n in self._vision_names().values()),
+        }
         self.dtype = torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
     def _known_rows(self, rows: int) -> int:
@@ -132,17 +135,17 @@ class _Source:
             raise UserError(f"{parts.language}: its tokenizer's ids reach {known - 1}, its rows {rows - 1}")
         return known
 
-    def _tower(self) -> dict[str, str]:
-        """Eagle's names -> the vision folder's. transformers 5 saves a tower alone without its prefix."""
+    def _vision_names(self) -> dict[str, str]:
+        """Eagle's names -> the vision folder's. transformers 5 saves an encoder alone without its prefix."""
         names = self.vision.shapes
-        if not any(name.startswith(_TOWER) for name in names):
-            return {_TOWER + _TOWER + name: name for name in names}
-        return {_TOWER + name: name for name in names if name.startswith(_TOWER)}
+        if not any(name.startswith(_VISION) for name in names):
+            return {_VISION + _VISION + name: name for name in names}
+        return {_VISION + name: name for name in names if name.startswith(_VISION)}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """As they are after resizing."""
         shapes = {_LANGUAGE + name: shape for name, shape in self.language.shapes.items()}
-        shapes |= {name: self.vision.shapes[theirs] for name, theirs in self._tower().items()}
+        shapes |= {name: self.vision.shapes[theirs] for name, theirs in self._vision_names().items()}
         shapes |= {name: tuple(tensor.shape) for name, tensor in self.connector.items()}
         if self.config.text.tie_word_embeddings:
             shapes.pop(_ROWS[1], None)  # the embedding, once more
@@ -156,8 +159,8 @@ class _Source:
     def read(self, name: str) -> Tensor:
         if name in self.connector:
             return self.connector[name]
-        if name.startswith(_TOWER):
-            tensor = self.vision.read(self._tower()[name])
+        if name.startswith(_VISION):
+            tensor = self.vision.read(self._vision_names()[name])
             return self._resized(tensor) if name == _POSITIONS else tensor
         tensor = self.language.read(name.removeprefix(_LANGUAGE))
         return self._with_new_rows(tensor) if name in _ROWS else tensor
@@ -176,7 +179,7 @@ class _Source:
 
     def _resized(self, positions: Tensor) -> Tensor:
         """[n, c] -> [patches of a tile, c]."""
-        old, new = self.tower_grid, self.config.vision.image_size // self.config.vision.patch_size
+        old, new = self.vision_grid, self.config.vision.image_size // self.config.vision.patch_size
         if old == new:
             return positions
         grid = positions.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
@@ -184,19 +187,19 @@ class _Source:
         return grid.permute(0, 2, 3, 1).reshape(new * new, -1).to(positions.dtype)
 
 
-def _tower_config(folder: Path) -> VisionConfig:
-    """Of a SigLIP model with a text tower beside it, or of the tower alone; defaults are transformers'."""
+def _vision_config(folder: Path) -> VisionConfig:
+    """Of a whole SigLIP model, or of its vision encoder alone; defaults are transformers'."""
     from transformers import SiglipVisionConfig
 
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind not in ("siglip", "siglip_vision_model"):
         raise UserError(
-            f"{folder}: model_type is {kind!r}; a SigLIP tower of fixed resolution is needed (siglip or "
+            f"{folder}: model_type is {kind!r}; a SigLIP encoder of fixed resolution is needed (siglip or "
             "siglip_vision_model)"
         )
-    tower = config.get("vision_config") or {} if kind == "siglip" else config
-    return VisionConfig.from_hf(SiglipVisionConfig(**tower).to_dict())
+    encoder = config.get("vision_config") or {} if kind == "siglip" else config
+    return VisionConfig.from_hf(SiglipVisionConfig(**encoder).to_dict())
 
 
 def _connector(config: EagleConfig, seed: int) -> Mapping[str, Tensor]:

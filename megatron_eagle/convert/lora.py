@@ -2,7 +2,7 @@
 
 The folder has peft's two files (huggingface.co/docs/peft, "PEFT checkpoint format"):
 
-    adapter_config.json         rank, alpha, which modules; `target_modules` is a pattern, because the tower
+    adapter_config.json         rank, alpha, which modules; `target_modules` is a pattern, because the encoder
                                 has modules of the same names and no adapters
     adapter_model.safetensors   base_model.model.{module}.lora_A.weight [rank, in], .lora_B.weight [out, rank]
 """
@@ -90,7 +90,7 @@ def export_adapter(
     if verify:
         verify_files(checkpoint_folder(checkpoint))
     weights = CheckpointWeights(checkpoint)
-    weights.check(ModelMapping(model_config, carries_head=False), adapter_names(model_config, config))
+    weights.check(ModelMapping(model_config, has_head=False), adapter_names(model_config, config))
     dtype = DTYPES[trained_type(checkpoint)]
     tensors = {
         f"base_model.model.{module}.lora_{letter}.weight": weights.read(factor).to(dtype).contiguous()

@@ -1,6 +1,6 @@
 """One table for both directions: names, shapes and layouts of a Hugging Face checkpoint and of the model.
 
-Legend of the shapes: c tower width, f tower ffn, i channels, p patch side, n patches; k connector input,
+Legend of the shapes: c encoder width, f encoder ffn, i channels, p patch side, n patches; k connector input,
 h language-model width, q query features, g key/value features, m ffn, v vocabulary rows.
 """
 
@@ -59,7 +59,7 @@ LANGUAGE_QKV = Layout(
         plan.config.text.num_attention_heads // plan.config.text.num_key_value_heads,
     ),
 )
-# In the tower every head is its own group.
+# In the vision encoder every head is its own group.
 VISION_QKV = Layout(
     lambda parts, plan: _join_groups(parts, plan.config.vision.num_attention_heads),
     lambda tensor, plan: _split_groups(tensor, plan.config.vision.num_attention_heads, 1),
@@ -120,8 +120,8 @@ TABLE: list[tuple[str, list[str], list[str], Layout]] = [
     ("language_model.output_layer.weight", ["language_model.lm_head.weight"], ["v h"], VOCABULARY),
 ]
 
-# The tower's pooling head: in the checkpoint, not in the model. Carried through conversions untouched.
-CARRIED: list[tuple[str, str]] = [
+# The encoder's pooling head: in the checkpoint, not in the model. It passes through conversions untouched.
+PASSED_THROUGH: list[tuple[str, str]] = [
     (_V + "head.probe", "1 1 c"),
     (_V + "head.attention.in_proj_weight", "3c c"),
     (_V + "head.attention.in_proj_bias", "3c"),
@@ -148,10 +148,10 @@ class MappedTensor:
 class ModelMapping:
     """The table written out for one model: every tensor by its full name, with its shape.
 
-    `carries_head` says whether the HF checkpoint has the tower's pooling head.
+    `has_head` says whether the HF checkpoint has the vision encoder's pooling head.
     """
 
-    def __init__(self, config: EagleConfig, *, carries_head: bool) -> None:
+    def __init__(self, config: EagleConfig, *, has_head: bool) -> None:
         self.config = config
         vision, text = config.vision, config.text
         self._sizes = {
@@ -170,9 +170,9 @@ class ModelMapping:
             "1": 1,
         }
         self.entries = list(self._written_out())
-        self.carried = {name: self._shape(shape) for name, shape in CARRIED} if carries_head else {}
+        self.passed_through = {name: self._shape(shape) for name, shape in PASSED_THROUGH} if has_head else {}
         self.hf_shapes = {name: shape for entry in self.entries for name, shape in entry.hf.items()}
-        self.hf_shapes |= self.carried
+        self.hf_shapes |= self.passed_through
 
     def _shape(self, letters: str) -> tuple[int, ...]:
         return tuple(self._sizes[letter] for letter in letters.split())
@@ -184,8 +184,8 @@ class ModelMapping:
                 continue  # the embedding, once more
             layers = 1
             if "{}" in model:
-                tower = model.startswith("vision_model.")
-                layers = (self.config.vision if tower else self.config.text).num_hidden_layers
+                encoder = model.startswith("vision_model.")
+                layers = (self.config.vision if encoder else self.config.text).num_hidden_layers
             for layer in range(layers):
                 hf = {n.format(layer): self._shape(s) for n, s in zip(names, shapes, strict=True)}
                 yield MappedTensor(model.format(layer), hf, layout)
@@ -223,7 +223,7 @@ class ModelMapping:
         return [tuple(block.shape) for block in entry.layout.join(empty, self)]
 
     def to_hf(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The HF tensors of the model (not the carried ones) from a reader of the model's tensors."""
+        """The HF tensors of the model (not those that pass through) from a reader of the model's tensors."""
         for entry in self.entries:
             yield from zip(entry.hf, entry.layout.split(read(entry.model), self), strict=True)
 

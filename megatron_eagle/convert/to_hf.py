@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint import checkpoint_folder, read_lora_config, read_model_config
 from megatron_eagle.checkpoint.manifest import verify_files
-from megatron_eagle.convert.carried import Carried
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
 from megatron_eagle.convert.export_files import write_config, write_processor
+from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.lora import adapter_names, merged
 from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, write_shards
@@ -57,29 +57,29 @@ def export_hf(
     _check_target(target)
     if verify:
         verify_files(checkpoint_folder(checkpoint))
-    carried = Carried(checkpoint)
-    extra = carried.tensors()
-    plan = ModelMapping(config, carries_head=bool(extra))
+    metadata = HfMetadata(checkpoint)
+    extra = metadata.tensors()
+    plan = ModelMapping(config, has_head=bool(extra))
     shapes = {name: tuple(tensor.shape) for name, tensor in extra.items()}
-    plan.check_hf({**plan.hf_shapes, **shapes}, str(carried.folder))
+    plan.check_hf({**plan.hf_shapes, **shapes}, str(metadata.folder))
 
     lora = read_lora_config(checkpoint)
     weights = CheckpointWeights(checkpoint)
     weights.check(plan, () if lora is None else adapter_names(config, lora))
-    dtypes = _dtypes(plan, carried, checkpoint)
-    weight_map = carried.weight_map or plan_shards(
+    dtypes = _dtypes(plan, metadata, checkpoint)
+    weight_map = metadata.weight_map or plan_shards(
         {name: tensor_bytes(shape, dtypes[name]) for name, shape in plan.hf_shapes.items()}
     )
     if weight_map.keys() != plan.hf_shapes.keys():
         odd = sorted(weight_map.keys() ^ plan.hf_shapes.keys())
-        raise UserError(f"{carried.folder}: its shard index is of another model, as {', '.join(odd[:4])}")
+        raise UserError(f"{metadata.folder}: its shard index is of another model, as {', '.join(odd[:4])}")
 
     partial = target.parent / f".{target.name}.exporting"
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         partial.mkdir(parents=True)
-        write_config(partial, config, carried, dtypes, has_head=bool(extra))
-        write_processor(partial, config, carried, max_tiles)
+        write_config(partial, config, metadata, dtypes, has_head=bool(extra))
+        write_processor(partial, config, metadata, max_tiles)
         tensors = _tensors(weights, plan, dtypes, extra, lora if merge else None)
         kinds = {name: (dtypes[name], shape) for name, shape in plan.hf_shapes.items()}
         write_shards(partial, tensors, weight_map, kinds)
@@ -108,9 +108,9 @@ def _tensors(
         yield name, tensor.to(DTYPES[dtypes[name]])
 
 
-def _dtypes(plan: ModelMapping, carried: Carried, checkpoint: Path) -> dict[str, str]:
+def _dtypes(plan: ModelMapping, metadata: HfMetadata, checkpoint: Path) -> dict[str, str]:
     """Type of every exported tensor: the source's, or for a model from scratch the one it was trained in."""
-    return {**dict.fromkeys(plan.hf_shapes, trained_type(checkpoint)), **carried.dtypes}
+    return {**dict.fromkeys(plan.hf_shapes, trained_type(checkpoint)), **metadata.dtypes}
 
 
 def _check_target(target: Path) -> None:

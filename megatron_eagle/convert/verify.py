@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_eagle.checkpoint import read_model_config
-from megatron_eagle.convert.carried import Carried
 from megatron_eagle.convert.checkpoint_forward import many_logits
 from megatron_eagle.convert.export_files import write_config, write_processor
+from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.errors import UserError
 
 
@@ -79,14 +79,14 @@ def compare_logits(
 def _inputs(checkpoint: Path, prompts: dict[str, list[dict[str, Any]]]) -> list[tuple[Tensor, Tensor | None]]:
     from transformers import AutoProcessor
 
-    carried, config = Carried(checkpoint), read_model_config(checkpoint)
-    if not carried.tokenizer_files:
-        raise UserError(f"{carried.folder}: no tokenizer, so prompts cannot be made; use --tensors-only")
+    metadata, config = HfMetadata(checkpoint), read_model_config(checkpoint)
+    if not metadata.tokenizer_files:
+        raise UserError(f"{metadata.folder}: no tokenizer, so prompts cannot be made; use --tensors-only")
     result = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_config(folder, config, carried, {}, has_head=False)
-        write_processor(folder, config, carried, None)
+        write_config(folder, config, metadata, {}, has_head=False)
+        write_processor(folder, config, metadata, None)
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, local_files_only=True)
         for content in prompts.values():
             messages = [{"role": "user", "content": content}]

@@ -80,10 +80,10 @@ class ClipQuestions:
     def _pictures(self, clip: Clip) -> tuple[list[dict], float]:
         """The clip's frames as content parts, and where the video begins on the file's clock."""
         start, end = Fraction(str(clip.start)), Fraction(str(clip.end))
-        facts, _ = open_section(VideoSource(clip.video, start, end))
-        begin = float(int(facts.table.pts[0]) * facts.table.time_base)
+        metadata, _ = open_section(VideoSource(clip.video, start, end))
+        begin = float(int(metadata.table.pts[0]) * metadata.table.time_base)
         times = sample_times(start, end, self._settings.fps, self._settings.max_frames)
-        return picture_parts(frames_at(facts, times), self._settings.side), begin
+        return picture_parts(frames_at(metadata, times), self._settings.side), begin
 
     async def _ask(self, clip: Clip, pictures: list[dict]) -> Answer:
         # The kinds depend on the clip and the seed alone, so that a run that goes on asks the same again.

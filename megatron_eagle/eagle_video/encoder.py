@@ -46,7 +46,9 @@ class Encoder:
         transformers.logging.disable_progress_bar()
         if family.startswith("siglip"):
             kind = transformers.SiglipVisionModel
-        elif "CLIPVisionModel" in (config.get("architectures") or []):  # a tower saved without its projection
+        elif "CLIPVisionModel" in (
+            config.get("architectures") or []
+        ):  # an encoder saved without its projection
             kind = transformers.CLIPVisionModel
         else:
             kind = transformers.CLIPVisionModelWithProjection

@@ -166,10 +166,10 @@ def _video_features(
     video: VideoSource, encoder: Encoder, settings: FeatureSettings
 ) -> tuple[list[Clip], torch.Tensor]:
     """The clips of one video and their features, float32 [clips, d]: means over frames, of length 1."""
-    facts, start = open_section(video)
-    sections = split_clips(start, start + facts.duration, settings)
+    metadata, start = open_section(video)
+    sections = split_clips(start, start + metadata.duration, settings)
     times = [sample_times(*section, settings.fps) for section in sections]
-    frames = frames_at(facts, [t for of_clip in times for t in of_clip])
+    frames = frames_at(metadata, [t for of_clip in times for t in of_clip])
     clips, rows = [], []
     for section, of_clip in zip(sections, times, strict=True):
         # One clip's frames are held at a time, already as small as the model takes them.

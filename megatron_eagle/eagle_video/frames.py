@@ -8,17 +8,17 @@ import numpy as np
 
 from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.sample import VideoSource
-from megatron_eagle.data.sampling.probe import VideoFacts, probe_video
+from megatron_eagle.data.sampling.probe import VideoMetadata, probe_video
 
 
-def open_section(source: VideoSource) -> tuple[VideoFacts, Fraction]:
+def open_section(source: VideoSource) -> tuple[VideoMetadata, Fraction]:
     """Probe a video or a section of it; raises `Problem`.
 
-    Returns its facts and where it begins, in seconds of the file's clock.
+    Returns its metadata and where it begins, in seconds of the file's clock.
     """
-    facts = probe_video(source)
-    begin = int(facts.table.pts[0]) * facts.table.time_base
-    return facts, begin if source.start is None else source.start
+    metadata = probe_video(source)
+    begin = int(metadata.table.pts[0]) * metadata.table.time_base
+    return metadata, begin if source.start is None else source.start
 
 
 def sample_times(start: Fraction, end: Fraction, fps: float, max_frames: int | None = None) -> list[Fraction]:
@@ -31,17 +31,17 @@ def sample_times(start: Fraction, end: Fraction, fps: float, max_frames: int | N
     return [start + (end - start) * Fraction(2 * i + 1, 2 * n) for i in range(n)]
 
 
-def frames_at(facts: VideoFacts, times: Sequence[Fraction]) -> Iterator[np.ndarray]:
+def frames_at(metadata: VideoMetadata, times: Sequence[Fraction]) -> Iterator[np.ndarray]:
     """The frame on screen at each of these ascending times, uint8 [h, w, 3], one at a time.
 
     A frame that is on screen at two of the times is decoded once and given twice.  Raises `Problem`.
     """
-    table = facts.table
+    table = metadata.table
     # Frames with pts <= t; an integer is at most a rational exactly if it is at most its floor.
     ticks = [t // table.time_base for t in times]
-    numbers = np.clip(np.searchsorted(table.pts, ticks, side="right") - 1, facts.first, facts.last)
+    numbers = np.clip(np.searchsorted(table.pts, ticks, side="right") - 1, metadata.first, metadata.last)
     unique, repeats = np.unique(numbers, return_counts=True)
-    decoded = read_frames(facts.file.path, table.index.select(unique))
+    decoded = read_frames(metadata.file.path, table.index.select(unique))
     for frame, count in zip(decoded, repeats, strict=True):
         picture = upright(frame, table.rotation)
         for _ in range(count):

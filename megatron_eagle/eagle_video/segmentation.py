@@ -60,10 +60,10 @@ def detect_all(
 
 def detect_chapters(path: str, settings: SegmentSettings, encoder: Encoder | None = None) -> list[Chapter]:
     """The parts of one video, titled "Part 1 of n" and so on. Raises `Problem`."""
-    facts, begin = open_section(VideoSource(path))
-    times = sample_times(begin, begin + facts.duration, settings.fps)
-    features = np.stack([_describe(frame, encoder) for frame in frames_at(facts, times)])
-    duration = float(facts.duration)
+    metadata, begin = open_section(VideoSource(path))
+    times = sample_times(begin, begin + metadata.duration, settings.fps)
+    features = np.stack([_describe(frame, encoder) for frame in frames_at(metadata, times)])
+    duration = float(metadata.duration)
     step = duration / len(times)
     cuts = boundaries(features, step, settings)
     edges = [0.0, *(cut * step for cut in cuts), duration]

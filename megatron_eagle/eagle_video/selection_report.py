@@ -95,8 +95,8 @@ def _thumbnail(clip: Clip) -> str | None:
     """The middle frame as a data URL; None if the video cannot be read any more."""
     middle = Fraction(str(clip.start)) / 2 + Fraction(str(clip.end)) / 2
     try:
-        facts, _ = open_section(VideoSource(clip.video))
-        picture = Image.fromarray(next(frames_at(facts, [middle])))
+        metadata, _ = open_section(VideoSource(clip.video))
+        picture = Image.fromarray(next(frames_at(metadata, [middle])))
     except Problem:
         return None
     picture.thumbnail((_SIDE, _SIDE))

@@ -67,8 +67,8 @@ class Story:
     async def annotate(self, video: ChapteredVideo) -> list[dict]:
         """Training lines of one video; what fails is noted and costs its chapter, or the video."""
         try:
-            facts, begin = open_section(VideoSource(video.path))
-            duration = float(facts.duration)
+            metadata, begin = open_section(VideoSource(video.path))
+            duration = float(metadata.duration)
             chapters = chapters_within(video, duration, self._notes)
             captions: list[tuple[Chapter, Answer]] = []
             for chapter in chapters:  # one after the other: only one chapter's frames are held
@@ -76,7 +76,7 @@ class Story:
                 times = sample_times(start, end, self._settings.fps, self._settings.max_frames)
                 try:
                     pictures = await asyncio.to_thread(
-                        lambda times=times: picture_parts(frames_at(facts, times), self._settings.side)
+                        lambda times=times: picture_parts(frames_at(metadata, times), self._settings.side)
                     )
                     captions.append((chapter, await self._describe(chapter, pictures, duration)))
                 except Problem as problem:

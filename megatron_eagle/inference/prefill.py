@@ -19,7 +19,7 @@ def prefill(model: Any, input_ids: Tensor, pixel_values: Tensor | None, chunk: i
         model: an exported model.
         input_ids: [1, s], the last one a token of text.
         pixel_values: [n, 3, S, S] on any device, or None.
-        chunk: tokens of one pass of the language model; the tower takes the tiles of as many tokens at once.
+        chunk: tokens of one pass of the language model, and of the tiles that are encoded at once.
 
     Returns:
         The cache, s - 1 tokens long, and the embedding of the last token seen as that of all, [1, s, h]:

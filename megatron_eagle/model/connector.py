@@ -1,6 +1,6 @@
 """From patch features to image tokens: pixel shuffle, norm, two linear layers.
 
-Shapes: n tiles, p patches of a tile, h tower features, t tokens of a tile, H language features.
+Shapes: n tiles, p patches of a tile, h encoder features, t tokens of a tile, H language features.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""Eagle 2.5: vision tower -> connector -> merge into the embedding -> language model, under the whole layout.
+"""Eagle 2.5: vision encoder -> connector -> merge into the embedding -> language model, in any layout.
 
-Tower, connector and embedding live on the first pipeline stage. Shapes: s tokens of this context
+Encoder, connector and embedding live on the first pipeline stage. Shapes: s tokens of this context
 parallel rank, r rows of its hidden states (s, or s / tp under sequence parallelism), n tiles,
 h language features.
 """
@@ -64,16 +64,16 @@ class EagleModel(MegatronModule):
         self.vp_stage = chunk if mesh.config.num_model_chunks > 1 else None
         self.share_embeddings_and_output_weights = eagle.text.tie_word_embeddings
         if self.pre_process:
-            groups = _tower_groups(mesh)
-            tower = vision_config(eagle, mesh.config, dtype, recompute)
-            self.vision_model = VisionModel(eagle.vision, tower, classes, groups)
+            groups = _vision_groups(mesh)
+            encoder = vision_config(eagle, mesh.config, dtype, recompute)
+            self.vision_model = VisionModel(eagle.vision, encoder, classes, groups)
             self.connector = Connector(
                 eagle.vision.hidden_size * eagle.shuffle_factor**2,
                 eagle.shuffle_factor,
                 connector_config(eagle, mesh.config, dtype),
                 groups,
             )
-            if self.has_whole_tower:
+            if self.has_whole_encoder:
                 # Built for a tensor parallel group of one: not shards, and counted once in norms.
                 for parameter in (*self.vision_model.parameters(), *self.connector.parameters()):
                     parameter.tensor_model_parallel = False
@@ -81,14 +81,14 @@ class EagleModel(MegatronModule):
         self.language_model = LanguageModel(eagle.text, config, classes, mesh, chunk, recompute, store)
 
     @property
-    def has_whole_tower(self) -> bool:
-        """Whether tensor parallel ranks hold copies of tower and connector and encode different tiles."""
+    def has_whole_encoder(self) -> bool:
+        """Whether tensor parallel ranks hold copies of encoder and connector and encode different tiles."""
         return self.pre_process and self.mesh.config.vision_sharding == "cp_tp"
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
         """Megatron's description for checkpoints, the same keys and shapes for every layout."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.has_whole_tower:
+        if self.has_whole_encoder:
             replica = (0, self.mesh.tp.rank, self.mesh.dp_cp.rank)
             for key, tensor in state.items():
                 if not key.startswith(f"{prefix}language_model."):
@@ -111,7 +111,7 @@ class EagleModel(MegatronModule):
         """Token embeddings with image features in their places: [r, 1, h]."""
         hidden = self.language_model.embedding(inputs.input_ids, position_ids=None)
         features = self.encode_images(inputs.pixel_values)
-        if self.config.sequence_parallel and not self.has_whole_tower:
+        if self.config.sequence_parallel and not self.has_whole_encoder:
             # Each tensor parallel rank uses other rows of the same features: backward adds them up.
             features = copy_to_tensor_model_parallel_region(features, group=self.mesh.tp.group)
         received = exchange_features(features, inputs.vision)
@@ -136,7 +136,7 @@ class EagleModel(MegatronModule):
         )
 
 
-def _tower_groups(mesh: Mesh) -> ProcessGroupCollection:
+def _vision_groups(mesh: Mesh) -> ProcessGroupCollection:
     if mesh.config.vision_sharding != "cp_tp":
         return mesh.groups
     groups = copy.copy(mesh.groups)

@@ -42,7 +42,7 @@ def training_flops(
     Args:
         tokens: through the language model and its output layer, image tokens included.
         sum_squared_lengths: sum over documents of their squared length in tokens.
-        tiles: through the tower.
+        tiles: through the vision encoder.
         trainable: which of `PARTS` have gradients; a frozen part costs its forward, and the gradient of
             its input where an earlier part is trained.
         adapters: low-rank adapters train in place of the language model's weights; their own products,
@@ -57,14 +57,14 @@ def training_flops(
     linear = layers * layer + h * text.vocab_size
 
     patches, c = vision.num_patches, vision.hidden_size
-    tower_layer = 4 * c * c + 2 * c * vision.intermediate_size
+    encoder_layer = 4 * c * c + 2 * c * vision.intermediate_size
     embedding = vision.num_channels * vision.patch_size**2 * c
-    tower = patches * (vision.num_hidden_layers * tower_layer + embedding)
-    tower_attention = vision.num_hidden_layers * 2 * patches**2 * c
+    encoder = patches * (vision.num_hidden_layers * encoder_layer + embedding)
+    encoder_attention = vision.num_hidden_layers * 2 * patches**2 * c
     shuffled = c * eagle.shuffle_factor**2
     connector = eagle.tokens_per_tile * (shuffled * h + h * h)
 
-    # Times a product is done: forward, for its input's gradient, for its weight's. The tower's very first
+    # Times a product is done: forward, for its input's gradient, for its weight's. The encoder's very first
     # product needs no input gradient; it is counted, as in everybody's 6 FLOPs per parameter and token.
     passes, attention_passes, upstream = {}, {}, False
     for part in PARTS:
@@ -82,6 +82,6 @@ def training_flops(
         * (sum_squared_lengths / 2)
         * queries
         * attention_passes["language"],
-        vision=2 * tiles * (tower * passes["vision"] + tower_attention * attention_passes["vision"]),
+        vision=2 * tiles * (encoder * passes["vision"] + encoder_attention * attention_passes["vision"]),
         connector=2 * tiles * connector * passes["connector"],
     )

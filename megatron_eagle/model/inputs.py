@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
-from megatron_eagle.context_parallel.exchange import KeyExchange, plan_exchange
+from megatron_eagle.context_parallel.exchange import KVExchange, plan_exchange
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.padding import pad_documents
 from megatron_eagle.context_parallel.planning import plan_layout
@@ -36,7 +36,7 @@ class InputPlan:
     document_bounds: Tensor  # int32, padding counted
     longest_document: int
     layout: SequenceLayout
-    exchange: KeyExchange
+    exchange: KVExchange
     # First stage only: who encodes and exchanges what, and the rows [i] int64 of the hidden states that take
     # the received features.
     vision: VisionShare | None = None
@@ -44,7 +44,7 @@ class InputPlan:
 
     @property
     def tiles(self) -> range | None:
-        """The tiles of the pack that this rank decodes; None where there is no vision tower."""
+        """The tiles of the pack that this rank decodes; None where there is no vision encoder."""
         return None if self.vision is None else self.vision.decoded_tiles
 
     def to(self, device: torch.device) -> "InputPlan":
@@ -79,7 +79,7 @@ def plan_input(
     Args:
         input_ids: [S] int64.
         document_bounds: 0, document ends, S.
-        num_tiles: of the pack; None on ranks that do not hold the vision tower.
+        num_tiles: of the pack; None on ranks that do not hold the vision encoder.
     Raises:
         UserError: the image tokens and the tiles of the pack do not match, or the pack does not
             fit the layout (`planning.plan_layout`).
@@ -183,7 +183,7 @@ def make_input(
 
     Args:
         pixel_values: [n, channels, size, size], all tiles of the pack in reading order; None on ranks
-            that do not hold the vision tower.
+            that do not hold the vision encoder.
     Raises:
         UserError: as `plan_input`, and for tiles of another size or with pixels that are no numbers.
     """

@@ -32,7 +32,7 @@ class LayersConfig:
     """Who computes what.
 
     `linear` and `norm`: auto takes Transformer Engine on a GPU that has it, else the local ones, which are
-    Megatron's linear layers and this project's norms. `apex` is its fused LayerNorm, in the tower only.
+    Megatron's linear layers and this project's norms. `apex` is its fused LayerNorm, in the encoder only.
     `kernels`: the form of this project's own norms, SwiGLU, rotation and loss; auto: Triton on a GPU, for
     sizes that it takes, else eager.
     `loss`: fused never holds the logits of a whole sequence (`eagle_kernels.linear_cross_entropy`), plain is
@@ -71,7 +71,7 @@ def _not_for_triton(eagle: EagleConfig, parallel: ParallelConfig) -> str | None:
     text, tp = eagle.text, parallel.tensor_model_parallel_size
     rows = {
         "hidden features of the language model": text.hidden_size,
-        "hidden features of the vision tower": eagle.vision.hidden_size,
+        "hidden features of the vision encoder": eagle.vision.hidden_size,
         "feed-forward features of a tensor parallel rank": text.intermediate_size // tp,
         "vocabulary rows of a tensor parallel rank": text.padded_vocab_size // tp,
     }
@@ -127,7 +127,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """The tower's norm behind Megatron's constructor."""
+    """The vision encoder's norm behind Megatron's constructor."""
 
     def __init__(
         self,

@@ -21,8 +21,8 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
         "query heads of the language model": text.num_attention_heads,
         "key-value heads of the language model": text.num_key_value_heads,
         "feed-forward features of the language model": text.intermediate_size,
-        "heads of the vision tower": vision.num_attention_heads,
-        "feed-forward features of the vision tower": vision.intermediate_size,
+        "heads of the vision encoder": vision.num_attention_heads,
+        "feed-forward features of the vision encoder": vision.intermediate_size,
         "padded vocabulary rows": text.padded_vocab_size,
     }
     legal = [n for n in range(1, 65) if not any(size % n for size in divided_by_tp.values())]

@@ -183,7 +183,7 @@ class RowAdapter(_Adapter):
 def add_lora(models: Iterable[EagleModel], config: LoraConfig, *, seed: int = 0) -> None:
     """Freeze the language model and put adapters on it, in place; before the data-parallel wrapper is put on.
 
-    Vision tower and connector stay as they are. The adapters are fresh (`seed`): B is zero, so that nothing
+    Vision encoder and connector stay as they are. The adapters are fresh (`seed`): B is zero, so that nothing
     changes yet. Weights that are to be loaded or drawn for a model without adapters come before this call, a
     checkpoint with adapters after it.
     """

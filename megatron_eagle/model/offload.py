@@ -24,13 +24,13 @@ def offloaded_specs(
         keep_last: layers at the end of the chunk whose tensors stay on the device.
         forwards_in_flight: of model chunks that wait for their backward, at most.
     """
-    leaving = max(len(layers) - keep_last, 0)
-    store.slots = leaving * forwards_in_flight
+    offloaded = max(len(layers) - keep_last, 0)
+    store.slots = offloaded * forwards_in_flight
     return [
         replace(
             layer,
             module=OffloadedTransformerLayer,
-            params=layer.params | {"store": store, "stays": number >= leaving},
+            params=layer.params | {"store": store, "stays": number >= offloaded},
         )
         for number, layer in enumerate(layers)
     ]

@@ -19,7 +19,7 @@ VOCAB_MULTIPLE = 512
 
 @dataclass
 class VisionConfig(Ranged):
-    """SigLIP2 tower at a fixed resolution (HF `SiglipVisionModel`); lengths in pixels and features."""
+    """SigLIP2 encoder at a fixed resolution (HF `SiglipVisionModel`); lengths in pixels and features."""
 
     image_size: Annotated[int, Range(1, 8192)] = 64
     patch_size: Annotated[int, Range(1, 1024)] = 16
@@ -32,7 +32,7 @@ class VisionConfig(Ranged):
 
     @classmethod
     def from_hf(cls, hf: dict) -> "VisionConfig":
-        """From a `SiglipVisionModel` configuration. Raises UserError for another tower."""
+        """From a `SiglipVisionModel` configuration. Raises UserError for another encoder."""
         with _missing_keys_named():
             _require(hf, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
             return from_dict(cls, _known(cls, hf), "config.json: vision_config")
@@ -86,7 +86,7 @@ class TextConfig(Ranged):
 
 @dataclass
 class EagleConfig(Ranged):
-    """Eagle 2.5: SigLIP2 tower, pixel shuffle, two-layer connector, Qwen2.5.
+    """Eagle 2.5: SigLIP2 encoder, pixel shuffle, two-layer connector, Qwen2.5.
 
     `image_token_index: null` is taken from the data's manifest.
     """

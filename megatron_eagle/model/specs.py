@@ -1,6 +1,6 @@
 """Megatron-Core configurations and layer specifications of the three parts of Eagle 2.5.
 
-The vision tower and the connector have their own configurations: one pipeline stage, no context or
+The vision encoder and the connector have their own configurations: one pipeline stage, no context or
 sequence parallelism. They are tensor parallel like the language model.
 """
 
@@ -38,7 +38,7 @@ class RecomputeConfig(Ranged):
     `selective` keeps everything but core attention's (Megatron's default choice); `full` keeps only each
     layer's input; `offload` keeps that and the attention's output in host memory and computes everything but
     attention again (`eagle_kernels.activation_offload`), save for the last `offload_keep_last` layers of each
-    model chunk, whose backward comes first: theirs stay on the device. The tower has no selective form: its
+    model chunk, whose backward comes first: theirs stay on the device. The encoder has no selective form: its
     attention keeps no score matrix.
 
     `swiglu`: the MLP's product silu(gate) * up is computed again in backward instead of kept, beside any
@@ -91,8 +91,8 @@ def _common(tensor_model_parallel_size: int, dtype: torch.dtype) -> dict:
     }
 
 
-def tower_parallel_size(parallel: ParallelConfig) -> int:
-    """Tensor parallel size of tower and connector: one where tensor parallel ranks divide the tiles."""
+def vision_parallel_size(parallel: ParallelConfig) -> int:
+    """Tensor parallel size of encoder and connector: one where tensor parallel ranks divide the tiles."""
     return 1 if parallel.vision_sharding == "cp_tp" else parallel.tensor_model_parallel_size
 
 
@@ -152,7 +152,7 @@ def vision_config(
         layernorm_epsilon=vision.layer_norm_eps,
         activation_func=partial(F.gelu, approximate="tanh"),
         **_RECOMPUTE[recompute.vision],
-        **_common(tower_parallel_size(parallel), dtype),
+        **_common(vision_parallel_size(parallel), dtype),
     )
 
 
@@ -162,12 +162,12 @@ def connector_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.
         num_layers=1,
         hidden_size=eagle.text.hidden_size,
         num_attention_heads=eagle.text.num_attention_heads,
-        **_common(tower_parallel_size(parallel), dtype),
+        **_common(vision_parallel_size(parallel), dtype),
     )
 
 
 class BidirectionalAttention(MegatronModule):
-    """The tower's core attention: every patch of a tile sees every other (Megatron's own is causal)."""
+    """The encoder's core attention: every patch of a tile sees every other (Megatron's own is causal)."""
 
     def __init__(self, config: TransformerConfig, **_) -> None:
         super().__init__(config=config)
@@ -235,6 +235,6 @@ def language_block(
 
 
 def vision_block(config: TransformerConfig, classes: LayerClasses) -> TransformerBlockSubmodules:
-    """All layers of the tower."""
+    """All layers of the vision encoder."""
     layer = _layer(classes, classes.layer_norm, BidirectionalAttention, AttnMaskType.no_mask)
     return TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=classes.layer_norm)

@@ -1,4 +1,4 @@
-"""SigLIP2 tower at a fixed resolution, as a Megatron `TransformerBlock` with bidirectional attention.
+"""SigLIP2 encoder at a fixed resolution, as a Megatron `TransformerBlock` with bidirectional attention.
 
 Shapes: n tiles, p patches of a tile, h features.
 """

@@ -21,8 +21,8 @@ from megatron_eagle.runtime.parallel import ParallelConfig
 class ContextWork:
     """Means over packs."""
 
-    foreign_keys: float  # tokens whose keys the busiest rank receives from others, or sends
-    unevenness: float  # attention's work of the busiest rank over the mean, weighted by the packs' work
+    remote_keys: float  # tokens whose keys the busiest rank receives from others, or sends
+    imbalance: float  # attention's work of the busiest rank over the mean, weighted by the packs' work
 
 
 def context_work(parallel: ParallelConfig, packs: Sequence[Sequence[int]]) -> ContextWork:

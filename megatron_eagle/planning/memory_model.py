@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from eagle_kernels.linear_cross_entropy import CHUNK
 from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.model.specs import tower_parallel_size
+from megatron_eagle.model.specs import vision_parallel_size
 from megatron_eagle.planning.memory_shapes import (
     FP32,
     Workload,
@@ -22,9 +22,9 @@ from megatron_eagle.planning.memory_shapes import (
     rank_rows,
     rms_norm_bytes,
     stage_layers,
-    tower_activations,
-    tower_tiles,
+    vision_activations,
     vision_layer,
+    vision_tiles,
 )
 from megatron_eagle.runtime.parallel import ParallelConfig
 
@@ -38,9 +38,9 @@ class StageMemory:
     weights: int
     gradients: int  # fp32 buffer, whole on every data parallel rank
     optimizer: int  # Adam's moments and, of a bf16 model, fp32 main parameters: shared over data x context
-    host: int = 0  # what offloaded layers leave in host memory, counted where that is the same memory
+    host: int = 0  # tensors of offloaded layers, counted where that is the same memory
     activations: int = 0  # of the language layers, all microbatches in flight
-    vision: int = 0  # activations of tower and connector, all microbatches in flight; tiles
+    vision: int = 0  # activations of encoder and connector, all microbatches in flight; tiles
     logits: int = 0  # logits (of the fused loss: of a chunk) and gradients of the output layer
     workspace: int = 0  # transient: attention with its gathered keys and values, gradients of one layer, Adam
 
@@ -112,7 +112,7 @@ def memory_moments(
     if workload.device == "cpu":
         after["sum of gradients"] = trained * FP32  # gloo's reduce-scatter copies the buffer
     if parallel.vision_sharding == "cp_tp" and tp > 1:
-        after["sum of the tower's gradients"] = parameters.tower(workload.trainable) * FP32
+        after["sum of the encoder's gradients"] = parameters.vision_and_connector(workload.trainable) * FP32
     for name, workspace in after.items():
         moments.append(StageMemory(**states, moment=name, vision=host, workspace=workspace + buffer))
     return moments
@@ -122,9 +122,9 @@ def offloaded_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Work
     """Bytes of host memory that the offloaded layers of a rank take."""
     if workload.recompute.language != "offload":
         return 0
-    leaving = stage_layers(eagle, parallel, stage) // parallel.num_model_chunks
-    leaving = max(leaving - workload.recompute.offload_keep_last, 0)
-    return leaving * parallel.forwards_in_flight(stage) * language_layer(eagle, parallel, workload).away
+    layers = stage_layers(eagle, parallel, stage) // parallel.num_model_chunks
+    layers = max(layers - workload.recompute.offload_keep_last, 0)
+    return layers * parallel.forwards_in_flight(stage) * language_layer(eagle, parallel, workload).offloaded
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _backward_moments(
     if policy == "offload":
         staying = min(workload.recompute.offload_keep_last, in_chunk)
     layers = staying * layer.kept(policy)
-    vision = tower_activations(eagle, parallel, workload) if first else 0
+    vision = vision_activations(eagle, parallel, workload) if first else 0
     final_norm = rms_norm_bytes(r, h, e)
 
     kept = []
@@ -167,20 +167,20 @@ def _backward_moments(
     if policy == "offload":
         restored -= layer.output + layer.statistics  # kept, not made again
         # The layer under way and the one before it have come back.
-        restored += max(0, min(2, in_chunk) - staying) * layer.away
+        restored += max(0, min(2, in_chunk) - staying) * layer.offloaded
     moments = []
-    for chunk, (language, tower) in enumerate(in_flight(parallel, workload.microbatches, stage, kept)):
+    for chunk, (language, encoder) in enumerate(in_flight(parallel, workload.microbatches, stage, kept)):
         if last and chunk == chunks - 1:
             loss = _fused_loss if workload.fused_loss else _loss
-            moments.append(_Moment("loss", language, tower, logits=loss(eagle, parallel, workload)))
+            moments.append(_Moment("loss", language, encoder, logits=loss(eagle, parallel, workload)))
             language -= final_norm
         feed_forward = restored + _feed_forward(eagle, parallel, workload)
         attention = restored - layer.mlp + _attention(eagle, parallel, workload)
-        moments.append(_Moment("feed-forward backward", language, tower, feed_forward))
-        moments.append(_Moment("attention backward", language, tower, attention))
+        moments.append(_Moment("feed-forward backward", language, encoder, feed_forward))
+        moments.append(_Moment("attention backward", language, encoder, attention))
         if first and chunk == 0 and vision:
-            rest, scratch = language - layers, _tower(eagle, parallel, workload)
-            moments.append(_Moment("tower backward", rest, tower, scratch))
+            rest, scratch = language - layers, _vision_layer(eagle, parallel, workload)
+            moments.append(_Moment("encoder backward", rest, encoder, scratch))
     return moments
 
 
@@ -281,13 +281,13 @@ def _score_matrices(eagle: EagleConfig, parallel: ParallelConfig, workload: Work
     return worst
 
 
-def _tower(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
-    """Backward of the tower's last feed-forward: as `_feed_forward`, the layer restored if not kept."""
+def _vision_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+    """Backward of the encoder's last feed-forward: as `_feed_forward`, the layer restored if not kept."""
     vision, e = eagle.vision, workload.element_size
     layer = vision_layer(eagle, parallel, workload)
     restored = layer.total - layer.input if workload.recompute.vision == "full" else 0
-    p, c = tower_tiles(parallel, workload.tiles) * vision.num_patches, vision.hidden_size
-    i = vision.intermediate_size // tower_parallel_size(parallel)
+    p, c = vision_tiles(parallel, workload.tiles) * vision.num_patches, vision.hidden_size
+    i = vision.intermediate_size // vision_parallel_size(parallel)
     return restored + e * (p * i + c * i + 2 * p * c)
 
 

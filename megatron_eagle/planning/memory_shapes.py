@@ -15,7 +15,7 @@ from typing import Literal
 from megatron_eagle.model.flops import PARTS
 from megatron_eagle.model.parts import NEW_TOKEN_ROWS
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.model.specs import RecomputeConfig, tower_parallel_size
+from megatron_eagle.model.specs import RecomputeConfig, vision_parallel_size
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 FP32 = 4
@@ -67,8 +67,8 @@ class Parameters:
         rows = self.token_rows if NEW_TOKEN_ROWS in trainable else 0
         return rows + sum(getattr(self, part) for part in PARTS if part in trainable)
 
-    def tower(self, trainable: Collection[str]) -> int:
-        """Elements of tower and connector with a gradient buffer."""
+    def vision_and_connector(self, trainable: Collection[str]) -> int:
+        """Elements of encoder and connector with a gradient buffer."""
         return self.trained([part for part in trainable if part in ("vision", "connector")])
 
 
@@ -107,13 +107,13 @@ def count_parameters(eagle: EagleConfig, parallel: ParallelConfig, stage: int) -
     largest = max(fc1, vocabulary if ends else 0)
     if not first:
         return Parameters(language, ends * vocabulary, 0, 0, largest)
-    t, c, i = tower_parallel_size(parallel), vision.hidden_size, vision.intermediate_size
+    t, c, i = vision_parallel_size(parallel), vision.hidden_size, vision.intermediate_size
     patch = vision.num_channels * vision.patch_size**2 * c + c
     block = (3 * c * c + 3 * c + c * c + c * i + i + i * c) // t + 2 * c + 4 * c
-    tower = patch + vision.num_patches * c + vision.num_hidden_layers * block + 2 * c
+    encoder = patch + vision.num_patches * c + vision.num_hidden_layers * block + 2 * c
     shuffled = c * eagle.shuffle_factor**2
     connector = 2 * shuffled + (shuffled * h + h + h * h) // t + h
-    return Parameters(language, ends * vocabulary, tower, connector, largest)
+    return Parameters(language, ends * vocabulary, encoder, connector, largest)
 
 
 def rank_rows(parallel: ParallelConfig, workload: Workload) -> int:
@@ -142,12 +142,12 @@ class LayerActivations:
         return self.attention + self.mlp
 
     @property
-    def away(self) -> int:
-        """What an offloaded layer leaves in host memory."""
+    def offloaded(self) -> int:
+        """Bytes that an offloaded layer moves to host memory."""
         return self.input + self.output + self.statistics
 
     def kept(self, recompute: Literal["none", "selective", "full", "offload"]) -> int:
-        """Bytes that stay until the layer's backward begins; of offloaded layers those that are not away.
+        """Bytes that wait on the device for the layer's backward; under `offload`, if it stays there.
 
         Core attention keeps q, k, v and its output, and the projections around it keep them anyway:
         recomputing it saves the statistics alone.
@@ -155,11 +155,11 @@ class LayerActivations:
         if recompute == "full":
             return self.input
         if recompute == "offload":
-            return self.away
+            return self.offloaded
         return self.total - (self.statistics if recompute == "selective" else 0)
 
 
-def tower_tiles(parallel: ParallelConfig, tiles: int) -> int:
+def vision_tiles(parallel: ParallelConfig, tiles: int) -> int:
     """Tiles that one rank encodes of a pack with `tiles`: at least one, as many as any other rank."""
     ranks = {
         "none": 1,
@@ -189,9 +189,9 @@ def language_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workl
 
 
 def vision_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> LayerActivations:
-    """What one layer of the tower keeps for one microbatch."""
-    vision, e, t = eagle.vision, workload.element_size, tower_parallel_size(parallel)
-    p = tower_tiles(parallel, workload.tiles) * vision.num_patches
+    """What one layer of the vision encoder keeps for one microbatch."""
+    vision, e, t = eagle.vision, workload.element_size, vision_parallel_size(parallel)
+    p = vision_tiles(parallel, workload.tiles) * vision.num_patches
     c, i = vision.hidden_size, vision.intermediate_size // t
     norm = p * (2 * c * e + 2 * _layer_norm_statistic(workload))  # input and output
     statistics = p * vision.num_attention_heads // t * FP32
@@ -200,15 +200,15 @@ def vision_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workloa
     return LayerActivations(norm + attention, norm + mlp, p * c * e, p * e * c // t, statistics)
 
 
-def tower_activations(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
-    """Bytes that tower and connector keep for one microbatch, its tiles included.
+def vision_activations(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+    """Bytes that encoder and connector keep for one microbatch, its tiles included.
 
     What is frozen, with everything before it frozen too, keeps nothing.
     """
     if "vision" not in workload.trainable and "connector" not in workload.trainable:
         return 0
     vision, e, statistic = eagle.vision, workload.element_size, _layer_norm_statistic(workload)
-    tiles, h, c = tower_tiles(parallel, workload.tiles), eagle.text.hidden_size, vision.hidden_size
+    tiles, h, c = vision_tiles(parallel, workload.tiles), eagle.text.hidden_size, vision.hidden_size
     kept = 0
     if "vision" in workload.trainable:
         p = tiles * vision.num_patches
@@ -218,7 +218,7 @@ def tower_activations(eagle: EagleConfig, parallel: ParallelConfig, workload: Wo
     tokens, shuffled = tiles * eagle.tokens_per_tile, c * eagle.shuffle_factor**2
     # The connector's norm; before and after its GELU; the features that this rank's tokens received.
     kept += tokens * (2 * shuffled * e + 2 * statistic)
-    kept += 2 * tokens * h // tower_parallel_size(parallel) * e
+    kept += 2 * tokens * h // vision_parallel_size(parallel) * e
     image_tokens = workload.tiles * eagle.tokens_per_tile
     return kept + image_tokens * rank_rows(parallel, workload) // workload.sequence_length * h * e
 

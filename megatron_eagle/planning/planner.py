@@ -236,7 +236,7 @@ def _plan(
 def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
     """Every combination of sizes whose product divides `gpus`, legal or not, the same layout only once.
 
-    A first stage of its own size is tried where it is smaller than the others' share (it has the tower), or
+    A first stage of its own size is tried where it is smaller than the others' share (it has the encoder), or
     where the layers have no equal shares.
     """
     layers, heads = config.model.text.num_hidden_layers, config.model.text.num_key_value_heads

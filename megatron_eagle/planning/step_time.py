@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from eagle_kernels.linear_cross_entropy import CHUNK
 from megatron_eagle.model.flops import StepFlops, training_flops
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.model.specs import tower_parallel_size
+from megatron_eagle.model.specs import vision_parallel_size
 from megatron_eagle.planning.context_work import ContextWork, context_work
 from megatron_eagle.planning.memory_shapes import (
     FP32,
@@ -22,8 +22,8 @@ from megatron_eagle.planning.memory_shapes import (
     language_layer,
     query_size,
     stage_layers,
-    tower_activations,
-    tower_tiles,
+    vision_activations,
+    vision_tiles,
 )
 from megatron_eagle.runtime.gpus import Gpu
 from megatron_eagle.runtime.parallel import ParallelConfig
@@ -77,7 +77,7 @@ class StepTime:
 
     matrix_products: float
     attention: float
-    vision: float  # tower and connector, on the slowest stage
+    vision: float  # encoder and connector, on the slowest stage
     elementwise: float  # memory traffic of everything that is no matrix product, and the optimizer
     tensor_parallel: float
     context_parallel: float
@@ -155,7 +155,7 @@ def _microbatch(
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     first, last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
     layers, e = stage_layers(eagle, parallel, stage), workload.element_size
-    tiles = tower_tiles(parallel, workload.tiles) if first else 0
+    tiles = vision_tiles(parallel, workload.tiles) if first else 0
 
     def flops(layers: int, trainable: Collection[str]) -> StepFlops:
         return training_flops(
@@ -181,15 +181,15 @@ def _microbatch(
         vision += forward.vision
 
     kept = layers * language_layer(eagle, parallel, workload).total
-    kept += tower_activations(eagle, parallel, workload) if first else 0
+    kept += vision_activations(eagle, parallel, workload) if first else 0
     logits = _logits_bytes(eagle, parallel, workload) if last else 0
     # A gradient is written, then added to the fp32 buffer.
     accumulation = count_parameters(eagle, parallel, stage).trained(workload.trainable) * (2 * e + 2 * FP32)
     traffic = ACTIVATION_PASSES * kept + logits + accumulation
     return {
         "matrix_products": linear / (tp * cp) / machine.gemm,
-        "attention": attention * context.unevenness / (tp * cp) / machine.attention,
-        "vision": vision / tower_parallel_size(parallel) / machine.gemm,
+        "attention": attention * context.imbalance / (tp * cp) / machine.attention,
+        "vision": vision / vision_parallel_size(parallel) / machine.gemm,
         "elementwise": traffic / machine.memory,
         "tensor_parallel": _tensor_bytes(eagle, parallel, workload, layers, tiles, last)
         / machine.bandwidth(tp, 1),
@@ -214,7 +214,7 @@ def _tensor_bytes(
     moved = halves * s * h * e
     if tiles:
         moved += 2 * s * h * e  # the embedding
-        if tower_parallel_size(parallel) > 1:
+        if vision_parallel_size(parallel) > 1:
             vision = eagle.vision
             moved += 8 * vision.num_hidden_layers * tiles * vision.num_patches * vision.hidden_size * e
             # The connector's output, and the gradient of its input.
@@ -255,7 +255,7 @@ def _context_seconds(
     e, policy = workload.element_size, workload.recompute.language
     q, kv = query_size(eagle) // tp, kv_size(eagle) // tp
     times = 3 if policy in ("selective", "full") else 2  # backward, and a second forward, take keys again
-    keys = layers * context.foreign_keys * 2 * kv / ulysses * (times * e + FP32)
+    keys = layers * context.remote_keys * 2 * kv / ulysses * (times * e + FP32)
     seconds = keys / machine.bandwidth(cp // ulysses, tp * ulysses)
     tokens = workload.sequence_length // cp * (ulysses - 1) / ulysses
     ways = 2 if policy == "none" else 3  # any second run of a layer trades heads again
@@ -291,7 +291,14 @@ def _finish(
     ranks = data_parallel_size * parallel.context_parallel_size
     seconds = largest * (FP32 + e) * (ranks - 1) / ranks / machine.bandwidth(ranks, tp)
     if parallel.vision_sharding == "cp_tp":
-        seconds += 2 * counts[0].tower(workload.trainable) * FP32 * (tp - 1) / tp / machine.bandwidth(tp, 1)
+        seconds += (
+            2
+            * counts[0].vision_and_connector(workload.trainable)
+            * FP32
+            * (tp - 1)
+            / tp
+            / machine.bandwidth(tp, 1)
+        )
     # Read: gradient, weight, two moments. Written: weight, two moments, and the rounded weight.
     adam = largest / ranks * (7 * FP32 + e) / machine.memory
     return seconds, adam

@@ -37,7 +37,7 @@ class ParallelConfig(Ranged):
     # Adjacent context parallel ranks that divide heads around attention (context_parallel/ulysses.py); the
     # others exchange keys.
     ulysses_parallel_size: Annotated[int, Range(1, 1024)] = 1
-    # Language layers of the first pipeline stage, which also has the vision tower; null: as many as the
+    # Language layers of the first pipeline stage, which also has the vision encoder; null: as many as the
     # others. The other stages share the rest equally.
     num_layers_in_first_pipeline_stage: Annotated[int, Range(1, 1024)] | None = None
     # Which ranks divide the vision tiles of a pack (context_parallel/vision_sharding.py).
@@ -137,7 +137,7 @@ class Mesh:
     dp_cp: Axis
 
     def is_first_stage(self, chunk: int = 0) -> bool:
-        """Whether model chunk `chunk` of this rank holds the vision tower and the embedding."""
+        """Whether model chunk `chunk` of this rank holds the vision encoder and the embedding."""
         return self.pp.rank == 0 and chunk == 0
 
     def is_last_stage(self, chunk: int | None = None) -> bool:

@@ -20,7 +20,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_eagle.context_parallel.vision_sharding import sum_tower_gradients
+from megatron_eagle.context_parallel.vision_sharding import sum_encoder_gradients
 from megatron_eagle.model.flops import PARTS
 from megatron_eagle.model.parts import check_parts, mask_old_token_rows, optimizer_overrides
 from megatron_eagle.ranges import Range, Ranged
@@ -106,10 +106,10 @@ def _finalize_model_grads(models, num_tokens, **kwargs) -> None:
     # Megatron would divide by its token count, an int32 that cannot hold the loss normaliser. The token
     # weights carry the division already.
     finalize_model_grads(models, None, **kwargs)
-    # A tower that tensor parallel ranks hold whole has seen other tiles on each of them.
+    # An encoder that tensor parallel ranks hold whole has seen other tiles on each of them.
     trained = [p for model in models for p in model.parameters() if p.requires_grad]
     whole = [p.main_grad for p in trained if getattr(p, "sum_over_tensor_parallel", False)]
-    sum_tower_gradients(whole, models[0].tp_group)
+    sum_encoder_gradients(whole, models[0].tp_group)
     mask_old_token_rows(models)
 
 

@@ -12,7 +12,7 @@ UNTIL = AFTER + 21
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
-WHOLE_TOWERS = {**TP2, "vision_sharding": "cp_tp"}  # every tensor parallel rank holds the whole tower
+WHOLE_ENCODERS = {**TP2, "vision_sharding": "cp_tp"}  # every tensor parallel rank holds the whole encoder
 PP2 = {"pipeline_model_parallel_size": 2}
 UNEVEN = {**PP2, "num_layers_in_first_pipeline_stage": 1}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
@@ -33,10 +33,10 @@ def uninterrupted() -> dict:
         pytest.param((1, {}), (2, TP2 | SP), marks=slow, id="one-tp2sp"),
         pytest.param((2, VPP2), (1, {}), marks=slow, id="vpp2-one"),
         pytest.param((4, CP2), (4, TP2 | PP2), marks=slow, id="cp2dp2-tp2pp2"),
-        pytest.param((2, WHOLE_TOWERS), (2, VPP2), marks=slow, id="towers-vpp2"),
+        pytest.param((2, WHOLE_ENCODERS), (2, VPP2), marks=slow, id="encoders-vpp2"),
         pytest.param((4, VPP2 | CP2), (1, {}), marks=slow, id="vpp2cp2-one"),
         pytest.param((2, UNEVEN), (2, PP2), marks=slow, id="uneven-pp2"),
-        pytest.param((2, PP2), (4, WHOLE_TOWERS | CP2), marks=slow, id="pp2-tp2cp2"),
+        pytest.param((2, PP2), (4, WHOLE_ENCODERS | CP2), marks=slow, id="pp2-tp2cp2"),
     ],
 )
 def test_continues_in_another_layout(writer, reader, uninterrupted, tmp_path):

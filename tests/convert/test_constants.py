@@ -64,16 +64,16 @@ class Sides:
         return self.export.language_model.model.layers[0]
 
     @property
-    def tower_layer(self):
+    def encoder_layer(self):
         return self.model.vision_model.encoder.layers[0]
 
     @property
-    def their_tower(self):
+    def their_encoder(self):
         return getattr(self.export.vision_model, "vision_model", self.export.vision_model)
 
     @property
-    def their_tower_layer(self):
-        return self.their_tower.encoder.layers[0]
+    def their_encoder_layer(self):
+        return self.their_encoder.encoder.layers[0]
 
     def random(self, *shape: int) -> Tensor:
         """Values that meet every branch of an activation, the same for both sides."""
@@ -119,14 +119,14 @@ def _their_swiglu(s: Sides):
     return s.their_layer.mlp.act_fn(gate) * up
 
 
-def _tower_attention(s: Sides):
+def _encoder_attention(s: Sides):
     q, k, v = s.random(3, 16, 5, 2, 16)  # patches, tiles, heads, features
-    return s.tower_layer.self_attention.core_attention(q, k, v, None)
+    return s.encoder_layer.self_attention.core_attention(q, k, v, None)
 
 
-def _their_tower_attention(s: Sides):
+def _their_encoder_attention(s: Sides):
     q, k, v = (x.permute(1, 2, 0, 3) for x in s.random(3, 16, 5, 2, 16))
-    module = s.their_tower_layer.self_attn
+    module = s.their_encoder_layer.self_attn
     out, _ = sdpa_attention_forward(module, q, k, v, None, scaling=module.scale, is_causal=False)
     return out.transpose(0, 1).flatten(2)
 
@@ -183,24 +183,24 @@ MODEL = {
         lambda s: _embedded(
             s.model.vision_model.encoder, s.model.vision_model, s.random(2, 3, 64, 64)
         ).transpose(0, 1),
-        lambda s: _embedded(s.their_tower.encoder, s.their_tower, s.random(2, 3, 64, 64)),
+        lambda s: _embedded(s.their_encoder.encoder, s.their_encoder, s.random(2, 3, 64, 64)),
     ),
-    "epsilons of the tower's norms": (
+    "epsilons of the vision encoder's norms": (
         lambda s: _epsilons(s.model.vision_model),
-        lambda s: _epsilons(s.their_tower.encoder) + _epsilons(s.their_tower.post_layernorm),
+        lambda s: _epsilons(s.their_encoder.encoder) + _epsilons(s.their_encoder.post_layernorm),
     ),
-    "tower norm": (
-        lambda s: s.tower_layer.input_layernorm(s.random(9, 32)),
-        lambda s: s.their_tower_layer.layer_norm1(s.random(9, 32)),
+    "encoder norm": (
+        lambda s: s.encoder_layer.input_layernorm(s.random(9, 32)),
+        lambda s: s.their_encoder_layer.layer_norm1(s.random(9, 32)),
     ),
-    "tower attention scale": (
-        lambda s: s.tower_layer.self_attention.core_attention.scale,
-        lambda s: s.their_tower_layer.self_attn.scale,
+    "encoder attention scale": (
+        lambda s: s.encoder_layer.self_attention.core_attention.scale,
+        lambda s: s.their_encoder_layer.self_attn.scale,
     ),
-    "tower attention": (_tower_attention, _their_tower_attention),
-    "tower GELU": (
-        lambda s: s.tower_layer.mlp.activation_func(s.random(9, 56)),
-        lambda s: s.their_tower_layer.mlp.activation_fn(s.random(9, 56)),
+    "encoder attention": (_encoder_attention, _their_encoder_attention),
+    "encoder GELU": (
+        lambda s: s.encoder_layer.mlp.activation_func(s.random(9, 56)),
+        lambda s: s.their_encoder_layer.mlp.activation_fn(s.random(9, 56)),
     ),
     "epsilon of the connector's norm": (
         lambda s: _epsilons(s.model.connector),
@@ -348,7 +348,7 @@ DIFFERENT = {
 
 
 def _with_bias(s: Sides) -> Tensor:
-    y, bias = s.tower_layer.mlp.linear_fc1(s.random(9, 32))
+    y, bias = s.encoder_layer.mlp.linear_fc1(s.random(9, 32))
     return y + bias
 
 
@@ -367,7 +367,7 @@ def _their_attention(s: Sides) -> Tensor:
 # Sums that are rounded elsewhere, in bf16; how far apart the two sides may be, of the largest value.
 ROUNDED = {
     # Megatron rounds the product before it adds the bias, `torch.nn.Linear` after.
-    "bias of linear layers": (_with_bias, lambda s: s.their_tower_layer.mlp.fc1(s.random(9, 32)), 2**-7),
+    "bias of linear layers": (_with_bias, lambda s: s.their_encoder_layer.mlp.fc1(s.random(9, 32)), 2**-7),
     # Every attention kernel has its own.
     "and attention": (_attention, _their_attention, 2**-7),
 }

@@ -51,10 +51,10 @@ def write_parts(root: Path) -> Parts:
         )
     )
     language.save_pretrained(root / "language")
-    tower = {"image_size": 48, "patch_size": 16, "hidden_size": 32, "intermediate_size": 56}
-    tower |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    encoder = {"image_size": 48, "patch_size": 16, "hidden_size": 32, "intermediate_size": 56}
+    encoder |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 2}
-    SiglipModel(SiglipConfig(text_config={**text, "vocab_size": 64}, vision_config=tower)).save_pretrained(
+    SiglipModel(SiglipConfig(text_config={**text, "vocab_size": 64}, vision_config=encoder)).save_pretrained(
         root / "vision"
     )
     return Parts(root / "language", root / "vision", root / "tokenizer", tile_size=64)
@@ -130,11 +130,11 @@ def test_it_exports(start, tmp_path):
     assert config["vision_config"]["vision_use_head"] is True
 
 
-def test_a_tower_alone_and_tied_embeddings(parts, tmp_path):
+def test_a_encoder_alone_and_tied_embeddings(parts, tmp_path):
     """`siglip_vision_model` instead of `siglip`; a small Qwen2.5 without lm_head."""
     from transformers import SiglipVisionModel
 
-    tower = SiglipVisionConfig(
+    encoder = SiglipVisionConfig(
         image_size=64,
         patch_size=16,
         hidden_size=32,
@@ -143,7 +143,7 @@ def test_a_tower_alone_and_tied_embeddings(parts, tmp_path):
         num_attention_heads=2,
         vision_use_head=False,
     )
-    SiglipVisionModel(tower).save_pretrained(tmp_path / "vision")
+    SiglipVisionModel(encoder).save_pretrained(tmp_path / "vision")
     config = Qwen2Config.from_pretrained(parts.language)
     config.tie_word_embeddings = True
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "language")
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_named(parts, tmp_path):
     attempt("no such folder", vision=tmp_path / "nowhere")
     attempt("has no token <img>", tokenizer=parts.language)
     attempt("model_type is 'siglip'", language=parts.vision, tokenizer=parts.tokenizer)
-    attempt("model_type is 'qwen2'; a SigLIP tower", vision=parts.language)
+    attempt("model_type is 'qwen2'; a SigLIP encoder", vision=parts.language)
     other = Tokenizer.from_file(str(parts.language / "tokenizer.json"))
     other.add_special_tokens([AddedToken(name, special=True) for name in ("<first>", *EAGLE_ONLY)])
     definition = json.loads(other.to_str())

@@ -20,17 +20,17 @@ def small() -> EagleConfig:
 
 def test_8b_has_the_released_tensors_and_parameters():
     eagle = preset("eagle2.5-8b")
-    shapes = ModelMapping(eagle, carries_head=True).hf_shapes
+    shapes = ModelMapping(eagle, has_head=True).hf_shapes
     assert len(shapes) == 793
     assert sum(map(math.prod, shapes.values())) == 8_070_777_280
     eagle.vision.image_size, eagle.vision.patch_size = 512, 16
-    assert sum(map(math.prod, ModelMapping(eagle, carries_head=True).hf_shapes.values())) == 8_070_984_640
-    head = ModelMapping(eagle, carries_head=True).carried
+    assert sum(map(math.prod, ModelMapping(eagle, has_head=True).hf_shapes.values())) == 8_070_984_640
+    head = ModelMapping(eagle, has_head=True).passed_through
     assert (len(head), sum(map(math.prod, head.values()))) == (11, 15_238_352)
 
 
 def test_every_tensor_survives_both_ways_and_none_is_used_twice():
-    plan = ModelMapping(small(), carries_head=False)
+    plan = ModelMapping(small(), has_head=False)
     hf = {name: torch.randn(shape) for name, shape in plan.hf_shapes.items()}
     model = {entry.model: torch.cat(plan.blocks(entry, hf.__getitem__)) for entry in plan.entries}
     back = list(plan.to_hf(model.__getitem__))
@@ -40,7 +40,7 @@ def test_every_tensor_survives_both_ways_and_none_is_used_twice():
 
 def test_queries_lie_beside_their_key_value_head():
     config = small()  # 4 query heads, 2 KV heads, head size 16
-    plan = ModelMapping(config, carries_head=False)
+    plan = ModelMapping(config, has_head=False)
 
     def read(name: str) -> torch.Tensor:
         start = {"q_proj": 0, "k_proj": 100, "v_proj": 200}[name.split(".")[-2]]
@@ -55,7 +55,7 @@ def test_queries_lie_beside_their_key_value_head():
 
 
 def test_vocabulary_is_padded_with_zeros_and_cut_again():
-    plan = ModelMapping(small(), carries_head=False)
+    plan = ModelMapping(small(), has_head=False)
     hf = {name: torch.ones(shape) for name, shape in plan.hf_shapes.items()}
     [entry] = [e for e in plan.entries if e.model == "language_model.output_layer.weight"]
     rows = torch.cat(plan.blocks(entry, hf.__getitem__))
@@ -66,12 +66,12 @@ def test_vocabulary_is_padded_with_zeros_and_cut_again():
 def test_tied_embeddings_have_no_output_layer():
     config = small()
     config.text.tie_word_embeddings = True
-    plan = ModelMapping(config, carries_head=False)
+    plan = ModelMapping(config, has_head=False)
     assert "language_model.lm_head.weight" not in plan.hf_shapes
 
 
 def test_misfits_are_named():
-    plan = ModelMapping(small(), carries_head=True)
+    plan = ModelMapping(small(), has_head=True)
     shapes = dict(plan.hf_shapes)
     del shapes["mlp1.3.bias"]
     shapes["mlp2.weight"] = (1,)

@@ -203,7 +203,7 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_carried_tensors_are_named(checkpoint, tmp_path):
+def test_damaged_tensors_that_pass_through_are_named(checkpoint, tmp_path):
     copy = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, copy)
     save_file({"other": torch.zeros(1)}, copy / "hf" / "carried.safetensors")

@@ -120,7 +120,7 @@ def train_in_transformers(export: Path, steps: list[list[Document]], recipe: Rec
     for finished, documents in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(finished)
-        optimizer.zero_grad(set_to_none=finished == 0)  # a step without pictures decays the tower, too
+        optimizer.zero_grad(set_to_none=finished == 0)  # a step without pictures decays the encoder, too
         loss = loss_of(model, documents, recipe)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
@@ -283,11 +283,11 @@ def gradients(case: Case) -> dict[str, Tensor]:
         for batch in case.loader(partial(plan_batch, config, mesh, False)).step(0).microbatches:
             inputs = build_batch(device.torch_device, batch)
             weighted_loss(model(inputs), inputs.loss_weights).backward()
-        plan = ModelMapping(config, carries_head=False)
+        plan = ModelMapping(config, has_head=False)
         return dict(plan.to_hf(lambda name: model.get_parameter(name).grad))
 
 
-def test_the_biases_of_the_towers_keys_have_no_gradient(case, steps):
+def test_the_biases_of_the_encoders_keys_have_no_gradient(case, steps):
     """And nothing else: in double precision on one side, beyond rounding on the other."""
     model = load(case.folder / "export", torch.float64)
     loss_of(model, steps[0]).backward()

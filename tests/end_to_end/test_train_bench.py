@@ -50,8 +50,8 @@ def test_every_second_belongs_to_the_innermost_section(benchmarks, ticks):
     assert clock.settle() == {"other": 1}
 
 
-def test_a_pass_through_the_tower(benchmarks, ticks):
-    """Forward and backward as Megatron's schedule times them: the tower's part of both is vision."""
+def test_a_pass_through_the_encoder(benchmarks, ticks):
+    """Forward and backward as Megatron's schedule times them: the encoder's part of both is vision."""
 
     class Slow(torch.autograd.Function):
         @staticmethod
@@ -156,4 +156,4 @@ def test_both_jobs_run(benchmarks, tmp_path):
     settings["parallel"] = {"pipeline_model_parallel_size": 2}
     first, last = train.measure(tmp_path, settings, "split", 2)
     assert min(first[f"{part} ms"] for part in ("vision", "language", "communication", "optimizer")) > 0
-    assert last["vision ms"] == 0 < last["language ms"], "the tower is on the first stage"
+    assert last["vision ms"] == 0 < last["language ms"], "the vision encoder is on the first stage"

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from megatron_eagle.data.media.images import load_image
-from megatron_eagle.data.media.source import file_facts
+from megatron_eagle.data.media.source import file_metadata
 from megatron_eagle.data.media.tiles import tile_image
 from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.sampling.iap import select_grid
-from megatron_eagle.data.sampling.probe import PageFacts
+from megatron_eagle.data.sampling.probe import PageMetadata
 from megatron_eagle.errors import UserError
 from megatron_eagle.inference.batch import answer_file, read_requests
 from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
@@ -109,11 +109,11 @@ def test_pages_of_a_document_are_the_pictures_of_training(model, picture, tmp_pa
     text = model.processor.decode(inputs["input_ids"][0])
     places = [text.index(f"<image {k}>") for k in (1, 2, 3)]
     assert places == sorted(places) and "<image 4>" not in text
-    wish = PageFacts(file_facts(path), 1, 595, 842, 10**8)
+    demand = PageMetadata(file_metadata(path), 1, 595, 842, 10**8)
     settings = SamplingSettings(tile_size=TILE, max_tiles=6)
-    shape = wish.wish(settings)
+    shape = demand.demand(settings)
     grid = select_grid(shape.width, shape.height, tile_size=TILE, max_tiles=6)
-    last = tile_image(load_image(wish.name(grid, TILE), max_pixels=10**8), grid, TILE)
+    last = tile_image(load_image(demand.name(grid, TILE), max_pixels=10**8), grid, TILE)
     assert len(last) > 2 and torch.equal(inputs["pixel_values"][-len(last) :], last)
 
 

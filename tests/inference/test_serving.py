@@ -90,7 +90,7 @@ def test_vllm_finds_every_attribute(exported):
 def test_vllm_knows_every_weight_and_misses_none(exported):
     names = read_weights(exported).keys()
     assert not [name for name in names if not NAMES.fullmatch(name)]
-    # Two layers of each tower: 16 weights of a vision layer, 12 of a language layer.
+    # Two layers of each encoder: 16 weights of a vision layer, 12 of a language layer.
     assert len([name for name in names if ".head." not in name]) == 3 + 2 * 16 + 2 + 6 + 3 + 2 * 12
 
 

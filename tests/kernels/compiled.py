@@ -74,7 +74,7 @@ def _resources(cubin: bytes) -> dict:
 
 def cases(architecture: int) -> list[Case]:
     """Every kernel, bf16, as the table launches it on `architecture` over `TOKENS` tokens, at the widths of
-    Eagle2.5-8B's language model (3584, heads of 128) and tower (1152)."""
+    Eagle2.5-8B's language model (3584, heads of 128) and encoder (1152)."""
     settings = ARCHITECTURES[architecture]
     bf16, fp32, i64, i32 = "*bf16", "*fp32", "*i64", "i32"
     listed = []
@@ -82,11 +82,11 @@ def cases(architecture: int) -> list[Case]:
     def add(name: str, kernel, block: Block, signature: dict[str, str], **constants: int | bool) -> None:
         listed.append(Case(name, kernel, signature, constants, block.warps))
 
-    step, norm, tower = settings.rows(TOKENS), settings.norm(3584), settings.norm(1152)
+    step, norm, encoder = settings.rows(TOKENS), settings.norm(3584), settings.norm(1152)
     scalars = dict.fromkeys(("n_rows", "grad_stride", "x_stride", "width"), i32) | {"eps": "fp32"}
     tensors = dict.fromkeys(("GRAD", "X", "WEIGHT", "BIAS", "Y", "GRAD_X"), bf16)
     tensors |= dict.fromkeys(("MEAN", "RSTD", "GRAD_WEIGHT", "GRAD_BIAS"), fp32)
-    for name, module, block in (("rms_norm", rms_norm, norm), ("layer_norm", layer_norm, tower)):
+    for name, module, block in (("rms_norm", rms_norm, norm), ("layer_norm", layer_norm, encoder)):
         for way in ("forward", "backward"):
             kernel = getattr(module, f"{way}_kernel")
             add(f"{name} {way}", kernel, block, tensors | scalars, ROWS=step, BLOCK=block.size)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eagle_kernels.activation_offload import HostStore, KeptResults, Left, offloaded_layer
+from eagle_kernels.activation_offload import HostStore, KeptResults, Offloaded, offloaded_layer
 
 WIDTH = 16
 
@@ -63,18 +63,18 @@ def test_random_numbers_after_backward_are_those_without_it():
 
 def test_backward_calls_the_next_tensors_back_before_it_runs_a_layer():
     log, names = [], {}
-    call_back = Left.call_back
+    prefetch = Offloaded.prefetch
 
     def record(self):
         if self._returned is None:
             log.append(("call back", names.setdefault(id(self), len(names))))
-        call_back(self)
+        prefetch(self)
 
     x, store = torch.randn(5, WIDTH, requires_grad=True), HostStore(3)
     for name, linear in enumerate(_layers(3)):
         x = offloaded_layer(_with(linear, log, name), x, store)
     log.clear()
-    with patch.object(Left, "call_back", record):
+    with patch.object(Offloaded, "prefetch", record):
         x.sum().backward()
     # Copies are named in the order of their start: 0 is the last layer's.
     order = [("call back", 0), ("call back", 1), ("run", 2), ("call back", 2), ("run", 1), ("run", 0)]
@@ -108,9 +108,9 @@ def test_too_little_host_memory_is_said_in_one_line():
         offloaded_layer(_with(_layers(1)[0]), x, store)
 
 
-def test_nothing_leaves_without_gradients():
+def test_nothing_is_offloaded_without_gradients():
     store = HostStore(1)
-    with torch.no_grad(), patch.object(HostStore, "leave", side_effect=AssertionError):
+    with torch.no_grad(), patch.object(HostStore, "offload", side_effect=AssertionError):
         y = offloaded_layer(_with(_layers(1)[0]), torch.randn(5, WIDTH), store)
     assert not y.requires_grad
 

@@ -109,7 +109,7 @@ def worst_error(mutant: Mutant, layout: str) -> float:
 
 # All planted in code that the layout runs.
 NOTICED = [
-    ("TP2+SP, cp_tp", Mutant("collective", " in sum_tower_gradients", "dropped", part=True)),
+    ("TP2+SP, cp_tp", Mutant("collective", " in sum_encoder_gradients", "dropped", part=True)),
     ("PP2, none", Mutant("collective", " P2PCommunicator.recv_forward", "doubled", part=True)),
     ("TP2, cp_tp", Mutant("factor", COPIES, "dropped")),
     ("TP2, cp_tp", Mutant("factor", COPIES, "doubled")),

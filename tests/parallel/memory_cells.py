@@ -74,8 +74,8 @@ MORE = [
     Cell("one process, bf16", 1, precision="bf16"),
     Cell("one process, full recompute", 1, recompute="full", length=1024),
     Cell("one process, selective recompute", 1, recompute="selective"),
-    Cell("TP2 + SP, whole tower", 2, TP2 | SP),
-    Cell("TP2 + SP, whole tower, bf16", 2, TP2 | SP, precision="bf16"),
+    Cell("TP2 + SP, whole encoder", 2, TP2 | SP),
+    Cell("TP2 + SP, whole encoder, bf16", 2, TP2 | SP, precision="bf16"),
     Cell("PP2", 2, PP2, microbatches=2),
     Cell("PP2, bf16", 2, PP2, microbatches=4, precision="bf16"),
     Cell("PP2 x VPP2", 2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, microbatches=4),
@@ -95,7 +95,7 @@ MORE = [
 
 
 def model(vocab_size: int) -> EagleConfig:
-    """Eight language layers of 512 features, four tower layers of 256."""
+    """Eight language layers of 512 features, four encoder layers of 256."""
     return EagleConfig(
         vision=VisionConfig(
             image_size=112,

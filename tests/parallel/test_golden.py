@@ -107,7 +107,7 @@ def test_logits_loss_and_gradients(name, checkpoint):
     outcome = combine(results)
     assert outcome.loss == pytest.approx(float(io["packed.loss_official"]), abs=1e-4)
     config = EagleConfig.from_hf(json.loads((GOLDEN / "tiny_eagle" / "config.json").read_text()))
-    found = dict(ModelMapping(config, carries_head=False).to_hf(outcome.gradients.__getitem__))
+    found = dict(ModelMapping(config, has_head=False).to_hf(outcome.gradients.__getitem__))
     stored = load_file(GOLDEN / "tiny_eagle_grads.safetensors")
     expected = {name.removeprefix("grad."): gradient for name, gradient in stored.items()}
     assert found.keys() >= expected.keys()

@@ -104,7 +104,7 @@ def test_of_the_language_model_adapters_alone_have_gradients_and_none_is_dead(re
     language = [name for name in reference.gradients if name.startswith("language_model.")]
     assert len(language) == tiny_model().text.num_hidden_layers * len(TARGETS) * 2
     assert all(".lora_" in name for name in language)
-    assert len(reference.gradients) > len(language)  # tower and connector train as before
+    assert len(reference.gradients) > len(language)  # encoder and connector train as before
     assert [name for name, gradient in reference.gradients.items() if not gradient.abs().max() > 1e-6] == []
 
 

@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from eagle_kernels.activation_offload import HostStore, KeptResults, Left
+from eagle_kernels.activation_offload import HostStore, KeptResults, Offloaded
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
@@ -121,14 +121,14 @@ def test_attention_runs_once_and_the_slab_is_as_large_as_the_schedule_needs(name
     layout, recompute = cell(name), RecomputeConfig("offload", offload_keep_last=keep_last)
     chunks = ParallelConfig(**layout.parallel).num_model_chunks
     per_chunk = LAYERS // layout.world_size // chunks
-    leaving = per_chunk - keep_last
+    offloaded = per_chunk - keep_last
     ranks = launch(_counted, layout.world_size, layout, recompute)
     for forwards, found in zip(in_flight, ranks, strict=True):
         assert found == {
             "attention": per_chunk * chunks * PACKS,
-            "taken": leaving * chunks * PACKS,
-            "slots": leaving * forwards,
-            "back": leaving * forwards,  # no slot beyond the first slab was ever needed
+            "taken": offloaded * chunks * PACKS,
+            "slots": offloaded * forwards,
+            "back": offloaded * forwards,  # no slot beyond the first slab was ever needed
         }
 
 
@@ -144,9 +144,9 @@ def _computed_again(self, compute):
     return tuple(torch.zeros_like(result) for result in self.results)
 
 
-_take = Left.take
+_take = Offloaded.take
 SABOTAGES = {
-    "statistics": lambda: patch.object(Left, "take", _forgotten),
+    "statistics": lambda: patch.object(Offloaded, "take", _forgotten),
     "attention's results": lambda: patch.object(KeptResults, "once", _computed_again),
 }
 

@@ -63,7 +63,7 @@ DROPPED = {
         "TP2+SP, none",
         "copy_to_tensor_model_parallel_region < EagleModel._embed",
     ),
-    "whole tower's gradients over tensor parallel ranks": ("TP2, cp_tp", " in sum_tower_gradients"),
+    "whole encoder's gradients over tensor parallel ranks": ("TP2, cp_tp", " in sum_encoder_gradients"),
     "cross-entropy over tensor parallel ranks": ("TP2, none", " in _VocabParallelCrossEntropy.forward"),
     "gradients over data parallel ranks": ("DP2, none", " in _ParamAndGradBucketGroup.start_grad_sync"),
 }

@@ -14,7 +14,7 @@ from megatron_eagle.planning.memory_shapes import (
     Workload,
     count_parameters,
     language_layer,
-    tower_activations,
+    vision_activations,
     vision_layer,
 )
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
@@ -46,19 +46,21 @@ def test_activations_are_what_autograd_saves(precision):
     eagle.text.num_hidden_layers = eagle.vision.num_hidden_layers = 2
     deeper, taller = deepcopy(eagle), deepcopy(eagle)
     deeper.text.num_hidden_layers = taller.vision.num_hidden_layers = 3
-    base, with_layer, with_tower_layer = launch(_saved_bytes, 1, [eagle, deeper, taller], precision)[0]
+    base, with_layer, with_encoder_layer = launch(_saved_bytes, 1, [eagle, deeper, taller], precision)[0]
     workload = Workload(256, 4, 1, precision, device="cpu")
     parallel = ParallelConfig()
     language, vision = (count(eagle, parallel, workload).total for count in (language_layer, vision_layer))
     assert with_layer - base == language
-    assert with_tower_layer - base == vision
+    assert with_encoder_layer - base == vision
     element, width, softmax = workload.element_size, eagle.text.hidden_size, 256 * 512 * 4
     table = 256 * eagle.text.head_dim * element  # of rotary positions
     shared = 256 * (width * (4 + 2 * element) + 4) + table  # with the final norm
-    counted = 2 * language + tower_activations(eagle, parallel, workload) + shared + softmax
+    counted = 2 * language + vision_activations(eagle, parallel, workload) + shared + softmax
     assert base == pytest.approx(counted, rel=1e-3)
     connector_alone = replace(workload, trainable=("connector",))
-    assert tower_activations(eagle, parallel, connector_alone) < tower_activations(eagle, parallel, workload)
+    assert vision_activations(eagle, parallel, connector_alone) < vision_activations(
+        eagle, parallel, workload
+    )
 
 
 def _saved_bytes(eagles: list[EagleConfig], precision: str) -> list[int]:

@@ -43,13 +43,13 @@ def plans(gpus=8, memory=80e9, *overrides):
 
 
 def test_states_of_the_8b_model_by_hand():
-    """TP4 x PP2 x CP2 x DP4, first stage: 14 layers, the embedding, a quarter of tower and connector."""
+    """TP4 x PP2 x CP2 x DP4, first stage: 14 layers, the embedding, a quarter of encoder and connector."""
     layer = (3584 * 4608 + 4608 + 3584 * 3584) // 4 + 3 * 3584 * 18944 // 4 + 2 * 3584
     embedding = 152064 * 3584 // 4  # 151,676 rows, padded to 297 x 512
     block = (4 * 1152**2 + 2 * 1152 * 4304 + 3 * 1152 + 4304) // 4 + 6 * 1152  # whole: norms, output biases
-    tower = 27 * block + 1152 * (3 * 14 * 14 + 1) + 1024 * 1152 + 2 * 1152
+    encoder = 27 * block + 1152 * (3 * 14 * 14 + 1) + 1024 * 1152 + 2 * 1152
     connector = 2 * 4608 + (4608 * 3584 + 3584 * 3584 + 3584) // 4 + 3584
-    parameters = 14 * layer + embedding + tower + connector
+    parameters = 14 * layer + embedding + encoder + connector
     assert layer == 58_269_824
 
     parallel = layout(tp=4, sp=True, pp=2, cp=2)
@@ -115,10 +115,10 @@ def test_context_parallel_work_is_counted_for_the_packs():
     uneven = [0, 24576, 32768]
     gathered = context_work(layout(cp=4), [whole])
     assert gathered == (ContextWork(32768 * 3 / 4, 1.0))
-    assert context_work(layout(cp=4), [short]).foreign_keys < 512
-    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [short]).foreign_keys == 0.0
-    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [uneven]).unevenness > 1.2
-    assert context_work(layout(cp=4), [uneven]).unevenness < 1.02
+    assert context_work(layout(cp=4), [short]).remote_keys < 512
+    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [short]).remote_keys == 0.0
+    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [uneven]).imbalance > 1.2
+    assert context_work(layout(cp=4), [uneven]).imbalance < 1.02
     assert context_work(layout(cp=4, ulysses_parallel_size=4), [whole]) == ContextWork(0.0, 1.0)
 
     def seconds(parallel, bounds, recompute="none"):
@@ -144,7 +144,7 @@ def test_context_parallel_work_is_counted_for_the_packs():
     assert seconds(zigzag, uneven).attention > 1.2 * seconds(layout(cp=4), uneven).attention
 
 
-def test_pipelines_hold_the_towers_activations_of_several_microbatches():
+def test_pipelines_hold_the_encoders_activations_of_several_microbatches():
     one, two = (peak_memory(EAGLE, layout(pp=pp), 1, WORKLOAD, stage=0) for pp in (1, 2))
     assert two.states < 0.6 * one.states
     assert two.vision == 2 * one.vision
@@ -168,7 +168,7 @@ def test_recompute_trades_time_for_memory():
     assert offloaded_bytes(EAGLE, layout(), workload, 0) == 26 * 32768 * (2 * 3584 + 2 * 3584 + 4 * 28)
 
 
-def test_frozen_parts_have_no_gradients_states_or_tower_activations():
+def test_frozen_parts_have_no_gradients_states_or_vision_activations():
     connector = replace(WORKLOAD, trainable=("connector",))
     memory = peak_memory(EAGLE, layout(), 1, connector, stage=0)
     assert memory.gradients == 4 * count_parameters(EAGLE, layout(), 0).connector

@@ -295,7 +295,7 @@ CASES = [
 IN_PLACE = {
     "into a folder that gets its name when it is complete": {
         "config.save_yaml",
-        *("convert/carried.write_carried", "convert/checkpoint_files.write_checkpoint"),
+        *("convert/hf_metadata.write_hf_metadata", "convert/checkpoint_files.write_checkpoint"),
         *("convert/export_files._write_json", "convert/export_files._write_processor_settings"),
         *("convert/lora.export_adapter", "convert/shards.write_shards", "convert/to_hf.export_hf"),
         *(

@@ -34,7 +34,7 @@ POLICIES = {
 
 
 def model(layers: int) -> EagleConfig:
-    """Language layers of 256 features, one tower layer."""
+    """Language layers of 256 features, one encoder layer."""
     vision = VisionConfig(
         image_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
     )

@@ -1,7 +1,7 @@
 """Converting between Hugging Face and Megatron format: MB/s beside `cp`, peak memory beside its limit.
 
 The model has random weights, the real widths of Eagle 2.5 8B in bf16, two language layers and four of the
-tower (`--large`: all of them). Each conversion is its own process and counts from its first read until
+encoder (`--large`: all of them). Each conversion is its own process and counts from its first read until
 everything is on the disk; the source is in the page cache for all. Peak memory is the process's, with all it
 imports; the limit is twice the largest shard and 1 GB.
 """
@@ -50,7 +50,7 @@ def write_folder(folder: Path, config: EagleConfig) -> int:
     """A Hugging Face folder of random bf16 weights in shards; returns the bytes of the largest one."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    shapes = ModelMapping(config, carries_head=True).hf_shapes
+    shapes = ModelMapping(config, has_head=True).hf_shapes
     kinds = {name: ("BF16", shape) for name, shape in shapes.items()}
     sizes = {name: tensor_bytes(shape, "BF16") for name, shape in shapes.items()}
     write_shards(folder, _random(kinds), plan_shards(sizes, SHARD_BYTES), kinds)

@@ -30,7 +30,7 @@ from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
 from megatron_eagle.training.loss import megatron_loss
 from megatron_eagle.training.optimizer import wrap_models
 
-HIDDEN, FFN, TOWER, HEADS, HEAD = 3584, 18944, 1152, 28, 128
+HIDDEN, FFN, VISION, HEADS, HEAD = 3584, 18944, 1152, 28, 128
 EPS, REPEATS = 1e-6, 20
 OFFLOAD_TOKENS, OFFLOAD_LAYERS = 32768, 8
 
@@ -46,8 +46,8 @@ class Operation:
 
 
 def operations(tokens: int, device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> Iterator[Operation]:
-    """On `tokens` rows. widths: of the hidden states, of the feed-forward, of the tower, query heads."""
-    hidden, ffn, tower, heads = widths
+    """On `tokens` rows. widths: of the hidden states, of the feed-forward, of the encoder, query heads."""
+    hidden, ffn, encoder, heads = widths
 
     def tensor(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
@@ -77,7 +77,7 @@ def operations(tokens: int, device: str, dtype: torch.dtype, widths: tuple[int, 
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
         norm["Liger"] = lambda x, w, b: LigerLayerNormFunction.apply(x, w, b, EPS)
-    yield Operation("layer_norm", (tensor(tokens, tower), tensor(tower), tensor(tower)), norm, (2, 3))
+    yield Operation("layer_norm", (tensor(tokens, encoder), tensor(encoder), tensor(encoder)), norm, (2, 3))
 
     activation = forms(lambda x, implementation: swiglu(x, implementation))
     if device == "cuda" and liger:
@@ -216,7 +216,7 @@ def run() -> Report:
     copy, rows = copy_bandwidth("cuda", 1 << 30), []
     for tokens in (8192, 32768, 131072):
         progress(f"{tokens:,} tokens")
-        rows += elementwise(tokens, "cuda", torch.bfloat16, (HIDDEN, FFN, TOWER, HEADS), copy)
+        rows += elementwise(tokens, "cuda", torch.bfloat16, (HIDDEN, FFN, VISION, HEADS), copy)
     progress("loss")
     rows += loss_rows()
     progress("offload")

@@ -83,12 +83,12 @@ class _Timer:
         self._clock.push(self._part)
 
     def stop(self, barrier: bool = False) -> None:
-        while self._clock.pop() != self._part:  # the tower's backward ends with the whole backward
+        while self._clock.pop() != self._part:  # the vision encoder's backward ends with the whole backward
             pass
 
 
 def time_vision(clock: StepClock, eagle: torch.nn.Module) -> None:
-    """Count tower and connector as vision: forward, and backward from where the gradient reaches them."""
+    """Count encoder and connector as vision: forward, and backward from where the gradient reaches them."""
     eagle.vision_model.register_forward_pre_hook(lambda *_: clock.push("vision"))
 
     def leave(module, inputs, features):

@@ -1,6 +1,6 @@
 """Training on one GPU: model FLOPs utilisation and peak memory, with each memory feature on and off.
 
-The model is Eagle2.5-8B cut in depth: full width, LAYERS layers of language model and tower, so that weights
+The model is Eagle2.5-8B cut in depth: full width, LAYERS layers of either model, so that weights
 and optimizer states fit one device; FLOPs are counted for the cut model. Packs hold pictures, clips and text.
 Each row is a run of its own with one feature changed against the row `all`: every feature that saves memory
 without computing anything twice. MFU is against the GPU's dense bf16 peak, if runtime/gpus.py has it; times
@@ -38,7 +38,7 @@ FEATURES = {
     "fused loss, own gradient": {"layers.loss_into_main_grad": "false"},
     "eager kernels": {"layers.kernels": "eager"},
     "recompute SwiGLU": {"recompute.swiglu": "true"},
-    "recompute tower": {"recompute.vision": "full"},
+    "recompute vision": {"recompute.vision": "full"},
     "recompute attention": {"recompute.language": "selective"},
     "recompute all layers": {"recompute.language": "full", "recompute.vision": "full"},
     "offload activations": {"recompute.language": "offload", "recompute.vision": "full"},

@@ -1,4 +1,4 @@
-"""Configuration of Eagle 2.5: a SigLIP tower, a pixel-shuffle connector and a Qwen2 language model.
+"""Configuration of Eagle 2.5: a SigLIP encoder, a pixel-shuffle connector and a Qwen2 language model.
 
 Self-contained: shipped inside every exported checkpoint and loaded with `trust_remote_code`
 (transformers 4.51 to 5.x; vLLM reads this file and nothing else of the remote code).
@@ -29,13 +29,13 @@ class Eagle2_5_VLConfig(PretrainedConfig):
         image_token_index: id of `<IMG_CONTEXT>`; its positions receive the visual features.
         downsample_ratio: side ratio of the pixel shuffle (0.5: four patches become one token).
         mlp_connector_layers: 2 (LayerNorm, Linear, GELU, Linear).
-        select_layer: -1, the tower's last layer after `post_layernorm`; nothing else is supported.
-        force_image_size: tile side in pixels; defaults to the tower's `image_size`.
+        select_layer: -1, the vision encoder's last layer after `post_layernorm`; nothing else is supported.
+        force_image_size: tile side in pixels; defaults to the vision encoder's `image_size`.
         min_dynamic_tiles, max_dynamic_tiles: tiles an image may be cut into, thumbnail not counted.
             `min_dynamic_patch` and `max_dynamic_patch` are the same numbers under the names vLLM reads.
 
     Raises:
-        ValueError: another tower or language model, or an unsupported connector or layer.
+        ValueError: another encoder or language model, or an unsupported connector or layer.
     """
 
     model_type = "eagle_2_5_vl"

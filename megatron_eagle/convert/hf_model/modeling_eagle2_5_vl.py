@@ -1,7 +1,7 @@
 """Eagle 2.5 on top of transformers' SiglipVisionModel and Qwen2ForCausalLM.
 
 Self-contained: shipped inside every exported checkpoint and loaded with `trust_remote_code`
-(transformers 4.51 to 5.x). Shapes: n tiles, S tile side, p patch side, c tower width, h language-model width,
+(transformers 4.51 to 5.x). Shapes: n tiles, S tile side, p patch side, c vision width, h language width,
 b batch, s sequence, v vocabulary, k visual tokens per tile.
 """
 
@@ -53,7 +53,7 @@ class Eagle2_5_VLPreTrainedModel(PreTrainedModel):
 
 
 class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, GenerationMixin):
-    """Vision tower, connector `mlp1` and language model, for text with images and video frames."""
+    """Vision encoder, connector `mlp1` and language model, for text with images and video frames."""
 
     def __init__(self, config: Eagle2_5_VLConfig):
         super().__init__(config)
@@ -63,9 +63,9 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         vision_width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
         text_width = config.text_config.hidden_size
         self.mlp1 = nn.Sequential(
-            nn.LayerNorm(vision_width),  # eps 1e-5, unlike the tower's 1e-6
+            nn.LayerNorm(vision_width),  # eps 1e-5, unlike the vision encoder's 1e-6
             nn.Linear(vision_width, text_width),
-            nn.GELU(),  # erf, unlike the tower's tanh
+            nn.GELU(),  # erf, unlike the vision encoder's tanh
             nn.Linear(text_width, text_width),
         )
         self.post_init()
@@ -73,7 +73,7 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
     def save_pretrained(self, save_directory, state_dict=None, **kwargs):
         """As in transformers, always under the released checkpoint's names.
 
-        transformers 5 drops one level of the tower's names in memory and only restores it for a model that
+        transformers 5 drops one level of the encoder's names in memory and only restores it for a model that
         was loaded, not for one built from a configuration.
         """
         if state_dict is None and getattr(self, "_weight_conversions", None) is None:

@@ -16,7 +16,7 @@ import pypdfium2
 from PIL import Image
 from pypdfium2 import raw as pdfium
 
-from megatron_eagle.data.media.source import PageRef, file_facts
+from megatron_eagle.data.media.source import PageRef, file_metadata
 from megatron_eagle.problems import Problem
 
 MAX_PAGES = 10_000  # a pack of 128K tokens shows 512; more is an archive, not a document
@@ -94,7 +94,7 @@ def _document(path: str) -> Iterator[pypdfium2.PdfDocument]:
 
 def _check_whole(path: str) -> None:
     """Pdfium mends a file that was cut off, without a word and without the pages that are gone."""
-    size = file_facts(path).size
+    size = file_metadata(path).size
     if size == 0:
         raise Problem("empty file", path)
     try:

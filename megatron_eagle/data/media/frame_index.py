@@ -13,7 +13,7 @@ import numpy as np
 from megatron_eagle.data.media.frame_table import CodedFrames, FrameTable
 from megatron_eagle.data.media.mp4_boxes import FIRST_KINDS, outer_boxes
 from megatron_eagle.data.media.mp4_index import read_mp4
-from megatron_eagle.data.media.source import file_facts, fingerprint
+from megatron_eagle.data.media.source import file_metadata, fingerprint
 from megatron_eagle.problems import Problem
 
 # Containers that have no index of key frames: a seek leads near one at best.
@@ -32,7 +32,7 @@ def read_frame_table(path: str) -> FrameTable:
     Raises `Problem` for a file that is missing, empty, cut off, no video, or has no frame that can be
     decoded.
     """
-    file = file_facts(path)
+    file = file_metadata(path)
     if file.size == 0:
         raise Problem("empty file", path)
     try:

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_eagle.data.media.source import FileFacts
+from megatron_eagle.data.media.source import FileMetadata
 from megatron_eagle.problems import Problem
 
 
@@ -17,7 +17,7 @@ from megatron_eagle.problems import Problem
 class FrameIndex:
     """What decoding some frames of a file takes; training keeps it of the frames it shows (`VideoPlan`)."""
 
-    file: FileFacts
+    file: FileMetadata
     """The file as it was when it was indexed."""
     fingerprint: int
     """`source.fingerprint` of the file."""
@@ -67,7 +67,7 @@ class FrameTable:
     (0 = unknown).  The other fields are those of `FrameIndex`.
     """
 
-    file: FileFacts
+    file: FileMetadata
     fingerprint: int
     stream: int
     rotation: int
@@ -117,7 +117,7 @@ class CodedFrames:
     shown: np.ndarray
     duration: np.ndarray
 
-    def table(self, file: FileFacts, fingerprint: int) -> FrameTable:
+    def table(self, file: FileMetadata, fingerprint: int) -> FrameTable:
         """The same in presentation order; at least one frame must be shown."""
         # The key frame that came last before each frame; those before the first key frame count as its own.
         latest = np.maximum.accumulate(np.where(self.key, np.arange(len(self.key)), 0))

@@ -22,7 +22,7 @@ _PAGE = re.compile(r"pdf://(?P<file>.+)\?page=(?P<number>\d+)&size=(?P<width>\d+
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileMetadata:
     """A media file as it was when it was probed: bytes and time of its last change (nanoseconds)."""
 
     path: str
@@ -57,16 +57,16 @@ def database_picture(file: str, key: str) -> str:
     return f"{_SCHEME}{file}?{quote(key, safe='')}"
 
 
-def file_facts(path: str) -> FileFacts:
+def file_metadata(path: str) -> FileMetadata:
     """Size and time of change of a file, of the file a page is in, or of a value and its database.
 
     Raises `Problem` if it is missing.
     """
     if path.startswith(_SCHEME):
-        return FileFacts(path, len(_value(path)), _status(_data_file(_split(path)[0])).st_mtime_ns)
+        return FileMetadata(path, len(_value(path)), _status(_data_file(_split(path)[0])).st_mtime_ns)
     page = page_ref(path)
     status = _status(page.file if page else path)
-    return FileFacts(path, status.st_size, status.st_mtime_ns)
+    return FileMetadata(path, status.st_size, status.st_mtime_ns)
 
 
 def fingerprint(path: str) -> int:
@@ -83,16 +83,16 @@ def fingerprint(path: str) -> int:
     return int.from_bytes(digest.digest(), signed=True)
 
 
-def check_unchanged(path: str, probed: FileFacts, known_fingerprint: int) -> None:
+def check_unchanged(path: str, probed: FileMetadata, known_fingerprint: int) -> None:
     """Raise `Problem` if a file is not the one that was probed; a copy of it with another date is."""
     now = check_size(path, probed.size)
     if now.mtime_ns != probed.mtime_ns and fingerprint(path) != known_fingerprint:
         raise Problem("media changed since preprocessing", f"{path} has other content")
 
 
-def check_size(path: str, size: int) -> FileFacts:
+def check_size(path: str, size: int) -> FileMetadata:
     """A file as it is now.  Raises `Problem` if it does not have the bytes that it was probed with."""
-    now = file_facts(path)
+    now = file_metadata(path)
     if now.size != size:
         raise Problem("media changed since preprocessing", f"{path} has {now.size} bytes, had {size}")
     return now

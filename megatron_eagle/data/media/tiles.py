@@ -1,4 +1,4 @@
-"""Pixels as the vision tower takes them: square tiles in [-1, 1].
+"""Pixels as the vision encoder takes them: square tiles in [-1, 1].
 
 Shapes: n tiles, S tile size in pixels, h and w a picture's height and width.
 """

@@ -1,13 +1,13 @@
 """Sharing the packs of a global batch among data-parallel ranks so that they finish together.
 
 Every pack costs the same in the layers that see tokens one by one, padding or not.  What differs is
-attention, which grows with the square of each document's length, and the vision tower, which grows with the
+attention, which grows with the square of each document's length, and the vision encoder, which grows with the
 patches.
 """
 
 import numpy as np
 
-# Forward FLOPs of one patch in the vision tower and connector over those of one unit of squared document
+# Forward FLOPs of one patch in the vision encoder and connector over those of one unit of squared document
 # length in the language model's causal attention, for the sizes of EAGLE 2.5 8B.  Per patch: 27 layers x
 # 2 x (4 x 1152^2 + 2 x 1152 x 4304 + 2 x 1024 x 1152), and the connector: 9.6e8.  Per unit: 28 layers x
 # 2 x 3584 = 2e5.

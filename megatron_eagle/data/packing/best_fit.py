@@ -115,7 +115,7 @@ def _best_fit(
 
     `room` is what is left in the packs that exist; more are opened as needed.  Returns how many there are.
     """
-    rooms = _Rooms(capacity)
+    rooms = _Bins(capacity)
     for pack, left in enumerate(room.tolist()):
         rooms.put(pack, left)
     n_packs = len(room)
@@ -147,7 +147,7 @@ def _even_tiles(lengths: np.ndarray, tiles: np.ndarray, pack_of: np.ndarray, n_p
             np.add.at(visual, packs, own[most_first])
 
 
-class _Rooms:
+class _Bins:
     """Open packs by the room they have left (0 .. capacity).
 
     The set of rooms that occur is a bit set of two levels of Python integers, 256 rooms per word: the

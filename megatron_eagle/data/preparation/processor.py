@@ -14,9 +14,9 @@ from megatron_eagle.data.sample import Document, DocumentRef, ImageRef, Sample, 
 from megatron_eagle.data.sampling.ads import MediaPlan, SamplingSettings, plan_media
 from megatron_eagle.data.sampling.iap import tile_count
 from megatron_eagle.data.sampling.probe import (
-    ImageFacts,
-    PageFacts,
-    VideoFacts,
+    ImageMetadata,
+    PageMetadata,
+    VideoMetadata,
     probe_document,
     probe_image,
     probe_video,
@@ -145,16 +145,16 @@ class SampleProcessor:
 
         sampling = self._sampling(sample)
         return plan_media(
-            [image.wish(sampling) for image in media.images],
-            [video.wish(sampling) for video in media.videos],
+            [image.demand(sampling) for image in media.images],
+            [video.demand(sampling) for video in media.videos],
             count,
             length,
             sampling,
-            [[page.wish(sampling) for page in pages] for pages in media.documents],
+            [[page.demand(sampling) for page in pages] for pages in media.documents],
         )
 
     @staticmethod
-    def _check_frames(videos: list[VideoFacts], plans: list[MediaPlan]) -> None:
+    def _check_frames(videos: list[VideoMetadata], plans: list[MediaPlan]) -> None:
         """Decode every frame that some plan shows, so that training never meets one that cannot be.
 
         A file that cannot be read by seeking is marked in `videos`, so that training does not try.
@@ -199,7 +199,7 @@ class SampleProcessor:
             n_tiles=n_tiles,
             tiles_wanted=plan.tiles_wanted,
             n_frames=n_frames,
-            frames_wanted=sum(video.wish(sampling).wanted for video in media.videos),
+            frames_wanted=sum(video.demand(sampling).wanted for video in media.videos),
             images=(
                 *(_image_plan(*picture, sampling) for picture in zip(media.images, plan.grids, strict=True)),
                 *(
@@ -219,9 +219,9 @@ class SampleProcessor:
 class _Media:
     """The media of a sample, probed."""
 
-    images: list[ImageFacts]
-    videos: list[VideoFacts]
-    documents: list[list[ImageFacts] | list[PageFacts]]
+    images: list[ImageMetadata]
+    videos: list[VideoMetadata]
+    documents: list[list[ImageMetadata] | list[PageMetadata]]
 
     def shown(self, frames: Sequence[Sequence[int]]) -> list[ShownVideo]:
         """What the text says of the videos if these frames are shown."""
@@ -251,21 +251,21 @@ def _media_order(sample: Sample, documents: Sequence[DocumentPlan]) -> tuple[int
 
 
 def _image_plan(
-    image: ImageFacts | PageFacts, grid: tuple[int, int], sampling: SamplingSettings
+    image: ImageMetadata | PageMetadata, grid: tuple[int, int], sampling: SamplingSettings
 ) -> ImagePlan:
-    wish = image.wish(sampling)
+    demand = image.demand(sampling)
     return ImagePlan(
         path=image.name(grid, sampling.tile_size),
         file_size=image.file.size,
         mtime_ns=image.file.mtime_ns,
-        width=wish.width,
-        height=wish.height,
+        width=demand.width,
+        height=demand.height,
         columns=grid[0],
         rows=grid[1],
     )
 
 
-def _video_plan(video: VideoFacts, frames: tuple[int, ...]) -> VideoPlan:
+def _video_plan(video: VideoMetadata, frames: tuple[int, ...]) -> VideoPlan:
     index = video.table.index.select(frames)
     return VideoPlan(
         path=video.file.path,

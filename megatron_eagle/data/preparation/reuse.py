@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from megatron_eagle.data.annotations.formats import TEXT_PROBLEMS
 from megatron_eagle.data.annotations.mixture import Dataset
-from megatron_eagle.data.media.source import FileFacts, file_facts
+from megatron_eagle.data.media.source import FileMetadata, file_metadata
 from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.store.reader import FORMAT_VERSION, SampleStore
 from megatron_eagle.errors import UserError
@@ -60,6 +60,6 @@ def is_current(folder: Path, key: str) -> bool:
 
 def _is_unchanged(path: str, size: int, mtime_ns: int) -> bool:
     try:
-        return file_facts(path) == FileFacts(path, size, mtime_ns)
+        return file_metadata(path) == FileMetadata(path, size, mtime_ns)
     except Problem:
         return False

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_eagle.data.annotations.formats import read_sample, replace_videos
 from megatron_eagle.data.annotations.mixture import Dataset, datasets_of
-from megatron_eagle.data.media.source import file_facts
+from megatron_eagle.data.media.source import file_metadata
 from megatron_eagle.data.media.transcode import TranscodeSettings, transcode_video
 from megatron_eagle.data.preparation.engines import in_processes
 from megatron_eagle.data.preparation.journal import lock_file
@@ -167,23 +167,23 @@ def _is_current(copy: Copy | None, target: Path, settings: TranscodeSettings) ->
     if copy is None or copy.target != str(target) or copy.settings != asdict(settings):
         return False
     try:
-        facts = file_facts(copy.source)
-        size = file_facts(copy.target).size
+        metadata = file_metadata(copy.source)
+        size = file_metadata(copy.target).size
     except Problem:
         return False
-    return (facts.size, facts.mtime_ns, size) == (copy.source_bytes, copy.source_mtime_ns, copy.bytes)
+    return (metadata.size, metadata.mtime_ns, size) == (copy.source_bytes, copy.source_mtime_ns, copy.bytes)
 
 
 def _transcode(settings: TranscodeSettings, log: Path, job: tuple[str, Path]) -> list[Copy | Failure]:
     """Make one copy and write it down at once, so that no kill can lose it."""
     source, target = job
     try:
-        facts = file_facts(source)
+        metadata = file_metadata(source)
         frames = transcode_video(source, target, settings)
     except Problem as problem:
         return [Failure(source, problem.kind, str(problem))]
     size = target.stat().st_size
-    copy = Copy(source, facts.size, facts.mtime_ns, str(target), size, frames, asdict(settings))
+    copy = Copy(source, metadata.size, metadata.mtime_ns, str(target), size, frames, asdict(settings))
     append_line(log, asdict(copy))
     return [copy]
 

@@ -43,7 +43,7 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
-class ImageWish:
+class ImageDemand:
     """A picture's size in pixels and the tile limit of its own."""
 
     width: int
@@ -52,7 +52,7 @@ class ImageWish:
 
 
 @dataclass(frozen=True)
-class VideoWish:
+class VideoDemand:
     """A clip: its first and last frame number in the file, the frames it wants and those it must have."""
 
     first: int
@@ -97,14 +97,14 @@ def wanted_frames(available: int, duration: Fraction, settings: SamplingSettings
 
 
 def plan_media(
-    images: Sequence[ImageWish],
-    videos: Sequence[VideoWish],
+    images: Sequence[ImageDemand],
+    videos: Sequence[VideoDemand],
     count: Count,
     limit: int,
     settings: SamplingSettings,
-    documents: Sequence[Sequence[ImageWish]] = (),
+    documents: Sequence[Sequence[ImageDemand]] = (),
 ) -> MediaPlan:
-    """Fit a sample into `limit` tokens; a document is the wishes of its pages.
+    """Fit a sample into `limit` tokens; a document is the demands of its pages.
 
     Raises `Problem` if it does not fit with one tile per image, one page per document and the minimum of
     frames per video.
@@ -132,11 +132,11 @@ def plan_media(
     limits = sorted({settings.max_tiles, *(t for t in TILE_LIMITS if t < settings.max_tiles)})[::-1]
     for tile_limit in limits:
         grids = _grids(images, tile_limit, settings)
-        page_grids = tuple(_grids(wishes, tile_limit, settings) for wishes in shown)
+        page_grids = tuple(_grids(demands, tile_limit, settings) for demands in shown)
         n_tokens = count(_tiles(grids), frames, [_tiles(g) for g in page_grids])
         if n_tokens <= limit:
             break
-    wanted = [_grids(wishes, settings.max_tiles, settings) for wishes in (images, *documents)]
+    wanted = [_grids(demands, settings.max_tiles, settings) for demands in (images, *documents)]
     tiles_wanted = sum(sum(_tiles(g)) for g in wanted)
     return MediaPlan(grids, frames, pages, page_grids, n_tokens, tile_limit, tiles_wanted)
 
@@ -166,7 +166,7 @@ def _give(
 
 
 def _giving_order(start: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    """Which video each further frame goes to: the one with the smallest share of its wish, or the first."""
+    """Which video each further frame goes to: the one with the smallest share of its demand, or the first."""
     heap = [(Fraction(n, w), i, n) for i, (n, w) in enumerate(zip(start, wanted, strict=True))]
     heapq.heapify(heap)
     order = []
@@ -178,7 +178,7 @@ def _giving_order(start: Sequence[int], wanted: Sequence[int]) -> list[int]:
     return order
 
 
-def _frames(videos: Sequence[VideoWish], n: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def _frames(videos: Sequence[VideoDemand], n: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     return tuple(video.frames(k) for video, k in zip(videos, n, strict=True))
 
 
@@ -186,7 +186,7 @@ def _tiles(grids: Sequence[Grid]) -> list[int]:
     return [tile_count(grid) for grid in grids]
 
 
-def _grids(images: Sequence[ImageWish], tile_limit: int, settings: SamplingSettings) -> tuple[Grid, ...]:
+def _grids(images: Sequence[ImageDemand], tile_limit: int, settings: SamplingSettings) -> tuple[Grid, ...]:
     rule = {"tile_size": settings.tile_size, "tiling": settings.tiling}
     return tuple(
         select_grid(image.width, image.height, max_tiles=min(tile_limit, image.max_tiles), **rule)

@@ -10,23 +10,23 @@ from megatron_eagle.data.media.documents import page_sizes, pixel_size
 from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.frame_table import FrameTable
 from megatron_eagle.data.media.images import image_size
-from megatron_eagle.data.media.source import FileFacts, PageRef, file_facts
+from megatron_eagle.data.media.source import FileMetadata, PageRef, file_metadata
 from megatron_eagle.data.sample import Document, VideoSource
-from megatron_eagle.data.sampling.ads import ImageWish, SamplingSettings, VideoWish, wanted_frames
+from megatron_eagle.data.sampling.ads import ImageDemand, SamplingSettings, VideoDemand, wanted_frames
 from megatron_eagle.problems import Problem
 
 
 @dataclass(frozen=True)
-class ImageFacts:
+class ImageMetadata:
     """A picture's file and its size as shown, in pixels."""
 
-    file: FileFacts
+    file: FileMetadata
     width: int
     height: int
 
-    def wish(self, settings: SamplingSettings) -> ImageWish:
+    def demand(self, settings: SamplingSettings) -> ImageDemand:
         """What the picture asks of the sampler."""
-        return ImageWish(self.width, self.height, settings.max_tiles)
+        return ImageDemand(self.width, self.height, settings.max_tiles)
 
     def name(self, grid: tuple[int, int], tile_size: int) -> str:
         """What the picture is read from."""
@@ -34,20 +34,20 @@ class ImageFacts:
 
 
 @dataclass(frozen=True)
-class PageFacts:
+class PageMetadata:
     """Page `number` (from 0) of a PDF file, and its size in points; it is drawn with at most `max_pixels`."""
 
-    file: FileFacts
+    file: FileMetadata
     number: int
     width: float
     height: float
     max_pixels: int
 
-    def wish(self, settings: SamplingSettings) -> ImageWish:
+    def demand(self, settings: SamplingSettings) -> ImageDemand:
         """What the page asks of the sampler: as many pixels as the tiles that it may have."""
         tile = settings.tile_size**2
         max_tiles = max(1, min(settings.max_tiles, self.max_pixels // tile))
-        return ImageWish(*pixel_size(self.width, self.height, max_tiles * tile), max_tiles)
+        return ImageDemand(*pixel_size(self.width, self.height, max_tiles * tile), max_tiles)
 
     def name(self, grid: tuple[int, int], tile_size: int) -> str:
         """The page, drawn at the size of its grid."""
@@ -55,19 +55,19 @@ class PageFacts:
 
 
 @dataclass(frozen=True)
-class VideoFacts:
+class VideoMetadata:
     """A clip: its file, the file's frame table, the first and last frame number, its duration in seconds."""
 
-    file: FileFacts
+    file: FileMetadata
     table: FrameTable
     first: int
     last: int
     duration: Fraction
 
-    def wish(self, settings: SamplingSettings) -> VideoWish:
+    def demand(self, settings: SamplingSettings) -> VideoDemand:
         """What the clip asks of the sampler."""
         wanted = wanted_frames(self.last - self.first + 1, self.duration, settings)
-        return VideoWish(self.first, self.last, wanted, settings.min_frames)
+        return VideoDemand(self.first, self.last, wanted, settings.min_frames)
 
     def times(self, frames: Sequence[int]) -> list[float]:
         """Presentation times of frame numbers, in seconds of the file's own clock."""
@@ -77,21 +77,21 @@ class VideoFacts:
         ]
 
 
-def probe_image(path: str, max_pixels: int) -> ImageFacts:
+def probe_image(path: str, max_pixels: int) -> ImageMetadata:
     """Check a picture to its end and read its size.  Raises `Problem`."""
     width, height = image_size(path, max_pixels=max_pixels)
-    return ImageFacts(file_facts(path), width, height)
+    return ImageMetadata(file_metadata(path), width, height)
 
 
-def probe_document(document: Document, max_pixels: int) -> list[ImageFacts] | list[PageFacts]:
+def probe_document(document: Document, max_pixels: int) -> list[ImageMetadata] | list[PageMetadata]:
     """The pages of a document, whether it is a PDF file or a list of pictures.  Raises `Problem`."""
     if not isinstance(document, str):
         return [probe_image(page, max_pixels) for page in document]
-    sizes, file = page_sizes(document), file_facts(document)
-    return [PageFacts(file, number, *size, max_pixels) for number, size in enumerate(sizes)]
+    sizes, file = page_sizes(document), file_metadata(document)
+    return [PageMetadata(file, number, *size, max_pixels) for number, size in enumerate(sizes)]
 
 
-def probe_video(source: VideoSource) -> VideoFacts:
+def probe_video(source: VideoSource) -> VideoMetadata:
     """Read a video's frame table and find the clip in it.
 
     The duration of N frames is span + span / (N - 1) of their presentation times (one frame: its own
@@ -116,4 +116,4 @@ def probe_video(source: VideoSource) -> VideoFacts:
             raise Problem(
                 "empty clip", f"{source.path} shows no frame from {float(start):g} s to {float(end):g} s"
             )
-    return VideoFacts(table.file, table, first, last, duration)
+    return VideoMetadata(table.file, table, first, last, duration)

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_eagle.data.media.frame_table import FrameIndex
-from megatron_eagle.data.media.source import FileFacts
+from megatron_eagle.data.media.source import FileMetadata
 from megatron_eagle.data.sampling.iap import tile_count
 from megatron_eagle.data.store.token_file import TokenFile
 from megatron_eagle.errors import UserError
@@ -88,7 +88,7 @@ class VideoPlan:
     def index(self) -> FrameIndex:
         """What decoding the shown frames, or some of them, takes."""
         return FrameIndex(
-            file=FileFacts(self.path, self.file_size, self.mtime_ns),
+            file=FileMetadata(self.path, self.file_size, self.mtime_ns),
             fingerprint=self.fingerprint,
             stream=self.stream,
             rotation=self.rotation,

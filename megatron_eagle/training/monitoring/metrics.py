@@ -30,7 +30,7 @@ class StepMetrics:
     mfu: float | None = None  # tflops / the peak (step_meter.choose_peak); none where that is not known
     evaluation_loss: float | None = None  # only in files of before `EvaluationMetrics`
     data_seconds: float = 0.0  # of `seconds`: the wait for the batch
-    mfu_vision: float | None = None  # of mfu: tower and connector
+    mfu_vision: float | None = None  # of mfu: encoder and connector
     mfu_language: float | None = None
     packing: float | None = None  # tokens of samples / tokens
     samples: int | None = None

@@ -23,7 +23,7 @@ _SINGLE = (
 class StepTotals:
     """Of one global batch, padding left out. `tiles` are those of pictures and pages, without frames."""
 
-    flops_vision: float  # tower and connector
+    flops_vision: float  # encoder and connector
     flops_language: float
     samples: int
     tokens: int

@@ -22,7 +22,7 @@ from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.remux import Remux
-from megatron_eagle.data.media.source import file_facts
+from megatron_eagle.data.media.source import file_metadata
 from megatron_eagle.data.media.tiles import cut_tiles, image_tiles, resize
 from megatron_eagle.data.media.video import decode_frames
 from megatron_eagle.data.packing.index import write_packs
@@ -230,7 +230,7 @@ def test_damaged_and_changed_files_are_problems(tmp_path):
     os.utime(path, (0, 0))
     with pytest.raises(Problem, match=f"media changed.*{path}"):
         decoder.frames(str(path), index, [5])
-    damaged = replace(index, file=file_facts(str(path)))
+    damaged = replace(index, file=file_metadata(str(path)))
     assert decoder.frames(str(path), damaged, [0, 5])[0].shape == (2, 3, S, S)
     with pytest.raises(Problem, match=f"undecodable frame: {path}"):
         decoder.frames(str(path), damaged, range(60))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_eagle.data.media import frame_index
 from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.mp4_index import read_mp4
-from megatron_eagle.data.media.source import FileFacts
+from megatron_eagle.data.media.source import FileMetadata
 from megatron_eagle.problems import Problem
 from tests.data.helpers import make_video
 from tests.data.media.mp4_edit import (
@@ -62,7 +62,7 @@ def clip(name):
 
 def both(path):
     """The table from the boxes (None: left to FFmpeg) and the one from the packets."""
-    file = FileFacts(str(path), path.stat().st_size, 0)
+    file = FileMetadata(str(path), path.stat().st_size, 0)
     boxes = read_mp4(str(path), file.size)
     return boxes and boxes.table(file, 0), frame_index.demux(str(path)).table(file, 0)
 
@@ -193,7 +193,7 @@ def test_whatever_the_boxes_hold(tmp_path, name, seed):
     path.write_bytes(data)
     with suppress(Problem):
         coded = read_mp4(str(path), len(data))
-        assert coded is None or len(coded.table(FileFacts(str(path), len(data), 0), 0).pts) > 0
+        assert coded is None or len(coded.table(FileMetadata(str(path), len(data), 0), 0).pts) > 0
 
 
 NOT_PLAIN = {

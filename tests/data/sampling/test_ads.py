@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from megatron_eagle.data.sampling.ads import (
     TILE_LIMITS,
-    ImageWish,
+    ImageDemand,
     SamplingSettings,
-    VideoWish,
+    VideoDemand,
     plan_media,
     wanted_frames,
 )
@@ -44,7 +44,7 @@ def _frames(n):
 def video(seconds, fps=30):
     available = seconds * fps
     wanted = wanted_frames(available, Fraction(seconds), SETTINGS)
-    return VideoWish(0, available - 1, wanted, SETTINGS.min_frames)
+    return VideoDemand(0, available - 1, wanted, SETTINGS.min_frames)
 
 
 def test_one_long_video():
@@ -62,7 +62,7 @@ def test_two_videos_share_by_what_they_want():
 
 def test_tiles_come_after_frames():
     count = counter(150, [20])
-    plan = plan_media([ImageWish(1920, 1080, 12)], [video(20)], count, 12288, SETTINGS)
+    plan = plan_media([ImageDemand(1920, 1080, 12)], [video(20)], count, 12288, SETTINGS)
     assert len(plan.frames[0]) == 40
     assert count([1], plan.frames) == 10980
     assert plan.grids == ((2, 2),)
@@ -80,8 +80,8 @@ def test_wanted_frames_keeps_its_limits():
 
 
 def test_frames_are_spread_with_both_ends():
-    assert VideoWish(10, 19, 4, 4).frames(4) == (10, 13, 16, 19)
-    assert VideoWish(7, 7, 1, 1).frames(1) == (7,)
+    assert VideoDemand(10, 19, 4, 4).frames(4) == (10, 13, 16, 19)
+    assert VideoDemand(7, 7, 1, 1).frames(1) == (7,)
 
 
 def test_what_cannot_fit_is_refused():
@@ -90,7 +90,7 @@ def test_what_cannot_fit_is_refused():
     assert plan_media([], [video(600)], counter(200), 2304, SETTINGS).n_tokens == 2304
 
 
-PAGE = ImageWish(1240, 1754, 12)  # A4 at 150 dpi: 3 x 4 tiles and the thumbnail
+PAGE = ImageDemand(1240, 1754, 12)  # A4 at 150 dpi: 3 x 4 tiles and the thumbnail
 
 
 def test_a_document_gives_up_pages_before_anything_else():
@@ -104,9 +104,9 @@ def test_a_document_gives_up_pages_before_anything_else():
     assert plan.page_grids == (((1, 1),) * 10,)
     assert plan.tiles_wanted == 30 * 13
     # They all fit: frames come next, then tiles for all pictures alike.
-    plan = plan_media([ImageWish(1920, 1080, 12)], [video(20)], count, 22_000, SETTINGS, [pages])
+    plan = plan_media([ImageDemand(1920, 1080, 12)], [video(20)], count, 22_000, SETTINGS, [pages])
     assert (len(plan.pages[0]), len(plan.frames[0]), plan.tile_limit) == (30, 40, 1)
-    plan = plan_media([ImageWish(1920, 1080, 12)], [video(20)], count, 40_000, SETTINGS, [pages])
+    plan = plan_media([ImageDemand(1920, 1080, 12)], [video(20)], count, 40_000, SETTINGS, [pages])
     assert plan.tile_limit == 2
     assert plan.grids == ((2, 1),)
     assert set(plan.page_grids[0]) == {(1, 2)}
@@ -126,23 +126,23 @@ def test_documents_share_by_what_they_have():
 @given(
     text=st.integers(0, 3000),
     images=st.lists(
-        st.builds(ImageWish, st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 14)), max_size=4
+        st.builds(ImageDemand, st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 14)), max_size=4
     ),
     videos=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 30)), max_size=3),
     documents=st.lists(st.integers(1, 12), max_size=2),
     limit=st.integers(256, 16384),
 )
 def test_properties(text, images, videos, documents, limit):
-    wishes = [video(*v) for v in videos]
+    demands = [video(*v) for v in videos]
     documents = [[PAGE] * n for n in documents]
     count = counter(text)
     single = [1] * len(images)
-    fewest = [w.frames(min(w.minimum, w.wanted)) for w in wishes]
+    fewest = [w.frames(min(w.minimum, w.wanted)) for w in demands]
     if count(single, fewest, [[1]] * len(documents)) > limit:
         with pytest.raises(Problem):
-            plan_media(images, wishes, count, limit, SETTINGS, documents)
+            plan_media(images, demands, count, limit, SETTINGS, documents)
         return
-    plan = plan_media(images, wishes, count, limit, SETTINGS, documents)
+    plan = plan_media(images, demands, count, limit, SETTINGS, documents)
     tiles = [tile_count(grid) for grid in plan.grids]
     page_tiles = [[tile_count(grid) for grid in grids] for grids in plan.page_grids]
     assert plan.n_tokens == count(tiles, plan.frames, page_tiles) <= limit
@@ -155,13 +155,13 @@ def test_properties(text, images, videos, documents, limit):
         more = [[1] * (len(p) + (i == j)) for j, p in enumerate(plan.pages)]
         assert count(single, fewest, more) > limit
     single_pages = [[1] * len(pages) for pages in plan.pages]
-    for wish, frames in zip(wishes, plan.frames, strict=True):
-        assert min(wish.minimum, wish.wanted) <= len(frames) <= wish.wanted
+    for demand, frames in zip(demands, plan.frames, strict=True):
+        assert min(demand.minimum, demand.wanted) <= len(frames) <= demand.wanted
         assert len(set(frames)) == len(frames)
-        assert (frames[0], frames[-1]) == (wish.first, wish.last if len(frames) > 1 else wish.first)
-    unfilled = [i for i, w in enumerate(wishes) if len(plan.frames[i]) < w.wanted]
+        assert (frames[0], frames[-1]) == (demand.first, demand.last if len(frames) > 1 else demand.first)
+    unfilled = [i for i, w in enumerate(demands) if len(plan.frames[i]) < w.wanted]
     if unfilled:
-        i = min(unfilled, key=lambda i: Fraction(len(plan.frames[i]), wishes[i].wanted))
+        i = min(unfilled, key=lambda i: Fraction(len(plan.frames[i]), demands[i].wanted))
         more = [range(len(f) + (i == j)) for j, f in enumerate(plan.frames)]
         assert count(single, more, single_pages) > limit
     for t in TILE_LIMITS:

@@ -256,7 +256,7 @@ def test_lost_gradients_are_noticed(run, replays):
 
 @pytest.fixture(scope="module")
 def adapted(made) -> Path:
-    """A run of adapters with the tower frozen, in bf16, that began with the other run's weights."""
+    """A run of adapters with the encoder frozen, in bf16, that began with the other run's weights."""
     settings = yaml.safe_load((made / "run.yaml").read_text())
     settings |= {"lora": {"rank": 2}, "optimizer": {"lr": 1e-2, "trainable": ["connector", "language"]}}
     settings["training"] |= {"precision": "bf16", "stop_at_iteration": 2}

@@ -31,14 +31,14 @@ _DTYPES = "dtypes.json"
 _TENSORS = "carried.safetensors"
 
 
-class Carried:
+class HfMetadata:
     """Reads `C/hf`; every part may be absent."""
 
     def __init__(self, checkpoint: str | Path) -> None:
         self.folder = Path(checkpoint) / HF_FOLDER
 
     def json(self, name: str) -> dict:
-        """A carried JSON file; empty if there is none."""
+        """A JSON file of the source; empty if there is none."""
         return read_json(self.folder / name) if (self.folder / name).is_file() else {}
 
     @property
@@ -64,7 +64,7 @@ class Carried:
             raise UserError(f"{path}: truncated or not a safetensors file: {error}") from None
 
 
-def write_carried(
+def write_hf_metadata(
     checkpoint: str | Path, source: Path, weights: HfWeights | PickledWeights, names: Iterable[str]
 ) -> None:
     """Write `C/hf` from the HF folder `source`; `names` are the tensors that only pass through."""
