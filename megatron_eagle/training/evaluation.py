@@ -11,12 +11,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from megatron_eagle.data.loading.batch import Batch
-from megatron_eagle.data.loading.loader import DataConfig, GlobalBatch, PackLoader
+from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import Mesh
 from megatron_eagle.training.monitoring.dataset_losses import DatasetLosses, count_datasets, read_datasets
+from megatron_eagle.training.schedule import TrainingBatch, TrainingPack
 
 
 @dataclass
@@ -55,7 +56,7 @@ class HeldOut:
         config: EvaluationConfig,
         data: DataConfig,
         batch_size: int,
-        open_loader: Callable[[DataConfig], PackLoader],
+        open_loader: Callable[[DataConfig], PackLoader[InputPlan]],
     ) -> None:
         self._loader = open_loader(replace(data, path=config.data, prefetch=False))
         try:
@@ -70,7 +71,7 @@ class HeldOut:
         """Names of the held-out mixture's data sets."""
         return self._loader.datasets
 
-    def batches(self, read: Callable[[PackLoader, int], GlobalBatch]) -> Iterator[GlobalBatch]:
+    def batches(self, read: Callable[[PackLoader[InputPlan], int], TrainingBatch]) -> Iterator[TrainingBatch]:
         """The global batches; `read` takes one from a loader."""
         for start in self._starts:
             yield read(self._loader, start)
@@ -81,11 +82,11 @@ class HeldOut:
 
 
 def evaluate(
-    batches: Iterable[GlobalBatch],
+    batches: Iterable[TrainingBatch],
     datasets: Sequence[str],
     mesh: Mesh,
     device: torch.device,
-    forward: Callable[[list[Batch]], Tensor],
+    forward: Callable[[Sequence[TrainingPack]], Tensor],
 ) -> tuple[float | None, DatasetLosses]:
     """Loss on all global batches together (None if no token of them has weight), and by data set. Collective.
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from megatron_eagle.checkpoint import (
     save_hf_folder,
 )
 from megatron_eagle.context_parallel.backends import choose_attention
-from megatron_eagle.data.loading.loader import Batch, GlobalBatch, PackLoader
+from megatron_eagle.data.loading.loader import PackLoader
+from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.model.layers import choose_layers
 from megatron_eagle.runtime.agreement import AgreedError, agreed
 from megatron_eagle.runtime.determinism import set_deterministic
@@ -43,7 +45,13 @@ from megatron_eagle.training.resilience.failed_media import describe_failure, ho
 from megatron_eagle.training.resilience.faults import Faults
 from megatron_eagle.training.resilience.policy import LossGuard, Preempted, stop_signals
 from megatron_eagle.training.run_config import RunConfig
-from megatron_eagle.training.schedule import build_batch, plan_batch, run_schedule
+from megatron_eagle.training.schedule import (
+    TrainingBatch,
+    TrainingPack,
+    build_batch,
+    plan_batch,
+    run_schedule,
+)
 from megatron_eagle.training.start import start_models
 
 
@@ -92,7 +100,7 @@ class _Job:
     host_group: torch.distributed.ProcessGroup | None
 
 
-def _open_data(config: RunConfig, mesh: Mesh, device: Device) -> tuple[PackLoader, HeldOut | None]:
+def _open_data(config: RunConfig, mesh: Mesh, device: Device) -> tuple[PackLoader[InputPlan], HeldOut | None]:
     """This rank's loaders; what is wrong with the data is wrong for every rank, and said once."""
     held_out, batch_size = None, config.training.global_batch_size
     open_loader = partial(
@@ -148,7 +156,7 @@ def choose_libraries(config: RunConfig) -> tuple[str, str]:
     return layers.reason, attention.reason
 
 
-def _run(job: _Job, loader: PackLoader, held_out: HeldOut | None) -> None:
+def _run(job: _Job, loader: PackLoader[InputPlan], held_out: HeldOut | None) -> None:
     config, state, settings = job.config, job.state, job.config.resilience
     last, interval = config.training.last_iteration, config.checkpoint.save_interval
     tokens = config.training.global_batch_size * config.data.length
@@ -239,7 +247,12 @@ class _Step:
 
 
 def _step(
-    job: _Job, loader: PackLoader, log: RunLog, heart: Heartbeat, stop: list[str], saver: CheckpointSaver
+    job: _Job,
+    loader: PackLoader[InputPlan],
+    log: RunLog,
+    heart: Heartbeat,
+    stop: list[str],
+    saver: CheckpointSaver,
 ) -> _Step:
     """One global batch."""
     state, guard = job.state, job.guard
@@ -293,7 +306,7 @@ def _step(
 
 
 def _forward_backward(
-    job: _Job, batches: list[Batch], datasets: list[str], stop: list[str]
+    job: _Job, batches: Sequence[TrainingPack], datasets: list[str], stop: list[str]
 ) -> tuple[float, StepTotals, DatasetLosses, bool]:
     """Gradients of one global batch, ready for the optimizer; returns its loss, what it consisted of, its
     losses by data set, and whether any rank has a name in `stop`. Equal on every rank."""
@@ -321,7 +334,9 @@ def _forward_backward(
     return loss.item(), *found, stops.item() > 0
 
 
-def _schedule(job: _Job, batches: list[Batch], datasets: int, *, forward_only: bool = False) -> Tensor:
+def _schedule(
+    job: _Job, batches: Sequence[TrainingPack], datasets: int, *, forward_only: bool = False
+) -> Tensor:
     """This rank's part of the loss of its microbatches, and of the losses by data set."""
     return run_schedule(
         job.models,
@@ -340,9 +355,9 @@ def _next_batch(
     iteration: int,
     injected: list[int],
     of: Literal["training", "evaluation"],
-    loader: PackLoader,
+    loader: PackLoader[InputPlan],
     first_pack: int,
-) -> GlobalBatch:
+) -> TrainingBatch:
     """A global batch, without the samples whose media fail; these go into the log."""
     policy = job.config.data.on_media_error
     batch, failed = next_batch(loader, first_pack, policy, job.host_group, injected)

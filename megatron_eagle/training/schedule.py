@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_eagle.data.loading.batch import Batch
+from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, TokenPack
 from megatron_eagle.data.media.tiles import normalize
 from megatron_eagle.model.eagle import ModelInput
 from megatron_eagle.model.inputs import InputPlan, build_input, plan_input
@@ -19,30 +19,33 @@ from megatron_eagle.training.loss import megatron_loss
 
 T = TypeVar("T")
 
+TrainingPack = LoadedPack[InputPlan]
+TrainingBatch = GlobalBatch[InputPlan]
 
-def plan_batch(eagle: EagleConfig, mesh: Mesh, pin_memory: bool, batch: Batch) -> InputPlan:
+
+def plan_batch(eagle: EagleConfig, mesh: Mesh, pin_memory: bool, pack: TokenPack) -> InputPlan:
     """This rank's share of a pack, in the loader's thread. Raises `UserError` as `plan_input`."""
     plan = plan_input(
         eagle,
         mesh,
-        input_ids=batch.input_ids,
-        document_bounds=batch.document_bounds,
-        num_tiles=batch.n_tiles if mesh.pp.rank == 0 else None,
+        input_ids=pack.input_ids,
+        document_bounds=pack.document_bounds,
+        num_tiles=pack.n_tiles if mesh.pp.rank == 0 else None,
     )
     return plan.pin_memory() if pin_memory else plan
 
 
-def build_batch(device: torch.device, batch: Batch) -> ModelInput:
-    """A planned batch on the device, where its bytes become pixel values. Collective as `build_input`."""
+def build_batch(device: torch.device, pack: TrainingPack) -> ModelInput:
+    """A loaded pack on the device, where its bytes become pixel values. Collective as `build_input`."""
     inputs = build_input(
-        batch.plan,
+        pack.plan,
         device,
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        tiles=batch.pixel_values,
-        labels=batch.labels,
-        loss_weights=batch.loss_weights,
-        group_ids=batch.group_ids,
+        input_ids=pack.input_ids,
+        position_ids=pack.position_ids,
+        tiles=pack.pixel_values,
+        labels=pack.labels,
+        loss_weights=pack.loss_weights,
+        group_ids=pack.group_ids,
     )
     if inputs.pixel_values is not None:
         inputs.pixel_values = normalize(inputs.pixel_values)

@@ -25,6 +25,7 @@ from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
+from megatron_eagle.data.loading.packs import no_tiles
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.training import loop
@@ -167,7 +168,7 @@ class Case:
         curve = torch.tensor([(m.loss, m.grad_norm, m.lr) for m in lines], dtype=torch.float64)
         return Trajectory(*curve.T, read_weights(export))
 
-    def loader(self, plan=None) -> PackLoader:
+    def loader(self, plan=no_tiles) -> PackLoader:
         return PackLoader(
             DataConfig(str(self.store), LENGTH, prefetch=False),
             global_batch_size=PACKS,

@@ -8,7 +8,6 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import av
@@ -17,8 +16,8 @@ import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_eagle.data.loading.batch import Batch
 from megatron_eagle.data.loading.media_reader import media_of_row
+from megatron_eagle.data.loading.packs import TilesAlone, TokenPack
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.tiles import normalize
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
@@ -245,6 +244,6 @@ def read_media(store: SampleStore, row: int) -> list[torch.Tensor]:
     return [normalize(medium.load(decoder)) for medium in media_of_row(store, row)]
 
 
-def every_tile(batch: Batch) -> SimpleNamespace:
+def every_tile(tokens: TokenPack) -> TilesAlone:
     """The plan of a rank that decodes all tiles of its packs."""
-    return SimpleNamespace(tiles=range(batch.n_tiles))
+    return TilesAlone(range(tokens.n_tiles))

@@ -4,6 +4,7 @@ A global batch of four packs, in which sample `BAD` is a picture of several tile
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -125,18 +126,19 @@ def run_reference(store: str, without: str | None) -> dict:
         n**0.5 for pack, keep in zip(lengths, kept, strict=True) for n, k in zip(pack, keep, strict=True) if k
     )
     with model_parallel(ParallelConfig()) as mesh:
+        weighted = []
         for pack, keep, of_pack in zip(packs, kept, lengths, strict=True):
-            pack.plan = plan_batch(eagle, mesh, False, pack)
             weights = torch.zeros(LENGTH, dtype=torch.float64)
             for i, (row, start) in enumerate(zip(pack.sample_rows, pack.document_bounds, strict=False)):
                 supervised = torch.from_numpy(samples[row].answers[1:] > 0)
                 if keep[i]:
                     weights[start : start + len(supervised)] = supervised * of_pack[i] ** -0.5 / total
-            pack.loss_weights = weights.float()
+            plan = plan_batch(eagle, mesh, False, pack)
+            weighted.append(replace(pack, plan=plan, loss_weights=weights.float()))
         models = build_model(eagle, mesh, CPU)
         initialize_parameters(models, seed=1)
-        result = run_packs(wrap_models(models), mesh, models, packs)
-    result["packs"] = [{"loss_weights": pack.loss_weights, "tiles": pack.pixel_values} for pack in packs]
+        result = run_packs(wrap_models(models), mesh, models, weighted)
+    result["packs"] = [{"loss_weights": pack.loss_weights, "tiles": pack.pixel_values} for pack in weighted]
     return result
 
 

@@ -83,8 +83,8 @@ def token_losses(store: str, batches: int) -> list[dict[int, list[float]]]:
         for number in range(batches):
             found.append({})
             for pack in loader.step(number * PACKS).microbatches:
-                pack.plan = schedule.plan_batch(eagle, mesh, False, pack)
-                inputs = schedule.build_batch(torch.device("cpu"), pack)
+                planned = replace(pack, plan=schedule.plan_batch(eagle, mesh, False, pack))
+                inputs = schedule.build_batch(torch.device("cpu"), planned)
                 losses = model(replace(inputs, loss_weights=None))[0].double()
                 for row, start in zip(pack.sample_rows, pack.document_bounds, strict=False):
                     supervised = torch.from_numpy(samples[row].answers[1:] > 0)

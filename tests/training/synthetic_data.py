@@ -1,11 +1,12 @@
 """A loader of made-up packs, so that the training loop is tested without media, tokenizer or store."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megatron_eagle.data.loading.identity import DataIdentity
-from megatron_eagle.data.loading.loader import Batch, GlobalBatch
+from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, TokenPack
 from megatron_eagle.data.store.reader import DataManifest
 from megatron_eagle.model.presets import preset
 
@@ -50,34 +51,42 @@ class SyntheticLoader:
         self.identity = DataIdentity(config.path, LENGTH, config.seed, "square", False, "made", "up")
 
     def step(self, consumed_packs: int) -> GlobalBatch:
-        total = sum(float(self._pack(consumed_packs + i).loss_weights.sum()) for i in range(self._batch))
+        total = sum(float(self.weights(consumed_packs + i).sum()) for i in range(self._batch))
         if self._broken and consumed_packs == 2 * self._batch:
             total = float("nan")
         mine = range(self._rank * self._share, (self._rank + 1) * self._share)
-        return GlobalBatch(consumed_packs, [self._planned(consumed_packs, i, total) for i in mine], total, 0)
+        return GlobalBatch(consumed_packs, [self._loaded(consumed_packs, i, total) for i in mine], total)
 
     def n_samples(self, consumed_packs: int) -> int:
         return self._batch
 
-    def leave_out(self, batch: GlobalBatch, samples: set[int]) -> None:
+    def leave_out(self, batch: GlobalBatch, samples: set[int]) -> GlobalBatch:
         kept = [i for i in range(self._batch) if i not in samples]
-        batch.total = sum(float(self._pack(batch.first_pack + i).loss_weights.sum()) for i in kept)
+        total = sum(float(self.weights(batch.first_pack + i).sum()) for i in kept)
+        packs = []
         for i, pack in enumerate(batch.microbatches, self._rank * self._share):
-            weights = self._pack(batch.first_pack + i).loss_weights
-            pack.loss_weights = weights / batch.total if i in kept else torch.zeros_like(weights)
+            weights = self.weights(batch.first_pack + i)
+            weights = weights / total if i in kept else torch.zeros_like(weights)
+            packs.append(replace(pack, loss_weights=weights))
+        return replace(batch, microbatches=packs, total=total)
 
-    def _planned(self, consumed_packs: int, i: int, total: float) -> Batch:
-        pack = self._pack(consumed_packs + i)
-        pack.loss_weights /= total
-        pack.plan = self._plan(pack)
-        tiles = pack.plan.tiles
-        pack.pixel_values = None if tiles is None else pack.pixel_values[tiles.start : tiles.stop]
-        return pack
+    def _loaded(self, consumed_packs: int, i: int, total: float) -> LoadedPack:
+        tokens, pixels = self._pack(consumed_packs + i)
+        tokens.loss_weights.div_(total)
+        plan = self._plan(tokens)
+        mine = None if plan.tiles is None else pixels[plan.tiles.start : plan.tiles.stop]
+        return LoadedPack(**vars(tokens), plan=plan, pixel_values=mine)
+
+    @classmethod
+    def weights(cls, position: int) -> torch.Tensor:
+        """Of a pack, by its global position, before the normaliser."""
+        return cls._pack(position)[0].loss_weights
 
     def close(self) -> None:
         pass
 
-    def _pack(self, position: int) -> Batch:
+    @staticmethod
+    def _pack(position: int) -> tuple[TokenPack, torch.Tensor]:
         eagle = preset("tiny")
         generator = torch.Generator().manual_seed(position)
         ids = torch.randint(8, 24, (LENGTH,), generator=generator)  # few tokens: soon learned
@@ -89,14 +98,14 @@ class SyntheticLoader:
         size = eagle.vision.image_size
         shape = tiles, 3, size, size
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        return Batch(
+        tokens = TokenPack(
             input_ids=ids,
             labels=labels,
             loss_weights=weights,
             group_ids=torch.full((LENGTH,), position % 2),
             position_ids=torch.cat([torch.arange(40), torch.arange(LENGTH - 40)]),
             document_bounds=[0, 40, LENGTH],
-            pixel_values=pixels,
             n_tiles=tiles,
             sample_rows=[position],
         )
+        return tokens, pixels

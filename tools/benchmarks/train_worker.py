@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.step_clock import PARTS, StepClock, time_vision, timed_communication  # noqa: E402
 
-from megatron_eagle.data.loading.loader import GlobalBatch, PackLoader  # noqa: E402
+from megatron_eagle.data.loading.loader import PackLoader  # noqa: E402
 from megatron_eagle.model.eagle import EagleModel  # noqa: E402
+from megatron_eagle.model.inputs import InputPlan  # noqa: E402
 from megatron_eagle.training import loop  # noqa: E402
 from megatron_eagle.training.loss import megatron_loss  # noqa: E402
 from megatron_eagle.training.run_config import complete_run_config  # noqa: E402
-from megatron_eagle.training.schedule import build_batch  # noqa: E402
+from megatron_eagle.training.schedule import TrainingBatch, build_batch  # noqa: E402
 
 
 class Probe:
@@ -43,14 +44,14 @@ class Probe:
         self.models, self.optimizer = models, _build_optimizer(config, models)
         return self.optimizer
 
-    def loader(self, *arguments, **settings) -> PackLoader:
+    def loader(self, *arguments, **settings) -> PackLoader[InputPlan]:
         """In the place of the loop's."""
         loader = PackLoader(*arguments, **settings)
         load = loader.step
         loader.step = lambda consumed: self.batch(load, consumed)
         return loader
 
-    def batch(self, load, consumed: int) -> GlobalBatch:
+    def batch(self, load, consumed: int) -> TrainingBatch:
         raise NotImplementedError
 
 
@@ -68,7 +69,7 @@ class Pairs(Probe):
         self._under_way: list = []  # inputs of the iteration that the loop is in
         self._left: tuple[float, float] | None = None
 
-    def batch(self, load, consumed: int) -> GlobalBatch:
+    def batch(self, load, consumed: int) -> TrainingBatch:
         arrived = _now()
         if self._left is not None:
             self.loop.append(_since(self._left, arrived))
@@ -138,7 +139,7 @@ class Split(Probe):
         optimizer.step = timed_step
         return optimizer
 
-    def batch(self, load, consumed: int) -> GlobalBatch:
+    def batch(self, load, consumed: int) -> TrainingBatch:
         if self._steps == self._skip:
             self.clock.restart()
         self._steps += 1

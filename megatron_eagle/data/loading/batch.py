@@ -1,65 +1,18 @@
-"""One pack as the model takes it: ids, labels, loss weights, groups, positions, document bounds, tiles.
+"""A pack's tokens out of the store: ids, labels, loss weights, groups, positions, document bounds.
 
-Shapes: s tokens of a pack, n tiles, S tile size in pixels.
+Shapes: s tokens of a pack.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from megatron_eagle.data.loading.loss_weights import answer_weights
+from megatron_eagle.data.loading.packs import TokenPack
 from megatron_eagle.data.packing.index import PackIndex
 from megatron_eagle.data.store.reader import SampleStore, StoredSample
 from megatron_eagle.errors import UserError
-
-
-class RankPlan(Protocol):
-    """What a rank derives from a pack's tokens before media are read (training passes in who does it)."""
-
-    @property
-    def tiles(self) -> range | None:
-        """The tiles of the pack that this rank decodes; None where it takes no pixels."""
-
-
-@dataclass
-class Batch:
-    """One microbatch: a pack of exactly s tokens, as host tensors.
-
-    `loss_weights[i]` is the weight of predicting `labels[i]`, already divided by the global batch's
-    normaliser; it is 0 across document bounds and in the padding, which is a document of its own at the end.
-    """
-
-    input_ids: torch.Tensor
-    """int64 [s]."""
-    labels: torch.Tensor
-    """int64 [s]: the next token, 0 at the end."""
-    loss_weights: torch.Tensor
-    """float32 [s]."""
-    group_ids: torch.Tensor
-    """int64 [s]: the losses of tokens with the same number are also summed apart.  The number of the sample's
-    data set; 0 in the padding, which has no weight."""
-    position_ids: torch.Tensor
-    """int64 [s], from 0 in each document."""
-    document_bounds: list[int]
-    """0, ..., s."""
-    pixel_values: torch.Tensor | None
-    """uint8 [i, 3, S, S], in the order of the image tokens: the tiles of `plan.tiles`."""
-    n_tiles: int
-    """Of the whole pack."""
-    sample_rows: list[int]
-    """Store rows of the documents, without the padding."""
-    n_frames: int = 0
-    """Of the tiles, those that are frames; the others are of pictures and pages."""
-    frames_wanted: int = 0
-    """Frames without a token limit."""
-    tiles_wanted: int = 0
-    """Tiles of pictures and pages without a token limit."""
-    first_sample: int = 0
-    """Number of the first document among the samples of the global batch."""
-    plan: RankPlan | None = None
 
 
 def normalizer(index: PackIndex, packs: np.ndarray, weighting: str, multi_turn: bool) -> float:
@@ -112,8 +65,8 @@ def assemble(
     total: float,
     first_sample: int = 0,
     length: int | None = None,
-) -> Batch:
-    """The tokens of a pack, without its pixels.  `total` is the normaliser of the global batch; `length` is
+) -> TokenPack:
+    """The tokens of a pack.  `total` is the normaliser of the global batch; `length` is
     the store's unless given."""
     length = length or store.length
     ids = np.full(length, store.manifest.pad_token_id, np.int64)
@@ -136,14 +89,13 @@ def assemble(
             f"rows {rows} of {store.folder} hold {n_image_tokens} image tokens for {n_tiles} tiles of "
             f"{store.manifest.tokens_per_tile}; the store is damaged, preprocess the data again"
         )
-    return Batch(
+    return TokenPack(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(np.append(ids[1:], 0)),
         loss_weights=token_weights(samples, length, weighting=weighting, multi_turn=multi_turn, total=total),
         group_ids=torch.from_numpy(groups),
         position_ids=torch.from_numpy(positions),
         document_bounds=bounds,
-        pixel_values=None,
         n_tiles=n_tiles,
         sample_rows=list(rows),
         n_frames=sum(sample.n_frames for sample in samples),

@@ -8,24 +8,26 @@ ranks share a global batch so that all have about the same to do.
 import itertools
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypedDict
 
 import numpy as np
 import torch
 
-from megatron_eagle.data.loading.batch import (
-    Batch,
-    RankPlan,
-    assemble,
-    normalizer,
-    sample_weight,
-    token_weights,
-)
+from megatron_eagle.data.loading.batch import assemble, normalizer, sample_weight, token_weights
 from megatron_eagle.data.loading.identity import DataIdentity, identify
 from megatron_eagle.data.loading.loss_weights import LOSS_WEIGHTINGS
-from megatron_eagle.data.loading.media_reader import FailedMedium, MediaReader
+from megatron_eagle.data.loading.media_reader import MediaReader
+from megatron_eagle.data.loading.packs import (
+    FailedMedium,
+    GlobalBatch,
+    LoadedPack,
+    P,
+    PlannedBatch,
+    PlannedPack,
+    TokenPack,
+)
 from megatron_eagle.data.loading.prefetch import Prefetcher
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.packing.balance import assign, pack_costs
@@ -33,8 +35,6 @@ from megatron_eagle.data.packing.index import read_packs
 from megatron_eagle.data.store.reader import DataManifest, SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged
-
-_TOKENS = ("input_ids", "labels", "loss_weights", "group_ids", "position_ids")
 
 
 @dataclass
@@ -68,22 +68,14 @@ class DataConfig(Ranged):
             raise UserError(f"data.loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}")
 
 
-@dataclass
-class GlobalBatch:
-    """What one rank has of a global batch."""
+class _Weighting(TypedDict):
+    """What all loss weights are formed with."""
 
-    first_pack: int
-    """Packs consumed before it."""
-    microbatches: list[Batch]
-    total: float
-    """The sum of the whole global batch's loss weights before it divided them."""
-    nbytes: int
-    """Bytes of the microbatches' tensors, once media are read."""
-    failures: dict[int, FailedMedium] = field(default_factory=dict)
-    """By number of the sample in the global batch: what of this rank's media could not be read."""
+    weighting: str
+    multi_turn: bool
 
 
-class PackLoader:
+class PackLoader(Generic[P]):
     """The batches of one data-parallel rank.
 
     Pack number p of the run is that at place p % n of a permutation of the n packs, seeded by (seed, p //
@@ -91,7 +83,7 @@ class PackLoader:
     `balance.assign`), equally many each; a rank keeps those it gets in their global order.
 
     `plan` derives from a pack's tokens what this rank does with it, and so which tiles it decodes; it runs in
-    the background too.  Without it no media are read.  For a CUDA `device` tensors lie in pinned memory, so
+    the background too.  For a CUDA `device` tensors lie in pinned memory, so
     that nobody waits for their copies.
 
     Raises `UserError` for an unusable configuration, or if the pack index is missing or made for other data.
@@ -104,7 +96,7 @@ class PackLoader:
         global_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
-        plan: Callable[[Batch], RankPlan] | None = None,
+        plan: Callable[[TokenPack], P],
         device: str | torch.device = "cpu",
     ):
         if global_batch_size < 1 or global_batch_size % data_parallel_size:
@@ -118,7 +110,7 @@ class PackLoader:
         self._global_batch_size = global_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._plan, self._pin_memory = plan, torch.device(device).type == "cuda"
-        self._weighting = {"weighting": config.loss_weighting, "multi_turn": config.multi_turn}
+        self._weighting = _Weighting(weighting=config.loss_weighting, multi_turn=config.multi_turn)
         self._decoder = MediaDecoder(
             config.decoder,
             tile_size=self.manifest.tile_size,
@@ -128,7 +120,7 @@ class PackLoader:
         self._media = MediaReader(
             self._store, self._decoder, config.decode_threads, pin_memory=self._pin_memory
         )
-        self._ahead: Prefetcher[GlobalBatch] | None = None
+        self._ahead: Prefetcher[PlannedBatch[P], GlobalBatch[P]] | None = None
         self._ahead_from = 0  # packs consumed before the next batch that `_ahead` gives
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
@@ -139,7 +131,7 @@ class PackLoader:
 
     @property
     def datasets(self) -> list[str]:
-        """Names of the mixture's data sets, by their numbers in `Batch.group_ids`."""
+        """Names of the mixture's data sets, by their numbers in `TokenPack.group_ids`."""
         return self.manifest.datasets
 
     @cached_property
@@ -164,16 +156,14 @@ class PackLoader:
         """Packs in the index."""
         return len(self._index)
 
-    def step(self, consumed_packs: int) -> GlobalBatch:
+    def step(self, consumed_packs: int) -> GlobalBatch[P]:
         """This rank's share of the global batch that starts at `consumed_packs`.
 
         Those that follow are prepared in the background.  Media that cannot be read are zeros, and named in
         `failures`.  Raises `UserError` for a damaged store or a pack that `plan` refuses.
         """
         if not self._config.prefetch:
-            batch = self._prepare(consumed_packs)
-            self._read_media(batch)
-            return batch
+            return self._read_media(self._prepare(consumed_packs))
         if self._ahead is None or self._ahead_from != consumed_packs:
             self._stop_prefetch()
             self._ahead = Prefetcher(
@@ -206,40 +196,44 @@ class PackLoader:
         packs = [int(pack) for pack in self.packs(consumed_packs)]
         return [(pack, row) for pack in packs for row in self._index.rows(pack)]
 
-    def alone(self, batch: GlobalBatch, number: int, length: int) -> Batch:
+    def alone(
+        self, batch: GlobalBatch[P], number: int, length: int
+    ) -> tuple[LoadedPack[P], dict[int, FailedMedium]]:
         """A sample of this rank, by its number in the global batch, as a pack of `length` tokens by itself.
 
-        It weighs what it weighs in the global batch.  `batch.failures` gets media that cannot be read.
+        It weighs what it weighs in the global batch.  Beside it, by its number: what of its media cannot be
+        read.
         """
         _, row = self.samples(batch.first_pack)[number]
-        pack = self._planned([row], batch.total, number, length)
-        batch.failures |= self._media.read([pack])
-        return pack
+        [pack], failures = self._media.read([self._planned([row], batch.total, number, length)])
+        return pack, failures
 
     def n_samples(self, consumed_packs: int) -> int:
         """Samples of a global batch; they are numbered from 0 in the order of its packs."""
         return int(self._index.column("n_samples", self.packs(consumed_packs)).sum())
 
-    def leave_out(self, batch: GlobalBatch, samples: Collection[int]) -> None:
-        """Give samples, by their numbers in the whole global batch, no weight and no pixels.
+    def leave_out(self, batch: GlobalBatch[P], samples: Collection[int]) -> GlobalBatch[P]:
+        """The batch in which samples, by their numbers in the whole global batch, have no weight and no
+        pixels.
 
-        The other samples' weights are then exactly those of a global batch in which these never had any.
+        The other samples' weights are then exactly those of a global batch in which these never had any. The
+        batch that is given is used up: both share their pixels.
         """
         rows = enumerate(row for _, row in self.samples(batch.first_pack))
         kept = [self._store[row] for number, row in rows if number not in samples]
-        batch.total = math.fsum(sample_weight(sample, **self._weighting) for sample in kept)
-        for microbatch in batch.microbatches:
-            left_out = {number - microbatch.first_sample for number in samples}
-            microbatch.loss_weights = self._pinned(
-                token_weights(
-                    [self._store[row] for row in microbatch.sample_rows],
-                    self._store.length,
-                    total=batch.total,
-                    left_out=left_out,
-                    **self._weighting,
-                )
+        total = math.fsum(sample_weight(sample, **self._weighting) for sample in kept)
+        microbatches = []
+        for pack in batch.microbatches:
+            weights = token_weights(
+                [self._store[row] for row in pack.sample_rows],
+                self._store.length,
+                total=total,
+                left_out={number - pack.first_sample for number in samples},
+                **self._weighting,
             )
-            self._media.blank(microbatch, samples)
+            microbatches.append(replace(pack, loss_weights=self._pinned(weights)))
+            self._media.blank(pack, samples)
+        return replace(batch, microbatches=microbatches, total=total)
 
     def _permute(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._index))
@@ -249,40 +243,38 @@ class PackLoader:
         patches = self._index.column("n_tiles", packs) * self.manifest.patches_per_tile
         return assign(pack_costs(self._index.column("sum_squares", packs), patches), self._size)[self._rank]
 
-    def _prepare(self, consumed_packs: int) -> GlobalBatch:
-        """Everything but the pixels."""
+    def _prepare(self, consumed_packs: int) -> PlannedBatch[P]:
         packs = self.packs(consumed_packs)
         total = normalizer(self._index, packs, **self._weighting)
         counts = self._index.column("n_samples", packs)
         first_samples = counts.cumsum() - counts
-        microbatches = [
+        planned = [
             self._planned(self._index.rows(int(packs[i])), total, int(first_samples[i]))
             for i in self._own(packs)
         ]
-        tiles = sum(len(batch.plan.tiles or ()) for batch in microbatches if batch.plan is not None)
-        tokens = sum(getattr(batch, name).nbytes for batch in microbatches for name in _TOKENS)
-        return GlobalBatch(
-            consumed_packs, microbatches, total, nbytes=tokens + tiles * 3 * self.manifest.tile_size**2
-        )
+        tiles = sum(len(pack.plan.tiles or ()) for pack in planned)
+        nbytes = sum(pack.nbytes for pack in planned) + tiles * 3 * self.manifest.tile_size**2
+        return PlannedBatch(consumed_packs, planned, total, nbytes)
 
-    def _planned(self, rows: list[int], total: float, first_sample: int, length: int | None = None) -> Batch:
-        batch = assemble(
+    def _planned(
+        self, rows: list[int], total: float, first_sample: int, length: int | None = None
+    ) -> PlannedPack[P]:
+        tokens = assemble(
             self._store, rows, total=total, first_sample=first_sample, length=length, **self._weighting
         )
-        if self._plan is not None:
-            try:
-                batch.plan = self._plan(batch)
-            except UserError as error:
-                raise UserError(f"the pack of store rows {rows}: {error}") from None
-        for name in _TOKENS:
-            setattr(batch, name, self._pinned(getattr(batch, name)))
-        return batch
+        try:
+            plan = self._plan(tokens)
+        except UserError as error:
+            raise UserError(f"the pack of store rows {rows}: {error}") from None
+        tokens = tokens.pin_memory() if self._pin_memory else tokens
+        return PlannedPack(**vars(tokens), plan=plan)
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if self._pin_memory else tensor
 
-    def _read_media(self, batch: GlobalBatch) -> None:
-        batch.failures = self._media.read(batch.microbatches)
+    def _read_media(self, planned: PlannedBatch[P]) -> GlobalBatch[P]:
+        microbatches, failures = self._media.read(planned.packs)
+        return GlobalBatch(planned.first_pack, microbatches, planned.total, failures)
 
     def _stop_prefetch(self) -> None:
         if self._ahead is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_eagle.data.loading.batch import Batch
+from megatron_eagle.data.loading.packs import FailedMedium, LoadedPack, P, PlannedPack
 from megatron_eagle.data.media.deadline import TOO_LONG
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.store.reader import ImagePlan, SampleStore, VideoPlan
@@ -52,16 +52,6 @@ def media_of_row(store: SampleStore, row: int) -> list[Medium]:
     return [Medium(plan, store.manifest.max_pixels, row, source) for plan in plans]
 
 
-@dataclass(frozen=True)
-class FailedMedium:
-    """A medium that could not be read; it takes the sample of this store row out of training."""
-
-    row: int
-    source: str  # FILE:LINE of the annotation
-    path: str
-    reason: str
-
-
 class MediaReader:
     """Reads the tiles of packs that their plans name, several media at the same time."""
 
@@ -70,29 +60,27 @@ class MediaReader:
         self._pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(threads, "media")
 
-    def read(self, packs: Sequence[Batch]) -> dict[int, FailedMedium]:
-        """Fill in the packs' pixels; what cannot be read stays 0 and is returned, by sample number.
+    def read(self, packs: Sequence[PlannedPack[P]]) -> tuple[list[LoadedPack[P]], dict[int, FailedMedium]]:
+        """The packs with their pixels; what cannot be read is 0 there and returned, by sample number.
 
         All media are handed to the threads before the first is waited for.  When as many as there are threads
         took too long, those not begun are given up: the storage is gone, and each would take as long.
         """
-        size = self._store.manifest.tile_size
         reading = [
-            (pack, number, medium, places, self._pool.submit(medium.load, self._decoder, tiles))
-            for pack in packs
-            for number, medium, tiles, places in self._own(pack)
+            (place, own, self._pool.submit(own.medium.load, self._decoder, own.tiles))
+            for place, pack in enumerate(packs)
+            for own in self._own(pack)
         ]
-        for pack in packs:
-            if pack.plan is not None and pack.plan.tiles is not None:
-                shape = len(pack.plan.tiles), 3, size, size
-                pack.pixel_values = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        pixels = [self._black(pack.plan.tiles) for pack in packs]
         reading.reverse()
         failures: dict[int, FailedMedium] = {}
         overdue = 0
         while reading:  # what is copied is let go at once
-            pack, number, medium, places, future = reading.pop()
+            place, own, future = reading.pop()
+            into = pixels[place]
+            assert into is not None, "who takes no pixels reads no media"
             try:
-                pack.pixel_values[places] = future.result()
+                into[own.places] = future.result()
             except UserError:
                 raise
             except Exception as error:  # a decoder may raise anything for a broken file
@@ -100,25 +88,36 @@ class MediaReader:
                 if overdue == self._threads:
                     for *_, later in reading:
                         later.cancel()
-                path = medium.plan.path
+                medium, path = own.medium, own.medium.plan.path
                 failed = FailedMedium(medium.row, medium.source, path, _reason(error, path))
-                failures.setdefault(number, failed)
-        return failures
+                failures.setdefault(own.sample, failed)
+        loaded = [
+            LoadedPack(**vars(pack), pixel_values=black) for pack, black in zip(packs, pixels, strict=True)
+        ]
+        return loaded, failures
 
-    def blank(self, pack: Batch, samples: Collection[int]) -> None:
-        """Take the pixels of samples, by their numbers in the global batch, out of a pack."""
-        for number, _, _, places in self._own(pack):
-            if number in samples:
-                pack.pixel_values[places] = 0
+    def blank(self, pack: LoadedPack[P], samples: Collection[int]) -> None:
+        """Take the pixels of samples, by their numbers in the global batch, out of a pack: in place, for they
+        are most of its bytes."""
+        if pack.pixel_values is None:
+            return
+        for own in self._own(pack):
+            if own.sample in samples:
+                pack.pixel_values[own.places] = 0
 
     def close(self) -> None:
         """Begin nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _own(self, pack: Batch) -> Iterator[tuple[int, Medium, range, slice]]:
-        """What this rank reads of a pack: the sample's number in the global batch, the medium, which of its
-        tiles, and their places in `pixel_values`."""
-        tiles = None if pack.plan is None else pack.plan.tiles
+    def _black(self, tiles: range | None) -> torch.Tensor | None:
+        if tiles is None:
+            return None
+        size = self._store.manifest.tile_size
+        return torch.zeros(len(tiles), 3, size, size, dtype=torch.uint8, pin_memory=self._pin_memory)
+
+    def _own(self, pack: PlannedPack[P]) -> Iterator["_OwnTiles"]:
+        """What this rank reads of a pack."""
+        tiles = pack.plan.tiles
         if not tiles:
             return
         start = 0
@@ -127,8 +126,18 @@ class MediaReader:
                 first, last = max(start, tiles.start), min(start + medium.n_tiles, tiles.stop)
                 if first < last:
                     places = slice(first - tiles.start, last - tiles.start)
-                    yield number, medium, range(first - start, last - start), places
+                    yield _OwnTiles(number, medium, range(first - start, last - start), places)
                 start += medium.n_tiles
+
+
+@dataclass(frozen=True)
+class _OwnTiles:
+    """Tiles of a medium that a rank reads."""
+
+    sample: int  # its number in the global batch
+    medium: Medium
+    tiles: range  # which of the medium's
+    places: slice  # theirs in the pack's `pixel_values`
 
 
 def _reason(error: Exception, path: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from threading import Condition, Thread
 from typing import Generic, Protocol, TypeVar
 
@@ -16,40 +17,42 @@ class Sized(Protocol):
     def nbytes(self) -> int: ...
 
 
-T = TypeVar("T", bound=Sized)
+Draft = TypeVar("Draft", bound=Sized)
+Item = TypeVar("Item")
 
 
-class Prefetcher(Generic[T]):
+class Prefetcher(Generic[Draft, Item]):
     """`prepare(position)`, then `finish` of the result, for each position in turn, in a background thread.
 
-    `prepare` is cheap and makes an item whose `nbytes` say what it will hold once it is finished. Items that
-    wait to be taken hold at most `limit` bytes together, or are one item, whatever it holds.
+    `prepare` is cheap and makes a draft whose `nbytes` say what the item will hold once it is finished. Items
+    that wait to be taken hold at most `limit` bytes together, or are one item, whatever it holds.
     """
 
     def __init__(
         self,
-        prepare: Callable[[int], T],
-        finish: Callable[[T], None],
+        prepare: Callable[[int], Draft],
+        finish: Callable[[Draft], Item],
         positions: Iterable[int],
         *,
         limit: int,
     ):
         self._prepare, self._finish, self._positions, self._limit = prepare, finish, positions, limit
-        self._ready: deque[T | BaseException] = deque()
+        self._ready: deque[tuple[Item, int] | BaseException] = deque()  # items and their bytes
         self._held = 0  # bytes of the items in `_ready`, and of the one that is being finished
         self._changed = Condition()
         self._closed = False
         self._thread = Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
-    def take(self) -> T:
+    def take(self) -> Item:
         """The next item, waiting for it. Raises what making it raised; there is no item after that."""
         with self._changed:
             self._changed.wait_for(lambda: self._ready)
-            item = self._ready.popleft()
-            if isinstance(item, BaseException):
-                raise item
-            self._held -= item.nbytes
+            ready = self._ready.popleft()
+            if isinstance(ready, BaseException):
+                raise ready
+            item, nbytes = ready
+            self._held -= nbytes
             self._changed.notify_all()
             return item
 
@@ -63,22 +66,22 @@ class Prefetcher(Generic[T]):
     def _run(self) -> None:
         try:
             for position in self._positions:
-                item = self._prepare(position)
+                draft = self._prepare(position)
+                nbytes = draft.nbytes
                 with self._changed:
-                    self._changed.wait_for(lambda item=item: self._closed or self._has_room(item))
+                    self._changed.wait_for(partial(self._may_go_on, nbytes))
                     if self._closed:
                         return
-                    self._held += item.nbytes
-                self._finish(item)
-                self._put(item)
+                    self._held += nbytes
+                self._put((self._finish(draft), nbytes))
         except BaseException as error:
             self._put(error)
 
-    def _has_room(self, item: T) -> bool:
-        fits = self._held + item.nbytes <= self._limit and len(self._ready) < MOST_AHEAD
-        return fits or not self._ready
+    def _may_go_on(self, nbytes: int) -> bool:
+        fits = self._held + nbytes <= self._limit and len(self._ready) < MOST_AHEAD
+        return self._closed or fits or not self._ready
 
-    def _put(self, item: T | BaseException) -> None:
+    def _put(self, ready: tuple[Item, int] | BaseException) -> None:
         with self._changed:
-            self._ready.append(item)
+            self._ready.append(ready)
             self._changed.notify_all()

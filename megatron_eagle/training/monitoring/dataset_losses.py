@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_eagle.data.loading.batch import Batch
+from megatron_eagle.data.loading.packs import TokenPack
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class DatasetLosses:
     tokens: dict[str, int | None]  # of the kept samples
 
 
-def count_datasets(batches: Sequence[Batch], datasets: int) -> Tensor:
+def count_datasets(batches: Sequence[TokenPack], datasets: int) -> Tensor:
     """Weights, and tokens of the kept samples, by data set in whole packs: fp64 [2, datasets]."""
     sums = np.zeros((2, datasets))
     for batch in batches:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_eagle.data.loading.batch import Batch
+from megatron_eagle.data.loading.packs import TokenPack
 from megatron_eagle.model.flops import training_flops
 from megatron_eagle.model.presets import EagleConfig
 
@@ -44,7 +44,7 @@ def buckets(length: int) -> list[int]:
 
 
 def count_totals(
-    batches: Sequence[Batch],
+    batches: Sequence[TokenPack],
     eagle: EagleConfig,
     length: int,
     *,

@@ -22,9 +22,10 @@ from megatron_eagle.checkpoint import checkpoint_folder, read_train_state, saved
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml
 from megatron_eagle.data.loading.batch import sample_weight
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
-from megatron_eagle.data.loading.media_reader import FailedMedium
+from megatron_eagle.data.loading.packs import FailedMedium, no_tiles
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.runtime.agreement import agreed, raise_together
 from megatron_eagle.runtime.determinism import set_deterministic
 from megatron_eagle.runtime.device import Device, detect_device, process_group
@@ -156,6 +157,7 @@ def prepare(
         global_batch_size=step.packs,
         data_parallel_rank=0,
         data_parallel_size=1,
+        plan=no_tiles,
     )
     loader.close()
     changed = step.data.difference(loader.identity)
@@ -197,7 +199,7 @@ def measure_losses(prepared: Replay) -> Replay:
     return replace(prepared, samples=sorted(samples, key=_highest_first))
 
 
-def _open(prepared: Replay, mesh: Mesh, device: Device) -> PackLoader:
+def _open(prepared: Replay, mesh: Mesh, device: Device) -> PackLoader[InputPlan]:
     config = prepared.config
     with agreed():
         return PackLoader(
@@ -214,7 +216,7 @@ def _ask(
     prepared: Replay,
     models: Sequence[DistributedDataParallel],
     mesh: Mesh,
-    loader: PackLoader,
+    loader: PackLoader[InputPlan],
     device: torch.device,
 ) -> tuple[list[float], list[float]]:
     """Losses and gradient norms by number of the sample."""
@@ -224,13 +226,14 @@ def _ask(
     losses = sample_losses(
         models, mesh, batch.microbatches, n, length=prepared.config.data.length, device=device
     )
-    batch.failures.clear()
-    norms = {}
+    norms: dict[int, float] = {}
+    failures: dict[int, FailedMedium] = {}
     with tqdm(desc="gradients", unit=" samples", disable=torch.distributed.get_rank() != 0) as bar:
-        for number in backward_each(models, mesh, loader, batch, step.left_out, device):
+        for number, lost in backward_each(models, mesh, loader, batch, step.left_out, device):
             norms[number] = gradient_norm(models, mesh)
+            failures |= lost
             bar.update()
-    _refuse(list(batch.failures.values()))
+    _refuse(list(failures.values()))
     return losses, gather_norms(norms, n, mesh, device)
 
 

@@ -7,7 +7,8 @@ pack of its own: all samples together have the tokens of the batch once more. Da
 for each other: each does the samples of its packs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,11 +16,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_eagle.data.loading.batch import Batch
-from megatron_eagle.data.loading.loader import GlobalBatch, PackLoader
+from megatron_eagle.data.loading.loader import PackLoader
+from megatron_eagle.data.loading.packs import FailedMedium
+from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.model.layout_rules import pack_multiple
 from megatron_eagle.runtime.parallel import Mesh
-from megatron_eagle.training.schedule import build_batch, run_schedule
+from megatron_eagle.training.schedule import TrainingBatch, TrainingPack, build_batch, run_schedule
 
 _PIECE = 1 << 24  # elements of a gradient that are squared at a time
 
@@ -27,7 +29,7 @@ _PIECE = 1 << 24  # elements of a gradient that are squared at a time
 def sample_losses(
     models: Sequence[DistributedDataParallel],
     mesh: Mesh,
-    microbatches: Sequence[Batch],
+    microbatches: Sequence[TrainingPack],
     n_samples: int,
     *,
     length: int,
@@ -37,16 +39,17 @@ def sample_losses(
 
     `microbatches` are this rank's packs, of `length` tokens.
     """
-    for batch in microbatches:
-        bounds = torch.tensor(batch.document_bounds)
-        numbers = torch.arange(len(bounds) - 1) + batch.first_sample
-        numbers[len(batch.sample_rows) :] = 0  # padding
-        batch.group_ids = numbers.repeat_interleave(bounds.diff())
+    by_sample = []
+    for pack in microbatches:
+        bounds = torch.tensor(pack.document_bounds)
+        numbers = torch.arange(len(bounds) - 1) + pack.first_sample
+        numbers[len(pack.sample_rows) :] = 0  # padding
+        by_sample.append(replace(pack, group_ids=numbers.repeat_interleave(bounds.diff())))
     with torch.no_grad():
         losses = run_schedule(
             models,
             mesh,
-            microbatches,
+            by_sample,
             partial(build_batch, device),
             length=length,
             groups=n_samples,
@@ -59,13 +62,13 @@ def sample_losses(
 def backward_each(
     models: Sequence[DistributedDataParallel],
     mesh: Mesh,
-    loader: PackLoader,
-    batch: GlobalBatch,
-    left_out: Sequence[int],
+    loader: PackLoader[InputPlan],
+    batch: TrainingBatch,
+    left_out: Collection[int],
     device: torch.device,
-) -> Iterator[int]:
+) -> Iterator[tuple[int, dict[int, FailedMedium]]]:
     """Forward and backward of one sample of this data parallel rank after the other, with its weights in the
-    batch; gives each one's number when the gradients are there.
+    batch; gives each one's number when the gradients are there, and what of its media could not be read.
 
     `models` are wrapped without `across_replicas`. The gradients of a sample are in `main_grad`, as an
     optimizer that does not shard its state would find them, until the next one is asked for. Collective over
@@ -81,9 +84,9 @@ def backward_each(
             length = -(-n_tokens // multiple) * multiple
             for model in models:
                 model.zero_grad_buffer()
-            alone = loader.alone(batch, number, length)
+            alone, failures = loader.alone(batch, number, length)
             run_schedule(models, mesh, [alone], partial(build_batch, device), length=length)
-            yield number
+            yield number, failures
 
 
 def gradient_norm(models: Sequence[DistributedDataParallel], mesh: Mesh) -> float:

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_eagle.data.loading.loader import GlobalBatch, PackLoader
-from megatron_eagle.data.loading.media_reader import FailedMedium
+from megatron_eagle.data.loading.loader import PackLoader
+from megatron_eagle.data.loading.packs import FailedMedium, GlobalBatch, P
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError, raise_together
 
@@ -23,12 +23,12 @@ def host_group() -> dist.ProcessGroup | None:
 
 
 def next_batch(
-    loader: PackLoader,
+    loader: PackLoader[P],
     first_pack: int,
     policy: Literal["error", "skip"],
     group: dist.ProcessGroup | None,
     injected: Sequence[int] = (),
-) -> tuple[GlobalBatch, dict[int, FailedMedium]]:
+) -> tuple[GlobalBatch[P], dict[int, FailedMedium]]:
     """`loader.step`, with the samples left out whose media failed on any rank; which, by their numbers in the
     global batch, and why. Collective.
 
@@ -42,11 +42,12 @@ def next_batch(
     failures: dict[int, FailedMedium] = {}
     try:
         batch = loader.step(first_pack)
-        failures = batch.failures
+        failures |= batch.failures
     except UserError as error:
         problem = str(error)
     failures |= {number: FailedMedium(-1, "none", "none", "a fault for tests") for number in injected}
     failed = merge_marks(loader.n_samples(first_pack), failures, problem, group)
+    assert batch is not None, "a rank without a batch has a problem, which ends all of them above"
     if not failed:
         return batch, {}
     of_ranks: list[dict[int, FailedMedium]] = [{} for _ in range(dist.get_world_size())]
@@ -58,8 +59,7 @@ def next_batch(
             f"{describe_failure(first[failed[0]])}{more}. "
             "Repair it, or set data.on_media_error=skip to train without such samples"
         )
-    loader.leave_out(batch, set(failed))
-    return batch, {number: first[number] for number in failed}
+    return loader.leave_out(batch, set(failed)), {number: first[number] for number in failed}
 
 
 def merge_marks(

@@ -9,6 +9,7 @@ import torch
 
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.data.loading.loss_weights import LOSS_WEIGHTINGS
+from megatron_eagle.data.loading.packs import no_tiles
 from megatron_eagle.data.media.decoder import ExactDecoder
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.tiles import image_tiles
@@ -48,7 +49,7 @@ def loader(path, *, gbs=4, rank=0, size=1, decode=False, prefetch=False, **confi
         global_batch_size=gbs,
         data_parallel_rank=rank,
         data_parallel_size=size,
-        plan=every_tile if decode else None,
+        plan=every_tile if decode else no_tiles,
     )
 
 
@@ -86,7 +87,7 @@ def test_state_is_the_number_of_consumed_packs(path):
     first, second, third = (straight.step(c).microbatches for c in (0, 4, 8))
     resumed = loader(path).step(8).microbatches
     for a, b in zip(third, resumed, strict=True):
-        torch.testing.assert_close(vars(a), vars(b))
+        torch.testing.assert_close({**vars(a), "plan": None}, {**vars(b), "plan": None})
     assert first[0].sample_rows != second[0].sample_rows
     assert loader(path, seed=1).step(0).microbatches[0].sample_rows != first[0].sample_rows
 
@@ -198,7 +199,7 @@ def test_prefetch_follows_a_jump(path):
         others = [{**vars(pack), "plan": None} for pack in expected.microbatches]
         torch.testing.assert_close(packs, others, rtol=0, atol=0)
         held = [value.nbytes for pack in packs for value in pack.values() if isinstance(value, torch.Tensor)]
-        assert found.nbytes == sum(held)
+        assert ahead._prepare(position).nbytes == sum(held)
     ahead.close()
 
 
@@ -265,7 +266,7 @@ def test_weights_without_some_samples(path):
         reader = loader(path, gbs=4, loss_weighting=weighting)
         batch = reader.step(4)
         left_out = set(rng.choice(reader.n_samples(4), 3, replace=False).tolist())
-        reader.leave_out(batch, left_out)
+        batch = reader.leave_out(batch, left_out)
         power = {"square": -0.5, "token": 0, "sample": -1}[weighting]
         expected = torch.zeros(4, LENGTH, dtype=torch.float64)
         for weights, pack in zip(expected, batch.microbatches, strict=True):

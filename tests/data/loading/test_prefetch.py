@@ -27,8 +27,9 @@ class Worker:
             raise ValueError(f"item {number}")
         return Item(number, self.sizes(number))
 
-    def finish(self, item: Item) -> None:
+    def finish(self, item: Item) -> Item:
         self.finished.append(item.number)
+        return item
 
     def settled(self) -> int:
         """How many are finished once nothing moves any more."""

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from megatron_eagle.data.loading.batch import Batch
+from megatron_eagle.data.loading.packs import TokenPack
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import training_flops
 from megatron_eagle.model.presets import preset
@@ -121,13 +121,21 @@ def test_wandb_that_is_not_installed_is_refused_at_once(monkeypatch):
     LoggingConfig().check(1)
 
 
-def batch(lengths: list[int], length: int, **counts) -> Batch:
+def batch(lengths: list[int], length: int, **counts) -> TokenPack:
     """A pack of samples of these lengths, padded to `length`."""
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
     bounds += [] if bounds[-1] == length else [length]
     empty = torch.empty(0)
-    rows = list(range(len(lengths)))
-    return Batch(empty, empty, empty, empty, empty, bounds, None, sample_rows=rows, **counts)
+    return TokenPack(
+        input_ids=empty,
+        labels=empty,
+        loss_weights=empty,
+        group_ids=empty,
+        position_ids=empty,
+        document_bounds=bounds,
+        sample_rows=range(len(lengths)),
+        **counts,
+    )
 
 
 def test_totals_of_ranks_add_up():

@@ -165,20 +165,20 @@ def gradients(run: str, iteration: int) -> dict:
 
         batch = loader.step(prepared.step.first_pack)
         if prepared.step.left_out:
-            loader.leave_out(batch, set(prepared.step.left_out))
+            batch = loader.leave_out(batch, set(prepared.step.left_out))
         whole, total, worst, norms = backward(batch.microbatches), 0.0, 0.0, {}
-        for number in sample_losses.backward_each(wrapped, mesh, loader, batch, prepared.step.left_out, cpu):
+        for number, _ in sample_losses.backward_each(
+            wrapped, mesh, loader, batch, prepared.step.left_out, cpu
+        ):
             norms[number] = sample_losses.gradient_norm(wrapped, mesh)
             own = grads()
             total = total + own
             assert norms[number] == pytest.approx(own.norm().item(), rel=1e-9)
             [pack] = [p for p in batch.microbatches if 0 <= number - p.first_sample < len(p.sample_rows)]
             start, end = pack.document_bounds[number - pack.first_sample :][:2]
-            kept = pack.loss_weights.clone()
-            pack.loss_weights = torch.zeros_like(kept)
-            pack.loss_weights[start:end] = kept[start:end]
-            in_pack = backward([pack])
-            pack.loss_weights = kept
+            weights = torch.zeros_like(pack.loss_weights)
+            weights[start:end] = pack.loss_weights[start:end]
+            in_pack = backward([replace(pack, loss_weights=weights)])
             worst = max(worst, ((in_pack - own).abs().max() / own.abs().max()).item())
         loader.close()
     return {

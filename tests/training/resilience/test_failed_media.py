@@ -2,12 +2,13 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
-from megatron_eagle.data.loading.media_reader import FailedMedium
+from megatron_eagle.data.loading.packs import FailedMedium
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.training import loop
@@ -124,7 +125,8 @@ class HalfBrokenLoader(SyntheticLoader):
     def step(self, consumed_packs):
         batch = super().step(consumed_packs)
         if self._held_out and consumed_packs == 0:
-            batch.failures = {i: FailedMedium(i, "data.jsonl:1", "a.png", "missing media") for i in (0, 1)}
+            lost = {i: FailedMedium(i, "data.jsonl:1", "a.png", "missing media") for i in (0, 1)}
+            batch = replace(batch, failures=lost)
         return batch
 
 
@@ -158,7 +160,7 @@ def test_an_evaluation_leaves_out_too(run, tmp_path):
     assert lost == [(2, f"missing media; used by row {row} of the store (data.jsonl:1)") for row in (0, 1)]
 
     def weight(*positions: int) -> float:
-        return sum(float(SyntheticLoader._pack(None, i).loss_weights.sum()) for i in positions)
+        return sum(float(SyntheticLoader.weights(i).sum()) for i in positions)
 
     weights = weight(2, 3), weight(4, 5, 6, 7)
     expected = sum(loss * share for loss, share in zip(losses, weights, strict=True)) / sum(weights)
