@@ -1,4 +1,4 @@
-"""Makes the README's file map from the docstrings: `python -m tests.end_to_end.file_map`."""
+"""The file map of docs/files.md, made from the docstrings; `make docs` writes it with the other generated parts."""
 
 import ast
 import json
@@ -8,9 +8,6 @@ from pathlib import Path
 
 from tests.paths import REPO
 
-README = REPO / "README.md"
-START, END = "<!-- file map: python -m tests.end_to_end.file_map -->", "<!-- end of file map -->"
-
 # What cannot say it in a docstring.
 DESCRIPTIONS = {
     ".ci/run": "continuous integration: `make test`",
@@ -19,7 +16,7 @@ DESCRIPTIONS = {
     "Dockerfile": "GPU image; its first lines say what has been built and run",
     "LICENSE": "Apache-2.0",
     "Makefile": "make demo, test, test-all and its parts, parity, lint, format, env, clean",
-    "README.md": "this file",
+    "README.md": "what it is, for whom, its state, the first commands",
     "constraints-cpu.txt": "every package of the CPU environment, pinned",
     "pyproject.toml": "settings of ruff, mypy, import contracts and pytest",
     "examples/demo/conversations.jsonl": "28 conversations on pictures, clips, reports or text, 1 too long",
@@ -62,12 +59,7 @@ def render() -> str:
             lines.append(f"{folder.as_posix()}/")
         indent = "" if folder == Path(".") else "  "
         lines += [f"{indent}{file.name:<{width}}{description}" for file, description in group]
-    return "```\n" + "\n".join(lines) + "\n```"
-
-
-def written() -> str:
-    """The map that the README holds."""
-    return README.read_text(encoding="utf-8").split(START)[1].split(END)[0].strip()
+    return "```text\n" + "\n".join(lines) + "\n```"
 
 
 def _describe(file: Path) -> str | None:
@@ -89,7 +81,6 @@ def _order(file: Path) -> tuple:
 
 
 if __name__ == "__main__":
-    before, rest = README.read_text(encoding="utf-8").split(START)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{START}\n{render()}\n{END}{after}", encoding="utf-8")
-    print(f"written to {README.name}")
+    from tests.project.pages import main  # which imports this file
+
+    main()

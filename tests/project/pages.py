@@ -1,0 +1,43 @@
+"""The generated parts of all pages: `make docs` writes them again. What stands around them is written by hand."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+
+from tests.paths import REPO
+from tests.project import commands, configuration, file_map, floors
+from tests.project.markdown import fill, pages
+
+
+def parity_table() -> str:
+    """The table of `make parity`, from its card."""
+    card = json.loads((REPO / "examples" / "cards" / "parity.json").read_text(encoding="utf-8"))
+    rows = card["rows"]
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+    return "\n".join([f"Measured on {card['date']} at commit {card['commit']}.", "", *lines])
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "floors": floors.floors,
+    "phases": floors.phases,
+    "file map": file_map.render,
+    "parity table": parity_table,
+    "configuration": configuration.render,
+    "commands": commands.render,
+}
+"""What stands in each generated part, by its name."""
+
+
+def main() -> None:
+    """Write every page again whose generated parts are not up to date, and say which."""
+    parts = {name: cache(render) for name, render in PARTS.items()}
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (filled := fill(text, parts)) != text:
+            page.write_text(filled, encoding="utf-8")
+            print(f"written to {page.relative_to(REPO)}")
+
+
+if __name__ == "__main__":
+    main()
