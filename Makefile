@@ -15,11 +15,11 @@ BOTH = -n 2 --dist loadgroup
 export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-slow test-old-transformers test-soak coverage parity parity-mutants lint format \
-	env clean
+.PHONY: demo test test-all test-slow test-old-transformers test-soak coverage docs parity parity-mutants \
+	lint format env clean
 
 demo: env
-	$(BIN)/python examples/demo/run.py
+	$(STAMPED) $(BIN)/python examples/demo/run.py
 
 test: env lint
 	$(STAMPED) $(PYTEST) $(BOTH) -m "not slow and not gpu"
@@ -42,6 +42,9 @@ coverage: env
 	$(STAMPED) sh -c '$(PYTEST) $(BOTH) -m "not slow and not gpu" --cov --cov-report= --cov-fail-under=0 && \
 		$(BIN)/coverage combine --quiet --append && $(BIN)/coverage report'
 
+docs: env
+	$(BIN)/python -W ignore -m tests.project.pages
+
 parity: env
 	$(BIN)/python -W ignore -m tests.parallel.parity_table
 
@@ -53,6 +56,7 @@ lint: env
 	$(BIN)/ruff format --check .
 	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-logo --cache-dir build/import_linter
 	$(BIN)/python -m tests.project.types
+	$(BIN)/python -m tests.project.links
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -2,7 +2,8 @@
 
 IN holds requests as for tools/generate.py ({"prompt", "images", "videos", "documents"} a line). Each goes
 to both; a table shows how far their answers agree. Exits with 1 if fewer than --at-least of them (default:
-all) are equal. A server that preprocesses otherwise, as vLLM does (README), cannot agree everywhere.
+all) are equal. A server that preprocesses otherwise, as vLLM does (docs/conversion.md), cannot agree
+everywhere.
 """
 
 import argparse

@@ -185,8 +185,7 @@ def generate(requests: list[dict]) -> list[str]:
 
 def last_screen(right: int, followed: int, count: int, seconds: float) -> None:
     python = shown(Path(sys.executable))
-    print(
-        f"""
+    text = f"""
 Demo finished in {seconds:.0f} s. {right} of {count} training answers are right; with the pictures swapped,
 {followed} answers change to the other picture's.
 
@@ -200,7 +199,8 @@ Ask it yourself:
   {python} tools/generate.py --hf runs/demo/hf --image runs/demo/media/chelsea.png \\
       --prompt "What is shown in this picture?"
 """
-    )
+    print(text)
+    (OUT / "last_screen.txt").write_text(text)
 
 
 def run_tool(*arguments: object, cwd: Path | str = REPO, **environment: str) -> None:

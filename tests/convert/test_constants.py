@@ -1,8 +1,8 @@
 """Constants that training and what serves the model both have: one list, each compared bit for bit.
 
 "Ours" are the training model and the data path, "theirs" the export in transformers and its processor. What
-differs has a name in `DIFFERENT` and in the README. Rotary tables by position: `test_rotary.py`; whole
-prompts, pictures and videos: `test_same_as_training.py`.
+differs has a name in `DIFFERENT` and in docs/conversion.md. Rotary tables by position: `test_rotary.py`;
+whole prompts, pictures and videos: `test_same_as_training.py`.
 """
 
 import copy
@@ -332,7 +332,7 @@ DATA = {
     ),
 }
 
-# Not equal, each for a reason; under the names that the README has for them.
+# Not equal, each for a reason; under the names that docs/conversion.md has for them.
 DIFFERENT = {
     # The paper's training text is the default; the released processor's is `--template hf`.
     "text template": (
@@ -427,7 +427,7 @@ def test_data_are_made_with_the_processors_bits(files, name):
 def test_what_differs_is_named(files, name):
     ours, theirs = DIFFERENT[name]
     assert bits(ours(files)) != bits(theirs(files))
-    assert name in _readme()
+    assert name in _page()
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -438,8 +438,8 @@ def test_sums_are_rounded_elsewhere_in_bf16(sides, name):
     if sides.dtype == torch.float32:
         assert apart < 1e-6
     else:
-        assert 0 < apart <= limit and name in _readme()
+        assert 0 < apart <= limit and name in _page()
 
 
-def _readme() -> str:
-    return " ".join((REPO / "README.md").read_text().split())
+def _page() -> str:
+    return " ".join((REPO / "docs" / "conversion.md").read_text().split())

@@ -1,5 +1,5 @@
-"""From parts through all stages, as the README has it: `check` of the published file, and what comes out of a
-run on packs that are longer than its source's `max_position_embeddings`."""
+"""From parts through all stages, as docs/conversion.md has it: `check` of the published file, and what comes
+out of a run on packs that are longer than its source's `max_position_embeddings`."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def tool(monkeypatch, capsys):
 
 
 def test_the_published_stages_accept_a_start_from_parts(tmp_path, tool, monkeypatch):
-    """The README's commands, with small parts and little data; lengths and layouts are the file's."""
+    """The page's commands, with small parts and little data; lengths and layouts are the file's."""
     monkeypatch.chdir(tmp_path)
     parts = write_parts(tmp_path)
     source = json.loads((parts.language / "config.json").read_text())

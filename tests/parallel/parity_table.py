@@ -1,9 +1,8 @@
-"""`make parity`: every layout's worst error against one process (`--write`: into README.md and its card)."""
+"""`make parity`: every layout's worst error against one process. `--write`: into card and docs/parity.md."""
 
 import argparse
 import json
 import platform
-import re
 import subprocess
 import time
 from datetime import date
@@ -12,9 +11,9 @@ from tests.parallel.cases import LAYOUTS, ONE_PROCESS, combine, run, tiny_model
 from tests.parallel.harness import launch
 from tests.parallel.test_parity import TOLERANCE
 from tests.paths import REPO
+from tests.project import pages
 
 CARD = REPO / "examples" / "cards" / "parity.json"
-BLOCK = re.compile(r"(<!-- parity table: [^>]* -->\n).*?(<!-- end of parity table -->)", re.DOTALL)
 
 
 def measure():
@@ -37,8 +36,8 @@ def measure():
         }
 
 
-def write(rows: list[dict], lines: list[str]) -> None:
-    """Record the table in `CARD` and between the marks in README.md."""
+def write(rows: list[dict]) -> None:
+    """Record the table in `CARD`, and make docs/parity.md from it."""
     git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
     card = {
         "name": "parity",
@@ -51,16 +50,13 @@ def write(rows: list[dict], lines: list[str]) -> None:
         "rows": rows,
     }
     CARD.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    table = "\n".join([f"Measured on {card['date']} at commit {card['commit']}.", "", *lines])
-    readme = REPO / "README.md"
-    text = BLOCK.sub(lambda match: f"{match[1]}{table}\n{match[2]}", readme.read_text(encoding="utf-8"))
-    readme.write_text(text, encoding="utf-8")
+    pages.main()
 
 
 def main() -> int:
     """Print the table; 1 if a cell is over the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="also record it in README.md and its card")
+    parser.add_argument("--write", action="store_true", help="also record it in its card and docs/parity.md")
     arguments = parser.parse_args()
     print(f"fp32, loss and every gradient, max |g - ref| / max |ref| <= {TOLERANCE:g}\n")
     rows, lines = [], []
@@ -72,7 +68,7 @@ def main() -> int:
         print(lines[-1], flush=True)
         rows.append(row)
     if arguments.write:
-        write(rows, lines)
+        write(rows)
     return int(any(not max(row["loss"], row["worst gradient"]) <= TOLERANCE for row in rows))
 
 

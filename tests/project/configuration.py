@@ -25,18 +25,24 @@ from megatron_eagle.training.run_config import RunConfig
 _NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
 
 
-def render() -> str:
+def render(run: type = RunConfig) -> str:
     """The reference as Markdown: a heading and a table for each section, sections within sections below."""
-    return "\n\n".join(_section(cls, place) for place, cls in sections(RunConfig))
+    return "\n\n".join(_section(cls, place) for place, cls in sections(run))
 
 
-def sections(cls: type, place: str = "") -> Iterator[tuple[str, type]]:
+def sections(cls: type = RunConfig, place: str = "") -> Iterator[tuple[str, type]]:
     """The dataclasses of a configuration by their dotted place, from the outside in; `cls` itself is none."""
     for name, hint in _hints(cls).items():
         if (inner := _dataclass(hint)) is not None:
             where = f"{place}.{name}" if place else name
             yield where, inner
             yield from sections(inner, where)
+
+
+def unexplained(cls: type) -> list[str]:
+    """Settings of a section without a word, beside them or in the section's."""
+    words, comments = cls.__doc__ or "", _comments(cls)
+    return [name for name in _hints(cls) if not comments.get(name) and f"`{name}" not in words]
 
 
 def _section(cls: type, place: str) -> str:
@@ -125,7 +131,9 @@ def _comments(cls: type) -> dict[str, str]:
     }
     alone = {number for number in comments if source.splitlines()[number - 1].lstrip().startswith("#")}
     tree = ast.parse(source)
-    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    (body,) = (
+        node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+    )
     found = {}
     for i, node in enumerate(body):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
@@ -134,7 +142,9 @@ def _comments(cls: type) -> dict[str, str]:
         while above in alone:
             words.insert(0, comments[above])
             above -= 1
-        words += [comments[n] for n in range(node.lineno, (node.end_lineno or node.lineno) + 1) if n in comments]
+        words += [
+            comments[n] for n in range(node.lineno, (node.end_lineno or node.lineno) + 1) if n in comments
+        ]
         below = body[i + 1] if i + 1 < len(body) else None
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             words.append(inspect.cleandoc(str(below.value.value)))

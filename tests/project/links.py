@@ -63,9 +63,8 @@ def _follow(page: Path, text: str, target: str) -> Iterator[str]:
     there = (page.parent / path).resolve() if path else page
     if not there.is_relative_to(REPO) or not there.exists():
         yield f"{target}: no such file"
-    elif anchor and there.suffix == ".md":
-        if anchor not in anchors(text if there == page else there.read_text(encoding="utf-8")):
-            yield f"{target}: no such heading"
+    elif anchor and anchor not in anchors(text if there == page else there.read_text(encoding="utf-8")):
+        yield f"{target}: no such heading"
 
 
 def _is_known(page: Path, span: str) -> bool:

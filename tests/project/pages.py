@@ -1,4 +1,4 @@
-"""The generated parts of all pages: `make docs` writes them again. What stands around them is written by hand."""
+"""The generated parts of all pages, which `make docs` writes again. The rest is written by hand."""
 
 import json
 from collections.abc import Callable

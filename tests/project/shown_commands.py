@@ -1,7 +1,7 @@
 """Commands that pages show, parsed by the real parsers: an unknown flag or a missing file is found here.
 
-Blocks of `bash` hold commands; blocks of `console` also what they print, after lines that begin with `$`. Words in
-capitals stand for a user's values.
+Blocks of `bash` hold commands; blocks of `console` also what they print, after lines that begin with `$`.
+Words in capitals stand for a user's values.
 """
 
 import functools
@@ -25,7 +25,10 @@ _SBATCH = {  # what a script does with its words
     "convert.sbatch": ("tools/convert_hf.py", []),
     "preprocess.sbatch": ("tools/preprocess_data.py", ["run"]),
 }
-_PARSED = ("tools/", "examples/eagle_video/run.py")  # scripts whose parser can be caught before they do anything
+_PARSED = (
+    "tools/",
+    "examples/eagle_video/run.py",
+)  # scripts whose parser can be caught before they do anything
 _SPAN = re.compile(r"`([^`\n]+)`")
 
 
@@ -80,7 +83,7 @@ def check_span(span: str) -> Iterator[str]:
             return
         known = commands.flags(commands.parser_of(REPO / words[0])) | _torchrun_flags()
     elif words[0].startswith("--"):
-        known = _all_flags()
+        known = _all_flags() | _slurm_flags()
     else:
         return
     for word in words:
@@ -147,9 +150,9 @@ def _missing_files(words: Sequence[str]) -> Iterator[str]:
     """Words that name a file below a folder of the repository, where there is none."""
     for word in words:
         top = word.split("/")[0]
-        if "/" in word and top in {"docs", "examples", "kernels", "megatron_eagle", "tests", "tools"}:
-            if not (REPO / word.split("::")[0]).exists():
-                yield f"no file {word}"
+        is_ours = "/" in word and top in {"docs", "examples", "kernels", "megatron_eagle", "tests", "tools"}
+        if is_ours and not (REPO / word.split("::")[0]).exists():
+            yield f"no file {word}"
 
 
 def _split(line: str) -> Iterator[str]:
@@ -175,3 +178,10 @@ def _torchrun_flags() -> set[str]:
 
     # From torch 2.12 on; pages name them for a torchrun that may be newer than the one here.
     return commands.flags(get_args_parser()) | {"--signals-to-handle", "--shutdown-timeout"}
+
+
+@functools.cache
+def _slurm_flags() -> set[str]:
+    """Those that the job scripts give sbatch themselves."""
+    scripts = (REPO / "examples" / "slurm").glob("*.sbatch")
+    return {flag for path in scripts for flag in re.findall(r"^#SBATCH (--[\w-]+)", path.read_text(), re.M)}

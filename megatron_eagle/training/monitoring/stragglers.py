@@ -2,7 +2,7 @@
 
 Each rank times its own waiting for data, and (through CUPTI) the kernels of its forward and backward. Every
 `interval_seconds` the ranks compare: a rank slower than 1 / `threshold` times the fastest, or its own best,
-is an event. Its in-job and in-process restarts are not used: see "Operations" in the README.
+is an event. Its in-job and in-process restarts are not used: see docs/training.md.
 """
 
 import importlib
