@@ -7,7 +7,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -97,7 +97,7 @@ class _Source:
         )
         text = TextConfig.from_hf(read_json(parts.language / "config.json"))
         self.known_rows = self._known_rows(text.vocab_size)
-        text.vocab_size = max(self.ids.values()) + 1
+        text = replace(text, vocab_size=max(self.ids.values()) + 1)
         encoder = _vision_config(parts.vision)
         self.vision_grid = encoder.image_size // encoder.patch_size
         encoder.image_size = encoder.image_size if parts.tile_size is None else parts.tile_size

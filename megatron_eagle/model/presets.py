@@ -2,11 +2,11 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from megatron_eagle.config import from_dict, to_dict
 from megatron_eagle.errors import UserError
@@ -31,7 +31,7 @@ class VisionConfig(Ranged):
     layer_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-6
 
     @classmethod
-    def from_hf(cls, hf: dict) -> "VisionConfig":
+    def from_hf(cls, hf: Mapping[str, Any]) -> "VisionConfig":
         """From a `SiglipVisionModel` configuration. Raises UserError for another encoder."""
         with _missing_keys_named():
             _require(hf, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
@@ -43,8 +43,9 @@ class VisionConfig(Ranged):
 
 
 @dataclass
-class TextConfig(Ranged):
-    """Qwen2.5 language model. `vocab_size: null` is taken from the data's manifest."""
+class TextSection(Ranged):
+    """A run file's word on the Qwen2.5 language model. `vocab_size: null` is taken from the data's
+    manifest."""
 
     hidden_size: Annotated[int, Range(8, 65536)] = 64
     intermediate_size: Annotated[int, Range(8, 262144)] = 160
@@ -58,8 +59,20 @@ class TextConfig(Ranged):
     # Tokens of a prompt that the model is made for; a run raises it to its packs (training/run_config.py).
     max_position_embeddings: Annotated[int, Range(1, 2**31 - 1)] = 32768
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass
+class TextConfig(TextSection):
+    """The language model of a run, with its vocabulary."""
+
+    vocab_size: Annotated[int, Range(1, 2**24)] = field(kw_only=True)
+
     @classmethod
-    def from_hf(cls, hf: dict) -> "TextConfig":
+    def from_hf(cls, hf: Mapping[str, Any]) -> "TextConfig":
         """From a Qwen2 or Qwen2.5 configuration. Raises UserError for another architecture."""
         with _missing_keys_named():
             _require(hf, model_type="qwen2", hidden_act="silu", use_sliding_window=False, rope_scaling=None)
@@ -75,24 +88,19 @@ class TextConfig(Ranged):
             return text
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the output layer inside Megatron (`VOCAB_MULTIPLE`)."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass
-class EagleConfig(Ranged):
-    """Eagle 2.5: SigLIP2 encoder, pixel shuffle, two-layer connector, Qwen2.5.
-
-    `image_token_index: null` is taken from the data's manifest.
+class ModelSection(Ranged):
+    """A run file's word on Eagle 2.5, before the data are known: SigLIP2 encoder, pixel shuffle, two-layer
+    connector, Qwen2.5. `image_token_index: null` is taken from the data's manifest.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    text: TextSection = field(default_factory=TextSection)
     image_token_index: Annotated[int, Range(0, 2**24)] | None = None
     downsample_ratio: Annotated[float, Range(0.01, 1)] = 0.5
     # Standard deviation of a fresh model's weights (both source models use 0.02).
@@ -108,7 +116,7 @@ class EagleConfig(Ranged):
         """Image tokens of one tile: 256 for 448 px at patch 14."""
         return self.vision.num_patches // self.shuffle_factor**2
 
-    def validate(self) -> "EagleConfig":
+    def validate(self) -> Self:
         """Check sizes against each other.
 
         Raises:
@@ -133,16 +141,20 @@ class EagleConfig(Ranged):
         return self
 
     def with_data(self, *, vocab_size: int, image_token_index: int) -> "EagleConfig":
-        """This configuration with what was left null filled from the data's manifest.
+        """The model of a run: this section with what it leaves null filled from the data's manifest.
 
         Raises:
             UserError: a value is set here and the data has another.
         """
-        config = copy.deepcopy(self)
-        if config.text.vocab_size is None:
-            config.text.vocab_size = vocab_size
-        if config.image_token_index is None:
-            config.image_token_index = image_token_index
+        own, token = copy.deepcopy(self), self.image_token_index
+        rows = self.text.vocab_size if self.text.vocab_size is not None else vocab_size
+        config = EagleConfig(
+            vision=own.vision,
+            text=TextConfig(**vars(own.text) | {"vocab_size": rows}),
+            image_token_index=token if token is not None else image_token_index,
+            downsample_ratio=own.downsample_ratio,
+            initializer_range=own.initializer_range,
+        )
         if config.image_token_index != image_token_index:
             raise UserError(
                 f"model.image_token_index is {config.image_token_index} and the data's <IMG_CONTEXT> is "
@@ -155,8 +167,26 @@ class EagleConfig(Ranged):
             )
         return config.validate()
 
+    def complete(self) -> "EagleConfig":
+        """The model that this section alone describes.
+
+        Raises:
+            UserError: it leaves something to the data.
+        """
+        if self.text.vocab_size is None or self.image_token_index is None:
+            raise UserError("model.text.vocab_size and model.image_token_index: null is taken from data")
+        return self.with_data(vocab_size=self.text.vocab_size, image_token_index=self.image_token_index)
+
+
+@dataclass
+class EagleConfig(ModelSection):
+    """The model of a run: nothing is left open."""
+
+    text: TextConfig = field(kw_only=True)
+    image_token_index: Annotated[int, Range(0, 2**24)] = field(kw_only=True)
+
     @classmethod
-    def from_hf(cls, hf: dict) -> "EagleConfig":
+    def from_hf(cls, hf: Mapping[str, Any]) -> "EagleConfig":
         """From the contents of an Eagle 2.5 `config.json`.
 
         Raises:
@@ -180,7 +210,7 @@ class EagleConfig(Ranged):
             }
             return from_dict(cls, own, "config.json").validate()
 
-    def to_hf(self) -> dict:
+    def to_hf(self) -> dict[str, Any]:
         """Contents of `config.json`, without what only an exporter knows (`auto_map`, dtype)."""
         vision, text = self.vision, self.text
         return {
@@ -217,11 +247,11 @@ class EagleConfig(Ranged):
         }
 
 
-def _rope_theta(hf: dict) -> float:
+def _rope_theta(hf: Mapping[str, Any]) -> float:
     """Of a Qwen2 configuration: `rope_theta`, which transformers 5 moved into `rope_parameters`."""
     moved = hf.get("rope_parameters") or {}
     _require(moved, rope_type="default", type="default")
-    theta = moved.get("rope_theta", hf.get("rope_theta", 1e4))  # transformers' default
+    theta: float = moved.get("rope_theta", hf.get("rope_theta", 1e4))  # transformers' default
     if hf.get("rope_theta", theta) != theta:
         raise UserError(
             f"config.json: rope_theta is {hf['rope_theta']} and rope_parameters.rope_theta {theta}; "
@@ -230,7 +260,7 @@ def _rope_theta(hf: dict) -> float:
     return theta
 
 
-def _known(cls: type, values: dict) -> dict:
+def _known(cls: type[VisionConfig] | type[TextConfig], values: Mapping[str, Any]) -> dict[str, Any]:
     required = {f.name for f in fields(cls)} - {"layer_norm_eps", "num_channels"} - set(_OPTIONAL_IN_HF)
     return {f.name: values[f.name] for f in fields(cls) if f.name in values or f.name in required}
 
@@ -239,7 +269,7 @@ def _known(cls: type, values: dict) -> dict:
 _OPTIONAL_IN_HF = ("rope_theta", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
 
 
-def _require(hf: dict, **expected: object) -> None:
+def _require(hf: Mapping[str, Any], **expected: object) -> None:
     """Refuse what this implementation does not have; a key that is left out has the expected value."""
     for name, value in expected.items():
         if hf.get(name, value) != value:
@@ -254,10 +284,10 @@ def _missing_keys_named() -> Iterator[None]:
         raise UserError(f"config.json: {error.args[0]} is missing") from None
 
 
-PRESETS: dict[str, EagleConfig] = {
+PRESETS: dict[str, ModelSection] = {
     # Small enough for a laptop's CPU, with grouped queries and every part of the real model.
-    "tiny": EagleConfig(),
-    "eagle2.5-8b": EagleConfig(
+    "tiny": ModelSection(),
+    "eagle2.5-8b": ModelSection(
         vision=VisionConfig(
             image_size=448,
             patch_size=14,
@@ -266,7 +296,7 @@ PRESETS: dict[str, EagleConfig] = {
             num_hidden_layers=27,
             num_attention_heads=16,
         ),
-        text=TextConfig(
+        text=TextSection(
             hidden_size=3584,
             intermediate_size=18944,
             num_hidden_layers=28,
@@ -285,7 +315,7 @@ PRESETS["eagle2.5-1b-proxy"].text.num_hidden_layers = 2
 PRESETS["eagle2.5-1b-proxy"].text.tie_word_embeddings = True
 
 
-def preset(name: str) -> EagleConfig:
+def preset(name: str) -> ModelSection:
     """A copy of the preset `name`.
 
     Raises:
@@ -324,7 +354,7 @@ def _read_hf(file: Path) -> dict[str, Any]:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model.hf: {file} cannot be read as a config.json: {error}") from None
-    kinds = {
+    kinds: dict[Any, Callable[[], dict[str, Any]]] = {
         "eagle_2_5_vl": lambda: to_dict(EagleConfig.from_hf(hf)),
         "qwen2": lambda: {"text": to_dict(TextConfig.from_hf(hf))},
         "siglip_vision_model": lambda: {"vision": to_dict(VisionConfig.from_hf(hf))},
@@ -335,7 +365,7 @@ def _read_hf(file: Path) -> dict[str, Any]:
     return kinds[kind]()
 
 
-def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)

@@ -21,7 +21,7 @@ from megatron_eagle.planning.memory_model import StageMemory, fullest_stage, off
 from megatron_eagle.planning.memory_shapes import Workload
 from megatron_eagle.planning.step_time import Machine, StepTime, step_time
 from megatron_eagle.runtime.parallel import ParallelConfig
-from megatron_eagle.training.run_config import RunConfig, load_run_config, stated_positions
+from megatron_eagle.training.run_config import RunConfig, RunFile, load_run_config, stated_positions
 
 # Left out of what a layout may fill: the CUDA context, NCCL's buffers and the caching allocator's gaps. An
 # allowance, not a measurement.
@@ -152,11 +152,12 @@ def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterab
     stated = stated_positions(values["model"])
     if isinstance(values["model"], dict):  # from_dict says what is wrong with anything else
         values["model"] = expand_preset(values["model"])
-    config = from_dict(RunConfig, values)
-    if config.model.text.vocab_size is None:
+    run = from_dict(RunFile, values)
+    rows = run.model.text.vocab_size
+    if rows is None:
         raise UserError(f"preset {name} takes its vocabulary from data: add model.text.vocab_size=N")
-    config.settle_positions(stated=stated)
-    return config
+    image_token = run.model.image_token_index or 0  # nothing is read: any will do
+    return run.complete(run.model.with_data(vocab_size=rows, image_token_index=image_token), stated=stated)
 
 
 def plan_layouts(

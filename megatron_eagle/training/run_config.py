@@ -15,7 +15,7 @@ logging:    {tensorboard: true}
 import filecmp
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +38,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.layers import LayersConfig, check_layers
 from megatron_eagle.model.layout_rules import check_layout
 from megatron_eagle.model.lora import LoraConfig, check_same_lora
-from megatron_eagle.model.presets import EagleConfig, expand_preset
+from megatron_eagle.model.presets import EagleConfig, ModelSection, expand_preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import ParallelConfig
@@ -85,10 +85,10 @@ class TrainingConfig(Ranged):
 
 
 @dataclass
-class RunConfig:
-    """All sections of a run."""
+class RunFile:
+    """All sections of a run as its file has them; what the model takes from the data is open."""
 
-    model: EagleConfig
+    model: ModelSection
     data: DataConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig
@@ -102,23 +102,21 @@ class RunConfig:
     evaluation: EvaluationConfig | None = None
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    # What was settled while the run's file was completed, in a line each, for the log.
-    notes: list[str] = field(default_factory=list, init=False, compare=False)
 
-    def validate(self, world_size: int) -> None:
-        """Check the sections against each other and against the number of processes.
+    def check(self, model: EagleConfig, world_size: int) -> None:
+        """Check the sections, with `model`, against each other and against the number of processes.
 
         Raises `UserError` with the rule, the value and the nearest legal one.
         """
         data_parallel_size = self.parallel.data_parallel_size(world_size)
-        self.model.validate()
+        model.validate()
         self.logging.check(world_size)
         if self.resilience.stragglers is not None:
             self.resilience.stragglers.check()
-        check_layout(self.model, self.parallel, self.data.length)
+        check_layout(model, self.parallel, self.data.length)
         if self.layers.attention == "te":
             check_te_attention(self.parallel)
-        check_layers(self.layers, self.training.dtype, self.model, self.parallel)
+        check_layers(self.layers, self.training.dtype, model, self.parallel)
         _check_batch(self.training.global_batch_size, data_parallel_size, self.parallel)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
         if warmup >= self.training.train_iterations:
@@ -131,33 +129,52 @@ class RunConfig:
                 "lora trains the language model through its adapters: add language to optimizer.trainable"
             )
 
-    def settle_positions(self, trained: int | None = None, stated: int | None = None) -> None:
-        """Raise `max_position_embeddings` to the longest pack that the model is trained on, this run's too.
+    def complete(
+        self, model: EagleConfig, *, trained: int | None = None, stated: int | None = None
+    ) -> "RunConfig":
+        """The run of this file with `model`, whose `max_position_embeddings` are raised to the longest pack
+        that it is trained on, this run's too.
 
-        It is no part of the architecture (rotary positions have no weights) but a property of the run, which
-        its checkpoints record and their exports promise; it never falls.
+        They are no part of the architecture (rotary positions have no weights) but a property of the run,
+        which its checkpoints record and their exports promise; they never fall.
 
         Args:
-            trained: that of the weights which the run starts from or resumes; None: fresh ones.
+            model: that of the file, with what the data say.
+            trained: positions of the weights which the run starts from or resumes; None: fresh ones.
             stated: what the run's file itself says, beyond a preset: more than was trained only so.
         """
-        text, length = self.model.text, self.data.length
-        before = text.max_position_embeddings if trained is None else trained
-        text.max_position_embeddings = max(before, length, stated or 0)
+        notes, length = [], self.data.length
+        before = model.text.max_position_embeddings if trained is None else trained
+        positions = max(before, length, stated or 0)
         if stated is not None and stated > max(trained or 0, length):
             known = "" if trained is None else f"{trained:,} of the checkpoint and the "
-            self.notes.append(
+            notes.append(
                 f"warning: {_POSITIONS} is {stated:,} as the run's file says, beyond the {known}{length:,} "
                 "tokens of this run's packs: nothing is trained there"
             )
         elif length > before:
-            self.notes.append(
+            notes.append(
                 f"{_POSITIONS} is raised from {before:,} to {length:,}, the tokens of this run's packs"
             )
         if stated is not None and stated < before:
-            self.notes.append(
-                f"{_POSITIONS} stays {before:,} as in the checkpoint: {stated:,} would lower it"
-            )
+            notes.append(f"{_POSITIONS} stays {before:,} as in the checkpoint: {stated:,} would lower it")
+        model = replace(model, text=replace(model.text, max_position_embeddings=positions))
+        config = RunConfig(**vars(self) | {"model": model})
+        config.notes.extend(notes)
+        return config
+
+
+@dataclass
+class RunConfig(RunFile):
+    """A run of which everything is known."""
+
+    model: EagleConfig
+    # What was settled while the run's file was completed, in a line each, for the log.
+    notes: list[str] = field(default_factory=list, init=False, compare=False)
+
+    def validate(self, world_size: int) -> None:
+        """As `check`."""
+        self.check(self.model, world_size)
 
 
 def load_run_config(
@@ -182,36 +199,36 @@ def complete_run_config(
     checkpoint.load, if they are not there yet."""
     stated = stated_positions(values.get("model"))
     _complete_model(values, before)
-    config = from_dict(RunConfig, values)
-    config.model = _fit_to_data(config.model.validate(), config.data)
-    config.validate(int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
-    _check_new_tokens(config.optimizer.first_new_token, config.data)
-    if config.evaluation is not None:
-        _check_same_data(config.evaluation.data, config.data)
-    path, load = config.checkpoint.path, config.checkpoint.load
+    run = from_dict(RunFile, values)
+    model = _fit_to_data(run.model.validate(), run.data)
+    run.check(model, int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
+    _check_new_tokens(run.optimizer.first_new_token, run.data)
+    if run.evaluation is not None:
+        _check_same_data(run.evaluation.data, run.data)
+    path, load = run.checkpoint.path, run.checkpoint.load
     trained = []
     if has_checkpoint(path):
-        _check_same_tokenizer(config.data.path, path)
-        trained.append(_check_same_model(config.model, path))
-        check_same_lora(config.lora, read_lora_config(path), path)
-        _check_same_parts(config.optimizer.trainable, path)
+        _check_same_tokenizer(run.data.path, path)
+        trained.append(_check_same_model(model, path))
+        check_same_lora(run.lora, read_lora_config(path), path)
+        _check_same_parts(run.optimizer.trainable, path)
     elif load is not None:
         if before is None or has_checkpoint(load):
-            _check_same_tokenizer(config.data.path, load)
-            trained.append(_check_same_model(config.model, load))
+            _check_same_tokenizer(run.data.path, load)
+            trained.append(_check_same_model(model, load))
             saved = read_lora_config(load)
             if saved is not None:  # weights without adapters may get new ones
-                check_same_lora(config.lora, saved, load)
+                check_same_lora(run.lora, saved, load)
         if before is not None:
             trained.append(before.model.text.max_position_embeddings)
-    config.settle_positions(max(trained, default=None), stated)
-    return config
+    return run.complete(model, trained=max(trained, default=None), stated=stated)
 
 
 def stated_positions(model: Any) -> int | None:
     """`max_position_embeddings` of a run file's own model section."""
     text = model.get("text") if isinstance(model, dict) else None
-    return text.get("max_position_embeddings") if isinstance(text, dict) else None
+    stated: int | None = text.get("max_position_embeddings") if isinstance(text, dict) else None
+    return stated
 
 
 def _complete_model(values: dict[str, Any], before: RunConfig | None) -> None:
@@ -228,13 +245,12 @@ def _complete_model(values: dict[str, Any], before: RunConfig | None) -> None:
 
 def _source_model(checkpoint: Any, before: RunConfig | None) -> dict[str, Any] | None:
     """The model that a run goes on with; None: a fresh one."""
-    if before is not None:
-        return to_dict(before.model)
+    source = None if before is None else before.model
     for place in ("path", "load"):
         root = checkpoint.get(place) if isinstance(checkpoint, dict) else None
-        if isinstance(root, str) and (place == "load" or has_checkpoint(root)):
-            return to_dict(read_model_config(root))
-    return None
+        if source is None and isinstance(root, str) and (place == "load" or has_checkpoint(root)):
+            source = read_model_config(root)
+    return None if source is None else dict(to_dict(source))
 
 
 def _check_batch(batch: int, data_parallel_size: int, parallel: ParallelConfig) -> None:
@@ -257,7 +273,7 @@ def _nearest(value: int, step: int) -> str:
     return f"; nearest: {below} or {above}" if below else f"; nearest: {above}"
 
 
-def _fit_to_data(model: EagleConfig, data: DataConfig) -> EagleConfig:
+def _fit_to_data(model: ModelSection, data: DataConfig) -> EagleConfig:
     """The model with the data's vocabulary; refuses data that was prepared for another model."""
     manifest = read_manifest(data.path)
     if data.length not in manifest.lengths:

@@ -18,7 +18,7 @@ from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import pixel_shuffle a
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.connector import pixel_shuffle
-from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig, preset
+from megatron_eagle.model.presets import EagleConfig, ModelSection, TextConfig, VisionConfig, preset
 
 # Whatever a configuration says is a size that the model has, refused if it is another, or without effect.
 REFUSED = {
@@ -117,7 +117,9 @@ def test_an_export_cuts_pictures_as_the_data_were_cut(checkpoint, tmp_path):
 @pytest.mark.parametrize("k", range(1, 50))
 def test_every_ratio_of_pixel_shuffle_means_the_same(k):
     sizes = {"image_size": 2 * k, "patch_size": 1, "hidden_size": 1152}
-    ours = EagleConfig(VisionConfig(**sizes), TextConfig(vocab_size=9), 8, downsample_ratio=1 / k).validate()
+    ours = EagleConfig(
+        VisionConfig(**sizes), text=TextConfig(vocab_size=9), image_token_index=8, downsample_ratio=1 / k
+    ).validate()
     theirs = Eagle2_5_VLConfig(vision_config=sizes, downsample_ratio=1 / k)
     assert ours.tokens_per_tile == theirs.tokens_per_tile == 4
     features = torch.arange(2.0 * 4 * k * k).view(2, 4 * k * k, 1)
@@ -126,4 +128,4 @@ def test_every_ratio_of_pixel_shuffle_means_the_same(k):
 
 def test_a_ratio_that_the_two_sides_would_round_apart_is_refused():
     with pytest.raises(UserError, match="downsample_ratio is 0.3333: must be 1 divided by a whole number"):
-        EagleConfig(text=TextConfig(vocab_size=9), downsample_ratio=0.3333).validate()
+        ModelSection(downsample_ratio=0.3333).validate()

@@ -19,7 +19,7 @@ def small() -> EagleConfig:
 
 
 def test_8b_has_the_released_tensors_and_parameters():
-    eagle = preset("eagle2.5-8b")
+    eagle = preset("eagle2.5-8b").complete()
     shapes = ModelMapping(eagle, has_head=True).hf_shapes
     assert len(shapes) == 793
     assert sum(map(math.prod, shapes.values())) == 8_070_777_280

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_eagle.model.eagle import build_model
-from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 
@@ -26,12 +25,12 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def test_a_layout_gives_back_the_devices_memory():
-    device = Device("cuda")
+    device, eagle = Device("cuda"), preset("tiny").with_data(vocab_size=504, image_token_index=7)
     with process_group(device):
         used = []
         for _ in range(6):
             with model_parallel(ParallelConfig()) as mesh:
-                models = build_model(preset("tiny"), mesh, device.torch_device)
+                models = build_model(eagle, mesh, device.torch_device)
                 for axis in (mesh.tp, mesh.pp, mesh.cp, mesh.dp, mesh.dp_cp):
                     torch.distributed.all_reduce(torch.ones(1, device="cuda"), group=axis.group)
             del models

@@ -12,7 +12,7 @@ HEAD = 3584 * 151676
 
 def flops(**changes):
     arguments = {"tokens": 32768, "sum_squared_lengths": 32768**2, "tiles": 0} | changes
-    return training_flops(preset("eagle2.5-8b"), **arguments)
+    return training_flops(preset("eagle2.5-8b").complete(), **arguments)
 
 
 @pytest.mark.parametrize(("length", "petaflop"), [(32768, 2.04), (65536, 5.37), (131072, 15.9)])

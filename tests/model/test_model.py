@@ -12,14 +12,14 @@ from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.layout_rules import check_layout
-from megatron_eagle.model.presets import EagleConfig, expand_preset, preset
+from megatron_eagle.model.presets import EagleConfig, ModelSection, expand_preset, preset
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from tests.parallel.cases import IMAGE_TOKEN, tiny_model
 from tests.parallel.harness import launch
 
 
 def test_preset_8b_has_the_released_sizes():
-    eagle = preset("eagle2.5-8b").validate()
+    eagle = preset("eagle2.5-8b").complete()
     assert eagle.tokens_per_tile == 256
     assert eagle.text.padded_vocab_size == 152064
     assert EagleConfig.from_hf(eagle.to_hf()) == eagle
@@ -27,7 +27,7 @@ def test_preset_8b_has_the_released_sizes():
 
 def test_a_section_wins_over_its_preset():
     section = expand_preset({"preset": "tiny", "text": {"num_hidden_layers": 2}})
-    eagle = from_dict(EagleConfig, section, where="model")
+    eagle = from_dict(ModelSection, section, where="model")
     assert (eagle.text.num_hidden_layers, eagle.text.hidden_size) == (2, 64)
     with pytest.raises(UserError, match="choose one of tiny, eagle2.5-8b, eagle2.5-1b-proxy"):
         expand_preset({"preset": "huge"})
@@ -60,7 +60,7 @@ def test_sizes_from_hugging_face_files(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(qwen))
     section = expand_preset({"preset": "eagle2.5-8b", "hf": str(file)})
-    eagle = from_dict(EagleConfig, section).validate()
+    eagle = from_dict(ModelSection, section).validate()
     assert (eagle.text.hidden_size, eagle.text.tie_word_embeddings, eagle.text.head_dim) == (896, True, 64)
     assert eagle.vision == preset("eagle2.5-8b").vision
     for broken, message in [
@@ -87,7 +87,7 @@ def test_sizes_from_hugging_face_files(tmp_path):
 )
 def test_impossible_sizes_name_the_rule(section, message):
     with pytest.raises(UserError, match=message):
-        from_dict(EagleConfig, section).validate()
+        from_dict(ModelSection, section).validate()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_impossible_sizes_name_the_rule(section, message):
 )
 def test_an_unsupported_hf_config_is_refused(key, value):
     with pytest.raises(UserError, match=f"{key} is {value!r}"):
-        EagleConfig.from_hf({**preset("eagle2.5-8b").to_hf(), key: value})
+        EagleConfig.from_hf({**preset("eagle2.5-8b").complete().to_hf(), key: value})
 
 
 def test_data_of_another_tokenizer_is_refused():
@@ -218,10 +218,10 @@ def test_impossible_layouts_name_the_rule(layout, message):
 )
 def test_layouts_that_do_not_fit_the_8b_model_name_the_rule(layout, length, message):
     with pytest.raises(UserError, match=message):
-        check_layout(preset("eagle2.5-8b"), ParallelConfig(**layout), length)
+        check_layout(preset("eagle2.5-8b").complete(), ParallelConfig(**layout), length)
 
 
 def test_layouts_that_fit_the_8b_model():
     for tp in (1, 2, 4):
         parallel = ParallelConfig(tp, sequence_parallel=tp > 1, pipeline_model_parallel_size=4)
-        check_layout(preset("eagle2.5-8b"), parallel, 32768)
+        check_layout(preset("eagle2.5-8b").complete(), parallel, 32768)

@@ -66,9 +66,8 @@ class Outcome:
 
 def tiny_model(**text) -> EagleConfig:
     """Four language layers (for pipelines), eight real rows short of the padded vocabulary."""
-    eagle = preset("tiny")
+    eagle = preset("tiny").with_data(vocab_size=504, image_token_index=IMAGE_TOKEN)
     eagle.text.num_attention_heads, eagle.text.num_key_value_heads = 8, 4
-    eagle.text.vocab_size, eagle.image_token_index = 504, IMAGE_TOKEN
     for name, value in text.items():
         setattr(eagle.text, name, value)
     return eagle.validate()

@@ -21,7 +21,7 @@ from megatron_eagle.runtime.gpus import GPUS, find_gpu
 from megatron_eagle.runtime.parallel import ParallelConfig
 from tests.paths import REPO
 
-EAGLE = preset("eagle2.5-8b")
+EAGLE = preset("eagle2.5-8b").complete()
 WORKLOAD = Workload(sequence_length=32768, tiles=64, microbatches=4)
 MACHINE = Machine.of(GPUS["h200"])
 

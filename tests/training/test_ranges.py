@@ -8,7 +8,7 @@ import pytest
 
 from megatron_eagle.config import from_dict
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.presets import EagleConfig, TextConfig, preset
+from megatron_eagle.model.presets import EagleConfig, TextSection, preset
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.optimizer import OptimizerConfig
@@ -87,7 +87,7 @@ def test_a_number_without_a_range_is_noticed():
 
 
 def test_a_configuration_of_others_is_checked_as_ones_own():
-    hf = preset("eagle2.5-8b").to_hf()
+    hf = preset("eagle2.5-8b").complete().to_hf()
     for section, name, value, message in (
         (
             "text_config",
@@ -103,7 +103,7 @@ def test_a_configuration_of_others_is_checked_as_ones_own():
     with pytest.raises(UserError, match="config.json.downsample_ratio is 0.0: must lie between"):
         EagleConfig.from_hf({**hf, "downsample_ratio": 0})
     with pytest.raises(ValueError, match="rope_theta is -1: must lie"):
-        TextConfig(rope_theta=-1)
+        TextSection(rope_theta=-1)
 
 
 def test_one_virtual_pipeline_stage_is_none():

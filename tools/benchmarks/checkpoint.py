@@ -32,7 +32,7 @@ from megatron_eagle.checkpoint import (
 from megatron_eagle.checkpoint.content import model_content
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
-from megatron_eagle.model.presets import preset
+from megatron_eagle.model.presets import EagleConfig, preset
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
@@ -61,11 +61,11 @@ def run() -> Report:
         return _measure(Path(folder), state, optimizer)
 
 
-def _model():
-    eagle = preset("tiny")
+def _model() -> EagleConfig:
+    eagle = preset("tiny").with_data(vocab_size=8192, image_token_index=7)
     text = eagle.text
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 1024, 4096, 4
-    text.num_attention_heads, text.num_key_value_heads, text.vocab_size = 8, 4, 8192
+    text.num_attention_heads, text.num_key_value_heads = 8, 4
     return eagle.validate()
 
 

@@ -40,7 +40,7 @@ print(json.dumps({"seconds": seconds, "peak": 1024 * peak}))
 
 def model(large: bool) -> EagleConfig:
     """The 8B model, cut to two language layers and four vision layers unless `large`."""
-    config = preset("eagle2.5-8b")
+    config = preset("eagle2.5-8b").complete()
     if not large:
         config.text.num_hidden_layers, config.vision.num_hidden_layers = 2, 4
     return config

@@ -220,7 +220,7 @@ def run() -> Report:
     progress("loss")
     rows += loss_rows()
     progress("offload")
-    eagle = preset("eagle2.5-8b")
+    eagle = preset("eagle2.5-8b").complete()
     eagle.text.num_hidden_layers, eagle.vision.num_hidden_layers = OFFLOAD_LAYERS, 1
     eagle.text.vocab_size, eagle.image_token_index = 8192, 7
     with here.context(), process_group(here), model_parallel(ParallelConfig()) as mesh:

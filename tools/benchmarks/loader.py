@@ -41,7 +41,7 @@ def _axis(rank: int, size: int) -> SimpleNamespace:
 def _planning() -> list[dict]:
     """One rank of TP4 x CP8: what every model chunk repeated, and what is done once in the background."""
     progress("planning")
-    eagle = preset("eagle2.5-8b")
+    eagle = preset("eagle2.5-8b").complete()
     config = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True, context_parallel_size=8)
     mesh = SimpleNamespace(config=config, tp=_axis(0, 4), cp=_axis(3, 8), groups=SimpleNamespace(tp_cp=None))
     random, tiles = torch.Generator().manual_seed(0), 400
