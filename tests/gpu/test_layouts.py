@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 
