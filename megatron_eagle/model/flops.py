@@ -31,8 +31,8 @@ def training_flops(
     eagle: EagleConfig,
     *,
     tokens: int,
-    sum_squared_lengths: int,
-    tiles: int,
+    sum_squared_lengths: float,
+    tiles: float,
     trainable: Collection[str] = PARTS,
     adapters: bool = False,
     layers: int | None = None,
@@ -66,7 +66,9 @@ def training_flops(
 
     # Times a product is done: forward, for its input's gradient, for its weight's. The encoder's very first
     # product needs no input gradient; it is counted, as in everybody's 6 FLOPs per parameter and token.
-    passes, attention_passes, upstream = {}, {}, False
+    passes: dict[str, int] = {}
+    attention_passes: dict[str, int] = {}
+    upstream = False
     for part in PARTS:
         trained = part in trainable
         upstream |= trained

@@ -23,6 +23,7 @@ from eagle_kernels.swiglu import forget_product, swiglu
 from megatron_eagle.context_parallel.backends import AttentionName, unfit
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.model.shapes import LocalShapes
 from megatron_eagle.runtime.libraries import why_not_library
 from megatron_eagle.runtime.parallel import ParallelConfig
 
@@ -68,17 +69,17 @@ def check_layers(
 
 def _not_for_triton(eagle: EagleConfig, parallel: ParallelConfig) -> str | None:
     """The size that this project's Triton kernels cannot take, or None: rows are read 128 bits at a time."""
-    text, tp = eagle.text, parallel.tensor_model_parallel_size
+    shapes = LocalShapes(eagle, parallel)
     rows = {
-        "hidden features of the language model": text.hidden_size,
-        "hidden features of the vision encoder": eagle.vision.hidden_size,
-        "feed-forward features of a tensor parallel rank": text.intermediate_size // tp,
-        "vocabulary rows of a tensor parallel rank": text.padded_vocab_size // tp,
+        "hidden features of the language model": shapes.h,
+        "hidden features of the vision encoder": shapes.c,
+        "feed-forward features of a tensor parallel rank": shapes.f,
+        "vocabulary rows of a tensor parallel rank": shapes.vocabulary,
     }
     for name, size in rows.items():
         if size % 16:
             return f"the {size} {name} are no multiple of 16"
-    half = text.head_dim // 2
+    half = eagle.text.head_dim // 2
     return f"half of the head size, {half}, is no power of two" if half & (half - 1) else None
 
 

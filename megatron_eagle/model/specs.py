@@ -27,6 +27,7 @@ from megatron_eagle.model.layers import LayerClasses, without_product
 from megatron_eagle.model.offload import offloaded_specs
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.rotary import RotaryAttention
+from megatron_eagle.model.shapes import LocalShapes
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig
 
@@ -91,11 +92,6 @@ def _common(tensor_model_parallel_size: int, dtype: torch.dtype) -> dict:
     }
 
 
-def vision_parallel_size(parallel: ParallelConfig) -> int:
-    """Tensor parallel size of encoder and connector: one where tensor parallel ranks divide the tiles."""
-    return 1 if parallel.vision_sharding == "cp_tp" else parallel.tensor_model_parallel_size
-
-
 def language_config(
     eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: RecomputeConfig
 ) -> TransformerConfig:
@@ -152,7 +148,7 @@ def vision_config(
         layernorm_epsilon=vision.layer_norm_eps,
         activation_func=partial(F.gelu, approximate="tanh"),
         **_RECOMPUTE[recompute.vision],
-        **_common(vision_parallel_size(parallel), dtype),
+        **_common(LocalShapes(eagle, parallel).vision_ranks, dtype),
     )
 
 
@@ -162,7 +158,7 @@ def connector_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.
         num_layers=1,
         hidden_size=eagle.text.hidden_size,
         num_attention_heads=eagle.text.num_attention_heads,
-        **_common(vision_parallel_size(parallel), dtype),
+        **_common(LocalShapes(eagle, parallel).vision_ranks, dtype),
     )
 
 

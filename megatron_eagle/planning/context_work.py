@@ -13,7 +13,7 @@ from megatron_eagle.context_parallel.balanced import causal_area
 from megatron_eagle.context_parallel.exchange import measure_traffic
 from megatron_eagle.context_parallel.layout import expand
 from megatron_eagle.context_parallel.padding import pad_documents
-from megatron_eagle.context_parallel.planning import plan_layout
+from megatron_eagle.context_parallel.planning import LayoutName, plan_layout
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
@@ -42,11 +42,11 @@ def context_work(parallel: ParallelConfig, packs: Sequence[Sequence[int]]) -> Co
 
 @lru_cache(maxsize=4096)
 def _count(
-    name: str, size: int, chunk_size: int | None, multiple: int, bounds: tuple[int, ...]
+    name: LayoutName, size: int, chunk_size: int | None, multiple: int, bounds: tuple[int, ...]
 ) -> tuple[int, int, float]:
     """Of one pack: foreign keys, and query-key pairs of the busiest rank and on average."""
     if multiple > 1:
-        bounds, _ = pad_documents(bounds[-1], bounds, multiple, multiple)
+        bounds = tuple(pad_documents(bounds[-1], bounds, multiple, multiple)[0])
     length = bounds[-1]
     layout = plan_layout(name, length, size, bounds, chunk_size)
     traffic = measure_traffic(layout, bounds)

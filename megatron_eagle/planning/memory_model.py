@@ -11,20 +11,16 @@ from dataclasses import dataclass
 from eagle_kernels.linear_cross_entropy import CHUNK
 from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.model.specs import vision_parallel_size
+from megatron_eagle.model.shapes import PackShapes, StageShapes
 from megatron_eagle.planning.memory_shapes import (
     FP32,
+    LayerActivations,
     Workload,
     count_parameters,
-    kv_size,
     language_layer,
-    query_size,
-    rank_rows,
     rms_norm_bytes,
-    stage_layers,
     vision_activations,
     vision_layer,
-    vision_tiles,
 )
 from megatron_eagle.runtime.parallel import ParallelConfig
 
@@ -85,10 +81,10 @@ def memory_moments(
     eagle: EagleConfig, parallel: ParallelConfig, data_parallel_size: int, workload: Workload, stage: int
 ) -> list[StageMemory]:
     """The moments of a step at which a rank of pipeline stage `stage` may hold most."""
-    e, tp = workload.element_size, parallel.tensor_model_parallel_size
-    parameters = count_parameters(eagle, parallel, stage)
+    e, shapes = workload.element_size, PackShapes(eagle, parallel, workload.sequence_length)
+    parameters = count_parameters(shapes, StageShapes.of(shapes, stage))
     trained = parameters.trained(workload.trainable)
-    shard = -(-trained // (data_parallel_size * parallel.context_parallel_size))
+    shard = -(-trained // (data_parallel_size * shapes.cp))
     states = {
         "stage": stage,
         "weights": parameters.total * e,
@@ -96,7 +92,7 @@ def memory_moments(
         "optimizer": shard * (2 if e == FP32 else 3) * FP32,
         "host": offloaded_bytes(eagle, parallel, workload, stage) if workload.device == "cpu" else 0,
     }
-    buffer, host = _gather_buffer(eagle, parallel, workload), _host_pixels(eagle, workload, stage)
+    buffer, host = _gather_buffer(shapes, workload), _host_pixels(eagle, workload, stage)
     moments = [
         StageMemory(
             **states,
@@ -106,12 +102,12 @@ def memory_moments(
             logits=moment.logits,
             workspace=moment.workspace + buffer,
         )
-        for moment in _backward_moments(eagle, parallel, workload, stage)
+        for moment in _backward_moments(shapes, workload, stage)
     ]
     after = {"optimizer step": _adam(workload, min(parameters.largest, shard), shard)}
     if workload.device == "cpu":
         after["sum of gradients"] = trained * FP32  # gloo's reduce-scatter copies the buffer
-    if parallel.vision_sharding == "cp_tp" and tp > 1:
+    if parallel.vision_sharding == "cp_tp" and shapes.tp > 1:
         after["sum of the encoder's gradients"] = parameters.vision_and_connector(workload.trainable) * FP32
     for name, workspace in after.items():
         moments.append(StageMemory(**states, moment=name, vision=host, workspace=workspace + buffer))
@@ -122,9 +118,9 @@ def offloaded_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Work
     """Bytes of host memory that the offloaded layers of a rank take."""
     if workload.recompute.language != "offload":
         return 0
-    layers = stage_layers(eagle, parallel, stage) // parallel.num_model_chunks
-    layers = max(layers - workload.recompute.offload_keep_last, 0)
-    return layers * parallel.forwards_in_flight(stage) * language_layer(eagle, parallel, workload).offloaded
+    shapes = PackShapes(eagle, parallel, workload.sequence_length)
+    layers = max(StageShapes.of(shapes, stage).chunk_layers - workload.recompute.offload_keep_last, 0)
+    return layers * parallel.forwards_in_flight(stage) * language_layer(shapes, workload).offloaded
 
 
 @dataclass(frozen=True)
@@ -136,60 +132,88 @@ class _Moment:
     logits: int = 0
 
 
-def _backward_moments(
-    eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, stage: int
-) -> list[_Moment]:
-    """The moments at which the backward of a microbatch may hold most, for every chunk of the stage."""
-    e, chunks = workload.element_size, parallel.num_model_chunks
-    first, last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
-    r, h = rank_rows(parallel, workload), eagle.text.hidden_size
-    policy, layer = workload.recompute.language, language_layer(eagle, parallel, workload)
-    in_chunk = staying = stage_layers(eagle, parallel, stage) // chunks
-    if policy == "offload":
-        staying = min(workload.recompute.offload_keep_last, in_chunk)
-    layers = staying * layer.kept(policy)
-    vision = vision_activations(eagle, parallel, workload) if first else 0
-    final_norm = rms_norm_bytes(r, h, e)
+@dataclass(frozen=True)
+class _Chunk:
+    """Bytes that the forward of a microbatch leaves on the device in one chunk of a stage."""
 
-    kept = []
-    for chunk in range(chunks):
-        begins, ends = first and chunk == 0, last and chunk == chunks - 1
-        language = layers + (final_norm if ends else 0)
-        if not begins and (staying < in_chunk or (e < FP32 and policy in ("none", "selective"))):
-            # What arrived from the stage before; the first norm keeps an fp32 copy, an offloaded layer none.
-            language += r * h * e
+    layers: int
+    final_norm: int  # of the chunk that ends with the loss
+    passed: int  # hidden states that arrived from the stage before, and that were sent on
+    vision: int  # of the chunk that begins with the embedding
+
+    @property
+    def language(self) -> int:
+        return self.layers + self.final_norm + self.passed
+
+
+def _chunks(shapes: PackShapes, workload: Workload, stage: StageShapes) -> list[_Chunk]:
+    """What a forward leaves in each chunk of a stage."""
+    e, policy = workload.element_size, workload.recompute.language
+    staying, hidden = _staying(workload, stage), shapes.r * shapes.h * e
+    layers = staying * language_layer(shapes, workload).kept(policy)
+    vision = vision_activations(shapes, workload) if stage.first else 0
+    # The first norm keeps an fp32 copy of what arrived, an offloaded layer none.
+    arrived = staying < stage.chunk_layers or (e < FP32 and policy in ("none", "selective"))
+    found = []
+    for chunk in range(stage.chunks):
+        begins = stage.first and chunk == 0
+        ends = stage.last and chunk == stage.chunks - 1
+        passed = hidden if arrived and not begins else 0
         if not ends and workload.device == "cpu":
-            language += r * h * e  # what was sent on; freed at once on a GPU
-        kept.append((language, vision if begins else 0))
+            passed += hidden  # what was sent on is freed at once on a GPU
+        final_norm = rms_norm_bytes(shapes.r, shapes.h, e) if ends else 0
+        found.append(_Chunk(layers, final_norm, passed, vision if begins else 0))
+    return found
 
-    # A layer that kept its input alone is whole again during its backward; in fp32 its norm keeps that input.
-    restored = layer.total - (layer.input if e == FP32 else 0) if policy in ("full", "offload") else 0
-    if policy == "offload":
-        restored -= layer.output + layer.statistics  # kept, not made again
-        # The layer under way and the one before it have come back.
-        restored += max(0, min(2, in_chunk) - staying) * layer.offloaded
-    moments = []
-    for chunk, (language, encoder) in enumerate(in_flight(parallel, workload.microbatches, stage, kept)):
-        if last and chunk == chunks - 1:
-            loss = _fused_loss if workload.fused_loss else _loss
-            moments.append(_Moment("loss", language, encoder, logits=loss(eagle, parallel, workload)))
-            language -= final_norm
-        feed_forward = restored + _feed_forward(eagle, parallel, workload)
-        attention = restored - layer.mlp + _attention(eagle, parallel, workload)
+
+def _staying(workload: Workload, stage: StageShapes) -> int:
+    """Layers of a chunk whose activations stay on the device."""
+    if workload.recompute.language != "offload":
+        return stage.chunk_layers
+    return min(workload.recompute.offload_keep_last, stage.chunk_layers)
+
+
+def _restored(layer: LayerActivations, workload: Workload, stage: StageShapes) -> int:
+    """What comes back for a layer's backward. One that kept its input alone is whole again, whose norm in
+    fp32 keeps that input."""
+    policy = workload.recompute.language
+    if policy not in ("full", "offload"):
+        return 0
+    whole = layer.total - (layer.input if workload.element_size == FP32 else 0)
+    if policy == "full":
+        return whole
+    # Output and statistics are kept, not made again; the layer under way and the one before it are back.
+    back = max(0, min(2, stage.chunk_layers) - _staying(workload, stage)) * layer.offloaded
+    return whole - layer.output - layer.statistics + back
+
+
+def _backward_moments(shapes: PackShapes, workload: Workload, number: int) -> list[_Moment]:
+    """The moments at which the backward of a microbatch may hold most, for every chunk of stage `number`."""
+    stage, layer = StageShapes.of(shapes, number), language_layer(shapes, workload)
+    restored = _restored(layer, workload, stage)
+    feed_forward = restored + _feed_forward(shapes, workload)
+    attention = restored - layer.mlp + _attention(shapes, workload)
+    chunks, moments = _chunks(shapes, workload, stage), []
+    per_chunk = [(chunk.language, chunk.vision) for chunk in chunks]
+    held = in_flight(shapes.parallel, workload.microbatches, number, per_chunk)
+    for chunk, (language, encoder) in zip(chunks, held, strict=True):
+        if chunk.final_norm:
+            loss = (_fused_loss if workload.fused_loss else _loss)(shapes, workload)
+            moments.append(_Moment("loss", language, encoder, logits=loss))
+            language -= chunk.final_norm
         moments.append(_Moment("feed-forward backward", language, encoder, feed_forward))
         moments.append(_Moment("attention backward", language, encoder, attention))
-        if first and chunk == 0 and vision:
-            rest, scratch = language - layers, _vision_layer(eagle, parallel, workload)
-            moments.append(_Moment("encoder backward", rest, encoder, scratch))
+        if chunk.vision:
+            scratch = _vision_layer(shapes, workload)
+            moments.append(_Moment("encoder backward", language - chunk.layers, encoder, scratch))
     return moments
 
 
-def _gather_buffer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+def _gather_buffer(shapes: PackShapes, workload: Workload) -> int:
     """Megatron's buffer of tokens gathered under sequence parallelism, one for all layers."""
-    if not parallel.sequence_parallel:
+    if not shapes.parallel.sequence_parallel:
         return 0
-    tokens = workload.sequence_length // parallel.context_parallel_size
-    return tokens * eagle.text.hidden_size * workload.element_size
+    return shapes.s * shapes.h * workload.element_size
 
 
 def _host_pixels(eagle: EagleConfig, workload: Workload, stage: int) -> int:
@@ -200,46 +224,41 @@ def _host_pixels(eagle: EagleConfig, workload: Workload, stage: int) -> int:
     return workload.microbatches * workload.tiles * tile
 
 
-def _loss(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+def _loss(shapes: PackShapes, workload: Workload) -> int:
     """Whole logits. In fp32 they become the softmax and then their own gradient in place (a bf16 model has
     both); autograd copies the gradient for the write into the padding rows. Later the gradient of the logits
     shares memory with that of the output layer's weight and input."""
-    e, h = workload.element_size, eagle.text.hidden_size
-    s = workload.sequence_length // parallel.context_parallel_size
-    rows = eagle.text.padded_vocab_size // parallel.tensor_model_parallel_size
+    e, s, h, rows = workload.element_size, shapes.s, shapes.h, shapes.vocabulary
     softmax = s * rows * (FP32 + e)
     return max(softmax, s * rows * e + rows * h * e + s * h * e)
 
 
-def _fused_loss(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+def _fused_loss(shapes: PackShapes, workload: Workload) -> int:
     """`eagle_kernels.linear_cross_entropy`. Forward: gradients of input and weight, the latter in fp32, and
     the logits of a chunk, over several ranks of two; eager, in fp32 and in bf16 first in that. Backward: the
     gradient of the input twice, for it is put in the places of the supervised tokens, and that of the weight
     once more in its own type."""
-    e, h, tp = workload.element_size, eagle.text.hidden_size, parallel.tensor_model_parallel_size
-    s = workload.sequence_length // parallel.context_parallel_size
-    rows, chunk = eagle.text.padded_vocab_size // tp, min(CHUNK, s)
+    e, s, h, rows = workload.element_size, shapes.s, shapes.h, shapes.vocabulary
+    chunk = min(CHUNK, s)
     weight = 0 if workload.loss_into_main_grad else rows * h * FP32
     own_type = rows * h * e if e < FP32 or workload.loss_into_main_grad else 0
     work = FP32 if workload.device == "cpu" else e  # bytes of an element between a chunk's two halves
     logits = chunk * rows * (work + (e if workload.device == "cpu" and e < FP32 else 0))
-    if tp > 1:
+    if shapes.tp > 1:
         logits += min(chunk, s - chunk) * rows * work
-    gathered = s * h * e if parallel.sequence_parallel else 0
+    gathered = s * h * e if shapes.parallel.sequence_parallel else 0
     forward = s * h * e + weight + logits + chunk * h * e + gathered
     return max(forward, 2 * s * h * e + weight + own_type)
 
 
-def _feed_forward(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+def _feed_forward(shapes: PackShapes, workload: Workload) -> int:
     """Gradients of the second linear layer's input, weight and output, and of the residual."""
-    e, h = workload.element_size, eagle.text.hidden_size
-    s, r = workload.sequence_length // parallel.context_parallel_size, rank_rows(parallel, workload)
-    f = eagle.text.intermediate_size // parallel.tensor_model_parallel_size
+    s, r, h, f = shapes.s, shapes.r, shapes.h, shapes.f
     product = s * f if workload.recompute.swiglu else 0  # computed again
-    return e * (s * f + h * f + s * h + r * h + product)
+    return workload.element_size * (s * f + h * f + s * h + r * h + product)
 
 
-def _attention(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+def _attention(shapes: PackShapes, workload: Workload) -> int:
     """Backward of core attention, while the residual's gradient waits.
 
     Gradients of q and of the output, and either the score matrices with the fp32 gradients of keys and
@@ -247,30 +266,30 @@ def _attention(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload)
     with its gathered keys and values and those of the next head, fp32 gradients of the local ones, and the
     head's gradients of gathered ones once more stacked and twice in the order of ranks while they are added.
     """
-    tp, cp, e = parallel.tensor_model_parallel_size, parallel.context_parallel_size, workload.element_size
-    keys = 2 * workload.sequence_length * kv_size(eagle) // tp
-    s, q = workload.sequence_length // cp, query_size(eagle) // tp
-    held = 2 * s * q * e + rank_rows(parallel, workload) * eagle.text.hidden_size * e
-    scores = _score_matrices(eagle, parallel, workload) if workload.device == "cpu" else 0
-    if cp == parallel.ulysses_parallel_size:
-        keys //= cp
+    e, keys = workload.element_size, 2 * shapes.length * shapes.kv
+    held = 2 * shapes.s * shapes.q * e + shapes.r * shapes.h * e
+    scores = _score_matrices(shapes, workload) if workload.device == "cpu" else 0
+    if shapes.cp == shapes.ulysses:
+        keys //= shapes.cp
         return held + keys * FP32 + max(scores, keys * FP32)
-    heads = eagle.text.num_key_value_heads // tp // parallel.ulysses_parallel_size
-    group = keys // (eagle.text.num_key_value_heads // tp)
-    return held + 2 * group * e + keys // cp * FP32 + group * FP32 + max(scores // heads, 3 * group * FP32)
+    heads, group = shapes.kv_heads // shapes.ulysses, keys // shapes.kv_heads
+    gathered = 2 * group * e + keys // shapes.cp * FP32 + group * FP32
+    return held + gathered + max(scores // heads, 3 * group * FP32)
 
 
-def _score_matrices(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+def _score_matrices(shapes: PackShapes, workload: Workload) -> int:
     """The reference attention's backward, segment after segment: four fp32 matrices [heads, queries, keys]
     at once (weights, their gradient, two steps of the scores' gradient) and one to three of the segment
     before, whose names are assigned one after the other."""
-    ulysses = parallel.ulysses_parallel_size
-    heads = eagle.text.num_attention_heads // parallel.tensor_model_parallel_size // ulysses
-    length, longest = workload.sequence_length, workload.longest_document or workload.sequence_length
-    bounds = [*range(0, length, longest), length]
-    ranks = parallel.context_parallel_size // ulysses
-    name, chunk_size = parallel.context_parallel_layout, parallel.context_parallel_chunk_size
-    layout = plan_layout(name, length, ranks, bounds, chunk_size)
+    parallel, heads = shapes.parallel, shapes.heads // shapes.ulysses
+    bounds = [*range(0, shapes.length, workload.longest_document or shapes.length), shapes.length]
+    layout = plan_layout(
+        parallel.context_parallel_layout,
+        shapes.length,
+        shapes.cp // shapes.ulysses,
+        bounds,
+        parallel.context_parallel_chunk_size,
+    )
     worst = 0
     for rank in range(layout.size):
         before = 0
@@ -281,14 +300,12 @@ def _score_matrices(eagle: EagleConfig, parallel: ParallelConfig, workload: Work
     return worst
 
 
-def _vision_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+def _vision_layer(shapes: PackShapes, workload: Workload) -> int:
     """Backward of the encoder's last feed-forward: as `_feed_forward`, the layer restored if not kept."""
-    vision, e = eagle.vision, workload.element_size
-    layer = vision_layer(eagle, parallel, workload)
+    layer, c, i = vision_layer(shapes, workload), shapes.c, shapes.i
     restored = layer.total - layer.input if workload.recompute.vision == "full" else 0
-    p, c = vision_tiles(parallel, workload.tiles) * vision.num_patches, vision.hidden_size
-    i = vision.intermediate_size // vision_parallel_size(parallel)
-    return restored + e * (p * i + c * i + 2 * p * c)
+    p = shapes.own_tiles(workload.tiles) * shapes.eagle.vision.num_patches
+    return restored + workload.element_size * (p * i + c * i + 2 * p * c)
 
 
 def _adam(workload: Workload, largest: int, shard: int) -> int:

@@ -3,9 +3,7 @@
 Counted from shapes; nothing is fitted to a measurement. Each line names the tensors that the layer's code
 keeps; `tests/planning/test_memory_model.py` compares the counts with what autograd really saves.
 
-Letters: h hidden features, q and kv features of all queries and of all keys, f feed-forward features,
-s tokens of a context parallel rank, r rows of its hidden states (s, or s / tp under sequence
-parallelism), e bytes of an element.
+Letters: those of `model.shapes`, and e bytes of an element.
 """
 
 from collections.abc import Collection
@@ -14,9 +12,8 @@ from typing import Literal
 
 from megatron_eagle.model.flops import PARTS
 from megatron_eagle.model.parts import NEW_TOKEN_ROWS
-from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.model.specs import RecomputeConfig, vision_parallel_size
-from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.model.shapes import LocalShapes, PackShapes, StageShapes
+from megatron_eagle.model.specs import RecomputeConfig
 
 FP32 = 4
 
@@ -65,61 +62,33 @@ class Parameters:
     def trained(self, trainable: Collection[str]) -> int:
         """Elements with a gradient buffer."""
         rows = self.token_rows if NEW_TOKEN_ROWS in trainable else 0
-        return rows + sum(getattr(self, part) for part in PARTS if part in trainable)
+        parts = {"vision": self.vision, "connector": self.connector, "language": self.language}
+        return rows + sum(size for part, size in parts.items() if part in trainable)
 
     def vision_and_connector(self, trainable: Collection[str]) -> int:
         """Elements of encoder and connector with a gradient buffer."""
         return self.trained([part for part in trainable if part in ("vision", "connector")])
 
 
-def stage_layers(eagle: EagleConfig, parallel: ParallelConfig, stage: int) -> int:
-    """Language layers on pipeline stage `stage`, all its chunks together."""
-    layers, stages = eagle.text.num_hidden_layers, parallel.pipeline_model_parallel_size
-    first = parallel.num_layers_in_first_pipeline_stage
-    if first is None:
-        return layers // stages
-    return first if stage == 0 else (layers - first) // (stages - 1)
-
-
-def query_size(eagle: EagleConfig) -> int:
-    """Features of all query heads."""
-    return eagle.text.num_attention_heads * eagle.text.head_dim
-
-
-def kv_size(eagle: EagleConfig) -> int:
-    """Features of all key heads."""
-    return eagle.text.num_key_value_heads * eagle.text.head_dim
-
-
-def count_parameters(eagle: EagleConfig, parallel: ParallelConfig, stage: int) -> Parameters:
-    """Parameters of a rank of pipeline stage `stage`."""
-    text, vision = eagle.text, eagle.vision
-    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    h, q = text.hidden_size, query_size(eagle)
-    qkv = q + 2 * kv_size(eagle)
-    fc1 = 2 * h * text.intermediate_size // tp
-    layer = (h * qkv + qkv + q * h) // tp + fc1 + fc1 // 2 + 2 * h
-    vocabulary = text.padded_vocab_size * h // tp
-    first, last = stage == 0, stage == stages - 1
+def count_parameters(shapes: LocalShapes, stage: StageShapes) -> Parameters:
+    """Parameters of a rank of a pipeline stage."""
+    eagle, vision, h = shapes.eagle, shapes.eagle.vision, shapes.h
+    qkv, fc1 = shapes.q + 2 * shapes.kv, 2 * h * shapes.f
+    layer = h * qkv + qkv + shapes.q * h + fc1 + fc1 // 2 + 2 * h
+    vocabulary = shapes.vocabulary * h
     # Tied embeddings are one tensor only where one stage has both ends.
-    ends = 1 if first and last and text.tie_word_embeddings else first + last
-    language = stage_layers(eagle, parallel, stage) * layer + ends * vocabulary + (h if last else 0)
+    ends = 1 if stage.first and stage.last and eagle.text.tie_word_embeddings else stage.first + stage.last
+    language = stage.layers * layer + ends * vocabulary + (h if stage.last else 0)
     largest = max(fc1, vocabulary if ends else 0)
-    if not first:
+    if not stage.first:
         return Parameters(language, ends * vocabulary, 0, 0, largest)
-    t, c, i = vision_parallel_size(parallel), vision.hidden_size, vision.intermediate_size
+    t, c, i = shapes.vision_ranks, shapes.c, vision.intermediate_size
     patch = vision.num_channels * vision.patch_size**2 * c + c
     block = (3 * c * c + 3 * c + c * c + c * i + i + i * c) // t + 2 * c + 4 * c
     encoder = patch + vision.num_patches * c + vision.num_hidden_layers * block + 2 * c
     shuffled = c * eagle.shuffle_factor**2
     connector = 2 * shuffled + (shuffled * h + h + h * h) // t + h
     return Parameters(language, ends * vocabulary, encoder, connector, largest)
-
-
-def rank_rows(parallel: ParallelConfig, workload: Workload) -> int:
-    """r: rows of the hidden states between layers."""
-    rows = workload.sequence_length // parallel.context_parallel_size
-    return rows // parallel.tensor_model_parallel_size if parallel.sequence_parallel else rows
 
 
 def rms_norm_bytes(r: int, h: int, e: int) -> int:
@@ -159,26 +128,12 @@ class LayerActivations:
         return self.total - (self.statistics if recompute == "selective" else 0)
 
 
-def vision_tiles(parallel: ParallelConfig, tiles: int) -> int:
-    """Tiles that one rank encodes of a pack with `tiles`: at least one, as many as any other rank."""
-    ranks = {
-        "none": 1,
-        "cp": parallel.context_parallel_size,
-        "cp_tp": parallel.context_parallel_size * parallel.tensor_model_parallel_size,
-    }[parallel.vision_sharding]
-    return max(1, -(-tiles // ranks))
-
-
-def language_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> LayerActivations:
+def language_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
     """What one language layer keeps for one microbatch."""
-    text, e = eagle.text, workload.element_size
-    tp = parallel.tensor_model_parallel_size
-    s = workload.sequence_length // parallel.context_parallel_size
-    r = rank_rows(parallel, workload)
-    h, f = text.hidden_size, text.intermediate_size // tp
-    q, kv, heads = query_size(eagle) // tp, kv_size(eagle) // tp, text.num_attention_heads // tp
+    e, s, r, h, f = workload.element_size, shapes.s, shapes.r, shapes.h, shapes.f
+    q, kv = shapes.q, shapes.kv
     norm = rms_norm_bytes(r, h, e)
-    statistics = s * heads * FP32
+    statistics = s * shapes.heads * FP32
     # The joint projection (whose slice is v), rotated q and k, the output. (All layers share one table of
     # cosines and sines.)
     attention = s * e * ((q + 2 * kv) + q + kv + q) + statistics
@@ -188,11 +143,10 @@ def language_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workl
     return LayerActivations(norm + attention, norm + mlp, r * h * e, s * e * q, statistics)
 
 
-def vision_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> LayerActivations:
+def vision_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
     """What one layer of the vision encoder keeps for one microbatch."""
-    vision, e, t = eagle.vision, workload.element_size, vision_parallel_size(parallel)
-    p = vision_tiles(parallel, workload.tiles) * vision.num_patches
-    c, i = vision.hidden_size, vision.intermediate_size // t
+    vision, e, t = shapes.eagle.vision, workload.element_size, shapes.vision_ranks
+    p, c, i = shapes.own_tiles(workload.tiles) * vision.num_patches, shapes.c, shapes.i
     norm = p * (2 * c * e + 2 * _layer_norm_statistic(workload))  # input and output
     statistics = p * vision.num_attention_heads // t * FP32
     attention = p * e * (3 * c // t + c // t) + statistics  # joint projection, output
@@ -200,27 +154,28 @@ def vision_layer(eagle: EagleConfig, parallel: ParallelConfig, workload: Workloa
     return LayerActivations(norm + attention, norm + mlp, p * c * e, p * e * c // t, statistics)
 
 
-def vision_activations(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+def vision_activations(shapes: PackShapes, workload: Workload) -> int:
     """Bytes that encoder and connector keep for one microbatch, its tiles included.
 
     What is frozen, with everything before it frozen too, keeps nothing.
     """
     if "vision" not in workload.trainable and "connector" not in workload.trainable:
         return 0
-    vision, e, statistic = eagle.vision, workload.element_size, _layer_norm_statistic(workload)
-    tiles, h, c = vision_tiles(parallel, workload.tiles), eagle.text.hidden_size, vision.hidden_size
+    eagle, vision = shapes.eagle, shapes.eagle.vision
+    e, statistic = workload.element_size, _layer_norm_statistic(workload)
+    tiles, h, c = shapes.own_tiles(workload.tiles), shapes.h, shapes.c
     kept = 0
     if "vision" in workload.trainable:
         p = tiles * vision.num_patches
-        layer = vision_layer(eagle, parallel, workload).kept(workload.recompute.vision)
+        layer = vision_layer(shapes, workload).kept(workload.recompute.vision)
         pixels = tiles * vision.num_channels * vision.image_size**2 * e
         kept = pixels + vision.num_hidden_layers * layer + p * (c * e + 2 * statistic)  # and the final norm
     tokens, shuffled = tiles * eagle.tokens_per_tile, c * eagle.shuffle_factor**2
     # The connector's norm; before and after its GELU; the features that this rank's tokens received.
     kept += tokens * (2 * shuffled * e + 2 * statistic)
-    kept += 2 * tokens * h // vision_parallel_size(parallel) * e
+    kept += 2 * tokens * h // shapes.vision_ranks * e
     image_tokens = workload.tiles * eagle.tokens_per_tile
-    return kept + image_tokens * rank_rows(parallel, workload) // workload.sequence_length * h * e
+    return kept + image_tokens * shapes.r // shapes.length * h * e
 
 
 def _layer_norm_statistic(workload: Workload) -> int:

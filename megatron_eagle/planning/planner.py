@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from megatron_eagle.model.presets import expand_preset
 from megatron_eagle.planning.memory_model import StageMemory, fullest_stage, offloaded_bytes
 from megatron_eagle.planning.memory_shapes import Workload
 from megatron_eagle.planning.step_time import Machine, StepTime, step_time
-from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.runtime.parallel import ParallelConfig, VisionSharding
 from megatron_eagle.training.run_config import RunConfig, RunFile, load_run_config, stated_positions
 
 # Left out of what a layout may fill: the CUDA context, NCCL's buffers and the caching allocator's gaps. An
@@ -100,7 +101,7 @@ class LayoutPlan:
         return f"{name.replace('_', ' ')} {100 * seconds / self.time.total:.0f} %"
 
     @property
-    def _order(self) -> tuple:
+    def _order(self) -> tuple[Any, ...]:
         p = self.parallel
         layout = (
             p.model_parallel_size,
@@ -182,7 +183,7 @@ def plan_layouts(
         )
     if config.lora is not None:
         raise UserError("the planner counts whole gradients and optimizer states: remove the lora section")
-    legal, refused = [], Counter()
+    legal, refused = [], Counter[str]()
     for parallel in _candidates(config, gpus):
         try:
             replace(config, parallel=parallel).validate(gpus)
@@ -245,7 +246,7 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
     for tp in sizes:
         for pp in (n for n in sizes if (gpus // tp) % n == 0 and n <= layers):
             for cp in (n for n in sizes if (gpus // tp // pp) % n == 0):
-                shardings = ["none"] + ["cp"] * (cp > 1) + ["cp_tp"] * (tp > 1)
+                shardings = _shardings(tp, cp)
                 ulysses_sizes = [n for n in sizes if cp % n == 0 and n <= heads]
                 for parallel in _variants(config.parallel, layers, tp, pp):
                     for sharding, ulysses in product(shardings, ulysses_sizes):
@@ -255,6 +256,15 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
                             ulysses_parallel_size=ulysses,
                             vision_sharding=sharding,
                         )
+
+
+def _shardings(tp: int, cp: int) -> list[VisionSharding]:
+    found: list[VisionSharding] = ["none"]
+    if cp > 1:
+        found.append("cp")
+    if tp > 1:
+        found.append("cp_tp")
+    return found
 
 
 def _variants(base: ParallelConfig, layers: int, tp: int, pp: int) -> Iterator[ParallelConfig]:

@@ -12,18 +12,14 @@ from dataclasses import dataclass, replace
 from eagle_kernels.linear_cross_entropy import CHUNK
 from megatron_eagle.model.flops import StepFlops, training_flops
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.model.specs import vision_parallel_size
+from megatron_eagle.model.shapes import PackShapes, StageShapes
 from megatron_eagle.planning.context_work import ContextWork, context_work
 from megatron_eagle.planning.memory_shapes import (
     FP32,
     Workload,
     count_parameters,
-    kv_size,
     language_layer,
-    query_size,
-    stage_layers,
     vision_activations,
-    vision_tiles,
 )
 from megatron_eagle.runtime.gpus import Gpu
 from megatron_eagle.runtime.parallel import ParallelConfig
@@ -115,9 +111,10 @@ def step_time(
     """
     context = context_work(parallel, document_bounds or [[0, workload.sequence_length]])
     average = replace(workload, tiles=round(mean_tiles))
+    shapes = PackShapes(eagle, parallel, workload.sequence_length)
     stages = range(parallel.pipeline_model_parallel_size)
     per_stage = [
-        _microbatch(eagle, parallel, average, stage, sum_squared_lengths, context, machine)
+        _microbatch(shapes, average, StageShapes.of(shapes, stage), sum_squared_lengths, context, machine)
         for stage in stages
     ]
     seconds = [sum(parts.values()) for parts in per_stage]
@@ -126,7 +123,7 @@ def step_time(
     parts = {name: m * value for name, value in per_stage[slowest].items()}
     # The pipeline fills and drains once a step, through one chunk of every other stage.
     parts["pipeline"] += (sum(seconds) - seconds[slowest]) / parallel.num_model_chunks
-    reduction, optimizer = _finish(eagle, parallel, data_parallel_size, workload, machine)
+    reduction, optimizer = _finish(shapes, data_parallel_size, workload, machine)
     parts["elementwise"] += optimizer
     model_flops = training_flops(
         eagle,
@@ -138,40 +135,37 @@ def step_time(
     gpus = parallel.model_parallel_size * data_parallel_size
     total = sum(parts.values()) + reduction
     mfu = m * data_parallel_size * model_flops / (gpus * machine.peak * total)
-    mfu = mfu if workload.precision == "bf16" else None
-    return StepTime(**parts, data_parallel=reduction, mfu=mfu)
+    known = workload.precision == "bf16"
+    return StepTime(**parts, data_parallel=reduction, mfu=mfu if known else None)
 
 
 def _microbatch(
-    eagle: EagleConfig,
-    parallel: ParallelConfig,
+    shapes: PackShapes,
     workload: Workload,
-    stage: int,
+    stage: StageShapes,
     sum_squared_lengths: float,
     context: ContextWork,
     machine: Machine,
 ) -> dict[str, float]:
     """Seconds of forward and backward of one pack on a rank of `stage`."""
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    first, last = stage == 0, stage == parallel.pipeline_model_parallel_size - 1
-    layers, e = stage_layers(eagle, parallel, stage), workload.element_size
-    tiles = vision_tiles(parallel, workload.tiles) if first else 0
+    e, ranks = workload.element_size, shapes.tp * shapes.cp
+    tiles = shapes.own_tiles(workload.tiles) if stage.first else 0
 
     def flops(layers: int, trainable: Collection[str]) -> StepFlops:
         return training_flops(
-            eagle,
-            tokens=workload.sequence_length,
+            shapes.eagle,
+            tokens=shapes.length,
             sum_squared_lengths=sum_squared_lengths,
             tiles=tiles,
             trainable=trainable,
             layers=layers,
         )
 
-    step, forward = flops(layers, workload.trainable), flops(layers, ())
+    step, forward = flops(stage.layers, workload.trainable), flops(stage.layers, ())
     head, head_forward = flops(0, workload.trainable).language_linear, flops(0, ()).language_linear
     linear, attention = step.language_linear, step.language_attention * ATTENTION_EXECUTED
     vision = step.vision + step.connector
-    if not last:
+    if not stage.last:
         linear -= head
     if workload.recompute.language in ("full", "offload"):
         linear += forward.language_linear - head_forward
@@ -180,125 +174,101 @@ def _microbatch(
     if workload.recompute.vision == "full":
         vision += forward.vision
 
-    kept = layers * language_layer(eagle, parallel, workload).total
-    kept += vision_activations(eagle, parallel, workload) if first else 0
-    logits = _logits_bytes(eagle, parallel, workload) if last else 0
+    kept = stage.layers * language_layer(shapes, workload).total
+    kept += vision_activations(shapes, workload) if stage.first else 0
+    logits = _logits_bytes(shapes, workload) if stage.last else 0
     # A gradient is written, then added to the fp32 buffer.
-    accumulation = count_parameters(eagle, parallel, stage).trained(workload.trainable) * (2 * e + 2 * FP32)
+    accumulation = count_parameters(shapes, stage).trained(workload.trainable) * (2 * e + 2 * FP32)
     traffic = ACTIVATION_PASSES * kept + logits + accumulation
+    stages = shapes.parallel.pipeline_model_parallel_size
     return {
-        "matrix_products": linear / (tp * cp) / machine.gemm,
-        "attention": attention * context.imbalance / (tp * cp) / machine.attention,
-        "vision": vision / vision_parallel_size(parallel) / machine.gemm,
+        "matrix_products": linear / ranks / machine.gemm,
+        "attention": attention * context.imbalance / ranks / machine.attention,
+        "vision": vision / shapes.vision_ranks / machine.gemm,
         "elementwise": traffic / machine.memory,
-        "tensor_parallel": _tensor_bytes(eagle, parallel, workload, layers, tiles, last)
-        / machine.bandwidth(tp, 1),
-        "context_parallel": _context_seconds(eagle, parallel, workload, layers, first, context, machine),
-        "pipeline": _stage_bytes(eagle, parallel, workload)
-        / machine.bandwidth(parallel.pipeline_model_parallel_size, machine.gpus_per_node),
+        "tensor_parallel": _tensor_bytes(shapes, workload, stage, tiles) / machine.bandwidth(shapes.tp, 1),
+        "context_parallel": _context_seconds(shapes, workload, stage, context, machine),
+        "pipeline": _stage_bytes(shapes, workload) / machine.bandwidth(stages, machine.gpus_per_node),
     }
 
 
-def _tensor_bytes(
-    eagle: EagleConfig, parallel: ParallelConfig, workload: Workload, layers: int, tiles: int, last: bool
-) -> float:
+def _tensor_bytes(shapes: PackShapes, workload: Workload, stage: StageShapes, tiles: int) -> float:
     """Bytes through a rank's link for one pack; an all-reduce is a reduce-scatter and an all-gather."""
-    tp = parallel.tensor_model_parallel_size
-    s, h = workload.sequence_length // parallel.context_parallel_size, eagle.text.hidden_size
-    e = workload.element_size
+    e, s, h, tp, sequence_parallel = (
+        workload.element_size,
+        shapes.s,
+        shapes.h,
+        shapes.tp,
+        shapes.parallel.sequence_parallel,
+    )
     # Two all-reduces each way. Sequence parallelism gathers the column-parallel inputs once more.
-    halves = layers * (10 if parallel.sequence_parallel else 8)
-    if last:
+    halves = stage.layers * (10 if sequence_parallel else 8)
+    if stage.last:
         # Gradient of the output layer's input, which the fused loss does not gather again.
-        halves += 3 if parallel.sequence_parallel and not workload.fused_loss else 2
+        halves += 3 if sequence_parallel and not workload.fused_loss else 2
     moved = halves * s * h * e
     if tiles:
         moved += 2 * s * h * e  # the embedding
-        if vision_parallel_size(parallel) > 1:
-            vision = eagle.vision
-            moved += 8 * vision.num_hidden_layers * tiles * vision.num_patches * vision.hidden_size * e
+        if shapes.vision_ranks > 1:
+            vision = shapes.eagle.vision
+            moved += 8 * vision.num_hidden_layers * tiles * vision.num_patches * shapes.c * e
             # The connector's output, and the gradient of its input.
-            moved += 2 * tiles * eagle.tokens_per_tile * h * e
-            moved += 2 * tiles * vision.num_patches * vision.hidden_size * e
+            moved += 2 * tiles * shapes.eagle.tokens_per_tile * h * e
+            moved += 2 * tiles * vision.num_patches * shapes.c * e
     return moved * (tp - 1) / tp
 
 
-def _logits_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> int:
+def _logits_bytes(shapes: PackShapes, workload: Workload) -> int:
     """Memory traffic of one pack's logits on a rank of the last stage.
 
     Those of the fused loss are written, read for the sums, made a gradient in place and read by two products;
     each chunk's part of the weight's gradient is added in fp32.
     """
-    tp, e = parallel.tensor_model_parallel_size, workload.element_size
-    s, rows = workload.sequence_length // parallel.context_parallel_size, eagle.text.padded_vocab_size // tp
+    e, s, rows = workload.element_size, shapes.s, shapes.vocabulary
     if not workload.fused_loss:
         return ACTIVATION_PASSES * s * rows * (e + FP32)
-    return 6 * s * rows * e + math.ceil(s / CHUNK) * 2 * rows * eagle.text.hidden_size * FP32
+    return 6 * s * rows * e + math.ceil(s / CHUNK) * 2 * rows * shapes.h * FP32
 
 
 def _context_seconds(
-    eagle: EagleConfig,
-    parallel: ParallelConfig,
-    workload: Workload,
-    layers: int,
-    first: bool,
-    context: ContextWork,
-    machine: Machine,
+    shapes: PackShapes, workload: Workload, stage: StageShapes, context: ContextWork, machine: Machine
 ) -> float:
     """Keys and values from other ranks forward and again backward, their fp32 gradients back; Ulysses' heads
     both ways; image features."""
-    cp, ulysses, tp = (
-        parallel.context_parallel_size,
-        parallel.ulysses_parallel_size,
-        parallel.tensor_model_parallel_size,
-    )
-    e, policy = workload.element_size, workload.recompute.language
-    q, kv = query_size(eagle) // tp, kv_size(eagle) // tp
+    tp, cp, ulysses = shapes.tp, shapes.cp, shapes.ulysses
+    e, policy, layers = workload.element_size, workload.recompute.language, stage.layers
     times = 3 if policy in ("selective", "full") else 2  # backward, and a second forward, take keys again
-    keys = layers * context.remote_keys * 2 * kv / ulysses * (times * e + FP32)
+    keys = layers * context.remote_keys * 2 * shapes.kv / ulysses * (times * e + FP32)
     seconds = keys / machine.bandwidth(cp // ulysses, tp * ulysses)
-    tokens = workload.sequence_length // cp * (ulysses - 1) / ulysses
+    tokens = shapes.s * (ulysses - 1) / ulysses
     ways = 2 if policy == "none" else 3  # any second run of a layer trades heads again
-    seconds += layers * ways * tokens * 2 * (q + kv) * e / machine.bandwidth(ulysses, tp)
-    if first and parallel.vision_sharding != "none":
-        features = workload.tiles * eagle.tokens_per_tile * eagle.text.hidden_size * e
+    seconds += layers * ways * tokens * 2 * (shapes.q + shapes.kv) * e / machine.bandwidth(ulysses, tp)
+    if stage.first and shapes.parallel.vision_sharding != "none":
+        features = workload.tiles * shapes.eagle.tokens_per_tile * shapes.h * e
         seconds += 2 * features / cp * (cp - 1) / cp / machine.bandwidth(cp, tp)
     return seconds
 
 
-def _stage_bytes(eagle: EagleConfig, parallel: ParallelConfig, workload: Workload) -> float:
+def _stage_bytes(shapes: PackShapes, workload: Workload) -> float:
     """Hidden states to the next stage and their gradient back, once per chunk."""
-    if parallel.pipeline_model_parallel_size == 1:
+    if shapes.parallel.pipeline_model_parallel_size == 1:
         return 0.0
-    rows = workload.sequence_length // parallel.context_parallel_size
-    if parallel.sequence_parallel:
-        rows //= parallel.tensor_model_parallel_size
-    return 2 * parallel.num_model_chunks * rows * eagle.text.hidden_size * workload.element_size
+    return 2 * shapes.parallel.num_model_chunks * shapes.r * shapes.h * workload.element_size
 
 
 def _finish(
-    eagle: EagleConfig,
-    parallel: ParallelConfig,
-    data_parallel_size: int,
-    workload: Workload,
-    machine: Machine,
+    shapes: PackShapes, data_parallel_size: int, workload: Workload, machine: Machine
 ) -> tuple[float, float]:
     """Seconds of the gradients' reduction with the weights' gathering, and of Adam, on the fullest stage."""
-    tp, e = parallel.tensor_model_parallel_size, workload.element_size
+    tp, e, parallel = shapes.tp, workload.element_size, shapes.parallel
     stages = range(parallel.pipeline_model_parallel_size)
-    counts = [count_parameters(eagle, parallel, stage) for stage in stages]
+    counts = [count_parameters(shapes, StageShapes.of(shapes, stage)) for stage in stages]
     largest = max(count.trained(workload.trainable) for count in counts)
-    ranks = data_parallel_size * parallel.context_parallel_size
+    ranks = data_parallel_size * shapes.cp
     seconds = largest * (FP32 + e) * (ranks - 1) / ranks / machine.bandwidth(ranks, tp)
     if parallel.vision_sharding == "cp_tp":
-        seconds += (
-            2
-            * counts[0].vision_and_connector(workload.trainable)
-            * FP32
-            * (tp - 1)
-            / tp
-            / machine.bandwidth(tp, 1)
-        )
+        vision = counts[0].vision_and_connector(workload.trainable)
+        seconds += 2 * vision * FP32 * (tp - 1) / tp / machine.bandwidth(tp, 1)
     # Read: gradient, weight, two moments. Written: weight, two moments, and the rounded weight.
     adam = largest / ranks * (7 * FP32 + e) / machine.memory
     return seconds, adam

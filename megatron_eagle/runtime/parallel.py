@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged
 
+VisionSharding = Literal["none", "cp", "cp_tp"]
+
 
 @dataclass
 class ParallelConfig(Ranged):
@@ -41,7 +43,7 @@ class ParallelConfig(Ranged):
     # others. The other stages share the rest equally.
     num_layers_in_first_pipeline_stage: Annotated[int, Range(1, 1024)] | None = None
     # Which ranks divide the vision tiles of a pack (context_parallel/vision_sharding.py).
-    vision_sharding: Literal["none", "cp", "cp_tp"] = "cp"
+    vision_sharding: VisionSharding = "cp"
     # Reduce gradients over data parallel ranks, bucket by bucket, during the last backward.
     overlap_grad_reduce: bool = False
 

@@ -10,6 +10,7 @@ from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.model.shapes import LocalShapes, PackShapes, StageShapes
 from megatron_eagle.planning.memory_shapes import (
     Workload,
     count_parameters,
@@ -29,7 +30,8 @@ TOLERANCE = 0.15
 def test_peak_of_a_step(cell):
     for rank, measured in enumerate(cell.measure()):
         predicted = cell.predict(rank)
-        parameters = count_parameters(cell.model, ParallelConfig(**cell.parallel), cell.stage(rank))
+        shapes = LocalShapes(cell.model, ParallelConfig(**cell.parallel))
+        parameters = count_parameters(shapes, StageShapes.of(shapes, cell.stage(rank)))
         assert measured["parameters"] == parameters.total
         assert predicted.states >= 300e6
         assert measured["before"] == pytest.approx(predicted.states, rel=TOLERANCE)
@@ -48,19 +50,17 @@ def test_activations_are_what_autograd_saves(precision):
     deeper.text.num_hidden_layers = taller.vision.num_hidden_layers = 3
     base, with_layer, with_encoder_layer = launch(_saved_bytes, 1, [eagle, deeper, taller], precision)[0]
     workload = Workload(256, 4, 1, precision, device="cpu")
-    parallel = ParallelConfig()
-    language, vision = (count(eagle, parallel, workload).total for count in (language_layer, vision_layer))
+    shapes = PackShapes(eagle, ParallelConfig(), 256)
+    language, vision = (count(shapes, workload).total for count in (language_layer, vision_layer))
     assert with_layer - base == language
     assert with_encoder_layer - base == vision
     element, width, softmax = workload.element_size, eagle.text.hidden_size, 256 * 512 * 4
     table = 256 * eagle.text.head_dim * element  # of rotary positions
     shared = 256 * (width * (4 + 2 * element) + 4) + table  # with the final norm
-    counted = 2 * language + vision_activations(eagle, parallel, workload) + shared + softmax
+    counted = 2 * language + vision_activations(shapes, workload) + shared + softmax
     assert base == pytest.approx(counted, rel=1e-3)
     connector_alone = replace(workload, trainable=("connector",))
-    assert vision_activations(eagle, parallel, connector_alone) < vision_activations(
-        eagle, parallel, workload
-    )
+    assert vision_activations(shapes, connector_alone) < vision_activations(shapes, workload)
 
 
 def _saved_bytes(eagles: list[EagleConfig], precision: str) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import training_flops
 from megatron_eagle.model.presets import preset
+from megatron_eagle.model.shapes import PackShapes, StageShapes
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.planning.context_work import ContextWork, context_work
 from megatron_eagle.planning.memory_model import fullest_stage, in_flight, offloaded_bytes, peak_memory
@@ -23,6 +24,7 @@ from tests.paths import REPO
 
 EAGLE = preset("eagle2.5-8b").complete()
 WORKLOAD = Workload(sequence_length=32768, tiles=64, microbatches=4)
+SHAPES = PackShapes(EAGLE, ParallelConfig(), WORKLOAD.sequence_length)
 MACHINE = Machine.of(GPUS["h200"])
 
 
@@ -64,7 +66,7 @@ def test_states_of_the_8b_model_by_hand():
 def test_training_states_of_the_whole_model():
     """18 bytes a parameter: 144.5 GB and the padded vocabulary's rows."""
     memory = peak_memory(EAGLE, layout(), 1, WORKLOAD, stage=0)
-    assert memory.states == 18 * count_parameters(EAGLE, layout(), 0).total
+    assert memory.states == 18 * count_parameters(SHAPES, StageShapes.of(SHAPES, 0)).total
     assert memory.states / 1e9 == pytest.approx(144.5, rel=5e-3)
 
 
@@ -72,7 +74,7 @@ def test_one_language_layer_by_hand():
     """bf16 bytes a token: two norms of 8 x 3584 + 4, attention, gate, up and their product of 18944."""
     attention = 2 * (3584 + 2 * 512 + 3584 + 512 + 3584) + 4 * 28
     per_token = 2 * (8 * 3584 + 4) + attention + 2 * 3 * 18944
-    assert language_layer(EAGLE, layout(), WORKLOAD).total == 32768 * per_token
+    assert language_layer(SHAPES, WORKLOAD).total == 32768 * per_token
 
 
 def test_tensor_parallelism_takes_less_memory():
@@ -171,7 +173,7 @@ def test_recompute_trades_time_for_memory():
 def test_frozen_parts_have_no_gradients_states_or_vision_activations():
     connector = replace(WORKLOAD, trainable=("connector",))
     memory = peak_memory(EAGLE, layout(), 1, connector, stage=0)
-    assert memory.gradients == 4 * count_parameters(EAGLE, layout(), 0).connector
+    assert memory.gradients == 4 * count_parameters(SHAPES, StageShapes.of(SHAPES, 0)).connector
     everything = peak_memory(EAGLE, layout(), 1, WORKLOAD, stage=0)
     assert memory.weights == everything.weights and memory.vision < everything.vision / 10
     language = replace(WORKLOAD, trainable=("language",))
