@@ -64,7 +64,7 @@ class LoraConfig(Ranged):
         ValueError: naming the rule and the value.
     """
 
-    rank: Annotated[int, Range(1, 4096)] = 16
+    rank: Annotated[int, Range(1, 4096)] = 16  # of each adapter's two matrices
     alpha: Annotated[float, Range(1e-3, 1e5)] = 32.0  # the adapters' product is scaled by alpha / rank
     target_modules: list[Target] = field(default_factory=lambda: list(TARGETS))
     # A resumed run is exact, and every layout computes the same.

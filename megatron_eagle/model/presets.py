@@ -21,14 +21,14 @@ VOCAB_MULTIPLE = 512
 class VisionConfig(Ranged):
     """SigLIP2 encoder at a fixed resolution (HF `SiglipVisionModel`); lengths in pixels and features."""
 
-    image_size: Annotated[int, Range(1, 8192)] = 64
-    patch_size: Annotated[int, Range(1, 1024)] = 16
-    hidden_size: Annotated[int, Range(8, 65536)] = 64
-    intermediate_size: Annotated[int, Range(8, 262144)] = 136
-    num_hidden_layers: Annotated[int, Range(1, 1024)] = 2
-    num_attention_heads: Annotated[int, Range(1, 1024)] = 4
-    num_channels: Annotated[int, Range(3, 3, why="tiles are RGB")] = 3
-    layer_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-6
+    image_size: Annotated[int, Range(1, 8192)] = 64  # pixels a side of a tile
+    patch_size: Annotated[int, Range(1, 1024)] = 16  # pixels a side of a patch
+    hidden_size: Annotated[int, Range(8, 65536)] = 64  # features of a patch
+    intermediate_size: Annotated[int, Range(8, 262144)] = 136  # of the MLP
+    num_hidden_layers: Annotated[int, Range(1, 1024)] = 2  # depth of the encoder
+    num_attention_heads: Annotated[int, Range(1, 1024)] = 4  # which divide the features
+    num_channels: Annotated[int, Range(3, 3, why="tiles are RGB")] = 3  # colours of a pixel
+    layer_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-6  # of every norm
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "VisionConfig":
@@ -47,15 +47,15 @@ class TextSection(Ranged):
     """A run file's word on the Qwen2.5 language model. `vocab_size: null` is taken from the data's
     manifest."""
 
-    hidden_size: Annotated[int, Range(8, 65536)] = 64
-    intermediate_size: Annotated[int, Range(8, 262144)] = 160
-    num_hidden_layers: Annotated[int, Range(1, 1024)] = 4
-    num_attention_heads: Annotated[int, Range(1, 1024)] = 4
-    num_key_value_heads: Annotated[int, Range(1, 1024)] = 2
+    hidden_size: Annotated[int, Range(8, 65536)] = 64  # features of a token
+    intermediate_size: Annotated[int, Range(8, 262144)] = 160  # of the MLP
+    num_hidden_layers: Annotated[int, Range(1, 1024)] = 4  # depth of the language model
+    num_attention_heads: Annotated[int, Range(1, 1024)] = 4  # of queries
+    num_key_value_heads: Annotated[int, Range(1, 1024)] = 2  # each serves equally many query heads
     vocab_size: Annotated[int, Range(1, 2**24)] | None = None
-    rope_theta: Annotated[float, Range(1, 1e12)] = 1e6
-    rms_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-6
-    tie_word_embeddings: bool = False
+    rope_theta: Annotated[float, Range(1, 1e12)] = 1e6  # base of the rotary positions
+    rms_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-6  # of every norm
+    tie_word_embeddings: bool = False  # the output layer is the embedding
     # Tokens of a prompt that the model is made for; a run raises it to its packs (training/run_config.py).
     max_position_embeddings: Annotated[int, Range(1, 2**31 - 1)] = 32768
 
@@ -99,10 +99,10 @@ class ModelSection(Ranged):
     connector, Qwen2.5. `image_token_index: null` is taken from the data's manifest.
     """
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    text: TextSection = field(default_factory=TextSection)
+    vision: VisionConfig = field(default_factory=VisionConfig)  # the vision encoder
+    text: TextSection = field(default_factory=TextSection)  # the language model
     image_token_index: Annotated[int, Range(0, 2**24)] | None = None
-    downsample_ratio: Annotated[float, Range(0.01, 1)] = 0.5
+    downsample_ratio: Annotated[float, Range(0.01, 1)] = 0.5  # 1 / patches that pixel shuffle folds, a side
     # Standard deviation of a fresh model's weights (both source models use 0.02).
     initializer_range: Annotated[float, Range(1e-4, 1)] = 0.02
 

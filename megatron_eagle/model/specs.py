@@ -46,8 +46,8 @@ class RecomputeConfig(Ranged):
     policy (under `full` and `offload` it matters in the layer under way alone).
     """
 
-    language: Literal["none", "selective", "full", "offload"] = "none"
-    vision: Literal["none", "full"] = "none"
+    language: Literal["none", "selective", "full", "offload"] = "none"  # of the language model
+    vision: Literal["none", "full"] = "none"  # of the vision encoder
     offload_keep_last: Annotated[int, Range(0, 1024)] = 2
     swiglu: bool = False
 

@@ -23,21 +23,23 @@ VisionSharding = Literal["none", "cp", "cp_tp"]
 class ParallelConfig(Ranged):
     """Sizes of the parallel axes, in Megatron's words. Data parallelism takes what is left."""
 
-    tensor_model_parallel_size: Annotated[int, Range(1, 1024)] = 1
+    tensor_model_parallel_size: Annotated[int, Range(1, 1024)] = 1  # ranks that divide each layer's matrices
+    # What tensor parallelism repeats on its ranks (norms, residuals) is divided along the tokens.
     sequence_parallel: bool = False
-    pipeline_model_parallel_size: Annotated[int, Range(1, 1024)] = 1
+    pipeline_model_parallel_size: Annotated[int, Range(1, 1024)] = 1  # ranks that hold consecutive layers
+    # Pieces of the language model on each pipeline rank; null: one.
     virtual_pipeline_model_parallel_size: Annotated[int, Range(1, 1024)] | None = None
-    context_parallel_size: Annotated[int, Range(1, 1024)] = 1
+    context_parallel_size: Annotated[int, Range(1, 1024)] = 1  # ranks that divide the tokens of a pack
     # Which tokens of a pack each context parallel rank holds (context_parallel/layout.py, balanced.py): the
-    # paper's zigzag over the pack, or placement by the work in its documents, in chunks of so many tokens
-    # (null: 64, fewer for short packs).
+    # paper's zigzag over the pack, or placement by the work in its documents, in chunks.
     context_parallel_layout: Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"] = "balanced"
+    # Tokens of such a chunk; null: 64, fewer for short packs.
     context_parallel_chunk_size: Annotated[int, Range(1, 2**31 - 1)] | None = None
     # Fill every document up to a multiple of 2 * context_parallel_size tokens, for layers.attention te. Packs
     # then differ in length.
     pad_documents: bool = False
     # Adjacent context parallel ranks that divide heads around attention (context_parallel/ulysses.py); the
-    # others exchange keys.
+    # others exchange KV.
     ulysses_parallel_size: Annotated[int, Range(1, 1024)] = 1
     # Language layers of the first pipeline stage, which also has the vision encoder; null: as many as the
     # others. The other stages share the rest equally.

@@ -42,20 +42,22 @@ class OptimizerConfig(Ranged):
     lr_decay_style: Literal["cosine", "constant", "wsd"] = "cosine"
     # Of train_iterations, where lr_warmup_iterations is null.
     lr_warmup_fraction: Annotated[float, Range(0, 1)] = 0.03
-    lr_warmup_iterations: Annotated[int, Range(0, 10**9)] | None = None
+    lr_warmup_iterations: Annotated[int, Range(0, 10**9)] | None = None  # or so many
     lr_wsd_decay_fraction: Annotated[float, Range(0, 1)] = 0.1  # of train_iterations
-    weight_decay: Annotated[float, Range(0, 1)] = 0.05
+    weight_decay: Annotated[float, Range(0, 1)] = 0.05  # decoupled, as in AdamW
     # Adam computes in fp32: a beta nearer to 1 would be 1, and with an eps nearer to 0 a gradient so small
     # that its square is 0 would be divided by next to nothing.
     adam_beta1: Annotated[float, Range(0, 0.999999)] = 0.9
-    adam_beta2: Annotated[float, Range(0, 0.999999)] = 0.999
-    adam_eps: Annotated[float, Range(1e-20, 1)] = 1e-8
+    adam_beta2: Annotated[float, Range(0, 0.999999)] = 0.999  # of the squares
+    adam_eps: Annotated[float, Range(1e-20, 1)] = 1e-8  # added to the root of the squares
     # L2 norm over all parameters; 0 switches clipping off.
     clip_grad: Annotated[float, Range(1e-3, 1e9, or_zero=True)] = 1.0
     # Parts with gradients, of vision, connector, language; new_token_rows in place of language trains the
-    # embedding and output rows from first_new_token on. A multiplier scales lr and min_lr of a part.
+    # embedding and output rows from first_new_token on.
     trainable: tuple[str, ...] = PARTS
+    # By part: scales its lr and min_lr.
     lr_multipliers: dict[str, Annotated[float, Range(0, 1000)]] = field(default_factory=dict)
+    # With new_token_rows: the first trained row of the embedding and of the output layer.
     first_new_token: Annotated[int, Range(0, 2**24)] | None = None
 
     def __post_init__(self) -> None:

@@ -20,17 +20,17 @@ import yaml
 
 from megatron_eagle.config import to_dict
 from megatron_eagle.ranges import Range
-from megatron_eagle.training.run_config import RunConfig
+from megatron_eagle.training.run_config import RunFile
 
 _NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
 
 
-def render(run: type = RunConfig) -> str:
+def render(run: type = RunFile) -> str:
     """The reference as Markdown: a heading and a table for each section, sections within sections below."""
     return "\n\n".join(_section(cls, place) for place, cls in sections(run))
 
 
-def sections(cls: type = RunConfig, place: str = "") -> Iterator[tuple[str, type]]:
+def sections(cls: type = RunFile, place: str = "") -> Iterator[tuple[str, type]]:
     """The dataclasses of a configuration by their dotted place, from the outside in; `cls` itself is none."""
     for name, hint in _hints(cls).items():
         if (inner := _dataclass(hint)) is not None:
@@ -123,6 +123,15 @@ def _docstring(cls: type) -> str:
 @functools.cache
 def _comments(cls: type) -> dict[str, str]:
     """What the source says of each field: comments above it or behind it, or the text below it."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= _own_comments(base)
+    return found
+
+
+def _own_comments(cls: type) -> dict[str, str]:
+    """Of the fields that stand in the class itself."""
     source = inspect.getsource(importlib.import_module(cls.__module__))
     comments = {
         token.start[0]: token.string.lstrip("# ")

@@ -102,3 +102,14 @@ def test_a_setting_has_type_range_default_and_words():
     assert "| `size` | whole number, 0 or 1 to 4,096: because | `3` | behind it |" in text
     assert "hidden" not in text
     assert {"outer", "outerinner"} <= links.anchors(text)
+
+
+def test_every_setting_is_explained():
+    """In words beside it, or in those of its section."""
+    for place, cls in configuration.sections():
+        assert not configuration.unexplained(cls), place
+
+
+def test_a_setting_without_words_is_noticed():
+    assert configuration.unexplained(_Outer) == ["inner", "rates"]
+    assert not configuration.unexplained(_Inner)

@@ -45,13 +45,13 @@ class DataConfig(Ranged):
     answer.  `decode_threads` read media at the same time; with `prefetch` while training computes, at least
     one global batch ahead, and more as long as those that wait hold at most `prefetch_bytes` on a rank.
 
-    `decoder` is exact, dali, or auto (see `media.decoder`).
-    A picture or video that can no longer be read, or not within `decode_timeout_s` seconds, ends the run
-    (`error`), or its sample goes without weight in the loss (`skip`).
+    `decoder` is exact, dali, or auto (see `media.decoder`). `on_media_error`: a picture or video that can no
+    longer be read, or not within `decode_timeout_s` seconds, ends the run (`error`), or its sample goes
+    without weight in the loss (`skip`).
     """
 
-    path: str
-    length: Annotated[int, Range(1, 2**31 - 1)]
+    path: str  # folder of the token store
+    length: Annotated[int, Range(1, 2**31 - 1)]  # tokens per pack; the store has packs of it
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     loss_weighting: str = "square"
     multi_turn: bool = False

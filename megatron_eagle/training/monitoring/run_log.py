@@ -35,9 +35,9 @@ class WandbConfig:
     curves; iterations that it repeats keep their first values there.
     """
 
-    project: str
-    name: str | None = None
-    entity: str | None = None
+    project: str  # the project there
+    name: str | None = None  # of the run there; null: W&B makes one up
+    entity: str | None = None  # whose project; null: the user's own
     mode: Literal["online", "offline"] = "online"
 
 
@@ -46,12 +46,12 @@ class LoggingConfig(Ranged):
     """Where and what to log. `path: null` means the folder `logs` in `checkpoint.path`."""
 
     path: str | None = None
-    tensorboard: bool = True
-    wandb: WandbConfig | None = None
+    tensorboard: bool = True  # also write TensorBoard files
+    wandb: WandbConfig | None = None  # also log to Weights & Biases; null: no
     # Of one device, for the model FLOPs utilisation (MFU). null: the dense bf16 peak of the GPU's exact name
     # (runtime/gpus.py); where that is not known, on a CPU and in fp32 there is no MFU.
     peak_tflops: Annotated[float, Range(1e-3, 1e6)] | None = None
-    progress: bool = True
+    progress: bool = True  # the progress line
     # A window for PyTorch's profiler; null: none.
     profile: ProfileConfig | None = None
 

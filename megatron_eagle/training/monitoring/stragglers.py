@@ -23,8 +23,8 @@ from megatron_eagle.training.monitoring.run_log import RunLog
 class StragglerConfig(Ranged):
     """How often the ranks compare, and below which share of the best speed one is a straggler."""
 
-    interval_seconds: Annotated[float, Range(1, 10**6)] = 300.0
-    threshold: Annotated[float, Range(0.01, 0.99)] = 0.7
+    interval_seconds: Annotated[float, Range(1, 10**6)] = 300.0  # between two comparisons
+    threshold: Annotated[float, Range(0.01, 0.99)] = 0.7  # share of the best speed
     every: Annotated[int, Range(1, 10**6)] = 1  # time one of so many iterations
 
     def check(self) -> None:

@@ -29,8 +29,8 @@ class ResilienceConfig(Ranged):
     launcher starts it again from the last checkpoint.
     """
 
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    on_spike: Literal["ignore", "skip", "stop"] = "ignore"
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient norm that is NaN or infinite
+    on_spike: Literal["ignore", "skip", "stop"] = "ignore"  # a loss that jumps
     spike_factor: Annotated[float, Range(1.01, 1e6)] = 2.0
     spike_window: Annotated[int, Range(1, 100_000)] = 64
     max_consecutive_skips: Annotated[int, Range(1, 10**6)] = 10
