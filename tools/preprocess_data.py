@@ -13,9 +13,9 @@ from megatron_eagle.data.preparation.report import format_kept, kept_of_datasets
 from megatron_eagle.data.preparation.summary import format_summary
 from megatron_eagle.data.preparation.transcode import transcode
 from megatron_eagle.data.sampling.ads import SamplingSettings
-from megatron_eagle.data.sampling.iap import TILINGS
 from megatron_eagle.data.text.template import VARIANTS
 from megatron_eagle.errors import UserError, run_cli
+from megatron_eagle.hf_model.grids import TILINGS
 
 
 def main() -> None:

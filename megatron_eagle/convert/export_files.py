@@ -4,20 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
-import megatron_eagle.convert.hf_model
+import megatron_eagle.hf_model
 from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.shards import read_json
-from megatron_eagle.data.text.tokenizer import END_OF_TEXT, IM_END
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.prompt import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IMG_CONTEXT, IMG_END, IMG_START
 from megatron_eagle.model.presets import EagleConfig
 
-_CODE = Path(megatron_eagle.convert.hf_model.__file__).parent
-CODE_FILES = (
-    "configuration_eagle2_5_vl.py",
-    "modeling_eagle2_5_vl.py",
-    "processing_eagle2_5_vl.py",
-    "image_processing_eagle2_5_vl.py",
-)
+_CODE = Path(megatron_eagle.hf_model.__file__).parent
+# All of the folder: the files import each other as neighbours, and nothing else of this project.
+CODE_FILES = tuple(sorted(path.name for path in _CODE.glob("*.py") if path.name != "__init__.py"))
 _MODEL_CLASS = "modeling_eagle2_5_vl.Eagle2_5_VLForConditionalGeneration"
 _AUTO_MAP = {
     "AutoConfig": "configuration_eagle2_5_vl.Eagle2_5_VLConfig",
@@ -44,7 +40,7 @@ _LENGTHS = (
     "seq_len",
 )
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
+IMAGE_TOKENS = (IMG_START, IMG_END, IMG_CONTEXT)
 
 
 def write_config(
@@ -98,9 +94,9 @@ def _copy_tokenizer(folder: Path, config: EagleConfig, metadata: HfMetadata) -> 
     for token in (IM_END, *IMAGE_TOKENS):
         if token not in ids:
             raise UserError(f"{where}: the tokenizer has no token {token}; an export needs it")
-    if ids["<IMG_CONTEXT>"] != config.image_token_index:
+    if ids[IMG_CONTEXT] != config.image_token_index:
         raise UserError(
-            f"{where}: the tokenizer's <IMG_CONTEXT> is {ids['<IMG_CONTEXT>']}, the model's image token "
+            f"{where}: the tokenizer's {IMG_CONTEXT} is {ids[IMG_CONTEXT]}, the model's image token "
             f"{config.image_token_index}; this is the tokenizer of another model"
         )
     if max(ids.values()) >= config.text.vocab_size:
@@ -147,8 +143,6 @@ def token_ids(folder: Path) -> dict[str, int]:
 def _write_processor_settings(
     folder: Path, config: EagleConfig, metadata: HfMetadata, max_tiles: int | None
 ) -> None:
-    from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import CHAT_TEMPLATE
-
     side = config.vision.image_size
     exported, source = read_json(folder / "config.json"), metadata.json("preprocessor_config.json")
     cutting = {

@@ -22,6 +22,7 @@ from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.pickled import open_weights
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.prompt import IMG_CONTEXT
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
 
@@ -101,7 +102,7 @@ class _Source:
         encoder = _vision_config(parts.vision)
         self.vision_grid = encoder.image_size // encoder.patch_size
         encoder.image_size = encoder.image_size if parts.tile_size is None else parts.tile_size
-        image_token = self.ids["<IMG_CONTEXT>"]
+        image_token = self.ids[IMG_CONTEXT]
         self.config = EagleConfig(vision=encoder, text=text, image_token_index=image_token).validate()
         self.connector = _connector(self.config, parts.seed)
         self.shapes = self._shapes()

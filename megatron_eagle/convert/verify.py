@@ -102,7 +102,7 @@ def _inputs(checkpoint: Path, prompts: dict[str, list[dict[str, Any]]]) -> list[
 
 @torch.no_grad()
 def _hf_logits(folder: Path, inputs: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-    from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
+    from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 
     model, report = Eagle2_5_VLForConditionalGeneration.from_pretrained(
         str(folder), torch_dtype=torch.float32, output_loading_info=True, local_files_only=True

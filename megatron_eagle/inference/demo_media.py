@@ -12,9 +12,9 @@ from typing import Any
 import av
 from PIL import Image
 
-from megatron_eagle.convert.hf_model.image_processing_eagle2_5_vl import select_grid
-from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_image, load_video
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.grids import select_grid
+from megatron_eagle.hf_model.processing_eagle2_5_vl import load_image, load_video
 from megatron_eagle.inference.generate import Request, Sampling, pages_of, video_item
 from megatron_eagle.inference.pages import page_pictures
 
@@ -135,7 +135,9 @@ class Viewer:
     def _grid(self, image: Image.Image) -> tuple[int, int]:
         images = self.processor.image_processor
         limits = {"max_tiles": self._max_tiles, "min_tiles": images.min_dynamic_tiles}
-        return select_grid(image.width, image.height, images.size["height"], tiling=images.tiling, **limits)
+        return select_grid(
+            image.width, image.height, tile_size=images.size["height"], tiling=images.tiling, **limits
+        )
 
 
 def _check_pixels(what: str, width: int, height: int, limit: int) -> None:

@@ -4,8 +4,8 @@ from PIL import Image
 
 from megatron_eagle.data.media.documents import draw_page, page_sizes, pixel_size
 from megatron_eagle.data.media.source import PageRef
-from megatron_eagle.data.sampling.iap import select_grid
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.grids import select_grid
 from megatron_eagle.problems import Problem
 
 MAX_PIXELS = 100_000_000  # of one picture on a page

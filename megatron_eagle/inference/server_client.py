@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_image, load_video
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.processing_eagle2_5_vl import load_image, load_video
+from megatron_eagle.hf_model.prompt import frame_label
 from megatron_eagle.inference.generate import OnText, Request, Sampling, video_item
 
 _DEFAULT = Sampling()
@@ -117,7 +118,7 @@ def _media(request: Request, sampling: Sampling) -> list[dict[str, Any]]:
             frames = load_video(item["video"], **options)
             content.append(_text(f"Video {number} sampled with {frames.fps:.2f} fps: "))
             for i, (frame, time) in enumerate(zip(frames, frames.timestamps, strict=True), 1):
-                content += [_text(f"Frame {i} sample at {time:.2f}s: "), _picture(frame)]
+                content += [_text(frame_label(i, time)), _picture(frame)]
     except ValueError as error:  # the loaders' own messages name the file
         raise UserError(str(error)) from None
     return content

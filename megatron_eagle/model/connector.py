@@ -11,16 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def pixel_shuffle(features: Tensor, factor: int) -> Tensor:
-    """Fold each factor x factor square of patches into one token: [n, p, h] -> [n, t, h * factor^2].
-
-    Patches and tokens are row-major; inside a token the order is row of the square, column, feature.
-    """
-    n, p, h = features.shape
-    side = round(p**0.5)
-    grid = features.reshape(n, side // factor, factor, side // factor, factor, h)
-    return grid.permute(0, 1, 3, 2, 4, 5).reshape(n, p // factor**2, h * factor**2)
+from megatron_eagle.hf_model.pixel_shuffle import pixel_shuffle
 
 
 class Connector(MegatronModule):

@@ -1,16 +1,19 @@
 """What earlier versions wrote still opens: stores, packs, run files, checkpoints, logs and exports."""
 
+import importlib.util
 import json
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_eagle.convert.to_hf import export_hf
+from megatron_eagle.hf_model.grids import select_grid
 from megatron_eagle.training.loop import train
 from megatron_eagle.training.monitoring.metrics import (
     METRICS_FILE,
@@ -54,6 +57,20 @@ def test_a_run_goes_on(earlier):
     assert evaluation.evaluation_loss == pytest.approx(expected[-1]["evaluation_loss"], rel=1e-5)
     assert (logs / METRICS_FILE).read_text().splitlines()[: len(before)] == before
     assert write_run_report(earlier / "run").is_file()
+
+
+def test_an_export_cuts_pictures_as_training_does_now(earlier):
+    code = earlier / "hf" / "image_processing_eagle2_5_vl.py"
+    spec = importlib.util.spec_from_file_location("earlier_export", code)
+    exported = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(exported)
+    random = np.random.default_rng(0)
+    for k in range(2000):
+        width, height = random.integers(1, 3000, 2).tolist()
+        height = (height, width, 2 * width)[k % 3]  # squares and 1:2, where grids tie
+        rule = {"max_tiles": k % 40 + 1, "tiling": ("iap", "aspect")[k // 40 % 2]}
+        now = select_grid(width, height, tile_size=448, **rule)
+        assert exported.select_grid(width, height, 448, **rule) == now, (width, height, rule)
 
 
 def test_an_export_answers_as_one_made_now(earlier, monkeypatch):

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_eagle.convert.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
-from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.convert.shards import DTYPES, plan_shards, write_shards
+from megatron_eagle.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
+from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"),

@@ -2,7 +2,8 @@
 
 "Ours" are the training model and the data path, "theirs" the export in transformers and its processor. What
 differs has a name in `DIFFERENT` and in docs/conversion.md. Rotary tables by position: `test_rotary.py`;
-whole prompts, pictures and videos: `test_same_as_training.py`.
+whole prompts, pictures and videos: `test_same_as_training.py`; what both have from one file:
+`test_one_source.py`.
 """
 
 import copy
@@ -23,25 +24,17 @@ from eagle_kernels.rope import rope
 from megatron_eagle.checkpoint import load_checkpoint, read_model_config
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.layout import Segment
-from megatron_eagle.convert.hf_model import image_processing_eagle2_5_vl as their_images
-from megatron_eagle.convert.hf_model import processing_eagle2_5_vl as their_text
-from megatron_eagle.convert.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
-from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
-from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import pixel_shuffle as their_pixel_shuffle
 from megatron_eagle.convert.whole_model import whole_model
-from megatron_eagle.data.media import images, tiles
+from megatron_eagle.data.media import tiles
 from megatron_eagle.data.preparation.processor import PreprocessSettings
-from megatron_eagle.data.sampling import iap
 from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.text import template
-from megatron_eagle.data.text.tokenizer import (
-    END_OF_TEXT,
-    IM_END,
-    IMG_CONTEXT,
-    IMG_END,
-    IMG_START,
-    load_tokenizer,
-)
+from megatron_eagle.data.text.tokenizer import load_tokenizer
+from megatron_eagle.hf_model import processing_eagle2_5_vl as their_text
+from megatron_eagle.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
+from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
+from megatron_eagle.hf_model.pixel_shuffle import pixel_shuffle
+from megatron_eagle.hf_model.prompt import END_OF_TEXT, IM_END, IMG_CONTEXT, IMG_END, IMG_START
 from megatron_eagle.model.eagle import EagleModel
 from megatron_eagle.model.presets import EagleConfig
 from tests.paths import REPO
@@ -208,7 +201,7 @@ MODEL = {
     ),
     "connector: pixel shuffle, norm, GELU": (
         lambda s: _choosing(s.model.connector, s.random(2, 16, 32)),
-        lambda s: _choosing(s.export.mlp1, their_pixel_shuffle(s.random(2, 16, 32))).flatten(0, 1),
+        lambda s: _choosing(s.export.mlp1, pixel_shuffle(s.random(2, 16, 32), 2)).flatten(0, 1),
     ),
 }
 
@@ -227,28 +220,8 @@ class Files:
         return json.loads((self.export / name).read_text())
 
 
-def _sizes() -> np.ndarray:
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(1, 1500, (600, 2))
-    sizes[::3, 1] = sizes[::3, 0]  # squares and 2:1, where grids tie
-    sizes[1::3, 0] = 2 * sizes[1::3, 1]
-    return sizes
-
-
-def _grids(select_grid) -> list:
-    rules = [(448, 12, "iap"), (448, 9, "aspect"), (64, 6, "iap"), (512, 36, "aspect")]
-    return [
-        select_grid(int(w), int(h), tile_size=side, max_tiles=limit, tiling=tiling)
-        for side, limit, tiling in rules
-        for w, h in _sizes()
-    ]
-
-
 def _picture(width: int, height: int) -> np.ndarray:
     return np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-
-
-RESIZED = [(64, 64), (128, 192), (7, 300), (448, 448)]  # height, width: shrunk, grown, both
 
 
 def _special(files: Files) -> dict[str, int]:
@@ -290,15 +263,6 @@ DATA = {
             torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
         ),
     ),
-    "resize": (
-        lambda f: [tiles.resize(_picture(190, 111), w, h) for h, w in RESIZED],
-        lambda f: [their_images.resize(their_images.to_pixels(_picture(190, 111)), h, w) for h, w in RESIZED],
-    ),
-    "grids and their order": (
-        lambda f: [iap.grid_candidates(n, m) for n in range(1, 49) for m in range(1, n + 1)],
-        lambda f: [their_images.grid_candidates(n, m) for n in range(1, 49) for m in range(1, n + 1)],
-    ),
-    "choice of a grid": (lambda f: _grids(iap.select_grid), lambda f: _grids(their_images.select_grid)),
     "tiles and thumbnail": (
         lambda f: [
             tiles.image_tiles(Image.fromarray(_picture(190, 111)), grid, 64) for grid in ((3, 2), (1, 1))
@@ -312,17 +276,11 @@ DATA = {
         lambda f: Eagle2_5_VLConfig().max_dynamic_tiles,
     ),
     "frames per second, unless told": (lambda f: SamplingSettings().fps, lambda f: their_text.DEFAULT_FPS),
-    # A JPEG with several pictures (MPO) is opened by the reader of JPEG, too.
-    "picture formats": (
-        lambda f: sorted({*images._FORMATS, "MPO"}),
-        lambda f: sorted(their_text._FORMATS),
-    ),
     "special tokens": (_special, _their_special),
     "system prompt of the hf template": (
         lambda f: template._SYSTEM_PROMPT["hf"],
         lambda f: _their_prompt(),
     ),
-    "names of videos": (lambda f: template._ORDINALS, lambda f: their_text._ORDINALS),
     "image token of the model": (
         lambda f: [
             f.config.image_token_index,

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_eagle.convert.from_hf import import_hf
-from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.inference import logits
 from tests.convert.hf_folder import SPARE_ROWS, TILE, TOKENS_PER_TILE
 from tests.paths import GOLDEN, need_golden

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_eagle.checkpoint import load_checkpoint, read_model_config, save_checkpoint
-from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.convert.lora import CONFIG, WEIGHTS, export_adapter
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.inference import logits
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.lora import TARGETS, LoraConfig, adapters, add_lora

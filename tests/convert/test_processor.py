@@ -1,7 +1,6 @@
 """The exported processor: the prompt it writes, the frames it takes, the errors it gives."""
 
 import base64
-import csv
 import functools
 import http.server
 import json
@@ -14,11 +13,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from megatron_eagle.convert.hf_model.image_processing_eagle2_5_vl import grid_candidates, select_grid
-from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import frame_count, load_image, load_video
+from megatron_eagle.hf_model.processing_eagle2_5_vl import frame_count, load_image, load_video
 from tests.convert.hf_folder import TILE, TOKENS_PER_TILE
 from tests.convert.media import write_picture, write_video
-from tests.paths import SPEC, need_spec
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 ANSWER = "<|im_start|>assistant\n"
@@ -284,17 +281,3 @@ def test_pictures_come_from_urls_too(media, tmp_path):
         encoded = base64.b64encode(file.read()).decode()
     assert load_image(f"data:image/png;base64,{encoded}") == expected
     assert load_image(f"file://{media['wide']}") == expected
-
-
-@need_spec
-def test_grids_are_the_listed_ones():
-    rows = list(csv.DictReader((SPEC / "iap_cases.csv").open()))
-    for row in rows:
-        width, height, tile, limit = (int(row[key]) for key in ("width", "height", "tile", "max_tiles"))
-        assert select_grid(width, height, tile, limit) == (int(row["cols"]), int(row["rows"])), row
-    orders = json.loads((SPEC / "iap_candidate_order.json").read_text())
-    for limit, order in orders.items():
-        place = {tuple(grid): i for i, grid in enumerate(order)}
-        ours = {grid: i for i, grid in enumerate(grid_candidates(int(limit)))}
-        for c, r in ours:  # only the order of a grid and its transpose can decide
-            assert (ours[c, r] < ours[r, c]) == (place[c, r] < place[r, c])

@@ -10,9 +10,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from eagle_kernels.rope import inverse_frequencies, rotary_table
 from megatron_eagle.checkpoint import load_checkpoint
 from megatron_eagle.convert.from_hf import import_hf
-from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.convert.whole_model import whole_model
+from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import preset
 from tests.convert.hf_folder import rewrite_weights, write_hf_folder

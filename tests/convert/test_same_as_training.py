@@ -8,17 +8,17 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from megatron_eagle.convert.hf_model.image_processing_eagle2_5_vl import select_grid
-from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_image as hf_load_image
-from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import load_video
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.tiles import tile_image
 from megatron_eagle.data.media.video import load_frames
 from megatron_eagle.data.preparation.processor import PreprocessSettings, SampleProcessor, Task
 from megatron_eagle.data.sample import VideoSource
-from megatron_eagle.data.sampling import iap
-from megatron_eagle.data.sampling.ads import SamplingSettings, spread
+from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.sampling.probe import probe_video
+from megatron_eagle.hf_model.clips import spread
+from megatron_eagle.hf_model.grids import select_grid
+from megatron_eagle.hf_model.processing_eagle2_5_vl import load_image as hf_load_image
+from megatron_eagle.hf_model.processing_eagle2_5_vl import load_video
 from tests.convert.hf_folder import TILE
 from tests.convert.media import write_picture, write_video
 from tests.paths import MEDIA, need_media
@@ -91,19 +91,9 @@ def test_ids_are_equal(hf, training, tmp_path):
         assert ours == theirs
 
 
-def test_grids_are_equal():
-    rng = np.random.default_rng(0)
-    for _ in range(3000):
-        width = int(rng.integers(1, 3000))
-        height = width if rng.random() < 0.3 else int(rng.integers(1, 3000))
-        limit = int(rng.integers(1, 37))
-        ours = select_grid(width, height, 448, limit)
-        assert ours == iap.select_grid(width, height, tile_size=448, max_tiles=limit)
-
-
 def assert_same_picture(hf, path):
     image = load_image(path)
-    grid = iap.select_grid(*image.size, tile_size=TILE, max_tiles=6)
+    grid = select_grid(*image.size, tile_size=TILE, max_tiles=6)
     ours = hf.image_processor(images=[hf_load_image(path)])["pixel_values"]
     assert torch.equal(ours, tile_image(image, grid, TILE))
 
@@ -114,8 +104,9 @@ def test_pictures_are_equal_bit_for_bit(hf, tmp_path, mode, orientation):
     assert_same_picture(hf, write_picture(tmp_path / "p.png", 190, 70, mode, orientation))
 
 
-def test_a_jpeg_is_equal_bit_for_bit(hf, tmp_path):
-    assert_same_picture(hf, write_picture(tmp_path / "p.jpg", 190, 170, "RGB", 8))
+@pytest.mark.parametrize("name", ["p.jpg", "p.tiff"])
+def test_other_formats_are_equal_bit_for_bit(hf, tmp_path, name):
+    assert_same_picture(hf, write_picture(tmp_path / name, 190, 70, "RGB", 8))
 
 
 def assert_same_video(hf, path, start=None, end=None):

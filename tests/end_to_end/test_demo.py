@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml
 from megatron_eagle.data.media.documents import page_sizes
-from megatron_eagle.data.sampling.iap import select_grid
+from megatron_eagle.hf_model.grids import select_grid
 from megatron_eagle.runtime.parallel import ParallelConfig
 from tests.paths import REPO
 

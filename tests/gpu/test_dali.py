@@ -12,7 +12,7 @@ import torch
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.frame_index import read_frame_table
-from megatron_eagle.data.media.tiles import resize
+from megatron_eagle.hf_model.tiles import resize
 from tests.data.helpers import frame_number, make_image, make_video
 from tests.data.media.photos import bt601_rgb, make_photos
 from tests.paths import REPO

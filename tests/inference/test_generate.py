@@ -14,9 +14,9 @@ from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.source import file_metadata
 from megatron_eagle.data.media.tiles import tile_image
 from megatron_eagle.data.sampling.ads import SamplingSettings
-from megatron_eagle.data.sampling.iap import select_grid
 from megatron_eagle.data.sampling.probe import PageMetadata
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.grids import select_grid
 from megatron_eagle.inference.batch import answer_file, read_requests
 from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
 from megatron_eagle.inference.prefill import prefill

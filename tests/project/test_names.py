@@ -15,10 +15,6 @@ SHARED = {
     "T": "the type variable",
     "forward_kernel": "every Triton file names its two kernels so; no other file imports them",
     "backward_kernel": "every Triton file names its two kernels so; no other file imports them",
-    "grid_candidates": "the exported folder stands alone",
-    "select_grid": "the exported folder stands alone",
-    "resize": "the exported folder stands alone",
-    "pixel_shuffle": "the exported folder stands alone",
     "load_image": "the exported folder stands alone",
 }
 

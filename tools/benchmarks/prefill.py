@@ -9,8 +9,8 @@ import torch
 from benchmarks.measuring import peak_bytes
 from benchmarks.report import Report, progress
 
-from megatron_eagle.convert.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
-from megatron_eagle.convert.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
+from megatron_eagle.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
+from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.inference.prefill import prefill
 
 CHUNKS = (8192, 2048, 512)

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.preparation.processor import PreprocessSettings
-from megatron_eagle.data.sampling.iap import select_grid
 from megatron_eagle.data.text.tokenizer import RESERVED
+from megatron_eagle.hf_model.grids import select_grid
 
 TILE, TOKENS_PER_TILE = 448, 256
 LENGTHS = (4096, 8192, 16384)

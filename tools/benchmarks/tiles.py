@@ -14,9 +14,11 @@ from benchmarks.report import Report, interleaved, progress
 from PIL import Image
 
 from megatron_eagle.data.media.images import image_size, load_image
-from megatron_eagle.data.media.tiles import cut_tiles, normalize, tile_image
-from megatron_eagle.data.sampling.iap import select_grid, tile_count
+from megatron_eagle.data.media.tiles import normalize, tile_image
+from megatron_eagle.data.sampling.iap import tile_count
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.grids import select_grid
+from megatron_eagle.hf_model.tiles import cut_tiles
 
 TILE = 448
 PHOTOGRAPHS = (

@@ -11,8 +11,8 @@ import torch
 from benchmarks.video_clips import read_number
 
 from megatron_eagle.data.media.frame_index import read_frame_table
-from megatron_eagle.data.media.tiles import resize
 from megatron_eagle.data.media.video import decode_frames
+from megatron_eagle.hf_model.tiles import resize
 
 TILE = 448
 

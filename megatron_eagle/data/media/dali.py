@@ -23,7 +23,7 @@ from megatron_eagle.data.media.decoder import ExactDecoder
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.remux import Remux, RemuxRefused, sparse_remux
 from megatron_eagle.data.media.source import open_media, page_ref
-from megatron_eagle.data.media.tiles import cut_tiles
+from megatron_eagle.hf_model.tiles import cut_tiles
 from megatron_eagle.problems import Problem
 
 _BATCH_SIZE = 8  # samples that DALI decodes side by side: an H200 has seven video decoders

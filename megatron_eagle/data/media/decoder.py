@@ -14,8 +14,9 @@ from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.source import check_size, check_unchanged
-from megatron_eagle.data.media.tiles import image_tiles, resize
+from megatron_eagle.data.media.tiles import image_tiles
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.tiles import resize
 
 BACKENDS = ("auto", "exact", "dali")
 

@@ -1,11 +1,13 @@
 """Pixels as the vision encoder takes them: square tiles in [-1, 1].
 
-Shapes: n tiles, S tile size in pixels, h and w a picture's height and width.
+Shapes: n tiles, S tile size in pixels.
 """
 
 import numpy as np
 import torch
 from PIL import Image
+
+from megatron_eagle.hf_model.tiles import cut_tiles, resize
 
 
 def tile_image(image: Image.Image, grid: tuple[int, int], tile_size: int) -> torch.Tensor:
@@ -23,21 +25,6 @@ def image_tiles(image: Image.Image, grid: tuple[int, int], tile_size: int) -> to
     whole = resize(pixels, columns * tile_size, rows * tile_size)
     thumbnail = resize(pixels, tile_size, tile_size) if columns * rows > 1 else None
     return cut_tiles(whole, thumbnail, grid)
-
-
-def cut_tiles(whole: torch.Tensor, thumbnail: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
-    """The tiles [n, 3, S, S] of a picture [3, rows * S, columns * S], and its thumbnail [3, S, S] if any."""
-    columns, rows = grid
-    size = whole.shape[1] // rows
-    tiles = whole.view(3, rows, size, columns, size).permute(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
-    return tiles if thumbnail is None else torch.cat([tiles, thumbnail[None]])
-
-
-def resize(pixels: np.ndarray, width: int, height: int) -> torch.Tensor:
-    """Bicubic, antialiased: uint8 [h, w, 3] -> uint8 [3, height, width]."""
-    source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(source, size=(height, width), mode="bicubic", antialias=True)
-    return resized[0].contiguous()
 
 
 def normalize(tiles: torch.Tensor) -> torch.Tensor:

@@ -26,15 +26,9 @@ from megatron_eagle.data.preparation.summary import LengthCounts
 from megatron_eagle.data.store.reader import DataManifest, read_manifest, store_format
 from megatron_eagle.data.store.token_file import TokenFileWriter
 from megatron_eagle.data.store.writer import StoreWriter, write_tables
-from megatron_eagle.data.text.tokenizer import (
-    END_OF_TEXT,
-    IM_END,
-    IMG_CONTEXT,
-    Tokenizer,
-    copy_tokenizer,
-    load_tokenizer,
-)
+from megatron_eagle.data.text.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.prompt import END_OF_TEXT, IM_END, IMG_CONTEXT
 from megatron_eagle.problems import LedgerEntry, write_ledger
 
 SHARD = 512  # lines; what a kill makes a run repeat is never more (with many workers: twice `lines_ahead`)

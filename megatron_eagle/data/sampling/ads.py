@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-import numpy as np
-
-from megatron_eagle.data.sampling.iap import TILINGS, select_grid, tile_count
+from megatron_eagle.data.sampling.iap import tile_count
+from megatron_eagle.hf_model.clips import spread
+from megatron_eagle.hf_model.grids import TILINGS, select_grid
 from megatron_eagle.problems import Problem
 
 TILE_LIMITS = (12, 8, 6, 4, 2, 1)
@@ -63,11 +63,6 @@ class VideoDemand:
     def frames(self, n: int) -> tuple[int, ...]:
         """`n` frame numbers spread evenly over the clip, its first and last included."""
         return spread(self.first, self.last, n)
-
-
-def spread(first: int, last: int, n: int) -> tuple[int, ...]:
-    """`n` whole numbers from `first` to `last`, evenly apart, both included (one: the first)."""
-    return tuple(np.linspace(first, last, n).round().astype(np.int64).tolist())
 
 
 Grid = tuple[int, int]

@@ -13,6 +13,7 @@ from megatron_eagle.data.media.images import image_size
 from megatron_eagle.data.media.source import FileMetadata, PageRef, file_metadata
 from megatron_eagle.data.sample import Document, VideoSource
 from megatron_eagle.data.sampling.ads import ImageDemand, SamplingSettings, VideoDemand, wanted_frames
+from megatron_eagle.hf_model.clips import shown_seconds
 from megatron_eagle.problems import Problem
 
 
@@ -102,7 +103,7 @@ def probe_video(source: VideoSource) -> VideoMetadata:
     n = len(table.pts)
     begin = int(table.pts[0]) * table.time_base
     span = (int(table.pts[-1]) - int(table.pts[0])) * table.time_base
-    duration = span + span / (n - 1) if n > 1 else (table.last_duration * table.time_base or Fraction(1))
+    duration = shown_seconds(n, span, table.last_duration * table.time_base)
     first, last = 0, n - 1
     if source.start is not None or source.end is not None:
         start = begin if source.start is None else source.start

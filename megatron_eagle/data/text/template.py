@@ -12,14 +12,15 @@ from fractions import Fraction
 import numpy as np
 
 from megatron_eagle.data.sample import ASSISTANT, SYSTEM, DocumentRef, ImageRef, Sample, Turn
-from megatron_eagle.data.text.tokenizer import IM_END, IM_START, IMG_CONTEXT, IMG_END, IMG_START, Tokenizer
+from megatron_eagle.data.text.tokenizer import Tokenizer
+from megatron_eagle.hf_model import prompt
+from megatron_eagle.hf_model.prompt import IM_END, IM_START, IMG_CONTEXT, IMG_END, IMG_START
 
 VARIANTS = ("train", "hf")
 _SYSTEM_PROMPT = {
     "train": "You are an AI assistant whose name is Eagle-Next.",
-    "hf": "You are a helpful assistant.",
+    "hf": prompt.SYSTEM_PROMPT,
 }
-_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Template:
                     text += part
                 elif isinstance(part, ImageRef | DocumentRef):
                     for number, shown in self._pictures(part, sample, tiles, documents):
-                        yield Text(text + (f"<image {number}>" if number else ""))
+                        yield Text(text + (prompt.image_label(number) if number else ""))
                         yield from self._block(shown)
                         text = "\n" if self.variant == "train" else ""
                 else:
@@ -146,14 +147,14 @@ class Template:
         yield from enumerate(documents[part.index], first)
 
     def _video_header(self, index: int, video: ShownVideo) -> str:
-        name = _ORDINALS[index] if index < len(_ORDINALS) else str(index + 1)
         fps = float(len(video.times) / video.duration)
         if self.variant == "hf":
-            return f"The {name} video sampled with {fps:.2f} fps: "
-        return f"The {name} video of {float(video.duration):.2f} seconds at {fps:.2f} fps: "
+            return prompt.video_label(index + 1, fps)
+        seconds = float(video.duration)
+        return f"The {prompt.ordinal(index + 1)} video of {seconds:.2f} seconds at {fps:.2f} fps: "
 
     def _frame_label(self, number: int, time: float) -> str:
-        return f"Frame {number} sample at {time:.2f}s: " if self.variant == "hf" else f"Frame {number}: "
+        return prompt.frame_label(number, time) if self.variant == "hf" else f"Frame {number}: "
 
     def count(
         self,

@@ -12,9 +12,8 @@ from typing import Protocol
 from tokenizers import Tokenizer as FastTokenizer
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.prompt import END_OF_TEXT, IM_END, IM_START, IMG_CONTEXT, IMG_END, IMG_START
 
-IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 # Names that a template writes as single tokens, or that the release adds for grounding; in somebody's text
 # they are always plain text, even where a tokenizer file forgot to mark them as special.
 RESERVED = frozenset(

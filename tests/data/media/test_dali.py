@@ -23,10 +23,11 @@ from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.remux import Remux
 from megatron_eagle.data.media.source import file_metadata
-from megatron_eagle.data.media.tiles import cut_tiles, image_tiles, resize
+from megatron_eagle.data.media.tiles import image_tiles
 from megatron_eagle.data.media.video import decode_frames
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.tiles import cut_tiles, resize
 from megatron_eagle.problems import Problem
 from tests.data.helpers import conversation, every_tile, frame_number, make_image, make_store, make_video
 from tests.data.media.photos import bt601_rgb, make_photos

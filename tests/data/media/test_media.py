@@ -23,9 +23,10 @@ from tests.data.helpers import frame_number, make_image, make_video
 from tests.paths import MEDIA, need_media
 
 
+@pytest.mark.parametrize("format", ["png", "tiff"])  # Pillow turns a TIFF itself
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_applied(tmp_path, orientation):
-    path = str(tmp_path / "a.png")
+def test_orientation_is_applied(tmp_path, orientation, format):
+    path = str(tmp_path / f"a.{format}")
     picture = np.zeros((4, 6, 3), np.uint8)
     picture[0, 0] = 255  # the corner tells all eight apart together with the shape
     exif = Image.Exif()

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eagle.convert.hf_model.image_processing_eagle2_5_vl import Eagle2_5_VLImageProcessor
 from megatron_eagle.data.media.documents import draw_page, page_sizes, pixel_size
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.source import PageRef, page_ref
 from megatron_eagle.data.preparation.preprocess import preprocess
 from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.preparation.reuse import is_current
-from megatron_eagle.data.sampling.iap import select_grid
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.data.text.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.grids import select_grid
+from megatron_eagle.hf_model.image_processing_eagle2_5_vl import Eagle2_5_VLImageProcessor
 from megatron_eagle.problems import Problem
 from tests.data.helpers import (
     call_tool,

@@ -15,9 +15,9 @@ import torch
 
 from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.frame_index import open_video, read_frame_table
-from megatron_eagle.data.media.tiles import resize
 from megatron_eagle.data.media.video import decode_frames
 from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.hf_model.tiles import resize
 from megatron_eagle.problems import Problem
 from tests.data.helpers import conversation, frame_number, make_store, make_video
 from tests.data.media.mp4_edit import TRACK, edit_list, rename, rotate, shift_offsets

@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 def processor(tokenizer_dir):
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_eagle.convert.hf_model.image_processing_eagle2_5_vl import Eagle2_5_VLImageProcessor
-    from megatron_eagle.convert.hf_model.processing_eagle2_5_vl import Eagle2_5_VLProcessor
+    from megatron_eagle.hf_model.image_processing_eagle2_5_vl import Eagle2_5_VLImageProcessor
+    from megatron_eagle.hf_model.processing_eagle2_5_vl import Eagle2_5_VLProcessor
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_dir / "tokenizer.json"))
     images = Eagle2_5_VLImageProcessor(size={"height": 28, "width": 28})

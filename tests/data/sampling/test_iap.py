@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from megatron_eagle.convert.hf_model import image_processing_eagle2_5_vl as exported
-from megatron_eagle.data.sampling.iap import grid_candidates, select_grid, select_grids, tile_count
+from megatron_eagle.data.sampling.iap import select_grids, tile_count
+from megatron_eagle.hf_model.grids import grid_candidates, select_grid
 from tests.paths import SPEC, need_spec
 
 
@@ -59,9 +59,7 @@ def test_candidate_order_is_the_listed_one():
     ],
 )
 def test_the_closest_aspect_ratio(size, grid):
-    """The rule that IAP is compared with, and the same one in exported processors."""
     assert select_grid(*size, tile_size=448, max_tiles=12, tiling="aspect") == grid
-    assert exported.select_grid(*size, 448, 12, tiling="aspect") == grid
 
 
 def test_min_tiles_and_refusals():

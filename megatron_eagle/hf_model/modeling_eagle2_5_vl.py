@@ -13,20 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, Sig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_eagle2_5_vl import Eagle2_5_VLConfig
-
-
-def pixel_shuffle(features: torch.Tensor, ratio: float = 0.5) -> torch.Tensor:
-    """Fold neighbouring patches into channels: [n, patches, c] -> [n, patches * ratio^2, c / ratio^2].
-
-    Patches are row-major over a square grid; with ratio 0.5 every 2x2 block becomes one token whose channels
-    are the block's four patches, row-major.
-    """
-    n, patches, channels = features.shape
-    side, block = int(patches**0.5), round(1 / ratio)
-    if side * side != patches or side % block:
-        raise ValueError(f"pixel shuffle needs a square grid divisible by {block}, got {patches} patches")
-    grid = features.view(n, side // block, block, side // block, block, channels).permute(0, 1, 3, 2, 4, 5)
-    return grid.reshape(n, patches // block**2, channels * block**2)
+from .pixel_shuffle import pixel_shuffle
 
 
 class Eagle2_5_VLPreTrainedModel(PreTrainedModel):
@@ -101,7 +88,7 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         """Visual features of tiles in [-1, 1]: [n, 3, S, S] -> [n, k, h]."""
         pixel_values = pixel_values.to(device=self.device, dtype=self.dtype)
         features = self.vision_model(pixel_values=pixel_values).last_hidden_state  # [n, (S/p)^2, c]
-        return self.mlp1(pixel_shuffle(features, self.config.downsample_ratio))
+        return self.mlp1(pixel_shuffle(features, self.config.shuffle_factor))
 
     def merge_features(
         self,

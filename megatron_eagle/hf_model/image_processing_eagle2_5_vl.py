@@ -5,89 +5,24 @@ Self-contained: shipped inside every exported checkpoint and loaded with `trust_
 equal tiles out. Shapes: n tiles, S tile side in pixels.
 """
 
-import contextlib
-import struct
-
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.utils import TensorType
+
+from .grids import select_grid
+from .pictures import to_rgb
+from .tiles import cut_tiles, resize
 
 try:  # transformers 4.51 does not offer it at the top level when torchvision is absent
     from transformers import ImageProcessingMixin
 except ImportError:
     from transformers.image_processing_base import ImageProcessingMixin
 
-# Among candidates of equal area the first wins a tie, which happens for (nearly) square pictures and for 2:1.
-# The released model was trained with this order: by largest tile count N, in three groups, the columns of the
-# candidates of each area (their maximum). Areas not listed, and every N outside `_LISTED`, go by columns.
-_LISTED = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 18, 20, 24, 32, 36))
-_UP_TO_7 = "3 1, 4 1 2, 6 2 1 3, 7 1"
-_UP_TO_20 = (
-    "3 1, 2 4 1, 5 1, 1 6 3 2, 7 1, 4 2 1 8, 2 5 10 1, 11 1, 12 3 4 1 6 2, 13 1, 14 2 1 7, 1 5 15 3, "
-    "1 2 16 8 4, 9 1 18 3 2 6, 5 20 4 10 2 1"
-)
-_UP_TO_36 = (
-    "3 1, 2 4 1, 5 1, 6 3 2 1, 7 1, 4 2 1 8, 9 3 1, 1 5 10 2, 6 1 2 12 3 4, 13 1, 14 1 7 2, 1 5 3 15, "
-    "8 16 4 1 2, 18 3 9 1 6 2, 20 5 2 1 4 10, 7 1 3 21, 2 11 22 1, 1 24 6 3 4 2 8 12, 5 1 25, 1 2 13 26, "
-    "9 27 3 1, 1 7 14 2 4 28, 29 1, 3 15 1 2 10 5 30 6, 8 1 4 32 16 2, 1 33 3 11, 34 17 2 1, 35 1 7 5, "
-    "4 6 3 18 12 36 1 9 2"
-)
 
-
-def grid_candidates(max_tiles: int, min_tiles: int = 1) -> list[tuple[int, int]]:
-    """Grids (columns, rows) of `min_tiles` to `max_tiles` tiles, in the order in which they are tried."""
-    table = _UP_TO_7 if max_tiles < 8 else _UP_TO_20 if max_tiles < 24 else _UP_TO_36
-    orders = [[int(c) for c in entry.split()] for entry in table.split(",")] if max_tiles in _LISTED else []
-    listed = {max(order): order for order in orders}
-    grids = []
-    for area in range(min_tiles, max_tiles + 1):
-        ascending = [c for c in range(1, area + 1) if area % c == 0]
-        grids += [(c, area // c) for c in listed.get(area, ascending)]
-    return grids
-
-
-def select_grid(
-    width: int, height: int, tile_size: int, max_tiles: int, min_tiles: int = 1, tiling: str = "iap"
-) -> tuple[int, int]:
-    """Grid (columns, rows) for a picture: keeps its area (up to 60 %) and its aspect ratio.
-
-    `tiling` "aspect": the closest aspect ratio, of equal ones the last with less than twice the pixels.
-    float64, in exactly this order of operations: exact arithmetic chooses differently for some sizes.
-    """
-    aspect = width / height
-    best, best_score = (1, 1), float("-inf")
-    for columns, rows in grid_candidates(max_tiles, min_tiles):
-        target = columns / rows
-        coverage = (columns * rows * tile_size * tile_size) / (width * height)
-        if tiling == "aspect":
-            score = -abs(aspect - target)
-            better = score > best_score or (score == best_score and coverage < 2)
-        else:
-            score = min(coverage, 0.6) * min(target / aspect, aspect / target)
-            better = score > best_score
-        if better:
-            best, best_score = (columns, rows), score
-    return best
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright (EXIF orientation) RGB; transparency over white, 16-bit grey by its upper eight bits."""
-    # A broken EXIF block says nothing of the picture itself.
-    with contextlib.suppress(SyntaxError, ValueError, struct.error):
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow's own conversion clips to white
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.new("RGB", rgba.size, "white")
-        image.paste(rgba, mask=rgba.getchannel("A"))
-    return image.convert("RGB")
-
-
-def to_pixels(image) -> torch.Tensor:
-    """PIL image, or uint8 array or tensor [H, W, 3], as a uint8 tensor [3, H, W].
+def to_pixels(image) -> np.ndarray:
+    """PIL image, or uint8 array or tensor [H, W, 3], as a uint8 array [H, W, 3].
 
     Raises:
         TypeError: anything else.
@@ -100,13 +35,7 @@ def to_pixels(image) -> torch.Tensor:
         raise TypeError(f"an image must be a PIL image or an array, got {type(image).__name__}")
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise TypeError(f"an image array must be uint8 [height, width, 3], got {array.dtype} {array.shape}")
-    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
-
-
-def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bicubic, antialiased, on uint8: [3, H, W] -> [3, height, width]; the aspect ratio is not kept."""
-    size = (height, width)
-    return torch.nn.functional.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0]
+    return np.ascontiguousarray(array)
 
 
 class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
@@ -151,20 +80,17 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
     ) -> torch.Tensor:
         """uint8 tiles [n, 3, S, S] of one picture, row-major, the thumbnail last."""
         pixels, side = to_pixels(image), self.size["height"]
-        columns, rows = select_grid(
-            pixels.shape[2],
+        grid = select_grid(
             pixels.shape[1],
+            pixels.shape[0],
             tile_size=side,
             max_tiles=self.max_dynamic_tiles if max_dynamic_tiles is None else max_dynamic_tiles,
             min_tiles=self.min_dynamic_tiles if min_dynamic_tiles is None else min_dynamic_tiles,
             tiling=self.tiling,
         )
-        whole = resize(pixels, rows * side, columns * side)
-        tiles = whole.reshape(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
-        thumbnail = self.use_thumbnail if use_thumbnail is None else use_thumbnail
-        if thumbnail and len(tiles) > 1:
-            tiles = torch.cat([tiles, resize(pixels, side, side)[None]])
-        return tiles
+        wanted = self.use_thumbnail if use_thumbnail is None else use_thumbnail
+        thumbnail = resize(pixels, side, side) if wanted and grid != (1, 1) else None
+        return cut_tiles(resize(pixels, grid[0] * side, grid[1] * side), thumbnail, grid)
 
     def tile_video(self, frames) -> torch.Tensor:
         """uint8 tiles [frames, 3, S, S]: one tile per frame, no thumbnail."""

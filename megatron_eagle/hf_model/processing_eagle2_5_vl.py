@@ -25,56 +25,26 @@ import transformers
 from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
-from .image_processing_eagle2_5_vl import to_rgb
+from .clips import shown_seconds, spread
+from .pictures import open_picture, to_rgb
+from .prompt import (
+    CHAT_TEMPLATE,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+    frame_label,
+    image_label,
+    video_label,
+)
 
 DEFAULT_FPS = 2.0
 DEFAULT_MIN_FRAMES = 4
 DEFAULT_MAX_FRAMES = 256
 FRAME_MULTIPLE = 2  # sampled frame counts are even, as in the released processor
 
-# Every turn is `<|im_start|>{role}\n{content}<|im_end|>\n`, content stripped. A media item becomes
-# `<image-k>` or `<video-k>` (global counters, from 1), unless some text of the conversation places it.
-CHAT_TEMPLATE = """\
-{%- set ns = namespace(images=0, videos=0, all='', turn='') -%}
-{%- for message in messages -%}
-{%- if message['content'] is string -%}{%- set ns.all = ns.all ~ message['content'] -%}
-{%- else -%}
-{%- for item in message['content'] -%}
-{%- if 'text' in item -%}{%- set ns.all = ns.all ~ item['text'] -%}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endfor -%}
-{%- for message in messages -%}
-{%- if loop.first and message['role'] != 'system' -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{%- set ns.turn = '' -%}
-{%- if message['content'] is string -%}{%- set ns.turn = message['content'] -%}
-{%- else -%}
-{%- for item in message['content'] -%}
-{%- if 'image' in item or 'image_url' in item or item['type'] == 'image' -%}
-{%- set ns.images = ns.images + 1 -%}
-{%- set tag = '<image-' ~ ns.images ~ '>' -%}
-{%- if tag not in ns.all -%}{%- set ns.turn = ns.turn ~ tag -%}{%- endif -%}
-{%- elif 'video' in item or item['type'] == 'video' -%}
-{%- set ns.videos = ns.videos + 1 -%}
-{%- set tag = '<video-' ~ ns.videos ~ '>' -%}
-{%- if tag not in ns.all -%}{%- set ns.turn = ns.turn ~ tag -%}{%- endif -%}
-{%- elif 'text' in item -%}{%- set ns.turn = ns.turn ~ item['text'] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ (ns.turn | trim) ~ '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
-
-_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 _PLACEHOLDER = re.compile(r"<(image|video)-(\d+)>")
 # Put into special tokens that a user typed, so that they stay text: a Unicode noncharacter.
 _SHIELD = "\ufdd0"
-# Decoders that read nothing but the file (Pillow's EPS reader, for one, starts a program).
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
 class VideoFrames(list):
@@ -102,8 +72,7 @@ def load_image(source) -> Image.Image:
             stream = io.BytesIO(_download(str(source)))
         else:
             stream = str(source).removeprefix("file://")
-        Image.init()
-        with Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+        with open_picture(stream) as image:
             return to_rgb(image)
     except FileNotFoundError:
         raise ValueError(f"image not found: {name}") from None
@@ -173,9 +142,7 @@ def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFra
         if not stamps:
             raise ValueError(f"video has no frames: {name}")
         times = [stamp * unit for stamp in stamps]
-        # The last frame is shown as long as the others are on average.
-        span = times[-1] - times[0]
-        end = times[-1] + (span / (len(times) - 1) if span else last_duration * unit or Fraction(1))
+        end = times[0] + shown_seconds(len(times), times[-1] - times[0], last_duration * unit)
         start = times[0] if video_start is None else Fraction(str(video_start))
         stop = end if video_end is None else Fraction(str(video_end))
         inside = [i for i, t in enumerate(times) if start <= t and (video_end is None or t < stop)]
@@ -183,7 +150,7 @@ def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFra
             raise ValueError(f"video has no frame between {float(start):g} s and {float(stop):g} s: {name}")
         duration = stop - start
         n = frame_count(len(inside), float(duration), **sampling)
-        wanted = np.linspace(inside[0], inside[-1], n).round().astype(int).tolist()
+        wanted = spread(inside[0], inside[-1], n)
         frames = _decode(opened, [stamps[i] for i in wanted], keyframes)
     except av.error.FFmpegError as error:
         raise ValueError(f"video cannot be read: {name} ({error.strerror})") from None
@@ -211,7 +178,7 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, tokens_per_tile=256):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.tokens_per_tile = tokens_per_tile
-        self.image_token, self.image_start_token, self.image_end_token = "<IMG_CONTEXT>", "<img>", "</img>"
+        self.image_token, self.image_start_token, self.image_end_token = IMG_CONTEXT, IMG_START, IMG_END
         vocabulary = tokenizer.get_vocab()
         for token in (self.image_token, self.image_start_token, self.image_end_token):
             if token not in vocabulary:
@@ -422,7 +389,7 @@ class _Media:
         data = self.processor.image_processor(images=[image], **self.tiling)
         self.tiles.append(data["pixel_values"])
         self.sizes.append(data["image_sizes"])
-        return f"<image {number}>{self._tokens(len(data['pixel_values']))}"
+        return f"{image_label(number)}{self._tokens(len(data['pixel_values']))}"
 
     def _video(self, video: VideoFrames, number: int) -> str:
         if self.frame_tiles is None:
@@ -433,12 +400,11 @@ class _Media:
             counts = data["num_tiles"].tolist()
         self.tiles.append(data["pixel_values"])
         self.sizes.append(data["image_sizes"])
-        ordinal = _ORDINALS[number - 1] if number <= len(_ORDINALS) else str(number)
         frames = "".join(
-            f"Frame {i} sample at {t:.2f}s: {self._tokens(n)}"
+            f"{frame_label(i, t)}{self._tokens(n)}"
             for i, (t, n) in enumerate(zip(video.timestamps, counts, strict=True), start=1)
         )
-        return f"The {ordinal} video sampled with {video.fps:.2f} fps: {frames}"
+        return video_label(number, video.fps) + frames
 
     def check_all_used(self):
         for kind, items in self.media.items():

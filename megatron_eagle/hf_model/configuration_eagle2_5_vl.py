@@ -97,10 +97,15 @@ class Eagle2_5_VLConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
+    def shuffle_factor(self) -> int:
+        """Side of the square of patches that the pixel shuffle folds into one token."""
+        return int(round(1 / self.downsample_ratio))
+
+    @property
     def tokens_per_tile(self) -> int:
         """Visual tokens of one tile: (tile side / patch side x downsample ratio) squared."""
-        patches = self.vision_config.image_size // self.vision_config.patch_size
-        return (patches // round(1 / self.downsample_ratio)) ** 2
+        vision = self.vision_config
+        return int(vision.image_size // vision.patch_size // self.shuffle_factor) ** 2
 
 
 def _first(*values):

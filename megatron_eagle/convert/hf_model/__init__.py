@@ -1,1 +1,0 @@
-"""Files shipped with every export; they import only torch, transformers, numpy, Pillow and av (videos)."""

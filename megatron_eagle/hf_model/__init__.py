@@ -1,0 +1,1 @@
+"""Files shipped with every export; they import only each other, torch, transformers, numpy, Pillow and av."""

@@ -1,0 +1,50 @@
+"""Pictures as training and every export see them: upright, RGB, without transparency."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image
+
+# Decoders that read nothing but the file (Pillow's EPS reader, for one, starts a program).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# EXIF orientation -> what brings the picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_picture(source: "str | Path | BinaryIO") -> Image.Image:
+    """Open a path or a stream; pixels are not read yet. Raises what Pillow raises."""
+    Image.init()  # registers the readers; does nothing the second time
+    # A build of Pillow may be without some of them.
+    return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a picture whose pixels are read (Pillow turns a TIFF when it reads them)."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a broken EXIF block says nothing of the picture itself
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A copy in upright RGB: transparency over white, 16-bit grey by its upper eight bits."""
+    image.load()
+    upright = _UPRIGHT.get(orientation(image))
+    if image.mode.startswith("I"):  # Pillow's own conversion clips to white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba.getchannel("A"))
+    image = image.convert("RGB") if upright is None else image.convert("RGB").transpose(upright)
+    image.info = {}  # with the orientation, which is done
+    return image

@@ -1,0 +1,64 @@
+"""What a prompt says, in training (its `hf` variant) and in every export: tokens, labels, chat template."""
+
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+SYSTEM_PROMPT = "You are a helpful assistant."
+_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+
+# Every turn is `<|im_start|>{role}\n{content}<|im_end|>\n`, content stripped. A media item becomes
+# `<image-k>` or `<video-k>` (global counters, from 1), unless some text of the conversation places it.
+_TEMPLATE = """\
+{%- set ns = namespace(images=0, videos=0, all='', turn='') -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}{%- set ns.all = ns.all ~ message['content'] -%}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if 'text' in item -%}{%- set ns.all = ns.all ~ item['text'] -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{- '<|im_start|>system\\nSYSTEM_PROMPT<|im_end|>\\n' -}}
+{%- endif -%}
+{%- set ns.turn = '' -%}
+{%- if message['content'] is string -%}{%- set ns.turn = message['content'] -%}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if 'image' in item or 'image_url' in item or item['type'] == 'image' -%}
+{%- set ns.images = ns.images + 1 -%}
+{%- set tag = '<image-' ~ ns.images ~ '>' -%}
+{%- if tag not in ns.all -%}{%- set ns.turn = ns.turn ~ tag -%}{%- endif -%}
+{%- elif 'video' in item or item['type'] == 'video' -%}
+{%- set ns.videos = ns.videos + 1 -%}
+{%- set tag = '<video-' ~ ns.videos ~ '>' -%}
+{%- if tag not in ns.all -%}{%- set ns.turn = ns.turn ~ tag -%}{%- endif -%}
+{%- elif 'text' in item -%}{%- set ns.turn = ns.turn ~ item['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ (ns.turn | trim) ~ '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+CHAT_TEMPLATE = _TEMPLATE.replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
+
+
+def image_label(number: int) -> str:
+    """What stands before the tiles of picture `number`, from 1."""
+    return f"<image {number}>"
+
+
+def ordinal(number: int) -> str:
+    """`number`, from 1, in a word up to ten."""
+    return _ORDINALS[number - 1] if number <= len(_ORDINALS) else str(number)
+
+
+def video_label(number: int, fps: float) -> str:
+    """What stands before the frames of video `number`, from 1."""
+    return f"The {ordinal(number)} video sampled with {fps:.2f} fps: "
+
+
+def frame_label(number: int, time: float) -> str:
+    """What stands before frame `number`, from 1, shown at `time` seconds."""
+    return f"Frame {number} sample at {time:.2f}s: "
