@@ -91,11 +91,13 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 
 def render() -> str:
     """The reference as Markdown: a heading for each command, a table of what it takes."""
-    return "\n\n".join(
+    index = ", ".join(f"[{name}](#python-tools{name}py)" for name in TOOLS)
+    parts = [
         part
         for name in TOOLS
         for part in _parts(parser_of(REPO / "tools" / f"{name}.py"), f"python tools/{name}.py", 2)
-    )
+    ]
+    return "\n\n".join([f"Commands: {index}.", *parts])
 
 
 @contextmanager

@@ -27,7 +27,9 @@ _NAMES = {int: "whole number", float: "number", bool: "true or false", str: "tex
 
 def render(run: type = RunFile) -> str:
     """The reference as Markdown: a heading and a table for each section, sections within sections below."""
-    return "\n\n".join(_section(cls, place) for place, cls in sections(run))
+    found = list(sections(run))
+    index = ", ".join(f"[{place}](#{place.replace('.', '')})" for place, _ in found)
+    return "\n\n".join([f"Sections: {index}.", *(_section(cls, place) for place, cls in found)])
 
 
 def sections(cls: type = RunFile, place: str = "") -> Iterator[tuple[str, type]]:
@@ -103,7 +105,7 @@ def _default(field: dataclasses.Field) -> str:
     if field.default_factory is dataclasses.MISSING:
         return "**needed**"
     value = field.default_factory()
-    return "its own" if dataclasses.is_dataclass(value) else f"`{_yaml(value)}`"
+    return "" if dataclasses.is_dataclass(value) else f"`{_yaml(value)}`"
 
 
 def _yaml(value: Any) -> str:

@@ -51,6 +51,14 @@ def test_each_page_of_the_documentation_begins_with_its_question():
         assert re.match(r"# [\w -]+: .*\?\n", page.read_text(encoding="utf-8")), page.name
 
 
+def test_every_room_stands_in_the_architecture():
+    rooms = [path.parent for path in (REPO / "megatron_eagle").rglob("__init__.py")]
+    page = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8")
+    inner = ("prompts", "published", "data", "megatron_eagle")  # parts of a room, and what holds rooms
+    for room in rooms:
+        assert room.name in inner or f"(../{room.relative_to(REPO)})" in page, room
+
+
 def test_what_points_at_a_page_points_at_one():
     """Sources and examples name pages in comments and messages."""
     command = ["git", "grep", "-ohE", r"\bdocs/[a-z-]+\.md"]
@@ -97,7 +105,7 @@ def test_a_setting_has_type_range_default_and_words():
     assert "## `outer`\n\nOf a section.\n\nFrom [" in text and "not for the page" not in text
     assert "| `path` | text | **needed** | Above it, in two lines. |" in text
     assert "| `kind` | `a`, `b` or null | `null` | Below it. |" in text
-    assert "| `inner` | [section](#outerinner) | its own |  |" in text
+    assert "| `inner` | [section](#outerinner) |  |  |" in text
     assert "| `rates` | mapping of number, 0 to 1 | `{}` |  |" in text
     assert "| `size` | whole number, 0 or 1 to 4,096: because | `3` | behind it |" in text
     assert "hidden" not in text
