@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     """Make a store and print what became of the samples."""
     try:
         sampling = SamplingSettings(
-            *(args.fps, args.min_frames, args.max_frames, args.max_tiles, args.tile_size, args.tiling)
+            args.fps, args.min_frames, args.max_frames, args.max_tiles, args.tile_size, args.tiling
         )
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -76,10 +76,30 @@ def main() -> None:
 def preprocess(conversations: list[Conversation]) -> list[Conversation]:
     """Write the token store; returns the conversations that were kept."""
     run_tool(
-        *("tools/preprocess_data.py", "run", "--recipe", DEMO / "recipe.yaml", "--template", "hf"),
-        *("--tokenizer", OUT / "tokenizer", "--output", OUT / "data", "--max-tokens", MAX_TOKENS),
-        *("--tile-size", TILE_SIZE, "--patch-size", PATCH_SIZE, "--max-tiles", MAX_TILES),
-        *("--fps", FPS, "--min-frames", MIN_FRAMES, "--workers", 2),
+        "tools/preprocess_data.py",
+        "run",
+        "--recipe",
+        DEMO / "recipe.yaml",
+        "--template",
+        "hf",
+        "--tokenizer",
+        OUT / "tokenizer",
+        "--output",
+        OUT / "data",
+        "--max-tokens",
+        MAX_TOKENS,
+        "--tile-size",
+        TILE_SIZE,
+        "--patch-size",
+        PATCH_SIZE,
+        "--max-tiles",
+        MAX_TILES,
+        "--fps",
+        FPS,
+        "--min-frames",
+        MIN_FRAMES,
+        "--workers",
+        2,
     )
     ledger = [json.loads(line) for line in (OUT / "data" / "dropped.jsonl").read_text().splitlines()]
     dropped = {entry["line"] for entry in ledger}
@@ -90,8 +110,16 @@ def preprocess(conversations: list[Conversation]) -> list[Conversation]:
 
 def train(*overrides: str) -> None:
     run_tool(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2),
-        *("tools/train.py", "run", "--config", CONFIG, *overrides),
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "tools/train.py",
+        "run",
+        "--config",
+        CONFIG,
+        *overrides,
     )
 
 
@@ -175,8 +203,15 @@ def generate(requests: list[dict]) -> list[str]:
         guard.mkdir(parents=True)
         (guard / "__init__.py").write_text("raise ImportError('generation must not need megatron')\n")
         run_tool(
-            *(REPO / "tools" / "generate.py", "--hf", OUT / "hf", "--jsonl", questions, "--output", answers),
-            *("--max-new-tokens", 40),
+            REPO / "tools" / "generate.py",
+            "--hf",
+            OUT / "hf",
+            "--jsonl",
+            questions,
+            "--output",
+            answers,
+            "--max-new-tokens",
+            40,
             cwd=elsewhere,
             PYTHONPATH=str(guard.parent),
         )

@@ -11,8 +11,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 EAGLE_TOKENS = (
-    *("<img>", "</img>", "<IMG_CONTEXT>"),
-    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<interval>", "</interval>"),
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<interval>",
+    "</interval>",
 )
 # Qwen2's pre-tokenizer: contractions, words with their leading space, single digits, punctuation, blanks.
 _SPLIT = (

@@ -43,8 +43,17 @@ def main() -> None:
     tau = options.tau if options.tau is not None else 0.5 if options.encoder else 0.95
     step(2, f"Selection: clips whose highest cosine to what training has is below {tau:g}")
     tool(
-        *("select_videos", "--candidates", new, "--existing", old, "--encoder", encoder),
-        *("--output", out / "selection", "--tau", tau),
+        "select_videos",
+        "--candidates",
+        new,
+        "--existing",
+        old,
+        "--encoder",
+        encoder,
+        "--output",
+        out / "selection",
+        "--tau",
+        tau,
     )
     with ExitStack() as stack:
         asked = ["--endpoint", options.endpoint, "--model", options.model]
@@ -161,9 +170,24 @@ def pack(out: Path, tokenizer: Path) -> None:
     }
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     tool(
-        *("preprocess_data", "run", "--recipe", out / "recipe.yaml", "--tokenizer", tokenizer),
-        *("--output", out / "data", "--max-tokens", MAX_TOKENS, "--tile-size", TILE_SIZE),
-        *("--patch-size", PATCH_SIZE, "--max-tiles", 6, "--workers", 2),
+        "preprocess_data",
+        "run",
+        "--recipe",
+        out / "recipe.yaml",
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        out / "data",
+        "--max-tokens",
+        MAX_TOKENS,
+        "--tile-size",
+        TILE_SIZE,
+        "--patch-size",
+        PATCH_SIZE,
+        "--max-tiles",
+        6,
+        "--workers",
+        2,
     )
     tool("pack_data", "--data", out / "data", "--length", MAX_TOKENS)
 
@@ -189,8 +213,18 @@ def evaluate(hf: Path | None, lines: dict[str, list[dict]], out: Path) -> bool:
     path = out / "benchmark.jsonl"
     path.write_text("".join(json.dumps(question) + "\n" for question in questions))
     tool(
-        *("evaluate", "run", "--hf", hf, "--benchmark", path, "--output", out / "scores"),
-        *("--max-frames", 8, "--max-new-tokens", 16),
+        "evaluate",
+        "run",
+        "--hf",
+        hf,
+        "--benchmark",
+        path,
+        "--output",
+        out / "scores",
+        "--max-frames",
+        8,
+        "--max-new-tokens",
+        16,
     )
     return True
 

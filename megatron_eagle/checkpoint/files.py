@@ -39,8 +39,14 @@ def write_pieces(file: Path, pieces: Iterable[TensorBox]) -> Written:
             torch.save(_own_storage(piece.data), stream)
             entries.append(
                 StoredBox(
-                    *(piece.key, piece.data.dtype, piece.shape, piece.offset, tuple(piece.data.shape)),
-                    *(file.name, start, stream.size - start),
+                    piece.key,
+                    piece.data.dtype,
+                    piece.shape,
+                    piece.offset,
+                    tuple(piece.data.shape),
+                    file.name,
+                    start,
+                    stream.size - start,
                 )
             )
             del piece  # before the next one is made

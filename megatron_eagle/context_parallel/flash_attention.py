@@ -8,6 +8,7 @@ These are not public: their argument names are checked before use.
 import importlib
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -103,38 +104,29 @@ class FlashAttention3:
 
     def forward(self, q, k, v, segments, scale):
         cu_q, cu_k, max_q, max_k = varlen_shape(segments, q.device)
-        out, lse, *_ = torch.ops.flash_attn_3.fwd(
-            *(q, k, v),
-            *(None, None, None, None),  # new keys and values, second queries, output
-            *(cu_q, cu_k, None, None, None),  # cumulative lengths, those of new keys, lengths in use
-            *(max_q, max_k),
-            *(None, None, None),  # pages
-            *(None, None, None),  # rotation
-            *(None, None, None),  # scales of 8-bit inputs
-            *(scale, True),  # causal
-            *(-1, -1, 0, 0.0),  # no window, no chunks, no cap
-            *(False, None),  # rotation, schedule
-            *(
-                1,
-                None,
-                0,
-            ),  # keys not split, which sums in one order; its own choice of packing; all processors
-        )
+        arguments: list[Any] = [q, k, v]
+        arguments += [None] * 4  # new keys and values, second queries, output
+        arguments += [cu_q, cu_k, None, None, None]  # cumulative lengths, those of new keys, lengths in use
+        arguments += [max_q, max_k]
+        arguments += [None] * 9  # pages, rotation, scales of 8-bit inputs
+        arguments += [scale, True]  # causal
+        arguments += [-1, -1, 0, 0.0]  # no window, no chunks, no cap
+        arguments += [False, None]  # rotation, schedule
+        # Keys not split, which sums in one order; its own choice of packing; all processors.
+        arguments += [1, None, 0]
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(*arguments)
         return out, lse
 
     def backward(self, grad_out, q, k, v, out, lse, segments, scale):
         cu_q, cu_k, max_q, max_k = varlen_shape(segments, q.device)
         grads = empty_contiguous(q, k, v)
-        torch.ops.flash_attn_3.bwd(
-            *(grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(), q, k, v, out),
-            lse.contiguous(),
-            *grads,
-            *(cu_q, cu_k, None, None),  # cumulative lengths, lengths in use
-            *(max_q, max_k, scale, True),  # causal
-            *(-1, -1, 0.0),  # no window, no cap
-            torch.are_deterministic_algorithms_enabled(),
-            0,  # all processors
-        )
+        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+        arguments: list[Any] = [grad_out, q, k, v, out, lse.contiguous(), *grads]
+        arguments += [cu_q, cu_k, None, None]  # cumulative lengths, lengths in use
+        arguments += [max_q, max_k, scale, True]  # causal
+        arguments += [-1, -1, 0.0]  # no window, no cap
+        arguments += [torch.are_deterministic_algorithms_enabled(), 0]  # all processors
+        torch.ops.flash_attn_3.bwd(*arguments)
         return grads
 
 

@@ -47,9 +47,17 @@ class TorchVarlenAttention:
         state, unused = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in (2, 0))
         with _really_deterministic():
             return torch.ops.aten._flash_attention_backward(
-                *(grad_out.contiguous(), q, k, v, out, lse.contiguous()),
+                grad_out.contiguous(),
+                q,
+                k,
+                v,
+                out,
+                lse.contiguous(),
                 *shape,
-                *(0.0, True, state, unused),
+                0.0,  # of dropout
+                True,  # causal
+                state,
+                unused,
                 scale=scale,
             )
 

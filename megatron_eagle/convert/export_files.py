@@ -27,8 +27,13 @@ _PROCESSOR_MAP = {
 }
 # How pictures are cut does not follow from the weights: what the source says wins over the defaults.
 _SOURCE_WINS = (
-    *("dynamic_image_size", "use_thumbnail", "min_dynamic_tiles", "max_dynamic_tiles"),
-    *("min_dynamic_patch", "max_dynamic_patch", "template"),
+    "dynamic_image_size",
+    "use_thumbnail",
+    "min_dynamic_tiles",
+    "max_dynamic_tiles",
+    "min_dynamic_patch",
+    "max_dynamic_patch",
+    "template",
 )
 # Other names under which a source may limit a prompt's length; vLLM takes the least of those in text_config.
 _LENGTHS = (

@@ -23,8 +23,12 @@ from megatron_eagle.convert.shards import HF_INDEX, HfWeights, read_json, save
 from megatron_eagle.errors import UserError
 
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
 )
 _SOURCE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "preprocessor_config.json")
 _DTYPES = "dtypes.json"

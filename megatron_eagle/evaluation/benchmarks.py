@@ -133,7 +133,12 @@ def question_from(record: Any, where: str, number: int) -> Question:
     asked = {key: record.get(key) for key in ("images", "videos", "max_tiles", "frame_tiles")}
     request = Request.from_record({"prompt": "\n".join(prompt), **asked}, where)
     return Question(
-        *(str(record.get("id", number)), record["question"].strip(), request, metric, answer, tuple(options)),
+        str(record.get("id", number)),
+        record["question"].strip(),
+        request,
+        metric,
+        answer,
+        tuple(options),
         category=str(record.get("category", "all")),
         groups=tuple(record.get("groups") or ()),
     )

@@ -80,18 +80,28 @@ def main(repository: str, version: str) -> None:
         subprocess.run(command, cwd=root, env=os.environ | settings, check=True)
 
     tool(
-        *(
-            "preprocess_data",
-            "run",
-            "--recipe",
-            "recipe.yaml",
-            "--tokenizer",
-            "tokenizer",
-            "--output",
-            "store",
-        ),
-        *("--max-tokens", "128", "--tile-size", "16", "--patch-size", "4", "--max-tiles", "4"),
-        *("--fps", "2", "--min-frames", "2", "--workers", "1"),
+        "preprocess_data",
+        "run",
+        "--recipe",
+        "recipe.yaml",
+        "--tokenizer",
+        "tokenizer",
+        "--output",
+        "store",
+        "--max-tokens",
+        "128",
+        "--tile-size",
+        "16",
+        "--patch-size",
+        "4",
+        "--max-tiles",
+        "4",
+        "--fps",
+        "2",
+        "--min-frames",
+        "2",
+        "--workers",
+        "1",
     )
     tool("pack_data", "--data", "store", "--length", "128")
     tool("train", "run", "--config", "run.yaml", "training.stop_at_iteration=2")

@@ -76,7 +76,11 @@ def test_the_published_stages_accept_a_start_from_parts(tmp_path, tool, monkeypa
     assert status == 0, err
     runs = [line for line in out.splitlines() if "iterations of" in line]
     assert [line.split(":")[0].rsplit("/")[-1] for line in runs] == [
-        *("stage1", "stage1_5", "stage2_32k", "stage3_64k", "stage4_128k")
+        "stage1",
+        "stage1_5",
+        "stage2_32k",
+        "stage3_64k",
+        "stage4_128k",
     ]
     raised = "model.text.max_position_embeddings is raised from"
     assert [line for line in out.splitlines() if line not in runs] == [

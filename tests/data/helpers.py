@@ -27,8 +27,20 @@ from megatron_eagle.data.store.reader import SampleStore
 from tests.paths import REPO
 
 SPECIAL = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"),
-    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>", "<interval>", "</interval>"),
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<interval>",
+    "</interval>",
 )
 # Qwen2.5's splitting: digits one by one, line ends apart from words.
 _SPLIT = (

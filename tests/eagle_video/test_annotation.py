@@ -122,7 +122,10 @@ def test_story_from_chapters_to_training_lines(server, media, tmp_path):
     assert any('00:00 to 00:10, Intro:\nSeen: "Intro"\n\n00:10 to 00:20, Work:' in text for text in joined)
     ledger = [json.loads(line) for line in output.with_suffix(".dropped.jsonl").open()]
     assert sorted(entry["kind"] for entry in ledger) == [
-        *("chapter beyond the end", "chapter without title", "missing media", "unknown chapter form")
+        "chapter beyond the end",
+        "chapter without title",
+        "missing media",
+        "unknown chapter form",
     ]
 
     asked, written = len(server.requests), output.read_bytes()

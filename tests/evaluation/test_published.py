@@ -284,8 +284,10 @@ CASES = {
             {"category": "VD", "subcategory": "chart", "visual_input": v, "set_id": "0", "figure_id": f}
             | {"question_id": q, "question": f"Q{q}?", "gt_answer": a, "filename": f"./VD/0_{f}.png"}
             for v, f, q, a in [
-                *[("1", "1", "0", "1"), ("1", "1", "1", "0")],
-                *[("1", "2", "0", "0"), ("0", "0", "0", "1")],
+                ("1", "1", "0", "1"),
+                ("1", "1", "1", "0"),
+                ("1", "2", "0", "0"),
+                ("0", "0", "0", "1"),
             ]
         ],
         {"hallusion_bench/VD/0_1.png": PNG},

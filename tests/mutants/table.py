@@ -39,7 +39,8 @@ ABSOLUTE = [
         for name in ("reference_attention", "layout", "context_parallel")
     ),
     *(f"tests/convert/test_{name}.py" for name in ("rotary", "lora", "constants", "trajectory")),
-    *("tests/data/loading/test_loader.py", "tests/training/test_training.py"),
+    "tests/data/loading/test_loader.py",
+    "tests/training/test_training.py",
 ]
 POOL = [
     *ABSOLUTE,
@@ -48,12 +49,10 @@ POOL = [
         for name in ("parity", "steps", "fused_loss", "lora", "parts", "norm")
     ),
     *(f"tests/parallel/test_{name}.py" for name in ("offload", "swiglu_recompute", "store_cells")),
-    *(
-        "tests/parallel/test_dataset_losses.py",
-        "tests/training/test_training_loop.py",
-        "tests/training/test_evaluation.py",
-        "tests/model/test_model.py",
-    ),
+    "tests/parallel/test_dataset_losses.py",
+    "tests/training/test_training_loop.py",
+    "tests/training/test_evaluation.py",
+    "tests/model/test_model.py",
 ]
 # Sources whose scale factors no number of training passes through.
 APART = {
@@ -70,8 +69,16 @@ APART = {
 NOT_APART = ("loading/batch.py", "loss_weights.py", "media/tiles.py")  # of data/: weights and pixels
 _APART = tuple(f"megatron_eagle/{part}" for parts in APART.values() for part in parts)
 ARGUMENTS = [
-    *("-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:terminal"),
-    *("-k", "not noticed", "-m", "not gpu and not soak"),  # without the negative controls
+    "-o",
+    "addopts=--import-mode=importlib",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:terminal",
+    "-k",
+    "not noticed",
+    "-m",
+    "not gpu and not soak",  # without the negative controls
 ]
 OF_A_FILE = 6  # tests that a mutant is tried on
 

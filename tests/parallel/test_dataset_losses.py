@@ -41,7 +41,9 @@ MORE_CELLS = {
     "pp2-cp2-fused": [PP2, CP2, FUSED],
     "cp4-zigzag": [CP4, "parallel.context_parallel_layout=zigzag", PLAIN],
     "cp4-padded": [
-        *(CP4, "parallel.context_parallel_layout=zigzag_per_document", "parallel.pad_documents=true"),
+        CP4,
+        "parallel.context_parallel_layout=zigzag_per_document",
+        "parallel.pad_documents=true",
         FUSED,
     ],
     "dp4-overlapped": ["parallel.overlap_grad_reduce=true", FUSED],

@@ -92,7 +92,10 @@ def _over_ranks(bad: float | None) -> list[torch.Tensor]:
     x.requires_grad_()
     own = weight.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
     losses = module.linear_cross_entropy(
-        *(x, own, labels, token_weights),
+        x,
+        own,
+        labels,
+        token_weights,
         group=dist.group.WORLD,
         vocab_size=13,
         z_loss=1e-2,

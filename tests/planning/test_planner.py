@@ -126,7 +126,10 @@ def test_context_parallel_work_is_counted_for_the_packs():
     def seconds(parallel, bounds, recompute="none"):
         workload = replace(WORKLOAD, tiles=0, recompute=RecomputeConfig(recompute))
         return step_time(
-            *(EAGLE, parallel, 1, workload),
+            EAGLE,
+            parallel,
+            1,
+            workload,
             mean_tiles=0,
             sum_squared_lengths=32768**2,
             machine=MACHINE,

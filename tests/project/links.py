@@ -17,9 +17,25 @@ _PATH = re.compile(r"[\w.-]+(?:/[\w.*-]+)+/?|[\w-]+\.(?:py|md|yaml|toml|sh|sbatc
 
 # Files in backticks that are a user's, or that a command writes.
 WRITTEN = {
-    *("recipe.yaml", "run.yaml", "ref.yaml", "config.json", "tokenizer.json", "tokenizer.model"),
-    *("logs/metrics.jsonl", "logs/events.jsonl", "logs/heartbeat", "logs/profile", "logs/hang.txt"),
-    *("selection/report.html", "data/", "scores/", "runs/demo", "shared/", "hf/", "C/hf", "media/"),
+    "recipe.yaml",
+    "run.yaml",
+    "ref.yaml",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "logs/metrics.jsonl",
+    "logs/events.jsonl",
+    "logs/heartbeat",
+    "logs/profile",
+    "logs/hang.txt",
+    "selection/report.html",
+    "data/",
+    "scores/",
+    "runs/demo",
+    "shared/",
+    "hf/",
+    "C/hf",
+    "media/",
 }
 
 

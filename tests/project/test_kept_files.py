@@ -81,7 +81,7 @@ def heartbeats(folder: Path) -> Kept:
     def hang() -> None:
         with Heartbeat(folder, 0, seconds=0.01, hang_seconds=0.04, abort=False) as heart:
             heart.phase(3, "data")
-            time.sleep(0.12)
+            time.sleep(0.4)  # several times what counts as a hang
 
     hang()
     assert "in iteration 3, data" in (folder / "hang.txt").read_text()
@@ -287,38 +287,53 @@ def selected_clips(folder: Path) -> Kept:
 
 
 CASES = [
-    *(training_logs, heartbeats, report, latest_checkpoint, answers_to_requests, scores, small_copies),
-    *(interrupted_store, finished_store, packs, paid_answers, selected_clips),
+    training_logs,
+    heartbeats,
+    report,
+    latest_checkpoint,
+    answers_to_requests,
+    scores,
+    small_copies,
+    interrupted_store,
+    finished_store,
+    packs,
+    paid_answers,
+    selected_clips,
 ]
 
 # Functions that write a file in its place, and why none of them can lose what was there.
 IN_PLACE = {
     "into a folder that gets its name when it is complete": {
         "config.save_yaml",
-        *("convert/hf_metadata.write_hf_metadata", "convert/checkpoint_files.write_checkpoint"),
-        *("convert/export_files._write_json", "convert/export_files._write_processor_settings"),
-        *("convert/lora.export_adapter", "convert/shards.write_shards", "convert/to_hf.export_hf"),
-        *(
-            "data/store/token_file.__init__",
-            "data/store/token_file.write_token_index",
-            "data/store/reader.save",
-        ),
-        *("data/preparation/journal.__init__", "data/preparation/journal.commit"),
-        *("checkpoint/files._hashed", "checkpoint/index.write_checkpoint_index"),
-        *("checkpoint/hf_folder.add_tiling", "checkpoint/saving.complete_folder"),
+        "convert/hf_metadata.write_hf_metadata",
+        "convert/checkpoint_files.write_checkpoint",
+        "convert/export_files._write_json",
+        "convert/export_files._write_processor_settings",
+        "convert/lora.export_adapter",
+        "convert/shards.write_shards",
+        "convert/to_hf.export_hf",
+        "data/store/token_file.__init__",
+        "data/store/token_file.write_token_index",
+        "data/store/reader.save",
+        "data/preparation/journal.__init__",
+        "data/preparation/journal.commit",
+        "checkpoint/files._hashed",
+        "checkpoint/index.write_checkpoint_index",
+        "checkpoint/hf_folder.add_tiling",
+        "checkpoint/saving.complete_folder",
         "checkpoint/manifest.write_manifest",
     },
     "beside, until it is complete": {
-        *("files.write_whole", "files.write_lines"),
-        *("data/preparation/transcode._write_annotations", "data/media/transcode._encode"),
+        "files.write_whole",
+        "files.write_lines",
+        "data/preparation/transcode._write_annotations",
+        "data/media/transcode._encode",
     },
     "at its end": {
-        *(
-            "files.__init__",
-            "files.append_line",
-            "training/monitoring/heartbeat._report",
-            "data/preparation/journal.lock_file",
-        ),
+        "files.__init__",
+        "files.append_line",
+        "training/monitoring/heartbeat._report",
+        "data/preparation/journal.lock_file",
     },
     "nothing is there yet": {"inference/demo.receive", "data/media/remux._mux"},
     "what one command prints": {"evaluation/bridge.write_bridge"},

@@ -34,11 +34,24 @@ def on(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
-        *(("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312)),
-        *(("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989)),
-        *(("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H800", 989), ("NVIDIA H20", 148)),
-        *(("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250)),
-        *(("NVIDIA GB200", 2500), ("NVIDIA L40S", 362.05), ("NVIDIA L4", 121), ("NVIDIA A10", 125)),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10", 125),
     ],
 )
 def test_a_peak_by_exact_name(on, name, tflops):
@@ -50,8 +63,15 @@ def test_a_peak_by_exact_name(on, name, tflops):
 @pytest.mark.parametrize(
     "name",
     [
-        *("NVIDIA H100", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "nvidia h200", "NVIDIA H200 ", "h200"),
-        *("NVIDIA GeForce RTX 4090", "NVIDIA A100", "Tesla V100-SXM2-32GB", ""),
+        "NVIDIA H100",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "nvidia h200",
+        "NVIDIA H200 ",
+        "h200",
+        "NVIDIA GeForce RTX 4090",
+        "NVIDIA A100",
+        "Tesla V100-SXM2-32GB",
+        "",
     ],
 )
 def test_a_name_that_is_not_in_the_table_has_no_mfu(on, name):

@@ -15,13 +15,37 @@ from pathlib import Path
 
 FOLDER = Path(os.environ["STANDIN_DIR"])
 SBATCH = {
-    *("job-name", "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "time"),
-    *("signal", "open-mode", "output", "dependency", "kill-on-invalid-dep", "partition", "account"),
-    *("exclusive", "requeue", "parsable", "export"),
+    "job-name",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "cpus-per-task",
+    "gpus-per-node",
+    "mem",
+    "time",
+    "signal",
+    "open-mode",
+    "output",
+    "dependency",
+    "kill-on-invalid-dep",
+    "partition",
+    "account",
+    "exclusive",
+    "requeue",
+    "parsable",
+    "export",
 }
 SRUN = {
-    *("nodes", "ntasks", "ntasks-per-node", "nodelist", "exclude", "overlap", "kill-on-bad-exit"),
-    *("container-image", "container-mounts", "container-workdir"),
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "nodelist",
+    "exclude",
+    "overlap",
+    "kill-on-bad-exit",
+    "container-image",
+    "container-mounts",
+    "container-workdir",
 }
 WITHOUT_VALUE = {"exclusive", "requeue", "parsable", "overlap"}
 

@@ -94,7 +94,11 @@ def test_stages_become_a_chain(slurm, tmp_path):
     names = list(yaml.safe_load(config.read_text())["stages"])
     assert [job["arguments"][1:] for job in submitted] == [["--stage", name] for name in names]
     assert [job["options"].get("dependency") for job in submitted] == [
-        *(None, "afterok:100", "afterok:101", "afterok:102", "afterok:103")
+        None,
+        "afterok:100",
+        "afterok:101",
+        "afterok:102",
+        "afterok:103",
     ]
     assert {job["options"]["nodes"] for job in submitted} == {"4"}
 

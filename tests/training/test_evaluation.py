@@ -73,8 +73,11 @@ def test_the_evaluation_after_a_skipped_step_is_logged(tmp_path, capsys):
     write_run(tmp_path, data="broken")  # the third iteration's loss is NaN
     write_manifest(tmp_path / "held-out")
     overrides = [
-        *(f"evaluation.data={tmp_path / 'held-out'}", "evaluation.interval=3", "evaluation.batches=1"),
-        *("resilience.on_nonfinite=skip", "training.stop_at_iteration=3"),
+        f"evaluation.data={tmp_path / 'held-out'}",
+        "evaluation.interval=3",
+        "evaluation.batches=1",
+        "resilience.on_nonfinite=skip",
+        "training.stop_at_iteration=3",
     ]
     found, real = [], loop.evaluate
     with patch.object(loop, "evaluate", lambda *arguments: found.append(real(*arguments)) or found[-1]):

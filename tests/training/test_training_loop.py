@@ -68,7 +68,11 @@ def values(metrics) -> list[tuple]:
 def test_stopped_and_resumed_equals_uninterrupted(job):
     whole = job("checkpoint.save_interval=2")
     assert sorted(path.name for path in job.root.iterdir() if path.is_dir()) == [
-        *("hf", "iter_0000002", "iter_0000004", "iter_0000006", "logs")
+        "hf",
+        "iter_0000002",
+        "iter_0000004",
+        "iter_0000006",
+        "logs",
     ]
     assert (job.root / "hf" / "tokenizer.json").is_file()
     assert [m.iteration for m in whole] == [1, 2, 3, 4, 5, 6]

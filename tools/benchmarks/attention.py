@@ -77,7 +77,12 @@ class Task:
             def backward():
                 grads = [
                     backend.backward(
-                        *(self.grad[:, own], self.q[:, own], k, v, out[:, own], lse[own]),
+                        self.grad[:, own],
+                        self.q[:, own],
+                        k,
+                        v,
+                        out[:, own],
+                        lse[own],
                         self.segments,
                         SCALE,
                     )

@@ -74,7 +74,7 @@ def liger(task: Task) -> Tensor:
 
     labels = torch.where(task.token_weights > 0, task.labels, -100)
     return LigerFusedLinearCrossEntropyFunction.apply(
-        *(task.x, task.weight, labels, None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32)
+        task.x, task.weight, labels, None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32
     )[0]
 
 

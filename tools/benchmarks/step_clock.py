@@ -16,8 +16,15 @@ import torch
 
 PARTS = ("data", "vision", "language", "communication", "optimizer", "other")
 _COLLECTIVES = (
-    *("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"),
-    *("broadcast", "barrier", "all_gather_object", "gather_object", "batch_isend_irecv"),
+    "all_reduce",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+    "broadcast",
+    "barrier",
+    "all_gather_object",
+    "gather_object",
+    "batch_isend_irecv",
 )
 
 

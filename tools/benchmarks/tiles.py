@@ -22,8 +22,12 @@ from megatron_eagle.hf_model.tiles import cut_tiles
 
 TILE = 448
 PHOTOGRAPHS = (
-    *("chelsea.png", "coffee.png", "motorcycle_left.png"),
-    *("rocket.jpg", "hubble_deep_field.jpg", "retina.jpg"),
+    "chelsea.png",
+    "coffee.png",
+    "motorcycle_left.png",
+    "rocket.jpg",
+    "hubble_deep_field.jpg",
+    "retina.jpg",
 )
 Tiler = Callable[[str, tuple[int, int]], torch.Tensor]
 

@@ -94,8 +94,11 @@ def _map(store: SampleStore, rows: Sequence[int]) -> str:
     key = "".join(
         f'<span class="{name}"></span>{text}'
         for name, text in (
-            *(("text-only", "text"), ("picture-sample", "pictures"), ("document-sample", "documents")),
-            *(("video-sample", "videos"), ("padding", "padding")),
+            ("text-only", "text"),
+            ("picture-sample", "pictures"),
+            ("document-sample", "documents"),
+            ("video-sample", "videos"),
+            ("padding", "padding"),
         )
     )
     return (

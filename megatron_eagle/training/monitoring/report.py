@@ -226,7 +226,9 @@ def _event_table(events: Sequence[dict]) -> str:
     for event in events[-_EVENTS:]:
         more = {k: v for k, v in event.items() if k not in ("iteration", "event", "reason", "data")}
         cells = [
-            *(event["iteration"], event.get("event", ""), event.get("reason", "")),
+            event["iteration"],
+            event.get("event", ""),
+            event.get("reason", ""),
             ", ".join(f"{key} {value}" for key, value in more.items()),
         ]
         rows += "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"

@@ -14,8 +14,14 @@ from megatron_eagle.model.presets import EagleConfig
 
 _SHORTEST = 512  # upper end of the first bucket; every next one is twice as long
 _SINGLE = (
-    *("flops_vision", "flops_language"),
-    *("samples", "tokens", "frames", "frames_wanted", "tiles", "tiles_wanted"),
+    "flops_vision",
+    "flops_language",
+    "samples",
+    "tokens",
+    "frames",
+    "frames_wanted",
+    "tiles",
+    "tiles_wanted",
 )
 
 

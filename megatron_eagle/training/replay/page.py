@@ -72,7 +72,10 @@ def _table(replay: Replay, shown: int) -> str:
             f'<a href="#number-{sample.number}">{sample.number}</a>' if place < shown else str(sample.number),
             escape(sample.dataset),
             escape(f"{sample.file}:{sample.line}"),
-            *(f"{sample.row:,}", f"{sample.pack:,}", f"{sample.n_tokens:,}", f"{sample.n_supervised:,}"),
+            f"{sample.row:,}",
+            f"{sample.pack:,}",
+            f"{sample.n_tokens:,}",
+            f"{sample.n_supervised:,}",
             "left out" if sample.left_out else f"{100 * sample.share:.2f}",
         ]
         if replay.weights is not None:

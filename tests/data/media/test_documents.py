@@ -169,9 +169,21 @@ def test_the_report_of_data_sets(tmp_path, tokenizer_dir):
         '{"pictures": {"annotation": "a.jsonl"}, "clips": {"annotation": "b.jsonl"}}'
     )
     done = call_tool(
-        *("preprocess_data", "run", "--recipe", tmp_path / "r.json", "--tokenizer", tokenizer_dir),
-        *("--output", tmp_path / "s", "--max-tokens", 150, 400, "--tile-size", 28),
-        *("--report", tmp_path / "report.png"),
+        "preprocess_data",
+        "run",
+        "--recipe",
+        tmp_path / "r.json",
+        "--tokenizer",
+        tokenizer_dir,
+        "--output",
+        tmp_path / "s",
+        "--max-tokens",
+        150,
+        400,
+        "--tile-size",
+        28,
+        "--report",
+        tmp_path / "report.png",
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("pictures", "clips"))]

@@ -39,8 +39,21 @@ def test_as_a_new_user_would(tmp_path, tokenizer_dir):
 
     store = tmp_path / "store"
     made = call_tool(
-        *("preprocess_data", "run", "--recipe", recipe, "--tokenizer", tokenizer_dir, "--output", store),
-        *("--max-tokens", 4096, 8192, "--workers", 2, "--report", tmp_path / "report.png"),
+        "preprocess_data",
+        "run",
+        "--recipe",
+        recipe,
+        "--tokenizer",
+        tokenizer_dir,
+        "--output",
+        store,
+        "--max-tokens",
+        4096,
+        8192,
+        "--workers",
+        2,
+        "--report",
+        tmp_path / "report.png",
     )
     assert made.returncode == 0, made.stderr
     ledger = {entry["line"]: entry["kind"] for entry in map(json.loads, (store / "dropped.jsonl").open())}

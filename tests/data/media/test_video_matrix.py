@@ -110,7 +110,10 @@ READABLE = {
     "open GOP, HEVC": ("a.mp4", {"codec": "libx265", "options": OPEN_GOP_HEVC}, None, ALL),
     "begins inside an open GOP": ("a.mkv", begins_inside, None, range(12, N)),
     "gradual refresh": (
-        *("a.mp4", {"options": {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}}, None, ALL),
+        "a.mp4",
+        {"options": {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}},
+        None,
+        ALL,
     ),
     "one frame": ("a.mp4", {"n_frames": 1}, None, [0]),
 }

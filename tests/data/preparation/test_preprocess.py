@@ -207,8 +207,16 @@ def test_the_command_line_shows_what_happened(folder, tokenizer_dir, tmp_path):
     shown = run_tool("preview_data", "show", tmp_path / "d", "--sample", 1, "--json")
     sample = json.loads(shown.stdout)
     assert list(sample) == [
-        *("source", "n_tokens", "n_text", "n_visual", "n_supervised"),
-        *("images", "documents", "videos", "input_ids", "loss_weights"),
+        "source",
+        "n_tokens",
+        "n_text",
+        "n_visual",
+        "n_supervised",
+        "images",
+        "documents",
+        "videos",
+        "input_ids",
+        "loss_weights",
     ]
     assert sample["source"] == {"file": str(folder / "cli.jsonl"), "line": 2}
     assert sample["videos"][0]["frames"][0] == 0

@@ -306,7 +306,14 @@ def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
 def test_from_a_spike_to_its_samples_in_one_command(run, monkeypatch, capsys, tmp_path):
     page = tmp_path / "page.html"
     code, out = command(
-        *(monkeypatch, capsys, run, "--around-spike", "--checkpoint", run, "--output", page),
+        monkeypatch,
+        capsys,
+        run,
+        "--around-spike",
+        "--checkpoint",
+        run,
+        "--output",
+        page,
         "data.decode_threads=1",
     )
     assert code == 0 and out.startswith(f"iteration {SKIPPED}: skipped: the loss is nan\n")
