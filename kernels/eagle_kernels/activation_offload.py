@@ -48,7 +48,8 @@ class HostStore:
 
     def __init__(self, slots: int = 1) -> None:
         self.slots = slots
-        self._slot_bytes, self._free = 0, []
+        self._slot_bytes = 0
+        self._free: list[Tensor] = []
         self._streams: tuple[Any, Any] | None = None
         self._copying: tuple[Any, Sequence[Tensor]] | None = None
 
@@ -118,6 +119,7 @@ class Offloaded:
     def take(self) -> list[Tensor]:
         """The tensors on their device, for what is computed from here on; once."""
         self.prefetch()
+        assert self._returned is not None, "prefetch begins it"
         if self._event is not None:
             # Also keeps the slot's next tensors behind: their copy waits for what is computed up to then.
             torch.cuda.current_stream().wait_event(self._event)
@@ -194,12 +196,20 @@ def offloaded_layer(
     if not x.requires_grad:
         # Without this the layer's parameters would have no part in the graph.
         x = x.detach().requires_grad_()
-    return _OffloadedLayer.apply(x, layer, store, stays, random)
+    y: Tensor = _OffloadedLayer.apply(x, layer, store, stays, random)
+    return y
 
 
 class _OffloadedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layer, store, stays, random):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layer: Callable[[Tensor, KeptResults], Tensor],
+        store: HostStore,
+        stays: bool,
+        random: tuple[Callable[[], Any], Callable[[Any], None]],
+    ) -> Tensor:
         get_states, ctx.set_states = random
         ctx.get_states, ctx.states, ctx.layer = get_states, get_states(), layer
         replay = KeptResults()
@@ -211,7 +221,7 @@ class _OffloadedLayer(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError("activation_offload: torch.autograd.grad is not possible here; use backward")
         if ctx.offloaded is None:

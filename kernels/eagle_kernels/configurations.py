@@ -39,7 +39,7 @@ class Configuration:
 
     def rows(self, rows: int) -> int:
         """Rows that one program walks over: a power of two, so that few variants are ever compiled."""
-        return triton.next_power_of_2(max(1, triton.cdiv(rows, self.programs)))
+        return int(triton.next_power_of_2(max(1, triton.cdiv(rows, self.programs))))
 
 
 _WAVES = 8  # programs a multiprocessor

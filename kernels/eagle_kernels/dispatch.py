@@ -6,21 +6,24 @@ Triton's interpreter (TRITON_INTERPRET=1 before triton is imported), for tests.
 
 import os
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 try:
-    import triton
-    import triton.language as tl
+    import triton as _triton
+    import triton.language as _tl
 except ImportError:  # the eager twins need none
-    triton = tl = None
+    _triton = _tl = None
+
+triton: Any = _triton
+tl: Any = _tl
 
 Implementation = Literal["auto", "triton", "eager"]
 
 
-def jit(function: Callable) -> Callable:
+def jit(function: Callable[..., None]) -> Any:
     """`triton.jit`, or the plain function where triton is missing (it is never launched there)."""
     return triton.jit(function) if triton else function
 
@@ -30,7 +33,7 @@ def is_interpreted() -> bool:
     if triton is None:
         return False
     knobs = getattr(triton, "knobs", None)  # from Triton 3.4 on
-    return knobs.runtime.interpret if knobs else os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return bool(knobs.runtime.interpret) if knobs else os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def explain(implementation: Implementation, device: torch.device) -> tuple[bool, str]:

@@ -5,6 +5,8 @@ Bytes moved per element of type size b: forward 2b, backward 3b.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,11 +39,12 @@ def layer_norm(
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     check_same("layer_norm", x=x, weight=weight, bias=bias)
     check_width("layer_norm", x.shape[-1])
-    return _LayerNorm.apply(x, weight, bias, eps)
+    y: Tensor = _LayerNorm.apply(x, weight, bias, eps)
+    return y
 
 
 @jit
-def forward_kernel(
+def forward_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations
     X,
     WEIGHT,
     BIAS,
@@ -75,7 +78,7 @@ def forward_kernel(
 
 
 @jit
-def backward_kernel(
+def backward_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations
     GRAD,
     X,
     WEIGHT,
@@ -118,7 +121,7 @@ def backward_kernel(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         rows = as_rows(x)
         (n_rows, width), settings = rows.shape, configuration(x.device)
         block, step = settings.norm(width), settings.rows(n_rows)
@@ -143,7 +146,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, rstd = ctx.saved_tensors
         (n_rows, width), settings = x.shape, configuration(x.device)
         block, step = settings.norm(width), settings.rows(n_rows)

@@ -22,6 +22,7 @@ with `into_main_grad`). Over several ranks the logits count twice. Plain torch h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,7 +105,8 @@ def linear_cross_entropy(
         use_triton=triton_runs,
         gradients=torch.is_grad_enabled(),
     )
-    return _LinearCrossEntropy.apply(x, weight, task)
+    losses: Tensor = _LinearCrossEntropy.apply(x, weight, task)
+    return losses
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
@@ -140,7 +142,7 @@ class _Task:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, task):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, task: _Task) -> Tensor:
         rows = weight.detach()[: task.product_rows]
         statistics, gradient = (
             (_triton_statistics, _triton_gradient) if task.use_triton else (_statistics, _gradient)
@@ -148,9 +150,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for_x, for_weight = (task.gradients and needed for needed in ctx.needs_input_grad[:2])
         losses = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
         grad_x = x.new_empty(len(task.supervised), x.shape[1]) if for_x else None
-        grad_weight = None
+        grad_weight: Tensor | None = None
         if task.into_main_grad:
-            grad_weight = weight.main_grad
+            grad_weight = weight.main_grad  # type: ignore[attr-defined]  # Megatron sets it
         elif for_weight:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
 
@@ -162,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scales = task.token_weights[chunk.tokens], 2 * task.z_loss, task.real_rows
             grad = gradient(chunk.work, chunk.labels, chunk.maximum, lse, *scales).to(x.dtype)
             del chunk.work
-            if for_x:
+            if grad_x is not None:
                 torch.mm(grad, rows, out=grad_x[chunk.start : chunk.start + task.chunk_size])
             if grad_weight is not None:
                 _add_product(grad_weight[: task.product_rows], grad, chunk.x)
@@ -188,7 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: backward ran before; its gradients are gone")
         (grad_x, grad_weight), ctx.gradients = ctx.gradients, None
@@ -231,6 +233,7 @@ class _Chunk:
         """Ends the MAX; begins the SUM of exponentials above it and of the labels' logits."""
         if group is None:
             return
+        assert self._pending is not None, "the MAX of the same group"
         self._pending.wait()
         scale = torch.exp(self.maximum - self._highest)
         self._sums = torch.stack([self._total * scale, self._target])
@@ -304,7 +307,7 @@ def _gradient(
 
 
 @jit
-def statistics_kernel(
+def statistics_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations
     LOGITS, LABELS, MAXIMUM, TOTAL, TARGET, stride, real_rows, n_columns, BLOCK: tl.constexpr
 ):
     """One token: maximum and sum of exponentials above it in one pass, and the label's logit or 0.
@@ -332,7 +335,7 @@ def statistics_kernel(
 
 
 @jit
-def gradient_kernel(LOGITS, LABELS, LSE, WEIGHTS, stride, real_rows, n_columns, twice_z, BLOCK: tl.constexpr):
+def gradient_kernel(LOGITS, LABELS, LSE, WEIGHTS, stride, real_rows, n_columns, twice_z, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
     """BLOCK logits of one token become their gradient in place; 0 for padding rows."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -8,6 +8,8 @@ Bytes moved per element of type size b: forward 2b, backward 3b.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,11 +39,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, implementation: Implementati
         return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     check_same("rms_norm", x=x, weight=weight)
     check_width("rms_norm", x.shape[-1])
-    return _RMSNorm.apply(x, weight, eps)
+    y: Tensor = _RMSNorm.apply(x, weight, eps)
+    return y
 
 
 @jit
-def forward_kernel(
+def forward_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations
     X,
     WEIGHT,
     Y,
@@ -69,7 +72,7 @@ def forward_kernel(
 
 
 @jit
-def backward_kernel(
+def backward_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations
     GRAD,
     X,
     WEIGHT,
@@ -105,7 +108,7 @@ def backward_kernel(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = as_rows(x)
         (n_rows, width), settings = rows.shape, configuration(x.device)
         block, step = settings.norm(width), settings.rows(n_rows)
@@ -128,7 +131,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         (n_rows, width), settings = x.shape, configuration(x.device)
         block, step = settings.norm(width), settings.rows(n_rows)

@@ -9,6 +9,8 @@ heads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,11 +56,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: Implementation = "
     half = x.shape[-1] // 2
     if half & (half - 1):
         raise ValueError(f"rope: half of the head size must be a power of two for Triton, got {half}")
-    return _Rope.apply(x, cos.contiguous(), sin.contiguous())
+    y: Tensor = _Rope.apply(x, cos.contiguous(), sin.contiguous())
+    return y
 
 
 @jit
-def rotate_kernel(
+def rotate_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations
     X,
     COS,
     SIN,
@@ -121,10 +124,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _rotate(x, cos, sin, backward=False)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _rotate(grad, *ctx.saved_tensors, backward=True), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, backward=True), None, None

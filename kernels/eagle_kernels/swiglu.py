@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def swiglu(gate_up: Tensor, implementation: Implementation = "auto", reuse_input
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
     check_width("swiglu", gate_up.shape[-1] // 2)
-    return _SwiGLU.apply(gate_up, reuse_input)
+    y: Tensor = _SwiGLU.apply(gate_up, reuse_input)
+    return y
 
 
 @contextlib.contextmanager
@@ -71,7 +73,7 @@ def forget_product(y: Tensor, gate_up: Tensor, implementation: Implementation = 
 
 
 @jit
-def forward_kernel(GATE_UP, Y, n_rows, stride, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def forward_kernel(GATE_UP, Y, n_rows, stride, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
     """BLOCK columns of ROWS rows."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -86,7 +88,7 @@ def forward_kernel(GATE_UP, Y, n_rows, stride, width, ROWS: tl.constexpr, BLOCK:
 
 
 @jit
-def backward_kernel(
+def backward_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations
     GRAD,
     GATE_UP,
     GRAD_GATE_UP,
@@ -127,7 +129,7 @@ def _launch(rows: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, reuse_input):
+    def forward(ctx: Any, gate_up: Tensor, reuse_input: bool) -> Tensor:
         rows = as_rows(gate_up)
         n_rows, width = rows.shape[0], rows.shape[1] // 2
         y = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
@@ -138,7 +140,7 @@ class _SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         n_rows, width = rows.shape[0], rows.shape[1] // 2
         grad_rows = as_rows(grad)

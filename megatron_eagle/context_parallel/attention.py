@@ -7,18 +7,21 @@ Shapes: s local tokens, S tokens of the pack, b batch (1: a microbatch is one pa
 ng key-value heads, d head size, all per tensor parallel rank. Queries and keys arrive rotated.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from eagle_kernels.activation_offload import KeptResults
+from megatron_eagle.context_parallel.attention_backend import AttentionBackend
 from megatron_eagle.context_parallel.exchange import KVExchange
 from megatron_eagle.context_parallel.gather_kv import GatherKVAttention
-from megatron_eagle.context_parallel.layout import Segment, SequenceLayout
+from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.ulysses import HeadsToTokens, TokensToHeads
 
 
@@ -30,43 +33,15 @@ class PackedSequence(PackedSeqParams):
     dimension and rotate per document in Transformer Engine's own zigzag.
     """
 
-    position_ids: Tensor | None = None  # [s] positions of the local tokens inside their documents
-    layout: SequenceLayout | None = None  # over all context parallel ranks
-    exchange: KVExchange | None = None  # this rank's part, on its device
+    # Megatron's own fields have defaults.
+    position_ids: Tensor = field(kw_only=True)  # [s] positions of the local tokens inside their documents
+    layout: SequenceLayout = field(kw_only=True)  # over all context parallel ranks
+    exchange: KVExchange = field(kw_only=True)  # this rank's part, on its device
     rotary_table: tuple[Tensor, Tensor] | None = None  # cosines and sines, set on each pipeline stage
     replay: KeptResults | None = None  # what an offloaded layer keeps of its attention
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
-
-
-class AttentionBackend(Protocol):
-    """A pair of kernels: bottom-right causal attention over segments, and its gradient.
-
-    Kept apart from autograd so that activation offload can leave core attention out of recomputation.
-    """
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """q [s, np, d], k and v [keys, ng, d] -> out [s, np, d] and log-sum-exp fp32 [np, s].
-
-        Segments follow each other without gaps, in queries and in keys: their ends are the cumulative
-        lengths of a varlen kernel.
-        """
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        segments: tuple[Segment, ...],
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> grad_q like q; grad_k and grad_v [keys, ng, d], fp32 or the type of k."""
 
 
 def context_parallel_attention(
@@ -92,8 +67,10 @@ def context_parallel_attention(
         q, k, v = TokensToHeads.apply(q, k, v, ulysses_group)
     # One key-value head at a time where keys travel, so that they do so while attention runs.
     parts = 1 if exchange.kind == "none" else k.shape[1]
-    out = GatherKVAttention.apply(q, k, v, backend, exchange, scale, key_group, parts, replay)
-    return out if ulysses_group is None else HeadsToTokens.apply(out, ulysses_group)
+    out: Tensor = GatherKVAttention.apply(q, k, v, backend, exchange, scale, key_group, parts, replay)
+    if ulysses_group is not None:
+        out = HeadsToTokens.apply(out, ulysses_group)
+    return out
 
 
 class CoreAttention(MegatronModule):
@@ -101,21 +78,23 @@ class CoreAttention(MegatronModule):
 
     def __init__(
         self,
-        config,
-        layer_number,
-        attn_mask_type,
-        attention_type,
-        attention_dropout=None,
-        softmax_scale=None,
-        cp_comm_type=None,
-        pg_collection=None,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
         *,
+        pg_collection: ProcessGroupCollection,
         backend: AttentionBackend,
     ) -> None:
         super().__init__(config=config)
         self.backend = backend
         # The configuration decides, not which groups exist. Megatron's hierarchy: adjacent ranks first.
         has_ulysses = config.hierarchical_context_parallel_sizes is not None
+        self.ulysses_group: ProcessGroup | None
+        self.key_group: ProcessGroup
         self.ulysses_group, self.key_group = pg_collection.hcp if has_ulysses else (None, pg_collection.cp)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
@@ -125,9 +104,10 @@ class CoreAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type=None,
+        attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSequence | None = None,
+        *,
+        packed_seq_params: PackedSequence,
     ) -> Tensor:
         """query [s, 1, np, d], key and value [s, 1, ng, d] -> [s, 1, np * d]."""
         out = context_parallel_attention(

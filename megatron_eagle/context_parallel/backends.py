@@ -1,12 +1,13 @@
 """The choice of an attention backend, from what really works here."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_eagle.context_parallel.attention import AttentionBackend, CoreAttention
+from megatron_eagle.context_parallel.attention import CoreAttention
+from megatron_eagle.context_parallel.attention_backend import AttentionBackend
 from megatron_eagle.context_parallel.cudnn_attention import CudnnAttention
 from megatron_eagle.context_parallel.flash_attention import FlashAttention, FlashAttention3
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
@@ -15,7 +16,19 @@ from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
 from megatron_eagle.errors import UserError
 
 AttentionName = Literal["auto", "flash3", "flash", "torch_varlen", "cudnn", "te", "reference"]
-FAST = {
+
+
+class FastBackend(AttentionBackend, Protocol):
+    """A backend that does not work everywhere."""
+
+    def __init__(self) -> None: ...
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Why it cannot be used here, or None if it can."""
+
+
+FAST: dict[str, type[FastBackend]] = {
     "flash3": FlashAttention3,
     "flash": FlashAttention,
     "torch_varlen": TorchVarlenAttention,
@@ -35,7 +48,7 @@ class AttentionChoice:
     name: str
     reason: str
 
-    def build(self, *args, **kwargs) -> MegatronModule:
+    def build(self, *args: Any, **kwargs: Any) -> MegatronModule:
         """Core attention of one layer, from Megatron's arguments."""
         if self.backend is None:
             return TransformerEngineAttention(*args, **kwargs)
@@ -68,7 +81,9 @@ def choose_attention(name: AttentionName, dtype: torch.dtype, head_dim: int) -> 
 
 def why_not_backend(name: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why a fast backend cannot be used here for heads of this type and size, or None if it can."""
-    return FAST.get(name, TransformerEngineAttention).why_not() or unfit(dtype, head_dim)
+    fast = FAST.get(name)
+    missing = TransformerEngineAttention.why_not() if fast is None else fast.why_not()
+    return missing or unfit(dtype, head_dim)
 
 
 def unfit(dtype: torch.dtype, head_dim: int) -> str | None:

@@ -37,7 +37,8 @@ def causal_area(tokens: np.ndarray, document_bounds: Sequence[int]) -> np.ndarra
     whole = np.concatenate([[0], (sizes * (sizes + 1) // 2).cumsum()])
     document = np.minimum(np.searchsorted(bounds, tokens, side="right") - 1, len(sizes) - 1)
     inside = tokens - bounds[document]
-    return whole[document] + inside * (inside + 1) // 2
+    pairs: np.ndarray = whole[document] + inside * (inside + 1) // 2
+    return pairs
 
 
 def balanced(

@@ -8,8 +8,10 @@ a deterministic ragged backward on sm_90 whose workspace takes some 128 bytes a 
 """
 
 import torch
+from torch import Tensor
 
 from megatron_eagle.context_parallel.cudnn_graph import plan_graph
+from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.varlen import empty_contiguous, varlen_shape
 from megatron_eagle.runtime.libraries import why_not_library
 
@@ -32,20 +34,32 @@ class CudnnAttention:
             return f"nvidia-cudnn-frontend does not work: {error}"
         return None if version >= 90600 else f"cuDNN is {version}: ragged statistics need 90600"
 
-    def forward(self, q, k, v, segments, scale):
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float
+    ) -> tuple[Tensor, Tensor]:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)  # [s, np]
         tensors = {"q": q, "k": k, "v": v, "o": torch.empty(q.shape, dtype=q.dtype, device=q.device)}
         _run(segments, scale, tensors | {"stats": lse})
         return tensors["o"], lse.t()
 
-    def backward(self, grad_out, q, k, v, out, lse, segments, scale):
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        segments: tuple[Segment, ...],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         grads = empty_contiguous(q, k, v)
         tensors = {"q": q, "k": k, "v": v, "o": out, "do": grad_out, "stats": lse.t()}
         _run(segments, scale, tensors | dict(zip(("dq", "dk", "dv"), grads, strict=True)))
         return grads
 
 
-def _run(segments, scale: float, tensors: dict[str, torch.Tensor]) -> None:
+def _run(segments: tuple[Segment, ...], scale: float, tensors: dict[str, torch.Tensor]) -> None:
     import cudnn
 
     q, k = tensors["q"], tensors["k"]

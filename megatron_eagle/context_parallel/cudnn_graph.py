@@ -5,10 +5,25 @@ packed, [tokens, heads, d]; a ragged offset says at which element each segment b
 """
 
 from functools import lru_cache
+from typing import Any
+
+import torch
 
 
 @lru_cache(maxsize=256)
-def plan_graph(b, x_q, x_k, np, ng, d, scale, backward, deterministic, device, build=True):
+def plan_graph(
+    b: int,
+    x_q: int,
+    x_k: int,
+    np: int,
+    ng: int,
+    d: int,
+    scale: float,
+    backward: bool,
+    deterministic: bool,
+    device: torch.device | None,
+    build: bool = True,
+) -> tuple[Any, dict[str, Any], Any]:
     """-> the graph, its tensors by name, and its handle.
 
     Args:
@@ -29,7 +44,7 @@ def plan_graph(b, x_q, x_k, np, ng, d, scale, backward, deterministic, device, b
         kind = types.INT64 if name.startswith("at") else types.INT32
         ports[name] = graph.tensor(dim=[size, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind, name=name)
 
-    def ragged(name: str, tensor=None):
+    def ragged(name: str, tensor: Any = None) -> Any:
         x, heads, features = (x_k, ng, d) if name[-1] in "kv" else (x_q, np, 1 if name == "stats" else d)
         offset = ports["at_stats" if name == "stats" else "at_k" if name[-1] in "kv" else "at_q"]
         kind = types.FLOAT if name == "stats" else types.BFLOAT16

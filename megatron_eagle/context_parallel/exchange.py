@@ -13,7 +13,7 @@ Gradients return by tables of rows to add up, not by scattering: sums have one o
 kernel however many segments there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,23 +35,40 @@ class KVExchange:
     kind: Literal["none", "ranges", "gather"]
     segments: tuple[Segment, ...]  # what the local queries see, in rows of `keys`
     num_received: int  # r
-    kv_rows: Tensor | None  # int64 [keys]: received row of each; None: already in this order
-    # The keys whose gradients a received row adds up, `keys` for none: int64 [most, r]. None: itself.
-    fold_rows: Tensor | None
-    # Only for `ranges`: local rows to send, by receiver; rows to and from each rank; and where the
-    # gradients of local row i arrive: int64 [most receivers of a row, s], sum(send_counts) for nowhere.
-    send_rows: Tensor | None = None
-    send_counts: tuple[int, ...] = ()
-    receive_counts: tuple[int, ...] = ()
-    return_rows: Tensor | None = None
+    order: "KeyOrder | None"  # None: keys are received in the order in which attention reads them
+    ranges: "KeyRanges | None"  # of the kind `ranges`
 
-    def to(self, device: torch.device) -> "KVExchange":
-        """The same with its index tensors on `device`."""
-        names = ("kv_rows", "fold_rows", "send_rows", "return_rows")
-        tensors = {name: getattr(self, name) for name in names}
+    def each(self, function: Callable[[Tensor], Tensor]) -> "KVExchange":
+        """The same with `function` of its index tensors."""
+        order, ranges = self.order, self.ranges
         return replace(
-            self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None}
+            self,
+            order=order and KeyOrder(function(order.kv_rows), function(order.fold_rows)),
+            ranges=ranges
+            and replace(
+                ranges, send_rows=function(ranges.send_rows), return_rows=function(ranges.return_rows)
+            ),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class KeyOrder:
+    """From received rows to keys and back."""
+
+    kv_rows: Tensor  # int64 [keys]: received row of each
+    fold_rows: Tensor  # int64 [most, r]: keys whose gradients a received row adds up, `keys` for none
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRanges:
+    """Which keys travel where only the needed ones do."""
+
+    send_rows: Tensor  # int64: local rows, by receiver
+    send_counts: tuple[int, ...]  # rows to each rank
+    receive_counts: tuple[int, ...]  # rows from each rank
+    # Where the gradients of local row i arrive: int64 [most receivers of a row, s], sum(send_counts) for
+    # nowhere.
+    return_rows: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,24 +127,27 @@ def plan_exchange(
     tokens = np.concatenate([np.arange(start, end) for start, end in table[:, 2:].tolist()])
     kv_rows = row[tokens]
     in_order = len(kv_rows) == len(received) and bool((kv_rows == np.arange(len(received))).all())
-    plan = KVExchange(
+    order_of_keys = None
+    if not in_order:
+        folds = _fold_rows(table, kv_rows, len(received))
+        order_of_keys = KeyOrder(torch.from_numpy(kv_rows), torch.from_numpy(folds))
+    ranges = None
+    if kind == "ranges":
+        wanted = needed[:, held[rank]]  # [receiver, own row]
+        ranges = KeyRanges(
+            send_rows=torch.from_numpy(np.nonzero(wanted)[1]),
+            send_counts=tuple(wanted.sum(axis=1).tolist()),
+            receive_counts=tuple(needed[rank][held].sum(axis=1).tolist()),
+            return_rows=torch.from_numpy(_return_rows(wanted)),
+        )
+    return KVExchange(
         kind=kind,
         segments=tuple(
             Segment(*part) for part in np.stack([table[:, 0], table[:, 1], starts, ends], axis=1).tolist()
         ),
         num_received=len(received),
-        kv_rows=None if in_order else torch.from_numpy(kv_rows),
-        fold_rows=None if in_order else torch.from_numpy(_fold_rows(table, kv_rows, len(received))),
-    )
-    if kind != "ranges":
-        return plan
-    wanted = needed[:, held[rank]]  # [receiver, own row]
-    return replace(
-        plan,
-        send_rows=torch.from_numpy(np.nonzero(wanted)[1]),
-        send_counts=tuple(wanted.sum(axis=1).tolist()),
-        receive_counts=tuple(needed[rank][held].sum(axis=1).tolist()),
-        return_rows=torch.from_numpy(_return_rows(wanted)),
+        order=order_of_keys,
+        ranges=ranges,
     )
 
 

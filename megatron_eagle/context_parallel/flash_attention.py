@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.varlen import empty_contiguous, varlen_shape
 from megatron_eagle.runtime.libraries import why_not_library
 
@@ -56,14 +58,26 @@ class FlashAttention:
                 return f"this flash_attn's varlen {name} takes no {', '.join(sorted(unknown))}"
         return None
 
-    def forward(self, q, k, v, segments, scale):
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float
+    ) -> tuple[Tensor, Tensor]:
         lengths = dict(zip(_LENGTHS, varlen_shape(segments, q.device), strict=True))
         out, lse, *_ = _flash_attn()._flash_attn_varlen_forward(
             q=q, k=k, v=v, **lengths, softmax_scale=scale, return_softmax=False, **_SETTINGS
         )
         return out, lse
 
-    def backward(self, grad_out, q, k, v, out, lse, segments, scale):
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        segments: tuple[Segment, ...],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         grads = empty_contiguous(q, k, v)
         _flash_attn()._flash_attn_varlen_backward(
             dout=grad_out,
@@ -102,7 +116,9 @@ class FlashAttention3:
                 return f"this flash_attn_3::{name} has {', '.join(other)}"
         return None
 
-    def forward(self, q, k, v, segments, scale):
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float
+    ) -> tuple[Tensor, Tensor]:
         cu_q, cu_k, max_q, max_k = varlen_shape(segments, q.device)
         arguments: list[Any] = [q, k, v]
         arguments += [None] * 4  # new keys and values, second queries, output
@@ -117,7 +133,17 @@ class FlashAttention3:
         out, lse, *_ = torch.ops.flash_attn_3.fwd(*arguments)
         return out, lse
 
-    def backward(self, grad_out, q, k, v, out, lse, segments, scale):
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        segments: tuple[Segment, ...],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         cu_q, cu_k, max_q, max_k = varlen_shape(segments, q.device)
         grads = empty_contiguous(q, k, v)
         grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
@@ -130,10 +156,10 @@ class FlashAttention3:
         return grads
 
 
-def _flash_attn():
+def _flash_attn() -> Any:
     return importlib.import_module("flash_attn.flash_attn_interface")
 
 
-def _parameters(function: Callable) -> set[str]:
+def _parameters(function: Callable[..., Any]) -> set[str]:
     """Argument names; flash-attn registers its functions as operators under some versions of torch only."""
     return set(inspect.signature(getattr(function, "_init_fn", function)).parameters)

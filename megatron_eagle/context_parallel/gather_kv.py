@@ -18,12 +18,15 @@ tokens and 4 heads 0.27 GB in bf16, of which only two head groups exist at a tim
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eagle_kernels.activation_offload import KeptResults
+from megatron_eagle.context_parallel.attention_backend import AttentionBackend
 from megatron_eagle.context_parallel.exchange import KVExchange
 
 
@@ -40,17 +43,17 @@ def start_gather(kv: Tensor, exchange: KVExchange, group: dist.ProcessGroup | No
         received = kv
     else:
         received = kv.new_empty((exchange.num_received, *kv.shape[1:]))
-        if exchange.kind == "gather":
+        if exchange.ranges is None:
             work = dist.all_gather_into_tensor(received, kv, group=group, async_op=True)
         else:
-            sent = kv.index_select(0, exchange.send_rows)
-            counts = list(exchange.receive_counts), list(exchange.send_counts)
+            sent = kv.index_select(0, exchange.ranges.send_rows)
+            counts = list(exchange.ranges.receive_counts), list(exchange.ranges.send_counts)
             work = dist.all_to_all_single(received, sent, *counts, group=group, async_op=True)
 
     def finish() -> Tensor:
         if work is not None:
             work.wait()
-        return received if exchange.kv_rows is None else received.index_select(0, exchange.kv_rows)
+        return received if exchange.order is None else received.index_select(0, exchange.order.kv_rows)
 
     return finish
 
@@ -65,16 +68,18 @@ def start_return(
     Returns:
         a function that waits and gives fp32 [s, 2, h, d]: the sum over all ranks, for this rank's tokens.
     """
-    if exchange.kv_rows is None:
+    if exchange.order is None:
         rows = torch.stack([grad_k, grad_v], dim=1).float()
     else:
         keys, *shape = grad_k.shape
         grad = grad_k.new_empty((keys + 1, 2, *shape), dtype=torch.float32)
         grad[:keys, 0], grad[:keys, 1], grad[keys] = grad_k, grad_v, 0
-        rows = _sum_rows(grad, exchange.fold_rows)
+        rows = _sum_rows(grad, exchange.order.fold_rows)
     if exchange.kind == "none":
         return lambda: rows
-    if exchange.kind == "gather":
+    ranges = exchange.ranges
+    if ranges is None:
+        assert group is not None, "who gathers has a group"
         local = rows.new_empty((len(rows) // group.size(), *rows.shape[1:]))
         work = dist.reduce_scatter_tensor(local, rows.contiguous(), group=group, async_op=True)
 
@@ -84,14 +89,14 @@ def start_return(
 
         return finish_sum
 
-    count = sum(exchange.send_counts)
+    count = sum(ranges.send_counts)
     returned = rows.new_zeros((count + 1, *rows.shape[1:]))
-    counts = list(exchange.send_counts), list(exchange.receive_counts)
+    counts = list(ranges.send_counts), list(ranges.receive_counts)
     work = dist.all_to_all_single(returned[:count], rows.contiguous(), *counts, group=group, async_op=True)
 
     def finish_rows() -> Tensor:
         work.wait()
-        return _sum_rows(returned, exchange.return_rows)
+        return _sum_rows(returned, ranges.return_rows)
 
     return finish_rows
 
@@ -109,7 +114,7 @@ class GatherKVAttention(torch.autograd.Function):
     """q [s, np, d], k and v [s, ng, d] of this rank -> out [s, np, d].
 
     Args:
-        backend: an `attention.AttentionBackend`.
+        backend: an `AttentionBackend`.
         exchange: this rank's part for this pack, on the device of q.
         scale: of the scores.
         group: the ranks of the exchange; None where there is nothing to exchange.
@@ -118,7 +123,18 @@ class GatherKVAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, backend, exchange, scale, group, parts, replay):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backend: AttentionBackend,
+        exchange: KVExchange,
+        scale: float,
+        group: dist.ProcessGroup | None,
+        parts: int,
+        replay: KeptResults | None,
+    ) -> Tensor:
         ctx.backend, ctx.exchange, ctx.scale, ctx.group, ctx.parts = backend, exchange, scale, group, parts
 
         def attend() -> tuple[Tensor, Tensor]:
@@ -135,7 +151,7 @@ class GatherKVAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         exchange, group = ctx.exchange, ctx.group
         heads = _head_groups(q, k, ctx.parts)
@@ -167,20 +183,31 @@ def _head_groups(q: Tensor, k: Tensor, parts: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _gathered(k, v, exchange, group, heads):
+def _gathered(
+    k: Tensor,
+    v: Tensor,
+    exchange: KVExchange,
+    group: dist.ProcessGroup | None,
+    heads: Sequence[tuple[slice, slice]],
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and values of each head group; those of the next are on their way when one is handed out."""
 
     def start(own: slice) -> Callable[[], Tensor]:
         return start_gather(torch.stack([k[:, own], v[:, own]], dim=1), exchange, group)
 
-    if exchange.kind == "none" and exchange.kv_rows is None:
+    if exchange.kind == "none" and exchange.order is None:
         yield from ((k[:, own], v[:, own]) for _, own in heads)
         return
     pending = deque([start(heads[0][1])])
-    for _, following in [*heads[1:], (None, None)]:
-        if following is not None:
-            pending.append(start(following))
-        yield pending.popleft()().unbind(1)  # nothing here keeps what was received
+    for number in range(1, len(heads) + 1):
+        if number < len(heads):
+            pending.append(start(heads[number][1]))
+        yield _pair(pending.popleft()())  # nothing here keeps what was received
+
+
+def _pair(kv: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = kv.unbind(1)
+    return keys, values
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:

@@ -37,7 +37,8 @@ def expand(ranges: np.ndarray) -> np.ndarray:
     sizes = ranges[:, 1] - ranges[:, 0]
     ends = sizes.cumsum()
     total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(ranges[:, 0] - (ends - sizes), sizes) + np.arange(total)
+    found: np.ndarray = np.repeat(ranges[:, 0] - (ends - sizes), sizes) + np.arange(total)
+    return found
 
 
 def merge_adjacent(ranges: np.ndarray) -> np.ndarray:

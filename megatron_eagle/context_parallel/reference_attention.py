@@ -43,7 +43,9 @@ class ReferenceAttention:
     def __init__(self, longest_on_gpu: int | None = None) -> None:
         self.longest_on_gpu = longest_on_gpu
 
-    def forward(self, q, k, v, segments: tuple[Segment, ...], scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float
+    ) -> tuple[Tensor, Tensor]:
         if self.longest_on_gpu is not None and q.is_cuda:
             refuse_long(segments, self.longest_on_gpu)
         grouped = q.unflatten(1, (k.shape[1], -1))  # [s, g, r, d]
@@ -57,7 +59,17 @@ class ReferenceAttention:
             out[rows] = torch.einsum("grqk,kgd->qgrd", weights, v[keys].float()).to(out.dtype)
         return out.flatten(1, 2), lse.flatten(0, 1)
 
-    def backward(self, grad_out, q, k, v, out, lse, segments: tuple[Segment, ...], scale: float):
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        segments: tuple[Segment, ...],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         heads = (k.shape[1], -1)
         q_, out_, grad_ = (t.unflatten(1, heads) for t in (q, out, grad_out))
         lse = lse.unflatten(0, heads)

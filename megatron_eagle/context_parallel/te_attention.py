@@ -10,6 +10,8 @@ that is recomputed or offloaded runs it again.
 """
 
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -56,14 +58,14 @@ class TransformerEngineAttention(MegatronModule):
 
     def __init__(
         self,
-        config,
-        layer_number,
-        attn_mask_type,
-        attention_type,
-        attention_dropout=None,
-        softmax_scale=None,
-        cp_comm_type=None,
-        pg_collection=None,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
         # Not at the top: without Transformer Engine it is a mock.
@@ -86,12 +88,13 @@ class TransformerEngineAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type=None,
+        attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSequence | None = None,
+        *,
+        packed_seq_params: PackedSequence,
     ) -> Tensor:
         """query [s, 1, np, d], key and value [s, 1, ng, d] -> [s, 1, np * d]."""
-        out = self.attention(
+        out: Tensor = self.attention(
             query=query.squeeze(1),
             key=key.squeeze(1),
             value=value.squeeze(1),

@@ -8,7 +8,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
+from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.varlen import varlen_shape
 
 _COMMON = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
@@ -35,18 +37,30 @@ class TorchVarlenAttention:
             return "it needs compute capability 8.0"
         return None
 
-    def forward(self, q, k, v, segments, scale):
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, *varlen_shape(segments, q.device), 0.0, True, False, scale=scale
         )
         return out, lse
 
-    def backward(self, grad_out, q, k, v, out, lse, segments, scale):
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        segments: tuple[Segment, ...],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shape = varlen_shape(segments, q.device)
         # Without dropout the random state is not read.
         state, unused = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in (2, 0))
         with _really_deterministic():
-            return torch.ops.aten._flash_attention_backward(
+            grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
                 grad_out.contiguous(),
                 q,
                 k,
@@ -60,6 +74,7 @@ class TorchVarlenAttention:
                 unused,
                 scale=scale,
             )
+        return grad_q, grad_k, grad_v
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ ranks that have the same heads. Source: DeepSpeed-Ulysses (arXiv 2309.14509), US
 Each rank sends (U - 1) / U of its q, k, v and outputs; all-gathering keys moves U - 1 times its k and v.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,14 +38,17 @@ class TokensToHeads(torch.autograd.Function):
     """q [s, np, d], k and v [s, ng, d] -> q [U * s, np / U, d], k and v [U * s, ng / U, d]."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.group = group
         blocks = [x.unflatten(1, (group.size(), -1)) for x in (q, k, v)]
         ctx.sizes = [block.shape[2] for block in blocks]
-        return _spread_heads(torch.cat(blocks, dim=2), group).split(ctx.sizes, dim=1)
+        q, k, v = _spread_heads(torch.cat(blocks, dim=2), group).split(ctx.sizes, dim=1)
+        return q, k, v
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         collected = _collect_heads(torch.cat(grads, dim=1), ctx.group)
         return *(grad.flatten(1, 2) for grad in collected.split(ctx.sizes, dim=2)), None
 
@@ -52,10 +57,10 @@ class HeadsToTokens(torch.autograd.Function):
     """Outputs [U * s, np / U, d] -> [s, np, d]."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, out: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _collect_heads(out, group).flatten(1, 2)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _spread_heads(grad.unflatten(1, (ctx.group.size(), -1)), ctx.group), None

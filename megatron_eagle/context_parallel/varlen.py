@@ -33,6 +33,7 @@ def varlen_shape(segments: tuple[Segment, ...], device: torch.device) -> VarlenS
     )
 
 
-def empty_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Room for one gradient each; tensors may be slices of heads, whose strides `empty_like` would keep."""
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
+def empty_contiguous(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for one gradient each; they may be slices of heads, whose strides `empty_like` would keep."""
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return grad_q, grad_k, grad_v

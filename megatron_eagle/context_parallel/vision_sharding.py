@@ -17,6 +17,7 @@ their files: each decodes a part, and `gather_tiles` gives each the pixels of al
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,12 @@ class VisionShare:
     def to(self, device: torch.device) -> "VisionShare":
         """The same with the rows that the exchange reads on `device`."""
         return replace(self, send_rows=self.send_rows.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "VisionShare":
+        """The same with its indices in pinned memory, so that `to` does not wait for the device."""
+        return replace(
+            self, send_rows=self.send_rows.pin_memory(), receive_order=self.receive_order.pin_memory()
+        )
 
 
 def share_vision(
@@ -113,12 +120,13 @@ def exchange_features(features: Tensor, share: VisionShare) -> Tensor:
     """[own features, h] of each rank -> [wanted features, h], in `share.receive_order`."""
     if share.group is None:
         return features[share.send_rows]
-    return _Exchange.apply(features, share)
+    wanted: Tensor = _Exchange.apply(features, share)
+    return wanted
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features: Tensor, share: VisionShare) -> Tensor:
+    def forward(ctx: Any, features: Tensor, share: VisionShare) -> Tensor:
         ctx.share, ctx.num_features = share, features.shape[0]
         sent = features[share.send_rows]
         received = features.new_empty((sum(share.receive_counts), features.shape[1]))
@@ -127,7 +135,7 @@ class _Exchange(torch.autograd.Function):
         return received
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         share = ctx.share
         returned = grad.new_empty((sum(share.send_counts), grad.shape[1]))
         counts = list(share.send_counts), list(share.receive_counts)

@@ -33,5 +33,5 @@ class Connector(MegatronModule):
         """[n, p, h] -> [n * t, H], tiles and tokens in order."""
         tokens = self.layer_norm(pixel_shuffle(features, self.factor)).flatten(0, 1)
         hidden, _ = self.linear_fc1(tokens)
-        out, _ = self.linear_fc2(F.gelu(hidden))
+        out: Tensor = self.linear_fc2(F.gelu(hidden))[0]
         return out

@@ -7,6 +7,7 @@ h language features.
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -27,7 +28,16 @@ from megatron_eagle.model.vision import VisionModel
 from megatron_eagle.runtime.parallel import Mesh
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class VisionInput:
+    """The tiles of a microbatch as a rank of the first stage sees them."""
+
+    pixel_values: Tensor  # [n, channels, S, S]: this rank's
+    share: VisionShare  # who exchanges which features
+    rows: Tensor  # int64 [i]: of the hidden states, those that take the received features
+
+
+@dataclass(frozen=True, eq=False)
 class ModelInput:
     """One microbatch as this context parallel rank sees it (`model.inputs.make_input`)."""
 
@@ -36,11 +46,7 @@ class ModelInput:
     loss_weights: Tensor | None  # [s] fp32
     group_ids: Tensor | None  # [s] int64: whose losses are summed apart
     packed: PackedSequence
-    # First stage only: this rank's tiles [n, channels, S, S], who exchanges which features, and the rows
-    # [i] int64 of the hidden states that take the received features.
-    pixel_values: Tensor | None = None
-    vision: VisionShare | None = None
-    image_rows: Tensor | None = None
+    vision: VisionInput | None  # None: not the first stage
 
 
 class EagleModel(MegatronModule):
@@ -75,7 +81,8 @@ class EagleModel(MegatronModule):
             )
             if self.has_whole_encoder:
                 # Built for a tensor parallel group of one: not shards, and counted once in norms.
-                for parameter in (*self.vision_model.parameters(), *self.connector.parameters()):
+                whole: tuple[Any, ...] = (*self.vision_model.parameters(), *self.connector.parameters())
+                for parameter in whole:
                     parameter.tensor_model_parallel = False
                     parameter.sum_over_tensor_parallel = True
         self.language_model = LanguageModel(eagle.text, config, classes, mesh, chunk, recompute, store)
@@ -85,9 +92,14 @@ class EagleModel(MegatronModule):
         """Whether tensor parallel ranks hold copies of encoder and connector and encode different tiles."""
         return self.pre_process and self.mesh.config.vision_sharding == "cp_tp"
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Megatron's description for checkpoints, the same keys and shapes for every layout."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.has_whole_encoder:
             replica = (0, self.mesh.tp.rank, self.mesh.dp_cp.rank)
             for key, tensor in state.items():
@@ -95,27 +107,31 @@ class EagleModel(MegatronModule):
                     tensor.replica_id = replica
         return state
 
-    def set_input_tensor(self, input_tensor) -> None:
+    def set_input_tensor(self, input_tensor: Tensor | None) -> None:
         """Called by Megatron's pipeline schedules."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """Called by Megatron to sum the gradient of tied embeddings over the pipeline."""
-        return self.language_model.shared_embedding_or_output_weight()
+        weight: Tensor = self.language_model.shared_embedding_or_output_weight()
+        return weight
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[n, channels, S, S] -> image tokens [n * tokens_per_tile, h] in reading order."""
-        return self.connector(self.vision_model(pixel_values))
+        tokens: Tensor = self.connector(self.vision_model(pixel_values))
+        return tokens
 
     def _embed(self, inputs: ModelInput) -> Tensor:
         """Token embeddings with image features in their places: [r, 1, h]."""
-        hidden = self.language_model.embedding(inputs.input_ids, position_ids=None)
-        features = self.encode_images(inputs.pixel_values)
+        vision = inputs.vision
+        assert vision is not None, "the first stage has tiles, none of them perhaps"
+        hidden: Tensor = self.language_model.embedding(inputs.input_ids, position_ids=None)
+        features = self.encode_images(vision.pixel_values)
         if self.config.sequence_parallel and not self.has_whole_encoder:
             # Each tensor parallel rank uses other rows of the same features: backward adds them up.
             features = copy_to_tensor_model_parallel_region(features, group=self.mesh.tp.group)
-        received = exchange_features(features, inputs.vision)
-        hidden = hidden.index_copy(0, inputs.image_rows, received.unsqueeze(1))
+        received = exchange_features(features, vision.share)
+        hidden = hidden.index_copy(0, vision.rows, received.unsqueeze(1))
         if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
             # Checkpointed layers get no gradients unless their input asks for one, and it does not where
             # everything before them is frozen.
@@ -125,7 +141,7 @@ class EagleModel(MegatronModule):
     def forward(self, inputs: ModelInput) -> Tensor:
         """-> per-token cross-entropy fp32 [1, s] on the last stage (this rank's share of the logits
         [1, s, rows / tp] without labels), hidden states on the others."""
-        return self.language_model(
+        out: Tensor = self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
@@ -134,6 +150,7 @@ class EagleModel(MegatronModule):
             loss_mask=inputs.loss_weights,
             packed_seq_params=inputs.packed,
         )
+        return out
 
 
 def _vision_groups(mesh: Mesh) -> ProcessGroupCollection:

@@ -5,10 +5,9 @@ is there: it says which tiles this rank decodes. `build_input` puts the tensors 
 once per microbatch; all model chunks of a rank share the result.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from operator import sub
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +19,9 @@ from megatron_eagle.context_parallel.padding import pad_documents
 from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.context_parallel.vision_sharding import VisionShare, gather_tiles, share_vision
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.eagle import ModelInput
+from megatron_eagle.model.eagle import ModelInput, VisionInput
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,33 +34,42 @@ class InputPlan:
     longest_document: int
     layout: SequenceLayout
     exchange: KVExchange
-    # First stage only: who encodes and exchanges what, and the rows [i] int64 of the hidden states that take
-    # the received features.
-    vision: VisionShare | None = None
-    image_rows: Tensor | None = None
+    vision: "VisionPlan | None"  # None: not the first stage
 
     @property
     def tiles(self) -> range | None:
         """The tiles of the pack that this rank decodes; None where there is no vision encoder."""
-        return None if self.vision is None else self.vision.decoded_tiles
+        return None if self.vision is None else self.vision.share.decoded_tiles
 
     def to(self, device: torch.device) -> "InputPlan":
         """The same with its indices on `device`."""
+        vision = self.vision
         return replace(
             self,
             token_index=self.token_index.to(device, non_blocking=True),
             document_bounds=self.document_bounds.to(device, non_blocking=True),
-            exchange=self.exchange.to(device),
-            vision=None if self.vision is None else self.vision.to(device),
-            image_rows=None if self.image_rows is None else self.image_rows.to(device, non_blocking=True),
+            exchange=self.exchange.each(lambda rows: rows.to(device, non_blocking=True)),
+            vision=vision and VisionPlan(vision.share.to(device), vision.rows.to(device, non_blocking=True)),
         )
 
     def pin_memory(self) -> "InputPlan":
         """The same in pinned memory, so that `to` does not wait for the device."""
-        parts = {
-            name: _each_tensor(getattr(self, name), Tensor.pin_memory) for name in ("exchange", "vision")
-        }
-        return replace(_each_tensor(self, Tensor.pin_memory), **parts)
+        vision = self.vision
+        return replace(
+            self,
+            token_index=self.token_index.pin_memory(),
+            document_bounds=self.document_bounds.pin_memory(),
+            exchange=self.exchange.each(Tensor.pin_memory),
+            vision=vision and VisionPlan(vision.share.pin_memory(), vision.rows.pin_memory()),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class VisionPlan:
+    """What a rank of the first stage does with a pack's tiles."""
+
+    share: VisionShare  # who encodes and exchanges what
+    rows: Tensor  # int64 [i]: of the hidden states, those that take the received features
 
 
 def plan_input(
@@ -100,23 +106,20 @@ def plan_input(
         mesh.config.context_parallel_chunk_size,
     )
     layout = key_layout.cut_each(ulysses)
-    plan = InputPlan(
+    if num_tiles is None:
+        vision = None
+    else:
+        image = (input_ids == eagle.image_token_index)[source] & (source >= 0)
+        _check_tiles(eagle, image, num_tiles)
+        vision = _plan_vision(layout, image, num_tiles, eagle.tokens_per_tile, mesh)
+    return InputPlan(
         token_index=source[layout.token_index(mesh.cp.rank)],
         document_bounds=torch.tensor(document_bounds, dtype=torch.int32),
         longest_document=max(map(sub, document_bounds[1:], document_bounds)),
         layout=layout,
         exchange=plan_exchange(key_layout, mesh.cp.rank // ulysses, document_bounds),
+        vision=vision,
     )
-    if num_tiles is None:
-        return plan
-    image = (input_ids == eagle.image_token_index)[source] & (source >= 0)
-    image_tokens, expected = int(image.sum()), num_tiles * eagle.tokens_per_tile
-    if image_tokens != expected:
-        raise UserError(
-            f"{image_tokens} image tokens (id {eagle.image_token_index}) but {num_tiles} tiles x "
-            f"{eagle.tokens_per_tile} = {expected} image features: text and tiles belong to different samples"
-        )
-    return _plan_vision(plan, image, num_tiles, eagle.tokens_per_tile, mesh)
 
 
 def build_input(
@@ -141,16 +144,19 @@ def build_input(
     plan = plan.to(device)
     padding = plan.token_index < 0
 
-    def local(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+    def local(x: Tensor) -> Tensor:
         return x.to(device, non_blocking=True)[plan.token_index].masked_fill(padding, 0)
 
-    inputs = ModelInput(
+    vision = None
+    if plan.vision is not None:
+        assert tiles is not None, "the first stage has tiles, none of them perhaps"
+        pixels = gather_tiles(tiles.to(device, non_blocking=True), plan.vision.share)
+        vision = VisionInput(pixels, plan.vision.share, plan.vision.rows)
+    return ModelInput(
         input_ids=local(input_ids)[None],
         labels=None if labels is None else local(labels)[None],
-        loss_weights=local(loss_weights),
-        group_ids=local(group_ids),
+        loss_weights=None if loss_weights is None else local(loss_weights),
+        group_ids=None if group_ids is None else local(group_ids),
         packed=PackedSequence(
             cu_seqlens_q=plan.document_bounds,
             max_seqlen_q=plan.longest_document,
@@ -158,12 +164,8 @@ def build_input(
             layout=plan.layout,
             exchange=plan.exchange,
         ),
-        vision=plan.vision,
-        image_rows=plan.image_rows,
+        vision=vision,
     )
-    if plan.vision is not None:
-        inputs.pixel_values = gather_tiles(tiles.to(device, non_blocking=True), plan.vision)
-    return inputs
 
 
 def make_input(
@@ -194,28 +196,44 @@ def make_input(
         document_bounds=document_bounds,
         num_tiles=None if pixel_values is None else len(pixel_values),
     )
+    tiles = None
     if pixel_values is not None:
         _check_pixels(eagle, pixel_values)
+        own = plan.tiles or range(0)
+        tiles = pixel_values[own.start : own.stop]
     return build_input(
         plan,
         device,
         input_ids=input_ids,
         position_ids=position_ids,
-        tiles=None if pixel_values is None else pixel_values[plan.tiles.start : plan.tiles.stop],
+        tiles=tiles,
         labels=labels,
         loss_weights=loss_weights,
         group_ids=group_ids,
     )
 
 
+def _check_tiles(eagle: EagleConfig, image: Tensor, num_tiles: int) -> None:
+    image_tokens, expected = int(image.sum()), num_tiles * eagle.tokens_per_tile
+    if image_tokens != expected:
+        raise UserError(
+            f"{image_tokens} image tokens (id {eagle.image_token_index}) but {num_tiles} tiles x "
+            f"{eagle.tokens_per_tile} = {expected} image features: text and tiles belong to different samples"
+        )
+
+
 def _plan_vision(
-    plan: InputPlan, image: Tensor, num_tiles: int, tokens_per_tile: int, mesh: Mesh
-) -> InputPlan:
-    """Add this rank's tiles and the exchange of features, as `vision_sharding` says."""
+    layout: SequenceLayout, image: Tensor, num_tiles: int, tokens_per_tile: int, mesh: Mesh
+) -> VisionPlan:
+    """This rank's tiles and the exchange of features, as `vision_sharding` says.
+
+    Args:
+        image: [S] bool: the pack's image tokens.
+    """
     tp, cp, mode = mesh.tp, mesh.cp, mesh.config.vision_sharding
     slots = image.cumsum(0) - 1
     # The tokens whose hidden states each (cp, tp) rank holds, in order: [cp, tp, r].
-    tokens = plan.layout.rank_major_order.view(cp.size, 1, -1)
+    tokens = layout.rank_major_order.view(cp.size, 1, -1)
     if mesh.config.sequence_parallel:
         tokens = tokens.view(cp.size, tp.size, -1)
     else:
@@ -237,7 +255,7 @@ def _plan_vision(
         group=group,
         decode_group=decode_group,
     )
-    return replace(plan, vision=share, image_rows=image[mine].nonzero().squeeze(1)[share.receive_order])
+    return VisionPlan(share, image[mine].nonzero().squeeze(1)[share.receive_order])
 
 
 def _check_pixels(eagle: EagleConfig, pixel_values: Tensor) -> None:
@@ -247,11 +265,3 @@ def _check_pixels(eagle: EagleConfig, pixel_values: Tensor) -> None:
         raise UserError(f"tiles are {found} pixels and the model's vision.image_size is {size}")
     if not torch.isfinite(pixel_values.sum()):
         raise UserError("tiles hold NaN or infinite pixels: look at the media of this pack's samples")
-
-
-def _each_tensor(value: T, function: Callable[[Tensor], Tensor]) -> T:
-    """A dataclass (or None) with `function` applied to its tensors."""
-    if value is None:
-        return None
-    tensors = {f.name: getattr(value, f.name) for f in fields(value)}
-    return replace(value, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})

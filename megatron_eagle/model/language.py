@@ -1,5 +1,7 @@
 """Qwen2.5 as Megatron's `GPTModel`, with packed rotary positions and a loss that ignores padding rows."""
 
+from typing import Any
+
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -46,14 +48,23 @@ class LanguageModel(GPTModel):
         rows = text.padded_vocab_size // mesh.tp.size
         self.local_vocab_size = min(max(text.vocab_size - mesh.tp.rank * rows, 0), rows)
 
-    def _postprocess(self, hidden_states: Tensor, *, labels=None, loss_mask=None, **others) -> Tensor:
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
         """Megatron's last step: hidden states [r, 1, h] -> cross-entropy per token fp32 [1, s], or logits.
 
         `loss_mask` carries the token weights [s]. The fused loss forms gradients for them, and is 0 for
         tokens that have none.
         """
         if not self.post_process or labels is None or self.fused_loss is None:
-            return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
+            plain: Tensor = super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
+            return plain
+        assert loss_mask is not None, "labels come with weights"
         group, sharded = self.pg_collection.tp, self.config.sequence_parallel
         if sharded:
             # Whole before the loss drops tokens, so that all ranks drop the same.
@@ -78,4 +89,5 @@ class LanguageModel(GPTModel):
         Padding rows of the vocabulary receive no probability.
         """
         logits[..., self.local_vocab_size :] = float("-inf")
-        return super().compute_language_model_loss(labels, logits).float()
+        losses: Tensor = super().compute_language_model_loss(labels, logits)
+        return losses.float()

@@ -6,7 +6,7 @@ offers is looked up by importing it: without Transformer Engine its names in Meg
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -95,10 +95,10 @@ class FusedLoss:
 class LayerClasses:
     """What specifications are built from, and why, in one line."""
 
-    column_parallel_linear: Callable
-    row_parallel_linear: Callable
-    rms_norm: Callable | ModuleSpec
-    layer_norm: Callable | ModuleSpec
+    column_parallel_linear: Callable[..., Any]
+    row_parallel_linear: Callable[..., Any]
+    rms_norm: Callable[..., Any] | ModuleSpec
+    layer_norm: Callable[..., Any] | ModuleSpec
     swiglu: ModuleSpec
     fused_loss: FusedLoss | None  # None: logits, then Megatron's cross-entropy
     kernels: Implementation
@@ -116,12 +116,13 @@ class RMSNorm(torch.nn.Module):
         hidden_size: int,
         eps: float = 1e-6,
         kernels: Implementation = "auto",
-        **_,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.eps, self.kernels = eps, kernels
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight: Tensor = weight
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.kernels)
@@ -136,7 +137,7 @@ class LayerNorm(torch.nn.LayerNorm):
         hidden_size: int,
         eps: float = 1e-6,
         kernels: Implementation = "auto",
-        **_,
+        **_: Any,
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.kernels = kernels
@@ -160,12 +161,13 @@ class SwiGLU(MegatronModule):
 class ProductFreeMLP(MLP):
     """Megatron's MLP, which computes the product that its last layer reads again in backward."""
 
-    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         """[r, 1, h] -> the same shape, and no bias."""
         gate_up, _ = self.linear_fc1(hidden_states)
         product = self.activation_func(gate_up)
         with forget_product(product, gate_up, self.activation_func.kernels):
-            return self.linear_fc2(product)
+            out: tuple[Tensor, None] = self.linear_fc2(product)
+        return out
 
 
 def without_product(mlp: ModuleSpec, group: ProcessGroup) -> type[ProductFreeMLP]:

@@ -113,5 +113,5 @@ def _shown_layout(parallel: ParallelConfig) -> str:
 
 
 def _choices(values: list[int]) -> str:
-    *most, last = map(str, values or ["another pipeline_model_parallel_size"])
+    *most, last = [str(value) for value in values] or ["another pipeline_model_parallel_size"]
     return f"{', '.join(most)} or {last}" if most else last

@@ -29,7 +29,7 @@ parallelism), b = 1.
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -91,7 +91,7 @@ class _Adapter(torch.nn.Module):
     split: Mapping[str, int | None]
 
     def __init__(
-        self, sizes: Mapping[str, tuple[int, int]], weight: Tensor, config: LoraConfig, model: EagleModel
+        self, sizes: Mapping[Target, tuple[int, int]], weight: Tensor, config: LoraConfig, model: EagleModel
     ) -> None:
         """`sizes`: in and out features of this rank by target; `weight`: the layer's, for type and device."""
         super().__init__()
@@ -101,7 +101,7 @@ class _Adapter(torch.nn.Module):
         self.targets = list(sizes)
         for target, (size_in, size_out) in sizes.items():
             for factor, shape in (("a", (self.rank, size_in)), ("b", (size_out, self.rank))):
-                parameter = torch.nn.Parameter(weight.new_empty(shape))
+                parameter: Any = torch.nn.Parameter(weight.new_empty(shape))
                 axis = self.split[factor]
                 if axis is None:
                     # Its gradient is of this rank's tokens alone: Megatron sums it over the ranks.
@@ -112,17 +112,26 @@ class _Adapter(torch.nn.Module):
                 self.register_parameter(f"{target}_{factor}", parameter)
 
     def a(self, target: str) -> Tensor:
-        return getattr(self, f"{target}_a")
+        return self.get_parameter(f"{target}_a")
 
     def b(self, target: str) -> Tensor:
-        return getattr(self, f"{target}_b")
+        return self.get_parameter(f"{target}_b")
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Megatron's description for checkpoints: whole shapes, the same for every layout."""
+        assert metadata is not None, "Megatron hands it down"
         state = self.state_dict(prefix="", keep_vars=True)
         axes = {name: self.split[name[-1]] for name in state if self.split[name[-1]] is not None}
         groups = {"tp_group": self.tp.group, "dp_cp_group": metadata["dp_cp_group"]}
-        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            state, prefix, axes, sharded_offsets, **groups
+        )
+        return sharded
 
 
 class ColumnAdapter(_Adapter):
@@ -132,7 +141,7 @@ class ColumnAdapter(_Adapter):
 
     def __init__(
         self,
-        widths: Mapping[str, int],
+        widths: Mapping[Target, int],
         groups: int,
         weight: Tensor,
         config: LoraConfig,
@@ -166,7 +175,7 @@ class RowAdapter(_Adapter):
 
     split = {"a": 1, "b": None}
 
-    def __init__(self, target: str, weight: Tensor, config: LoraConfig, model: EagleModel) -> None:
+    def __init__(self, target: Target, weight: Tensor, config: LoraConfig, model: EagleModel) -> None:
         super().__init__({target: (weight.shape[1], weight.shape[0])}, weight, config, model)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,26 +236,28 @@ def _adapt(layer: TransformerLayer, config: LoraConfig, model: EagleModel) -> No
     head, groups = attention.hidden_size_per_attention_head, attention.num_query_groups_per_partition
     queries = attention.num_attention_heads_per_partition // groups * head
     gate = mlp.linear_fc1.weight.shape[0] // 2
-    for owner, name, widths, fused_groups in (
+    columns: list[tuple[Any, str, Mapping[Target, int], int]] = [
         (attention, "qkv", {"q_proj": queries, "k_proj": head, "v_proj": head}, groups),
         (mlp, "fc1", {"gate_proj": gate, "up_proj": gate}, 1),
-        (attention, "proj", ["o_proj"], None),
-        (mlp, "fc2", ["down_proj"], None),
-    ):
-        if not any(target in config.target_modules for target in widths):
-            continue
-        linear = getattr(owner, f"linear_{name}")
-        if fused_groups is None:
-            adapter = RowAdapter(widths[0], linear.weight, config, model)
-        else:
-            adapter = ColumnAdapter(widths, fused_groups, linear.weight, config, model)
+    ]
+    rows: list[tuple[Any, str, Target]] = [(attention, "proj", "o_proj"), (mlp, "fc2", "down_proj")]
+    beside: list[tuple[Any, str, _Adapter]] = []
+    for owner, name, widths, fused_groups in columns:
+        if any(target in config.target_modules for target in widths):
+            weight = getattr(owner, f"linear_{name}").weight
+            beside.append((owner, name, ColumnAdapter(widths, fused_groups, weight, config, model)))
+    for owner, name, target in rows:
+        if target in config.target_modules:
+            weight = getattr(owner, f"linear_{name}").weight
+            beside.append((owner, name, RowAdapter(target, weight, config, model)))
+    for owner, name, adapter in beside:
         # Beside the layer, not around it: the base keeps its parameter names, here and in checkpoints.
         owner.add_module(f"lora_{name}", adapter)
-        linear.register_forward_hook(_adding(adapter))
+        getattr(owner, f"linear_{name}").register_forward_hook(_adding(adapter))
 
 
-def _adding(adapter: _Adapter):
-    def hook(linear, inputs: Sequence[Any], output: tuple) -> tuple:
+def _adding(adapter: _Adapter) -> Callable[..., tuple[Any, ...]]:
+    def hook(linear: torch.nn.Module, inputs: Sequence[Any], output: tuple[Any, ...]) -> tuple[Any, ...]:
         return output[0] + adapter(inputs[0]), *output[1:]
 
     return hook

@@ -39,12 +39,12 @@ def offloaded_specs(
 class OffloadedTransformerLayer(TransformerLayer):
     """Megatron's layer, run again in backward from tensors that waited on the host."""
 
-    def __init__(self, *args, store: HostStore, stays: bool, **kwargs) -> None:
+    def __init__(self, *args: Any, store: HostStore, stays: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.store, self.stays = store, stays
 
     def forward(
-        self, hidden_states: Tensor, *, packed_seq_params: PackedSequence, **others
+        self, hidden_states: Tensor, *, packed_seq_params: PackedSequence, **others: Any
     ) -> tuple[Tensor, None]:
         """hidden_states [r, 1, h] -> the same shape, and no context: the model has no cross-attention.
 
@@ -54,7 +54,9 @@ class OffloadedTransformerLayer(TransformerLayer):
 
         def run(x: Tensor, attention: KeptResults) -> Tensor:
             packed = replace(packed_seq_params, replay=attention)
-            return super(OffloadedTransformerLayer, self).forward(x, packed_seq_params=packed, **others)[0]
+            forward = super(OffloadedTransformerLayer, self).forward
+            y: Tensor = forward(x, packed_seq_params=packed, **others)[0]
+            return y
 
         random = (_random_states, _set_random_states)
         try:

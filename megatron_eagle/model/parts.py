@@ -4,6 +4,7 @@ A frozen part has no gradient buffer, no optimizer state and takes no part in gr
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -67,12 +68,15 @@ def freeze(models: Iterable[EagleModel], trainable: Collection[str], first_new_t
 def mask_old_token_rows(models: Iterable[torch.nn.Module]) -> None:
     """Zero the finished gradients of rows that are not new. Adam then leaves them bit for bit as they are."""
     for model in models:
+        parameter: Any
         for parameter in model.parameters():
             if hasattr(parameter, "first_trainable_row"):
                 parameter.main_grad[: parameter.first_trainable_row] = 0
 
 
-def optimizer_overrides(multipliers: Mapping[str, float], lr: float, min_lr: float) -> dict:
+def optimizer_overrides(
+    multipliers: Mapping[str, float], lr: float, min_lr: float
+) -> dict[ParamKey, dict[str, float]]:
     """Megatron's parameter groups: learning rates of parts, and no weight decay for token rows, which
     would shrink the old ones."""
 
@@ -81,7 +85,7 @@ def optimizer_overrides(multipliers: Mapping[str, float], lr: float, min_lr: flo
             with_name_predicate=ParamWithNamePredicate(part, lambda p, name: part_of(name, p) == part)
         )
 
-    overrides: dict[ParamKey, dict] = {belongs(NEW_TOKEN_ROWS): {"wd_mult": 0.0}}
+    overrides: dict[ParamKey, dict[str, float]] = {belongs(NEW_TOKEN_ROWS): {"wd_mult": 0.0}}
     for part, multiplier in multipliers.items():
         settings = overrides.setdefault(belongs(part), {})
         settings |= {"max_lr": lr * multiplier, "min_lr": min_lr * multiplier}

@@ -3,10 +3,13 @@
 Megatron would rotate in several passes over memory; its fused kernel belongs to Transformer Engine.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from eagle_kernels.dispatch import Implementation
 from eagle_kernels.rope import inverse_frequencies, rope, rotary_table
@@ -26,15 +29,23 @@ class PackedRotaryTable(torch.nn.Module):
     def __init__(self, dim: int, base: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
+        self.frequencies: Tensor
         self.register_buffer("frequencies", inverse_frequencies(dim, base), persistent=False)
 
     def get_rotary_seq_len(
-        self, inference_context, transformer, transformer_input, config, packed_seq_params
+        self,
+        inference_context: None,
+        transformer: torch.nn.Module,
+        transformer_input: Tensor,
+        config: TransformerConfig,
+        packed_seq_params: PackedSequence,
     ) -> PackedSequence:
         """Megatron asks for a length and hands it to `forward`: the pack itself says more."""
         return packed_seq_params
 
-    def forward(self, packed: PackedSequence, packed_seq: bool = False, cp_group=None) -> None:
+    def forward(
+        self, packed: PackedSequence, packed_seq: bool = False, cp_group: ProcessGroup | None = None
+    ) -> None:
         """Leaves cosines and sines of the local tokens, [s, d / 2], in the pack."""
         packed.rotary_table = rotary_table(packed.position_ids, self.frequencies, self.dtype)
 
@@ -45,18 +56,27 @@ class RotaryAttention(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        *args,
+        *args: Any,
         attention: AttentionChoice,
         kernels: Implementation = "auto",
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
         self.core, self.kernels = attention.build(config, *args, **kwargs), kernels
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params: PackedSequence, **kwargs
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        packed_seq_params: PackedSequence,
+        **kwargs: Any,
     ) -> Tensor:
         """query [s, 1, np, d], key and value [s, 1, ng, d] -> [s, 1, np * d]."""
         table = packed_seq_params.rotary_table
-        query, key = (rope(x.squeeze(1), *table, self.kernels).unsqueeze(1) for x in (query, key))
-        return self.core(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+        assert table is not None, "the stage's PackedRotaryTable runs first"
+        cos, sin = table
+        query, key = (rope(x.squeeze(1), cos, sin, self.kernels).unsqueeze(1) for x in (query, key))
+        out: Tensor = self.core(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+        return out

@@ -4,9 +4,10 @@ The vision encoder and the connector have their own configurations: one pipeline
 sequence parallelism. They are tensor parallel like the language model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -53,7 +54,7 @@ class RecomputeConfig(Ranged):
 
 
 # Megatron's words for the policies of `RecomputeConfig`; offload is not one of its own.
-_RECOMPUTE = {
+_RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "offload": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -69,7 +70,7 @@ def _leave_unset(weight: Tensor) -> Tensor:
     return weight
 
 
-def _common(tensor_model_parallel_size: int, dtype: torch.dtype) -> dict:
+def _common(tensor_model_parallel_size: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -165,18 +166,24 @@ def connector_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.
 class BidirectionalAttention(MegatronModule):
     """The encoder's core attention: every patch of a tile sees every other (Megatron's own is causal)."""
 
-    def __init__(self, config: TransformerConfig, **_) -> None:
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config=config)
         self.scale = config.kv_channels**-0.5  # transformers' form; torch's own default is 1 / sqrt(d)
 
-    def forward(self, query, key, value, attention_mask, **_) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
         """[patches, tiles, heads, d] each -> [patches, tiles, heads * d]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale).permute(2, 0, 1, 3).flatten(2)
 
 
 def _layer(
-    classes: LayerClasses, norm, core_attention, mask: AttnMaskType, activation: ModuleSpec | None = None
+    classes: LayerClasses,
+    norm: Callable[..., Any] | ModuleSpec,
+    core_attention: ModuleSpec | type[MegatronModule],
+    mask: AttnMaskType,
+    activation: ModuleSpec | None = None,
 ) -> ModuleSpec:
     column, row = classes.column_parallel_linear, classes.row_parallel_linear
     attention = ModuleSpec(

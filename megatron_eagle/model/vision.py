@@ -38,4 +38,5 @@ class VisionModel(MegatronModule):
         weight = self.patch_embedding.weight
         patches = self.patch_embedding(pixel_values.to(weight.dtype)).flatten(2)  # [n, h, p]
         hidden = patches.permute(2, 0, 1) + self.position_embedding.weight[:, None]  # [p, n, h]
-        return self.encoder(hidden.contiguous(), attention_mask=None).transpose(0, 1)
+        features: Tensor = self.encoder(hidden.contiguous(), attention_mask=None)
+        return features.transpose(0, 1)

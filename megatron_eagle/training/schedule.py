@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -47,9 +48,9 @@ def build_batch(device: torch.device, pack: TrainingPack) -> ModelInput:
         loss_weights=pack.loss_weights,
         group_ids=pack.group_ids,
     )
-    if inputs.pixel_values is not None:
-        inputs.pixel_values = normalize(inputs.pixel_values)
-    return inputs
+    if inputs.vision is None:
+        return inputs
+    return replace(inputs, vision=replace(inputs.vision, pixel_values=normalize(inputs.vision.pixel_values)))
 
 
 def run_schedule(

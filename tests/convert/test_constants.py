@@ -78,7 +78,7 @@ POSITIONS = torch.tensor([0, 1, 2, 31, 4095, 32_768, 131_071, 1_048_576])
 
 
 def _table(s: Sides):
-    pack = PackedSequence(position_ids=POSITIONS)
+    pack = PackedSequence(position_ids=POSITIONS, layout=None, exchange=None)
     s.model.language_model.rotary_pos_emb(pack)
     return pack.rotary_table
 

@@ -74,7 +74,7 @@ def tiles_of(ranks: list[dict], pack: int) -> torch.Tensor:
 
 def _run_with_wrong_tiles(store: str) -> dict:
     """Every rank decodes the pack's first tiles, whichever it should encode."""
-    wrong = property(lambda plan: range(len(plan.vision.decoded_tiles)))
+    wrong = property(lambda plan: range(len(plan.vision.share.decoded_tiles)))
     with patch.object(InputPlan, "tiles", wrong):
         return run_cell(store, {"context_parallel_size": 2, "vision_sharding": "cp"})
 

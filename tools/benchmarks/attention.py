@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_eagle.context_parallel.attention import AttentionBackend
+from megatron_eagle.context_parallel.attention_backend import AttentionBackend
 from megatron_eagle.context_parallel.backends import FAST, why_not_backend
 from megatron_eagle.context_parallel.exchange import plan_exchange
 from megatron_eagle.context_parallel.layout import Segment
