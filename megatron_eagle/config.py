@@ -96,7 +96,7 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
     Names are not checked here: `from_dict` does that with the whole configuration in hand.
     Raises `UserError` for an override without `=`, with an empty name, or that goes through a plain value.
     """
-    result = _copy(mapping)
+    result: dict[str, Any] = _copy(mapping)
     for override in overrides:
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
@@ -170,7 +170,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise UserError(
             f"{where}: {_show(value)} is not one of {', '.join(map(_show, arguments))}{hint_text}"
         )
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, {} if value is None else value, where)  # `section:` with nothing under it
     if origin in (list, tuple) or hint in (list, tuple):
         return _convert_sequence(origin or hint, arguments, value, where)
@@ -226,7 +226,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         raise _wrong_type("text that is not empty", value, where, "; leave it out for the default")
     # bool is a subclass of int: `steps: true` must not become 1.
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        if hint is int and value.bit_length() > 64:
+        if isinstance(value, int) and hint is int and value.bit_length() > 64:
             raise _wrong_type("a whole number of at most 64 bits", value, where)
         return value
     quote = (
@@ -241,7 +241,7 @@ _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def _name(hint: Any) -> str:
-    return _NAMES.get(hint) or getattr(hint, "__name__", str(hint))
+    return _NAMES.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _wrong_type(expected: str, value: Any, where: str, advice: str = "") -> _Mismatch:

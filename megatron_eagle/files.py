@@ -85,7 +85,7 @@ class AppendedFile:
     def __enter__(self) -> "AppendedFile":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:

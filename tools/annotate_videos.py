@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_eagle.config import from_dict
 from megatron_eagle.eagle_video.chapters import ChapteredVideo, read_chapters
@@ -66,7 +67,7 @@ def main() -> None:
         print(f"  {kind}: {count:,}")
 
 
-async def _annotate(options: argparse.Namespace, client: Asks) -> tuple[list[dict], Notes]:
+async def _annotate(options: argparse.Namespace, client: Asks) -> tuple[list[dict[str, Any]], Notes]:
     sizes = {"fps": options.fps, "max_frames": options.max_frames, "side": options.side}
     sizes["questions"] = options.questions
     if options.recipe == "story":

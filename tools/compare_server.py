@@ -9,6 +9,7 @@ everywhere.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -70,7 +71,7 @@ def _agreement(one: str, other: str) -> float:
     return 1.0 if one == other else (min(len(one), len(other)) if same is None else same) / length
 
 
-def _table(rows: list[dict]) -> str:
+def _table(rows: list[dict[str, Any]]) -> str:
     head = f"{'agree':>6}  {'export':<40}  {'server':<40}"
     return "\n".join(
         [head]

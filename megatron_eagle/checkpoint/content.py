@@ -45,18 +45,19 @@ class TensorBox:
     data: Tensor  # in the box's shape, on any device
 
 
-def unwrapped(models: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+def unwrapped(models: Sequence[torch.nn.Module]) -> list[tuple[str, Any]]:
     """Model chunks without wrappers. The name only tells the chunks of this rank apart: keys in the
     checkpoint carry global layer numbers, so chunks of another pipeline layout find theirs."""
     chunks = []
     for index, model in enumerate(models):
-        while not hasattr(model, "sharded_state_dict") or hasattr(model, "ddp_config"):
-            model = model.module
-        chunks.append((f"model{index}", model))
+        inner: Any = model
+        while not hasattr(inner, "sharded_state_dict") or hasattr(inner, "ddp_config"):
+            inner = inner.module
+        chunks.append((f"model{index}", inner))
     return chunks
 
 
-def model_content(models: Sequence[torch.nn.Module]) -> dict[str, dict]:
+def model_content(models: Sequence[torch.nn.Module]) -> dict[str, dict[str, Any]]:
     """Megatron's description of this rank's chunks: parameters with their global key, shape and place."""
     content = {}
     for name, model in unwrapped(models):
@@ -150,14 +151,16 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[i
     yield from _boxes_in_row(shape, last, 0, stop - last * row)
 
 
-def _boxes_in_row(shape: Sequence[int], index: int, start: int, stop: int):
+def _boxes_in_row(
+    shape: Sequence[int], index: int, start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The boxes of elements [start, stop) of row `index`; none if that is nothing."""
     if start < stop:
         for offset, size in boxes(shape[1:], start, stop):
             yield (index, *offset), (1, *size)
 
 
-def _optimizer_pieces(distributed: Any, content: dict) -> Iterable[TensorBox]:
+def _optimizer_pieces(distributed: Any, content: dict[str, Any]) -> Iterable[TensorBox]:
     """This rank's run of elements of every parameter: main parameter and both moments."""
     described = {}
     for chunk in content.values():
@@ -181,7 +184,7 @@ def _optimizer_pieces(distributed: Any, content: dict) -> Iterable[TensorBox]:
                         yield _placed(whole, f"optimizer.state.{name}.{whole.key}", low, part)
 
 
-def _buckets(distributed: Any) -> Iterator[dict]:
+def _buckets(distributed: Any) -> Iterator[dict[str, Any]]:
     for buffer in distributed.gbuf_ranges:
         for buckets in buffer.values():
             yield from buckets
@@ -205,5 +208,5 @@ def _with_box_shape(whole: ShardedTensor, part: Tensor) -> Tensor:
     return part.detach().reshape((1,) * whole.prepend_axis_num + tuple(part.shape))
 
 
-def _groups(common: dict[str, Any]) -> list[dict]:
+def _groups(common: dict[str, Any]) -> list[dict[str, Any]]:
     return common["optimizer"]["optimizer"]["param_groups"] if "optimizer" in common else []

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def write_pieces(file: Path, pieces: Iterable[TensorBox]) -> Written:
     with _hashed(file) as stream:
         for piece in pieces:
             start = stream.size
-            torch.save(_own_storage(piece.data), stream)
+            torch.save(_own_storage(piece.data), cast(BinaryIO, stream))  # it only writes and flushes
             entries.append(
                 StoredBox(
                     piece.key,
@@ -64,10 +65,11 @@ def _own_storage(tensor: Tensor) -> Tensor:
 class _HashedFile:
     """A file to write to, as `torch.save` wants it. Keeps the system's error, of which torch says little."""
 
-    def __init__(self, file) -> None:
-        self._file, self.digest, self.size, self.error = file, hashlib.sha256(), 0, None
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
-    def write(self, block) -> int:
+    def write(self, block: bytes | memoryview) -> int:
         try:
             self._file.write(block)
         except OSError as error:

@@ -61,7 +61,7 @@ def write_checkpoint_index(folder: Path, entries: Iterable[StoredBox]) -> None:
         overlap = len({chunk.offsets for chunk in whole.chunks}) < len(whole.chunks)
         if overlap or covered != whole.size.numel():
             raise UserError(f"{key}: the ranks hold {covered} of its {whole.size.numel()} elements")
-    metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+    metadata = Metadata(dict(tensors), storage_data=places, storage_meta=StorageMeta())
     metadata.version = "1.0.0"  # from torch 2.9 on a field, which is then read
     with open(folder / INDEX_FILE, "wb") as file:
         pickle.dump(metadata, file)

@@ -7,12 +7,13 @@ the index may only name the classes torch writes into it.
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eagle.checkpoint.content import content_to_load, sharded_tensors, unwrapped
 from megatron_eagle.checkpoint.folder import TrainState, checkpoint_folder, read_train_state
@@ -61,7 +62,7 @@ def load_checkpoint(
     return read_train_state(root, iteration)
 
 
-def _check_keys(folder: Path, content: dict, with_optimizer: bool) -> str | None:
+def _check_keys(folder: Path, content: dict[str, Any], with_optimizer: bool) -> str | None:
     """Compare what all ranks ask for with what the checkpoint holds. Collective; returns what is wrong."""
     try:
         stored = read_index(folder).state_dict_metadata
@@ -74,7 +75,8 @@ def _check_keys(folder: Path, content: dict, with_optimizer: bool) -> str | None
         if not tensor.allow_shape_mismatch
     }
     flexible = {tensor.key for tensor in sharded_tensors(content) if tensor.allow_shape_mismatch}
-    gathered: list[tuple[set[str], str | None]] = [None] * torch.distributed.get_world_size()
+    nothing: tuple[set[str], str | None] = set(), None
+    gathered = [nothing] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, (flexible | wanted.keys(), problem))
     if problem:
         return problem
@@ -95,10 +97,11 @@ def _check_keys(folder: Path, content: dict, with_optimizer: bool) -> str | None
     return None
 
 
-def _read_tensors(folder: Path, content: dict) -> dict:
+def _read_tensors(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Megatron's load, with what can be wrong with the files said in one line. Every rank sees the error."""
     try:
-        return dist_checkpointing.load(content, str(folder))
+        loaded: dict[str, Any] = dist_checkpointing.load(content, str(folder))
+        return loaded
     except pickle.UnpicklingError as error:
         problem = f"{folder / 'common.pt'}: damaged, or it holds more than plain values; not loaded"
         raise AgreedError(problem) from error

@@ -7,6 +7,7 @@ Finding a flipped byte this way costs one read of the checkpoint.
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ MANIFEST = "manifest.json"
 _BLOCK = 1 << 22  # bytes
 
 
-def write_manifest(folder: Path, hashed: dict[str, dict]) -> None:
+def write_manifest(folder: Path, hashed: dict[str, dict[str, Any]]) -> None:
     """Write the manifest of `folder`: `hashed` and every other file in it. On rank 0; raises `OSError`."""
     others = {
         file.name: _describe(file)
@@ -48,12 +49,12 @@ def verify_together(folder: Path) -> None:
         verify_files(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
-def _read(folder: Path) -> dict[str, dict]:
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / MANIFEST
     if not file.exists():
         return {}
     try:
-        files = json.loads(file.read_text(encoding="utf-8"))["files"]
+        files: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["files"]
         for name, entry in files.items():
             if "/" in name or not isinstance(entry["bytes"], int) or len(entry["sha256"]) != 64:
                 raise ValueError(f"entry {name!r}")
@@ -62,7 +63,7 @@ def _read(folder: Path) -> dict[str, dict]:
     return files
 
 
-def _check(file: Path, entry: dict) -> None:
+def _check(file: Path, entry: dict[str, Any]) -> None:
     if not file.is_file():
         raise UserError(f"{file}: missing; copy the checkpoint again in full")
     size = file.stat().st_size
@@ -74,7 +75,7 @@ def _check(file: Path, entry: dict) -> None:
         raise UserError(f"{file}: its content is not what was saved (SHA-256): damaged; copy it again")
 
 
-def _describe(file: Path) -> dict:
+def _describe(file: Path) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     with open(file, "rb") as stream:
         while block := stream.read(_BLOCK):

@@ -62,7 +62,7 @@ class CheckpointSaver:
         self.saved_iteration = saved_iteration
         self._config, self._report = config, report
         self._copy = HostCopy()
-        self._pending: tuple[int, Future] | None = None
+        self._pending: tuple[int, Future[Path]] | None = None
 
     def __enter__(self) -> "CheckpointSaver":
         if self._config.async_save:
@@ -71,7 +71,7 @@ class CheckpointSaver:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._config.async_save:
             try:
                 self.wait()

@@ -9,7 +9,9 @@ values are known, and read where a tensor needs it, so that memory holds one ten
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from megatron_eagle.checkpoint.files import write_pieces
 from megatron_eagle.checkpoint.folder import iteration_folder
 from megatron_eagle.checkpoint.saving import complete_folder
 from megatron_eagle.config import to_dict
-from megatron_eagle.convert.mapping import ModelMapping
+from megatron_eagle.convert.mapping import MappedTensor, ModelMapping
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 
@@ -66,7 +68,7 @@ def pieces_of(plan: ModelMapping, read: Callable[[str], Tensor]) -> Iterable[Chu
     shapes = key_shapes(plan)
     held: tuple[str, list[Tensor]] = ("", [])
 
-    def block(entry, number: int) -> Tensor:
+    def block(entry: MappedTensor, number: int) -> Tensor:
         nonlocal held
         if held[0] != entry.model:
             held = (entry.model, plan.blocks(entry, read))
@@ -80,7 +82,7 @@ def pieces_of(plan: ModelMapping, read: Callable[[str], Tensor]) -> Iterable[Chu
             row += size[0]
             if layer is not None:
                 offset, size = (layer, *offset), (1, *size)
-            yield Chunk(key, shapes[key], offset, size, lambda e=entry, n=number: block(e, n))
+            yield Chunk(key, shapes[key], offset, size, partial(block, entry, number))
 
 
 def write_checkpoint(
@@ -174,7 +176,7 @@ class CheckpointWeights:
             raise UserError(f"{self.folder}: its files do not hold all of {name}; copy the checkpoint again")
         return result if layer is None else result[0]
 
-    def _read_chunk(self, key: str, file, size: tuple[int, ...]) -> Tensor:
+    def _read_chunk(self, key: str, file: Any, size: tuple[int, ...]) -> Tensor:
         name = getattr(file, "relative_path", "")
         # A name with a folder in it could point anywhere.
         if not name or Path(name).name != name:
@@ -182,8 +184,8 @@ class CheckpointWeights:
         path = self.folder / name
         try:
             with open(path, "rb") as stream:
-                view = _create_file_view(stream, file.offset, file.length)
-                tensor = torch.load(view, map_location="cpu", weights_only=True)
+                view: Any = _create_file_view(stream, file.offset, file.length)
+                tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise UserError(f"{path}: missing; copy the checkpoint again") from None
         except Exception as error:  # whatever torch finds wrong with the bytes

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import megatron_eagle.hf_model
 from megatron_eagle.convert.hf_metadata import HfMetadata
@@ -120,7 +121,7 @@ def _copy_tokenizer(folder: Path, config: EagleConfig, metadata: HfMetadata) -> 
     return ids
 
 
-def _raise_lengths(settings: dict, config: EagleConfig) -> None:
+def _raise_lengths(settings: dict[str, Any], config: EagleConfig) -> None:
     """Let no number that the source has beside `max_position_embeddings` keep prompts shorter than that."""
     for name in _LENGTHS:
         if isinstance(settings.get(name), int | float):
@@ -130,7 +131,7 @@ def _raise_lengths(settings: dict, config: EagleConfig) -> None:
 def token_ids(folder: Path) -> dict[str, int]:
     """Token -> id, from tokenizer.json or from the slow tokenizer's files; empty without either."""
 
-    def read(name: str) -> dict:
+    def read(name: str) -> dict[str, Any]:
         return read_json(folder / name) if (folder / name).is_file() else {}
 
     definition = read("tokenizer.json")
@@ -185,7 +186,7 @@ def _write_processor_settings(
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _public(config: dict) -> dict:
+def _public(config: dict[str, Any]) -> dict[str, Any]:
     """Without transformers' own state (`_commit_hash`, `_attn_implementation`), which is not the model's."""
     return {
         key: _public(value) if isinstance(value, dict) else value
@@ -194,5 +195,5 @@ def _public(config: dict) -> dict:
     }
 
 
-def _write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,7 +207,7 @@ def _vision_config(folder: Path) -> VisionConfig:
 def _connector(config: EagleConfig, seed: int) -> Mapping[str, Tensor]:
     """Fresh connector tensors by their HF names, the same that a fresh model of `seed` has."""
     wide, width = config.vision.hidden_size * config.shuffle_factor**2, config.text.hidden_size
-    model = torch.nn.Module()
+    model: Any = torch.nn.Module()
     model.eagle = config
     model.connector = torch.nn.ModuleDict(
         {

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -41,13 +42,13 @@ class HfMetadata:
     def __init__(self, checkpoint: str | Path) -> None:
         self.folder = Path(checkpoint) / HF_FOLDER
 
-    def json(self, name: str) -> dict:
+    def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the source; empty if there is none."""
         return read_json(self.folder / name) if (self.folder / name).is_file() else {}
 
     @property
     def weight_map(self) -> dict[str, str]:
-        return self.json(HF_INDEX).get("weight_map", {})
+        return dict(self.json(HF_INDEX).get("weight_map", {}))
 
     @property
     def dtypes(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -124,7 +125,7 @@ def _by_module(model: EagleConfig, config: LoraConfig) -> dict[str, tuple[str, s
     return found
 
 
-def _peft_config(config: LoraConfig, base: str | Path | None) -> dict:
+def _peft_config(config: LoraConfig, base: str | Path | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": None,

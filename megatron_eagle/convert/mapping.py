@@ -5,8 +5,9 @@ h language-model width, q query features, g key/value features, m ffn, v vocabul
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,6 +152,8 @@ class ModelMapping:
     `has_head` says whether the HF checkpoint has the vision encoder's pooling head.
     """
 
+    config: EagleConfig
+
     def __init__(self, config: EagleConfig, *, has_head: bool) -> None:
         self.config = config
         vision, text = config.vision, config.text
@@ -228,8 +231,8 @@ class ModelMapping:
             yield from zip(entry.hf, entry.layout.split(read(entry.model), self), strict=True)
 
 
-def _listed(names, limit: int = 12) -> str:
-    def natural(name: str) -> list:
+def _listed(names: Collection[str], limit: int = 12) -> str:
+    def natural(name: str) -> list[Any]:
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
     names = sorted(names, key=natural)

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,14 +64,14 @@ class PickledWeights:
         if not path.is_file():
             raise UserError(f"{path}: this file of weights is missing; copy the checkpoint again")
         try:
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path}: damaged, or more than tensors, which is not read: {reason}") from None
         tensors = isinstance(held, dict) and all(isinstance(t, Tensor) for t in held.values())
         if not tensors or any(tensor.dtype not in _NAMES for tensor in held.values()):
             raise UserError(f"{path}: holds more than tensors of the types {', '.join(DTYPES)}")
-        return held
+        return dict(held)
 
     def read(self, name: str) -> Tensor:
         """One tensor, in its own type, in memory of its own."""

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ORDER = ("F32", "BF16", "F16")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -91,14 +92,14 @@ class HfWeights:
                 f"{path}: the index names this shard and it is missing; copy the checkpoint again"
             )
         try:
-            file = safe_open(path, "pt")
+            file: Any = safe_open(path, "pt")
             with open(path, "rb") as raw:
                 header_bytes = int.from_bytes(raw.read(8), "little")
                 header = json.loads(raw.read(header_bytes))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: truncated or not a safetensors file: {error}") from None
         named = {tensor for tensor, shard in self.weight_map.items() if shard == name}
-        held = set(file.keys())
+        held: set[str] = set(file.keys())
         if named != held:
             odd = sorted(named ^ held)
             raise UserError(
@@ -158,7 +159,8 @@ def write_shards(
         kinds: tensor name -> its safetensors type and shape, known before the tensors are.
     """
     with contextlib.ExitStack() as opened:
-        files, starts = {}, {}
+        files: dict[str, io.FileIO] = {}
+        starts: dict[str, int] = {}
         for file in sorted(set(weight_map.values())):
             header, places, total = _header({n: kinds[n] for n, f in weight_map.items() if f == file})
             stream = files[file] = opened.enter_context(open(folder / file, "wb", buffering=0))
@@ -180,7 +182,7 @@ def write_shards(
 
 def _header(kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
     """Header of a safetensors file, place of each tensor after it, and bytes of all tensors."""
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     places, end = {}, 0
     # The library's order: wide types first, so that every tensor is aligned.
     for name in sorted(kinds, key=lambda name: (_ORDER.index(kinds[name][0]), name)):
@@ -194,7 +196,7 @@ def _header(kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, di
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: io.FileIO, start: int, data: memoryview) -> None:

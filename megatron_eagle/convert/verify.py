@@ -104,9 +104,10 @@ def _inputs(checkpoint: Path, prompts: dict[str, list[dict[str, Any]]]) -> list[
 def _hf_logits(folder: Path, inputs: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 
-    model, report = Eagle2_5_VLForConditionalGeneration.from_pretrained(
+    loaded: Any = Eagle2_5_VLForConditionalGeneration.from_pretrained(
         str(folder), torch_dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
+    model, report = loaded
     wrong = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind]]
     if wrong:
         raise UserError(f"{folder}: transformers left tensors at random values: {', '.join(wrong[:4])}")

@@ -51,7 +51,7 @@ def _group_of_one(device: Device) -> Iterator[None]:
     if torch.distributed.is_initialized():
         yield
         return
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # missing in torch's __all__
     torch.distributed.init_process_group(device.backend, store=store, rank=0, world_size=1)
     try:
         yield

@@ -7,6 +7,7 @@ word of the answer beyond those of the question; and a model's judgement of what
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_eagle.eagle_video.client import Answer, Asks
 from megatron_eagle.eagle_video.prompts import Prompt, load_prompt
@@ -69,7 +70,7 @@ class AnchorWriter:
         """The prompts it uses."""
         return [self._write, self._judge]
 
-    async def write(self, pictures: list[dict], question: str, answer: str) -> ContextAnchor | None:
+    async def write(self, pictures: list[dict[str, Any]], question: str, answer: str) -> ContextAnchor | None:
         """An anchor for a question on the clip that `pictures` (OpenAI parts) show; None if all leaked.
 
         Raises `Problem` like `Client.ask`.

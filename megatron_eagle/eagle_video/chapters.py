@@ -28,6 +28,13 @@ class Chapter:
 
 
 @dataclass(frozen=True)
+class BoundedChapter(Chapter):
+    """A chapter with both ends inside its video."""
+
+    end: float
+
+
+@dataclass(frozen=True)
 class ChapteredVideo:
     """A video file and its chapters in order of time."""
 
@@ -60,7 +67,7 @@ def read_chapters(path: Path, videos: Path, notes: Notes) -> list[ChapteredVideo
     return list(found.values())
 
 
-def chapters_within(video: ChapteredVideo, duration: float, notes: Notes) -> list[Chapter]:
+def chapters_within(video: ChapteredVideo, duration: float, notes: Notes) -> list[BoundedChapter]:
     """Chapters with both ends inside the video; what has no title or lies beyond the end goes to `notes`."""
     inside = []
     for i, chapter in enumerate(video.chapters):
@@ -75,7 +82,7 @@ def chapters_within(video: ChapteredVideo, duration: float, notes: Notes) -> lis
         elif not 0 <= start < end:
             notes.add("empty chapter", f"{video.id}: {start:g} s to {end:g} s, {chapter.title!r}")
         else:
-            inside.append(Chapter(chapter.title.strip(), start, end))
+            inside.append(BoundedChapter(chapter.title.strip(), start, end))
     return inside
 
 

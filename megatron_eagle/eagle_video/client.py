@@ -41,7 +41,9 @@ class Asks(Protocol):
     usage: Usage
     model: str
 
-    async def ask(self, content: str | list, schema: dict, *, max_tokens: int = 1024) -> Answer:
+    async def ask(
+        self, content: str | list[Any], schema: dict[str, Any], *, max_tokens: int = 1024
+    ) -> Answer:
         """The answer to one user message (text, or OpenAI content parts) as JSON that fits the schema."""
         ...
 
@@ -67,7 +69,9 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    async def ask(self, content: str | list, schema: dict, *, max_tokens: int = 1024) -> Answer:
+    async def ask(
+        self, content: str | list[Any], schema: dict[str, Any], *, max_tokens: int = 1024
+    ) -> Answer:
         """See `Asks`.  Raises `Problem` when all tries are used up, `UserError` for a wrong endpoint."""
         messages = [{"role": "user", "content": content}]
         for _ in range(self._reasks + 1):
@@ -159,7 +163,9 @@ class DryRun:
         self.usage = Usage(endpoint.input_price, endpoint.output_price)
         self.model = endpoint.model
 
-    async def ask(self, content: str | list, schema: dict, *, max_tokens: int = 1024) -> Answer:
+    async def ask(
+        self, content: str | list[Any], schema: dict[str, Any], *, max_tokens: int = 1024
+    ) -> Answer:
         """See `Asks`: an example of the schema."""
         self.usage.requests += 1
         self.usage.output_tokens += max_tokens // 2
@@ -167,14 +173,16 @@ class DryRun:
         return Answer(example(schema), "")
 
 
-async def for_each(items: list, work: Callable[[Any], Awaitable[list]], at_once: int) -> list[list]:
+async def for_each(
+    items: list[Any], work: Callable[[Any], Awaitable[list[Any]]], at_once: int
+) -> list[list[Any]]:
     """`work` on every item, at most `at_once` at a time; results in the order of the items.
 
     The first exception ends all of it.
     """
     slots = asyncio.Semaphore(at_once)
 
-    async def limited(item: Any) -> list:
+    async def limited(item: Any) -> list[Any]:
         async with slots:
             return await work(item)
 
@@ -183,7 +191,7 @@ async def for_each(items: list, work: Callable[[Any], Awaitable[list]], at_once:
     return [task.result() for task in tasks]
 
 
-def _request(model: str, messages: list, temperature: float, max_tokens: int) -> dict[str, Any]:
+def _request(model: str, messages: list[Any], temperature: float, max_tokens: int) -> dict[str, Any]:
     return {
         "model": model,
         "messages": messages,

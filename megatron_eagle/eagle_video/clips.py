@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.eagle_video.anchors import AnchorWriter, context_question, time_anchor
@@ -46,7 +47,7 @@ class ClipQuestions:
         self._prompt = load_prompt("clip_questions", prompts)
         self._anchors = AnchorWriter(client, prompts)
 
-    async def annotate(self, clip: Clip) -> list[dict]:
+    async def annotate(self, clip: Clip) -> list[dict[str, Any]]:
         """Training lines of one clip: per question one with a time anchor, one with a context anchor."""
         where = f"{clip.video} {clip.start:g}-{clip.end:g} s"
         try:
@@ -77,7 +78,7 @@ class ClipQuestions:
             lines.append(self._line(clip, item, lifted, "context", [questions, *anchor.answers]))
         return lines
 
-    def _pictures(self, clip: Clip) -> tuple[list[dict], float]:
+    def _pictures(self, clip: Clip) -> tuple[list[dict[str, Any]], float]:
         """The clip's frames as content parts, and where the video begins on the file's clock."""
         start, end = Fraction(str(clip.start)), Fraction(str(clip.end))
         metadata, _ = open_section(VideoSource(clip.video, start, end))
@@ -85,7 +86,7 @@ class ClipQuestions:
         times = sample_times(start, end, self._settings.fps, self._settings.max_frames)
         return picture_parts(frames_at(metadata, times), self._settings.side), begin
 
-    async def _ask(self, clip: Clip, pictures: list[dict]) -> Answer:
+    async def _ask(self, clip: Clip, pictures: list[dict[str, Any]]) -> Answer:
         # The kinds depend on the clip and the seed alone, so that a run that goes on asks the same again.
         draw = random.Random(digest([self._settings.seed, clip.video, clip.start, clip.end]))
         kinds = draw.sample(sorted(self._types), min(self._settings.questions, len(self._types)))
@@ -110,7 +111,9 @@ class ClipQuestions:
         }
         return await self._client.ask([*pictures, {"type": "text", "text": text}], schema)
 
-    def _line(self, clip: Clip, item: dict, question: str, anchor: str, answers: list[Answer]) -> dict:
+    def _line(
+        self, clip: Clip, item: dict[str, Any], question: str, anchor: str, answers: list[Answer]
+    ) -> dict[str, Any]:
         prompts = [self._prompt, *(self._anchors.prompts if anchor == "context" else [])]
         origin = provenance(
             "clips",
@@ -124,5 +127,5 @@ class ClipQuestions:
         return training_line(clip.video, question, item["answer"], self._output, origin)
 
 
-def _example(item: dict) -> dict:
+def _example(item: dict[str, Any]) -> dict[str, Any]:
     return {key: part["example"] for key, part in item["properties"].items()}

@@ -44,6 +44,7 @@ class Encoder:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        kind: Any
         if family.startswith("siglip"):
             kind = transformers.SiglipVisionModel
         elif "CLIPVisionModel" in (

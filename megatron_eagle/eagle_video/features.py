@@ -7,11 +7,12 @@ with the right key: the videos with their sizes and times, the model, and the se
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,8 @@ class Shard:
     @cached_property
     def features(self) -> np.ndarray:
         """float32 [clips, d], memory mapped."""
-        return np.load(self.path, mmap_mode="r")
+        found: np.ndarray = np.load(self.path, mmap_mode="r")
+        return found
 
 
 def split_clips(start: Fraction, end: Fraction, settings: FeatureSettings) -> list[tuple[Fraction, Fraction]]:
@@ -90,7 +92,7 @@ def build_features(
     folder: Path,
     encoder: Encoder,
     settings: FeatureSettings = FeatureSettings(),
-    progress: Callable[[list], Iterator] = iter,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
     part: WorkShare = WorkShare(),
 ) -> list[Shard]:
     """Compute the shards of `part` that `folder` does not have yet; returns all that are there then, in the
@@ -118,7 +120,7 @@ def n_shards(videos: list[VideoSource], settings: FeatureSettings) -> int:
     return -(-len(videos) // settings.videos_per_shard)
 
 
-def _identity(video: VideoSource) -> list:
+def _identity(video: VideoSource) -> list[Any]:
     try:
         status = Path(video.path).stat()
         state = [status.st_size, status.st_mtime_ns]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,7 +40,7 @@ class Notes:
 
 def training_line(
     video: str, question: str, answer: str, output: Path, provenance: Mapping[str, object]
-) -> dict:
+) -> dict[str, Any]:
     """One question about a whole video as `data.formats` reads it, its path relative to `output`."""
     path = os.path.relpath(video, output.resolve().parent)
     return {
@@ -54,14 +55,14 @@ def training_line(
 
 def provenance(
     recipe: str, client: Asks, prompts: Iterable[Prompt], answers: Iterable[Answer], **more: object
-) -> dict:
+) -> dict[str, Any]:
     """Where a sample comes from: recipe, model, prompt versions, keys of the cached answers, and more."""
     versions = {prompt.name: prompt.version for prompt in prompts}
     keys = [answer.key for answer in answers]
     return {"recipe": recipe, "model": client.model, "prompts": versions, "requests": keys, **more}
 
 
-def picture_parts(frames: Iterable[np.ndarray], side: int) -> list[dict]:
+def picture_parts(frames: Iterable[np.ndarray], side: int) -> list[dict[str, Any]]:
     """Frames uint8 [h, w, 3] as OpenAI content parts: JPEG of at most `side` pixels."""
     parts = []
     for frame in frames:

@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-_TYPES = {
+_TYPES: dict[str, Any] = {
     "object": dict,
     "array": list,
     "string": str,
@@ -42,7 +42,9 @@ def example(schema: dict[str, Any]) -> Any:
         return {key: example(part) for key, part in schema.get("properties", {}).items()}
     if kind == "array":
         return [example(schema.get("items", {}))] * schema.get("minItems", 1)
-    return {"boolean": False, "integer": 0, "number": 0}.get(kind, "x" * schema.get("minLength", 1))
+    if kind == "boolean":
+        return False
+    return 0 if kind in ("integer", "number") else "x" * schema.get("minLength", 1)
 
 
 def _mismatch(value: Any, schema: dict[str, Any], where: str) -> str | None:

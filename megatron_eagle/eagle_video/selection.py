@@ -6,9 +6,10 @@ tau = 0.5.  Everything is written below one folder and reused by the next run.
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Decision:
     nearest: Clip | None
     refused: str | None
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """As a JSON line."""
         nearest = asdict(self.nearest) if self.nearest else None
         base = {**asdict(self.clip), "cosine": round(self.cosine, 6), "nearest": nearest}
@@ -80,7 +81,7 @@ def select(
     folder: Path,
     encoder: Encoder,
     settings: SelectionSettings = SelectionSettings(),
-    progress: Callable[[list], Iterator] = iter,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> Selection:
     """Select among the clips of `candidates`; writes `kept.jsonl`, `refused.jsonl` and `unreadable.jsonl`.
 
@@ -112,7 +113,7 @@ def work_on_part(
     encoder: Encoder,
     settings: SelectionSettings,
     part: WorkShare,
-    progress: Callable[[list], Iterator] = iter,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> bool:
     """One machine's share of `select`, in a folder that all of them see: features, and the search of its
     candidates if the features of the whole existing set are there; returns whether they were.

@@ -4,12 +4,15 @@ A chapter is shown with up to 2 frames a second and at most 50; its title guides
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from megatron_eagle.data.sample import VideoSource
-from megatron_eagle.eagle_video.chapters import Chapter, ChapteredVideo, chapters_within
+from megatron_eagle.data.sampling.probe import VideoMetadata
+from megatron_eagle.eagle_video.chapters import BoundedChapter, ChapteredVideo, chapters_within
 from megatron_eagle.eagle_video.client import Answer, Asks
 from megatron_eagle.eagle_video.frames import frames_at, open_section, sample_times
 from megatron_eagle.eagle_video.prompts import load_prompt
@@ -64,20 +67,18 @@ class Story:
         self._caption = load_prompt("story_caption", prompts)
         self._questions = load_prompt("story_questions", prompts)
 
-    async def annotate(self, video: ChapteredVideo) -> list[dict]:
+    async def annotate(self, video: ChapteredVideo) -> list[dict[str, Any]]:
         """Training lines of one video; what fails is noted and costs its chapter, or the video."""
         try:
             metadata, begin = open_section(VideoSource(video.path))
             duration = float(metadata.duration)
             chapters = chapters_within(video, duration, self._notes)
-            captions: list[tuple[Chapter, Answer]] = []
+            captions: list[tuple[BoundedChapter, Answer]] = []
             for chapter in chapters:  # one after the other: only one chapter's frames are held
                 start, end = (begin + Fraction(str(t)) for t in (chapter.start, chapter.end))
                 times = sample_times(start, end, self._settings.fps, self._settings.max_frames)
                 try:
-                    pictures = await asyncio.to_thread(
-                        lambda times=times: picture_parts(frames_at(metadata, times), self._settings.side)
-                    )
+                    pictures = await asyncio.to_thread(self._pictures, metadata, times)
                     captions.append((chapter, await self._describe(chapter, pictures, duration)))
                 except Problem as problem:
                     self._notes.add(problem.kind, f"{video.id}, chapter {chapter.title!r}: {problem.detail}")
@@ -101,7 +102,12 @@ class Story:
             for item in questions.value["qa"][: self._settings.questions]
         ]
 
-    async def _describe(self, chapter: Chapter, pictures: list[dict], duration: float) -> Answer:
+    def _pictures(self, metadata: VideoMetadata, times: Sequence[Fraction]) -> list[dict[str, Any]]:
+        return picture_parts(frames_at(metadata, times), self._settings.side)
+
+    async def _describe(
+        self, chapter: BoundedChapter, pictures: list[dict[str, Any]], duration: float
+    ) -> Answer:
         text = self._caption.fill(
             n_frames=len(pictures),
             start=clock(chapter.start),
@@ -111,7 +117,7 @@ class Story:
         )
         return await self._client.ask([*pictures, {"type": "text", "text": text}], CAPTION)
 
-    async def _ask(self, captions: list[tuple[Chapter, Answer]], duration: float) -> Answer:
+    async def _ask(self, captions: list[tuple[BoundedChapter, Answer]], duration: float) -> Answer:
         joined = "\n\n".join(
             f"{clock(c.start)} to {clock(c.end)}, {c.title}:\n{answer.value['caption'].strip()}"
             for c, answer in captions

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 _PICTURE_TOKENS = 300
 
 
-def estimated_tokens(content: str | Iterable[Mapping]) -> int:
+def estimated_tokens(content: str | Iterable[Mapping[str, Any]]) -> int:
     """Tokens of a message before it is sent: a token for 4 characters, 300 for a picture."""
     parts = [{"text": content}] if isinstance(content, str) else content
     return sum(-(-len(part["text"]) // 4) if "text" in part else _PICTURE_TOKENS for part in parts)

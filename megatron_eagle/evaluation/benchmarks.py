@@ -37,7 +37,7 @@ _INSTRUCTION = {
     "intervals": "Answer with start and end of each part in seconds, as in: 2.0 to 8.5, 30.0 to 41.0.",
     "judge": "",
 }
-_SCORES = {
+_SCORES: dict[str, Callable[[str, Any], float]] = {
     "anls": metrics.anls,
     "exact": metrics.exact_match,
     "relaxed": metrics.relaxed_accuracy,

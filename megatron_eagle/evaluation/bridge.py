@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_eagle.errors import UserError
@@ -35,7 +36,7 @@ def write_bridge(kit: str, endpoint: str, model: str, tasks: list[str], folder: 
         arguments += ["--output_path", str(folder / "results"), "--log_samples"]
         lines.append(shlex.join(["python", "-m", "lmms_eval", *arguments]))
     else:
-        settings = {"class": "GPT4V", "model": model, "api_base": f"{base}/chat/completions"}
+        settings: dict[str, Any] = {"class": "GPT4V", "model": model, "api_base": f"{base}/chat/completions"}
         settings |= {"temperature": 0, "retry": 3, "img_detail": "high"}
         data = {task: _dataset(task) for task in tasks}
         config = {"model": {model.rsplit("/", 1)[-1]: settings}, "data": data}

@@ -150,7 +150,7 @@ def recall_at(ious: Sequence[float], threshold: float) -> float:
     return sum(iou >= threshold for iou in ious) / len(ious) if ious else 0.0
 
 
-def _ordered(match: re.Match) -> tuple[float, float] | None:
+def _ordered(match: re.Match[str]) -> tuple[float, float] | None:
     start, end = (clock_seconds(part) for part in match.groups())
     return (start, end) if start < end else None
 

@@ -5,7 +5,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def run_benchmark(
     folder: Path,
     sampling: Sampling,
     about: dict[str, Any],
-    progress: Callable[[list], Iterator] = iter,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
     judge: Judge | None = None,
 ) -> list[tuple[Question, float]]:
     """Answer and score what `folder` does not have yet; returns each question that has an answer, and its

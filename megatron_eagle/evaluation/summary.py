@@ -91,7 +91,7 @@ def plot_frames(results: Sequence[Result], png: Path) -> None:
     for name in dict.fromkeys(result.benchmark for result in results):
         points = sorted((r.frames, r.score) for r in results if r.benchmark == name)
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
-    ticks = sorted({result.frames for result in results})
+    ticks = sorted({result.frames for result in results if result.frames is not None})
     axis.set(xscale="log", xlabel="frames at most", ylabel="score", title="Score and number of frames")
     axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     axis.minorticks_off()

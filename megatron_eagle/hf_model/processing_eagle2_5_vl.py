@@ -18,6 +18,7 @@ import os
 import re
 import urllib.request
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ _PLACEHOLDER = re.compile(r"<(image|video)-(\d+)>")
 _SHIELD = "\ufdd0"
 
 
-class VideoFrames(list):
+class VideoFrames(list[Any]):
     """Frames of one video (PIL RGB) with `fps` as sampled and `timestamps` in seconds, one per frame."""
 
     def __init__(self, frames, fps: float, timestamps: list[float]):
@@ -306,7 +307,7 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         """The tokenizer's `decode`."""
         return self.tokenizer.decode(*args, **kwargs)
 
-    def _special_tokens(self) -> re.Pattern:
+    def _special_tokens(self) -> re.Pattern[str]:
         tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
@@ -411,13 +412,13 @@ class _Media:
             if self.used[kind] != len(items):
                 raise ValueError(f"{len(items)} {kind}s were given and the prompts use {self.used[kind]}")
 
-    def tensors(self) -> dict:
+    def tensors(self) -> dict[str, Any]:
         if not self.tiles:
             return {}
         return {"pixel_values": torch.cat(self.tiles), "image_sizes": torch.cat(self.sizes)}
 
 
-def _video_of(item: dict) -> VideoFrames:
+def _video_of(item: dict[str, Any]) -> VideoFrames:
     source = item["video"]
     names = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
     options = {name: item[name] for name in names if item.get(name) is not None}
@@ -429,7 +430,7 @@ def _video_of(item: dict) -> VideoFrames:
     return VideoFrames([load_image(frame) for frame in source], fps, [i / fps for i in range(len(source))])
 
 
-def _with_metadata(videos, kwargs: dict) -> list[VideoFrames]:
+def _with_metadata(videos, kwargs: dict[str, Any]) -> list[VideoFrames]:
     """Frame lists as `VideoFrames`; `fps` and `timestamps` of `videos_kwargs` win over what they carry."""
     result = []
     for i, video in enumerate(videos):

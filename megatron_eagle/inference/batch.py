@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def answer_file(
     output: Path,
     sampling: Sampling,
     name: str,
-    progress: Callable[[list], Iterator] = iter,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> int:
     """Answer every line of a JSONL file; returns how many.
 

@@ -66,6 +66,7 @@ class Demo:
         """Keep the body of a request, if it is within the limits. Raises `UserError`."""
         megabytes = self.viewer.limits.megabytes
         name, size = uuid.uuid4().hex, 0
+        assert self.folder is not None, "the server runs"
         path = self.folder / name
         try:
             with path.open("wb") as file:
@@ -100,7 +101,7 @@ class Demo:
             yield {"error": "another answer is being made: wait for its end, or stop it"}
             return
         self._stop = stopped = threading.Event()
-        events: asyncio.Queue = asyncio.Queue()
+        events: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         thread = threading.Thread(
             target=self._work,
@@ -143,7 +144,7 @@ class Demo:
             request = request_of(question.prompt, media, tuple(question.turns))
             counted = {"on_prompt": on_prompt} if isinstance(self.model, ExportedModel) else {}
             self.model.answer(request, self.viewer.sampling, on_text=on_text, **counted)
-            event = {"done": True}
+            event: dict[str, Any] = {"done": True}
         except _Stopped:
             event = {"stopped": True}
         except UserError as error:
@@ -177,11 +178,12 @@ def make_app(demo: Demo, local: bool) -> FastAPI:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
 
     @app.middleware("http")
-    async def own_page_only(request: Request, call_next: Callable) -> Response:
+    async def own_page_only(request: Request, call_next: Callable[..., Any]) -> Response:
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
             return JSONResponse({"error": "asked by another site"}, 403)
-        return await call_next(request)
+        response: Response = await call_next(request)
+        return response
 
     @app.exception_handler(UserError)
     async def refused(request: Request, error: UserError) -> Response:

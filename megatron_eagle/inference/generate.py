@@ -72,11 +72,12 @@ class Request:
                 isinstance(value, list) and all(isinstance(v, kinds) for v in value)
             ):
                 raise UserError(f'{where}: "{name}" must be a list of paths')
-        tiles = {name: record.get(name) for name in ("max_tiles", "frame_tiles")}
+        tiles: dict[str, Any] = {name: record.get(name) for name in ("max_tiles", "frame_tiles")}
         for name, value in tiles.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UserError(f'{where}: "{name}" must be a whole number of at least 1, not {value!r}')
-        return cls(record["prompt"], **{k: tuple(v or ()) for k, v in media.items()}, **tiles)
+        lists: dict[str, Any] = {name: tuple(value or ()) for name, value in media.items()}
+        return cls(record["prompt"], **lists, **tiles)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class ExportedModel:
     @property
     def max_positions(self) -> int:
         """Tokens that it was trained for."""
-        return self.model.config.text_config.max_position_embeddings
+        return int(self.model.config.text_config.max_position_embeddings)
 
     def answer(
         self,
@@ -145,7 +146,7 @@ class ExportedModel:
             on_prompt(int((ids == self.model.config.image_token_index).sum()), ids.shape[1])
         streamer = None if on_text is None else _streamer(self.processor.tokenizer, on_text)
         answer = self.generate(inputs, sampling.max_new_tokens, streamer)
-        return self.processor.decode(answer[0], skip_special_tokens=True).strip()
+        return str(self.processor.decode(answer[0], skip_special_tokens=True)).strip()
 
     def generate(self, inputs: Any, max_new_tokens: int, streamer: Any = None) -> torch.Tensor:
         """New ids [1, n] after the processor's output, greedily; a long prompt is read in pieces.
@@ -157,15 +158,17 @@ class ExportedModel:
         count = new_tokens(ids.shape[1], max_new_tokens, self.max_positions, allow=allow)
         settings = {"max_new_tokens": count, "do_sample": False, "streamer": streamer}
         if ids.shape[1] <= self.prefill_chunk:
-            return self.model.generate(**inputs.to(self.model.device), **settings)
+            whole: torch.Tensor = self.model.generate(**inputs.to(self.model.device), **settings)
+            return whole
         cache, embeddings = prefill(self.model, ids, inputs.get("pixel_values"), self.prefill_chunk)
-        return self.model.language_model.generate(
+        new: torch.Tensor = self.model.language_model.generate(
             inputs_embeds=embeddings,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             generation_config=self.model.generation_config,
             **settings,
         )
+        return new
 
     def _inputs(self, request: Request, sampling: Sampling) -> Any:
         max_tiles = request.max_tiles or sampling.max_tiles
@@ -195,10 +198,10 @@ def load_processor(folder: Path) -> Any:
 def read_max_positions(folder: Path) -> int:
     """Tokens that an exported model was trained for. Raises `UserError` as `load_processor`."""
     _check_export(folder)
-    return _load(folder, "AutoConfig").text_config.max_position_embeddings
+    return int(_load(folder, "AutoConfig").text_config.max_position_embeddings)
 
 
-def pages_of(processor: Any, path: str, max_tiles: int | None, max_pages: int | None = None) -> list:
+def pages_of(processor: Any, path: str, max_tiles: int | None, max_pages: int | None = None) -> list[Any]:
     """The pages of a PDF file as pictures for this processor. Raises `UserError` naming what is wrong."""
     from megatron_eagle.inference.pages import page_pictures  # only documents need pdfium
 

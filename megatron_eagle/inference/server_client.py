@@ -11,6 +11,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -89,14 +90,16 @@ class ServedModel:
             entries = _json(response.read(), self.url).get("data") or []
         return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
 
-    def _open(self, path: str, body: dict[str, Any] | None = None):
+    def _open(self, path: str, body: dict[str, Any] | None = None) -> HTTPResponse:
         headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         data = None if body is None else json.dumps(body).encode()
         url = f"{self.url}/{path}"
         try:
-            return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=_TIMEOUT)
+            request = urllib.request.Request(url, data, headers)
+            response: HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT)
+            return response
         except urllib.error.HTTPError as error:
             raise UserError(f"{url}: the server says {error.code}: {_reason(error)}") from None
         except OSError as error:
@@ -136,7 +139,7 @@ def _picture(image: Image.Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
 
 
-def _events(response, url: str) -> Iterator[str]:
+def _events(response: HTTPResponse, url: str) -> Iterator[str]:
     """Pieces of text out of a stream of server-sent events."""
     for line in response:
         text = line.decode("utf-8", "replace").strip()

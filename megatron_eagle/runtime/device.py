@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -27,7 +29,7 @@ class Device:
         """torch.distributed backend."""
         return "nccl" if self.kind == "cuda" else "gloo"
 
-    def context(self) -> contextlib.AbstractContextManager:
+    def context(self) -> contextlib.AbstractContextManager[Any]:
         """Enter around everything that calls Megatron."""
         return contextlib.nullcontext() if self.kind == "cuda" else megatron_on_cpu()
 
@@ -51,7 +53,7 @@ def detect_device() -> Device:
 
 
 @contextlib.contextmanager
-def process_group(device: Device, *, timeout_minutes: float = 30):
+def process_group(device: Device, *, timeout_minutes: float = 30) -> Iterator[None]:
     """The default process group: torchrun's environment, or a group of one in a single process.
 
     Leaves an already initialised group alone, so that a caller's group survives. Raises `UserError` for
@@ -67,9 +69,10 @@ def process_group(device: Device, *, timeout_minutes: float = 30):
             "torchrun started these processes again, over the store of those before: set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun (with its c10d rendezvous), and start again"
         )
-    options = {"backend": device.backend, "timeout": timedelta(minutes=timeout_minutes)}
+    options: dict[str, Any] = {"backend": device.backend, "timeout": timedelta(minutes=timeout_minutes)}
     if "RANK" not in os.environ:
-        options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # missing in torch's __all__
+        options |= {"store": store, "rank": 0, "world_size": 1}
     torch.distributed.init_process_group(**options)
     try:
         yield

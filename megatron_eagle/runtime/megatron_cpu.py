@@ -7,9 +7,11 @@ exists. Enter it around model construction, training steps and checkpointing.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -43,7 +45,13 @@ def _names_cuda(value: object) -> bool:
 class _CudaToCpu(TorchFunctionMode):
     """Rewrites requests for CUDA memory into requests for host memory."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
@@ -104,22 +112,22 @@ class _CpuRngTracker:
 class _NullStream:
     """Stands for a CUDA stream: on the host everything is already in order."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def wait_stream(self, stream) -> None:
+    def wait_stream(self, stream: object) -> None:
         pass
 
-    def wait_event(self, event) -> None:
+    def wait_event(self, event: object) -> None:
         pass
 
-    def record_event(self, event=None):
+    def record_event(self, event: object = None) -> "_NullStream":
         return self
 
     def synchronize(self) -> None:
         pass
 
-    def wait(self, stream=None) -> None:
+    def wait(self, stream: object = None) -> None:
         pass
 
 
@@ -127,7 +135,7 @@ def _patches() -> list[tuple[object, str, object]]:
     """(object, attribute, replacement) for calls that are not dispatched through torch functions."""
     import megatron.core.tensor_parallel.random as megatron_random
 
-    def current_stream(device=None):
+    def current_stream(device: object = None) -> _NullStream:
         return _NullStream()
 
     return [
@@ -193,7 +201,7 @@ def fix_torch_adam_in_distributed_optimizer() -> None:
     original_load_state_dict = optimizer_class.load_state_dict
     original_get_states = optimizer_class._get_main_param_and_optimizer_states
 
-    def state_dict(self):
+    def state_dict(self: Any) -> Any:
         adam = self.optimizer
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             if not adam.state[parameter]:
@@ -208,18 +216,18 @@ def fix_torch_adam_in_distributed_optimizer() -> None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in adam.param_groups]
         return {"optimizer": {"param_groups": [{**group, "step": 0.0} for group in groups]}}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self: Any, state_dict: Any) -> None:
         original_load_state_dict(self, state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    def get_states(self, model_param):
-        tensors = original_get_states(self, model_param)
+    def get_states(self: Any, model_param: Tensor) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = original_get_states(self, model_param)
         tensors.pop("step", None)
         return tensors
 
     @torch.no_grad()
-    def set_states(self, model_param, tensors):
+    def set_states(self: Any, model_param: Tensor, tensors: Mapping[str, Tensor]) -> None:
         for name, target in get_states(self, model_param).items():
             target.copy_(tensors[name])
 

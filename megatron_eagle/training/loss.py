@@ -40,6 +40,7 @@ def megatron_loss(
     loss = weighted_loss(token_losses, loss_weights)
     by_group = loss.new_zeros(0, dtype=torch.float64)
     if groups:
+        assert group_ids is not None, "groups are counted by number"
         by_group = group_losses(token_losses, loss_weights, group_ids, groups)
     no_count = torch.tensor(_NO_TOKEN_COUNT, dtype=torch.int, device=loss.device)
     return loss, no_count, (loss.detach(), by_group)

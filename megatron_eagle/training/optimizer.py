@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from megatron.core.distributed import (
@@ -19,6 +19,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from megatron_eagle.context_parallel.vision_sharding import sum_encoder_gradients
 from megatron_eagle.model.flops import PARTS
@@ -104,7 +105,9 @@ def wrap_models(
     return wrapped
 
 
-def _finalize_model_grads(models, num_tokens, **kwargs) -> None:
+def _finalize_model_grads(
+    models: list[DistributedDataParallel], num_tokens: Tensor | None, **kwargs: Any
+) -> None:
     # Megatron would divide by its token count, an int32 that cannot hold the loss normaliser. The token
     # weights carry the division already.
     finalize_model_grads(models, None, **kwargs)

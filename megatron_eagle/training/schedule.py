@@ -1,9 +1,9 @@
 """From the loader's batches through Megatron's pipeline schedule: planned once, put on the device once."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -72,7 +72,9 @@ def run_schedule(
     inputs: dict[int, ModelInput] = {}
     uses: Counter[int] = Counter()
 
-    def forward_step(numbers, model):
+    def forward_step(
+        numbers: Iterator[int], model: DistributedDataParallel
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         number = next(numbers)
         if number not in inputs:
             inputs[number] = build(microbatches[number])
@@ -80,7 +82,9 @@ def run_schedule(
         uses[number] += 1
         if uses[number] == len(models):  # its last chunk: what backward needs, autograd holds
             del inputs[number]
-        return model(mine), lambda losses: megatron_loss(losses, mine.loss_weights, mine.group_ids, groups)
+        weights = mine.loss_weights
+        assert weights is not None, "what is trained on has weights"
+        return model(mine), lambda losses: megatron_loss(losses, weights, mine.group_ids, groups)
 
     iterators = [iter(range(len(microbatches))) for _ in models]  # every chunk walks through all of them
     several = len(models) > 1

@@ -53,7 +53,8 @@ def load_stages(
         raise UserError(f"{path}: there is no stage {stage!r}, only {', '.join(names)}{hint}")
 
     runs = _resolve(values, dict(zip(names, sections.values(), strict=True)), overrides)
-    configs, previous = [], None
+    configs: list[RunConfig] = []
+    previous = None
     for name, run in runs.items():
         if stage is None or name == stage:
             starts = not has_checkpoint((run.get("checkpoint") or {}).get("path") or "")
@@ -109,12 +110,14 @@ def _check_sections(sections: Any, where: str) -> list[str]:
     return [str(name) for name in sections]
 
 
-def _resolve(common: dict, sections: dict[str, dict], overrides: list[str]) -> dict[str, dict]:
+def _resolve(
+    common: dict[str, Any], sections: dict[str, dict[str, Any]], overrides: list[str]
+) -> dict[str, dict[str, Any]]:
     """Name -> settings of the run."""
     everywhere = [text for text in overrides if text.partition("=")[0].strip() in _COMMON_PATHS]
     common = apply_overrides(common, everywhere)
     rest = [text for text in overrides if text not in everywhere]
-    runs: dict[str, dict] = {}
+    runs: dict[str, dict[str, Any]] = {}
     previous = None
     for name, section in sections.items():
         run = apply_overrides(_merge(common, section), rest)
@@ -138,10 +141,10 @@ def _merge(common: Any, section: Any) -> Any:
     return merged
 
 
-def _check_finished(previous: str, name: str, run: dict) -> None:
+def _check_finished(previous: str, name: str, run: dict[str, Any]) -> None:
     path = run["checkpoint"]["path"]
     last = (run.get("training") or {}).get("train_iterations")
-    if not _finished(path, last):
+    if last is None or not _finished(path, last):
         state = (
             f"stands at iteration {read_train_state(path).iteration}" if has_checkpoint(path) else "is absent"
         )

@@ -109,9 +109,10 @@ def test_ranges_carry_what_is_needed_and_no_more(name, pack):
         needed = {i for part in layout.segments(rank, bounds) for i in range(part.k_start, part.k_end)}
         assert set(traffic.needed[rank].nonzero()[0].tolist()) == needed
         assert plan.num_received == len(needed) == share + traffic.received[rank]
-        if plan.kind == "ranges":
-            assert plan.receive_counts == tuple(other.send_counts[rank] for other in plans)
-            assert sum(plan.send_counts) == share + traffic.sent[rank]
+        assert (plan.kind == "ranges") == (plan.ranges is not None)
+        if plan.ranges is not None:
+            assert plan.ranges.receive_counts == tuple(other.ranges.send_counts[rank] for other in plans)
+            assert sum(plan.ranges.send_counts) == share + traffic.sent[rank]
 
 
 def test_the_cheapest_exchange_is_chosen():

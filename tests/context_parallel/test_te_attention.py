@@ -115,7 +115,8 @@ def test_it_is_called_as_megatron_declares_it(monkeypatch):
 
     lengths = torch.tensor([0, 8, 12], dtype=torch.int32)
     q, k = torch.randn(6, 1, 4, 4), torch.randn(6, 1, 2, 4)
-    packed = PackedSequence(cu_seqlens_q=lengths, max_seqlen_q=8)
+    unread = {"position_ids": None, "layout": None, "exchange": None}
+    packed = PackedSequence(cu_seqlens_q=lengths, max_seqlen_q=8, **unread)
     out = core(q, k, k, None, packed_seq_params=packed)
     assert torch.equal(out, q.reshape(6, 1, 16))
     called = core.attention.called_with
@@ -171,6 +172,9 @@ def compare_on_gpus(rank: int, size: int, store: str) -> None:
     packed = PackedSequence(
         cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32, device="cuda"),
         max_seqlen_q=bounds[-1] - bounds[-2],
+        position_ids=None,
+        layout=None,
+        exchange=None,
     )
     config = TransformerConfig(
         num_layers=1,

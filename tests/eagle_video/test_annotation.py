@@ -12,7 +12,13 @@ import pytest
 from megatron_eagle.data.annotations.formats import read_sample
 from megatron_eagle.data.sample import USER, VideoRef
 from megatron_eagle.eagle_video.anchors import AnchorWriter, context_question, leaked_words, time_anchor
-from megatron_eagle.eagle_video.chapters import Chapter, ChapteredVideo, chapters_within, read_chapters
+from megatron_eagle.eagle_video.chapters import (
+    BoundedChapter,
+    Chapter,
+    ChapteredVideo,
+    chapters_within,
+    read_chapters,
+)
 from megatron_eagle.eagle_video.client import Client
 from megatron_eagle.eagle_video.prompts import Prompt, load_prompt, load_question_types
 from megatron_eagle.eagle_video.records import Notes, clock, training_line
@@ -264,7 +270,10 @@ def test_vitt_and_other_chapter_forms(tmp_path, media):
     notes = Notes("f")
     (video,) = read_chapters(write_jsonl(tmp_path / "vitt.json", vitt), media, notes)
     assert [e.kind for e in notes.entries] == ["second annotation"]
-    assert chapters_within(video, 30.0, notes) == [Chapter("A", 0.26, 16.0), Chapter("B", 16.0, 30.0)]
+    assert chapters_within(video, 30.0, notes) == [
+        BoundedChapter("A", 0.26, 16.0),
+        BoundedChapter("B", 16.0, 30.0),
+    ]
     (tmp_path / "times.json").write_text(json.dumps({"bb": {"chapters": {"0:00:00": "A", "00:02": "B"}}}))
     (video,) = read_chapters(tmp_path / "times.json", media, notes)
     assert video.chapters == (Chapter("A", 0.0, None), Chapter("B", 2.0, None)) and video.path.endswith(

@@ -53,4 +53,4 @@ def test_batches_arrive_as_they_are(tmp_path):
         assert on_cpu.keys() == on_gpu.keys() and len(on_cpu) > 6
         for name, tensor in on_gpu.items():
             assert torch.equal(tensor.cpu(), on_cpu[name]), name
-        assert on_gpu["pixel_values"].is_cuda and on_gpu["input_ids"].is_cuda
+        assert on_gpu["vision.pixel_values"].is_cuda and on_gpu["input_ids"].is_cuda

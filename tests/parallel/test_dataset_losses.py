@@ -201,8 +201,7 @@ def _train_uncut(*arguments) -> None:
 
     def build(*args, group_ids, **more):
         inputs = build_input(*args, group_ids=group_ids, **more)
-        inputs.group_ids = group_ids[: len(inputs.group_ids)]
-        return inputs
+        return replace(inputs, group_ids=group_ids[: len(inputs.group_ids)])
 
     build_input = schedule.build_input
     with patch.object(schedule, "build_input", build):

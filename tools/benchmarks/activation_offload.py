@@ -6,6 +6,8 @@ step: weights, gradient buffers, and the slab of host memory that a first step h
 tile and short documents, so that layers and not the reference attention's score matrices fill the memory.
 """
 
+from typing import Any
+
 import torch
 from benchmarks.measuring import peak_bytes
 from benchmarks.report import Report, progress
@@ -49,7 +51,7 @@ def model(layers: int) -> EagleConfig:
     return EagleConfig(vision=vision, text=text, image_token_index=7).validate()
 
 
-def pack(eagle: EagleConfig, tokens: int) -> dict:
+def pack(eagle: EagleConfig, tokens: int) -> dict[str, Any]:
     """One tile, then text, in documents of `DOCUMENT` tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(8, 504, (tokens,), generator=generator)
@@ -65,7 +67,7 @@ def pack(eagle: EagleConfig, tokens: int) -> dict:
     }
 
 
-def measure(mesh: Mesh, layers: int, tokens: int, policy: str) -> dict[str, str | int | float]:
+def measure(mesh: Mesh, layers: int, tokens: int, policy: str) -> dict[str, Any]:
     """Peak of a step and its formula, as a row; call inside `model_parallel`."""
     eagle, recompute, cpu = model(layers), POLICIES[policy], torch.device("cpu")
     models = build_model(eagle, mesh, cpu, recompute=recompute)
@@ -75,6 +77,7 @@ def measure(mesh: Mesh, layers: int, tokens: int, policy: str) -> dict[str, str 
 
     def step() -> float:
         wrapped.zero_grad_buffer()
+        assert inputs.loss_weights is not None, "the pack has them"
         loss = megatron_loss(wrapped(inputs), inputs.loss_weights)[0]
         loss.backward()
         return loss.item()

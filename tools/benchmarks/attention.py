@@ -13,6 +13,7 @@ from those of the first backend.
 import math
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from benchmarks.report import Report, progress
@@ -55,7 +56,7 @@ class Task:
         self.segments, self.pairs = share(length)
         torch.manual_seed(0)
         rows, keys = self.segments[-1].q_end, self.segments[-1].k_end
-        options = {"dtype": torch.bfloat16, "device": device}
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         self.q, self.grad = (torch.randn(rows, QUERY_HEADS, HEAD_DIM, **options) for _ in range(2))
         self.k, self.v = (torch.randn(keys, KEY_HEADS, HEAD_DIM, **options) for _ in range(2))
 
@@ -67,14 +68,14 @@ class Task:
         ]
         heads = [slice(h * each, (h + 1) * each) for h in range(KEY_HEADS)]
 
-        def run():
+        def run() -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
             results = [
                 backend.forward(self.q[:, own], k, v, self.segments, SCALE)
                 for own, (k, v) in zip(heads, keys, strict=True)
             ]
             out, lse = torch.cat([out for out, _ in results], dim=1), torch.cat([lse for _, lse in results])
 
-            def backward():
+            def backward() -> tuple[Tensor, ...]:
                 grads = [
                     backend.backward(
                         self.grad[:, own],
@@ -107,15 +108,15 @@ class Task:
             for heads in (QUERY_HEADS, KEY_HEADS, KEY_HEADS)
         ]
 
-        def attend(q, k, v):
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(kernel):
                 return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
         return _differentiated(attend, leaves, torch.randn_like(leaves[0]))
 
 
-def _differentiated(function: Callable, leaves: list[Tensor], grad: Tensor) -> Pass:
-    def run():
+def _differentiated(function: Callable[..., Any], leaves: list[Tensor], grad: Tensor) -> Pass:
+    def run() -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
         out = function(*leaves)
         return out.detach(), lambda: torch.autograd.grad(out, leaves, grad)
 
@@ -166,7 +167,7 @@ def _milliseconds(run: Pass) -> tuple[float, float]:
     return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
 
 
-def measure(length: int) -> list[dict]:
+def measure(length: int) -> list[dict[str, Any]]:
     """One row per contestant, which take turns."""
     task = Task(length)
     times: dict[str, list[tuple[float, float]]] = {}
@@ -196,12 +197,14 @@ def measure(length: int) -> list[dict]:
 def _row(
     length: int, name: str, pairs: int, times: list[tuple[float, float]] | None, off: float | None
 ) -> dict[str, str | int | float]:
-    if times is None:
-        forward = backward = both = rate = "failed"
-    else:
+    forward: str | float = "failed"
+    backward: str | float = "failed"
+    both: str | float = "failed"
+    rate: str | float = "failed"
+    if times is not None:
         forward, backward = (median(part) for part in zip(*times, strict=True))
-        both = median(map(sum, times))
-        rate = 14 * pairs * HEAD_DIM * QUERY_HEADS / both / 1e9
+        whole = median(map(sum, times))
+        both, rate = whole, 14 * pairs * HEAD_DIM * QUERY_HEADS / whole / 1e9
     return {
         "tokens": length,
         "attention": name,

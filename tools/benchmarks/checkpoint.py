@@ -16,11 +16,14 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from benchmarks.report import Report, progress
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_eagle.checkpoint import (
     CONTENT_METADATA,
@@ -57,7 +60,7 @@ def run() -> Report:
         for buffer in wrapped[0].buffers:
             buffer.grad_data.fill_(1e-3)
         optimizer.step()
-        state = wrapped, optimizer, scheduler, {"model": {}}
+        state: tuple[Any, ...] = wrapped, optimizer, scheduler, {"model": {}}
         return _measure(Path(folder), state, optimizer)
 
 
@@ -69,7 +72,12 @@ def _model() -> EagleConfig:
     return eagle.validate()
 
 
-def _measure(root: Path, state: tuple, optimizer) -> Report:
+def _save(saver: CheckpointSaver, state: tuple[Any, ...], turn: int, *, must_succeed: bool) -> None:
+    models, optimizer, scheduler, config = state
+    saver.save(models, optimizer, scheduler, config, TrainState(turn), must_succeed=must_succeed)
+
+
+def _measure(root: Path, state: tuple[Any, ...], optimizer: MegatronOptimizer) -> Report:
     configs = {kind: CheckpointConfig(str(root / kind), keep_last=1, async_save=True) for kind in ("a", "b")}
     blocking, held, idle, beside, extra = [], [], [], [], []
     with (
@@ -77,11 +85,9 @@ def _measure(root: Path, state: tuple, optimizer) -> Report:
         CheckpointSaver(configs["b"], progress) as in_background,
     ):
         for turn in range(1, TURNS + 2):
-            blocking.append(
-                _seconds(lambda n=turn: in_foreground.save(*state, TrainState(n), must_succeed=True))
-            )
+            blocking.append(_seconds(partial(_save, in_foreground, state, turn, must_succeed=True)))
             idle.append(median(_seconds(optimizer.step) for _ in range(3)))
-            held.append(_seconds(lambda n=turn: in_background.save(*state, TrainState(n))))
+            held.append(_seconds(partial(_save, in_background, state, turn, must_succeed=False)))
             steps = []
             while in_background.saved_iteration != turn:
                 steps.append(_seconds(optimizer.step))

@@ -14,16 +14,17 @@ point to point instead, each step as long as its busiest rank. Bytes are those o
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 from benchmarks.report import Report, progress
 
 from megatron_eagle.context_parallel.exchange import measure_traffic
 from megatron_eagle.context_parallel.layout import SequenceLayout
-from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout, sequence_multiple
+from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, LayoutName, plan_layout, sequence_multiple
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.planning.planner import sample_bounds
@@ -74,7 +75,7 @@ def _attention(pairs: float) -> float:
 
 def made_up_packs() -> dict[str, list[list[int]]]:
     """Document bounds of the five kinds of packs, several of each kind that is random."""
-    kinds = {
+    kinds: dict[str, Callable[[random.Random], float]] = {
         "lognormal, mean 8K": lambda r: r.lognormvariate(math.log(8000) - 0.72, 1.2),
         "video mix": lambda r: r.uniform(300, 4000) if r.random() < 0.7 else r.uniform(16000, 64000),
         "chat 200-2000": lambda r: r.uniform(200, 2000),
@@ -104,7 +105,7 @@ def real_packs(folder: str) -> tuple[int, dict[str, Sequence[Sequence[int]]]]:
     return length, {f"{len(bounds)} packs of {path}": bounds}
 
 
-def simulate(name: str, size: int, bounds: Sequence[int]) -> Outcome:
+def simulate(name: LayoutName, size: int, bounds: Sequence[int]) -> Outcome:
     """Plan one pack and count its work."""
     length = bounds[-1]
     start = time.perf_counter()
@@ -160,11 +161,11 @@ def run(packs: str | None = None, plot: str | None = None) -> Report:
         plot: PNG to write.
     """
     length, kinds = (LENGTH, made_up_packs()) if packs is None else real_packs(packs)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind, members in kinds.items():
         progress(kind)
         for size in SIZES:
-            for name in LAYOUT_NAMES:
+            for name in get_args(LayoutName):
                 if length % (multiple := sequence_multiple(name, size)):
                     progress(f"  CP {size}, {name}: left out, {length} tokens are no multiple of {multiple}")
                     continue
@@ -176,7 +177,7 @@ def run(packs: str | None = None, plot: str | None = None) -> Report:
 
 
 def _summary(outcomes: list[Outcome], share: int) -> dict[str, float | int]:
-    def mean(values) -> float:
+    def mean(values: Iterable[float]) -> float:
         return float(np.mean(list(values)))
 
     def slow_down(outcome: Outcome, waiting: float) -> float:
@@ -199,7 +200,7 @@ def _summary(outcomes: list[Outcome], share: int) -> dict[str, float | int]:
     }
 
 
-def _plot(rows: list[dict], path: str) -> None:
+def _plot(rows: list[dict[str, Any]], path: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks.report import Report, progress
@@ -70,7 +71,7 @@ def _convert(direction: str, source: Path, target: Path) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", "-c", _CHILD, direction, str(source), str(target)]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    measured = json.loads(output.splitlines()[-1])
+    measured: dict[str, float] = json.loads(output.splitlines()[-1])
     measured["seconds"] += _sync(target)
     return measured
 
@@ -113,7 +114,7 @@ def run(large: bool = False) -> Report:
         exported = _convert("export", root / "checkpoint", root / "out")
         same = _same(root / "hf", root / "out")
     limit = 2 * largest + 1_000_000_000
-    rows: list[dict[str, str | int | float]] = [
+    rows: list[dict[str, Any]] = [
         {"what": "cp", "s": copied, "MB/s": total / copied / 1e6, "peak MB": "-", "limit MB": "-"}
     ]
     for what, measured in (("import", imported), ("export", exported)):

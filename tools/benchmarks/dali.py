@@ -5,8 +5,10 @@ only VP9 of these two codecs; on a GPU, `pytest -m gpu tests/gpu/test_dali.py` m
 """
 
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -48,12 +50,13 @@ def run() -> Report:
     return Report(title, rows)
 
 
-def _measure(path: str, codec: str, index: FrameIndex) -> list[dict]:
+def _measure(path: str, codec: str, index: FrameIndex) -> list[dict[str, Any]]:
     exact, dali = (MediaDecoder(name, tile_size=TILE) for name in ("exact", "dali"))
-    ways = {
-        "exact": lambda: exact.frames(path, index, index.numbers)[0],
-        "DALI's graph on exact frames": lambda: dali.frames(path, index, index.numbers)[0],
-        "sparse remux alone": lambda: sparse_remux(path, index) and None,
+    numbers = index.numbers.tolist()
+    ways: dict[str, Callable[[], torch.Tensor | None]] = {
+        "exact": lambda: exact.frames(path, index, numbers)[0],
+        "DALI's graph on exact frames": lambda: dali.frames(path, index, numbers)[0],
+        "sparse remux alone": partial(_remux_alone, path, index),
     }
     if codec == "vp9":
         pipeline = video_graph(TILE, "dali_cpu", device_id=None, batch_size=1, threads=1)
@@ -62,7 +65,7 @@ def _measure(path: str, codec: str, index: FrameIndex) -> list[dict]:
             _decode, pipeline, np.fromfile(path, np.uint8), index.numbers
         )
     seconds = interleaved(ways, repeats=3)
-    expected = ways["exact"]().int()
+    expected = exact.frames(path, index, numbers)[0].int()
     rows = []
     for name, way in ways.items():
         tiles = way()
@@ -83,12 +86,16 @@ def _measure(path: str, codec: str, index: FrameIndex) -> list[dict]:
     return rows
 
 
-def _remuxed(pipeline, path: str, index: FrameIndex) -> torch.Tensor:
+def _remux_alone(path: str, index: FrameIndex) -> None:
+    sparse_remux(path, index)
+
+
+def _remuxed(pipeline: Any, path: str, index: FrameIndex) -> torch.Tensor:
     remux = sparse_remux(path, index)
     return _decode(pipeline, np.frombuffer(remux.data, np.uint8), remux.frames)
 
 
-def _decode(pipeline, file: np.ndarray, frames) -> torch.Tensor:
+def _decode(pipeline: Any, file: np.ndarray, frames: Sequence[int] | np.ndarray) -> torch.Tensor:
     pipeline.feed_input("video", [file])
     pipeline.feed_input("frames", [np.asarray(frames, np.int32)])
     pipeline.feed_input("colours", [colour_matrix(bt709=False)])
@@ -102,8 +109,9 @@ def _make_clip(folder: Path, codec: str) -> str:
     path = folder / f"{codec}{suffix}"
     with av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=25)
+        assert isinstance(stream, av.VideoStream), "all codecs are of video"
         stream.width, stream.height = SIZE
-        stream.pix_fmt, stream.gop_size, stream.options = "yuv420p", GOP, options
+        stream.pix_fmt, stream.gop_size, stream.options = "yuv420p", GOP, dict(options)
         for k in range(SECONDS * 25):
             down, right = (k * 3 % 500, k * 2 % 500)
             down, right = (min(x, 500 - x) for x in (down, right))  # there and back

@@ -5,14 +5,17 @@ same run. That of the fused loss is the time of its three matrix products over i
 offload is the share of its copies that hide behind computation, against the same layers whose tensors stay.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from benchmarks import linear_ce
 from benchmarks.measuring import peak_bytes, seconds
 from benchmarks.report import Report, progress
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from eagle_kernels.layer_norm import layer_norm
@@ -20,7 +23,7 @@ from eagle_kernels.rms_norm import rms_norm
 from eagle_kernels.rope import inverse_frequencies, rope, rotary_table
 from eagle_kernels.swiglu import swiglu
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.eagle import build_model
+from megatron_eagle.model.eagle import ModelInput, build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.presets import EagleConfig, preset
@@ -94,7 +97,7 @@ def operations(tokens: int, device: str, dtype: torch.dtype, widths: tuple[int, 
 
 def elementwise(
     tokens: int, device: str, dtype: torch.dtype, widths: tuple[int, ...], copy: float
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Rows of every operation and form; `copy`: bytes that a copy reads and writes in a second."""
     rows = []
     for operation in operations(tokens, device, dtype, widths):
@@ -102,22 +105,11 @@ def elementwise(
             y = function(*operation.inputs)
             grad = torch.randn_like(y)
 
-            def forward(function=function, operation=operation) -> Tensor:
-                with torch.no_grad():
-                    return function(*operation.inputs)
-
-            def backward(y=y, operation=operation, grad=grad) -> tuple[Tensor | None, ...]:
-                return torch.autograd.grad(y, operation.inputs, grad, retain_graph=True, allow_unused=True)
-
-            def both(function=function, operation=operation, grad=grad) -> tuple[Tensor | None, ...]:
-                return torch.autograd.grad(
-                    function(*operation.inputs), operation.inputs, grad, allow_unused=True
-                )
-
-            peak = peak_bytes(both, device) / 1e6
-            for way, step, passes in zip(
-                ("forward", "backward"), (forward, backward), operation.passes, strict=True
-            ):
+            inputs = operation.inputs
+            backward = partial(torch.autograd.grad, y, inputs, grad, retain_graph=True, allow_unused=True)
+            peak = peak_bytes(partial(_both, function, inputs, grad), device) / 1e6
+            steps: list[Callable[[], object]] = [partial(_forward, function, inputs), backward]
+            for way, step, passes in zip(("forward", "backward"), steps, operation.passes, strict=True):
                 taken = seconds(step, device, REPEATS)
                 speed = passes * y.nbytes / taken
                 rows.append(
@@ -134,6 +126,15 @@ def elementwise(
     return rows
 
 
+def _forward(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        function(*inputs)
+
+
+def _both(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> None:
+    torch.autograd.grad(function(*inputs), inputs, grad, allow_unused=True)
+
+
 def copy_bandwidth(device: str, elements: int) -> float:
     """Bytes read and written a second by a copy of `elements` in bf16."""
     source = torch.zeros(elements, device=device, dtype=torch.bfloat16)
@@ -141,7 +142,7 @@ def copy_bandwidth(device: str, elements: int) -> float:
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, REPEATS)
 
 
-def loss_rows() -> list[dict]:
+def loss_rows() -> list[dict[str, Any]]:
     """The fused loss beside its peers, with all and with 15 % of the tokens supervised."""
     measured = linear_ce.run(device="cuda").rows
     return [
@@ -158,7 +159,7 @@ def loss_rows() -> list[dict]:
     ]
 
 
-def _pack(eagle: EagleConfig, tokens: int) -> dict:
+def _pack(eagle: EagleConfig, tokens: int) -> dict[str, Any]:
     ids = torch.full((tokens,), 8)
     ids[: eagle.tokens_per_tile] = eagle.image_token_index
     size = eagle.vision.image_size
@@ -172,9 +173,18 @@ def _pack(eagle: EagleConfig, tokens: int) -> dict:
     }
 
 
-def offload_rows(mesh: Mesh, eagle: EagleConfig, tokens: int, dtype: torch.dtype, device: str) -> list[dict]:
+def _step(wrapped: DistributedDataParallel, inputs: ModelInput) -> None:
+    assert inputs.loss_weights is not None, "the pack has them"
+    wrapped.zero_grad_buffer()
+    megatron_loss(wrapped(inputs), inputs.loss_weights)[0].backward()
+
+
+def offload_rows(
+    mesh: Mesh, eagle: EagleConfig, tokens: int, dtype: torch.dtype, device: str
+) -> list[dict[str, Any]]:
     """A step of some layers with everything away, and with everything on the device: what copies cost."""
-    layers, rows = eagle.text.num_hidden_layers, []
+    layers = eagle.text.num_hidden_layers
+    rows: list[dict[str, Any]] = []
     for form, keep_last in (("all stay", layers), ("all leave", 0)):
         recompute = RecomputeConfig("offload", offload_keep_last=keep_last)
         models = build_model(eagle, mesh, torch.device(device), dtype, recompute)
@@ -182,10 +192,7 @@ def offload_rows(mesh: Mesh, eagle: EagleConfig, tokens: int, dtype: torch.dtype
         [wrapped] = wrap_models(models)
         inputs = make_input(eagle, mesh, torch.device(device), **_pack(eagle, tokens))
 
-        def step(wrapped=wrapped, inputs=inputs) -> None:
-            wrapped.zero_grad_buffer()
-            megatron_loss(wrapped(inputs), inputs.loss_weights)[0].backward()
-
+        step = partial(_step, wrapped, inputs)
         taken = seconds(step, device, 5)
         row = {"kernel": f"activation_offload, {layers} layers", "tokens": tokens, "form": form}
         row |= {"ms": 1e3 * taken, "GB/s": "-", "peak MB": peak_bytes(step, device) / 1e6, "of bound": "-"}
@@ -196,8 +203,8 @@ def offload_rows(mesh: Mesh, eagle: EagleConfig, tokens: int, dtype: torch.dtype
     away = torch.zeros(tokens, row_bytes + 4 * text.num_attention_heads, dtype=torch.uint8, device=device)
     host = torch.empty(away.shape, dtype=torch.uint8, pin_memory=device == "cuda")
     copies = layers * sum(
-        seconds(lambda pair=pair: pair[0].copy_(pair[1], non_blocking=True), device, 5)
-        for pair in ((host, away), (away, host))
+        seconds(partial(target.copy_, source, non_blocking=True), device, 5)
+        for target, source in ((host, away), (away, host))
     )
     rows[1]["of bound"] = 1 - (rows[1]["ms"] - rows[0]["ms"]) / 1e3 / copies
     rows[1]["GB/s"] = 2 * layers * away.nbytes / copies / 1e9

@@ -6,7 +6,9 @@ Liger's fused loss needs a GPU (its cross-entropy kernel alone is compared in Tr
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from benchmarks.measuring import peak_bytes, seconds
@@ -28,11 +30,13 @@ class Task:
 
     def __init__(self, tokens: int, rows: int, supervised: int, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        width, options = WIDTH[device], {"generator": generator, "device": device}
+        width = WIDTH[device]
+        options: dict[str, Any] = {"generator": generator, "device": device}
         self.device = device
         self.x = torch.randn(tokens, width, **options).to(DTYPE[device]).requires_grad_()
-        self.weight = torch.randn(rows, width, **options).mul_(0.05).to(DTYPE[device]).requires_grad_()
-        self.weight.main_grad = torch.zeros(rows, width, device=device)
+        weight: Any = torch.randn(rows, width, **options).mul_(0.05).to(DTYPE[device]).requires_grad_()
+        weight.main_grad = torch.zeros(rows, width, device=device)
+        self.weight: Any = weight
         self.labels = torch.randint(rows, (tokens,), **options)
         self.token_weights = torch.zeros(tokens, device=device)
         places = torch.randperm(tokens, **options)[:supervised]
@@ -44,7 +48,9 @@ class Task:
         loss = losses(self)
         loss = torch.dot(loss, self.token_weights) if loss.dim() else loss
         loss.backward()
-        return loss.detach(), self.x.grad, self.weight.grad
+        x_grad, weight_grad = self.x.grad, self.weight.grad
+        assert x_grad is not None and weight_grad is not None, "backward ran"
+        return loss.detach(), x_grad, weight_grad
 
 
 def fused(task: Task) -> Tensor:
@@ -65,7 +71,8 @@ def plain(task: Task) -> Tensor:
 def megatron(task: Task) -> Tensor:
     """Plain logits, then Megatron-Core's vocabulary parallel cross-entropy, on one rank."""
     logits = F.linear(task.x, task.weight)[:, None]
-    return vocab_parallel_cross_entropy(logits, task.labels[:, None]).view(-1)
+    losses: Tensor = vocab_parallel_cross_entropy(logits, task.labels[:, None])
+    return losses.view(-1)
 
 
 def liger(task: Task) -> Tensor:
@@ -73,17 +80,24 @@ def liger(task: Task) -> Tensor:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     labels = torch.where(task.token_weights > 0, task.labels, -100)
-    return LigerFusedLinearCrossEntropyFunction.apply(
+    losses: Tensor = LigerFusedLinearCrossEntropyFunction.apply(
         task.x, task.weight, labels, None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32
     )[0]
+    return losses
 
 
-CONTESTANTS = {"fused": fused, "fused, main_grad": fused_into_main_grad, "Megatron-Core": megatron}
+CONTESTANTS: dict[str, Callable[[Task], Tensor]] = {
+    "fused": fused,
+    "fused, main_grad": fused_into_main_grad,
+    "Megatron-Core": megatron,
+}
 
 
 def contestants(device: str) -> dict[str, Callable[[Task], Tensor]]:
     """What runs on `device`; plain torch, the yardstick, last."""
-    own = {"Liger": liger} if device == "cuda" and find_spec("liger_kernel") else {}
+    own: dict[str, Callable[[Task], Tensor]] = (
+        {"Liger": liger} if device == "cuda" and find_spec("liger_kernel") else {}
+    )
     return CONTESTANTS | own | {"plain torch": plain}
 
 
@@ -111,7 +125,7 @@ def products(task: Task) -> Callable[[], None]:
     return run
 
 
-def measure(tokens: int, rows: int, supervised: int, device: str = "cpu") -> list[dict]:
+def measure(tokens: int, rows: int, supervised: int, device: str = "cpu") -> list[dict[str, Any]]:
     """One row per contestant, all on the same inputs; call inside `model_parallel`."""
     task, found = Task(tokens, rows, supervised, device), []
     shape = {"tokens": tokens, "rows": rows, "supervised": supervised}
@@ -119,18 +133,22 @@ def measure(tokens: int, rows: int, supervised: int, device: str = "cpu") -> lis
     for name, losses in contestants(device).items():
         fused_row = name.startswith("fused")
         expected = formula(tokens, rows, supervised, name != "fused", device) if fused_row else 0
-        row = shape | {"loss": name, "peak MB": "-", "formula MB": expected / 1e6 if fused_row else "-"}
+        row: dict[str, Any] = shape | {
+            "loss": name,
+            "peak MB": "-",
+            "formula MB": expected / 1e6 if fused_row else "-",
+        }
         try:
             loss, grad_x, _ = task.step(losses)
-            taken = seconds(lambda losses=losses: task.step(losses), device, 1 if device == "cpu" else 5)
+            taken = seconds(partial(task.step, losses), device, 1 if device == "cpu" else 5)
             task.x.grad = task.weight.grad = None
-            row["peak MB"] = peak_bytes(lambda losses=losses: task.step(losses), device) / 1e6
+            row["peak MB"] = peak_bytes(partial(task.step, losses), device) / 1e6
         except torch.OutOfMemoryError:
             found.append(row | {"seconds": "out of memory", "dx off": "-", "value off": "-"})
             continue
-        if name == "Liger":  # another weighting
-            apart = value = "-"
-        else:
+        apart: str | float = "-"
+        value: str | float = "-"
+        if name != "Liger":  # it has another weighting
             apart = ((grad_x - reference[1]).norm() / reference[1].norm()).item()
             value = abs((loss - reference[0]) / reference[0]).item()
         found.append(row | {"seconds": taken, "dx off": apart, "value off": value})

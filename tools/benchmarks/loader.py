@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,12 +39,13 @@ def _axis(rank: int, size: int) -> SimpleNamespace:
     return SimpleNamespace(rank=rank, size=size, group=SimpleNamespace(rank=lambda: rank, size=lambda: size))
 
 
-def _planning() -> list[dict]:
+def _planning() -> list[dict[str, Any]]:
     """One rank of TP4 x CP8: what every model chunk repeated, and what is done once in the background."""
     progress("planning")
     eagle = preset("eagle2.5-8b").complete()
     config = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True, context_parallel_size=8)
-    mesh = SimpleNamespace(config=config, tp=_axis(0, 4), cp=_axis(3, 8), groups=SimpleNamespace(tp_cp=None))
+    groups = SimpleNamespace(tp_cp=None)
+    mesh: Any = SimpleNamespace(config=config, tp=_axis(0, 4), cp=_axis(3, 8), groups=groups)
     random, tiles = torch.Generator().manual_seed(0), 400
     ids = torch.randint(0, 1000, (LENGTH,), generator=random)
     for tile in range(tiles):
@@ -63,7 +65,7 @@ def _planning() -> list[dict]:
     ]
 
 
-def _decoding() -> list[dict]:
+def _decoding() -> list[dict[str, Any]]:
     """Twelve photographs of twelve tiles: all of them, and the share of a rank of CP2 and of TP2 x CP2."""
     progress("decoding")
     decoder = MediaDecoder("exact", tile_size=448)
@@ -100,10 +102,10 @@ def _merging() -> float:
             process.start()
         for process in ranks:
             process.join()
-        return results.get()
+        return float(results.get())
 
 
-def _merge(rank: int, folder: str, results) -> None:
+def _merge(rank: int, folder: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     seconds = []

@@ -38,7 +38,7 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
 def seconds(step: Callable[[], object], device: str = "cpu", repeats: int = 1) -> float:
     """Median time of `step` after a warm-up: CPU seconds of this process, or between CUDA events."""
     step()
-    found = []
+    found: list[float] = []
     for _ in range(repeats):
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

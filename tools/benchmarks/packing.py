@@ -16,6 +16,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from benchmarks.report import REPO, Report, interleaved, progress
@@ -117,7 +119,7 @@ def best_fit(mix: Mix) -> Packs:
     return packs
 
 
-def even_steps(mix: Mix, packs: Packs, per_rank: int, share: Callable) -> tuple[float, float]:
+def even_steps(mix: Mix, packs: Packs, per_rank: int, share: Callable[..., Any]) -> tuple[float, float]:
     """Percentage of even steps, and the 95th percentile of a step's costliest rank over the mean."""
     squares = np.array([(mix.lengths[pack] ** 2).sum() for pack in packs])
     costs = pack_costs(squares, PATCHES_PER_TILE * np.array([mix.tiles[pack].sum() for pack in packs]))
@@ -155,10 +157,12 @@ def run(large: bool = False) -> Report:
         for count in counts:
             mix = make(count)
             progress(f"{count:,} samples of the {mix.name} mix")
-            contestants = {"ours": lambda mix=mix: pack_rows(mix.lengths, mix.capacity, 0, tiles=mix.tiles)}
+            contestants: dict[str, Callable[[], object]] = {
+                "ours": partial(pack_rows, mix.lengths, mix.capacity, 0, tiles=mix.tiles)
+            }
             peers = {"best fit": best_fit, "least loaded": least_loaded, "next fit": next_fit}
             if count <= PEERS_LIMIT:
-                contestants |= {name: lambda f=f, mix=mix: f(mix) for name, f in peers.items()}
+                contestants |= {name: partial(f, mix) for name, f in peers.items()}
             seconds = interleaved(contestants, repeats=3)
             for name in contestants:
                 packs = ours(mix) if name == "ours" else peers[name](mix)
@@ -170,7 +174,7 @@ def run(large: bool = False) -> Report:
     )
 
 
-def _row(mix: Mix, name: str, packs: Packs, seconds: float, ours_seconds: float) -> dict:
+def _row(mix: Mix, name: str, packs: Packs, seconds: float, ours_seconds: float) -> dict[str, Any]:
     row = {
         "mix": mix.name,
         "samples": len(mix.lengths),
@@ -190,7 +194,7 @@ def _row(mix: Mix, name: str, packs: Packs, seconds: float, ours_seconds: float)
     return row
 
 
-def _ten_million() -> dict:
+def _ten_million() -> dict[str, Any]:
     """Ours alone at ten million, in a process of its own, so that its memory can be told."""
     progress("10,000,000 samples of the short mix")
     code = "from benchmarks.packing import measure_memory; measure_memory(10_000_000)"

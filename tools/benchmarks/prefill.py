@@ -5,6 +5,8 @@ pixels, the cache that it returns included. PyTorch's attention takes a piece th
 of piece x prompt, which long pieces pay for; beside wider layers, as real ones are, it weighs less.
 """
 
+from typing import Any
+
 import torch
 from benchmarks.measuring import peak_bytes
 from benchmarks.report import Report, progress
@@ -20,7 +22,8 @@ IMAGE_TOKEN = 7
 def run(large: bool = False) -> Report:
     """Prompts of 64 tiles; `large`: also of 128."""
     torch.manual_seed(0)
-    model = Eagle2_5_VLForConditionalGeneration(_config()).eval()
+    model: Any = Eagle2_5_VLForConditionalGeneration(_config())
+    model.eval()
     rows = []
     for tiles in (64, 128) if large else (64,):
         pixels = torch.rand(tiles, 3, 448, 448) * 2 - 1
@@ -50,12 +53,14 @@ def run(large: bool = False) -> Report:
 
 
 @torch.no_grad()
-def _last_logits(model, ids: torch.Tensor, pixels: torch.Tensor, chunk: int | None) -> torch.Tensor:
+def _last_logits(model: Any, ids: torch.Tensor, pixels: torch.Tensor, chunk: int | None) -> torch.Tensor:
     """Logits of the last position, [vocabulary]; at once as transformers' `generate` does it."""
     if chunk is None:
-        return model(pixels, ids, use_cache=True, logits_to_keep=1).logits[0, -1]
+        whole: torch.Tensor = model(pixels, ids, use_cache=True, logits_to_keep=1).logits[0, -1]
+        return whole
     cache, embeddings = prefill(model, ids, pixels, chunk)
-    return model(inputs_embeds=embeddings[:, -1:], past_key_values=cache).logits[0, -1]
+    last: torch.Tensor = model(inputs_embeds=embeddings[:, -1:], past_key_values=cache).logits[0, -1]
+    return last
 
 
 def _config() -> Eagle2_5_VLConfig:

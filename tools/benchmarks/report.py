@@ -5,11 +5,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent.parent
 
@@ -19,7 +20,7 @@ class Report:
     """A table of measurements: one mapping per row, columns in the order of the first row's keys."""
 
     title: str
-    rows: list[dict[str, str | int | float]]
+    rows: Sequence[Mapping[str, Any]]
     flags: str = ""
     """Flags of the command line, beside the name, that made this report."""
 
@@ -30,7 +31,7 @@ class Report:
         lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in cells]
         return "\n".join([self.title, "", *lines])
 
-    def card(self, name: str) -> dict:
+    def card(self, name: str) -> dict[str, Any]:
         """The report with what is needed to repeat it: command, commit, machine, date."""
         git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -50,7 +51,7 @@ def write_json(report: Report, name: str, path: str) -> None:
     Path(path).write_text(json.dumps(report.card(name), indent=2) + "\n", encoding="utf-8")
 
 
-def interleaved(contestants: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
+def interleaved(contestants: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
     """Median CPU seconds of each contestant; they take turns, so that noise meets all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for function in contestants.values():

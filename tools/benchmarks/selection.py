@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from benchmarks.report import Report, progress
@@ -37,7 +38,8 @@ def with_faiss(candidates: Path, existing: Path) -> np.ndarray:
 
     index = faiss.IndexFlatIP(DIM)
     index.add(np.load(existing))
-    return index.search(np.load(candidates), 1)[0][:, 0]
+    found: np.ndarray = index.search(np.load(candidates), 1)[0][:, 0]
+    return found
 
 
 def run(large: bool = False) -> Report:
@@ -57,9 +59,9 @@ def run(large: bool = False) -> Report:
     )
 
 
-def _compare(candidates: Path, existing: Path, q: int, e: int) -> list[dict]:
+def _compare(candidates: Path, existing: Path, q: int, e: int) -> list[dict[str, Any]]:
     rows, cosines = [], {}
-    contestants: dict[str, Callable] = {"ours": ours}
+    contestants: dict[str, Callable[..., Any]] = {"ours": ours}
     if importlib.util.find_spec("faiss") and e <= 1_000_000:
         contestants["faiss flat"] = with_faiss
     for name, search in contestants.items():
@@ -81,13 +83,13 @@ def _compare(candidates: Path, existing: Path, q: int, e: int) -> list[dict]:
     return rows
 
 
-def _apart(search: Callable, *paths: Path) -> tuple[float, int, np.ndarray]:
+def _apart(search: Callable[..., Any], *paths: Path) -> tuple[float, int, np.ndarray]:
     """(seconds, peak memory in bytes, result) of a search in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (search, *paths))
 
 
-def _measure(search: Callable, *paths: Path) -> tuple[float, int, np.ndarray]:
+def _measure(search: Callable[..., Any], *paths: Path) -> tuple[float, int, np.ndarray]:
     small = np.load(paths[0], mmap_mode="r")[:64]
     highest_cosine(small, [small])  # libraries load their parts
     before = _peak()
@@ -102,7 +104,7 @@ def _peak() -> int:
 
 def _features(folder: Path, n: int) -> Path:
     path = folder / f"{n}.npy"
-    rows = open_memmap(path, "w+", np.float32, (n, DIM))
+    rows: np.ndarray = open_memmap(path, "w+", np.float32, (n, DIM))  # type: ignore[no-untyped-call]  # numpy's
     generator = np.random.default_rng(n)
     for i in range(0, n, 10_000):
         block = generator.standard_normal((min(10_000, n - i), DIM), np.float32)

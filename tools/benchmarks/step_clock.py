@@ -10,9 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
+
+from megatron_eagle.model.eagle import EagleModel
 
 PARTS = ("data", "vision", "language", "communication", "optimizer", "other")
 _COLLECTIVES = (
@@ -94,11 +98,11 @@ class _Timer:
             pass
 
 
-def time_vision(clock: StepClock, eagle: torch.nn.Module) -> None:
+def time_vision(clock: StepClock, eagle: EagleModel) -> None:
     """Count encoder and connector as vision: forward, and backward from where the gradient reaches them."""
     eagle.vision_model.register_forward_pre_hook(lambda *_: clock.push("vision"))
 
-    def leave(module, inputs, features):
+    def leave(module: torch.nn.Module, inputs: Any, features: Tensor) -> None:
         clock.pop()
         if features.requires_grad:
             features.register_hook(lambda _: clock.push("vision"))
@@ -120,9 +124,9 @@ def timed_communication(clock: StepClock) -> Iterator[None]:
         yield
 
 
-def _timed(original: Callable, clock: StepClock) -> Callable:
+def _timed(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     @wraps(original)
-    def collective(*arguments, **settings):
+    def collective(*arguments: Any, **settings: Any) -> Any:
         with clock.section("communication"):
             result = original(*arguments, **settings)
         if isinstance(result, list):
@@ -135,12 +139,12 @@ def _timed(original: Callable, clock: StepClock) -> Callable:
 class _Work:
     """A collective under way: waiting for it is communication."""
 
-    def __init__(self, work, clock: StepClock) -> None:
+    def __init__(self, work: Any, clock: StepClock) -> None:
         self._work, self._clock = work, clock
 
-    def wait(self, *arguments) -> bool:
+    def wait(self, *arguments: Any) -> bool:
         with self._clock.section("communication"):
-            return self._work.wait(*arguments)
+            return bool(self._work.wait(*arguments))
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)

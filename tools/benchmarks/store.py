@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,8 +81,8 @@ def make_store(folder: Path, rows: int) -> None:
     with pa.OSFile(str(target / "samples.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as out:
         for start in range(0, rows, BATCH_ROWS):
             out.write_batch(batch.slice(0, rows - start))
-    sizes = {"tile_size": 448, "patch_size": 14, "tokens_per_tile": 256}
-    ids = {"vocab_size": 1, "image_token_id": 0, "pad_token_id": 0}
+    sizes: dict[str, Any] = {"tile_size": 448, "patch_size": 14, "tokens_per_tile": 256}
+    ids: dict[str, Any] = {"vocab_size": 1, "image_token_id": 0, "pad_token_id": 0}
     DataManifest(
         "", "train", **sizes, **ids, lengths=[LENGTH], sources=["a.jsonl"], sampling={}, max_pixels=1
     ).save(folder)

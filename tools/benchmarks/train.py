@@ -20,6 +20,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from benchmarks.preprocess import make_input
 from benchmarks.report import REPO, Report, progress
@@ -34,7 +35,7 @@ LARGE = {
     "vision": {"image_size": TILE, "patch_size": PATCH, "hidden_size": 128, "intermediate_size": 512},
     "text": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6},
 }
-MODELS = {"tiny": {"preset": "tiny"}, "larger": LARGE}
+MODELS: dict[str, dict[str, Any]] = {"tiny": {"preset": "tiny"}, "larger": LARGE}
 LAYOUTS = {
     "one process": {},
     "TP2": {"tensor_model_parallel_size": 2},
@@ -81,7 +82,7 @@ def make_store(root: Path, *, length: int, tile: int, patch: int, samples: int) 
     return root / "store"
 
 
-def run_settings(folder: Path, store: Path, model: dict, iterations: int) -> dict:
+def run_settings(folder: Path, store: Path, model: dict[str, Any], iterations: int) -> dict[str, Any]:
     """A run.yaml's settings: two packs a step, no checkpoint but the last."""
     return {
         "model": model,
@@ -91,7 +92,7 @@ def run_settings(folder: Path, store: Path, model: dict, iterations: int) -> dic
     }
 
 
-def measure(root: Path, settings: dict, mode: str, processes: int) -> list[dict]:
+def measure(root: Path, settings: dict[str, Any], mode: str, processes: int) -> list[dict[str, Any]]:
     """Run `train_worker` on so many processes; what each rank found."""
     job, result = root / "job.json", root / "result"
     job.write_text(json.dumps({"config": settings, "mode": mode, "skip": SKIP, "result": str(result)}))

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from benchmarks.report import REPO, Report, progress
@@ -63,7 +64,7 @@ def run() -> Report:
     return Report(title, rows)
 
 
-def settings(store: Path, length: int) -> dict:
+def settings(store: Path, length: int) -> dict[str, Any]:
     """A run's settings but for the folder of its checkpoints, with the features of the row `all`."""
     depth = {"vision": {"num_hidden_layers": LAYERS}, "text": {"num_hidden_layers": LAYERS}}
     return {
@@ -75,7 +76,7 @@ def settings(store: Path, length: int) -> dict:
     }
 
 
-def _measure(config: Path, folder: Path, changes: dict[str, str]) -> dict:
+def _measure(config: Path, folder: Path, changes: dict[str, str]) -> dict[str, Any]:
     overrides = [f"{name}={value}" for name, value in changes.items()]
     # The last save is not measured; without room for it the steps are all the same.
     command = [sys.executable, str(REPO / "tools" / "train.py"), "run", "--config", str(config)]
@@ -92,7 +93,7 @@ def _measure(config: Path, folder: Path, changes: dict[str, str]) -> dict:
         "s a step": median(step.seconds for step in steps),
         "MFU %": _percent(step.mfu for step in steps),
         "of it vision": _percent(step.mfu_vision for step in steps),
-        "peak GiB": max(step.device_memory_gib for step in steps),
+        "peak GiB": max(step.device_memory_gib or 0.0 for step in steps),
     }
 
 

@@ -15,6 +15,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -66,7 +67,7 @@ class Pairs(Probe):
         self._length = length
         self.loop: list[tuple[float, float]] = []
         self.bare: list[tuple[float, float]] = []
-        self._under_way: list = []  # inputs of the iteration that the loop is in
+        self._under_way: list[Any] = []  # inputs of the iteration that the loop is in
         self._left: tuple[float, float] | None = None
 
     def batch(self, load, consumed: int) -> TrainingBatch:
@@ -83,7 +84,7 @@ class Pairs(Probe):
         self._left = _now()
         return batch
 
-    def _bare_step(self, inputs: list) -> None:
+    def _bare_step(self, inputs: list[Any]) -> None:
         started = _now()
         for model in self.models:
             model.zero_grad_buffer()
@@ -105,7 +106,7 @@ class Pairs(Probe):
         self.optimizer.step()
         self.bare.append(_since(started, _now()))
 
-    def result(self, skip: int) -> dict:
+    def result(self, skip: int) -> dict[str, Any]:
         """Medians, and of the loop's time over that of the bare schedule in the same pair."""
         pairs = list(zip(self.loop, self.bare, strict=False))[skip:]
         found = {"pairs": len(pairs)}
@@ -146,7 +147,7 @@ class Split(Probe):
         with self.clock.section("data"):
             return load(consumed)
 
-    def result(self, skip: int) -> dict:
+    def result(self, skip: int) -> dict[str, Any]:
         """Milliseconds a step, mean over steps and ranks."""
         seconds = self.clock.settle()
         steps = self._steps - skip

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -41,14 +42,15 @@ def make_film(path: Path) -> None:
         stream.options = {"preset": "veryfast", "crf": "23", "bf": "3", "sc_threshold": "0"}
         for k in range(FRAMES):
             moved = np.roll(pictures[k % len(pictures)], 16 * (k // len(pictures)), axis=1)
-            film.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
+            shown: Any = moved
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24")))
         film.mux(stream.encode())
 
 
 def sparse(path: Path) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """Decodes the wanted frames as training does; the index is that of the store."""
     index = read_frame_table(str(path)).index
-    numbers = np.linspace(0, index.n_frames - 1, WANTED).round().astype(int)
+    numbers = np.linspace(0, index.n_frames - 1, WANTED).round().astype(int).tolist()
     return partial(decode_frames, str(path), index, numbers, size=TILE, backend="exact")
 
 

@@ -14,6 +14,7 @@ from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.report import Report, progress
 from benchmarks.video_clips import LONG, SHORT, Clip, make_clip
@@ -30,7 +31,7 @@ def wanted_frames(clip: Clip, count: int) -> list[int]:
     return [(2 * i + 1) * clip.n_frames // (2 * count) for i in range(count)]
 
 
-def run_reader(reader: str, warm_up: Path, path: Path, numbers: list[int]) -> dict | str:
+def run_reader(reader: str, warm_up: Path, path: Path, numbers: list[int]) -> dict[str, Any] | str:
     """One measurement in a new process, which inherits what is imported here; or why there is none."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         try:
@@ -39,11 +40,11 @@ def run_reader(reader: str, warm_up: Path, path: Path, numbers: list[int]) -> di
             return f"{type(error).__name__}: {error}"[:200]
 
 
-def compare(clip: Clip, path: Path, warm_up: Path, count: int, readers: list[str]) -> list[dict]:
+def compare(clip: Clip, path: Path, warm_up: Path, count: int, readers: list[str]) -> list[dict[str, Any]]:
     """A row for each reader; they take turns, so that noise meets all of them alike."""
     numbers = wanted_frames(clip, count)
     expected = [number % clip.n_numbers for number in numbers]
-    runs: dict[str, list[dict]] = {reader: [] for reader in readers}
+    runs: dict[str, list[dict[str, Any]]] = {reader: [] for reader in readers}
     failures: dict[str, str] = {}
     for _ in range(_REPEATS):
         for reader in readers:
@@ -75,7 +76,7 @@ def compare(clip: Clip, path: Path, warm_up: Path, count: int, readers: list[str
     return rows
 
 
-def index_row(clip: Clip, path: Path) -> dict:
+def index_row(clip: Clip, path: Path) -> dict[str, Any]:
     """The frame table alone: ours, and what reading all packets takes."""
     seconds = {}
     for name, read in (("ours", read_frame_table), ("packets", demux)):

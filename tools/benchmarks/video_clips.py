@@ -98,10 +98,11 @@ def _encode(path: Path, clip: Clip) -> None:
     unit = Fraction(1, 1000 if clip.variable else _FPS)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(clip.codec, rate=_FPS)
+        assert isinstance(stream, av.VideoStream), "all codecs are of video"
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = _WIDTH, _HEIGHT, "yuv420p", clip.gop
         stream.codec_context.time_base = unit
         b_frames = {} if clip.codec == "libvpx-vp9" else {"bf": str(clip.b_frames)}
-        stream.options = _ENCODERS[clip.codec] | b_frames
+        stream.options = {**_ENCODERS[clip.codec], **b_frames}
         for picture, time in zip(_pictures(clip.n_numbers), times.tolist(), strict=True):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = time, unit
@@ -113,11 +114,12 @@ def _repeat(source: Path, target: Path, clip: Clip) -> None:
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)
+        assert stream.time_base is not None, "a file that was just written says it"
         ticks = int(clip.minutes * 60 / stream.time_base)
         for k in range(clip.repeats):
             old.seek(0)
             for packet in old.demux(stream):
-                if packet.size:
+                if packet.pts is not None and packet.dts is not None:
                     packet.stream = copy
                     packet.pts += k * ticks
                     packet.dts += k * ticks

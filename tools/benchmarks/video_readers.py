@@ -24,16 +24,17 @@ def ours(path: str, numbers: Sequence[int]) -> torch.Tensor:
 
 def sequential(path: str, numbers: Sequence[int]) -> torch.Tensor:
     """PyAV from the first frame to the last wanted one."""
-    wanted = dict.fromkeys(numbers)
+    wanted: dict[int, torch.Tensor] = {}
+    chosen = set(numbers)
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         for number, frame in enumerate(container.decode(stream)):
-            if number in wanted:
+            if number in chosen:
                 wanted[number] = resize(frame.to_ndarray(format="rgb24"), TILE, TILE)
                 if number == max(numbers):
                     break
-    return torch.stack(list(wanted.values()))
+    return torch.stack([wanted[number] for number in dict.fromkeys(numbers)])
 
 
 def torchcodec(path: str, numbers: Sequence[int]) -> torch.Tensor:

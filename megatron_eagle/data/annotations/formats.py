@@ -8,9 +8,10 @@ picture, video or document, which is used exactly once; in an answer it is plain
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from megatron_eagle.data.media.source import database_picture
 from megatron_eagle.data.sample import (
@@ -38,7 +39,11 @@ TEXT_PROBLEMS = frozenset(
 OVERRIDES = ("fps", "min_frames", "max_frames", "max_tiles")
 _ROLES = {"human": USER, "gpt": ASSISTANT, USER: USER, ASSISTANT: ASSISTANT, SYSTEM: SYSTEM}
 _ROLES[OBSERVATION] = OBSERVATION
-_REFERENCES = {"image": ImageRef, "video": VideoRef, "document": DocumentRef}
+_REFERENCES: dict[str, Callable[[int], Part]] = {
+    "image": ImageRef,
+    "video": VideoRef,
+    "document": DocumentRef,
+}
 _PLACEHOLDER = re.compile(r"<(image|video|document)(?:-([0-9]+))?>")
 _MAX_ANSWERS = 65535  # the store keeps a token's answer number in 16 bits
 
@@ -67,7 +72,9 @@ class _Media:
         return {"image": len(self.images), "video": len(self.videos), "document": len(self.documents)}
 
 
-def read_sample(raw: bytes, *, root: str, file: str, line: int, overrides: Mapping | None = None) -> Sample:
+def read_sample(
+    raw: bytes, *, root: str, file: str, line: int, overrides: Mapping[str, Any] | None = None
+) -> Sample:
     """Read one line of an annotation file.
 
     `root` is what media paths are relative to, `overrides` the sampling settings of the whole file.
@@ -82,7 +89,7 @@ def read_sample(raw: bytes, *, root: str, file: str, line: int, overrides: Mappi
     if not all(answers):
         raise Problem("empty answer", "an assistant turn has no text")
     return Sample(
-        turns=tuple(Turn(role, tuple(parts)) for role, parts in turns),
+        turns=tuple(Turn(role, _resolved(parts)) for role, parts in turns),
         images=tuple(media.images),
         videos=tuple(media.videos),
         documents=tuple(media.documents),
@@ -92,7 +99,7 @@ def read_sample(raw: bytes, *, root: str, file: str, line: int, overrides: Mappi
     )
 
 
-def read_overrides(record: Mapping) -> dict[str, float]:
+def read_overrides(record: Mapping[str, Any]) -> dict[str, float]:
     """Sampling settings given with a sample or a data set.  Raises `Problem` for no positive number."""
     found = {key: record[key] for key in OVERRIDES if record.get(key) is not None}
     if record.get("max_dynamic_tiles") is not None:
@@ -129,7 +136,7 @@ def replace_videos(raw: bytes, root: str, replaced: Mapping[str, str]) -> bytes:
     for item in _as_list(record.get("data")):
         if item.get("video_list") is not None:
             item["video_list"] = other(item["video_list"])
-    for message in record.get("messages", record.get("conversations")):
+    for message in record["messages"] if "messages" in record else record["conversations"]:
         content = message.get("value", message.get("content"))
         for part in content if isinstance(content, list) else ():
             named = isinstance(part, dict) and part.get("type") == "video"
@@ -138,7 +145,7 @@ def replace_videos(raw: bytes, root: str, replaced: Mapping[str, str]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode() if changed else raw
 
 
-def _parse(raw: bytes) -> dict:
+def _parse(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         raise Problem("empty line")
     try:
@@ -152,7 +159,7 @@ def _parse(raw: bytes) -> dict:
     return record
 
 
-def _record_media(record: dict, root: str) -> _Media:
+def _record_media(record: dict[str, Any], root: str) -> _Media:
     """Media named beside the text, under any of the dialects' keys."""
     images = _as_list(record.get("image")) + _as_list(record.get("images"))
     if "lmdb_file" in record or "lmdb_key" in record:
@@ -173,7 +180,7 @@ def _record_media(record: dict, root: str) -> _Media:
     )
 
 
-def _read_turns(record: dict, root: str, media: _Media) -> list[tuple[str, list[_RawPart]]]:
+def _read_turns(record: dict[str, Any], root: str, media: _Media) -> list[tuple[str, list[_RawPart]]]:
     """Turns with every placeholder resolved; media that typed parts bring along are added to `media`."""
     key = next((key for key in ("messages", "conversations") if key in record), None)
     if key is None:
@@ -196,9 +203,10 @@ def _read_turns(record: dict, root: str, media: _Media) -> list[tuple[str, list[
             else:
                 parts.append(_typed_part(item, root, media))
         if role in (SYSTEM, ASSISTANT):
-            if not all(isinstance(part, str) for part in parts):
+            texts = [part for part in parts if isinstance(part, str)]
+            if len(texts) < len(parts):
                 raise Problem("bad turn", f"turn {number} ({role}) holds media")
-            parts = ["".join(parts)]
+            parts = ["".join(texts)]
         turns.append((role, _strip(parts)))
     system = record.get("system")
     if isinstance(system, str) and system.strip() and turns[0][0] != SYSTEM:
@@ -207,7 +215,7 @@ def _read_turns(record: dict, root: str, media: _Media) -> list[tuple[str, list[
     return turns
 
 
-def _role_and_content(message: object, number: int) -> tuple[str, str | list]:
+def _role_and_content(message: object, number: int) -> tuple[str, str | list[Any]]:
     if not isinstance(message, dict):
         raise Problem("bad turn", f"turn {number} must be an object, not {type(message).__name__}")
     name = message.get("from", message.get("role"))
@@ -240,7 +248,7 @@ def _split(text: str, kinds: set[str]) -> list[_RawPart]:
     return [*parts, text[end:]]
 
 
-def _typed_part(item: object, root: str, media: _Media) -> _RawPart:
+def _typed_part(item: Any, root: str, media: _Media) -> _RawPart:
     """One part of a content list; media that it names are added to `media`."""
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text" and isinstance(item.get("text"), str):
@@ -292,6 +300,11 @@ def _resolve(turns: list[tuple[str, list[_RawPart]]], listed: dict[str, int]) ->
         first[:0] = missing
 
 
+def _resolved(parts: list[_RawPart]) -> tuple[Part, ...]:
+    """Parts of a turn that has no placeholder any more."""
+    return tuple(part for part in parts if not isinstance(part, _Placeholder))
+
+
 def _strip(parts: list[_RawPart]) -> list[_RawPart]:
     """A turn's content without white space at its two ends and without empty parts."""
     if parts and isinstance(parts[0], str):
@@ -301,11 +314,11 @@ def _strip(parts: list[_RawPart]) -> list[_RawPart]:
     return [part for part in parts if part != ""]
 
 
-def _as_list(value: object) -> list:
+def _as_list(value: object) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _documents(record: dict, root: str) -> list[Document]:
+def _documents(record: dict[str, Any], root: str) -> list[Document]:
     """The documents beside the text: `document` is one, or a list of such; `documents` is a list."""
     one = record.get("document")
     several = isinstance(one, list) and one and all(isinstance(item, list) or _is_pdf(item) for item in one)
@@ -351,7 +364,7 @@ def _video_source(item: object, root: str) -> VideoSource:
     return VideoSource(_path(item.get("video", item.get("path")), root), start, end)
 
 
-def _seconds(item: dict, *keys: str) -> Fraction | None:
+def _seconds(item: dict[str, Any], *keys: str) -> Fraction | None:
     value = next((item[key] for key in keys if item.get(key) is not None), None)
     if value is None:
         return None

@@ -1,5 +1,7 @@
 """What a store row holds, as plain data to look at or to compare."""
 
+from typing import Any
+
 from megatron_eagle.data.loading.loss_weights import answer_weights
 from megatron_eagle.data.store.reader import ImagePlan, SampleStore
 from megatron_eagle.errors import UserError
@@ -12,7 +14,7 @@ def check_row(store: SampleStore, row: int) -> int:
     return row
 
 
-def _image(image: ImagePlan) -> dict:
+def _image(image: ImagePlan) -> dict[str, Any]:
     return {
         "path": image.path,
         "grid": [image.columns, image.rows],
@@ -21,7 +23,7 @@ def _image(image: ImagePlan) -> dict:
     }
 
 
-def describe_row(store: SampleStore, row: int) -> dict:
+def describe_row(store: SampleStore, row: int) -> dict[str, Any]:
     """One row: source, token counts, media with their grids or frames, ids, loss weights 1 / sqrt(n).
 
     `loss_weights[i]` belongs to token i itself: 0 where it is not part of an answer.  Raises `UserError` for

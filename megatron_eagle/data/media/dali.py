@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class DaliDecoder:
         self._on_gpu = device.type == "cuda"
         self._process = os.getpid()
         device_id = (device.index or 0) if self._on_gpu else None
-        options = {"device_id": device_id, "batch_size": _BATCH_SIZE, "threads": _THREADS}
+        options: dict[str, Any] = {"device_id": device_id, "batch_size": _BATCH_SIZE, "threads": _THREADS}
         self._source = video_source or ("nvdec" if self._on_gpu else "frames")
         self._videos = PipelineRunner(partial(video_graph, tile_size, self._source, **options), _BATCH_SIZE)
         self._pictures = PipelineRunner(partial(image_graph, tile_size, **options), _BATCH_SIZE)
@@ -75,8 +76,8 @@ class DaliDecoder:
     def frames(self, path: str, index: FrameIndex) -> torch.Tensor:
         """All frames of an index as uint8 [n, 3, S, S] on the host.  Raises `Problem`."""
         if self._source == "frames":
-            outputs = [self._ask(self._videos, path, [inputs]) for inputs in self._decoded(path, index)]
-            return torch.from_numpy(np.concatenate([tiles for ((tiles,),) in outputs]))
+            pieces = [self._ask(self._videos, path, [inputs]) for inputs in self._decoded(path, index)]
+            return torch.from_numpy(np.concatenate([tiles for ((tiles,),) in pieces]))
         try:
             outputs = self._ask(self._videos, path, _encoded(path, index))
         except (RemuxRefused, DaliFailed) as reason:
@@ -94,11 +95,11 @@ class DaliDecoder:
         if self._on_gpu and (data := _plain_jpeg(path, max_pixels)) is not None:
             size = np.array([rows * self._tile_size, columns * self._tile_size], np.float32)
             try:
-                ((whole, thumbnail),) = self._ask(self._pictures, path, [{"picture": data, "size": size}])
+                ((whole, small),) = self._ask(self._pictures, path, [{"picture": data, "size": size}])
             except DaliFailed as reason:
                 self._fell_back(f"exactly, not by DALI: {reason}", path)
             else:
-                thumbnail = torch.from_numpy(thumbnail) if columns * rows > 1 else None
+                thumbnail = torch.from_numpy(small) if columns * rows > 1 else None
                 return cut_tiles(torch.from_numpy(whole), thumbnail, grid)
         return self._exact.picture(path, grid, max_pixels=max_pixels)
 

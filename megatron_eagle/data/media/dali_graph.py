@@ -7,7 +7,7 @@ neither rotation nor colour tags (its RGB is always that of BT.601).
 Shapes: F frames of h x w pixels, S tile size.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
@@ -71,7 +71,7 @@ def image_graph(tile_size: int, *, device_id: int | None, batch_size: int, threa
     return pipeline
 
 
-def _resize(pixels, size, dtype):
+def _resize(pixels: Any, size: Any, dtype: Any) -> Any:
     return fn.resize(pixels, size=size, dtype=dtype, interp_type=types.INTERP_CUBIC, antialias=True)
 
 

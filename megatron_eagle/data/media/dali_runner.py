@@ -53,7 +53,9 @@ class PipelineRunner:
                 return
             self._waiting = self._start()
             while not stuck.empty():
-                self._put(stuck.get())
+                job = stuck.get()
+                if job is not None:
+                    self._put(job)
             stuck.put(None)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ Shapes: n tiles, S tile size in pixels.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,6 +54,16 @@ class ExactDecoder:
         """Nothing to let go."""
 
 
+class _Backend(Protocol):
+    """`ExactDecoder`, or `DaliDecoder` where DALI is installed."""
+
+    def frames(self, path: str, index: FrameIndex) -> torch.Tensor: ...
+
+    def picture(self, path: str, grid: tuple[int, int], *, max_pixels: int) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
+
+
 class MediaDecoder:
     """Decodes media into tiles on the host; many threads may ask at the same time, of one process.
 
@@ -77,6 +88,7 @@ class MediaDecoder:
         self.name, self.reason = choose_decoder(backend, device)
         self._timeout, self._report = timeout, report
         self.fallbacks: Counter[str] = Counter()
+        self._backend: _Backend
         if self.name == "exact":
             self._backend = ExactDecoder(tile_size, self._fell_back)
         else:

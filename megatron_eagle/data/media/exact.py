@@ -154,7 +154,7 @@ def _decode_linear(path: str, number: int, pts: list[int]) -> Iterator[av.VideoF
                 return
 
 
-def _decode(packet: av.Packet) -> list[av.VideoFrame]:
+def _decode(packet: "av.Packet[av.VideoStream]") -> list[av.VideoFrame]:
     """The frames that come out with a packet.  Raises `av.error.InvalidDataError` for damage."""
     if packet.size and packet.stream.codec_context.name == "mpeg2video":
         # FFmpeg conceals lost slices of MPEG-2 without a word.  There is one at least in each row of 16 lines
@@ -168,6 +168,7 @@ def _decode(packet: av.Packet) -> list[av.VideoFrame]:
 
 def _stream(container: av.container.InputContainer, number: int) -> av.VideoStream:
     stream = container.streams[number]
+    assert isinstance(stream, av.VideoStream), "as indexed"
     stream.thread_type = "NONE"  # many files are decoded side by side; errors come in order
     stream.codec_context.options = {"err_detect": "explode"}  # report damage instead of concealing it
     return stream

@@ -62,13 +62,13 @@ def demux(path: str) -> CodedFrames:
         number, time_base = stream.index, stream.time_base
         guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
         reason = next((_NO_INDEX[n] for n in container.format.name.split(",") if n in _NO_INDEX), "")
-    if not packets:
+    if not packets or time_base is None:
         raise Problem("unreadable video", f"{path} has no frames with presentation times")
     with open_video(path) as container:
         frames = container.decode(video=0)
         first = next(frames, None)
         times = [frame.pts for frame in islice(frames, _GUESSED if guessed else 0)]
-    if times != sorted(times):
+    if None in times or times != sorted(time for time in times if time is not None):
         reason = "AVI does not hold the times of its B-frames; copy it into another container"
         raise Problem("unreadable video", f"{path}: {reason}")
     if first is None:

@@ -39,7 +39,7 @@ class FrameIndex:
     seek_points: np.ndarray
     """int64 [n]: presentation time of the key frame from which each is decoded."""
 
-    def select(self, frame_numbers: Sequence[int]) -> "FrameIndex":
+    def select(self, frame_numbers: "Sequence[int] | np.ndarray") -> "FrameIndex":
         """The index of these frames alone, each once and in ascending order.
 
         Raises `Problem` for a number that the file or this index does not have.
@@ -81,7 +81,8 @@ class FrameTable:
     def seek_points(self, pts: np.ndarray) -> np.ndarray:
         """For each presentation time, that of the key frame from which its frame is decoded."""
         rank = np.searchsorted(self.keyframes, pts, side="right") - 1
-        return self.keyframes[np.maximum(rank, 0)]
+        found: np.ndarray = self.keyframes[np.maximum(rank, 0)]
+        return found
 
     @property
     def index(self) -> FrameIndex:

@@ -1,6 +1,6 @@
 """Pictures: files are checked before they are used, upright RGB when they are read; pages are drawn."""
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_eagle.data.media.documents import draw_page
 from megatron_eagle.data.media.source import open_media, page_ref
@@ -48,7 +48,7 @@ def _open(path: str, max_pixels: int) -> Image.Image:
         image = open_picture(source)
     except Image.DecompressionBombError:
         raise Problem("image too large", f"{path} (more than {max_pixels} pixels)") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise Problem("unreadable image", f"{path} is no picture of a known format") from None
     except Exception as error:  # broken headers raise almost anything: OSError, SyntaxError, struct.error
         raise Problem("unreadable image", f"{path}: {error}") from None

@@ -59,7 +59,7 @@ def read_mp4(path: str, size: int) -> CodedFrames | None:
         file.seek(start)
         movie = file.read(end - start)
     try:
-        return _read_movie(memoryview(movie), size) if len(movies) == 1 else None
+        return _read_movie(movie, size) if len(movies) == 1 else None
     except NotPlain:
         return None
     except BadBox as error:
@@ -72,9 +72,11 @@ class _Beyond(Exception):
     """Frames lie behind the end of the file: `args[0]` is where the last of them ends."""
 
 
-def _read_movie(movie: memoryview, size: int) -> CodedFrames:
-    boxes = Boxes(movie)
-    if boxes.all(b"mvex") or b"covr" in movie.obj:  # fragments; a cover picture, which FFmpeg makes a track
+def _read_movie(movie: bytes, size: int) -> CodedFrames:
+    boxes = Boxes(memoryview(movie))
+    if boxes.all(b"mvex") or b"covr" in bytes(
+        movie
+    ):  # fragments; a cover picture, which FFmpeg makes a track
         raise NotPlain
     header = boxes.one(b"mvhd")
     timescale = number(header, 20 if number(header, 0, 1) else 12)
@@ -166,17 +168,18 @@ def _read_samples(boxes: Boxes, size: int) -> _Samples:
 def _sizes(boxes: Boxes, size: int) -> np.ndarray:
     """Bytes of each sample, int64 [n], from `stsz` or its compact form."""
     box, compact = boxes.get(b"stsz"), boxes.get(b"stz2")
-    if box is None and compact is None:
+    header = box if box is not None else compact
+    if header is None:
         raise NotPlain
-    count = number(box if box is not None else compact, 8)
+    count = number(header, 8)
     if count > min(size, _MAX_FRAMES):
         raise BadBox(f"{count} frames are promised in {size} bytes")
     if box is not None and (uniform := number(box, 4)):
         sizes = np.full(count, uniform, np.int64)
     elif box is not None:
         sizes = table(box, "stsz", ">u4", 1, 12)[:, 0]
-    elif (bits := compact[7]) in (8, 16):
-        sizes = table(compact, "stz2", f">u{bits // 8}", 1, 12)[:, 0]
+    elif (bits := header[7]) in (8, 16):
+        sizes = table(header, "stz2", f">u{bits // 8}", 1, 12)[:, 0]
     else:
         raise NotPlain
     if not count or not sizes.all():

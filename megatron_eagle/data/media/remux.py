@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
+from typing import TypeAlias
 
 import av
 
@@ -72,23 +73,24 @@ def _copy(source: av.container.InputContainer, index: FrameIndex) -> Remux:
     if not _CONTAINERS & set(source.format.name.split(",")):
         raise RemuxRefused(f"container {source.format.name}")
     stream = source.streams[index.stream]
+    assert isinstance(stream, av.VideoStream), "as indexed"
     context, codec = stream.codec_context, stream.codec.canonical_name
     if context.pix_fmt not in ("yuv420p", "yuvj420p"):
         # Old x264 files in 4:4:4 also need the encoder's name, which only the file's first packet has.
         raise RemuxRefused(f"pixel format {context.pix_fmt}")
     ranks: dict[int, int] = {}  # presentation time in the source -> frame number in the copy
-    packets: list[tuple[av.Packet, int]] = []  # in decoding order, with their frame numbers
+    packets: list[_Numbered] = []  # in decoding order, with their frame numbers
     pairs = zip(index.seek_points.tolist(), index.pts.tolist(), strict=True)
     for key, wanted in groupby(pairs, key=lambda pair: pair[0]):
         segment = list(_segment(source, stream, key, {time for _, time in wanted}))
-        order = {time: rank for rank, time in enumerate(sorted(packet.pts for packet in segment))}
+        order = {time: rank for rank, time in enumerate(sorted(_shown(packet) for packet in segment))}
         if len(order) < len(segment) or order.keys() & ranks.keys():
             raise RemuxRefused("several packets with the same presentation time")
         if not _starts_afresh(codec, context.extradata or b"", bytes(segment[0])):
             raise RemuxRefused("open GOP: a key frame does not reset the decoder")
         first = len(packets)
         ranks.update((time, first + rank) for time, rank in order.items())
-        packets += [(packet, first + order[packet.pts]) for packet in segment]
+        packets += [(packet, first + order[_shown(packet)]) for packet in segment]
     reorder = max(place - rank for place, (_, rank) in enumerate(packets))
     hidden_frames = any(_hides_frames(codec, bytes(packet)) for packet, _ in packets)
     return Remux(
@@ -105,9 +107,17 @@ def _copy(source: av.container.InputContainer, index: FrameIndex) -> Remux:
     )
 
 
+_Numbered: TypeAlias = "tuple[av.Packet[av.VideoStream], int]"
+
+
+def _shown(packet: "av.Packet[av.VideoStream]") -> int:
+    assert packet.pts is not None, "_segment gives none without"
+    return packet.pts
+
+
 def _segment(
     source: av.container.InputContainer, stream: av.VideoStream, key: int, wanted: set[int]
-) -> Iterator[av.Packet]:
+) -> "Iterator[av.Packet[av.VideoStream]]":
     """Packets in decoding order from the key frame shown at `key` up to the last of those `wanted`."""
     source.seek(key, stream=stream, backward=True, any_frame=False)
     started = False
@@ -159,7 +169,7 @@ def _hides_frames(codec: str, packet: bytes) -> bool:
     return codec == "vp9" and packet[-1] & 0xE0 == 0xC0 and packet[-1] & 7 > 0
 
 
-def _mux(stream: av.VideoStream, packets: list[tuple[av.Packet, int]], reorder: int, container: str) -> bytes:
+def _mux(stream: av.VideoStream, packets: "list[_Numbered]", reorder: int, container: str) -> bytes:
     """Write packets with the presentation time rank / 25 s, decoded in the order of the list."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as target:

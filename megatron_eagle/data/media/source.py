@@ -137,7 +137,7 @@ def _value(path: str) -> bytes:
     file, key = _split(path)
     _status(file)
     with _environment(file).begin() as transaction:
-        value = transaction.get(key.encode())
+        value: bytes | None = transaction.get(key.encode())
     if value is None:
         raise Problem("missing media", f"{file} has no key {key!r}")
     return value

@@ -46,7 +46,7 @@ class TranscodeSettings:
     crf: int = 20
     audio: str = "drop"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 16 or self.size % 2:
             raise UserError(f"--size must be an even number of at least 16 pixels, got {self.size}")
         if self.gop < 1:
@@ -95,12 +95,14 @@ def _encode(source: str, table: FrameTable, target: Path, settings: TranscodeSet
         av.open(str(target), "w", format="mp4", container_options=timescales) as container,
     ):
         stream = _video_stream(container, first, table, settings)
-        shape = _shape(sound.streams[table.stream], table.rotation)
+        shown_as = sound.streams[table.stream]
+        assert isinstance(shown_as, av.VideoStream), "as indexed"
+        shape = _shape(shown_as, table.rotation)
         stream.sample_aspect_ratio = shape * stream.height / stream.width
         packets = _audio(sound, container) if settings.audio == "copy" else iter(())
         waiting = next(packets, None)
         for pts, frame in zip(table.pts.tolist(), chain((first,), frames), strict=True):
-            while waiting is not None and waiting.dts * waiting.time_base <= pts * table.time_base:
+            while waiting is not None and _due(waiting) <= pts * table.time_base:
                 container.mux(waiting)
                 waiting = next(packets, None)
             shown = _turned(frame, table.rotation).reformat(
@@ -118,6 +120,11 @@ def _encode(source: str, table: FrameTable, target: Path, settings: TranscodeSet
             waiting = next(packets, None)
 
 
+def _due(packet: "av.Packet[av.AudioStream]") -> Fraction:
+    assert packet.dts is not None and packet.time_base is not None, "_audio gives none without"
+    return packet.dts * packet.time_base
+
+
 def _video_stream(
     container: OutputContainer, first: av.VideoFrame, table: FrameTable, settings: TranscodeSettings
 ) -> av.VideoStream:
@@ -126,6 +133,7 @@ def _video_stream(
     span = (int(table.pts[-1]) - int(table.pts[0])) * table.time_base
     rate = (len(table.pts) - 1) / span if span else Fraction(1)
     stream = container.add_stream(encoder, rate=rate.limit_denominator(1001))
+    assert isinstance(stream, av.VideoStream), "all CODECS are of video"
     size = (first.height, first.width) if table.rotation % 180 else (first.width, first.height)
     stream.width, stream.height = (min(settings.size, pixels + pixels % 2) for pixels in size)
     stream.pix_fmt = "yuv420p"
@@ -156,13 +164,15 @@ def _shape(stream: av.VideoStream, rotation: int) -> Fraction:
     return 1 / shape if rotation % 180 else shape
 
 
-def _audio(source: av.container.InputContainer, target: OutputContainer) -> Iterator[av.Packet]:
+def _audio(
+    source: av.container.InputContainer, target: OutputContainer
+) -> "Iterator[av.Packet[av.AudioStream]]":
     """The packets of the first audio stream, as those of a new stream of `target`."""
     if not source.streams.audio:
         return iter(())
     copy = target.add_stream_from_template(source.streams.audio[0])
 
-    def packets() -> Iterator[av.Packet]:
+    def packets() -> "Iterator[av.Packet[av.AudioStream]]":
         for packet in source.demux(source.streams.audio[0]):
             if packet.dts is not None:
                 packet.stream = copy

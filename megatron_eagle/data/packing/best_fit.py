@@ -93,7 +93,7 @@ def _deal_and_fill(
     # Two keys at once: packs are cut into groups by their squares, and sorted by their tiles within each.
     # Few groups: the rows of one stratum are nearly equal in length, so squares are nearly balanced already.
     groups = np.arange(n_packs) // max(1, round(n_packs**0.75))
-    for stratum in range(n // n_packs - fillers if n_packs else 0):
+    for stratum in range(n // n_packs - fillers if n_packs and fillers is not None else 0):
         rows = np.arange(stratum * n_packs, (stratum + 1) * n_packs)
         lightest = np.argsort(squares, kind="stable")
         packs = lightest[np.lexsort((-visual[lightest], groups))]

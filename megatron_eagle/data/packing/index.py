@@ -102,7 +102,7 @@ def _per_answer(store: SampleStore) -> tuple[np.ndarray, np.ndarray]:
 
 def store_identity(store: SampleStore) -> str:
     """What an index was made for: the hash of the rows it numbers."""
-    return store.manifest.files[f"{store.length}/samples.arrow"]["sha256"]
+    return str(store.manifest.files[f"{store.length}/samples.arrow"]["sha256"])
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class PackIndex:
 
     def rows(self, pack: int) -> list[int]:
         """Store rows of a pack, in their order within it."""
-        return self.table["rows"][pack].as_py()
+        return list(self.table["rows"][pack].as_py())
 
     def column(self, name: str, packs: np.ndarray) -> np.ndarray:
         """Values of one numeric column for some packs."""

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
@@ -23,7 +23,8 @@ ENGINES = ("local", "ray")
 _AHEAD = 4  # chunks per worker that are handed out before the first is asked for
 
 Chunks = Iterable[list[Task]]
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def lines_ahead(workers: int, chunk: int) -> int:
@@ -31,7 +32,7 @@ def lines_ahead(workers: int, chunk: int) -> int:
     return _AHEAD * workers * chunk
 
 
-def run_local(chunks: Chunks, settings: PreprocessSettings, workers: int) -> Iterator[Outcome]:
+def run_local(chunks: Chunks, settings: PreprocessSettings, workers: int) -> Generator[Outcome, None, None]:
     """Process chunks of lines on this machine; with one worker in this process.
 
     Raises `UserError` if a worker dies.
@@ -69,6 +70,7 @@ def in_processes(function: Callable[[T], Iterable[R]], items: Iterable[T], worke
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
 
     def leave_with_parent() -> None:  # whom SIGKILL may take without a word
         wait([parent.sentinel])
@@ -102,7 +104,7 @@ def ray_workers() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def run_ray(chunks: Chunks, settings: PreprocessSettings, workers: int) -> Iterator[Outcome]:
+def run_ray(chunks: Chunks, settings: PreprocessSettings, workers: int) -> Generator[Outcome, None, None]:
     """Process chunks of lines on the connected Ray cluster, `workers` at a time.
 
     Annotations are read here; the tokenizer and media must lie under the same paths on every node.  Work of a

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -49,7 +50,7 @@ class Execution:
     fresh: bool = False
     shard: int = SHARD
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UserError(f"--engine must be one of {', '.join(ENGINES)}, got {self.engine}")
         if self.workers is not None and self.workers < 1:
@@ -294,7 +295,7 @@ def _check_output(output: Path) -> None:
         ) from None
 
 
-def _file_hashes(folder: Path) -> dict[str, dict]:
+def _file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of every file in a folder, by relative path."""
     hashes = {}
     for path in sorted(folder.rglob("*")):

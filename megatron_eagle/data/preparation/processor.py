@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class PreprocessSettings:
     template: str = "train"
     max_pixels: int = DEFAULT_MAX_PIXELS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
             raise UserError(f"--max-tokens needs different positive lengths, got {list(self.lengths)}")
         if self.patch_size < 1 or self.sampling.tile_size % (2 * self.patch_size):
@@ -137,10 +138,15 @@ class SampleProcessor:
         return Outcome(rows, tuple(dropped))
 
     def _sampling(self, sample: Sample) -> SamplingSettings:
-        return replace(self._settings.sampling, **sample.overrides)
+        own: dict[str, Any] = dict(sample.overrides)
+        return replace(self._settings.sampling, **own)
 
     def _plan(self, sample: Sample, media: "_Media", length: int) -> MediaPlan:
-        def count(tiles, frames, documents):
+        def count(
+            tiles: Sequence[int],
+            frames: Sequence[Sequence[int]],
+            documents: Sequence[Sequence[int]],
+        ) -> int:
             return self._template.count(sample, tiles, media.shown(frames), documents)
 
         sampling = self._sampling(sample)

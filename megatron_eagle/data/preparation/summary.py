@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,12 +75,12 @@ class LengthCounts:
         )
 
 
-def format_summary(counts: dict[str, dict]) -> str:
+def format_summary(counts: dict[str, dict[str, Any]]) -> str:
     """The table of all lengths; `counts` as in the manifest."""
     columns = list(counts.values())
     kinds = sorted(Counter(kind for c in columns for kind in c["dropped"]))
 
-    def row(label: str, values: list) -> str:
+    def row(label: str, values: list[Any]) -> str:
         cells = (f"{value:,}" if isinstance(value, int) else value for value in values)
         return f"{label:<38}" + "".join(f"{cell:>22}" for cell in cells)
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from tqdm import tqdm
@@ -43,7 +44,7 @@ class Copy:
     target: str
     bytes: int
     frames: int
-    settings: dict
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,12 @@ def _copy_all(
     make = partial(_transcode, settings, log)
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     results = in_processes(make, jobs, workers) if workers > 1 else (r for job in jobs for r in make(job))
-    bar = {"total": len(paths), "initial": len(copies), "desc": "transcode", "unit": " videos"}
+    bar: dict[str, Any] = {
+        "total": len(paths),
+        "initial": len(copies),
+        "desc": "transcode",
+        "unit": " videos",
+    }
     for result in tqdm(results, **bar, dynamic_ncols=True):
         if isinstance(result, Failure):
             failures.append(result)
@@ -154,7 +160,7 @@ def _targets(paths: list[str], root: Path, folder: Path) -> dict[str, Path]:
     return targets
 
 
-def _finished(records: Iterable[dict]) -> dict[str, Copy]:
+def _finished(records: Iterable[dict[str, Any]]) -> dict[str, Copy]:
     """The copies that earlier runs wrote down, by their sources."""
     found = {}
     for record in records:

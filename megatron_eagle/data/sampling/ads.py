@@ -35,7 +35,7 @@ class SamplingSettings:
     tile_size: int = 448
     tiling: str = "iap"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tiling not in TILINGS:
             raise ValueError(f"tiling must be one of {', '.join(TILINGS)}, not {self.tiling}")
         if self.fps <= 0 or min(self.min_frames, self.max_frames, self.max_tiles, self.tile_size) < 1:

@@ -198,8 +198,8 @@ class DataManifest:
     sources: list[str]
     sampling: dict[str, Any]
     max_pixels: int
-    counts: dict[str, dict] = field(default_factory=dict)
-    files: dict[str, dict] = field(default_factory=dict)
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     input_key: str = ""
     format_version: int = FORMAT_VERSION
@@ -228,7 +228,7 @@ class DataManifest:
 
 def store_format(folder: str | Path) -> int:
     """The format of the token store in a folder.  Raises `UserError` if it holds none, of whatever format."""
-    return _manifest_content(folder)["format_version"]
+    return int(_manifest_content(folder)["format_version"])
 
 
 def read_manifest(folder: str | Path) -> DataManifest:
@@ -242,9 +242,9 @@ def read_manifest(folder: str | Path) -> DataManifest:
     return from_record(DataManifest, content)
 
 
-def _manifest_content(folder: str | Path) -> dict:
+def _manifest_content(folder: str | Path) -> dict[str, Any]:
     try:
-        content = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
         if isinstance(content.get("format_version"), int):
             return content
     except (OSError, ValueError, AttributeError):
@@ -262,6 +262,7 @@ def _reader(array: pa.Array, plan: type | None) -> _Reader:
     Views of the mapped memory: far quicker than Arrow's own `as_py` of a row.
     """
     if pa.types.is_struct(array.type):
+        assert plan is not None, "no plan holds structs of its own"
         readers = [_reader(array.field(i), None) for i in range(array.type.num_fields)]
         return lambda i: plan(*[read(i) for read in readers])
     if not pa.types.is_list(array.type):

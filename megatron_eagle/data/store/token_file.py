@@ -8,13 +8,14 @@ it repeats.
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_eagle.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
-_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}  # of Megatron's `DType`
+_CODES: dict[np.dtype[Any], int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}  # of Megatron's `DType`
 
 
 class TokenFileWriter:
@@ -74,7 +75,7 @@ class TokenFile:
         try:
             with prefix.with_suffix(".idx").open("rb") as index:
                 magic, _, code, count, _ = struct.unpack("<9sQBQQ", index.read(34))
-            self._dtype = next(dtype for dtype, known in _CODES.items() if known == code)
+            self._dtype: np.dtype[Any] = next(dtype for dtype, known in _CODES.items() if known == code)
             if magic != _MAGIC:
                 raise ValueError
         except (OSError, ValueError, struct.error, StopIteration):
@@ -88,4 +89,6 @@ class TokenFile:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return np.frombuffer(self._data, self._dtype, self.lengths[row], offset=self._pointers[row])
+        assert self._data is not None, "there is no row in an empty file"
+        count, offset = int(self.lengths[row]), int(self._pointers[row])
+        return np.frombuffer(self._data, self._dtype, count, offset=offset)

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ class StoreWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._tokens = TokenFileWriter(folder / "tokens", np.int32, n_tokens)
         self._answers = TokenFileWriter(folder / "answers", np.uint16, n_tokens)
-        self._pending: list[dict] = []
+        self._pending: list[dict[str, Any]] = []
 
     def add(self, ids: np.ndarray, answers: np.ndarray, columns: SampleColumns) -> None:
         """Append one sample."""

@@ -8,6 +8,7 @@ rendered string with its special tokens parsed; a special token that somebody ty
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,9 @@ class Template:
             text = f"{turn.role}\n"
             if turn.role == ASSISTANT:
                 answer += 1
-                yield Text(text + turn.parts[0], answer, len(text))
+                [said] = turn.parts
+                assert isinstance(said, str), "an answer shows no media"
+                yield Text(text + said, answer, len(text))
                 yield Special(IM_END, answer)
                 text = "\n"
                 continue
@@ -133,7 +136,7 @@ class Template:
         yield Special(IMG_END)
 
     def _pictures(
-        self, part: ImageRef | DocumentRef, sample: Sample, tiles: Sequence[int], documents: Sequence
+        self, part: ImageRef | DocumentRef, sample: Sample, tiles: Sequence[int], documents: Sequence[Any]
     ) -> Iterator[tuple[int, int]]:
         """Number (1-based, 0 = without a label) and tiles of an image, or of each page shown of a document.
 

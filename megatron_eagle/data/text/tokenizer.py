@@ -7,7 +7,7 @@ import shutil
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -122,20 +122,25 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2, sentencepiece_pb2
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
-        self._parse = sentencepiece_pb2.SentencePieceText.FromString
+        # Made by protobuf when they are imported.
+        messages: Any = sentencepiece_pb2
+        models: Any = sentencepiece_model_pb2
+
+        self._parse = messages.SentencePieceText.FromString
         self._path = Path(folder) / "tokenizer.model"
         added = Path(folder) / "added_tokens.json"
         try:
-            model = sentencepiece_model_pb2.ModelProto.FromString(self._path.read_bytes())
+            model = models.ModelProto.FromString(self._path.read_bytes())
             self._added = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
             # The library finds user-defined pieces in any text; as control pieces they keep their ids, and
             # text that spells them stays text.
             for piece in model.pieces:
                 if piece.type == piece.USER_DEFINED and (piece.piece in RESERVED or piece.piece[:2] == "<|"):
                     piece.type = piece.CONTROL
-            self._processor = SentencePieceProcessor(model_proto=model.SerializeToString())
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
             self._names = {int(token): name for name, token in self._added.items()}
         except Exception as error:  # protobuf, JSON and the C++ side have no common type
             raise UserError(f"{self._path} is not a sentencepiece model: {error}") from None
@@ -146,7 +151,7 @@ class SentencePieceTokenizer:
         self._count_long = lru_cache(maxsize=64)(self._count)
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        return list(self._processor.encode(text))
 
     def encode_split(self, text: str, start: int) -> tuple[list[int], int]:
         serialized = self._processor.encode(text, out_type="serialized_proto")

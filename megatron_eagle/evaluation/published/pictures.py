@@ -72,10 +72,12 @@ def multiple_choice(source: Source, table: str, row: dict[str, Any]) -> Records:
     pictures = row.get("images") or [row["image"]]
     options = columns(row) or list(row.get("options") or [])
     question = str(row["question"])
-    answer = "" if row.get("answer") is None else str(row["answer"])
+    answer: str | None = "" if row.get("answer") is None else str(row["answer"])
     if not options:
         question, options = inline_options(question)
-    if options and answer.isdigit():  # a number counts the options, also where these are numbers
+    if (
+        options and answer is not None and answer.isdigit()
+    ):  # a number counts the options, also where these are numbers
         answer = letter(answer)
     images = [source.picture(picture) for picture in pictures]
     yield {
@@ -124,7 +126,7 @@ def mmmu(source: Source, table: str, row: dict[str, Any]) -> Records:
     shown = {mark: f"<image-{k}>" for k, mark in enumerate(marks, start=1)}
 
     def placed(text: str, seen: set[str]) -> str:
-        def first(match: re.Match) -> str:
+        def first(match: re.Match[str]) -> str:
             again = match[1] in seen
             seen.add(match[1])
             # A picture is placed once; where it is named again, it is named in words.
@@ -196,7 +198,7 @@ def hallusionbench(source: Source, table: str, row: dict[str, Any]) -> Records:
 def inline_options(question: str) -> tuple[str, list[str]]:
     """A question with options in its text -> the question alone, and the options; none if there are none."""
     marks = list(_INLINE.finditer(question))
-    run: list[re.Match] = []
+    run: list[re.Match[str]] = []
     for mark in marks:
         if mark[1] == chr(65 + len(run)):
             run.append(mark)

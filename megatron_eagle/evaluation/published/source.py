@@ -143,7 +143,8 @@ def letters(options: Sequence[Any]) -> list[str]:
     """Options without the letters that some tables put before them."""
     texts = [str(option) for option in options]
     marked = [re.match(rf"\(?{chr(65 + i)}[.):]\s*(.*)", text, re.DOTALL) for i, text in enumerate(texts)]
-    return [mark[1] for mark in marked] if all(marked) else texts
+    found = [mark[1] for mark in marked if mark is not None]
+    return found if len(found) == len(texts) else texts
 
 
 def letter(index: Any) -> str | None:

@@ -3,7 +3,7 @@
 import html
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 Points = list[tuple[float, float]]
 
@@ -39,7 +39,7 @@ def line_chart(
     return _svg(parts) + (_legend(list(curves)) if any(curves) else "")
 
 
-def share_chart(xs: Sequence[float], shares: dict[str, Sequence[float]]) -> str:
+def share_chart(xs: Sequence[float], shares: Mapping[str, Sequence[float]]) -> str:
     """Shares of a whole, in per cent, stacked in the order of `shares`; each has a value at every x."""
     if len(xs) == 1:  # a single step gets the width of one
         xs, shares = [xs[0], xs[0] + 1], {name: [values[0]] * 2 for name, values in shares.items()}

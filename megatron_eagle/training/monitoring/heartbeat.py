@@ -78,7 +78,7 @@ class Heartbeat:
             self._thread.start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._seconds:
             self.phase(self._note[0], "ended")
             self._stop.set()

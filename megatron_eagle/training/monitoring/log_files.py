@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -63,7 +63,7 @@ class TensorBoardFile:
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, **event) -> None:
+    def _write(self, **event: Any) -> None:
         self._events.write(Event(wall_time=time.time(), **event).SerializeToString())
 
 

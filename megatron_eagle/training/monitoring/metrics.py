@@ -3,6 +3,7 @@
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, read_records
@@ -52,7 +53,7 @@ class StepMetrics:
     # Which global batch this was, for a look back (training/replay/history.py). None: by an older version.
     first_pack: int | None = None  # packs that the run had read before it
     packs: int | None = None  # of the global batch
-    data: dict | None = None  # `data.identity.DataIdentity`
+    data: dict[str, Any] | None = None  # `data.identity.DataIdentity`
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,7 +82,7 @@ class EvaluationMetrics:
 
 
 def _scalars(record: StepMetrics | EvaluationMetrics) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for name, value in asdict(record).items():
         if name in NO_CURVES:
             continue
@@ -103,10 +104,13 @@ def read_metrics(file: str | Path) -> list[StepMetrics | EvaluationMetrics]:
 
     What a later version adds to a line is left out, and a line that is neither or was cut by a kill.
     """
-    found = []
+    found: list[StepMetrics | EvaluationMetrics] = []
     for record in read_records(Path(file)):
         with suppress(TypeError):
-            found.append(from_record(StepMetrics if "loss" in record else EvaluationMetrics, record))
+            if "loss" in record:
+                found.append(from_record(StepMetrics, record))
+            else:
+                found.append(from_record(EvaluationMetrics, record))
     return found
 
 
@@ -115,7 +119,7 @@ def read_steps(file: str | Path) -> list[StepMetrics]:
     return [record for record in read_metrics(file) if isinstance(record, StepMetrics)]
 
 
-def read_events(file: str | Path) -> list[dict]:
+def read_events(file: str | Path) -> list[dict[str, Any]]:
     """All records of an events.jsonl, as `read_metrics`."""
     return [event for event in read_records(Path(file)) if isinstance(event.get("iteration"), int)]
 

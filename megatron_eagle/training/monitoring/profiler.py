@@ -52,7 +52,7 @@ class StepProfiler:
     def __enter__(self) -> "StepProfiler":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._finish()
 
     def begin(self, iteration: int) -> None:
@@ -64,7 +64,9 @@ class StepProfiler:
 
     def end(self, iteration: int) -> None:
         """Write the trace, if the window ends with this iteration."""
-        if self._profile is not None and iteration >= self._config.start + self._config.steps - 1:
+        config = self._config
+        ends = config is not None and iteration >= config.start + config.steps - 1
+        if self._profile is not None and ends:
             self._finish()
 
     def _start(self) -> None:

@@ -4,6 +4,7 @@ import html
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import write_whole
@@ -52,7 +53,7 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
     run = Path(run)
     logs = find_logs(run)
     metrics = [] if logs is None else read_metrics(logs / METRICS_FILE)
-    if not any(isinstance(record, StepMetrics) for record in metrics):
+    if logs is None or not any(isinstance(record, StepMetrics) for record in metrics):
         raise UserError(
             f"{run}: no finished step to report; expected a run's folder with logs/{METRICS_FILE}"
         )
@@ -68,7 +69,7 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
 def render_report(
     name: str,
     metrics: Sequence[StepMetrics | EvaluationMetrics],
-    events: Sequence[dict],
+    events: Sequence[dict[str, Any]],
     settings: str | None,
 ) -> str:
     """The page. Everything that came from a user is escaped."""
@@ -126,7 +127,7 @@ def _facts(steps: Sequence[StepMetrics], evaluated: Points) -> dict[str, str]:
     return facts
 
 
-def _learning(steps: Sequence[StepMetrics], evaluated: Points, events: Sequence[dict]) -> list[str]:
+def _learning(steps: Sequence[StepMetrics], evaluated: Points, events: Sequence[dict[str, Any]]) -> list[str]:
     marks = [(event["iteration"], f"{event['iteration']}: {event.get('event')}") for event in events]
     losses = {"training": _points(steps, "loss"), "evaluation": evaluated}
     return _figures(
@@ -171,7 +172,7 @@ def _data(steps: Sequence[StepMetrics]) -> list[str]:
             chart = share_chart([step.iteration for step in mixed], shares)
             title = f"Length mix: share of {whole}, %"
             figures.append(figure(title, "By the length of samples, in tokens.", chart))
-    kept = {
+    kept: dict[str, Points] = {
         name: [
             (s.iteration, 100 * getattr(s, name) / getattr(s, wanted)) for s in steps if getattr(s, wanted)
         ]
@@ -198,7 +199,9 @@ def _points(records: Sequence[StepMetrics | EvaluationMetrics], name: str, facto
     return [(x, factor * y) for x, y in found if y is not None]
 
 
-def _figures(*figures: tuple[str, str, dict[str, Points], dict], from_zero: bool = True) -> list[str]:
+def _figures(
+    *figures: tuple[str, str, dict[str, Points], dict[str, Any]], from_zero: bool = True
+) -> list[str]:
     """A figure for each title, note, curves and further settings; none for those without a point."""
     return [
         figure(title, note, line_chart(curves, from_zero=from_zero, **more))
@@ -219,7 +222,7 @@ def _settings(run: Path) -> str | None:
     return files[-1].read_text(encoding="utf-8") if files else None
 
 
-def _event_table(events: Sequence[dict]) -> str:
+def _event_table(events: Sequence[dict[str, Any]]) -> str:
     if not events:
         return ""
     rows = ""

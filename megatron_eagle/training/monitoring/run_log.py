@@ -116,7 +116,7 @@ class RunLog:
         self._active = active
         if not active:
             return
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: dict[str, Sink[Any]] = {}
         self._close = ExitStack()
         self._bar = tqdm(
             total=last_iteration,
@@ -149,7 +149,7 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if not self._active:
             return
         for name, sink in self._sinks.items():

@@ -35,12 +35,13 @@ def choose_peak(stated: float | None, precision: str, device: torch.device) -> P
         return PeakChoice(None, reason)
     names: list[str] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(names, torch.cuda.get_device_name(device))
-    peaks = {name: known_gpu(name) for name in names}
-    unknown = [name for name, gpu in peaks.items() if gpu is None]
+    gpus = {name: known_gpu(name) for name in names}
+    peaks = {name: gpu.peak for name, gpu in gpus.items() if gpu is not None}
+    unknown = [name for name in gpus if name not in peaks]
     if unknown:
         reason = f"no MFU: the peak of {unknown[0]!r} is not known (runtime/gpus.py); {advice}"
         return PeakChoice(None, reason)
-    mean = sum(peaks[name].peak for name in names) / len(names) / 1e12
+    mean = sum(peaks[name] for name in names) / len(names) / 1e12
     return PeakChoice(mean, f"MFU: of {mean:g} TFLOP/s, dense bf16 of {' and '.join(peaks)} (datasheet)")
 
 
@@ -85,7 +86,10 @@ def measure(
     vision, language = (
         flops / processes / seconds / 1e12 for flops in (totals.flops_vision, totals.flops_language)
     )
-    share_of_peak = lambda tflops: tflops / peak_tflops if peak_tflops else None  # noqa: E731
+
+    def share_of_peak(tflops: float) -> float | None:
+        return tflops / peak_tflops if peak_tflops else None
+
     return StepMetrics(
         iteration=iteration,
         loss=loss,

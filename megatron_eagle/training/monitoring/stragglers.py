@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -43,7 +43,8 @@ class Stragglers:
     """
 
     def __init__(self, config: StragglerConfig | None) -> None:
-        self._config, self._detector = config, None
+        self._config = config
+        self._detector: Any = None
 
     def __enter__(self) -> "Stragglers":
         if self._config is not None:
@@ -62,20 +63,21 @@ class Stragglers:
             )
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._detector is not None:
             self._detector.shutdown()
             self._detector = None
 
-    def section(self, name: str, *, kernels: bool = False) -> AbstractContextManager:
+    def section(self, name: str, *, kernels: bool = False) -> AbstractContextManager[Any]:
         """Time what runs inside; `kernels`: also each CUDA kernel that it launches."""
         if self._detector is None:
             return nullcontext()
-        return self._detector.detection_section(name, profile_cuda=kernels)
+        timed: AbstractContextManager[Any] = self._detector.detection_section(name, profile_cuda=kernels)
+        return timed
 
     def report(self, iteration: int, log: RunLog) -> None:
         """After each iteration: where the interval has passed, compare and log the stragglers. Collective."""
-        if self._detector is None:
+        if self._detector is None or self._config is None:
             return
         report = self._detector.generate_report_if_interval_elapsed()
         if report is None or torch.distributed.get_rank() != 0:

@@ -64,7 +64,7 @@ class History:
         taken, event = self._steps.get(iteration), self._not_taken.get(iteration)
         if taken is None and event is None:
             raise UserError(f"{self.logs}: there is no iteration {iteration}; it has {self._there()}")
-        record = event if taken is None else vars(taken)
+        record = vars(taken) if taken is not None else event or {}
         return PastStep(
             iteration=iteration,
             **self._batch_of(iteration, record),

@@ -129,7 +129,7 @@ def write_replay(replay: Replay, run: str | Path, output: str | Path | None, sho
     Raises `UserError` if the file cannot be written.
     """
     name = f"replay_{replay.step.iteration:07d}.html"
-    output = find_logs(run) / name if output is None else Path(output)
+    output = Path(output) if output is not None else (find_logs(run) or Path(run)) / name
     try:
         write_whole(output, replay_page(replay, shown))
     except OSError as error:

@@ -80,6 +80,13 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class AskedWeights(Weights):
+    """They and the settings under which they are asked."""
+
+    config: RunConfig
+
+
+@dataclass(frozen=True)
 class Replay:
     """What to look at. `samples` stand in the order of their losses, the highest first, where they have any;
     those that were left out come last."""
@@ -87,8 +94,7 @@ class Replay:
     step: PastStep
     store: SampleStore
     samples: list[PastSample]
-    weights: Weights | None = None
-    config: RunConfig | None = None
+    weights: AskedWeights | None = None  # None: the data alone
 
     @property
     def total(self) -> float:
@@ -115,7 +121,7 @@ class Replay:
         words = f"The samples' losses under the weights that the step began with ({where}) add up to"
         if self.off is None:
             return f"{words} {self.total:.6f}; the logged loss is no finite number.", False
-        if self.off <= LOSS_TOLERANCE[self.config.training.precision]:
+        if self.off <= LOSS_TOLERANCE[self.weights.config.training.precision]:
             return f"{words} {self.total:.6f}, the logged loss ({self.off:.0e} off).", False
         words = f"NOT the logged loss: {where}, should have the weights that the step began with, but the"
         return f"{words} samples' losses add up to {self.total:.6f} ({self.off:.0e} off).", True
@@ -144,13 +150,13 @@ def prepare(
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     history, run = History(run), Path(run)
     step = history.step(iteration)
-    weights = config = None
+    weights = None
     if checkpoint is None:
         data = _data_alone(step, overrides)
     else:
-        weights = _choose_weights(run, Path(checkpoint), history, step)
-        config = _settings(run, weights, step, overrides, world_size)
-        data = config.data
+        found = _choose_weights(run, Path(checkpoint), history, step)
+        weights = AskedWeights(**vars(found), config=_settings(run, found, step, overrides, world_size))
+        data = weights.config.data
     store = SampleStore(data.path, data.length)
     loader = PackLoader(
         replace(data, decoder="exact"),
@@ -165,7 +171,7 @@ def prepare(
         raise UserError(
             f"{data.path}: not the data that iteration {iteration} read ({changed}); data.path=D names others"
         )
-    return Replay(step, store, _samples(step, store, loader.samples(step.first_pack)), weights, config)
+    return Replay(step, store, _samples(step, store, loader.samples(step.first_pack)), weights)
 
 
 def measure_losses(prepared: Replay) -> Replay:
@@ -174,7 +180,9 @@ def measure_losses(prepared: Replay) -> Replay:
     Raises `AgreedError`: as loading a checkpoint, and for media that the step read and that cannot be read
     any more.
     """
-    config = prepared.config
+    weights = prepared.weights
+    assert weights is not None, "prepare was given a checkpoint"
+    config = weights.config
     device = detect_device()
     set_deterministic(config.training.seed)
     with (
@@ -182,14 +190,14 @@ def measure_losses(prepared: Replay) -> Replay:
         process_group(device),
         model_parallel(config.parallel, seed=config.training.seed) as mesh,
     ):
-        loader = _open(prepared, mesh, device)
+        loader = _open(config, prepared.step.packs, mesh, device)
         try:
-            source, iteration = config.checkpoint.load, prepared.weights.iteration
+            source, iteration = config.checkpoint.load, weights.iteration
             models = wrap_models(
                 start_models(config, mesh, device, source, load=True, iteration=iteration),
                 across_replicas=False,
             )
-            losses, norms = _ask(prepared, models, mesh, loader, device.torch_device)
+            losses, norms = _ask(prepared, config.data.length, models, mesh, loader, device.torch_device)
         finally:
             loader.close()
     samples = [
@@ -199,12 +207,11 @@ def measure_losses(prepared: Replay) -> Replay:
     return replace(prepared, samples=sorted(samples, key=_highest_first))
 
 
-def _open(prepared: Replay, mesh: Mesh, device: Device) -> PackLoader[InputPlan]:
-    config = prepared.config
+def _open(config: RunConfig, packs: int, mesh: Mesh, device: Device) -> PackLoader[InputPlan]:
     with agreed():
         return PackLoader(
             config.data,
-            global_batch_size=prepared.step.packs,
+            global_batch_size=packs,
             data_parallel_rank=mesh.dp.rank,
             data_parallel_size=mesh.dp.size,
             plan=partial(plan_batch, config.model, mesh, device.kind == "cuda"),
@@ -214,6 +221,7 @@ def _open(prepared: Replay, mesh: Mesh, device: Device) -> PackLoader[InputPlan]
 
 def _ask(
     prepared: Replay,
+    length: int,
     models: Sequence[DistributedDataParallel],
     mesh: Mesh,
     loader: PackLoader[InputPlan],
@@ -223,9 +231,7 @@ def _ask(
     step, n = prepared.step, len(prepared.samples)
     batch, failed = next_batch(loader, step.first_pack, "skip", host_group(), list(step.left_out))
     _refuse([medium for number, medium in failed.items() if number not in step.left_out])
-    losses = sample_losses(
-        models, mesh, batch.microbatches, n, length=prepared.config.data.length, device=device
-    )
+    losses = sample_losses(models, mesh, batch.microbatches, n, length=length, device=device)
     norms: dict[int, float] = {}
     failures: dict[int, FailedMedium] = {}
     with tqdm(desc="gradients", unit=" samples", disable=torch.distributed.get_rank() != 0) as bar:
@@ -248,7 +254,7 @@ def _refuse(failed: Sequence[FailedMedium]) -> None:
     raise_together(problem)
 
 
-def _highest_first(sample: PastSample) -> tuple:
+def _highest_first(sample: PastSample) -> tuple[Any, ...]:
     if sample.loss is None:
         return 2, 0.0
     return (0, 0.0) if math.isnan(sample.loss) else (1, -sample.loss)

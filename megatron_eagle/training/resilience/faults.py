@@ -15,6 +15,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from megatron_eagle.runtime.agreement import AgreedError
 
@@ -24,7 +25,7 @@ VARIABLE = "MEGATRON_EAGLE_TEST_FAULTS"
 class Faults:
     """The faults that this rank is to suffer."""
 
-    def __init__(self, faults: list[dict], rank: int) -> None:
+    def __init__(self, faults: list[dict[str, Any]], rank: int) -> None:
         self._faults = [fault for fault in faults if fault.get("rank", rank) == rank]
 
     @classmethod
@@ -56,7 +57,7 @@ class Faults:
             return float("nan")
         return 100 * loss if self._due("spike", iteration) else loss
 
-    def _due(self, kind: str, iteration: int | None) -> dict | None:
+    def _due(self, kind: str, iteration: int | None) -> dict[str, Any] | None:
         for fault in self._faults:
             if fault["kind"] == kind and fault.get("iteration") == iteration:
                 if "once" in fault:

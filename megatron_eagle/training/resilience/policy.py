@@ -59,7 +59,7 @@ def stop_signals() -> Iterator[list[str]]:
     """
     received: list[str] = []
 
-    def remember(number: int, _) -> None:
+    def remember(number: int, _: object) -> None:
         received.append(signal.Signals(number).name)
 
     before = {number: signal.signal(number, remember) for number in STOP_SIGNALS}

@@ -147,10 +147,10 @@ def gradients(run: str, iteration: int) -> dict:
     """In one process: gradients of the batch and of each sample, the latter from its own pack and, with the
     weights of the others taken away, from the batch's."""
     prepared = prepare(run, iteration, checkpoint=run)
-    config, cpu = prepared.config, torch.device("cpu")
+    config, cpu = prepared.weights.config, torch.device("cpu")
     with model_parallel(config.parallel) as mesh:
         device = replaying.detect_device()
-        loader = replaying._open(prepared, mesh, device)
+        loader = replaying._open(config, prepared.step.packs, mesh, device)
         source, weights = config.checkpoint.load, prepared.weights
         models = start_models(config, mesh, device, source, load=True, iteration=weights.iteration)
         wrapped = wrap_models(models, across_replicas=False)
