@@ -4,10 +4,12 @@ Self-contained: shipped inside every exported checkpoint and loaded with `trust_
 (transformers 4.51 to 5.x; vLLM reads this file and nothing else of the remote code).
 """
 
+from typing import Any
+
 from transformers import PretrainedConfig, Qwen2Config, SiglipVisionConfig
 
 
-def _sub_config(value, config_class):
+def _sub_config(value: Any, config_class: type[Any]) -> Any:
     """`value` as a `config_class`: a config is taken as it is, a dict is parsed, None gives the defaults."""
     if isinstance(value, PretrainedConfig):
         return value
@@ -43,31 +45,31 @@ class Eagle2_5_VLConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vision_config=None,
-        text_config=None,
-        image_token_index=151667,
-        downsample_ratio=0.5,
-        use_pixel_shuffle=True,
-        mlp_connector_layers=2,
-        select_layer=-1,
-        force_image_size=None,
-        dynamic_image_size=True,
-        use_thumbnail=True,
-        min_dynamic_tiles=None,
-        max_dynamic_tiles=None,
-        min_dynamic_patch=None,
-        max_dynamic_patch=None,
-        pad2square=False,
-        template="qwen2-chat",
-        loss_version="efficient_v2_cp_head",
-        initializer_range=0.02,
-        tie_word_embeddings=False,
-        **kwargs,
-    ):
-        vision_config = _sub_config(vision_config, SiglipVisionConfig)
-        text_config = _sub_config(text_config, Qwen2Config)
-        if not getattr(text_config, "architectures", None):
-            text_config.architectures = ["Qwen2ForCausalLM"]  # vLLM builds the language model from this name
+        vision_config: SiglipVisionConfig | dict[str, Any] | None = None,
+        text_config: Qwen2Config | dict[str, Any] | None = None,
+        image_token_index: int = 151667,
+        downsample_ratio: float = 0.5,
+        use_pixel_shuffle: bool = True,
+        mlp_connector_layers: int = 2,
+        select_layer: int = -1,
+        force_image_size: int | None = None,
+        dynamic_image_size: bool = True,
+        use_thumbnail: bool = True,
+        min_dynamic_tiles: int | None = None,
+        max_dynamic_tiles: int | None = None,
+        min_dynamic_patch: int | None = None,
+        max_dynamic_patch: int | None = None,
+        pad2square: bool = False,
+        template: str = "qwen2-chat",
+        loss_version: str = "efficient_v2_cp_head",
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        vision: Any = _sub_config(vision_config, SiglipVisionConfig)
+        text: Any = _sub_config(text_config, Qwen2Config)
+        if not getattr(text, "architectures", None):
+            text.architectures = ["Qwen2ForCausalLM"]  # vLLM builds the language model from this name
         for name, value, supported in (
             ("select_layer", select_layer, -1),
             ("mlp_connector_layers", mlp_connector_layers, 2),
@@ -76,14 +78,14 @@ class Eagle2_5_VLConfig(PretrainedConfig):
             if value != supported:
                 raise ValueError(f"{name} {value} is not supported, only {supported} is")
 
-        self.vision_config = vision_config
-        self.text_config = text_config
+        self.vision_config = vision
+        self.text_config = text
         self.image_token_index = image_token_index
         self.downsample_ratio = downsample_ratio
         self.use_pixel_shuffle = use_pixel_shuffle
         self.mlp_connector_layers = mlp_connector_layers
         self.select_layer = select_layer
-        self.force_image_size = vision_config.image_size if force_image_size is None else force_image_size
+        self.force_image_size = vision.image_size if force_image_size is None else force_image_size
         self.dynamic_image_size = dynamic_image_size
         self.use_thumbnail = use_thumbnail
         self.min_dynamic_tiles = _first(min_dynamic_tiles, min_dynamic_patch, 1)
@@ -94,7 +96,7 @@ class Eagle2_5_VLConfig(PretrainedConfig):
         self.template = template
         self.loss_version = loss_version
         self.initializer_range = initializer_range
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
 
     @property
     def shuffle_factor(self) -> int:
@@ -108,5 +110,5 @@ class Eagle2_5_VLConfig(PretrainedConfig):
         return int(vision.image_size // vision.patch_size // self.shuffle_factor) ** 2
 
 
-def _first(*values):
+def _first(*values: int | None) -> int:
     return next(value for value in values if value is not None)

@@ -5,11 +5,14 @@ Self-contained: shipped inside every exported checkpoint and loaded with `trust_
 equal tiles out. Shapes: n tiles, S tile side in pixels.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_processing_utils import BatchFeature
-from transformers.utils import TensorType
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils.generic import TensorType
 
 from .grids import select_grid
 from .pictures import to_rgb
@@ -21,7 +24,7 @@ except ImportError:
     from transformers.image_processing_base import ImageProcessingMixin
 
 
-def to_pixels(image) -> np.ndarray:
+def to_pixels(image: Any) -> np.ndarray:
     """PIL image, or uint8 array or tensor [H, W, 3], as a uint8 array [H, W, 3].
 
     Raises:
@@ -53,17 +56,17 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
 
     def __init__(
         self,
-        size=None,
-        rescale_factor=1 / 255,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        min_dynamic_tiles=1,
-        max_dynamic_tiles=12,
-        use_thumbnail=True,
-        tiling="iap",
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
+        size: dict[str, int] | None = None,
+        rescale_factor: float = 1 / 255,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        min_dynamic_tiles: int = 1,
+        max_dynamic_tiles: int = 12,
+        use_thumbnail: bool = True,
+        tiling: str = "iap",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]  # transformers'
         self.size = dict(size or {"height": 448, "width": 448})
         if self.size.get("height") != self.size.get("width"):
             raise ValueError(f"tiles are square: size must hold equal height and width, got {self.size}")
@@ -76,7 +79,11 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
         self.tiling = tiling
 
     def tile_image(
-        self, image, min_dynamic_tiles=None, max_dynamic_tiles=None, use_thumbnail=None
+        self,
+        image: Any,
+        min_dynamic_tiles: int | None = None,
+        max_dynamic_tiles: int | None = None,
+        use_thumbnail: bool | None = None,
     ) -> torch.Tensor:
         """uint8 tiles [n, 3, S, S] of one picture, row-major, the thumbnail last."""
         pixels, side = to_pixels(image), self.size["height"]
@@ -92,7 +99,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
         thumbnail = resize(pixels, side, side) if wanted and grid != (1, 1) else None
         return cut_tiles(resize(pixels, grid[0] * side, grid[1] * side), thumbnail, grid)
 
-    def tile_video(self, frames) -> torch.Tensor:
+    def tile_video(self, frames: Iterable[Any]) -> torch.Tensor:
         """uint8 tiles [frames, 3, S, S]: one tile per frame, no thumbnail."""
         side = self.size["height"]
         return torch.stack([resize(to_pixels(frame), side, side) for frame in frames])
@@ -104,9 +111,16 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
         scale = 1 / self.rescale_factor
         # Dividing by 255 and multiplying by 1/255 differ in the last bit; training divides.
         divisor = round(scale) if abs(scale - round(scale)) < 1e-6 else scale
-        return (tiles.float() / divisor - mean) / std
+        normal: torch.Tensor = (tiles.float() / divisor - mean) / std
+        return normal
 
-    def preprocess(self, images=None, videos=None, return_tensors=None, **overrides) -> BatchFeature:
+    def preprocess(
+        self,
+        images: Any = None,
+        videos: Any = None,
+        return_tensors: str | TensorType | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
         """Tiles of pictures, then of videos (lists of frames).
 
         Returns:
@@ -123,7 +137,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
             sizes += [_height_width(frame) for frame in frames]
         if not groups:
             raise ValueError("no images and no videos to process")
-        data = {
+        data: dict[str, Any] = {
             "pixel_values": self.normalize(torch.cat(groups)),
             "image_sizes": torch.tensor(sizes),
             "num_tiles": torch.tensor([len(group) for group in groups]),
@@ -132,10 +146,19 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
             data = {name: value.numpy() for name, value in data.items()}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def __call__(self, images=None, videos=None, return_tensors=None, **overrides) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any = None,
+        videos: Any = None,
+        return_tensors: str | TensorType | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
         """Same as `preprocess`."""
         return self.preprocess(images, videos, return_tensors, **overrides)
 
 
-def _height_width(image) -> tuple[int, int]:
-    return (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[:2])
+def _height_width(image: Any) -> tuple[int, int]:
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    height, width = image.shape[:2]
+    return height, width

@@ -6,6 +6,7 @@ b batch, s sequence, v vocabulary, k visual tokens per tile.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ class Eagle2_5_VLPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer"]
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement: Any = "past_key_values"
     # Both halves are transformers models; they know what they support. 4.51 reads the first spelling.
     _supports_flash_attn_2 = True
     _supports_flash_attn = True
@@ -29,7 +30,7 @@ class Eagle2_5_VLPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_cache_class = True
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             module.weight.data.normal_(mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
@@ -55,9 +56,11 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
             nn.GELU(),  # erf, unlike the vision encoder's tanh
             nn.Linear(text_width, text_width),
         )
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # transformers'
 
-    def save_pretrained(self, save_directory, state_dict=None, **kwargs):
+    def save_pretrained(  # type: ignore[override]  # the others pass through
+        self, save_directory: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """As in transformers, always under the released checkpoint's names.
 
         transformers 5 drops one level of the encoder's names in memory and only restores it for a model that
@@ -69,26 +72,27 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
             state_dict = {prefix + k if k in short else k: tensor for k, tensor in tensors.items()}
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> Any:
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings):
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_decoder(self):
+    def get_decoder(self) -> Any:
         return self.language_model.get_decoder()
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Visual features of tiles in [-1, 1]: [n, 3, S, S] -> [n, k, h]."""
         pixel_values = pixel_values.to(device=self.device, dtype=self.dtype)
         features = self.vision_model(pixel_values=pixel_values).last_hidden_state  # [n, (S/p)^2, c]
-        return self.mlp1(pixel_shuffle(features, self.config.shuffle_factor))
+        tokens: torch.Tensor = self.mlp1(pixel_shuffle(features, self.config.shuffle_factor))
+        return tokens
 
     def merge_features(
         self,
@@ -111,7 +115,7 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         Raises:
             ValueError: the number of image tokens and of features differ; both are named.
         """
-        embeddings = self.get_input_embeddings()(input_ids)
+        embeddings: torch.Tensor = self.get_input_embeddings()(input_ids)
         at_image = input_ids == self.image_token_index
         expected = int(at_image.sum())
         if visual_features is None and pixel_values is not None and len(pixel_values):
@@ -124,7 +128,7 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
                 f"input_ids hold {expected} image tokens (id {self.image_token_index}), "
                 f"the pixels give {given} visual features: prompt and images do not belong together"
             )
-        if not given:
+        if visual_features is None or not given:
             return embeddings
         features = visual_features.reshape(given, -1).to(embeddings.device, embeddings.dtype)
         return embeddings.masked_scatter(at_image.unsqueeze(-1), features)
@@ -136,20 +140,22 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        image_sizes=None,
-        **kwargs,
+        image_sizes: Any = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [b, s, v] of input_ids [b, s] and tiles [n, 3, S, S]; with labels also the mean loss.
 
         `image_sizes` is accepted because the processor returns it; the model does not need it.
         """
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("the model needs input_ids or inputs_embeds")
             inputs_embeds = self.merge_features(input_ids, pixel_values, image_flags)
-        return self.language_model(
+        output: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -158,17 +164,18 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
             use_cache=use_cache,
             **kwargs,
         )
+        return output
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # the processor's output by name
         self,
         pixel_values: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         visual_features: torch.Tensor | None = None,
-        generation_config=None,
-        image_sizes=None,
-        **generate_kwargs,
+        generation_config: Any = None,
+        image_sizes: Any = None,
+        **generate_kwargs: Any,
     ) -> torch.Tensor:
         """Generate from the processor's output; returns only the new ids, [b, new tokens].
 
@@ -179,9 +186,13 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         rest = generation_config.update(
             **generate_kwargs
         )  # what is no setting: streamer, logits_processor, ...
-        return self.language_model.generate(
+        if input_ids is None:
+            raise ValueError("generate needs input_ids")
+        language: Any = self.language_model
+        new: torch.Tensor = language.generate(
             inputs_embeds=self.merge_features(input_ids, pixel_values, visual_features=visual_features),
             attention_mask=attention_mask,
             generation_config=generation_config,
             **rest,
         )
+        return new

@@ -17,6 +17,7 @@ import io
 import os
 import re
 import urllib.request
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -51,13 +52,13 @@ _SHIELD = "\ufdd0"
 class VideoFrames(list[Any]):
     """Frames of one video (PIL RGB) with `fps` as sampled and `timestamps` in seconds, one per frame."""
 
-    def __init__(self, frames, fps: float, timestamps: list[float]):
+    def __init__(self, frames: Iterable[Any], fps: float, timestamps: list[float]) -> None:
         super().__init__(frames)
         self.fps = fps
         self.timestamps = timestamps
 
 
-def load_image(source) -> Image.Image:
+def load_image(source: Any) -> Image.Image:
     """RGB picture from a PIL image, a path, `file://`, `http(s)://` or a `data:image/...;base64,` URL.
 
     Raises:
@@ -66,6 +67,7 @@ def load_image(source) -> Image.Image:
     if isinstance(source, Image.Image):
         return to_rgb(source)
     name = str(source) if len(str(source)) < 200 else str(source)[:80] + "..."
+    stream: Any
     try:
         if str(source).startswith("data:image"):
             stream = io.BytesIO(base64.b64decode(str(source).split("base64,", 1)[1]))
@@ -83,11 +85,16 @@ def load_image(source) -> Image.Image:
 
 def _download(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=60) as response:
-        return response.read()
+        return bytes(response.read())
 
 
 def frame_count(
-    available: int, duration: float, fps=None, nframes=None, min_frames=None, max_frames=None
+    available: int,
+    duration: float,
+    fps: float | None = None,
+    nframes: float | None = None,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
 ) -> int:
     """Frames to take of a video with `available` frames over `duration` seconds: an even number.
 
@@ -95,6 +102,7 @@ def frame_count(
     """
     if fps is not None and nframes is not None:
         raise ValueError("give a video either fps or nframes, not both")
+    wanted: float
     if nframes is not None:
         wanted = round(nframes / FRAME_MULTIPLE) * FRAME_MULTIPLE
     else:
@@ -106,7 +114,9 @@ def frame_count(
     return max(wanted, min(FRAME_MULTIPLE, available))
 
 
-def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFrames:
+def load_video(
+    source: Any, video_start: float | None = None, video_end: float | None = None, **sampling: Any
+) -> VideoFrames:
     """Exact frames of a video file, in presentation order, by PyAV.
 
     Args:
@@ -134,7 +144,7 @@ def load_video(source, video_start=None, video_end=None, **sampling) -> VideoFra
             raise ValueError(f"video not found: {name}")
         data = None
 
-    def opened():
+    def opened() -> Any:
         # Titles and the like may be in any encoding: they are not worth failing for.
         return av.open(name if data is None else io.BytesIO(data), metadata_errors="replace")
 
@@ -176,8 +186,15 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         tokenizer_class = "AutoTokenizer"
         valid_kwargs = ["chat_template", "tokens_per_tile"]
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, tokens_per_tile=256):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        tokens_per_tile: int = 256,
+    ) -> None:
+        chat_template = chat_template or CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
         self.tokens_per_tile = tokens_per_tile
         self.image_token, self.image_start_token, self.image_end_token = IMG_CONTEXT, IMG_START, IMG_END
         vocabulary = tokenizer.get_vocab()
@@ -187,19 +204,19 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"  # batches are for generation: every row ends where the answer starts
 
     @property
-    def model_input_names(self):
+    def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, "pixel_values", "image_sizes"]
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # the tokenizer's names, and its defaults
         self,
-        conversation,
-        chat_template=None,
-        tokenize=False,
-        add_generation_prompt=False,
-        return_dict=False,
-        return_tensors=None,
-        **kwargs,
-    ):
+        conversation: Any,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        return_dict: bool = False,
+        return_tensors: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """The prompt of one conversation (or a list of them), with `<image-k>` and `<video-k>` placeholders.
 
         Special tokens typed in a message, and media names in an answer, are shielded and stay text. With
@@ -227,7 +244,7 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
             return inputs
         return inputs["input_ids"] if batched or return_tensors else inputs["input_ids"][0]
 
-    def process_vision_info(self, conversations, return_video_kwargs=False):
+    def process_vision_info(self, conversations: Any, return_video_kwargs: bool = False) -> Any:
         """Load every picture and video of one conversation or a list of them, in reading order.
 
         An item carries `image` / `image_url` / `video`: a path, a URL, a PIL image, or for a video also a
@@ -253,16 +270,16 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
-        text=None,
-        videos=None,
-        images_kwargs=None,
-        videos_kwargs=None,
-        return_tensors=None,
-        padding=False,
-        max_length=None,
-        pad_to_multiple_of=None,
-        **kwargs,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        images_kwargs: dict[str, Any] | None = None,
+        videos_kwargs: dict[str, Any] | None = None,
+        return_tensors: Any = None,
+        padding: Any = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Model inputs for prompts written by `apply_chat_template`.
 
@@ -299,11 +316,11 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         data = dict(self.tokenizer.pad({"input_ids": rows}, **padded))
         return BatchFeature({**data, **media.tensors()}, tensor_type=return_tensors)
 
-    def batch_decode(self, *args, **kwargs):
+    def batch_decode(self, *args: Any, **kwargs: Any) -> Any:
         """The tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
-    def decode(self, *args, **kwargs):
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
         """The tokenizer's `decode`."""
         return self.tokenizer.decode(*args, **kwargs)
 
@@ -311,11 +328,11 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
-    def _shielded(self, conversation):
+    def _shielded(self, conversation: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """A copy in which typed special tokens, and media names outside the user's turns, stay text."""
         special = self._special_tokens()
 
-        def shield(text, role):
+        def shield(text: str, role: str) -> str:
             text = text.replace(_SHIELD, "")
             for pattern in (special,) if role == "user" else (special, _PLACEHOLDER):
                 text = pattern.sub(lambda match: match.group()[0] + _SHIELD + match.group()[1:], text)
@@ -336,8 +353,9 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
 
     def _encode(self, text: str) -> list[int]:
         if _SHIELD not in text:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids, end = [], 0
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids: list[int] = []
+        end = 0
         special = self._special_tokens()
         for match in [*special.finditer(text), None]:
             run = text[end : match.start() if match else len(text)].replace(_SHIELD, "")
@@ -352,17 +370,25 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
 class _Media:
     """Pictures and videos of a batch, consumed prompt by prompt; collects tiles in reading order."""
 
-    def __init__(self, processor, images, videos, tiling, frame_tiles):
+    def __init__(
+        self,
+        processor: "Eagle2_5_VLProcessor",
+        images: Iterable[Any],
+        videos: Iterable[VideoFrames],
+        tiling: dict[str, Any],
+        frame_tiles: int | None,
+    ) -> None:
         self.processor, self.tiling, self.frame_tiles = processor, tiling, frame_tiles
-        self.media = {"image": list(images), "video": list(videos)}
+        self.media: dict[str, list[Any]] = {"image": list(images), "video": list(videos)}
         self.used = {"image": 0, "video": 0}  # by the prompts before the current one
-        self.tiles, self.sizes = [], []
+        self.tiles: list[torch.Tensor] = []
+        self.sizes: list[torch.Tensor] = []
 
     def expand(self, text: str) -> str:
         """`text` with each placeholder replaced by labels and image tokens."""
-        seen = {"image": set(), "video": set()}
+        seen: dict[str, set[int]] = {"image": set(), "video": set()}
 
-        def written(match):
+        def written(match: re.Match[str]) -> str:
             kind, number = match.group(1), int(match.group(2))
             left = len(self.media[kind]) - self.used[kind]
             if not 1 <= number <= left:
@@ -384,9 +410,9 @@ class _Media:
 
     def _tokens(self, n_tiles: int) -> str:
         p = self.processor
-        return p.image_start_token + p.image_token * (n_tiles * p.tokens_per_tile) + p.image_end_token
+        return f"{p.image_start_token}{p.image_token * (n_tiles * p.tokens_per_tile)}{p.image_end_token}"
 
-    def _image(self, image, number: int) -> str:
+    def _image(self, image: Any, number: int) -> str:
         data = self.processor.image_processor(images=[image], **self.tiling)
         self.tiles.append(data["pixel_values"])
         self.sizes.append(data["image_sizes"])
@@ -407,7 +433,7 @@ class _Media:
         )
         return video_label(number, video.fps) + frames
 
-    def check_all_used(self):
+    def check_all_used(self) -> None:
         for kind, items in self.media.items():
             if self.used[kind] != len(items):
                 raise ValueError(f"{len(items)} {kind}s were given and the prompts use {self.used[kind]}")
@@ -430,7 +456,7 @@ def _video_of(item: dict[str, Any]) -> VideoFrames:
     return VideoFrames([load_image(frame) for frame in source], fps, [i / fps for i in range(len(source))])
 
 
-def _with_metadata(videos, kwargs: dict[str, Any]) -> list[VideoFrames]:
+def _with_metadata(videos: Iterable[Any], kwargs: dict[str, Any]) -> list[VideoFrames]:
     """Frame lists as `VideoFrames`; `fps` and `timestamps` of `videos_kwargs` win over what they carry."""
     result = []
     for i, video in enumerate(videos):
@@ -444,7 +470,7 @@ def _with_metadata(videos, kwargs: dict[str, Any]) -> list[VideoFrames]:
     return result
 
 
-def _frame_table(opened) -> tuple[list[int], list[int], Fraction, int]:
+def _frame_table(opened: Callable[[], Any]) -> tuple[list[int], list[int], Fraction, int]:
     """Presentation times of the shown frames and of the key frames, their unit in seconds, and the duration
     of the last packet in it (0: unknown).
 
@@ -461,7 +487,7 @@ def _frame_table(opened) -> tuple[list[int], list[int], Fraction, int]:
         return sorted(shown), keyframes, stream.time_base, shown[max(shown)] if shown else 0
 
 
-def _decode(opened, wanted: list[int], keyframes: list[int]) -> dict[int, Image.Image]:
+def _decode(opened: Callable[[], Any], wanted: list[int], keyframes: list[int]) -> dict[int, Image.Image]:
     """Upright RGB frames by presentation time; seeks from key frame to key frame.
 
     Where seeking misses (MPEG-TS, damaged indexes) everything is read from the start.
@@ -482,8 +508,11 @@ class _Missed(Exception):
     """A wanted frame did not come out; a neighbour is no substitute."""
 
 
-def _decode_from(opened, wanted, keyframes) -> dict[int, Image.Image]:
-    result, position = {}, None
+def _decode_from(
+    opened: Callable[[], Any], wanted: list[int], keyframes: list[int] | None
+) -> dict[int, Image.Image]:
+    result: dict[int, Image.Image] = {}
+    position = None
     with opened() as container:
         stream = container.streams.video[0]
         frames = container.decode(stream)
