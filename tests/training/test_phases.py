@@ -15,9 +15,17 @@ from tests.project.types import Finding, run_mypy
 from tests.training.synthetic_data import SyntheticLoader
 
 FROZEN = [
-    *(TokenPack, PlannedPack, LoadedPack, GlobalBatch),
-    *(InputPlan, VisionPlan, ModelInput, VisionInput),
-    *(LocalShapes, PackShapes, StageShapes),
+    TokenPack,
+    PlannedPack,
+    LoadedPack,
+    GlobalBatch,
+    InputPlan,
+    VisionPlan,
+    ModelInput,
+    VisionInput,
+    LocalShapes,
+    PackShapes,
+    StageShapes,
 ]
 
 SNIPPET = """
