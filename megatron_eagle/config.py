@@ -27,16 +27,23 @@ class _Mismatch(UserError):
 def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls`, nested dataclasses included, from plain YAML values.
 
-    `where` is the dotted place of `mapping` in the whole configuration and only serves messages.
-    Accepted beside exact types: an int or a numeric text (YAML 1.1 reads `2e-5` as text) for a float,
-    a list for a tuple. Raises `UserError`: unknown key (with the nearest valid one), missing key, wrong
-    type, a value outside a `Literal` or its declared range (`ranges`), or what the dataclass' own
-    `__post_init__` refuses, with `UserError` or with a `ValueError` that begins with the field's name.
+    Accepted beside exact types: an int or a numeric text (YAML 1.1 reads `2e-5` as text) for a float, a list
+    for a tuple.
+
+    Args:
+        cls: may name in `FORMER` settings of earlier versions, each with the one value that it may have.
+        where: the dotted place of `mapping` in the whole configuration, for messages.
+
+    Raises:
+        UserError: unknown key (with the nearest valid one), missing key, wrong type, a value outside a
+            `Literal` or its declared range (`ranges`), or what the dataclass' own `__post_init__` refuses,
+            with `UserError` or with a `ValueError` that begins with the field's name.
     """
     if not isinstance(mapping, Mapping):
         raise _Mismatch(f"{where or 'configuration'}: expected a mapping of settings, got {_show(mapping)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    mapping = _without_former(mapping, getattr(cls, "FORMER", {}), where)
     for key in mapping:
         if key not in fields:
             raise UserError(_unknown_key(key, list(fields), where))
@@ -49,6 +56,15 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         return cls(**values)
     except ValueError as error:
         raise UserError(_join(where, error)) from error  # it begins with the name of a field
+
+
+def _without_former(mapping: Mapping[str, Any], former: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Settings of earlier versions that had one legal value, which they may still say."""
+    for name, only in former.items():
+        if mapping.get(name, only) != only:
+            value = f"{_join(where, name)} is {_show(mapping[name])}"
+            raise UserError(f"{value}: must be {_show(only)} or left out")
+    return {name: value for name, value in mapping.items() if name not in former}
 
 
 def to_dict(obj: Any) -> Any:

@@ -84,7 +84,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _list(options: argparse.Namespace) -> None:
+def _list(_: argparse.Namespace) -> None:
     print(f"{'benchmark':<20}  {'Eagle 2.5 8B':>12}  {'of':>5}  {'frames':>6}  files")
     for name, published in BENCHMARKS.items():
         print(

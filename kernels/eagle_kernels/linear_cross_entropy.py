@@ -1,6 +1,6 @@
 """The output layer and its cross-entropy in one, without ever holding the logits of a whole sequence.
 
-    loss_i = lse_i - logit_i[label_i] + z * lse_i^2,   lse_i = log sum_v exp(x_i . w_v)
+    loss_i = lse_i - logit_i[label_i],   lse_i = log sum_v exp(x_i . w_v)
 
 Unsupervised tokens (weight 0) are dropped first. The rest goes through in chunks: logits, then maximum, sum
 of exponentials and the label's logit, over all tensor parallel ranks by one MAX and one SUM all-reduce; then,
@@ -43,7 +43,6 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     sum_input_gradient: bool = True,
-    z_loss: float = 0.0,
     chunk_size: int = CHUNK,
     into_main_grad: bool = False,
     pipelined: bool = True,
@@ -60,7 +59,6 @@ def linear_cross_entropy(
         group: tensor parallel ranks; None: this rank holds the whole vocabulary.
         sum_input_gradient: sum the gradient of x over `group`. False where x was gathered from sequence
             parallel shards, whose backward does it.
-        z_loss: z above.
         chunk_size: supervised tokens per chunk.
         into_main_grad: add the weight's gradient to `weight.main_grad` (fp32) and set
             `weight.grad_added_to_main_grad`, in Megatron's way. It is added in forward: never under a
@@ -98,7 +96,6 @@ def linear_cross_entropy(
         real_rows=min(max(vocab_size - rank * n_rows, 0), n_rows),
         group=group if ranks > 1 else None,
         sum_input_gradient=sum_input_gradient,
-        z_loss=z_loss,
         chunk_size=chunk_size,
         into_main_grad=into_main_grad,
         pipelined=pipelined and ranks > 1,
@@ -126,7 +123,6 @@ class _Task:
     real_rows: int  # of this rank
     group: dist.ProcessGroup | None
     sum_input_gradient: bool
-    z_loss: float
     chunk_size: int
     into_main_grad: bool
     pipelined: bool
@@ -158,10 +154,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         def finish(chunk: _Chunk) -> None:
             lse, target = chunk.finish_sums()
-            losses[chunk.tokens] = lse - target + task.z_loss * lse.square()
+            losses[chunk.tokens] = lse - target
             if not (for_x or for_weight):
                 return
-            scales = task.token_weights[chunk.tokens], 2 * task.z_loss, task.real_rows
+            scales = task.token_weights[chunk.tokens], task.real_rows
             grad = gradient(chunk.work, chunk.labels, chunk.maximum, lse, *scales).to(x.dtype)
             del chunk.work
             if grad_x is not None:
@@ -296,11 +292,10 @@ def _gradient(
     maximum: Tensor,
     lse: Tensor,
     token_weights: Tensor,
-    twice_z: float,
     real_rows: int,
 ) -> Tensor:
     """`_statistics`' first result, in place -> weighted gradient of the loss for the logits."""
-    work.mul_((torch.exp(maximum - lse) * (1 + twice_z * lse) * token_weights)[:, None])
+    work.mul_((torch.exp(maximum - lse) * token_weights)[:, None])
     mine = ((labels >= 0) & (labels < real_rows)).nonzero().squeeze(1)
     work[mine, labels[mine]] -= token_weights[mine]
     return work
@@ -335,7 +330,7 @@ def statistics_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotatio
 
 
 @jit
-def gradient_kernel(LOGITS, LABELS, LSE, WEIGHTS, stride, real_rows, n_columns, twice_z, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
+def gradient_kernel(LOGITS, LABELS, LSE, WEIGHTS, stride, real_rows, n_columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
     """BLOCK logits of one token become their gradient in place; 0 for padding rows."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -345,7 +340,7 @@ def gradient_kernel(LOGITS, LABELS, LSE, WEIGHTS, stride, real_rows, n_columns, 
     label = tl.load(LABELS + token)
     mask = columns < n_columns
     x = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
-    grad = tl.exp(x - lse) * (1.0 + twice_z * lse)
+    grad = tl.exp(x - lse)
     grad = tl.where(columns == label, grad - 1.0, grad) * weight
     grad = tl.where(columns < real_rows, grad, 0.0)
     tl.store(at, grad.to(LOGITS.dtype.element_ty), mask=mask)
@@ -375,13 +370,12 @@ def _triton_statistics(
 def _triton_gradient(
     logits: Tensor,
     labels: Tensor,
-    maximum: Tensor,
+    _maximum: Tensor,
     lse: Tensor,
     token_weights: Tensor,
-    twice_z: float,
     real_rows: int,
 ) -> Tensor:
-    """`_gradient` on `_triton_statistics`' first result; `maximum` is in lse already."""
+    """`_gradient` on `_triton_statistics`' first result; the maximum is in lse already."""
     (n_tokens, n_columns), block = logits.shape, configuration(logits.device).cross_entropy
     if n_columns:
         gradient_kernel[(n_tokens, triton.cdiv(n_columns, block.size))](
@@ -392,7 +386,6 @@ def _triton_gradient(
             logits.stride(0),
             real_rows,
             n_columns,
-            twice_z,
             BLOCK=block.size,
             num_warps=block.warps,
         )

@@ -21,23 +21,40 @@ def plan_graph(
     scale: float,
     backward: bool,
     deterministic: bool,
-    device: torch.device | None,
-    build: bool = True,
+    device: torch.device,
 ) -> tuple[Any, dict[str, Any], Any]:
-    """-> the graph, its tensors by name, and its handle.
+    """-> the graph, built for this CUDA device, its tensors by name, and its handle."""
+    import cudnn
 
-    Args:
-        build: False only describes the graph, which needs no GPU and is what a test can check there.
-    """
+    with torch.cuda.device(device):
+        handle = cudnn.create_handle()
+        options = {"handle": handle}
+        graph, ports = describe_graph(b, x_q, x_k, np, ng, d, scale, backward, deterministic, options)
+        graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    return graph, ports, handle
+
+
+def describe_graph(
+    b: int,
+    x_q: int,
+    x_k: int,
+    np: int,
+    ng: int,
+    d: int,
+    scale: float,
+    backward: bool,
+    deterministic: bool,
+    options: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """-> the graph, not built, and its tensors by name. Needs no GPU; `options` are of cuDNN's graph."""
     import cudnn
 
     types = cudnn.data_type
-    handle = cudnn.create_handle() if build else None
     graph = cudnn.pygraph(
         io_data_type=types.BFLOAT16,
         intermediate_data_type=types.FLOAT,
         compute_data_type=types.FLOAT,
-        **({"handle": handle} if build else {}),
+        **options,
     )
     ports = {}
     for name, size in (("at_q", b + 1), ("at_k", b + 1), ("at_stats", b + 1), ("rows_q", b), ("rows_k", b)):
@@ -77,6 +94,4 @@ def plan_graph(
         o, stats = graph.sdpa(q=q, k=k, v=v, generate_stats=True, **arguments)
         ragged("o", o)
         ragged("stats", stats)
-    if build:
-        graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    return graph, ports, handle
+    return graph, ports

@@ -132,7 +132,7 @@ def _peft_config(config: LoraConfig, base: str | Path | None) -> dict[str, Any]:
         "base_model_name_or_path": None if base is None else str(base),
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
-        "lora_dropout": config.dropout,
+        "lora_dropout": 0.0,
         # One group, at the end: vLLM reads the names of the modules out of it.
         "target_modules": rf"language_model\.model\.layers\.\d+\.\w+\.({'|'.join(config.target_modules)})",
         "bias": "none",

@@ -48,9 +48,9 @@ def _pad_rows(parts: list[Tensor], plan: "ModelMapping") -> list[Tensor]:
     return parts + padding
 
 
-SAME = Layout(lambda parts, plan: parts, lambda tensor, plan: [tensor])
+SAME = Layout(lambda parts, _: parts, lambda tensor, _: [tensor])
 # Gate rows above up rows.
-STACKED = Layout(lambda parts, plan: parts, lambda tensor, plan: list(tensor.chunk(2)))
+STACKED = Layout(lambda parts, _: parts, lambda tensor, _: list(tensor.chunk(2)))
 # Grouped queries: Megatron keeps the query heads of a KV head beside it, so that both are split together.
 LANGUAGE_QKV = Layout(
     lambda parts, plan: _join_groups(parts, plan.config.text.num_key_value_heads),

@@ -31,7 +31,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -67,8 +67,8 @@ class LoraConfig(Ranged):
     rank: Annotated[int, Range(1, 4096)] = 16  # of each adapter's two matrices
     alpha: Annotated[float, Range(1e-3, 1e5)] = 32.0  # the adapters' product is scaled by alpha / rank
     target_modules: list[Target] = field(default_factory=lambda: list(TARGETS))
-    # A resumed run is exact, and every layout computes the same.
-    dropout: Annotated[float, Range(0, 0, why="training draws no random numbers")] = 0.0
+    # Of 0.1.0's run files. Adapters without it: a resumed run is exact, and every layout computes the same.
+    FORMER: ClassVar[Mapping[str, float]] = {"dropout": 0.0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -257,7 +257,7 @@ def _adapt(layer: TransformerLayer, config: LoraConfig, model: EagleModel) -> No
 
 
 def _adding(adapter: _Adapter) -> Callable[..., tuple[Any, ...]]:
-    def hook(linear: torch.nn.Module, inputs: Sequence[Any], output: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook(_: torch.nn.Module, inputs: Sequence[Any], output: tuple[Any, ...]) -> tuple[Any, ...]:
         return output[0] + adapter(inputs[0]), *output[1:]
 
     return hook

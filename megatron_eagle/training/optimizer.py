@@ -106,7 +106,9 @@ def wrap_models(
 
 
 def _finalize_model_grads(
-    models: list[DistributedDataParallel], num_tokens: Tensor | None, **kwargs: Any
+    models: list[DistributedDataParallel],
+    num_tokens: Tensor | None,  # noqa: ARG001
+    **kwargs: Any,
 ) -> None:
     # Megatron would divide by its token count, an int32 that cannot hold the loss normaliser. The token
     # weights carry the division already.

@@ -103,7 +103,7 @@ def cases(architecture: int) -> list[Case]:
         constants = {"BACKWARD": way == "backward", "HALF": 64, "HEADS": block.size, "ROWS": step}
         add(f"rope {way}", rope.rotate_kernel, block, signature, **constants)
     block, module = settings.cross_entropy, linear_cross_entropy
-    signature = {"LOGITS": bf16, "LABELS": i64, "twice_z": "fp32"}
+    signature = {"LOGITS": bf16, "LABELS": i64}
     signature |= dict.fromkeys(("MAXIMUM", "TOTAL", "TARGET", "LSE", "WEIGHTS"), fp32)
     signature |= dict.fromkeys(("stride", "real_rows", "n_columns"), i32)
     add("linear_cross_entropy statistics", module.statistics_kernel, block, signature, BLOCK=block.size)

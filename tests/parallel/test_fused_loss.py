@@ -83,7 +83,7 @@ def test_two_chunks_under_way_change_no_bit(layers):
 
 
 def _over_ranks(bad: float | None) -> list[torch.Tensor]:
-    """Losses, and gradients of the input and of this rank's rows, with a z-loss and padding rows."""
+    """Losses, and gradients of the input and of this rank's rows, with padding rows."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(9, 8, generator=generator), torch.randn(16, 8, generator=generator)
     labels, token_weights = torch.arange(9) + 1, torch.rand(9, generator=generator)
@@ -98,14 +98,13 @@ def _over_ranks(bad: float | None) -> list[torch.Tensor]:
         token_weights,
         group=dist.group.WORLD,
         vocab_size=13,
-        z_loss=1e-2,
         chunk_size=2,
     )
     torch.dot(losses, token_weights).backward()
     return [losses.detach(), x.grad, own.grad]
 
 
-def test_z_loss_over_ranks():
+def test_losses_and_gradients_over_ranks():
     [one], ranks = launch(_over_ranks, 1, None), launch(_over_ranks, 4, None)
     for losses, grad_x, _ in ranks:
         torch.testing.assert_close(losses, one[0])

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from megatron_eagle.checkpoint import TrainState, load_checkpoint, read_lora_config, save_checkpoint
-from megatron_eagle.config import from_dict
+from megatron_eagle.config import from_dict, to_dict
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import lora
 from megatron_eagle.model.eagle import EagleModel, build_model
@@ -265,7 +265,7 @@ def test_a_run_with_a_lora_section_resumes_in_another_layout(job, tmp_path):
     [
         ({"rank": 0}, "lora.rank is 0: must lie between 1 and"),
         ({"alpha": -1}, "lora.alpha is -1.0: must lie between"),
-        ({"dropout": 0.05}, "lora.dropout is 0.05: must be 0: training draws no random numbers"),
+        ({"dropout": 0.05}, "lora.dropout is 0.05: must be 0.0 or left out"),
         ({"target_modules": []}, "lora.target_modules is empty"),
         ({"target_modules": ["gate_projj"]}, "did you mean 'gate_proj'"),
     ],
@@ -273,6 +273,11 @@ def test_a_run_with_a_lora_section_resumes_in_another_layout(job, tmp_path):
 def test_wrong_settings_are_refused(section, message):
     with pytest.raises(UserError, match=message):
         from_dict(LoraConfig, section, "lora")
+
+
+def test_run_files_of_0_1_0_say_their_dropout():
+    assert from_dict(LoraConfig, {"rank": 2, "dropout": 0}, "lora") == LoraConfig(rank=2)
+    assert "dropout" not in to_dict(LoraConfig())
 
 
 def test_order_of_targets_does_not_matter_and_other_adapters_are_refused():

@@ -72,7 +72,7 @@ def operations(tokens: int, device: str, dtype: torch.dtype, widths: tuple[int, 
         import transformer_engine.pytorch as te
 
         module = te.RMSNorm(hidden, eps=EPS, params_dtype=dtype)
-        norm["Transformer Engine"] = lambda x, w: module(x)
+        norm["Transformer Engine"] = lambda x, _: module(x)
     yield Operation("rms_norm", (tensor(tokens, hidden), tensor(hidden)), norm, (2, 3))
 
     norm = forms(lambda x, w, b, implementation: layer_norm(x, w, b, EPS, implementation))

@@ -83,7 +83,7 @@ class TokenPack:
         )
 
 
-def no_tiles(tokens: TokenPack) -> TilesAlone:
+def no_tiles(_tokens: TokenPack) -> TilesAlone:
     """The plan of who asks for tokens alone."""
     return TilesAlone(None)
 

@@ -26,7 +26,7 @@ class _Missed(Exception):
 
 
 def read_frames(
-    path: str, index: FrameIndex, went_linear: Callable[[str], None] = lambda reason: None
+    path: str, index: FrameIndex, went_linear: Callable[[str], None] = lambda _: None
 ) -> Iterator[av.VideoFrame]:
     """Decode all frames of an index (see `FrameIndex.select`), one at a time, at the size of the file.
 

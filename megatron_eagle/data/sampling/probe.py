@@ -29,8 +29,8 @@ class ImageMetadata:
         """What the picture asks of the sampler."""
         return ImageDemand(self.width, self.height, settings.max_tiles)
 
-    def name(self, grid: tuple[int, int], tile_size: int) -> str:
-        """What the picture is read from."""
+    def name(self, grid: tuple[int, int], tile_size: int) -> str:  # noqa: ARG002
+        """What the picture is read from, as `PageMetadata.name` says it of a page."""
         return self.file.path
 
 

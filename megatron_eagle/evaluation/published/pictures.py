@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.evaluation.published.source import Source, columns, letter, letters
+from megatron_eagle.evaluation.published.source import Source, columns, letter, without_letters
 from megatron_eagle.evaluation.published.videos import Records
 
 _INLINE = re.compile(r"(?:^|[\s(])([A-J])[.:)]\s+")
@@ -85,7 +85,7 @@ def multiple_choice(source: Source, table: str, row: dict[str, Any]) -> Records:
         "question": question,
         "metric": "choice" if options else "exact",
         "answer": answer,
-        "options": letters(options),
+        "options": without_letters(options),
         "images": images,
         "category": str(row.get("category") or row.get("question_type") or "all"),
     }

@@ -139,7 +139,7 @@ def _read(path: Path) -> Iterator[Any]:
         yield from value if isinstance(value, list) else [value]
 
 
-def letters(options: Sequence[Any]) -> list[str]:
+def without_letters(options: Sequence[Any]) -> list[str]:
     """Options without the letters that some tables put before them."""
     texts = [str(option) for option in options]
     marked = [re.match(rf"\(?{chr(65 + i)}[.):]\s*(.*)", text, re.DOTALL) for i, text in enumerate(texts)]

@@ -11,17 +11,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_eagle.data.sample import clock_seconds
-from megatron_eagle.evaluation.published.source import Source, columns, letter, letters
+from megatron_eagle.evaluation.published.source import Source, columns, letter, without_letters
 
 Records = Iterator[dict[str, Any]]
 # Words that begin the names of HD-EPIC's tables -> the category whose mean counts.
 _HD_EPIC = ("recipe", "ingredient", "nutrition", "fine_grained", "3d_perception", "object_motion", "gaze")
 
 
-def choice(source: Source, row: dict[str, Any], video: Any, options: Any, **more: Any) -> dict[str, Any]:
+def choice(row: dict[str, Any], video: Any, options: Any, **more: Any) -> dict[str, Any]:
     """The record of a multiple-choice question about one video."""
     videos = video if isinstance(video, list) else [video]
-    record = {"question": row["question"], "metric": "choice", "videos": videos, "options": letters(options)}
+    record = {
+        "question": row["question"],
+        "metric": "choice",
+        "videos": videos,
+        "options": without_letters(options),
+    }
     return record | more
 
 
@@ -30,7 +35,6 @@ def video_mme(source: Source, table: str, row: dict[str, Any]) -> Records:
     for item in row.get("questions") or [row]:
         item = row | item
         yield choice(
-            source,
             item,
             source.video(item["videoID"]),
             item["options"],
@@ -52,9 +56,7 @@ def mvbench(source: Source, table: str, row: dict[str, Any]) -> Records:
     """One table per task. Videos that are folders of frames have to be made into files first."""
     video = source.video(row["video"], row.get("start"), row.get("end"))
     where = f"{row['video']}:{row.get('start', '')}:{row['question']}"
-    yield choice(
-        source, row, video, row["candidates"], id=f"{table}:{where}", answer=row["answer"], category=table
-    )
+    yield choice(row, video, row["candidates"], id=f"{table}:{where}", answer=row["answer"], category=table)
 
 
 def mlvu(source: Source, table: str, row: dict[str, Any]) -> Records:
@@ -63,7 +65,6 @@ def mlvu(source: Source, table: str, row: dict[str, Any]) -> Records:
         task = row["question_type"]
         name = f"{task}:{row['video']}:{row['question']}"
         yield choice(
-            source,
             row,
             source.video(row["video"]),
             row["candidates"],
@@ -78,7 +79,6 @@ def longvideobench(source: Source, table: str, row: dict[str, Any]) -> Records:
     text = source.subtitles(row["subtitle_path"]) if row.get("subtitle_path") else ""
     question = f"Subtitles of the video:\n{text}\n\n{row['question']}" if text else row["question"]
     yield choice(
-        source,
         {"question": question},
         source.video(row["video_path"]),
         row["candidates"],
@@ -95,7 +95,7 @@ def egoschema(source: Source, table: str, row: dict[str, Any]) -> Records:
     answer = row.get("answer")
     if answer is None:
         answer = source.object("subset_answers.json").get(name)
-    yield choice(source, row, source.video(name), options, id=name, answer=letter(answer))
+    yield choice(row, source.video(name), options, id=name, answer=letter(answer))
 
 
 def perception_test(source: Source, table: str, row: dict[str, Any]) -> Records:
@@ -106,7 +106,6 @@ def perception_test(source: Source, table: str, row: dict[str, Any]) -> Records:
         items = [(name, item["id"], item) for name, video in row.items() for item in video["mc_question"]]
     for name, number, item in items:
         yield choice(
-            source,
             item,
             source.video(name),
             item["options"],
@@ -141,7 +140,7 @@ def cg_bench_miou(source: Source, table: str, row: dict[str, Any]) -> Records:
 
 def _cg_bench(source: Source, row: dict[str, Any], video: Any) -> dict[str, Any]:
     more = {"id": str(row["qid"]), "answer": row["right_answer"], "category": row["domain"]}
-    return choice(source, row, video, row["choices"], **more)
+    return choice(row, video, row["choices"], **more)
 
 
 def hourvideo(source: Source, table: str, row: dict[str, Any]) -> Records:
@@ -152,7 +151,6 @@ def hourvideo(source: Source, table: str, row: dict[str, Any]) -> Records:
             if any(str(option).endswith((".png", ".jpg")) for option in options):
                 options = []  # refused further on, by name
             yield choice(
-                source,
                 item,
                 source.video(name),
                 options,
@@ -186,7 +184,6 @@ def hd_epic(source: Source, table: str, row: dict[str, Any]) -> Records:
         ]
         question = re.sub(r"<TIME ([\d:.]+)[^>]*>", r"\1", item["question"])
         yield choice(
-            source,
             {"question": question},
             videos,
             item["choices"],
@@ -204,7 +201,7 @@ def hrvideobench(source: Source, table: str, row: dict[str, Any]) -> Records:
         options = json.loads(options)
     where = str(row.get("id") or row.get("index") or f"{name}:{row['question']}")
     more = {"id": where, "answer": row["answer"], "category": str(row.get("category", "all"))}
-    yield choice(source, row, source.video(name), options, **more)
+    yield choice(row, source.video(name), options, **more)
 
 
 def egoplan(source: Source, table: str, row: dict[str, Any]) -> Records:
@@ -212,7 +209,6 @@ def egoplan(source: Source, table: str, row: dict[str, Any]) -> Records:
     name = next(row[key] for key in ("rearranged_id", "video_path", "sample_id") if row.get(key) is not None)
     question = row.get("question") or f"What is the next step towards this goal: {row['task_goal']}?"
     yield choice(
-        source,
         {"question": question},
         source.video(str(name)),
         [row[f"choice_{letter}"] for letter in "abcd"],
