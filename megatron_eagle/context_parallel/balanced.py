@@ -13,21 +13,22 @@ helps: the heaviest chunk to the rank that has the least work so far and still h
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_eagle.context_parallel.layout import SequenceLayout, merge_adjacent
 
-# Work outside attention of one token, in query-key pairs. Eagle2.5-8B: 6 x 6.5e9 FLOPs a token at 600
-# TFLOP/s against 14 x 28 layers x 28 heads x 128 FLOPs a pair at 400, both forward and backward, make
-# 18,600; the ratio changes slowly with the size of the model, and rounding down weighs attention more.
-DENSE_PAIRS = 16384
-# A key from another rank, in pairs. It is 8 KiB a layer (keys and values forward and backward in bf16, their
-# gradients in fp32), the time of 256 pairs at 300 GB/s, a quarter of which no attention hides (the first of
-# four head groups).
-KEY_PAIRS = 64
 # Beyond this excess of the busiest rank over the mean, longest-processing-time is tried.
 TOLERANCE = 0.04
+
+
+@dataclass(frozen=True)
+class PairCosts:
+    """What costs time beside attention, in query-key pairs (of a model: `model.flops.pair_costs`)."""
+
+    token: int  # all other work of a token
+    key: int  # a key from another rank
 
 
 def causal_area(tokens: np.ndarray, document_bounds: Sequence[int]) -> np.ndarray:
@@ -42,29 +43,32 @@ def causal_area(tokens: np.ndarray, document_bounds: Sequence[int]) -> np.ndarra
 
 
 def balanced(
-    length: int, size: int, document_bounds: Sequence[int], chunk_size: int, dense_pairs: int = DENSE_PAIRS
+    length: int, size: int, document_bounds: Sequence[int], chunk_size: int, costs: PairCosts
 ) -> SequenceLayout:
     """Place chunks of `chunk_size` tokens so that every rank has the same work and few foreign keys.
 
     Args:
         chunk_size: divides length / size. Smaller: better balance, same number of runs.
-        dense_pairs: work outside attention of a token, in query-key pairs.
     """
     starts = np.arange(0, length + 1, chunk_size)
-    work = np.diff(causal_area(starts, document_bounds)) + dense_pairs * chunk_size
+    work = np.diff(causal_area(starts, document_bounds)) + costs.token * chunk_size
     bounds = np.asarray(document_bounds)
     # Keys that a chunk needs from other ranks if it is separated from the chunk before it.
     foreign = starts[:-1] - bounds[np.searchsorted(bounds, starts[:-1], side="right") - 1]
+    cuts = costs.key * foreign
     limit = work.sum() / size * (1 + TOLERANCE)
-    placed = _bisect(np.arange(len(work)), size, work, foreign, limit)
+    placed = _bisect(np.arange(len(work)), size, work, cuts, limit)
     ranges = (np.stack([starts[chunks], starts[chunks + 1]], axis=1) for chunks in placed)
     return SequenceLayout(length, tuple(merge_adjacent(own) for own in ranges))
 
 
 def _bisect(
-    chunks: np.ndarray, size: int, work: np.ndarray, foreign: np.ndarray, limit: float
+    chunks: np.ndarray, size: int, work: np.ndarray, cuts: np.ndarray, limit: float
 ) -> list[np.ndarray]:
-    """Divide `chunks` (ascending) over `size` ranks of which none should have more work than `limit`."""
+    """Divide `chunks` (ascending) over `size` ranks of which none should have more work than `limit`.
+
+    `cuts` is what each chunk costs more where it is separated from the one before it.
+    """
     if size == 1:
         return [chunks]
     half = size // 2
@@ -74,13 +78,13 @@ def _bisect(
     window = sums[width : width + count] - sums[:count]
     busier = np.maximum(window / half, (sums[count] - window) / (size - half))
     # Where neighbours in the list are not neighbours in the pack, the cut costs nothing more.
-    cut = foreign[chunks] * (np.diff(chunks, prepend=-2) == 1)
-    first = int(np.argmin(busier + KEY_PAIRS * (cut + np.roll(cut, -width))))
+    cut = cuts[chunks] * (np.diff(chunks, prepend=-2) == 1)
+    first = int(np.argmin(busier + cut + np.roll(cut, -width)))
     inside = np.zeros(count, dtype=bool)
     inside[np.arange(first, first + width) % count] = True
     halves = [(chunks[inside], half), (chunks[~inside], size - half)]
     halves.sort(key=lambda part: part[0][0])  # neighbouring ranks hold neighbouring tokens
-    placed = [held for part, ranks in halves for held in _bisect(part, ranks, work, foreign, limit)]
+    placed = [held for part, ranks in halves for held in _bisect(part, ranks, work, cuts, limit)]
     heaviest = max(work[held].sum() for held in placed)
     if heaviest > limit:
         dealt = _longest_processing_time(chunks, size, own)

@@ -56,7 +56,7 @@ def describe_graph(
         compute_data_type=types.FLOAT,
         **options,
     )
-    ports = {}
+    ports: dict[str, Any] = {}
     for name, size in (("at_q", b + 1), ("at_k", b + 1), ("at_stats", b + 1), ("rows_q", b), ("rows_k", b)):
         kind = types.INT64 if name.startswith("at") else types.INT32
         ports[name] = graph.tensor(dim=[size, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind, name=name)

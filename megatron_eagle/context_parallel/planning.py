@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from megatron_eagle.context_parallel import layout as layouts
-from megatron_eagle.context_parallel.balanced import balanced
+from megatron_eagle.context_parallel.balanced import PairCosts, balanced
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.errors import UserError
 
@@ -24,7 +24,13 @@ CHUNK_SIZE, CHUNKS_PER_RANK = 64, 16
 
 
 def plan_layout(
-    name: LayoutName, length: int, size: int, document_bounds: Sequence[int], chunk_size: int | None = None
+    name: LayoutName,
+    length: int,
+    size: int,
+    document_bounds: Sequence[int],
+    chunk_size: int | None = None,
+    *,
+    costs: PairCosts,
 ) -> SequenceLayout:
     """Divide a pack over `size` ranks.
 
@@ -33,6 +39,8 @@ def plan_layout(
         size: ranks that hold different tokens around attention: context_parallel_size / U.
         document_bounds: 0, the ends of all documents but the last, and `length`.
         chunk_size: of `balanced`; null chooses.
+        costs: of the model, for `balanced`.
+
     Raises:
         UserError: a length or a chunk size that does not divide, or documents that do not fill the pack.
     """
@@ -49,7 +57,7 @@ def plan_layout(
         return layouts.zigzag(length, size)
     if name == "zigzag_per_document":
         return layouts.zigzag_per_document(length, size, document_bounds)
-    return balanced(length, size, document_bounds, chunk_size or default_chunk_size(length // size))
+    return balanced(length, size, document_bounds, chunk_size or default_chunk_size(length // size), costs)
 
 
 def default_chunk_size(share: int) -> int:

@@ -8,6 +8,7 @@ pairs (the convention of FlashAttention's benchmarks); a tile of p patches has p
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from megatron_eagle.context_parallel.balanced import PairCosts
 from megatron_eagle.model.presets import EagleConfig
 
 PARTS = ("vision", "connector", "language")
@@ -86,4 +87,28 @@ def training_flops(
         * attention_passes["language"],
         vision=2 * tiles * (encoder * passes["vision"] + encoder_attention * attention_passes["vision"]),
         connector=2 * tiles * connector * passes["connector"],
+    )
+
+
+def patch_cost(eagle: EagleConfig) -> float:
+    """Forward FLOPs of a patch, encoder and connector, over those of a unit of squared document length."""
+    flops = training_flops(eagle, tokens=0, sum_squared_lengths=1, tiles=1, trainable=())
+    return (flops.vision + flops.connector) / eagle.vision.num_patches / flops.language_attention
+
+
+def pair_costs(eagle: EagleConfig) -> PairCosts:
+    """What `balanced` weighs beside attention, forward and backward, in query-key pairs.
+
+    A pair costs 14 FLOPs a query feature at 400 TFLOP/s, the other products of a token 6 a weight at 600. A
+    key from another rank is 16 bytes a feature (keys and values forward and backward in bf16, their gradients
+    in fp32) at 300 GB/s, of which attention hides all but its first head group's.
+    """
+    text = eagle.text
+    h, queries = text.hidden_size, text.num_attention_heads * text.head_dim
+    kv = text.num_key_value_heads * text.head_dim
+    weights = h * (queries + 2 * kv) + queries * h + 3 * h * text.intermediate_size
+    pair = 14 * queries / 400e12
+    return PairCosts(
+        token=max(1, round(6 * weights / 600e12 / pair)),
+        key=max(1, round(16 * kv / text.num_key_value_heads / 300e9 / pair)),
     )

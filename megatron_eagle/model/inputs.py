@@ -20,6 +20,7 @@ from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.context_parallel.vision_sharding import VisionShare, gather_tiles, share_vision
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import ModelInput, VisionInput
+from megatron_eagle.model.flops import pair_costs
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh
 
@@ -104,6 +105,7 @@ def plan_input(
         mesh.cp.size // ulysses,
         document_bounds,
         mesh.config.context_parallel_chunk_size,
+        costs=pair_costs(eagle),
     )
     layout = key_layout.cut_each(ulysses)
     if num_tiles is None:

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_eagle.context_parallel.balanced import causal_area
+from megatron_eagle.context_parallel.balanced import PairCosts, causal_area
 from megatron_eagle.context_parallel.exchange import measure_traffic
 from megatron_eagle.context_parallel.layout import expand
 from megatron_eagle.context_parallel.padding import pad_documents
@@ -25,30 +25,37 @@ class ContextWork:
     imbalance: float  # attention's work of the busiest rank over the mean, weighted by the packs' work
 
 
-def context_work(parallel: ParallelConfig, packs: Sequence[Sequence[int]]) -> ContextWork:
-    """
+def context_work(parallel: ParallelConfig, packs: Sequence[Sequence[int]], costs: PairCosts) -> ContextWork:
+    """Plan and count the layout of typical packs.
+
     Args:
         packs: document bounds of typical packs of one length that the layout divides.
+        costs: of the model.
     """
     size = parallel.context_parallel_size // parallel.ulysses_parallel_size
     if size == 1:
         return ContextWork(0.0, 1.0)
     name, chunk_size = parallel.context_parallel_layout, parallel.context_parallel_chunk_size
     multiple = 2 * parallel.context_parallel_size if parallel.pad_documents else 1
-    counts = [_count(name, size, chunk_size, multiple, tuple(bounds)) for bounds in packs]
+    counts = [_count(name, size, chunk_size, multiple, tuple(bounds), costs) for bounds in packs]
     foreign, busiest, mean = np.mean(counts, axis=0)
     return ContextWork(float(foreign), float(busiest / mean))
 
 
 @lru_cache(maxsize=4096)
 def _count(
-    name: LayoutName, size: int, chunk_size: int | None, multiple: int, bounds: tuple[int, ...]
+    name: LayoutName,
+    size: int,
+    chunk_size: int | None,
+    multiple: int,
+    bounds: tuple[int, ...],
+    costs: PairCosts,
 ) -> tuple[int, int, float]:
     """Of one pack: foreign keys, and query-key pairs of the busiest rank and on average."""
     if multiple > 1:
         bounds = tuple(pad_documents(bounds[-1], bounds, multiple, multiple)[0])
     length = bounds[-1]
-    layout = plan_layout(name, length, size, bounds, chunk_size)
+    layout = plan_layout(name, length, size, bounds, chunk_size, costs=costs)
     traffic = measure_traffic(layout, bounds)
     foreign = {
         "none": 0,

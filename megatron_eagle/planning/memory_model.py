@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from eagle_kernels.linear_cross_entropy import CHUNK
 from megatron_eagle.context_parallel.planning import plan_layout
+from megatron_eagle.model.flops import pair_costs
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.shapes import PackShapes, StageShapes
 from megatron_eagle.planning.memory_shapes import (
@@ -289,6 +290,7 @@ def _score_matrices(shapes: PackShapes, workload: Workload) -> int:
         shapes.cp // shapes.ulysses,
         bounds,
         parallel.context_parallel_chunk_size,
+        costs=pair_costs(shapes.eagle),
     )
     worst = 0
     for rank in range(layout.size):

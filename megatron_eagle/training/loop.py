@@ -25,6 +25,7 @@ from megatron_eagle.checkpoint import (
 )
 from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.data.loading.loader import PackLoader
+from megatron_eagle.model.flops import patch_cost
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.model.layers import choose_layers
 from megatron_eagle.runtime.agreement import AgreedError, agreed
@@ -109,6 +110,7 @@ def _open_data(config: RunConfig, mesh: Mesh, device: Device) -> tuple[PackLoade
         data_parallel_rank=mesh.dp.rank,
         data_parallel_size=mesh.dp.size,
         plan=partial(plan_batch, config.model, mesh, device.kind == "cuda"),
+        patch_cost=patch_cost(config.model),
         device=device.torch_device,
     )
     with agreed():

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_eagle.context_parallel.attention import context_parallel_attention
+from megatron_eagle.context_parallel.balanced import PairCosts
 from megatron_eagle.context_parallel.exchange import measure_traffic, plan_exchange
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout
@@ -25,6 +26,7 @@ PACKS = {
     "uneven length": [0, 37, 38, 88],  # eleven tokens to each of eight chunks
 }
 # An all-gather of all keys, or the needed ranges, whatever it would save.
+COSTS = PairCosts(token=16384, key=64)
 EXCHANGES = {"gather": 0.0, "ranges": 2.0}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
@@ -38,7 +40,7 @@ def pack_tensors(length: int, dtype: torch.dtype) -> list[Tensor]:
 
 def plan_for(name: str, size: int, bounds: list[int]) -> SequenceLayout:
     """In chunks of four tokens where they divide the ranks' shares."""
-    return plan_layout(name, bounds[-1], size, bounds, None if bounds[-1] // size % 4 else 4)
+    return plan_layout(name, bounds[-1], size, bounds, None if bounds[-1] // size % 4 else 4, costs=COSTS)
 
 
 def full_attention(bounds: list[int], dtype: torch.dtype) -> list[Tensor]:
@@ -119,7 +121,7 @@ def test_the_cheapest_exchange_is_chosen():
     whole, parts, short = [0, LENGTH], [0, 48, 96], [*range(0, 96, 6), 96]
     most = [0, 64, 96]  # its busiest rank sends two thirds of what all keys are
     kinds = [
-        plan_exchange(plan_layout(name, LENGTH, 4, bounds), 0, bounds).kind
+        plan_exchange(plan_layout(name, LENGTH, 4, bounds, costs=COSTS), 0, bounds).kind
         for name, bounds in [
             ("zigzag", whole),
             ("contiguous", most),

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_eagle.context_parallel import balanced as balanced_layout
-from megatron_eagle.context_parallel.balanced import balanced, causal_area
+from megatron_eagle.context_parallel.balanced import PairCosts, balanced, causal_area
 from megatron_eagle.context_parallel.layout import SequenceLayout, expand, merge_adjacent, zigzag
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout, sequence_multiple
 from megatron_eagle.errors import UserError
+
+COSTS = PairCosts(token=16384, key=64)
 
 
 def visible_pairs(layout: SequenceLayout, bounds: list[int]) -> torch.Tensor:
@@ -41,7 +43,9 @@ def test_every_layout_covers_the_block_causal_mask_in_equal_shares(name, size, c
     length = 2 * size * chunk * ulysses
     cuts = data.draw(st.sets(st.integers(1, length - 1), max_size=12))
     bounds = [0, *sorted(cuts), length]
-    layout = plan_layout(name, length, size, bounds, chunk_size=data.draw(st.sampled_from([None, 1, 2])))
+    layout = plan_layout(
+        name, length, size, bounds, chunk_size=data.draw(st.sampled_from([None, 1, 2])), costs=COSTS
+    )
 
     document = torch.bucketize(torch.arange(length), torch.tensor(bounds[1:]), right=True)
     expected = (document[:, None] == document[None]).int().tril()
@@ -59,7 +63,7 @@ def test_every_layout_covers_the_block_causal_mask_in_equal_shares(name, size, c
 
 @pytest.mark.parametrize("name", ["zigzag", "zigzag_per_document", "balanced"])
 def test_one_long_document_is_divided_equally(name):
-    layout = plan_layout(name, 65536, 4, [0, 65536])
+    layout = plan_layout(name, 65536, 4, [0, 65536], costs=COSTS)
     assert set(work(layout, [0, 65536])) == {65536 * 65537 // 2 // 4}
 
 
@@ -70,7 +74,7 @@ def test_balanced_keeps_within_five_percent(size, seed):
     generator, length, bounds = random.Random(seed), 16384, [0]
     while bounds[-1] < length:
         bounds.append(min(length, bounds[-1] + max(1, int(generator.lognormvariate(6, 1.5)))))
-    layout = balanced(length, size, bounds, chunk_size=16, dense_pairs=2048)
+    layout = balanced(length, size, bounds, chunk_size=16, costs=PairCosts(2048, key=64))
     loads = [area + 2048 * length // size for area in work(layout, bounds)]
     assert max(loads) <= 1.05 * sum(loads) / size
 
@@ -80,8 +84,8 @@ def test_chunks_too_large_for_windows_are_dealt_by_weight(monkeypatch):
     bounds, excess = [0, 98304, 131072], []
     for tolerance in (balanced_layout.TOLERANCE, 10):
         monkeypatch.setattr(balanced_layout, "TOLERANCE", tolerance)
-        areas = work(balanced(131072, 16, bounds, chunk_size=2048), bounds)
-        loads = [area + balanced_layout.DENSE_PAIRS * 131072 // 16 for area in areas]
+        areas = work(balanced(131072, 16, bounds, chunk_size=2048, costs=COSTS), bounds)
+        loads = [area + COSTS.token * 131072 // 16 for area in areas]
         excess.append(max(loads) / (sum(loads) / 16) - 1)
     assert excess[0] < 0.04 and excess[1] > 0.17
 
@@ -98,7 +102,7 @@ def test_chunks_too_large_for_windows_are_dealt_by_weight(monkeypatch):
 )
 def test_ranks_that_cannot_be_halved_equally(size, bounds, runs):
     """Windows balance in few runs; only where they do not, as in the last case, are chunks dealt out."""
-    layout = balanced(bounds[-1], size, bounds, chunk_size=16, dense_pairs=64)
+    layout = balanced(bounds[-1], size, bounds, chunk_size=16, costs=PairCosts(64, key=64))
     loads = [area + 64 * bounds[-1] // size for area in work(layout, bounds)]
     assert max(loads) <= 1.04 * sum(loads) / size
     assert sum(len(layout.segments(rank, bounds)) for rank in range(size)) == runs
@@ -107,7 +111,7 @@ def test_ranks_that_cannot_be_halved_equally(size, bounds, runs):
 def test_short_documents_stay_together():
     """A document is cut at most where a rank's share begins or ends."""
     bounds = list(range(0, 4096 + 1, 64))
-    layout = balanced(4096, 8, bounds, chunk_size=16)
+    layout = balanced(4096, 8, bounds, chunk_size=16, costs=COSTS)
     assert sum(len(layout.segments(rank, bounds)) for rank in range(8)) == 64
 
 
@@ -119,10 +123,10 @@ def test_layouts_are_planned_in_milliseconds():
         seconds = []
         for _ in range(5):
             start = time.process_time()
-            layout = plan_layout(name, 131072, 16, bounds)
+            layout = plan_layout(name, 131072, 16, bounds, costs=COSTS)
             seconds.append(time.process_time() - start)
         assert min(seconds) < 0.01, name
-        again = plan_layout(name, 131072, 16, bounds)
+        again = plan_layout(name, 131072, 16, bounds, costs=COSTS)
         assert torch.equal(layout.rank_major_order, again.rank_major_order), name
 
 
@@ -149,7 +153,7 @@ def test_ranges():
 )
 def test_impossible_packs_name_the_rule(arguments, message):
     with pytest.raises(UserError, match=message):
-        plan_layout(*arguments)
+        plan_layout(*arguments, costs=COSTS)
 
 
 def test_zigzag_names_its_own_rule():
@@ -161,5 +165,5 @@ def test_zigzag_names_its_own_rule():
 def test_the_rule_for_lengths_is_the_smallest(name):
     for size, ulysses, sequence_parallel in [(1, 1, 2), (2, 2, 2), (3, 1, 4), (4, 2, 1)]:
         multiple = sequence_multiple(name, size, ulysses, sequence_parallel)
-        layout = plan_layout(name, multiple, size, [0, multiple]).cut_each(ulysses)
+        layout = plan_layout(name, multiple, size, [0, multiple], costs=COSTS).cut_each(ulysses)
         assert len(layout.token_index(layout.size - 1)) % sequence_parallel == 0

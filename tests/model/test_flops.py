@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_eagle.model.flops import training_flops
+from megatron_eagle.model.flops import pair_costs, patch_cost, training_flops
 from megatron_eagle.model.presets import preset
 
 # Parameters of the language layers (without norms and biases) and of the output layer.
@@ -46,3 +46,14 @@ def test_frozen_parts():
     only_language = flops(tiles=8, trainable=["language"])
     assert only_language.connector == everything.connector / 3
     assert only_language.language_linear == everything.language_linear
+
+
+def test_costs_beside_attention():
+    """Eagle2.5-8B by hand; the encoder's attention is counted, the output layer is not."""
+    eagle = preset("eagle2.5-8b").complete()
+    patch = 27 * 2 * (4 * 1152**2 + 2 * 1152 * 4304 + 2 * 1024 * 1152) + 2 * 588 * 1152
+    patch += 2 * (4608 * 3584 + 3584**2) / 4  # four patches become one token
+    assert patch_cost(eagle) == pytest.approx(patch / (28 * 2 * 3584), rel=1e-12)
+    layer = 3584 * (3584 + 2 * 512) + 3584**2 + 3 * 3584 * 18944
+    assert pair_costs(eagle).token == round(6 * layer / 600 / (14 * 3584 / 400)) == 18578
+    assert pair_costs(eagle).key == round(8 * 1024 / 4 / 300e9 / (14 * 3584 / 400e12)) == 54

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.flops import training_flops
+from megatron_eagle.model.flops import pair_costs, training_flops
 from megatron_eagle.model.presets import preset
 from megatron_eagle.model.shapes import PackShapes, StageShapes
 from megatron_eagle.model.specs import RecomputeConfig
@@ -23,6 +23,7 @@ from megatron_eagle.runtime.parallel import ParallelConfig
 from tests.paths import REPO
 
 EAGLE = preset("eagle2.5-8b").complete()
+COSTS = pair_costs(EAGLE)
 WORKLOAD = Workload(sequence_length=32768, tiles=64, microbatches=4)
 SHAPES = PackShapes(EAGLE, ParallelConfig(), WORKLOAD.sequence_length)
 MACHINE = Machine.of(GPUS["h200"])
@@ -115,13 +116,13 @@ def test_the_fused_loss_by_hand():
 def test_context_parallel_work_is_counted_for_the_packs():
     whole, short = [0, 32768], [*range(0, 32768 + 1, 512)]
     uneven = [0, 24576, 32768]
-    gathered = context_work(layout(cp=4), [whole])
+    gathered = context_work(layout(cp=4), [whole], COSTS)
     assert gathered == (ContextWork(32768 * 3 / 4, 1.0))
-    assert context_work(layout(cp=4), [short]).remote_keys < 512
-    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [short]).remote_keys == 0.0
-    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [uneven]).imbalance > 1.2
-    assert context_work(layout(cp=4), [uneven]).imbalance < 1.02
-    assert context_work(layout(cp=4, ulysses_parallel_size=4), [whole]) == ContextWork(0.0, 1.0)
+    assert context_work(layout(cp=4), [short], COSTS).remote_keys < 512
+    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [short], COSTS).remote_keys == 0.0
+    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [uneven], COSTS).imbalance > 1.2
+    assert context_work(layout(cp=4), [uneven], COSTS).imbalance < 1.02
+    assert context_work(layout(cp=4, ulysses_parallel_size=4), [whole], COSTS) == ContextWork(0.0, 1.0)
 
     def seconds(parallel, bounds, recompute="none"):
         workload = replace(WORKLOAD, tiles=0, recompute=RecomputeConfig(recompute))

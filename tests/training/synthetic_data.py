@@ -43,7 +43,9 @@ class SyntheticLoader:
     """`data.loader.PackLoader`'s interface. A pack depends on its global position alone; every third has no
     image. Data in a folder named `broken`: the weights of the third iteration's packs are NaN."""
 
-    def __init__(self, config, *, global_batch_size, data_parallel_rank, data_parallel_size, plan, device):
+    def __init__(
+        self, config, *, global_batch_size, data_parallel_rank, data_parallel_size, plan, patch_cost, device
+    ):
         self._broken = Path(config.path).name == "broken"
         self._batch, self._plan = global_batch_size, plan
         self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size

@@ -28,10 +28,13 @@ from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.context_parallel.varlen import varlen_shape
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.flops import pair_costs
+from megatron_eagle.model.presets import preset
 
 LENGTHS, SIZE = (8192, 32768, 131072), 8
 QUERY_HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128
 SCALE = HEAD_DIM**-0.5
+COSTS = pair_costs(preset("eagle2.5-8b").complete())
 WARM_UP, REPEATS = 3, 10
 
 # The output, and a function that gives dQ, dK and dV.
@@ -40,7 +43,7 @@ Pass = Callable[[], tuple[Tensor, Callable[[], tuple[Tensor, ...]]]]
 
 def share(length: int) -> tuple[tuple[Segment, ...], int]:
     """Segments of the first rank's queries, and how many pairs of a query and a key they have."""
-    layout = plan_layout("balanced", length, SIZE, [0, length])
+    layout = plan_layout("balanced", length, SIZE, [0, length], costs=COSTS)
     segments = plan_exchange(layout, 0, [0, length]).segments
     pairs = 0
     for part in segments:

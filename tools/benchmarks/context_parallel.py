@@ -27,12 +27,15 @@ from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, LayoutName, plan_layout, sequence_multiple
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.flops import pair_costs
+from megatron_eagle.model.presets import preset
 from megatron_eagle.planning.planner import sample_bounds
 
 LENGTH, SIZES = 131072, (2, 4, 8, 16)
 LAYERS, QUERY_HEADS, KEY_HEADS, HEAD_DIM, PARAMETERS = 28, 28, 4, 128, 6.53e9
 DENSE_RATE, ATTENTION_RATE, LINK = 600e12, 400e12, 300e9
 TILE = 128
+COSTS = pair_costs(preset("eagle2.5-8b").complete())
 # A foreign key of one layer: k and v in bf16 forward and again backward, their gradients in fp32.
 KEY_BYTES = 2 * KEY_HEADS * HEAD_DIM * (2 + 2 + 4)
 SEEDS = 8
@@ -109,7 +112,7 @@ def simulate(name: LayoutName, size: int, bounds: Sequence[int]) -> Outcome:
     """Plan one pack and count its work."""
     length = bounds[-1]
     start = time.perf_counter()
-    layout = plan_layout(name, length, size, bounds)
+    layout = plan_layout(name, length, size, bounds, costs=COSTS)
     plan_ms = 1000 * (time.perf_counter() - start)
     traffic = measure_traffic(layout, bounds)
     gathered = length - length // size

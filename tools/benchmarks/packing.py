@@ -24,6 +24,8 @@ from benchmarks.report import REPO, Report, interleaved, progress
 
 from megatron_eagle.data.packing.balance import assign, pack_costs
 from megatron_eagle.data.packing.best_fit import pack_rows
+from megatron_eagle.model.flops import patch_cost
+from megatron_eagle.model.presets import preset
 
 PEERS_LIMIT, BALANCE_LIMIT = 200_000, 20_000  # samples; beyond them only what grows slowly is measured
 RANKS = 8
@@ -122,7 +124,8 @@ def best_fit(mix: Mix) -> Packs:
 def even_steps(mix: Mix, packs: Packs, per_rank: int, share: Callable[..., Any]) -> tuple[float, float]:
     """Percentage of even steps, and the 95th percentile of a step's costliest rank over the mean."""
     squares = np.array([(mix.lengths[pack] ** 2).sum() for pack in packs])
-    costs = pack_costs(squares, PATCHES_PER_TILE * np.array([mix.tiles[pack].sum() for pack in packs]))
+    patches = PATCHES_PER_TILE * np.array([mix.tiles[pack].sum() for pack in packs])
+    costs = pack_costs(squares, patches, patch_cost(preset("eagle2.5-8b").complete()))
     steps = _steps(packs, per_rank)
     loads = [[costs[step[own]].sum() for own in share(costs[step], RANKS)] for step in steps]
     worst = np.max(loads, 1) / np.mean(loads, 1)

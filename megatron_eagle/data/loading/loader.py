@@ -83,8 +83,8 @@ class PackLoader(Generic[P]):
     `balance.assign`), equally many each; a rank keeps those it gets in their global order.
 
     `plan` derives from a pack's tokens what this rank does with it, and so which tiles it decodes; it runs in
-    the background too.  For a CUDA `device` tensors lie in pinned memory, so
-    that nobody waits for their copies.
+    the background too.  `patch_cost` is the model's (`model.flops.patch_cost`); 0: packs are shared by
+    attention alone.  For a CUDA `device` tensors lie in pinned memory, so that nobody waits for their copies.
 
     Raises `UserError` for an unusable configuration, or if the pack index is missing or made for other data.
     """
@@ -97,6 +97,7 @@ class PackLoader(Generic[P]):
         data_parallel_rank: int,
         data_parallel_size: int,
         plan: Callable[[TokenPack], P],
+        patch_cost: float = 0.0,
         device: str | torch.device = "cpu",
     ):
         if global_batch_size < 1 or global_batch_size % data_parallel_size:
@@ -107,7 +108,7 @@ class PackLoader(Generic[P]):
         self._config = config
         self._store = SampleStore(config.path, config.length)
         self._index = read_packs(self._store)
-        self._global_batch_size = global_batch_size
+        self._global_batch_size, self._patch_cost = global_batch_size, patch_cost
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._plan, self._pin_memory = plan, torch.device(device).type == "cuda"
         self._weighting = _Weighting(weighting=config.loss_weighting, multi_turn=config.multi_turn)
@@ -241,7 +242,8 @@ class PackLoader(Generic[P]):
     def _own(self, packs: np.ndarray) -> np.ndarray:
         """Places of this rank's packs in a global batch."""
         patches = self._index.column("n_tiles", packs) * self.manifest.patches_per_tile
-        return assign(pack_costs(self._index.column("sum_squares", packs), patches), self._size)[self._rank]
+        costs = pack_costs(self._index.column("sum_squares", packs), patches, self._patch_cost)
+        return assign(costs, self._size)[self._rank]
 
     def _prepare(self, consumed_packs: int) -> PlannedBatch[P]:
         packs = self.packs(consumed_packs)

@@ -7,19 +7,16 @@ patches.
 
 import numpy as np
 
-# Forward FLOPs of one patch in the vision encoder and connector over those of one unit of squared document
-# length in the language model's causal attention, for the sizes of EAGLE 2.5 8B.  Per patch: 27 layers x
-# 2 x (4 x 1152^2 + 2 x 1152 x 4304 + 2 x 1024 x 1152), and the connector: 9.6e8.  Per unit: 28 layers x
-# 2 x 3584 = 2e5.
-PATCH_COST = 4800.0
 
-
-def pack_costs(sum_squares: np.ndarray, n_patches: np.ndarray) -> np.ndarray:
+def pack_costs(sum_squares: np.ndarray, n_patches: np.ndarray, patch_cost: float) -> np.ndarray:
     """What each pack costs, in units of squared document length: attention + vision.
 
-    `sum_squares` are the sums of the documents' squared lengths, `n_patches` vision patches.
+    Args:
+        sum_squares: of each pack, over its documents: their squared lengths in tokens.
+        n_patches: of each pack.
+        patch_cost: of a patch, in that unit (`model.flops.patch_cost`).
     """
-    return sum_squares.astype(np.float64) + PATCH_COST * n_patches
+    return sum_squares.astype(np.float64) + patch_cost * n_patches
 
 
 def assign(costs: np.ndarray, size: int) -> list[np.ndarray]:

@@ -39,12 +39,18 @@ class PackReport:
     seconds: float
 
 
-def write_packs(data: str | Path, length: int, seed: int) -> PackReport:
+def write_packs(data: str | Path, length: int, seed: int, patch_cost: float = 0.0) -> PackReport:
     """Pack the rows of one length and write `data`/<length>/packs.arrow.
 
     The index also holds per pack what the loss normaliser needs (the sums over its samples of n, of sqrt(n),
     and of sqrt(n) per answer, n being supervised tokens) and what balancing needs (tiles, the sum of squared
-    lengths).  Raises `UserError`.
+    lengths).
+
+    Args:
+        patch_cost: for the report alone, as in `balance`; 0: of attention.
+
+    Raises:
+        UserError: nothing to pack, or the index cannot be written.
     """
     start = time.perf_counter()
     store = SampleStore(data, length)
@@ -82,7 +88,7 @@ def write_packs(data: str | Path, length: int, seed: int) -> PackReport:
             out.write_table(table)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    costs = pack_costs(sum_squares, n_tiles * store.manifest.patches_per_tile)
+    costs = pack_costs(sum_squares, n_tiles * store.manifest.patches_per_tile, patch_cost)
     return PackReport(
         n_rows=len(store),
         n_packs=len(packs),

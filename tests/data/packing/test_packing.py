@@ -52,7 +52,7 @@ def test_ranks_have_the_same_to_do_and_every_step_is_mixed(per_rank):
     squares, patches = packs.sums(lengths**2), 1024 * packs.sums(tiles)
     order = np.random.default_rng([0, 0]).permutation(len(packs))
     steps = order[: len(order) // (8 * per_rank) * 8 * per_rank].reshape(-1, 8 * per_rank)
-    for costs in (pack_costs(squares, patches), squares + patches):
+    for costs in (pack_costs(squares, patches, 4800.0), squares + patches):
         loads = np.array([[costs[step[own]].sum() for own in assign(costs[step], 8)] for step in steps])
         assert (loads.max(1) <= 1.05 * loads.mean(1)).mean() >= 0.95
     short = packs.sums((lengths < 2048).astype(np.int64)) / np.diff(packs.starts)
