@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_eagle.data.annotations.mixture import datasets_of
-from megatron_eagle.data.inspection.lint import problems
+from megatron_eagle.data.inspection.lint import FileReport, problems
 from megatron_eagle.data.inspection.mix import recipe_mix, store_mix
 from megatron_eagle.data.inspection.preview import check_row, describe_row
 from megatron_eagle.data.inspection.preview_html import pack_page, sample_page
@@ -82,12 +82,15 @@ def lint(args: argparse.Namespace) -> int:
     counts: Counter[str] = Counter()
     n_lines = 0
     for dataset in datasets_of(args.recipe):
-        found = problems(dataset, media=not args.no_media, max_pixels=args.max_pixels)
+        report = FileReport(dataset)
+        found = problems(dataset, media=not args.no_media, max_pixels=args.max_pixels, report=report)
         for problem in tqdm(found, desc=dataset.name, unit=" lines", dynamic_ncols=True):
-            n_lines += 1
             if problem is not None:
-                counts[problem.kind] += 1
                 tqdm.write(f"{problem.file}:{problem.line}: {problem.reason}")
+        for line in report.lines():
+            tqdm.write(line)
+        n_lines += report.n_records
+        counts += report.kinds
     kinds = "".join(f"; {kind}: {count:,}" for kind, count in sorted(counts.items()))
     print(f"{n_lines:,} lines, {counts.total():,} with a problem{kinds}")
     return 1 if counts else 0

@@ -33,19 +33,36 @@ Part = str | ImageRef | VideoRef | DocumentRef
 
 @dataclass(frozen=True)
 class Turn:
-    """One message.  An assistant's turn is one string: media names inside an answer are plain text."""
+    """One message.  An assistant's turn is one string: media names inside an answer are plain text.
+
+    An answer that is not `learned` is read like a question.
+    """
 
     role: str
     parts: tuple[Part, ...]
+    learned: bool = True
+
+
+@dataclass(frozen=True)
+class FrameList:
+    """Frames of a video that are given one by one: pictures as `Sample.images` has them, and the seconds at
+    which they are shown, ascending."""
+
+    pictures: tuple[str, ...]
+    times: tuple[Fraction, ...]
 
 
 @dataclass(frozen=True)
 class VideoSource:
-    """A video file, or the clip of it that has start <= t < end (seconds; None = the file's own end)."""
+    """A video file, or the clip of it that has start <= t < end (seconds; None = the file's own end).
+
+    With `frames` it is these, and `path` the folder of the first.
+    """
 
     path: str
     start: Fraction | None = None
     end: Fraction | None = None
+    frames: FrameList | None = None
 
 
 Document = str | tuple[str, ...]

@@ -33,6 +33,8 @@ def read_videos(path: Path) -> tuple[list[VideoSource], list[LedgerEntry]]:
         try:
             if path.suffix == ".jsonl":
                 sample = read_sample(raw, root=str(path.parent), file=str(path), line=number)
+                if any(video.frames is not None for video in sample.videos):
+                    raise Problem("unsupported media", "frames that are given one by one are no video file")
                 found.update(dict.fromkeys(sample.videos))
             elif text := raw.decode().strip():
                 found[VideoSource(os.path.normpath(path.parent / text))] = None

@@ -1,239 +1,203 @@
-"""Every input dialect, one JSON line at a time, into the canonical sample.
+"""One record of any dialect into the canonical sample.
 
-Dialects: Eagle/LLaVA `conversations` with `image`, `video`, `document` or `data`; ShareGPT with `images` /
-`videos`; OpenAI/Qwen `messages` whose content is text or a list of typed parts.  A placeholder stands for one
-picture, video or document, which is used exactly once; in an answer it is plain text.
+`parsing` and `dialects` make messages of it and see to it that no key is passed over, `references` reads what
+it says of its media.  A placeholder stands for one picture, video or document, which is used exactly once; in
+an answer it is plain text.
 """
 
-import json
-import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
-from megatron_eagle.data.media.source import database_picture
+from megatron_eagle.data.annotations.dialects import Dialect, add_named_video
+from megatron_eagle.data.annotations.keys import OF_VIDEOS, UNKNOWN_KEY, UNSUPPORTED_KEY, is_learned, present
+from megatron_eagle.data.annotations.parsing import Conventions, check_keys, content_of, read_record
+from megatron_eagle.data.annotations.references import RecordMedia, References, sample_overrides, whole_text
 from megatron_eagle.data.sample import (
     ASSISTANT,
     OBSERVATION,
     SYSTEM,
     USER,
-    Document,
     DocumentRef,
     ImageRef,
     Part,
     Sample,
     Turn,
     VideoRef,
-    VideoSource,
 )
 from megatron_eagle.problems import Problem
 
 # Kinds of problems that follow from the annotation and the settings alone, whatever becomes of the media.
 TEXT_PROBLEMS = frozenset(
     ("empty line", "broken text", "broken JSON", "not a record", "unknown format", "unknown role", "bad turn")
-    + ("no answer", "empty answer", "too many answers", "bad setting", "bad media reference", "bad clip")
-    + ("empty clip", "placeholder mismatch", "unsupported media", "too long")
+    + ("no answer", "empty answer", "too many answers", "nothing to learn", "bad setting", "bad clip")
+    + ("bad media reference", "empty clip", "placeholder mismatch", "unsupported media", "too long")
+    + (UNKNOWN_KEY, UNSUPPORTED_KEY)
 )
-OVERRIDES = ("fps", "min_frames", "max_frames", "max_tiles")
 _ROLES = {"human": USER, "gpt": ASSISTANT, USER: USER, ASSISTANT: ASSISTANT, SYSTEM: SYSTEM}
-_ROLES[OBSERVATION] = OBSERVATION
+_ROLES |= {"model": ASSISTANT, "function_call": ASSISTANT, "tool_call": ASSISTANT, "developer": SYSTEM}
+_ROLES |= {OBSERVATION: OBSERVATION, "tool": OBSERVATION, "function": OBSERVATION}
+_ROLES |= {"function_response": OBSERVATION, "tool_response": OBSERVATION}
 _REFERENCES: dict[str, Callable[[int], Part]] = {
     "image": ImageRef,
     "video": VideoRef,
     "document": DocumentRef,
 }
 _PLACEHOLDER = re.compile(r"<(image|video|document)(?:-([0-9]+))?>")
+_DATABASE = ("lmdb_file", "lmdb_key")
+_TEXTS = ("text", "input_text", "output_text")
+_NAMES = {"input_text": "text", "output_text": "text"}  # of a part's type
+_NAMES |= {"image_url": "image", "input_image": "image", "video_url": "video"}
 _MAX_ANSWERS = 65535  # the store keeps a token's answer number in 16 bits
 
 
 @dataclass(frozen=True)
 class _Placeholder:
-    """`<image>` / `<image-i>`, likewise video and document, as written; `number` is 1-based, or None."""
+    """`<image>` / `<image-i>`, likewise video and document, as written; `number` is 1-based, or None.
+
+    It may also be `typed`: a part of that type that names no medium.
+    """
 
     kind: str
     number: int | None
+    typed: bool = False
 
 
 _RawPart = Part | _Placeholder
 
 
 @dataclass
-class _Media:
-    """The media of a record, in the order in which it names them."""
-
-    images: list[str] = field(default_factory=list)
-    videos: list[VideoSource] = field(default_factory=list)
-    documents: list[Document] = field(default_factory=list)
-
-    def counts(self) -> dict[str, int]:
-        """How many there are, by what a placeholder calls them."""
-        return {"image": len(self.images), "video": len(self.videos), "document": len(self.documents)}
+class _RawTurn:
+    role: str
+    parts: list[_RawPart]
+    learned: bool = True
 
 
 def read_sample(
-    raw: bytes, *, root: str, file: str, line: int, overrides: Mapping[str, Any] | None = None
+    raw: bytes,
+    *,
+    root: str,
+    file: str,
+    line: int,
+    overrides: Mapping[str, float] | None = None,
+    conventions: Conventions | None = None,
 ) -> Sample:
-    """Read one line of an annotation file.
+    """Read one record of an annotation file.
 
-    `root` is what media paths are relative to, `overrides` the sampling settings of the whole file.
-    Raises `Problem` for anything that cannot be used as it is.
+    Args:
+        raw: the record's bytes.
+        root: what media paths are relative to.
+        file: where it comes from, with `line`, its number from 1.
+        overrides: the sampling settings of the whole file.
+        conventions: what the recipe says of how the file is written.
+
+    Raises:
+        Problem: for anything that cannot be used as it is.
     """
-    record = _parse(raw)
-    media = _record_media(record, root)
-    turns = _read_turns(record, root, media)
-    answers = [parts for role, parts in turns if role == ASSISTANT]
-    if not answers or len(answers) > _MAX_ANSWERS:
-        raise Problem("no answer" if not answers else "too many answers", f"{len(answers)} assistant turns")
-    if not all(answers):
-        raise Problem("empty answer", "an assistant turn has no text")
+    conventions = conventions or Conventions()
+    record, dialect = read_record(raw, conventions)
+    if dialect.name == "Video-ChatGPT":
+        add_named_video(record, root)
+    check_keys(record, dialect, conventions).check()
+    references = References(root, conventions.frames_fps)
+    media = references.of_record(record)
+    turns = _read_turns(record, dialect, references, media)
+    _check_answers(turns, record)
     return Sample(
-        turns=tuple(Turn(role, _resolved(parts)) for role, parts in turns),
+        turns=tuple(Turn(turn.role, tuple(cast("list[Part]", turn.parts)), turn.learned) for turn in turns),
         images=tuple(media.images),
         videos=tuple(media.videos),
         documents=tuple(media.documents),
         file=file,
         line=line,
-        overrides={**(overrides or {}), **read_overrides(record)},
+        overrides={**(overrides or {}), **sample_overrides(record, media)},
     )
 
 
-def read_overrides(record: Mapping[str, Any]) -> dict[str, float]:
-    """Sampling settings given with a sample or a data set.  Raises `Problem` for no positive number."""
-    found = {key: record[key] for key in OVERRIDES if record.get(key) is not None}
-    if record.get("max_dynamic_tiles") is not None:
-        found["max_tiles"] = record["max_dynamic_tiles"]
-    for key, value in found.items():
-        types = (int, float) if key == "fps" else (int,)
-        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < 1e9:
-            raise Problem("bad setting", f"{key} must be a positive number, not {value!r}")
-    return found
+def _check_answers(turns: list[_RawTurn], record: Mapping[str, Any]) -> None:
+    answers = [turn for turn in turns if turn.role == ASSISTANT]
+    if not answers or len(answers) > _MAX_ANSWERS:
+        raise Problem("no answer" if not answers else "too many answers", f"{len(answers)} assistant turns")
+    if not all(turn.parts for turn in answers):
+        raise Problem("empty answer", "an assistant turn has no text")
+    if is_learned(record, "the record") is False or not any(turn.learned for turn in answers):
+        raise Problem("nothing to learn", "the loss of every answer is switched off")
 
 
-def replace_videos(raw: bytes, root: str, replaced: Mapping[str, str]) -> bytes:
-    """A line that `read_sample` can read, with other videos in place of those that `replaced` has as keys.
-
-    Its keys are paths as in `Sample.videos`.  A line in which nothing is replaced stays as it is.
-    """
-    record = _parse(raw)
-    changed = False
-
-    def other(item: object) -> object:
-        nonlocal changed
-        if isinstance(item, list):
-            return [other(one) for one in item]
-        if isinstance(item, dict):
-            key = "video" if "video" in item else "path"
-            return {**item, key: other(item[key])}
-        new = replaced.get(_path(item, root))
-        changed = changed or new is not None
-        return item if new is None else new
-
-    for key in ("video", "videos"):
-        if record.get(key) is not None:
-            record[key] = other(record[key])
-    for item in _as_list(record.get("data")):
-        if item.get("video_list") is not None:
-            item["video_list"] = other(item["video_list"])
-    for message in record["messages"] if "messages" in record else record["conversations"]:
-        content = message.get("value", message.get("content"))
-        for part in content if isinstance(content, list) else ():
-            named = isinstance(part, dict) and part.get("type") == "video"
-            if named and part.get("video", part.get("path")) is not None:
-                part.update(other(part))
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode() if changed else raw
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    if not raw.strip():
-        raise Problem("empty line")
-    try:
-        record = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise Problem("broken text", f"not UTF-8 at byte {error.start}") from None
-    except (ValueError, RecursionError) as error:
-        raise Problem("broken JSON", str(error)) from None
-    if not isinstance(record, dict):
-        raise Problem("not a record", f"a line must hold one JSON object, not {type(record).__name__}")
-    return record
-
-
-def _record_media(record: dict[str, Any], root: str) -> _Media:
-    """Media named beside the text, under any of the dialects' keys."""
-    images = _as_list(record.get("image")) + _as_list(record.get("images"))
-    if "lmdb_file" in record or "lmdb_key" in record:
-        images.append({key: record.get(key) for key in ("lmdb_file", "lmdb_key")})
-    videos = _as_list(record.get("video")) + _as_list(record.get("videos"))
-    for item in _as_list(record.get("data")):
-        kind = item.get("type") if isinstance(item, dict) else None
-        if kind == "image":
-            images += _as_list(item.get("image_list"))
-        elif kind == "video":
-            videos += _as_list(item.get("video_list"))
-        elif kind != "text":
-            raise Problem("unsupported media", f"data item of type {kind!r}")
-    return _Media(
-        [_image_path(item, root) for item in images],
-        [_video_source(item, root) for item in videos],
-        _documents(record, root),
-    )
-
-
-def _read_turns(record: dict[str, Any], root: str, media: _Media) -> list[tuple[str, list[_RawPart]]]:
+def _read_turns(
+    record: Mapping[str, Any], dialect: Dialect, references: References, media: RecordMedia
+) -> list[_RawTurn]:
     """Turns with every placeholder resolved; media that typed parts bring along are added to `media`."""
-    key = next((key for key in ("messages", "conversations") if key in record), None)
-    if key is None:
-        raise Problem("unknown format", 'a record needs "conversations" or "messages"')
-    messages = record[key]
-    if not isinstance(messages, list) or not messages:
-        raise Problem("bad turn", f'"{key}" must be a list of turns')
+    messages = dialect.messages(record)
+    roles = [_role(message, number) for number, message in enumerate(messages, 1)]
     listed = media.counts()
     # In `messages` without media of their own beside them, text is text: pictures come as typed parts.  And
     # <document> is a tag that people write; it means one only where there is one.
-    kinds = {"image", "video"} if key == "conversations" or any(listed.values()) else set()
+    kinds = {"image", "video"} if dialect.name != "messages" or any(listed.values()) else set()
     kinds |= {"document"} if listed["document"] else set()
-    turns: list[tuple[str, list[_RawPart]]] = []
-    for number, message in enumerate(messages, 1):
-        role, content = _role_and_content(message, number)
+    # Where nobody asks, what is shown stands in the answer.
+    alone = USER not in roles
+    turns: list[_RawTurn] = []
+    for number, (role, message) in enumerate(zip(roles, messages, strict=True), 1):
+        content = content_of(message)
+        if isinstance(content, dict):
+            content = [content]
+        if not isinstance(content, str | list):
+            raise Problem("bad turn", f"turn {number} ({role}) has no text")
+        if role == ASSISTANT and alone:
+            shown = {kind for kind in kinds if listed[kind] or (kind == "image" and listed["video"])}
+        else:
+            shown = set() if role in (SYSTEM, ASSISTANT) else kinds
         parts: list[_RawPart] = []
         for item in content if isinstance(content, list) else [content]:
             if isinstance(item, str):
-                parts += _split(_text(item), set() if role in (SYSTEM, ASSISTANT) else kinds)
+                parts += _split(whole_text(item), shown)
             else:
-                parts.append(_typed_part(item, root, media))
+                parts.append(_typed_part(item, references, media))
+        learned = is_learned(message, f"turn {number}")
+        if role != ASSISTANT and learned:
+            raise Problem(UNSUPPORTED_KEY, f"turn {number} ({role}) is to be learned; only answers are")
         if role in (SYSTEM, ASSISTANT):
-            texts = [part for part in parts if isinstance(part, str)]
-            if len(texts) < len(parts):
+            if alone and role == ASSISTANT:
+                first = _leading_media(parts)
+                if first:
+                    turns.append(_RawTurn(USER, first))
+            if not all(isinstance(part, str) for part in parts):
                 raise Problem("bad turn", f"turn {number} ({role}) holds media")
-            parts = ["".join(texts)]
-        turns.append((role, _strip(parts)))
-    system = record.get("system")
-    if isinstance(system, str) and system.strip() and turns[0][0] != SYSTEM:
-        turns.insert(0, (SYSTEM, [_text(system.strip())]))
+            parts = ["".join(str(part) for part in parts)]
+        turns.append(_RawTurn(role, _strip(parts), learned is not False))
+    _add_system(turns, record)
     _resolve(turns, listed)
     return turns
 
 
-def _role_and_content(message: object, number: int) -> tuple[str, str | list[Any]]:
+def _role(message: object, number: int) -> str:
     if not isinstance(message, dict):
         raise Problem("bad turn", f"turn {number} must be an object, not {type(message).__name__}")
     name = message.get("from", message.get("role"))
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise Problem("unknown role", f"{name!r} in turn {number}; known are {', '.join(_ROLES)}")
-    content = message.get("value", message.get("content"))
-    if not isinstance(content, str | list):
-        raise Problem("bad turn", f"turn {number} ({role}) has no text")
-    return role, content
+    return role
 
 
-def _text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Problem("broken text", "half of a surrogate pair") from None
-    return value
+def _add_system(turns: list[_RawTurn], record: Mapping[str, Any]) -> None:
+    """Put the record's own system prompt, a text or a list of texts, before its turns."""
+    system = record.get("system")
+    items = system if isinstance(system, list) else [] if system is None else [system]
+    given = [item.get("text") if isinstance(item, dict) else item for item in items]
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) < len(given):
+        raise Problem("bad turn", '"system" holds something else than text')
+    prompt = whole_text("".join(texts).strip())
+    if not prompt:
+        return
+    if turns and turns[0].role == SYSTEM:
+        if turns[0].parts != [prompt]:
+            raise Problem(UNSUPPORTED_KEY, '"system" of a record that begins with another system turn')
+        return
+    turns.insert(0, _RawTurn(SYSTEM, [prompt]))
 
 
 def _split(text: str, kinds: set[str]) -> list[_RawPart]:
@@ -248,36 +212,72 @@ def _split(text: str, kinds: set[str]) -> list[_RawPart]:
     return [*parts, text[end:]]
 
 
-def _typed_part(item: Any, root: str, media: _Media) -> _RawPart:
+def _leading_media(parts: list[_RawPart]) -> list[_RawPart]:
+    """Take the media from the beginning of an answer that nobody asked for."""
+    first: list[_RawPart] = []
+    while parts and (not isinstance(parts[0], str) or not parts[0].strip()):
+        part = parts.pop(0)
+        if not isinstance(part, str):
+            first.append(part)
+    return first
+
+
+def _typed_part(item: object, references: References, media: RecordMedia) -> _RawPart:
     """One part of a content list; media that it names are added to `media`."""
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind == "text" and isinstance(item.get("text"), str):
-        return _text(item["text"])
-    if kind in ("image", "image_url"):
-        value = item.get(kind, item.get("path"))
+    part: Mapping[str, Any] = present(item) if isinstance(item, dict) else {}
+    kind = part.get("type")
+    if kind is None:  # told by the key that is there
+        kind = next((key for key in (*_TEXTS, *_REFERENCES, "image_url", "video_url") if key in part), None)
+    name = _NAMES.get(str(kind), str(kind))
+    _check_part(part, name)
+    if kind in _TEXTS:
+        text = part.get("text", part.get(kind, part.get("value")))
+        if isinstance(text, str):
+            return whole_text(text)
+    if name in _REFERENCES:
+        keys = (str(kind), name, f"{name}_url", "path", "url", "value")
+        stored = {key: part[key] for key in _DATABASE if key in part}
+        named: list[Any] = [part[key] for key in keys if key in part]
+        value: object = stored or (named[0] if named else None)
         if value is None:  # stands for the next one listed beside the text
-            return _Placeholder("image", None)
-        media.images.append(_image_path(value, root))
-        return ImageRef(len(media.images) - 1)
-    if kind == "video":
-        if item.get("video", item.get("path")) is None:
-            return _Placeholder("video", None)
-        media.videos.append(_video_source(item, root))
+            if said := [key for key in part if key in OF_VIDEOS]:
+                raise Problem(UNSUPPORTED_KEY, f'"{said[0]}" of a part that names no medium itself')
+            return _Placeholder(name, None, typed=True)
+        if name == "image":
+            media.images.append(references.image(value))
+            return ImageRef(len(media.images) - 1)
+        if name == "document":
+            media.documents.append(references.document(value))
+            return DocumentRef(len(media.documents) - 1)
+        inner = value if isinstance(value, dict) else {"video": value}
+        own = {key: one for key, one in {**part, **inner}.items() if key not in ("path", "url")}
+        own["video"] = inner.get("video", inner.get("url", inner.get("path")))
+        media.add_video(references.video(own, own), own)
         return VideoRef(len(media.videos) - 1)
-    if kind == "document":
-        value = item.get("document", item.get("path"))
-        if value is None:
-            return _Placeholder("document", None)
-        media.documents.append(_document(value, root))
-        return DocumentRef(len(media.documents) - 1)
     raise Problem("bad turn", f"content part of type {kind!r}")
 
 
-def _resolve(turns: list[tuple[str, list[_RawPart]]], listed: dict[str, int]) -> None:
+def _check_part(part: Mapping[str, Any], name: str) -> None:
+    """Raise `Problem` for keys that a part of a type does not use."""
+    said = [key for key in (*_TEXTS, *_REFERENCES, *_NAMES) if key in part and _NAMES.get(key, key) != name]
+    said = [key for key in said if part[key] not in ("", [])]
+    if name != "video":
+        said += [key for key in part if key in OF_VIDEOS]
+    if name != "image":
+        said += [key for key in part if key in _DATABASE]
+    if said:
+        raise Problem(UNSUPPORTED_KEY, f'"{said[0]}" of a part whose type is {name}')
+
+
+def _resolve(turns: list[_RawTurn], listed: dict[str, int]) -> None:
     """Replace every placeholder by a reference; media without one go to the start of the first user turn."""
+    placeholders = [part for turn in turns for part in turn.parts if isinstance(part, _Placeholder)]
+    kinds = {(part.kind, part.typed) for part in placeholders}
+    if listed["video"] and not listed["image"] and kinds == {("image", False)}:
+        _rename(turns, "image", "video")  # LLaVA-Video writes <image> for its videos
     missing: list[Part] = []
     for kind, reference in _REFERENCES.items():
-        written = [p for _, parts in turns for p in parts if isinstance(p, _Placeholder) and p.kind == kind]
+        written = [p for turn in turns for p in turn.parts if isinstance(p, _Placeholder) and p.kind == kind]
         numbers = [p.number for p in written if p.number is not None]
         for number in numbers:
             if not 1 <= number <= listed[kind] or numbers.count(number) > 1:
@@ -288,21 +288,31 @@ def _resolve(turns: list[tuple[str, list[_RawPart]]], listed: dict[str, int]) ->
         free = [i for i in range(listed[kind]) if i + 1 not in numbers]
         if len(written) - len(numbers) > len(free):
             raise Problem("placeholder mismatch", f"{len(written)} <{kind}> for {listed[kind]} {kind}s")
-        for _, parts in turns:
-            for i, part in enumerate(parts):
+        for turn in turns:
+            for i, part in enumerate(turn.parts):
                 if isinstance(part, _Placeholder) and part.kind == kind:
-                    parts[i] = reference(free.pop(0) if part.number is None else part.number - 1)
+                    turn.parts[i] = reference(free.pop(0) if part.number is None else part.number - 1)
         missing += map(reference, free)
     if missing:
-        first = next((parts for role, parts in turns if role == USER), None)
-        if first is None:
-            raise Problem("placeholder mismatch", "media, but no user turn to show them in")
-        first[:0] = missing
+        _first_user_turn(turns).parts[:0] = missing
 
 
-def _resolved(parts: list[_RawPart]) -> tuple[Part, ...]:
-    """Parts of a turn that has no placeholder any more."""
-    return tuple(part for part in parts if not isinstance(part, _Placeholder))
+def _rename(turns: list[_RawTurn], kind: str, other: str) -> None:
+    for turn in turns:
+        turn.parts = [
+            _Placeholder(other, part.number) if isinstance(part, _Placeholder) and part.kind == kind else part
+            for part in turn.parts
+        ]
+
+
+def _first_user_turn(turns: list[_RawTurn]) -> _RawTurn:
+    """The first user turn; where there is none, a new one before the first answer."""
+    found = next((turn for turn in turns if turn.role == USER), None)
+    if found is None:
+        found = _RawTurn(USER, [])
+        place = next((i for i, turn in enumerate(turns) if turn.role == ASSISTANT), len(turns))
+        turns.insert(place, found)
+    return found
 
 
 def _strip(parts: list[_RawPart]) -> list[_RawPart]:
@@ -312,75 +322,3 @@ def _strip(parts: list[_RawPart]) -> list[_RawPart]:
     if parts and isinstance(parts[-1], str):
         parts[-1] = parts[-1].rstrip()
     return [part for part in parts if part != ""]
-
-
-def _as_list(value: object) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _documents(record: dict[str, Any], root: str) -> list[Document]:
-    """The documents beside the text: `document` is one, or a list of such; `documents` is a list."""
-    one = record.get("document")
-    several = isinstance(one, list) and one and all(isinstance(item, list) or _is_pdf(item) for item in one)
-    found = [] if one is None else one if several else [one]
-    return [_document(item, root) for item in [*found, *_as_list(record.get("documents"))]]
-
-
-def _is_pdf(item: object) -> bool:
-    return isinstance(item, str) and item.lower().endswith(".pdf")
-
-
-def _document(item: object, root: str) -> Document:
-    """One document: a PDF file, known by its suffix, or the pictures of its pages."""
-    if _is_pdf(item):
-        return _path(item, root)
-    pages = _as_list(item)
-    if not pages or any(map(_is_pdf, pages)):
-        raise Problem(
-            "bad media reference", f"a document is one PDF file or a list of page images, not {item!r}"
-        )
-    return tuple(_image_path(page, root) for page in pages)
-
-
-def _image_path(item: object, root: str) -> str:
-    if isinstance(item, dict):
-        if "lmdb_file" in item or "lmdb_key" in item:
-            key = item.get("lmdb_key")
-            if not isinstance(key, str) or not key:
-                raise Problem("bad media reference", f"lmdb_key must be a text, not {key!r}")
-            return database_picture(_path(item.get("lmdb_file"), root), _text(key))
-        item = item.get("image", item.get("path", item.get("url")))
-    return _path(item, root)
-
-
-def _video_source(item: object, root: str) -> VideoSource:
-    if not isinstance(item, dict):
-        return VideoSource(_path(item, root))
-    if "lmdb_file" in item or "lmdb_key" in item:
-        raise Problem("unsupported media", "videos in lmdb files are not read; unpack them")
-    start, end = (_seconds(item, f"{key}_time", key, f"video_{key}") for key in ("start", "end"))
-    if start is not None and end is not None and start >= end:
-        raise Problem("empty clip", f"start {float(start):g} s is not before end {float(end):g} s")
-    return VideoSource(_path(item.get("video", item.get("path")), root), start, end)
-
-
-def _seconds(item: dict[str, Any], *keys: str) -> Fraction | None:
-    value = next((item[key] for key in keys if item.get(key) is not None), None)
-    if value is None:
-        return None
-    try:
-        if abs(float(value)) < 1e9:  # also leaves out what is infinite or not a number
-            # By its decimal digits: 0.1 must mean a tenth, or a frame at exactly that time would be lost.
-            return Fraction(str(value))
-    except (TypeError, ValueError):
-        pass
-    raise Problem("bad clip", f"{keys[0]} must be seconds, not {value!r}")
-
-
-def _path(value: object, root: str) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise Problem("bad media reference", f"expected a file name, not {value!r}")
-    value = value.removeprefix("file://")
-    if "://" in value or value.startswith("data:"):
-        raise Problem("unsupported media", f"{value[:60]} is no local file")
-    return os.path.normpath(os.path.join(root, _text(value)))

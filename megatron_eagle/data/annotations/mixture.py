@@ -1,28 +1,40 @@
 """The recipe: which annotation files are read, where their media lie, how often each is repeated."""
 
+import codecs
+import glob
 import json
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
-from megatron_eagle.data.annotations.formats import OVERRIDES, read_overrides
+from megatron_eagle.data.annotations.parsing import Conventions
+from megatron_eagle.data.annotations.recipes import llama_factory_entries, llava_entries
+from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, is_annotation
+from megatron_eagle.data.annotations.references import OVERRIDES, read_overrides
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
-_KEYS = ("annotation", "root", "repeat_time", "max_dynamic_tiles", "data_augment", "length", *OVERRIDES)
+_KEYS = (
+    ("annotation", "root", "repeat_time", "sampling_strategy", "datasets", "ignore", "columns", "tags")
+    + ("frames_fps", "max_dynamic_tiles", "max_dynamic_patch", *OVERRIDES, "data_augment", "weight")
+    + ("length", "modality", "modility", "task")
+)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One entry of a recipe.
+    """One annotation file of a recipe's entry; the files of an entry have its name.
 
     `ignored` names keys of the recipe that are set and have no effect.  `repeat_time` below 1 takes a fixed
-    subset of the lines, above 1 repeats them; its fraction is a fixed subset too.  `overrides` are sampling
-    settings for all its samples.
+    subset of the records, above 1 repeats them; its fraction is a fixed subset too.  `overrides` are sampling
+    settings for all its samples.  `strategy` takes a part of the records beforehand, as LLaVA's recipes say
+    it: `all`, or `first`, `end` or `random` with a number or a percentage behind a colon.
     """
 
     name: str
@@ -31,65 +43,107 @@ class Dataset:
     repeat_time: float = 1.0
     overrides: Mapping[str, float] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    conventions: Conventions = field(default_factory=Conventions)
+    strategy: str = "all"
 
-    def copies(self, n_lines: int) -> np.ndarray:
-        """How often each line is taken, int64 [n_lines]: a pure function of the name and `n_lines`."""
+    def copies(self, n_records: int) -> np.ndarray:
+        """How often each record is taken, int64 [n_records]: a pure function of the entry and `n_records`."""
+        order = np.random.default_rng(zlib.crc32(self.name.encode())).permutation(n_records)
+        which, amount = _strategy(self.strategy)
+        n = n_records if amount is None else min(n_records, amount(n_records))
+        if which == "first":
+            order = order[order < n]
+        elif which == "end":
+            order = order[order >= n_records - n]
+        else:
+            order = order[:n]
         whole = int(self.repeat_time)
-        extra = round((self.repeat_time - whole) * n_lines)
-        order = np.random.default_rng(zlib.crc32(self.name.encode())).permutation(n_lines)
-        copies = np.full(n_lines, whole, np.int64)
+        extra = round((self.repeat_time - whole) * n)
+        copies = np.zeros(n_records, np.int64)
+        copies[order] = whole
         copies[order[:extra]] += 1
         return copies
 
 
+def _strategy(text: str) -> tuple[str, Callable[[int], int] | None]:
+    """What a strategy takes: from where, and how many of n.  Raises `ValueError`."""
+    which, _, amount = text.partition(":")
+    if which == "all" and not amount:
+        return which, None
+    if which not in ("first", "end", "random") or not amount.removesuffix("%").isdecimal():
+        raise ValueError(text)
+    number = int(amount.removesuffix("%"))
+    return which, (lambda n: math.ceil(number * n / 100)) if amount.endswith("%") else (lambda _: number)
+
+
 def read_recipe(path: str | Path) -> list[Dataset]:
-    """Read a recipe (JSON or YAML): name -> {annotation, root, repeat_time, ...}.
+    """Read a recipe (JSON or YAML): name -> {annotation, root, repeat_time, ...}, or one of another project.
 
     Relative paths are looked for beside the recipe, then in the working directory; `root` defaults to the
     annotation file's folder.  Raises `UserError`, also if a file that the recipe names does not exist.
     """
     path = Path(path)
+    entries = _entries(path, _load(path), f"recipe {path}")
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(
+            f"the recipe {path} names no file; it maps names to {{annotation: FILE.jsonl, root: DIR}}"
+        )
+    return [dataset for name, entry in entries.items() for dataset in _read_entry(path, str(name), entry)]
+
+
+def _load(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
-        entries = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"the recipe {path} is neither JSON nor YAML: {' '.join(str(error).split())}"
         ) from None
-    if not isinstance(entries, dict) or not entries:
-        raise UserError(
-            f"the recipe {path} names no file; it maps names to {{annotation: FILE.jsonl, root: DIR}}"
-        )
-    return [_read_entry(path, str(name), entry) for name, entry in entries.items()]
+
+
+def _entries(path: Path, content: Any, where: str, chosen: list[str] | None = None) -> Any:
+    """The entries of a recipe's content, whoever wrote it."""
+    entries = llava_entries(content, where)
+    if entries is None:
+        entries = llama_factory_entries(content, path.resolve().parent, where, chosen)
+    return content if entries is None else entries
 
 
 def datasets_of(path: str | Path) -> list[Dataset]:
-    """The data sets of a recipe; a JSONL file is one with its media beside it.  Raises `UserError`."""
+    """The data sets of a recipe; an annotation file is one with its media beside it.  Raises `UserError`."""
     path = Path(path)
-    if path.suffix == ".jsonl" and path.is_file():
+    if (
+        path.is_file()
+        and path.name.endswith(ANNOTATION_SUFFIXES)
+        and (path.suffix != ".json" or _is_array(path))
+    ):
         return [Dataset(path.name, path, str(path.resolve().parent))]
     return read_recipe(path)
 
 
-def _read_entry(recipe: Path, name: str, entry: object) -> Dataset:
-    where = f'recipe {recipe}, entry "{name}"'
-    if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
-        raise UserError(f"{where}: needs annotation: FILE.jsonl")
-    if unknown := [key for key in entry if key not in _KEYS]:
-        raise UserError(f'{where}: unknown key "{unknown[0]}"; known are {", ".join(_KEYS)}')
-    annotation = _find(recipe, entry["annotation"])
-    if not annotation.is_file():
-        raise UserError(f"{where}: the annotation file {entry['annotation']} does not exist")
+def _is_array(path: Path) -> bool:
     try:
-        with annotation.open("rb") as file:
-            is_list = file.read(64).lstrip()[:1] == b"["
-    except OSError as error:
-        raise UserError(f"{where}: cannot read {annotation}: {error.strerror}") from None
-    if is_list:
-        raise UserError(f"{where}: {annotation} is one JSON list; write one record a line (JSONL)")
-    root = annotation.parent if entry.get("root") in (None, "") else _find(recipe, str(entry["root"]))
+        with path.open("rb") as file:
+            return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    except OSError:
+        return False
+
+
+def _read_entry(recipe: Path, name: str, entry: object) -> list[Dataset]:
+    """The files of an entry."""
+    where = f'recipe {recipe}, entry "{name}"'
+    named = entry.get("annotation") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not named or not _is_name(named):
+        raise UserError(f"{where}: needs annotation: FILE.jsonl")
+    if unknown := [key for key in entry if key not in _KEYS and not str(key).endswith("_description")]:
+        raise UserError(f'{where}: unknown key "{unknown[0]}"; known are {", ".join(_KEYS)}')
+    if nested := _nested(recipe, where, name, entry):
+        return nested
+    names = [named] if isinstance(named, str) else named
+    files = [file for one in names for file in _files(recipe, where, one)]
+    root = _root(recipe, where, entry, files)
     repeat_time = entry.get("repeat_time", 1)
     if (
         isinstance(repeat_time, bool)
@@ -101,26 +155,104 @@ def _read_entry(recipe: Path, name: str, entry: object) -> Dataset:
         raise UserError(
             f"{where}: data_augment is not supported, media are used as they are; set it to false"
         )
+    strategy = entry.get("sampling_strategy", "all")
     try:
         overrides = read_overrides(entry)
+        _strategy(strategy)
     except Problem as problem:
         raise UserError(f"{where}: {problem.detail}") from None
-    ignored = ("data_augment",) if entry.get("data_augment") else ()
-    return Dataset(name, annotation, str(root), float(repeat_time), overrides, ignored)
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"{where}: sampling_strategy must be all, first:N, end:N or random:N (N may be a percentage), "
+            f"not {strategy!r}"
+        ) from None
+    ignored = ("weight",) if entry.get("weight", 1) != 1 else ()
+    conventions = _conventions(where, entry)
+    return [
+        Dataset(name, file, root, float(repeat_time), overrides, ignored, conventions, strategy)
+        for file in files
+    ]
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def _nested(recipe: Path, where: str, name: str, entry: dict[str, Any]) -> list[Dataset]:
+    """The data sets of another project's recipe that an entry names; none if it names annotations."""
+    named = entry["annotation"]
+    is_info = isinstance(named, str) and (Path(named).name == "dataset_info.json" or "datasets" in entry)
+    if not isinstance(named, str) or not (is_info or named.endswith((".yaml", ".yml"))):
+        return []
+    inner = _find(recipe, named)
+    chosen = entry.get("datasets")
+    if chosen is not None and (not _is_name(chosen) or isinstance(chosen, str)):
+        raise UserError(f"{where}: datasets must be a list of names")
+    entries = _entries(inner, _load(inner), str(inner), chosen)
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(f"{where}: {inner} names no file")
+    own = {key: value for key, value in entry.items() if key not in ("annotation", "datasets")}
+    if own.get("root") not in (None, ""):
+        own["root"] = str(_find(recipe, str(own["root"])).resolve())
+    found = []
+    for key, value in entries.items():
+        found += _read_entry(inner, f"{name}/{key}", {**value, **own} if isinstance(value, dict) else value)
+    return found
+
+
+def _files(recipe: Path, where: str, named: str) -> list[Path]:
+    """The annotation files that a name stands for: a file, a folder's, or those that a pattern fits."""
+    path = _find(recipe, named)
+    if path.is_dir():
+        found = sorted(filter(is_annotation, path.iterdir()))
+        if not found:
+            raise UserError(f"{where}: the folder {named} holds no {', '.join(ANNOTATION_SUFFIXES)}")
+        return found
+    if path.is_file():
+        return [path]
+    folders = (recipe.resolve().parent, Path.cwd())
+    for folder in folders if glob.has_magic(named) else ():
+        if found := sorted(Path(one) for one in glob.glob(str(folder / named), recursive=True)):
+            return [one for one in found if one.is_file()]
+    raise UserError(f"{where}: the annotation file {named} does not exist")
+
+
+def _root(recipe: Path, where: str, entry: Mapping[str, Any], files: list[Path]) -> str:
+    """What media paths are relative to.
+
+    Left out: the folder of the annotations.  Left empty, as EAGLE 2.5's recipes have it: what the
+    annotation's own path is relative to.
+    """
+    root, named = entry.get("root"), entry["annotation"]
+    if root not in (None, ""):
+        return str(_find(recipe, str(root)))
+    if root == "" and isinstance(named, str) and not Path(named).is_absolute():
+        beside = recipe.resolve().parent
+        return str(beside if (beside / named).exists() else Path.cwd())
+    folders = {file.parent for file in files}
+    if len(folders) > 1:
+        raise UserError(f"{where}: files in several folders need a root, what media paths are relative to")
+    return str(folders.pop())
+
+
+def _conventions(where: str, entry: Mapping[str, Any]) -> Conventions:
+    ignore = entry.get("ignore") or []
+    if not _is_name(ignore):
+        raise UserError(f"{where}: ignore must be a list of keys, not {ignore!r}")
+    names = {}
+    for key in ("columns", "tags"):
+        names[key] = entry.get(key) or {}
+        if not isinstance(names[key], dict) or not all(isinstance(v, str) for v in names[key].values()):
+            raise UserError(f"{where}: {key} must map names to names, not {names[key]!r}")
+    rate = entry.get("frames_fps")
+    if rate is not None and (
+        isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e6
+    ):
+        raise UserError(f"{where}: frames_fps must be a positive number, not {rate!r}")
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    return Conventions(ignore, names["columns"], names["tags"], rate)
 
 
 def _find(recipe: Path, path: str) -> Path:
     beside = recipe.resolve().parent / path
     return beside if beside.exists() or not Path(path).exists() else Path(path).resolve()
-
-
-def line_bounds(path: Path) -> np.ndarray:
-    """Byte offsets of a file's lines, int64 [lines + 1]: line i (0-based) ends where line i + 1 begins."""
-    parts = [np.zeros(1, np.int64)]
-    offset = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            parts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset + 1)
-            offset += len(block)
-    bounds = np.concatenate(parts)
-    return bounds if bounds[-1] == offset else np.append(bounds, offset)

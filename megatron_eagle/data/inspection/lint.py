@@ -1,25 +1,55 @@
 """What is wrong with annotations and their media, by file and line, without making anything of them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 
+from megatron_eagle.data.annotations import unknown_keys
 from megatron_eagle.data.annotations.formats import read_sample
+from megatron_eagle.data.annotations.keys import UNKNOWN_KEY
 from megatron_eagle.data.annotations.mixture import Dataset
+from megatron_eagle.data.annotations.parsing import read_record
+from megatron_eagle.data.annotations.records import numbered, open_records
 from megatron_eagle.data.sampling.probe import probe_document, probe_image, probe_video
 from megatron_eagle.problems import LedgerEntry, Problem
 
-_BLOCK = 256  # lines that are read ahead of the slowest
+_BLOCK = 256  # records that are read ahead of the slowest
+
+
+@dataclass
+class FileReport:
+    """What the check of one file has found so far: how it was read, and what it counts."""
+
+    dataset: Dataset
+    form: str = ""
+    n_records: int = 0
+    dialects: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        """How the file was read, and a line for each unknown key."""
+        file, here = self.dataset.annotation, Path.cwd()
+        name = file.relative_to(here) if file.is_relative_to(here) else file
+        read = ", ".join(f"{name} ({n:,})" for name, n in self.dialects.most_common()) or "no dialect"
+        return [
+            f"{name}: {self.form}, {self.n_records:,} records, read as {read}",
+            *unknown_keys.lines(self.unknown),
+        ]
 
 
 def problems(
-    dataset: Dataset, *, media: bool, max_pixels: int, threads: int = 4
+    dataset: Dataset, *, media: bool, max_pixels: int, report: FileReport | None = None, threads: int = 4
 ) -> Iterator[LedgerEntry | None]:
-    """For each line of a data set in order: what is wrong with it, or None.
+    """For each record of a file in order: what is wrong with it, or None; unknown keys are in `report` alone.
 
     Reads pictures to their end and the frame tables of videos, unless `media` is false.
     """
+    report = report or FileReport(dataset)
 
     @lru_cache(maxsize=4096)
     def check_image(path: str) -> None:
@@ -28,11 +58,19 @@ def problems(
     check_document = lru_cache(maxsize=256)(lambda document: probe_document(document, max_pixels))
     check_video = lru_cache(maxsize=256)(probe_video)
 
-    def check(numbered: tuple[int, bytes]) -> LedgerEntry | None:
+    def check(numbered: tuple[int, bytes]) -> tuple[str | None, LedgerEntry | None]:
         line, raw = numbered
-        file = str(dataset.annotation)
+        file, dialect = str(dataset.annotation), None
         try:
-            sample = read_sample(raw, root=dataset.root, file=file, line=line, overrides=dataset.overrides)
+            dialect = read_record(raw, dataset.conventions)[1].name
+            sample = read_sample(
+                raw,
+                root=dataset.root,
+                file=file,
+                line=line,
+                overrides=dataset.overrides,
+                conventions=dataset.conventions,
+            )
             if media:
                 for path in sample.images:
                     check_image(path)
@@ -40,15 +78,26 @@ def problems(
                     check_document(document)
                 for video in sample.videos:
                     check_video(video)
+                    for path in video.frames.pictures if video.frames else ():
+                        check_image(path)
         except Problem as problem:
-            return LedgerEntry(file, line, str(problem), problem.kind)
+            return dialect, LedgerEntry(file, line, str(problem), problem.kind)
         except Exception as error:  # as in preprocessing, a strange file is a line of the report
-            return LedgerEntry(
-                file, line, f"unexpected error: {type(error).__name__}: {error}", "unexpected error"
-            )
-        return None
+            reason = f"unexpected error: {type(error).__name__}: {error}"
+            return dialect, LedgerEntry(file, line, reason, "unexpected error")
+        return dialect, None
 
-    with dataset.annotation.open("rb") as lines, ThreadPoolExecutor(threads) as pool:
-        numbered = enumerate(lines, 1)
-        while block := list(islice(numbered, _BLOCK)):
-            yield from pool.map(check, block)
+    source = open_records(dataset.annotation)
+    report.form = source.form
+    records = numbered(source)
+    with ThreadPoolExecutor(threads) as pool:
+        while block := list(islice(records, _BLOCK)):
+            for dialect, entry in pool.map(check, block):
+                report.n_records += 1
+                report.dialects.update([dialect] if dialect else [])
+                if entry is not None:
+                    report.kinds[entry.kind] += 1
+                if entry is not None and entry.kind == UNKNOWN_KEY:
+                    report.unknown += unknown_keys.count([entry], {entry.file: dataset.name})
+                    entry = None
+                yield entry

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_eagle.data.annotations.mixture import line_bounds, read_recipe
+from megatron_eagle.data.annotations.mixture import read_recipe
+from megatron_eagle.data.annotations.records import open_records
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 
@@ -13,10 +14,13 @@ _BAR = 40  # characters of the longest bar
 
 def recipe_mix(path: str | Path) -> str:
     """The table of a recipe: lines, how often they are taken, and the samples that makes."""
-    rows = []
+    found: dict[str, tuple[str, int, float, int]] = {}
     for dataset in read_recipe(path):
-        n_lines = len(line_bounds(dataset.annotation)) - 1
-        rows.append((dataset.name, n_lines, dataset.repeat_time, int(dataset.copies(n_lines).sum())))
+        n_lines = len(open_records(dataset.annotation))
+        _, lines, _, samples = found.get(dataset.name, ("", 0, 0.0, 0))
+        samples += int(dataset.copies(n_lines).sum())
+        found[dataset.name] = (dataset.name, lines + n_lines, dataset.repeat_time, samples)
+    rows = list(found.values())
     total = sum(row[3] for row in rows) or 1
     head = ["data set", "lines", "repeat_time", "samples", "% of samples"]
     body = [[name, f"{n:,}", f"{r:g}", f"{s:,}", f"{100 * s / total:.2f}"] for name, n, r, s in rows]
@@ -28,11 +32,11 @@ def store_mix(store: SampleStore) -> str:
     if not len(store):
         raise UserError(f"{store.path} holds no sample at length {store.length}")
     manifest = store.manifest
-    source = np.asarray(store.column("source"))
+    dataset = np.asarray(manifest.dataset_of_source)[np.asarray(store.column("source"))]
     columns = {name: np.asarray(store.column(name)).astype(np.int64) for name in _COLUMNS}
     body = []
-    for i, name in enumerate(manifest.names or manifest.sources):
-        own = source == i
+    for i, name in enumerate(manifest.datasets):
+        own = dataset == i
         sums = {key: int(values[own].sum()) for key, values in columns.items()}
         shares = [100 * own.mean(), *(100 * sums[key] / max(1, columns[key].sum()) for key in _COLUMNS)]
         mean = sums["n_tokens"] / max(1, own.sum())

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_eagle.data.inspection.preview_media import frames, picture
 from megatron_eagle.data.loading.loss_weights import answer_weights
+from megatron_eagle.data.media.frame_list import frame_list_folder
 from megatron_eagle.data.media.source import page_ref
 from megatron_eagle.data.packing.index import PackIndex
 from megatron_eagle.data.sampling.iap import tile_count
@@ -163,9 +164,10 @@ def sample_section(
         parts.append(picture(image, store.manifest.max_pixels))
     for i, video in enumerate(sample.videos, 1):
         seconds = video.duration_num / video.duration_den
+        where = frame_list_folder(video.path)
         parts.append(f"<h3>Video {i}</h3>")
         parts.append(
-            f'<p class="note">{escape(video.path)}: {len(video.frames)} frames of {seconds:.2f} s '
+            f'<p class="note">{escape(where)}: {len(video.frames)} frames of {seconds:.2f} s '
             f"({len(video.frames) / seconds:.2f} per second)</p>"
         )
         parts.append(frames(video))

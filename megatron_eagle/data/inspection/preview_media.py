@@ -6,7 +6,7 @@ from html import escape
 
 from PIL import Image
 
-from megatron_eagle.data.media.exact import read_frames, upright
+from megatron_eagle.data.media.exact import upright_frames
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.store.reader import ImagePlan, VideoPlan
 from megatron_eagle.problems import Problem
@@ -49,8 +49,8 @@ def frames(plan: VideoPlan) -> str:
     figures = []
     times = plan.times
     try:
-        for i, frame in enumerate(read_frames(plan.path, plan.index)):
-            image = Image.fromarray(upright(frame, plan.rotation))
+        for i, frame in enumerate(upright_frames(plan.path, plan.index)):
+            image = Image.fromarray(frame)
             image.thumbnail((_FRAME_SIZE, _FRAME_SIZE))
             caption = f"Frame {i + 1}: {times[i]:.2f} s<br>number {plan.frames[i]:,} in the file"
             figures.append(

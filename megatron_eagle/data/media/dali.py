@@ -21,7 +21,9 @@ from PIL import Image
 from megatron_eagle.data.media.dali_graph import FrameOrigin, colour_matrix, image_graph, video_graph
 from megatron_eagle.data.media.dali_runner import DaliFailed, PipelineRunner
 from megatron_eagle.data.media.decoder import ExactDecoder
+from megatron_eagle.data.media.frame_list import frame_pictures
 from megatron_eagle.data.media.frame_table import FrameIndex
+from megatron_eagle.data.media.images import MAX_MAX_PIXELS
 from megatron_eagle.data.media.remux import Remux, RemuxRefused, sparse_remux
 from megatron_eagle.data.media.source import open_media, page_ref
 from megatron_eagle.hf_model.tiles import cut_tiles
@@ -75,6 +77,9 @@ class DaliDecoder:
 
     def frames(self, path: str, index: FrameIndex) -> torch.Tensor:
         """All frames of an index as uint8 [n, 3, S, S] on the host.  Raises `Problem`."""
+        if self._on_gpu and (pictures := frame_pictures(path)):
+            paths = (pictures[number] for number in index.numbers.tolist())
+            return torch.cat([self.picture(one, (1, 1), max_pixels=MAX_MAX_PIXELS) for one in paths])
         if self._source == "frames":
             pieces = [self._ask(self._videos, path, [inputs]) for inputs in self._decoded(path, index)]
             return torch.from_numpy(np.concatenate([tiles for ((tiles,),) in pieces]))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_eagle.data.media.deadline import within_deadline
-from megatron_eagle.data.media.exact import read_frames, upright
+from megatron_eagle.data.media.exact import upright_frames
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.source import check_size, check_unchanged
@@ -43,8 +43,7 @@ class ExactDecoder:
             why = why if why == index.linear_reason else "a seek did not lead to its frames"
             self._fell_back(f"from the start of the file: {why}", path)
 
-        for frame in read_frames(path, index, went_linear):
-            yield upright(frame, index.rotation)
+        yield from upright_frames(path, index, went_linear)
 
     def picture(self, path: str, grid: tuple[int, int], *, max_pixels: int) -> torch.Tensor:
         """See `MediaDecoder.picture`."""

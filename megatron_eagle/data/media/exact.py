@@ -13,7 +13,9 @@ import av
 import numpy as np
 
 from megatron_eagle.data.media.frame_index import open_video
+from megatron_eagle.data.media.frame_list import frame_pictures
 from megatron_eagle.data.media.frame_table import FrameIndex
+from megatron_eagle.data.media.images import load_image
 from megatron_eagle.problems import Problem
 
 # Decoders that make up for mistakes of the encoder that the first packet names.
@@ -61,6 +63,21 @@ def read_frames(
 def upright(frame: av.VideoFrame, rotation: int) -> np.ndarray:
     """A frame as uint8 [h, w, 3] RGB, turned by `rotation` degrees counter-clockwise."""
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), rotation // 90))
+
+
+def upright_frames(
+    path: str, index: FrameIndex, went_linear: Callable[[str], None] = lambda _: None
+) -> Iterator[np.ndarray]:
+    """All frames of an index, one at a time and upright: uint8 [h, w, 3]; of a file, or given as pictures.
+
+    As `read_frames` otherwise.
+    """
+    if pictures := frame_pictures(path):
+        for number in index.numbers.tolist():
+            yield np.asarray(load_image(pictures[number]))
+        return
+    for frame in read_frames(path, index, went_linear):
+        yield upright(frame, index.rotation)
 
 
 def _decode_planned(path: str, index: FrameIndex) -> Iterator[av.VideoFrame]:

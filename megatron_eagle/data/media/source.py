@@ -1,7 +1,8 @@
-"""Where a picture comes from: a file, a value of an LMDB database, or a page of a PDF file.
+"""Where a medium comes from: a file, a value of an LMDB database, a page of a PDF file, pictures as frames.
 
 Wherever a path is kept, a picture in a database is named `lmdb://FILE?KEY`, with FILE as it is and KEY
 percent-encoded, and a page of a document that is drawn at W x H pixels is `pdf://FILE?page=NUMBER&size=WxH`.
+A video of pictures is named as `frame_list` says.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
+from megatron_eagle.data.media.frame_list import frame_pictures
 from megatron_eagle.problems import Problem
 
 _SCHEME = "lmdb://"
@@ -58,10 +60,14 @@ def database_picture(file: str, key: str) -> str:
 
 
 def file_metadata(path: str) -> FileMetadata:
-    """Size and time of change of a file, of the file a page is in, or of a value and its database.
+    """Size and time of change of a file, of the file a page is in, or of a value and its database; of the
+    pictures of a video all bytes and the last change.
 
     Raises `Problem` if it is missing.
     """
+    if pictures := frame_pictures(path):
+        files = [file_metadata(picture) for picture in pictures.values()]
+        return FileMetadata(path, sum(file.size for file in files), max(file.mtime_ns for file in files))
     if path.startswith(_SCHEME):
         return FileMetadata(path, len(_value(path)), _status(_data_file(_split(path)[0])).st_mtime_ns)
     page = page_ref(path)
@@ -70,7 +76,16 @@ def file_metadata(path: str) -> FileMetadata:
 
 
 def fingerprint(path: str) -> int:
-    """64 bits of a hash of a file's size, beginning, middle and end.  Raises `Problem` if it is missing."""
+    """64 bits of a hash of a file's size, beginning, middle and end; of the pictures of a video whole files.
+
+    Raises `Problem` if it is missing.
+    """
+    if pictures := frame_pictures(path):
+        whole = hashlib.blake2b(digest_size=8)
+        for picture in pictures.values():
+            media = open_media(picture)
+            whole.update(media.read_bytes() if isinstance(media, Path) else media.read())
+        return int.from_bytes(whole.digest(), signed=True)
     size = _status(path).st_size
     digest = hashlib.blake2b(size.to_bytes(8), digest_size=8)
     try:

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_eagle.data.annotations.mixture import Dataset, line_bounds, read_recipe
+from megatron_eagle.data.annotations import unknown_keys
+from megatron_eagle.data.annotations.mixture import Dataset, read_recipe
+from megatron_eagle.data.annotations.records import RecordSource, open_records
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
 from megatron_eagle.data.preparation.processor import PreprocessSettings, Task
@@ -59,28 +61,37 @@ class Execution:
 
 @dataclass(frozen=True)
 class _Input:
-    """The lines of a recipe: byte offsets of each file's lines, and how often each line is taken."""
+    """The records of a recipe, called lines whatever they are, and how often each is taken."""
 
     datasets: list[Dataset]
-    bounds: list[np.ndarray]
+    records: list[RecordSource]
     copies: list[np.ndarray]
 
     def taken(self) -> list[tuple[int, int]]:
         """(data set, 0-based line) of every line that is taken at least once, in order."""
         return [(i, line) for i, count in enumerate(self.copies) for line in np.flatnonzero(count).tolist()]
 
-    def read(self, lines: list[tuple[int, int]]) -> list[Task]:
-        """The bytes of some lines."""
-        tasks = []
-        for source, line in lines:
-            dataset, (start, end) = self.datasets[source], self.bounds[source][line : line + 2].tolist()
-            with dataset.annotation.open("rb") as file:
-                file.seek(start)
-                raw = file.read(end - start)
-            tasks.append(
-                Task(raw, source, str(dataset.annotation), line + 1, dataset.root, dataset.overrides)
-            )
-        return tasks
+    def chunks(self, lines: list[tuple[int, int]], size: int) -> Iterator[list[Task]]:
+        """Some lines with their bytes, `size` at a time; of all files one is open."""
+        current: int | None = None
+        for start in range(0, len(lines), size):
+            tasks = []
+            for source, line in lines[start : start + size]:
+                if current is not None and current != source:
+                    self.records[current].close()
+                current, dataset = source, self.datasets[source]
+                tasks.append(
+                    Task(
+                        self.records[source].read(line),
+                        source,
+                        str(dataset.annotation),
+                        line + 1,
+                        dataset.root,
+                        dataset.overrides,
+                        dataset.conventions,
+                    )
+                )
+            yield tasks
 
     def final_rows(self, sources: np.ndarray, lines: np.ndarray) -> np.ndarray | None:
         """Rows of the store as numbers of the rows with these sources and 1-based lines: a data set once,
@@ -112,12 +123,12 @@ def preprocess(
     if not execution.fresh and not left.exists() and is_current(output, manifest.input_key):
         print(f"{output} is up to date: same input and settings, media unchanged; --fresh makes it again")
         return read_manifest(output)
-    for dataset in datasets:
-        for key in dataset.ignored:
-            print(f'note: "{key}" of the recipe\'s entry "{dataset.name}" has no effect')
-    bounds = [line_bounds(dataset.annotation) for dataset in datasets]
-    copies = [dataset.copies(len(b) - 1) for dataset, b in zip(datasets, bounds, strict=True)]
-    source = _Input(datasets, bounds, copies)
+    for name, key in dict.fromkeys((dataset.name, key) for dataset in datasets for key in dataset.ignored):
+        print(f'note: "{key}" of the recipe\'s entry "{name}" has no effect')
+    records = [open_records(dataset.annotation) for dataset in datasets]
+    unknown_keys.check_first(datasets, records)
+    copies = [dataset.copies(len(r)) for dataset, r in zip(datasets, records, strict=True)]
+    source = _Input(datasets, records, copies)
     with _continued(output, left, manifest.input_key, execution.fresh) as journal:
         if journal.n_lines and not partial.exists() and _has_key(output, manifest.input_key):
             journal.remove()  # killed between the last rename and this
@@ -130,6 +141,8 @@ def preprocess(
         _write_tokens(source, partial, journal, settings, execution)
         _write_rest(source, partial, journal, settings, manifest)
         _replace(output, partial)
+        for line in unknown_keys.summary(journal.dropped, datasets):
+            print(line)
         journal.remove()
     return manifest
 
@@ -173,7 +186,7 @@ def _write_tokens(
         length: StoreWriter(partial / str(length), journal.n_tokens(length)) for length in settings.lengths
     }
     remaining = lines[journal.n_lines :]
-    chunks = (source.read(remaining[i : i + _CHUNK]) for i in range(0, len(remaining), _CHUNK))
+    chunks = source.chunks(remaining, _CHUNK)
     if execution.engine == "ray":
         available = ray_workers()
         workers = execution.workers or available

@@ -1,16 +1,18 @@
 """One annotation line into the rows of every length: read, probe, plan, render.  What each worker runs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from megatron_eagle.data.annotations.formats import read_sample
+from megatron_eagle.data.annotations.parsing import Conventions
 from megatron_eagle.data.media.documents import check_pages
 from megatron_eagle.data.media.exact import read_frames
-from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS
+from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS, image_size
+from megatron_eagle.data.media.source import file_metadata, fingerprint
 from megatron_eagle.data.sample import Document, DocumentRef, ImageRef, Sample, VideoRef
 from megatron_eagle.data.sampling.ads import MediaPlan, SamplingSettings, plan_media
 from megatron_eagle.data.sampling.iap import tile_count
@@ -70,7 +72,7 @@ class StoreRow:
 
 @dataclass(frozen=True)
 class Task:
-    """One line to be processed: its bytes, and where they come from."""
+    """One record to be processed: its bytes, and where they come from."""
 
     raw: bytes
     source: int
@@ -78,6 +80,7 @@ class Task:
     line: int
     root: str
     overrides: Mapping[str, float]
+    conventions: Conventions = field(default_factory=Conventions)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,12 @@ class SampleProcessor:
 
         try:
             sample = read_sample(
-                task.raw, root=task.root, file=task.file, line=task.line, overrides=task.overrides
+                task.raw,
+                root=task.root,
+                file=task.file,
+                line=task.line,
+                overrides=task.overrides,
+                conventions=task.conventions,
             )
             media = _Media(
                 [self._probe_image(path) for path in sample.images],
@@ -159,14 +167,17 @@ class SampleProcessor:
             [[page.demand(sampling) for page in pages] for pages in media.documents],
         )
 
-    @staticmethod
-    def _check_frames(videos: list[VideoMetadata], plans: list[MediaPlan]) -> None:
+    def _check_frames(self, videos: list[VideoMetadata], plans: list[MediaPlan]) -> None:
         """Decode every frame that some plan shows, so that training never meets one that cannot be.
 
         A file that cannot be read by seeking is marked in `videos`, so that training does not try.
         """
         for i, video in enumerate(videos):
             frames = sorted({frame for plan in plans for frame in plan.frames[i]})
+            if video.pictures:
+                for frame in frames:
+                    image_size(video.pictures[frame], max_pixels=self._settings.max_pixels)
+                continue
             reasons: list[str] = []
             for _ in read_frames(video.file.path, video.table.index.select(frames), reasons.append):
                 pass
@@ -273,11 +284,16 @@ def _image_plan(
 
 def _video_plan(video: VideoMetadata, frames: tuple[int, ...]) -> VideoPlan:
     index = video.table.index.select(frames)
+    if video.pictures:
+        name = video.name(frames)
+        file, mark = file_metadata(name), fingerprint(name)
+    else:
+        file, mark = video.file, index.fingerprint
     return VideoPlan(
-        path=video.file.path,
-        file_size=video.file.size,
-        mtime_ns=video.file.mtime_ns,
-        fingerprint=index.fingerprint,
+        path=file.path,
+        file_size=file.size,
+        mtime_ns=file.mtime_ns,
+        fingerprint=mark,
         stream=index.stream,
         rotation=index.rotation,
         time_base_num=index.time_base.numerator,

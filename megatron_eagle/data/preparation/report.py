@@ -30,13 +30,13 @@ def kept_of_datasets(folder: str | Path) -> list[DatasetKept]:
     found = []
     for length in manifest.lengths:
         store = SampleStore(folder, length)
-        source = np.asarray(store.column("source"))
+        source = np.asarray(manifest.dataset_of_source)[np.asarray(store.column("source"))]
         sums = {
             name: _sums(store, source, name)
             for name in ("n_frames", "frames_wanted", "n_tiles", "tiles_wanted")
         }
         pages_kept, pages_wanted = _pages(store, source)
-        for i, name in enumerate(manifest.names or manifest.sources):
+        for i, name in enumerate(manifest.datasets):
             frames = int(sums["n_frames"][i])
             found.append(
                 DatasetKept(
@@ -51,7 +51,7 @@ def kept_of_datasets(folder: str | Path) -> list[DatasetKept]:
 
 
 def _sums(store: SampleStore, source: np.ndarray, name: str) -> np.ndarray:
-    return np.bincount(source, np.asarray(store.column(name)), len(store.manifest.sources))
+    return np.bincount(source, np.asarray(store.column(name)), len(store.manifest.datasets))
 
 
 def _pages(store: SampleStore, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +61,7 @@ def _pages(store: SampleStore, source: np.ndarray) -> tuple[np.ndarray, np.ndarr
     plans = documents.flatten()
     shown = np.asarray(pc.list_value_length(pc.struct_field(plans, "pages")))
     total = np.asarray(pc.struct_field(plans, "n_pages"))
-    n = len(store.manifest.sources)
+    n = len(store.manifest.datasets)
     return np.bincount(owner, shown, n), np.bincount(owner, total, n)
 
 

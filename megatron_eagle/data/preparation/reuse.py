@@ -15,20 +15,28 @@ from megatron_eagle.data.store.reader import FORMAT_VERSION, SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
+READING = 2
+"""Goes up when records come to mean something else, so that stores made before are made again."""
+
 
 def cache_key(datasets: list[Dataset], settings: PreprocessSettings, tokenizer_fingerprint: str) -> str:
-    """SHA-256 over the input and all settings: annotation files by content, tokenizer, template, lengths,
-    sampling and tiling.
+    """SHA-256 over the input and all settings: annotation files by content and how they are read, tokenizer,
+    template, lengths, sampling and tiling.
     """
     sources = []
     for dataset in datasets:
         with dataset.annotation.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         overrides = dict(sorted(dataset.overrides.items()))
-        sources.append(
-            [dataset.name, str(dataset.annotation), content, dataset.root, dataset.repeat_time, overrides]
-        )
-    everything = {**asdict(settings), "tokenizer": tokenizer_fingerprint, "sources": sources}
+        taken = [dataset.repeat_time, dataset.strategy]
+        how = [dataset.root, *taken, overrides, asdict(dataset.conventions)]
+        sources.append([dataset.name, str(dataset.annotation), content, *how])
+    everything = {
+        **asdict(settings),
+        "tokenizer": tokenizer_fingerprint,
+        "sources": sources,
+        "reading": READING,
+    }
     return hashlib.sha256(json.dumps([FORMAT_VERSION, everything], sort_keys=True).encode()).hexdigest()
 
 

@@ -18,8 +18,10 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from megatron_eagle.data.annotations.formats import read_sample, replace_videos
+from megatron_eagle.data.annotations.formats import read_sample
 from megatron_eagle.data.annotations.mixture import Dataset, datasets_of
+from megatron_eagle.data.annotations.records import numbered, open_records
+from megatron_eagle.data.annotations.rewrite import as_line, replace_videos
 from megatron_eagle.data.media.source import file_metadata
 from megatron_eagle.data.media.transcode import TranscodeSettings, transcode_video
 from megatron_eagle.data.preparation.engines import in_processes
@@ -130,14 +132,21 @@ def _videos_of(datasets: list[Dataset]) -> list[str]:
 
 
 def _lines(dataset: Dataset) -> Iterator[tuple[bytes, list[str]]]:
-    """Each line and the videos that it names; none where it cannot be read."""
-    with dataset.annotation.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            try:
-                sample = read_sample(raw, root=dataset.root, file=str(dataset.annotation), line=number)
-                yield raw, [video.path for video in sample.videos]
-            except Problem:  # preprocessing will say so
-                yield raw, []
+    """Each record as a line, and the video files that it names; none where it cannot be read."""
+    source = open_records(dataset.annotation)
+    for number, raw in numbered(source):
+        line = raw if source.form.startswith("JSON lines") else as_line(raw)
+        try:
+            sample = read_sample(
+                raw,
+                root=dataset.root,
+                file=str(dataset.annotation),
+                line=number,
+                conventions=dataset.conventions,
+            )
+            yield line, [video.path for video in sample.videos if video.frames is None]
+        except Problem:  # preprocessing will say so
+            yield line, []
 
 
 def _videos_in(folder: Path, output: Path) -> list[str]:
@@ -196,13 +205,22 @@ def _transcode(settings: TranscodeSettings, log: Path, job: tuple[str, Path]) ->
 
 def _write_annotations(datasets: list[Dataset], targets: dict[str, str], output: Path) -> None:
     """Paths of videos become absolute; those of pictures stay relative to the root that they had."""
-    recipe = {}
+    recipe: dict[str, dict[str, Any]] = {}
     for dataset in datasets:
-        name = f"{quote(dataset.name, safe=' ').removesuffix('.jsonl')}.jsonl"
+        names = recipe.get(dataset.name, {}).get("annotation", [])
+        number = f"-{len(names) + 1}" if names else ""
+        name = f"{quote(dataset.name, safe=' ').removesuffix('.jsonl')}{number}.jsonl"
         with beside(output / name) as partial_file, partial_file.open("wb") as file:
             for raw, videos in _lines(dataset):
-                file.write(replace_videos(raw, dataset.root, targets) if videos else raw)
-        settings = {"repeat_time": dataset.repeat_time, **dataset.overrides}
-        recipe[dataset.name] = {"annotation": name, "root": dataset.root, **settings}
+                new = replace_videos(raw, dataset.root, targets, dataset.conventions) if videos else raw
+                file.write(new)
+        settings = {"repeat_time": dataset.repeat_time, **dataset.overrides, **_how(dataset)}
+        recipe[dataset.name] = {"annotation": [*names, name], "root": dataset.root, **settings}
     if recipe:
         write_whole(output / "recipe.json", json.dumps(recipe, indent=1) + "\n")
+
+
+def _how(dataset: Dataset) -> dict[str, Any]:
+    """What an entry says of how its records are read and chosen, where it says anything."""
+    said = {**asdict(dataset.conventions), "sampling_strategy": dataset.strategy}
+    return {key: value for key, value in said.items() if value and value != "all"}

@@ -8,10 +8,11 @@ import numpy as np
 
 from megatron_eagle.data.media.documents import page_sizes, pixel_size
 from megatron_eagle.data.media.frame_index import read_frame_table
+from megatron_eagle.data.media.frame_list import common_clock, frame_list_name
 from megatron_eagle.data.media.frame_table import FrameTable
 from megatron_eagle.data.media.images import image_size
 from megatron_eagle.data.media.source import FileMetadata, PageRef, file_metadata
-from megatron_eagle.data.sample import Document, VideoSource
+from megatron_eagle.data.sample import Document, FrameList, VideoSource
 from megatron_eagle.data.sampling.ads import ImageDemand, SamplingSettings, VideoDemand, wanted_frames
 from megatron_eagle.hf_model.clips import shown_seconds
 from megatron_eagle.problems import Problem
@@ -57,13 +58,23 @@ class PageMetadata:
 
 @dataclass(frozen=True)
 class VideoMetadata:
-    """A clip: its file, the file's frame table, the first and last frame number, its duration in seconds."""
+    """A clip: its file, the file's frame table, the first and last frame number, its duration in seconds.
+
+    Where frames are given one by one they are `pictures`, and `file` is their folder.
+    """
 
     file: FileMetadata
     table: FrameTable
     first: int
     last: int
     duration: Fraction
+    pictures: tuple[str, ...] = ()
+
+    def name(self, frames: Sequence[int]) -> str:
+        """What these frames are read from."""
+        if not self.pictures or not frames:
+            return self.file.path
+        return frame_list_name({number: self.pictures[number] for number in frames})
 
     def demand(self, settings: SamplingSettings) -> VideoDemand:
         """What the clip asks of the sampler."""
@@ -99,7 +110,8 @@ def probe_video(source: VideoSource) -> VideoMetadata:
     duration, or a second if the file does not say); that of a clip with both ends given is end - start.  All
     in exact rationals.  Raises `Problem`, also for a clip without frames.
     """
-    table = read_frame_table(source.path)
+    listed = source.frames
+    table = _list_table(source.path, listed) if listed else read_frame_table(source.path)
     n = len(table.pts)
     begin = int(table.pts[0]) * table.time_base
     span = (int(table.pts[-1]) - int(table.pts[0])) * table.time_base
@@ -117,4 +129,25 @@ def probe_video(source: VideoSource) -> VideoMetadata:
             raise Problem(
                 "empty clip", f"{source.path} shows no frame from {float(start):g} s to {float(end):g} s"
             )
-    return VideoMetadata(table.file, table, first, last, duration)
+    pictures = listed.pictures if listed else ()
+    return VideoMetadata(table.file, table, first, last, duration, pictures)
+
+
+def _list_table(folder: str, frames: FrameList) -> FrameTable:
+    """The frame table of pictures: each is a key frame.  Raises `Problem` if one is missing."""
+    for picture in frames.pictures:
+        file_metadata(picture)
+    time_base, times = common_clock(frames.times)
+    pts = np.array(times, np.int64)
+    return FrameTable(
+        file=FileMetadata(folder, 0, 0),
+        fingerprint=0,
+        stream=0,
+        rotation=0,
+        time_base=time_base,
+        open_gop=False,
+        linear_reason="",
+        pts=pts,
+        keyframes=pts,
+        last_duration=0,
+    )

@@ -100,11 +100,12 @@ class Template:
             yield Special(IM_START)
             text = f"{turn.role}\n"
             if turn.role == ASSISTANT:
-                answer += 1
+                answer += turn.learned
+                mark = answer if turn.learned else 0
                 [said] = turn.parts
                 assert isinstance(said, str), "an answer shows no media"
-                yield Text(text + said, answer, len(text))
-                yield Special(IM_END, answer)
+                yield Text(text + said, mark, len(text))
+                yield Special(IM_END, mark)
                 text = "\n"
                 continue
             for part in turn.parts:

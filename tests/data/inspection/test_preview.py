@@ -216,6 +216,8 @@ def test_lint_and_mix(path, tmp_path):
         [f"{tmp_path}/a.jsonl:2", "broken JSON"],
         [f"{tmp_path}/a.jsonl:3", "unreadable image"],
         [f"{tmp_path}/a.jsonl:5", "placeholder mismatch"],
+        [f"{tmp_path}/a.jsonl", "JSON lines, 5 records, read as LLaVA (3), ShareGPT (1)"],
+        [f"{tmp_path}/b.jsonl", "JSON lines, 5 records, read as LLaVA (5)"],
     ]
     assert lines[-1].startswith("10 lines, 3 with a problem; broken JSON: 1; placeholder mismatch: 1;")
     done = call_tool("preview_data", "lint", tmp_path / "a.jsonl", "--no-media")

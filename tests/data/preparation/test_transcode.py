@@ -13,7 +13,8 @@ import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 
-from megatron_eagle.data.annotations.formats import read_sample, replace_videos
+from megatron_eagle.data.annotations.formats import read_sample
+from megatron_eagle.data.annotations.rewrite import replace_videos
 from megatron_eagle.data.media import transcode as one
 from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.transcode import TranscodeSettings, transcode_video

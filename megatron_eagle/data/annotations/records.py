@@ -1,0 +1,218 @@
+"""The records of an annotation file, each by its number: JSON lines or one JSON array, plain or packed.
+
+A file is scanned once for where its records begin, in blocks; what is kept of it are 8 bytes a record.  A
+packed file is unpacked into a temporary one, which is gone when it is closed.
+"""
+
+import codecs
+import gzip
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_eagle.errors import UserError
+
+ANNOTATION_SUFFIXES = tuple(
+    f".{kind}{packing}" for kind in ("jsonl", "json", "ndjson") for packing in ("", ".gz", ".zst")
+)
+"""What names an annotation file where a folder is given."""
+_BLOCK = 1 << 22
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+# A whole string, or one character that matters; a quote alone begins a string that goes on.
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},"]', re.DOTALL)
+
+
+class RecordSource(Protocol):
+    """Records in their order.  Whatever holds them, a sample is named by its file and its number."""
+
+    form: str
+    """What the file is, in words."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> bytes:
+        """Record `number` (from 0) as JSON."""
+        ...
+
+    def close(self) -> None:
+        """Let the file go."""
+        ...
+
+
+class JsonFile:
+    """The records of a JSON file; open only while it is read.
+
+    Raises `UserError` if it cannot be read, or is no such file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: BinaryIO | None = None
+        file, packing = self._open()
+        try:
+            begin, first = _first_byte(file)
+            if first == b"[":
+                self.form = "JSON array"
+                self._bounds, self._gap = _array_bounds(file, begin, path), 1
+            elif first == b"{" and _first_line(file, begin) == b"{":
+                raise UserError(f"{path} is one JSON object; records are lines, or the elements of an array")
+            else:
+                self.form = "JSON lines"
+                self._bounds, self._gap = _line_bounds(file), 0
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        finally:
+            self.close()
+        self.form += f", {packing}" if packing else ""
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def read(self, number: int) -> bytes:
+        """The bytes of record `number` (from 0)."""
+        file = self._file or self._open()[0]
+        start, end = self._bounds[number : number + 2].tolist()
+        file.seek(start + self._gap)
+        return file.read(end - start - self._gap)
+
+    def close(self) -> None:
+        """Let the file go, until it is read again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> tuple[BinaryIO, str]:
+        """Open the file, unpacked; and how it is packed."""
+        try:
+            self._file, packing = _unpacked(self._path)
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            raise UserError(
+                f"cannot read {self._path}: {getattr(error, 'strerror', None) or error}"
+            ) from None
+        return self._file, packing
+
+
+def open_records(path: Path) -> RecordSource:
+    """The records of an annotation file, of whatever kind.  Raises `UserError`."""
+    return JsonFile(path)
+
+
+def numbered(source: RecordSource) -> Iterator[tuple[int, bytes]]:
+    """All records with their numbers, from 1."""
+    for number in range(len(source)):
+        yield number + 1, source.read(number)
+    source.close()
+
+
+def _unpacked(path: Path) -> tuple[BinaryIO, str]:
+    """The file, unpacked, and how it was packed."""
+    file = path.open("rb")
+    head = file.read(4)
+    file.seek(0)
+    packing = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+    if not packing:
+        return file, ""
+    # Not beside the annotations, where nobody may be allowed to write.
+    unpacked = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
+    try:
+        with file, _stream(file, packing) as stream:
+            shutil.copyfileobj(stream, unpacked, _BLOCK)
+    except BaseException:
+        unpacked.close()
+        raise
+    return unpacked, packing
+
+
+def _stream(file: BinaryIO, packing: str) -> BinaryIO:
+    stream = gzip.open(file) if packing == "gzip" else pa.input_stream(file, compression="zstd")  # noqa: SIM115
+    return cast(BinaryIO, stream)
+
+
+def _first_byte(file: BinaryIO) -> tuple[int, bytes]:
+    """Where the text begins, behind a byte order mark and white space, and its first byte."""
+    file.seek(0)
+    head = file.read(65536)
+    start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    begin = start + len(head[start:]) - len(head[start:].lstrip())
+    return begin, head[begin : begin + 1]
+
+
+def _first_line(file: BinaryIO, begin: int) -> bytes:
+    file.seek(begin)
+    return file.readline(_BLOCK).strip()
+
+
+def _line_bounds(file: BinaryIO) -> np.ndarray:
+    """Byte offsets of lines, int64 [lines + 1]: line i (from 0) ends where line i + 1 begins."""
+    parts = [np.zeros(1, np.int64)]
+    offset = file.seek(0)
+    while block := file.read(_BLOCK):
+        parts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + offset + 1)
+        offset += len(block)
+    bounds = np.concatenate(parts)
+    return bounds if bounds[-1] == offset else np.append(bounds, offset)
+
+
+def _array_bounds(file: BinaryIO, begin: int, path: Path) -> np.ndarray:
+    """Where an array opens, its commas are and it closes: int64 [n + 1].
+
+    Raises `UserError` for an array without an end, or with something behind it.
+    """
+    bounds = array("q", [begin])
+    offset = file.seek(begin)
+    rest, depth = b"", 0
+    while depth or offset == begin:
+        new = file.read(max(_BLOCK, len(rest)))
+        if not new:
+            raise UserError(
+                f"{path} is cut off or broken: its JSON array does not end; "
+                f"element {len(bounds)}, from byte {bounds[-1] + 1} on, is the last that is whole or broken"
+            )
+        block, rest = rest + new, b""
+        end = len(block)
+        for match in _TOKEN.finditer(block):
+            char = match[0]
+            if char == b",":
+                if depth == 1:
+                    bounds.append(offset + match.start())
+            elif char in b"[{":
+                depth += 1
+            elif char in b"]}":
+                depth -= 1
+                if not depth:
+                    end = match.end()
+                    bounds.append(offset + match.start())
+                    break
+            elif len(char) == 1:  # a string that goes on in the next block
+                end, rest = match.start(), block[match.start() :]
+                break
+        offset += end
+    file.seek(offset)
+    while block := file.read(_BLOCK):
+        if block.strip():
+            raise UserError(f"{path} has more text behind the end of its JSON array, at byte {offset}")
+    found = np.frombuffer(bounds, np.int64)
+    if len(found) == 2:
+        file.seek(begin + 1)
+        if not file.read(int(found[1]) - begin - 1).strip():
+            return found[:1]  # [] has no element
+    return found
+
+
+def is_annotation(path: Path) -> bool:
+    """Whether a file of a folder counts as annotations, by its name."""
+    hidden = path.name.startswith(".") or path.name in (
+        "dataset_info.json",
+        "dataset_infos.json",
+        "state.json",
+    )
+    return path.name.lower().endswith(ANNOTATION_SUFFIXES) and not hidden and os.path.isfile(path)
