@@ -11,8 +11,8 @@ from megatron_eagle.data.packing.index import read_packs
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.evaluation import count_batches
-from megatron_eagle.training.loop import choose_libraries
 from megatron_eagle.training.run_config import RunConfig
+from megatron_eagle.training.trainer import choose_libraries
 
 
 def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:

@@ -21,8 +21,8 @@ from megatron_eagle.checkpoint import TrainState, has_checkpoint, read_train_sta
 from megatron_eagle.config import apply_overrides, load_yaml, nearest
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.device import detect_device, process_group
-from megatron_eagle.training.loop import train
 from megatron_eagle.training.run_config import RunConfig, complete_run_config
+from megatron_eagle.training.trainer import train
 
 # Overrides of these change where all stages lie, not one stage's setting.
 _COMMON_PATHS = ("checkpoint.path", "checkpoint.load", "logging.path")

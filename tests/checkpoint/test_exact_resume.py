@@ -21,7 +21,7 @@ from megatron_eagle.checkpoint.manifest import write_manifest
 from megatron_eagle.data.loading.loader import PackLoader
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.model.eagle import EagleModel
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.resilience.policy import Preempted
 from megatron_eagle.training.run_config import load_run_config

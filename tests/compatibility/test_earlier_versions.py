@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.hf_model.grids import select_grid
-from megatron_eagle.training.loop import train
 from megatron_eagle.training.monitoring.metrics import (
     METRICS_FILE,
     EvaluationMetrics,
@@ -23,6 +22,7 @@ from megatron_eagle.training.monitoring.metrics import (
 )
 from megatron_eagle.training.monitoring.report import write_run_report
 from megatron_eagle.training.run_config import load_run_config
+from megatron_eagle.training.trainer import train
 from tests.compatibility.make_fixture import archive, place
 from tests.convert import ask_export
 

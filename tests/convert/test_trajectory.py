@@ -28,7 +28,7 @@ from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.data.loading.packs import no_tiles
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.data.store.reader import SampleStore
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.loss import weighted_loss
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.run_config import load_run_config

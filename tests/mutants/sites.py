@@ -27,7 +27,7 @@ ROOTS = {
 _PLUMBING = "megatron_eagle/runtime/megatron_cpu.py"
 _TESTS, _HERE = str(REPO / "tests"), str(Path(__file__).parent)
 # A chain of callers ends where the training step begins.
-_DRIVERS = ("megatron_eagle/training/loop.py", "megatron_eagle/training/schedule.py")
+_DRIVERS = ("megatron_eagle/training/trainer.py", "megatron_eagle/training/schedule.py")
 _CHECKPOINTS = "megatron_eagle/checkpoint/"
 SET_UP = "set-up"  # and whatever else is no part of a step
 

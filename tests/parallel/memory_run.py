@@ -83,7 +83,7 @@ def made_up_pack(eagle: EagleConfig, length: int, tiles: int, seed: int, documen
 
 
 def _step(eagle: EagleConfig, mesh: Mesh, models: list, optimizer, packs: list[dict]) -> None:
-    """As `training.loop` does it."""
+    """As `training.trainer` does it."""
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_eagle.config import to_dict
 from megatron_eagle.data.packing.index import write_packs
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.resilience import faults
 from megatron_eagle.training.run_config import load_run_config
 from tests.data.helpers import conversation, make_image, make_store, make_tokenizer, make_video

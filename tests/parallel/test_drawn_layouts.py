@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.stages import load_stages

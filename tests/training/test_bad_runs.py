@@ -16,7 +16,7 @@ from megatron_eagle.data.packing.index import read_packs, write_packs
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.device import detect_device
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.run_config import load_run_config
 from megatron_eagle.training.stages import load_stages

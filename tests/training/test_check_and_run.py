@@ -23,7 +23,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.parts import part_of
 from megatron_eagle.ranges import Ranged
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.optimizer import build_optimizer
 from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.run_config import RunConfig

@@ -11,7 +11,7 @@ from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.data.loading.packs import no_tiles
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.errors import UserError
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.evaluation import EvaluationConfig, HeldOut
 from megatron_eagle.training.monitoring.metrics import (
     EvaluationMetrics,

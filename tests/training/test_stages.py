@@ -19,7 +19,8 @@ from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training import loop, start
+from megatron_eagle.training import start
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.loss import weighted_loss
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.schedule import build_batch, plan_batch

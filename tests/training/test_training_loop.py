@@ -13,7 +13,7 @@ import yaml
 
 from megatron_eagle.checkpoint import saver
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.run_config import load_run_config
 from tests.parallel.harness import launch

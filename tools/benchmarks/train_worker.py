@@ -1,7 +1,7 @@
 """One rank of a measured training run: `train_worker.py JOB.json`, by itself or under torchrun.
 
 JOB.json: {"config": a run's settings, "mode": "pairs" or "split", "skip": steps to warm up, "result": FILE}.
-Both modes run `training.loop.train` itself; what they measure is put into the loop from outside.
+Both modes run `training.trainer.train` itself; what they measure is put into the loop from outside.
 
 pairs: between two iterations of the loop, on its own model and optimizer, the same microbatches go through
 Megatron's schedule and the optimizer alone. Both meet the same machine, and take turns in going first.
@@ -28,7 +28,7 @@ from benchmarks.step_clock import PARTS, StepClock, time_vision, timed_communica
 from megatron_eagle.data.loading.loader import PackLoader  # noqa: E402
 from megatron_eagle.model.eagle import EagleModel  # noqa: E402
 from megatron_eagle.model.inputs import InputPlan  # noqa: E402
-from megatron_eagle.training import loop  # noqa: E402
+from megatron_eagle.training import trainer as loop  # noqa: E402
 from megatron_eagle.training.loss import megatron_loss  # noqa: E402
 from megatron_eagle.training.run_config import complete_run_config  # noqa: E402
 from megatron_eagle.training.schedule import TrainingBatch, build_batch  # noqa: E402

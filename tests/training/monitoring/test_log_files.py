@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.files import AppendedFile, append_line, read_records, to_line, write_whole
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.heartbeat import Heartbeat, read_beats, status
 from megatron_eagle.training.monitoring.log_files import drop_repeated
 from megatron_eagle.training.monitoring.metrics import StepMetrics, read_events, read_metrics

@@ -11,7 +11,7 @@ import pytest
 from megatron_eagle.data.loading.packs import FailedMedium
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.metrics import read_events, read_metrics
 from megatron_eagle.training.resilience import faults
 from megatron_eagle.training.run_config import load_run_config

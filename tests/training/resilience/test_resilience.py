@@ -18,7 +18,7 @@ import pytest
 from megatron_eagle.checkpoint import checkpoint_folder, read_train_state, saving
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import loop
+from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.heartbeat import Beat, Heartbeat, describe_beats, read_beats
 from megatron_eagle.training.monitoring.metrics import read_events, read_metrics, read_steps
 from megatron_eagle.training.resilience import faults
