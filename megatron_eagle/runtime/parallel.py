@@ -150,8 +150,9 @@ class Mesh:
         return self.pp.rank == self.pp.size - 1 and (last if chunk is None else chunk) == last
 
     @property
-    def is_reporter(self) -> bool:
-        """True on one rank of each pipeline's last stage: tensor and context rank 0."""
+    def speaks_for_replica(self) -> bool:
+        """True on one rank of each replica of the model, for what all its ranks know and is to be counted
+        once: tensor and context rank 0 of the last pipeline stage."""
         return self.is_last_stage() and self.tp.rank == 0 and self.cp.rank == 0
 
 

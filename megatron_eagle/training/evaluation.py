@@ -6,6 +6,7 @@ sum of weights, whatever the layout; so are its parts by data set.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -17,6 +18,9 @@ from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import Mesh
 from megatron_eagle.training.monitoring.dataset_losses import DatasetLosses, count_datasets, read_datasets
+from megatron_eagle.training.monitoring.metrics import EvaluationMetrics
+from megatron_eagle.training.monitoring.observer import Observer, Step
+from megatron_eagle.training.resilience.failed_media import MediaPolicy
 from megatron_eagle.training.schedule import TrainingBatch, TrainingPack
 
 
@@ -81,6 +85,30 @@ class HeldOut:
         self._loader.close()
 
 
+@dataclass
+class Evaluation(Observer):
+    """Evaluates every `interval` iterations and after the last one; `forward` as for `evaluate`."""
+
+    held_out: HeldOut
+    interval: int
+    media: MediaPolicy
+    mesh: Mesh
+    device: torch.device
+    forward: Callable[[Sequence[TrainingPack]], Tensor]
+
+    def between_steps(self, step: Step, tell: Observer) -> None:
+        if not step.is_last and step.iteration % self.interval:
+            return
+        tell.phase(step.iteration, "evaluation")
+        read = partial(self.media.read, tell=tell, iteration=step.iteration, of="evaluation")
+        loss, datasets = evaluate(
+            self.held_out.batches(read), self.held_out.datasets, self.mesh, self.device, self.forward
+        )
+        tell.evaluation(
+            EvaluationMetrics(step.iteration, loss, datasets.loss, datasets.share, datasets.tokens)
+        )
+
+
 def evaluate(
     batches: Iterable[TrainingBatch],
     datasets: Sequence[str],
@@ -98,7 +126,7 @@ def evaluate(
         for batch in batches:
             losses += batch.total * forward(batch.microbatches)
             total += batch.total
-            if mesh.is_reporter:
+            if mesh.speaks_for_replica:
                 weights, tokens = count_datasets(batch.microbatches, len(datasets))
                 counts += torch.stack([batch.total * weights, tokens])
     sums = torch.cat([losses, counts.flatten().to(device)])

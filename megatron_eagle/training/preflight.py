@@ -12,7 +12,7 @@ from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.evaluation import count_batches
 from megatron_eagle.training.run_config import RunConfig
-from megatron_eagle.training.trainer import choose_libraries
+from megatron_eagle.training.setup import check_new_logs, choose_libraries
 
 
 def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:
@@ -21,12 +21,13 @@ def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:
 
     Raises `UserError` beyond what reading the configuration has found: no pack index for the run's length or
     one of other data, too few packs to evaluate on, a library that is not installed, a folder that cannot be
-    written.
+    written or that holds another run's logs.
     """
     return [line for config in configs for line in _check(config, processes)]
 
 
 def _check(config: RunConfig, processes: int) -> list[str]:
+    check_new_logs(config)
     data, training, parallel = config.data, config.training, config.parallel
     packs = len(read_packs(SampleStore(data.path, data.length)))
     if config.evaluation is not None:

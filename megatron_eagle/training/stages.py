@@ -13,7 +13,7 @@ stage before it, under whatever layout, with a fresh optimizer and schedule, at 
 import gc
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron_eagle.config import apply_overrides, load_yaml, nearest
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.device import detect_device, process_group
 from megatron_eagle.training.run_config import RunConfig, complete_run_config
-from megatron_eagle.training.trainer import train
+from megatron_eagle.training.train import train
 
 # Overrides of these change where all stages lie, not one stage's setting.
 _COMMON_PATHS = ("checkpoint.path", "checkpoint.load", "logging.path")
@@ -72,11 +72,19 @@ def stage_names(path: str | Path) -> list[str]:
     return _check_sections(sections, str(path))
 
 
-def train_stages(configs: Sequence[RunConfig]) -> TrainState:
+def train_stages(
+    configs: Sequence[RunConfig], train: Callable[[RunConfig], TrainState] = train
+) -> TrainState:
     """Run (or resume) stages in turn; the finished ones at the front are passed over. Collective.
 
-    Returns the state of the last stage that ran. A stage that is told to end early ends all.
-    Raises `UserError` as `train`.
+    A stage that is told to end early ends all.
+
+    Args:
+        train: what runs a stage.
+    Returns:
+        The state of the last stage that ran.
+    Raises:
+        UserError: as `train`.
     """
     while len(configs) > 1 and _finished(configs[0].checkpoint.path, configs[0].training.train_iterations):
         configs = configs[1:]

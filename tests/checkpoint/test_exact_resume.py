@@ -21,7 +21,7 @@ from megatron_eagle.checkpoint.manifest import write_manifest
 from megatron_eagle.data.loading.loader import PackLoader
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.model.eagle import EagleModel
-from megatron_eagle.training import trainer as loop
+from megatron_eagle.training import train as training
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.resilience.policy import Preempted
 from megatron_eagle.training.run_config import load_run_config
@@ -67,11 +67,10 @@ def train(config: str, world_size: int, overrides: list[str], watched: str, how:
 
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {"WATCHED": watched}))
-        stack.enter_context(patch.object(loop, "PackLoader", WatchedLoader))
         if how:
             stack.enter_context(patch.object(EagleModel, "forward", interrupted))
         try:
-            loop.train(run)
+            training.train(run, open_loader=WatchedLoader)
         except Preempted as stopped:
             return str(stopped)
     return ""

@@ -22,7 +22,7 @@ from megatron_eagle.training.monitoring.metrics import (
 )
 from megatron_eagle.training.monitoring.report import write_run_report
 from megatron_eagle.training.run_config import load_run_config
-from megatron_eagle.training.trainer import train
+from megatron_eagle.training.train import train
 from tests.compatibility.make_fixture import archive, place
 from tests.convert import ask_export
 

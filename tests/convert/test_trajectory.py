@@ -28,11 +28,11 @@ from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.data.loading.packs import no_tiles
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.data.store.reader import SampleStore
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.loss import weighted_loss
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.run_config import load_run_config
 from megatron_eagle.training.schedule import build_batch, plan_batch
+from megatron_eagle.training.train import train
 from tests.convert.hf_folder import TILE, read_weights, rewrite_weights, write_hf_folder
 from tests.data.helpers import conversation, make_image, make_store, read_media
 
@@ -162,7 +162,7 @@ class Case:
     def train_here(self, last: int = STEPS) -> Trajectory:
         run, export = self.folder / f"run{last}", self.folder / f"ours{last}"
         overrides = [f"checkpoint.path={run}", f"training.stop_at_iteration={last}"]
-        loop.train(load_run_config(self.config, overrides, world_size=1))
+        train(load_run_config(self.config, overrides, world_size=1))
         export_hf(run, export)
         lines = read_metrics(run / "logs" / "metrics.jsonl")
         curve = torch.tensor([(m.loss, m.grad_norm, m.lr) for m in lines], dtype=torch.float64)

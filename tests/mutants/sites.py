@@ -26,8 +26,12 @@ ROOTS = {
 # Of them, what only stands between a caller and torch.
 _PLUMBING = "megatron_eagle/runtime/megatron_cpu.py"
 _TESTS, _HERE = str(REPO / "tests"), str(Path(__file__).parent)
-# A chain of callers ends where the training step begins.
-_DRIVERS = ("megatron_eagle/training/trainer.py", "megatron_eagle/training/schedule.py")
+# A chain of callers ends where the training step begins, or what is built before it.
+_STEP = tuple(
+    f"megatron_eagle/training/{name}.py"
+    for name in ("trainer", "forward_backward", "schedule", "monitoring/observer")
+)
+_DRIVERS = (*_STEP, "megatron_eagle/training/setup.py", "megatron_eagle/training/train.py")
 _CHECKPOINTS = "megatron_eagle/checkpoint/"
 SET_UP = "set-up"  # and whatever else is no part of a step
 
@@ -61,7 +65,7 @@ def current_phase(frame: FrameType) -> str:
                 return "forward"
             if code.co_name != "__init__" and isinstance(owner, MegatronOptimizer | OptimizerParamScheduler):
                 return "optimizer step"
-            if file in _DRIVERS and code.co_name not in ("train", "_start", "_open_data", "_save"):
+            if file in _STEP:
                 return "step"
         frame = frame.f_back
     return SET_UP

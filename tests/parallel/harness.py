@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-PRELOAD = ["megatron_eagle.model.inputs", "megatron_eagle.training.trainer"]
+PRELOAD = ["megatron_eagle.model.inputs", "megatron_eagle.training.train"]
 
 
 def _rank_main(

@@ -9,9 +9,9 @@ import yaml
 
 from megatron_eagle.config import to_dict
 from megatron_eagle.data.packing.index import write_packs
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.resilience import faults
 from megatron_eagle.training.run_config import load_run_config
+from megatron_eagle.training.train import train
 from tests.data.helpers import conversation, make_image, make_store, make_tokenizer, make_video
 from tests.parallel.store_cells import model_for
 
@@ -70,7 +70,7 @@ def write_run(file: Path, store: Path, **sections: dict) -> None:
 
 
 def train_cells(file: str, world_size: int, cells: list[tuple[list[str], list[dict]]]) -> None:
-    """On each rank: `loop.train` for one cell's overrides and faults after the other's."""
+    """On each rank: `train` for one cell's overrides and faults after the other's."""
     for overrides, suffered in cells:
         with patch.dict(os.environ, {faults.VARIABLE: json.dumps(suffered)}):
-            loop.train(load_run_config(file, overrides, world_size=world_size))
+            train(load_run_config(file, overrides, world_size=world_size))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.stages import load_stages
+from megatron_eagle.training.train import train
 from tests.parallel.harness import launch
 from tests.training.picture_run import write_picture_run
 
@@ -101,7 +101,7 @@ def draw(seed: int) -> tuple[int, list[str], list[str]]:
 def train_rank(file: str, overrides: list[str], processes: int) -> None:
     """On each rank: one step."""
     with patch.object(os, "fsync", lambda _: None):
-        loop.train(*load_stages(file, overrides, world_size=processes))
+        train(*load_stages(file, overrides, world_size=processes))
 
 
 def step(run_file: Path, overrides: list[str], processes: int) -> tuple[float, float]:

@@ -16,10 +16,10 @@ from megatron_eagle.data.packing.index import read_packs, write_packs
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.device import detect_device
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.run_config import load_run_config
 from megatron_eagle.training.stages import load_stages
+from megatron_eagle.training.train import train
 from tests.data.helpers import conversation, make_store, make_tokenizer
 from tests.parallel.harness import launch
 from tests.training.test_training import train_main
@@ -44,7 +44,7 @@ def made(tmp_path_factory) -> Path:
         "logging": {"progress": False, "tensorboard": False},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(sections))
-    loop.train(load_run_config(folder / "run.yaml"))
+    train(load_run_config(folder / "run.yaml"))
     return folder
 
 
@@ -57,7 +57,7 @@ def refused(made, tmp_path):
         paths += [f"data.path={data}"] if data is not None else []
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError) as caught:
-            loop.train(load_run_config(made / "run.yaml", [*paths, *overrides], world_size=world_size))
+            train(load_run_config(made / "run.yaml", [*paths, *overrides], world_size=world_size))
         assert "\n" not in str(caught.value)
         assert sorted(tmp_path.rglob("*")) == before, "nothing was written"
         assert not torch.distributed.is_initialized()

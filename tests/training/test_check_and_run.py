@@ -11,23 +11,21 @@ import resource
 import shutil
 import signal
 from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from megatron_eagle.checkpoint import CheckpointSaver
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.parts import part_of
 from megatron_eagle.ranges import Ranged
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import trainer as loop
-from megatron_eagle.training.optimizer import build_optimizer
+from megatron_eagle.training.monitoring.observer import Observer
 from megatron_eagle.training.preflight import check_runs
 from megatron_eagle.training.run_config import RunConfig
+from megatron_eagle.training.saves import Saves
 from megatron_eagle.training.stages import load_stages
+from megatron_eagle.training.train import standard_observers, train
 from tests.training.monitoring.test_stragglers import Detector, installed  # noqa: F401 (a fixture)
 from tests.training.numeric_fields import NumericField, numeric_fields
 from tests.training.picture_run import LENGTH, LR, PACKS, TOKENS, write_picture_run
@@ -119,36 +117,39 @@ def check(run_file: Path, overrides: list[str]) -> RunConfig | str:
     return config
 
 
-class Step:
-    """Watches the first step of an optimizer: by part, squared gradient, and gradient times movement."""
+class Movement(Observer):
+    """Watches the first step of the optimizer: by part, squared gradient, and gradient times movement."""
 
     def __init__(self) -> None:
         self.squares, self.products = defaultdict(float), defaultdict(float)
+        self._before = {}
 
-    def build(self, config, models):
-        optimizer = build_optimizer(config, models)
-        take = optimizer.step
-        optimizer.step = lambda: self._watch(models, take)
-        return optimizer
-
-    def _watch(self, models, take):
-        trained = {
-            (i, name): p for i, m in enumerate(models) for name, p in m.named_parameters() if p.requires_grad
+    def observe(self, run, saves: bool):
+        """Looks on with those who always do, with or without the one who saves."""
+        self._trained = {
+            (i, name): p
+            for i, model in enumerate(run.models)
+            for name, p in model.named_parameters()
+            if p.requires_grad
         }
-        before = {key: (p.detach().clone(), p.main_grad.clone()) for key, p in trained.items()}
-        result = take()
-        for key, parameter in trained.items():
-            (value, grad), part = before[key], part_of(key[1], parameter)
+        others = [other for other in standard_observers(run) if saves or not isinstance(other, Saves)]
+        return [self, *others]
+
+    def phase(self, iteration, name):
+        if name == "optimizer":
+            self._before = {k: (p.detach().clone(), p.main_grad.clone()) for k, p in self._trained.items()}
+
+    def step_ended(self, step, tell):
+        for key, parameter in self._trained.items():
+            (value, grad), part = self._before[key], part_of(key[1], parameter)
             assert parameter.isfinite().all(), key
             self.squares[part] += grad.double().square().sum().item()
             self.products[part] += ((parameter.detach() - value).double() * grad.double()).sum().item()
-        return result
 
 
-def train(config: RunConfig, saves: bool) -> Step:
+def take_step(config: RunConfig, saves: bool) -> Movement:
     """One step of `run`, with its checkpoint or without; one that hangs or takes 2 GiB more is an error."""
-    watched = Step()
-    without = nullcontext() if saves else patch.object(CheckpointSaver, "save")
+    watched = Movement()
 
     def hangs(*_):
         raise TimeoutError("no step within 60 s")
@@ -156,8 +157,7 @@ def train(config: RunConfig, saves: bool) -> Step:
     peak, before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, signal.signal(signal.SIGALRM, hangs)
     signal.alarm(60)
     try:
-        with patch.object(loop, "build_optimizer", watched.build), without:
-            state = loop.train(config)
+        state = train(config, observe=lambda run: watched.observe(run, saves))
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -175,7 +175,7 @@ def stands_still(config: RunConfig, part: str) -> bool:
 
 
 def assert_trains(config: RunConfig, saves: bool = False) -> None:
-    step = train(config, saves)
+    step = take_step(config, saves)
     assert step.squares.keys() == set(config.optimizer.trainable)
     for part, square in step.squares.items():
         assert 0 < square < math.inf, f"{part} has no gradient"

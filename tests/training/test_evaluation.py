@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 
@@ -11,7 +10,6 @@ from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.data.loading.packs import no_tiles
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.errors import UserError
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.evaluation import EvaluationConfig, HeldOut
 from megatron_eagle.training.monitoring.metrics import (
     EvaluationMetrics,
@@ -19,7 +17,9 @@ from megatron_eagle.training.monitoring.metrics import (
     read_metrics,
     read_steps,
 )
+from megatron_eagle.training.monitoring.observer import Observer
 from megatron_eagle.training.run_config import load_run_config
+from megatron_eagle.training.train import standard_observers, train
 from tests.data.helpers import conversation, make_store, make_tokenizer
 from tests.parallel.harness import launch
 from tests.training.synthetic_data import SyntheticLoader, write_manifest
@@ -39,8 +39,17 @@ class HeldOutLoader(SyntheticLoader):
 
 
 def train_evaluating(config: str, world_size: int, overrides: list[str]) -> None:
-    with patch.object(loop, "PackLoader", HeldOutLoader):
-        loop.train(load_run_config(config, overrides, world_size=world_size))
+    train(load_run_config(config, overrides, world_size=world_size), open_loader=HeldOutLoader)
+
+
+class Heard(Observer):
+    """The evaluations that a run tells of."""
+
+    def __init__(self) -> None:
+        self.losses = []
+
+    def evaluation(self, metrics):
+        self.losses.append(metrics.evaluation_loss)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +88,13 @@ def test_the_evaluation_after_a_skipped_step_is_logged(tmp_path, capsys):
         "resilience.on_nonfinite=skip",
         "training.stop_at_iteration=3",
     ]
-    found, real = [], loop.evaluate
-    with patch.object(loop, "evaluate", lambda *arguments: found.append(real(*arguments)) or found[-1]):
-        train_evaluating(str(tmp_path / "run.yaml"), 1, overrides)
+    heard, config = Heard(), load_run_config(tmp_path / "run.yaml", overrides, world_size=1)
+    train(config, open_loader=HeldOutLoader, observe=lambda run: [heard, *standard_observers(run)])
     logs = tmp_path / "run" / "logs"
     first, second, evaluated = read_metrics(logs / "metrics.jsonl")
     assert [first.iteration, second.iteration, evaluated.iteration] == [1, 2, 3]
     assert isinstance(evaluated, EvaluationMetrics)
-    assert [loss for loss, _ in found] == [evaluated.evaluation_loss]
+    assert heard.losses == [evaluated.evaluation_loss]
     assert [json.loads(line)["event"] for line in (logs / "events.jsonl").open()] == ["skipped"]
     assert f"iteration 3: evaluation loss {evaluated.evaluation_loss:.4f}" in capsys.readouterr().err
 

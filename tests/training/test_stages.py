@@ -4,7 +4,6 @@ import gc
 import json
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,12 +18,11 @@ from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training import start
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.loss import weighted_loss
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.schedule import build_batch, plan_batch
 from megatron_eagle.training.stages import load_stages, train_stages
+from megatron_eagle.training.train import train
 from tests.parallel.harness import launch
 from tests.paths import REPO
 from tests.training.synthetic_data import LENGTH, SyntheticLoader, write_manifest
@@ -66,9 +64,13 @@ def file(tmp_path):
 
 
 class RecordingLoader(SyntheticLoader):
-    """Writes down which samples this rank trained on, and of which data. The stages' data differ."""
+    """Writes down which samples this rank trained on, and of which data. The stages' data differ.
+
+    Data are opened before a model is built: none may still be there from the stage before.
+    """
 
     def __init__(self, config, **settings):
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, EagleModel)]
         super().__init__(config, **settings)
         self._offset = 1000 if Path(config.path).name == "second" else 0
         self._file = Path(config.path).parent / f"samples_{torch.distributed.get_rank()}.jsonl"
@@ -80,16 +82,10 @@ class RecordingLoader(SyntheticLoader):
         return batch
 
 
-def build_alone(*arguments, **settings) -> list[EagleModel]:
-    """`build_model`, of whose models none may still be there from the stage before."""
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, EagleModel)]
-    return build_model(*arguments, **settings)
-
-
 def train_rank(file: str, overrides: list[str], stage: str | None) -> int:
     """On each rank: all stages, or one."""
-    with patch.object(loop, "PackLoader", RecordingLoader), patch.object(start, "build_model", build_alone):
-        return train_stages(load_stages(file, overrides, stage=stage, world_size=2)).iteration
+    configs = load_stages(file, overrides, stage=stage, world_size=2)
+    return train_stages(configs, partial(train, open_loader=RecordingLoader)).iteration
 
 
 def evaluate_handed_over(checkpoint: str, data: str) -> float:

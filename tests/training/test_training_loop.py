@@ -13,9 +13,9 @@ import yaml
 
 from megatron_eagle.checkpoint import saver
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.run_config import load_run_config
+from megatron_eagle.training.train import train
 from tests.parallel.harness import launch
 from tests.training.synthetic_data import LENGTH, SyntheticLoader, write_manifest
 
@@ -28,9 +28,9 @@ CONFIG = {
 
 
 def train_rank(config: str, world_size: int, overrides: list[str]) -> tuple[int, int]:
-    """On each rank: `loop.train` with the synthetic loader."""
-    with patch.object(loop, "PackLoader", SyntheticLoader):
-        state = loop.train(load_run_config(config, overrides, world_size=world_size))
+    """On each rank: `train` with the synthetic loader."""
+    run = load_run_config(config, overrides, world_size=world_size)
+    state = train(run, open_loader=SyntheticLoader)
     return state.iteration, state.consumed_packs
 
 

@@ -1,7 +1,7 @@
 """One rank of a measured training run: `train_worker.py JOB.json`, by itself or under torchrun.
 
 JOB.json: {"config": a run's settings, "mode": "pairs" or "split", "skip": steps to warm up, "result": FILE}.
-Both modes run `training.trainer.train` itself; what they measure is put into the loop from outside.
+Both modes run `training.train` itself, with a loader and an observer of their own.
 
 pairs: between two iterations of the loop, on its own model and optimizer, the same microbatches go through
 Megatron's schedule and the optimizer alone. Both meet the same machine, and take turns in going first.
@@ -12,11 +12,12 @@ import json
 import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,90 +27,73 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.step_clock import PARTS, StepClock, time_vision, timed_communication  # noqa: E402
 
 from megatron_eagle.data.loading.loader import PackLoader  # noqa: E402
-from megatron_eagle.model.eagle import EagleModel  # noqa: E402
+from megatron_eagle.model.eagle import EagleModel, ModelInput  # noqa: E402
 from megatron_eagle.model.inputs import InputPlan  # noqa: E402
-from megatron_eagle.training import trainer as loop  # noqa: E402
 from megatron_eagle.training.loss import megatron_loss  # noqa: E402
+from megatron_eagle.training.monitoring.observer import Observer, Step  # noqa: E402
 from megatron_eagle.training.run_config import complete_run_config  # noqa: E402
 from megatron_eagle.training.schedule import TrainingBatch, build_batch  # noqa: E402
+from megatron_eagle.training.setup import OpenLoader, Run  # noqa: E402
+from megatron_eagle.training.train import standard_observers, train  # noqa: E402
 
 
-class Probe:
-    """What the measured loop has built, and what is done when it asks for a batch."""
-
-    def __init__(self) -> None:
-        self.models, self.optimizer = [], None
-
-    def build_optimizer(self, config, models):
-        """In the place of the loop's: remembers what it builds."""
-        self.models, self.optimizer = models, _build_optimizer(config, models)
-        return self.optimizer
-
-    def loader(self, *arguments, **settings) -> PackLoader[InputPlan]:
-        """In the place of the loop's."""
-        loader = PackLoader(*arguments, **settings)
-        load = loader.step
-        loader.step = lambda consumed: self.batch(load, consumed)
-        return loader
-
-    def batch(self, load, consumed: int) -> TrainingBatch:
-        raise NotImplementedError
-
-
-_build_optimizer = loop.build_optimizer
-
-
-class Pairs(Probe):
+class Pairs(Observer):
     """Wall and CPU seconds of each iteration of the loop and of the bare schedule on the same batch."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()
         self._length = length
         self.loop: list[tuple[float, float]] = []
         self.bare: list[tuple[float, float]] = []
-        self._under_way: list[Any] = []  # inputs of the iteration that the loop is in
+        self._under_way: list[ModelInput] = []  # inputs of the iteration that the loop is in
         self._left: tuple[float, float] | None = None
 
-    def batch(self, load, consumed: int) -> TrainingBatch:
+    def begin(self, run: Run) -> None:
+        """The run is built."""
+        self._models, self._optimizer = run.models, run.optimizer
+        self._device = run.device.torch_device
+
+    def asked(self, load: Callable[[int], TrainingBatch], consumed: int) -> TrainingBatch:
+        """The loop asks for a batch, and gets that of `load`."""
         arrived = _now()
         if self._left is not None:
             self.loop.append(_since(self._left, arrived))
             if len(self.loop) % 2 == 0:
                 self._bare_step(self._under_way)
         batch = load(consumed)
-        device = next(self.models[0].parameters()).device
-        self._under_way = [build_batch(device, microbatch) for microbatch in batch.microbatches]
+        self._under_way = [build_batch(self._device, microbatch) for microbatch in batch.microbatches]
         if len(self.loop) % 2 == 0:
             self._bare_step(self._under_way)
         self._left = _now()
         return batch
 
-    def _bare_step(self, inputs: list[Any]) -> None:
+    def _bare_step(self, inputs: list[ModelInput]) -> None:
         started = _now()
-        for model in self.models:
+        for model in self._models:
             model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._optimizer.zero_grad()
 
-        def forward_step(iterator, model):
+        def forward_step(iterator: Iterator[ModelInput], model: torch.nn.Module) -> tuple[Any, Any]:
             mine = next(iterator)
-            return model(mine), lambda losses: megatron_loss(losses, mine.loss_weights)
+            weights = mine.loss_weights
+            assert weights is not None, "what is trained on has weights"
+            return model(mine), lambda losses: megatron_loss(losses, weights)
 
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(inputs),
-            model=self.models[0],
+            model=self._models[0],
             num_microbatches=len(inputs),
             seq_length=self._length,
             micro_batch_size=1,
             forward_only=False,
         )
-        self.optimizer.step()
+        self._optimizer.step()
         self.bare.append(_since(started, _now()))
 
-    def result(self, skip: int) -> dict[str, Any]:
+    def result(self, skip: int) -> dict[str, float]:
         """Medians, and of the loop's time over that of the bare schedule in the same pair."""
         pairs = list(zip(self.loop, self.bare, strict=False))[skip:]
-        found = {"pairs": len(pairs)}
+        found: dict[str, float] = {"pairs": len(pairs)}
         for i, kind in enumerate(("wall", "CPU")):
             found[f"loop, {kind} ms"] = 1000 * median(ours[i] for ours, _ in pairs)
             found[f"bare, {kind} ms"] = 1000 * median(bare[i] for _, bare in pairs)
@@ -117,37 +101,46 @@ class Pairs(Probe):
         return found
 
 
-class Split(Probe):
+class PairedLoader(PackLoader[InputPlan]):
+    """Tells `pairs` of every batch that the loop asks for."""
+
+    def __init__(self, pairs: Pairs, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._pairs = pairs
+
+    def step(self, consumed_packs: int) -> TrainingBatch:
+        return self._pairs.asked(super().step, consumed_packs)
+
+
+class Split(Observer):
     """Seconds of the loop's parts, from the first step after `skip` on."""
 
     def __init__(self, skip: int) -> None:
-        super().__init__()
         self.clock, self._skip, self._steps = StepClock(), skip, 0
 
-    def build_optimizer(self, config, models):
-        optimizer = super().build_optimizer(config, models)
-        models[0].config.timers = self.clock
-        for model in models:
+    def begin(self, run: Run) -> None:
+        """The run is built."""
+        run.models[0].config.timers = self.clock
+        for model in run.models:
             for module in model.modules():
                 if isinstance(module, EagleModel) and module.pre_process:
                     time_vision(self.clock, module)
-        step = optimizer.step
 
-        def timed_step():
-            with self.clock.section("optimizer"):
-                return step()
+    def phase(self, iteration: int, name: str) -> None:
+        if name == "data":
+            if self._steps == self._skip:
+                self.clock.restart()
+            self._steps += 1
+            self.clock.push("data")
+        elif name == "forward and backward":
+            self.clock.pop()
+        elif name == "optimizer":
+            self.clock.push("optimizer")
 
-        optimizer.step = timed_step
-        return optimizer
+    def step_ended(self, step: Step, tell: Observer) -> None:
+        self.clock.pop()
 
-    def batch(self, load, consumed: int) -> TrainingBatch:
-        if self._steps == self._skip:
-            self.clock.restart()
-        self._steps += 1
-        with self.clock.section("data"):
-            return load(consumed)
-
-    def result(self, skip: int) -> dict[str, Any]:
+    def result(self, skip: int) -> dict[str, float]:
         """Milliseconds a step, mean over steps and ranks."""
         seconds = self.clock.settle()
         steps = self._steps - skip
@@ -167,13 +160,21 @@ def _since(start: tuple[float, float], end: tuple[float, float]) -> tuple[float,
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     config = complete_run_config(job["config"])
-    probe = Pairs(config.data.length) if job["mode"] == "pairs" else Split(job["skip"])
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(loop, "PackLoader", probe.loader))
-        stack.enter_context(patch.object(loop, "build_optimizer", probe.build_optimizer))
-        if isinstance(probe, Split):
-            stack.enter_context(timed_communication(probe.clock))
-        loop.train(config)
+    probe: Pairs | Split
+    if job["mode"] == "pairs":
+        probe = pairs = Pairs(config.data.length)
+        open_loader: OpenLoader = partial(PairedLoader, pairs)
+        timed: AbstractContextManager[None] = nullcontext()
+    else:
+        probe = split = Split(job["skip"])
+        open_loader, timed = PackLoader, timed_communication(split.clock)
+
+    def observe(run: Run) -> list[Observer]:
+        probe.begin(run)
+        return [probe, *standard_observers(run)]  # hears of a step before those who always look on
+
+    with timed:
+        train(config, open_loader=open_loader, observe=observe)
     rank = os.environ.get("RANK", "0")
     Path(f"{job['result']}.{rank}").write_text(json.dumps(probe.result(job["skip"])))
 

@@ -18,9 +18,11 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, read_records, write_whole
+from megatron_eagle.training.monitoring.observer import Observer
 
 HEARTBEATS, REPORT = "heartbeat", "hang.txt"
 # Of a job that ended itself because it hung (EX_SOFTWARE of sysexits.h).
@@ -47,7 +49,7 @@ class Beat:
         return self.iteration, PHASES.index(self.phase)
 
 
-class Heartbeat:
+class Heartbeat(Observer):
     """Writes this rank's file while it is entered; `phase` says where the training thread stands.
 
     After `hang_seconds` without a new phase the first rank that is still alive writes the report and prints
@@ -62,20 +64,20 @@ class Heartbeat:
         self._reported: float | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        if not seconds:
-            return
+
+    def __enter__(self) -> Self:
+        """Raises `UserError` for a folder that cannot be written."""
+        if not self._seconds:
+            return self
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if rank == 0:
+            if self._rank == 0:
                 for file in self._folder.glob("rank_*.json"):
                     if time.time() - file.stat().st_mtime > 60:  # of an earlier, perhaps larger job
                         file.unlink()
         except OSError as error:
             raise UserError(f"{self._folder}: cannot write heartbeats here: {error.strerror}") from error
-
-    def __enter__(self) -> "Heartbeat":
-        if self._seconds:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:

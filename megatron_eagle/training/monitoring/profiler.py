@@ -14,6 +14,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_eagle.ranges import Range, Ranged
+from megatron_eagle.training.monitoring.observer import Observer, Step
 
 PROFILES = "profile"
 # Megatron's schedules name the parts of a step to their timers; the others keep Megatron's names.
@@ -37,9 +38,10 @@ class ProfileConfig(Ranged):
             raise ValueError("ranks is empty: name at least one, from 0 on")
 
 
-class StepProfiler:
-    """Runs the profiler where `config` asks for it, between `begin` and `end` of an iteration. Left early, by
-    an error or because the run is over, it writes what it has."""
+class StepProfiler(Observer):
+    """Runs the profiler where `config` asks for it, from the begin to the end of an iteration. Left early, by
+    an error or because the run is over, it writes what it has. A trace is named after its first iteration, so
+    that another window of the same run, after a resume, keeps it."""
 
     def __init__(
         self, config: ProfileConfig | None, logs: Path, rank: int, schedule: ModelParallelConfig
@@ -48,33 +50,30 @@ class StepProfiler:
         self._config = config if config is not None and rank in config.ranks else None
         self._logs, self._rank, self._schedule = logs, rank, schedule
         self._profile: profile | None = None
-
-    def __enter__(self) -> "StepProfiler":
-        return self
+        self._first = 0
 
     def __exit__(self, *exception: object) -> None:
         self._finish()
 
-    def begin(self, iteration: int) -> None:
+    def step_begins(self, iteration: int) -> None:
         """Start, if the window starts with this iteration (or was missed, by a resume inside it)."""
         config = self._config
         inside = config is not None and config.start <= iteration < config.start + config.steps
         if inside and self._profile is None:
-            self._start()
+            self._start(iteration)
 
-    def end(self, iteration: int) -> None:
+    def step_ended(self, step: Step, tell: Observer) -> None:
         """Write the trace, if the window ends with this iteration."""
         config = self._config
-        ends = config is not None and iteration >= config.start + config.steps - 1
-        if self._profile is not None and ends:
+        if config is not None and step.iteration >= config.start + config.steps - 1:
             self._finish()
 
-    def _start(self) -> None:
+    def _start(self, iteration: int) -> None:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self._schedule.timers = RangeTimers()
-        self._profile = profile(activities=activities)
+        self._first, self._profile = iteration, profile(activities=activities)
         self._profile.start()
 
     def _finish(self) -> None:
@@ -85,7 +84,8 @@ class StepProfiler:
         folder = self._logs / PROFILES
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._profile.export_chrome_trace(str(folder / f"rank_{self._rank:05d}.json.gz"))
+            name = f"iter_{self._first:07d}_rank_{self._rank:05d}.json.gz"
+            self._profile.export_chrome_trace(str(folder / name))
         except (OSError, RuntimeError) as error:  # a full disk must not end the run
             print(f"warning: {folder}: the trace could not be written: {error}", file=sys.stderr)
         self._profile = None

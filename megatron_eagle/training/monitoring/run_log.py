@@ -6,7 +6,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from tqdm import tqdm
 
@@ -20,6 +20,7 @@ from megatron_eagle.training.monitoring.metrics import (
     EvaluationMetrics,
     StepMetrics,
 )
+from megatron_eagle.training.monitoring.observer import Observer
 from megatron_eagle.training.monitoring.profiler import ProfileConfig
 
 # Goes before the names in TensorBoard and W&B, which group curves by it.
@@ -103,8 +104,8 @@ class WandbRun:
         self._run.finish()
 
 
-class RunLog:
-    """Writes metrics and events everywhere they are looked at. Entered on every rank, active on rank 0.
+class RunLog(Observer):
+    """Writes metrics and events everywhere they are looked at. Open on every rank, active on rank 0.
 
     A resumed run appends; only lines of iterations that it is about to repeat are dropped. A disk that is
     full when the run starts is a `UserError`; later on training goes on, see `log_files.Sink`.
@@ -113,41 +114,51 @@ class RunLog:
     def __init__(
         self, config: LoggingConfig, folder: Path, *, active: bool, iteration: int, last_iteration: int
     ) -> None:
-        self._active = active
-        if not active:
-            return
+        self._config, self._folder, self._active = config, folder, active
+        self._iteration, self._last = iteration, last_iteration
         self._sinks: dict[str, Sink[Any]] = {}
         self._close = ExitStack()
-        self._bar = tqdm(
-            total=last_iteration,
-            initial=iteration,
-            unit="step",
-            desc="train",
-            disable=not config.progress,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS_FILE, EVENTS_FILE):
-                if unreadable := drop_repeated(folder / name, iteration):
-                    self.message(f"warning: {folder / name}: {unreadable} lines are damaged; they are kept")
-                self._add_sink(name, AppendedFile(folder / name))
-            if config.tensorboard:
-                self._add_sink(TENSORBOARD, TensorBoardFile(folder / "tensorboard", iteration + 1))
-            if config.wandb is not None:
-                self._add_sink(WANDB, WandbRun(config.wandb, folder))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"{folder}: cannot write the logs here: {reason}; nothing of them is lost"
-            ) from error
 
-    def _add_sink(self, name: str, file: AppendedFile | TensorBoardFile | WandbRun) -> None:
-        self._sinks[name] = Sink(name, file.write, self.message)
-        self._close.callback(file.close)
-
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> Self:
+        if not self._active:
+            return self
+        with ExitStack() as opened:
+            self._bar = opened.enter_context(
+                tqdm(
+                    total=self._last,
+                    initial=self._iteration,
+                    unit="step",
+                    desc="train",
+                    disable=not self._config.progress,
+                    mininterval=0.1 if sys.stderr.isatty() else 10,
+                )
+            )
+            try:
+                self._open_sinks(opened)
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(
+                    f"{self._folder}: cannot write the logs here: {reason}; nothing of them is lost"
+                ) from error
+            self._close = opened.pop_all()
         return self
+
+    def _open_sinks(self, opened: ExitStack) -> None:
+        config, folder, iteration = self._config, self._folder, self._iteration
+
+        def add(name: str, file: AppendedFile | TensorBoardFile | WandbRun) -> None:
+            opened.callback(file.close)
+            self._sinks[name] = Sink(name, file.write, self.message)
+
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, EVENTS_FILE):
+            if unreadable := drop_repeated(folder / name, iteration):
+                self.message(f"warning: {folder / name}: {unreadable} lines are damaged; they are kept")
+            add(name, AppendedFile(folder / name))
+        if config.tensorboard:
+            add(TENSORBOARD, TensorBoardFile(folder / "tensorboard", iteration + 1))
+        if config.wandb is not None:
+            add(WANDB, WandbRun(config.wandb, folder))
 
     def __exit__(self, *exception: object) -> None:
         if not self._active:
@@ -155,8 +166,6 @@ class RunLog:
         for name, sink in self._sinks.items():
             if lost := sink.flush():
                 self.message(f"warning: {name} ends without the last {lost} records of this run")
-        with suppress(OSError):
-            self._bar.close()
         with suppress(OSError):
             self._close.close()
 

@@ -7,9 +7,8 @@ import torch
 
 from megatron_eagle.data.loading.identity import DataIdentity
 from megatron_eagle.runtime.gpus import known_gpu
-from megatron_eagle.training.monitoring.dataset_losses import DatasetLosses
 from megatron_eagle.training.monitoring.metrics import StepMetrics
-from megatron_eagle.training.monitoring.step_totals import StepTotals
+from megatron_eagle.training.monitoring.observer import Observer, Step
 
 _GIB = 2**30
 
@@ -37,7 +36,7 @@ def choose_peak(stated: float | None, precision: str, device: torch.device) -> P
     torch.distributed.all_gather_object(names, torch.cuda.get_device_name(device))
     gpus = {name: known_gpu(name) for name in names}
     peaks = {name: gpu.peak for name, gpu in gpus.items() if gpu is not None}
-    unknown = [name for name in gpus if name not in peaks]
+    unknown = [name for name in names if name not in peaks]
     if unknown:
         reason = f"no MFU: the peak of {unknown[0]!r} is not known (runtime/gpus.py); {advice}"
         return PeakChoice(None, reason)
@@ -45,80 +44,83 @@ def choose_peak(stated: float | None, precision: str, device: torch.device) -> P
     return PeakChoice(mean, f"MFU: of {mean:g} TFLOP/s, dense bf16 of {' and '.join(peaks)} (datasheet)")
 
 
-def measure(
-    totals: StepTotals,
-    datasets: DatasetLosses,
-    device: torch.device,
-    *,
-    peak_tflops: float | None,
-    iteration: int,
-    loss: float,
-    grad_norm: float,
-    lr: float,
-    tokens: int,
-    seconds: float,
-    data_seconds: float,
-    first_pack: int,
-    packs: int,
-    data: DataIdentity,
-) -> StepMetrics:
-    """Collective: memory and `data_seconds` become those of the rank that has most.
+class StepMeter(Observer):
+    """Tells the numbers of every step that was not skipped."""
 
-    `tokens` counts the padding of the global batch too, `seconds` the whole step. The peak of device memory
-    is counted anew from here.
-    """
-    cuda = device.type == "cuda"
-    most = torch.tensor(
-        [
-            data_seconds,
-            psutil.Process().memory_info().rss / _GIB,
-            torch.cuda.max_memory_allocated(device) / _GIB if cuda else 0.0,
-        ],
-        dtype=torch.float64,
-        device=device,
-    )
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    data_seconds, host_memory, device_memory = most.tolist()
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        peak_tflops: float | None,
+        packs: int,
+        length: int,
+        data: DataIdentity,
+    ) -> None:
+        """A step reads `packs` packs of `length` tokens."""
+        self._device, self._peak_tflops, self._data = device, peak_tflops, data
+        self._packs, self._length = packs, length
 
-    processes = torch.distributed.get_world_size()
-    vision, language = (
-        flops / processes / seconds / 1e12 for flops in (totals.flops_vision, totals.flops_language)
-    )
+    def step_ended(self, step: Step, tell: Observer) -> None:
+        if step.grad_norm is not None:
+            tell.step(self._measure(step, step.grad_norm))
 
-    def share_of_peak(tflops: float) -> float | None:
-        return tflops / peak_tflops if peak_tflops else None
+    def _measure(self, step: Step, grad_norm: float) -> StepMetrics:
+        """Collective: memory and `data_seconds` become those of the rank that has most.
 
-    return StepMetrics(
-        iteration=iteration,
-        loss=loss,
-        grad_norm=grad_norm,
-        lr=lr,
-        tokens=tokens,
-        seconds=seconds,
-        tflops=vision + language,
-        mfu=share_of_peak(vision + language),
-        data_seconds=data_seconds,
-        mfu_vision=share_of_peak(vision),
-        mfu_language=share_of_peak(language),
-        packing=totals.tokens / tokens,
-        samples=totals.samples,
-        frames=totals.frames,
-        frames_wanted=totals.frames_wanted,
-        tiles=totals.tiles,
-        tiles_wanted=totals.tiles_wanted,
-        device_memory_gib=device_memory if cuda else None,
-        host_memory_gib=host_memory,
-        samples_by_length=_shares(totals.samples_by_length),
-        tokens_by_length=_shares(totals.tokens_by_length),
-        loss_by_dataset=datasets.loss,
-        share_by_dataset=datasets.share,
-        tokens_by_dataset=datasets.tokens,
-        first_pack=first_pack,
-        packs=packs,
-        data=data.to_dict(),
-    )
+        The peak of device memory is counted anew from here.
+        """
+        device, cuda = self._device, self._device.type == "cuda"
+        most = torch.tensor(
+            [
+                step.data_seconds,
+                psutil.Process().memory_info().rss / _GIB,
+                torch.cuda.max_memory_allocated(device) / _GIB if cuda else 0.0,
+            ],
+            dtype=torch.float64,
+            device=device,
+        )
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        data_seconds, host_memory, device_memory = most.tolist()
+
+        totals, processes = step.totals, torch.distributed.get_world_size()
+        tokens = self._packs * self._length  # padding included
+        vision, language = (
+            flops / processes / step.seconds / 1e12 for flops in (totals.flops_vision, totals.flops_language)
+        )
+        return StepMetrics(
+            iteration=step.iteration,
+            loss=step.loss,
+            grad_norm=grad_norm,
+            lr=step.lr,
+            tokens=tokens,
+            seconds=step.seconds,
+            tflops=vision + language,
+            mfu=self._share_of_peak(vision + language),
+            data_seconds=data_seconds,
+            mfu_vision=self._share_of_peak(vision),
+            mfu_language=self._share_of_peak(language),
+            packing=totals.tokens / tokens,
+            samples=totals.samples,
+            frames=totals.frames,
+            frames_wanted=totals.frames_wanted,
+            tiles=totals.tiles,
+            tiles_wanted=totals.tiles_wanted,
+            device_memory_gib=device_memory if cuda else None,
+            host_memory_gib=host_memory,
+            samples_by_length=_shares(totals.samples_by_length),
+            tokens_by_length=_shares(totals.tokens_by_length),
+            loss_by_dataset=step.datasets.loss,
+            share_by_dataset=step.datasets.share,
+            tokens_by_dataset=step.datasets.tokens,
+            first_pack=step.first_pack,
+            packs=self._packs,
+            data=self._data.to_dict(),
+        )
+
+    def _share_of_peak(self, tflops: float) -> float | None:
+        return tflops / self._peak_tflops if self._peak_tflops else None
 
 
 def _shares(counts: dict[str, int]) -> dict[str, float]:

@@ -7,16 +7,16 @@ is an event. Its in-job and in-process restarts are not used: see docs/training.
 
 import importlib
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training.monitoring.run_log import RunLog
+from megatron_eagle.training.monitoring.observer import Observer, Step
 
 
 @dataclass
@@ -36,8 +36,12 @@ class StragglerConfig(Ranged):
             )
 
 
-class Stragglers:
-    """Times sections of the step while it is entered; does nothing without a configuration.
+# Phases of a step that are timed, and whether the CUDA kernels that it launches are timed one by one.
+_TIMED = {"data": False, "forward and backward": True}
+
+
+class Stragglers(Observer):
+    """Times phases of the step while it is open; does nothing without a configuration.
 
     Entering raises `AgreedError` on a machine without CUDA's CUPTI, which times kernels.
     """
@@ -45,8 +49,9 @@ class Stragglers:
     def __init__(self, config: StragglerConfig | None) -> None:
         self._config = config
         self._detector: Any = None
+        self._phase = ExitStack()
 
-    def __enter__(self) -> "Stragglers":
+    def __enter__(self) -> Self:
         if self._config is not None:
             try:
                 importlib.import_module("nvrx_cupti_module")
@@ -64,20 +69,19 @@ class Stragglers:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._phase.close()
         if self._detector is not None:
             self._detector.shutdown()
             self._detector = None
 
-    def section(self, name: str, *, kernels: bool = False) -> AbstractContextManager[Any]:
-        """Time what runs inside; `kernels`: also each CUDA kernel that it launches."""
-        if self._detector is None:
-            return nullcontext()
-        timed: AbstractContextManager[Any] = self._detector.detection_section(name, profile_cuda=kernels)
-        return timed
+    def phase(self, iteration: int, name: str) -> None:
+        self._phase.close()
+        if self._detector is not None and name in _TIMED:
+            self._phase.enter_context(self._detector.detection_section(name, profile_cuda=_TIMED[name]))
 
-    def report(self, iteration: int, log: RunLog) -> None:
-        """After each iteration: where the interval has passed, compare and log the stragglers. Collective."""
-        if self._detector is None or self._config is None:
+    def step_ended(self, step: Step, tell: Observer) -> None:
+        """Where the interval has passed, compare and tell the stragglers. Collective."""
+        if self._config is None or self._detector is None:
             return
         report = self._detector.generate_report_if_interval_elapsed()
         if report is None or torch.distributed.get_rank() != 0:
@@ -95,4 +99,4 @@ class Stragglers:
             for what, ranks in slow.items():
                 for straggler in sorted(ranks, key=lambda s: s.rank):
                     reason = f"rank {straggler.rank} on {straggler.node} is slower {words}: {what}"
-                    log.event(iteration, "straggler", reason, rank=straggler.rank)
+                    tell.event(step.iteration, "straggler", reason, rank=straggler.rank)

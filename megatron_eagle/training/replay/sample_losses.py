@@ -106,7 +106,7 @@ def gradient_norm(models: Sequence[DistributedDataParallel], mesh: Mesh) -> floa
 def gather_norms(norms: dict[int, float], n_samples: int, mesh: Mesh, device: torch.device) -> list[float]:
     """Every rank's norms by number of the sample. Collective."""
     found = torch.zeros(n_samples, dtype=torch.float64, device=device)
-    if mesh.is_reporter:
+    if mesh.speaks_for_replica:
         found[list(norms)] = torch.tensor(list(norms.values()), dtype=torch.float64, device=device)
     torch.distributed.all_reduce(found)
     return found.tolist()

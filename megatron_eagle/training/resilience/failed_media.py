@@ -6,6 +6,7 @@ weights out of the loss, also those that read no media, and the loss is that of 
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,11 +16,37 @@ from megatron_eagle.data.loading.loader import PackLoader
 from megatron_eagle.data.loading.packs import FailedMedium, GlobalBatch, P
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError, raise_together
+from megatron_eagle.training.monitoring.observer import Observer
 
 
 def host_group() -> dist.ProcessGroup | None:
     """A group of all ranks for tensors on the host; None: the default group is one. Collective."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """What a run does about media that fail."""
+
+    on_error: Literal["error", "skip"]
+    group: dist.ProcessGroup | None  # of `host_group`
+
+    def read(
+        self,
+        loader: PackLoader[P],
+        first_pack: int,
+        tell: Observer,
+        iteration: int,
+        of: Literal["training", "evaluation"],
+        *,
+        injected: Sequence[int] = (),
+    ) -> GlobalBatch[P]:
+        """A global batch without the samples whose media fail; these are events. As `next_batch`."""
+        batch, failed = next_batch(loader, first_pack, self.on_error, self.group, injected)
+        for number, medium in failed.items():
+            where = {"row": medium.row, "path": medium.path, "sample": number, "of": of}
+            tell.event(iteration, "failed_media", describe_failure(medium), **where)
+        return batch
 
 
 def next_batch(

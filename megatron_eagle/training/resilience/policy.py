@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.training.monitoring.stragglers import StragglerConfig
@@ -47,6 +47,16 @@ class ResilienceConfig(Ranged):
             raise ValueError("abort_on_hang needs the heartbeat, which finds hangs: heartbeat_seconds is 0")
 
 
+class Verdict(NamedTuple):
+    """What becomes of a step, and why."""
+
+    action: Literal["go", "skip", "stop"]
+    reason: str = ""
+
+
+GO = Verdict("go")
+
+
 class Preempted(Exception):
     """The run was told to stop by a signal; its checkpoint is saved. Not an error: it wants to run again."""
 
@@ -84,25 +94,25 @@ class LossGuard:
         """The losses that a spike is measured against, oldest first."""
         return list(self._recent)
 
-    def judge(self, name: str, value: float) -> tuple[Literal["go", "skip", "stop"], str]:
-        """What to do about a `loss` or `gradient norm`, and why."""
-        config, reason = self._config, ""
+    def judge(self, name: Literal["loss", "gradient norm"], value: float) -> Verdict:
+        """What to do about a step with this value."""
+        config = self._config
         if not math.isfinite(value):
-            action, reason = config.on_nonfinite, f"the {name} is {value}"
-        elif name == "loss" and config.on_spike != "ignore" and self._is_spike(value):
+            reason = f"the {name} is {value}"
+            return self.skip(reason) if config.on_nonfinite == "skip" else Verdict("stop", reason)
+        if name == "loss" and config.on_spike != "ignore" and self._is_spike(value):
             median = statistics.median(self._recent)
-            action = config.on_spike
             reason = f"the loss {value:.4f} is above {config.spike_factor:g} times the recent {median:.4f}"
-        else:
-            return "go", ""
-        return self.skip(reason) if action == "skip" else (action, reason)
+            return self.skip(reason) if config.on_spike == "skip" else Verdict("stop", reason)
+        return GO
 
-    def skip(self, reason: str) -> tuple[Literal["skip", "stop"], str]:
+    def skip(self, reason: str) -> Verdict:
         """A step is left out for this reason, unless too many have been."""
         self._skips += 1
         if self._skips > self._config.max_consecutive_skips:
-            return "stop", f"{reason}, after {self._config.max_consecutive_skips} skipped steps in a row"
-        return "skip", reason
+            end = f"{reason}, after {self._config.max_consecutive_skips} skipped steps in a row"
+            return Verdict("stop", end)
+        return Verdict("skip", reason)
 
     def accept(self, loss: float) -> None:
         """The step with this loss was taken."""

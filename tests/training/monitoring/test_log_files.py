@@ -4,7 +4,6 @@ import resource
 import time
 from dataclasses import asdict
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,12 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_eagle.errors import UserError, run_cli
 from megatron_eagle.files import AppendedFile, append_line, read_records, to_line, write_whole
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.heartbeat import Heartbeat, read_beats, status
 from megatron_eagle.training.monitoring.log_files import drop_repeated
 from megatron_eagle.training.monitoring.metrics import StepMetrics, read_events, read_metrics
+from megatron_eagle.training.monitoring.observer import Observer
 from megatron_eagle.training.monitoring.run_log import LoggingConfig, RunLog, WandbConfig
 from megatron_eagle.training.run_config import load_run_config
+from megatron_eagle.training.train import standard_observers, train
 from tests.full_disk import full_disk
 from tests.parallel.harness import launch
 from tests.training.synthetic_data import SyntheticLoader
@@ -55,8 +55,9 @@ def test_only_repeated_and_cut_off_lines_go(tmp_path, capsys):
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_bytes(lines[3])  # the last line, but not cut
     assert drop_repeated(damaged, 9) == 1 and damaged.read_bytes() == lines[3]
-    with full_disk(), pytest.raises(UserError, match="File too large; nothing of them is lost"):
-        RunLog(QUIET, tmp_path, **START)
+    log = RunLog(QUIET, tmp_path, **START)
+    with full_disk(), pytest.raises(UserError, match="File too large; nothing of them is lost"), log:
+        pass
     assert file.read_bytes() == b"".join(lines[:5]) and not list(tmp_path.glob(".*"))
     with RunLog(QUIET, tmp_path, active=True, iteration=2, last_iteration=9):
         pass
@@ -99,8 +100,9 @@ def test_a_disk_that_is_full_to_the_end(tmp_path):
 def test_the_first_start_on_a_full_disk(tmp_path, wandb, what):
     """There is room for names, and not for TensorBoard's head or W&B's id."""
     config = LoggingConfig(**{"progress": False, "tensorboard": False, **what})
-    with full_disk(), pytest.raises(UserError, match="cannot write the logs here: File too large"):
-        RunLog(config, tmp_path, **START)
+    refused = pytest.raises(UserError, match="cannot write the logs here: File too large")
+    with full_disk(), refused, RunLog(config, tmp_path, **START):
+        pass
     assert not (tmp_path / "wandb_run.txt").exists()
     with RunLog(config, tmp_path, **START) as log:
         log.step(step(1))
@@ -177,21 +179,31 @@ class FillingLoader(SyntheticLoader):
         return super().step(consumed_packs)
 
 
+class FullDisk(Observer):
+    """The disk is full from where this is opened."""
+
+    def __enter__(self):
+        self._disk = full_disk()
+        self._disk.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self._disk.__exit__(*exception)
+
+
 def train_on_a_full_disk(config: str) -> str:
     """Four iterations, and a resume that finds the disk full: what it says."""
     overrides = ["training.stop_at_iteration=4", "logging.tensorboard=true", "checkpoint.save_interval=2"]
-    with patch.object(loop, "PackLoader", FillingLoader):
-        loop.train(load_run_config(config, overrides, world_size=2))
+    train(load_run_config(config, overrides, world_size=2), open_loader=FillingLoader)
 
-    def open_log(*arguments, **options):
-        with full_disk():
-            return RunLog(*arguments, **options)
+    def observe(run):
+        log, *others = standard_observers(run)
+        return [FullDisk(), log, *others]
 
-    with patch.object(loop, "PackLoader", SyntheticLoader), patch.object(loop, "RunLog", open_log):
-        try:
-            loop.train(load_run_config(config, world_size=2))
-        except AgreedError as error:
-            return str(error)
+    try:
+        train(load_run_config(config, world_size=2), open_loader=SyntheticLoader, observe=observe)
+    except AgreedError as error:
+        return str(error)
     return ""
 
 

@@ -25,7 +25,7 @@ def test_a_window_of_iterations(tmp_path):
     write_run(tmp_path)
     settings = ["logging.profile={start: 2, steps: 2}", "training.stop_at_iteration=4"]
     train_rank(str(tmp_path / "run.yaml"), 1, [*settings, "training.global_batch_size=1"])
-    found = ranges(tmp_path / "run" / "logs" / "profile" / "rank_00000.json.gz")
+    found = ranges(tmp_path / "run" / "logs" / "profile" / "iter_0000002_rank_00000.json.gz")
     assert [found[name] for name in ("data", "forward", "backward", "optimizer")] == [2, 2, 2, 2]
     assert found["all-grads-sync"] == 2, "Megatron's own ranges keep their names"
 
@@ -34,21 +34,29 @@ def test_only_chosen_ranks_are_profiled(tmp_path):
     schedule = ModelParallelConfig()
     for rank in range(4):
         with StepProfiler(ProfileConfig(start=1, ranks=(1, 3)), tmp_path, rank, schedule) as profiler:
-            profiler.begin(1)
+            profiler.step_begins(1)
             assert (schedule.timers is not None) == (rank in (1, 3))
         assert schedule.timers is None
     assert sorted(file.name for file in (tmp_path / "profile").iterdir()) == [
-        "rank_00001.json.gz",
-        "rank_00003.json.gz",
+        "iter_0000001_rank_00001.json.gz",
+        "iter_0000001_rank_00003.json.gz",
     ]
 
 
 def test_a_run_that_ends_inside_the_window_writes_what_it_has(tmp_path):
+    """And a resume that looks at other iterations writes beside it."""
     write_run(tmp_path)
     settings = ["logging.profile={start: 1, steps: 50}", "training.stop_at_iteration=1"]
     settings += ["training.global_batch_size=1"]
     train_rank(str(tmp_path / "run.yaml"), 1, settings)
-    assert ranges(tmp_path / "run" / "logs" / "profile" / "rank_00000.json.gz")["optimizer"] == 1
+    first = tmp_path / "run" / "logs" / "profile" / "iter_0000001_rank_00000.json.gz"
+    assert ranges(first)["optimizer"] == 1
+
+    kept = first.read_bytes()
+    settings[:2] = ["logging.profile={start: 2}", "training.stop_at_iteration=2"]
+    train_rank(str(tmp_path / "run.yaml"), 1, settings)
+    traces = sorted(file.name for file in first.parent.iterdir())
+    assert traces == [first.name, "iter_0000002_rank_00000.json.gz"] and first.read_bytes() == kept
 
 
 @pytest.mark.parametrize(

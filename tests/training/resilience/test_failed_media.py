@@ -11,10 +11,10 @@ import pytest
 from megatron_eagle.data.loading.packs import FailedMedium
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.metrics import read_events, read_metrics
 from megatron_eagle.training.resilience import faults
 from megatron_eagle.training.run_config import load_run_config
+from megatron_eagle.training.train import train
 from tests.parallel.harness import launch
 from tests.training.synthetic_data import SyntheticLoader
 from tests.training.test_training_loop import train_rank, write_run
@@ -132,8 +132,8 @@ class HalfBrokenLoader(SyntheticLoader):
 
 def train_with(loader: str, config: str, world_size: int, overrides: list[str]) -> str:
     try:
-        with patch.object(loop, "PackLoader", globals()[loader]):
-            loop.train(load_run_config(config, overrides, world_size=world_size))
+        run = load_run_config(config, overrides, world_size=world_size)
+        train(run, open_loader=globals()[loader])
     except AgreedError as error:
         return str(error)
     return ""

@@ -14,16 +14,17 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+import torch
 
 from megatron_eagle.checkpoint import checkpoint_folder, read_train_state, saving
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training import trainer as loop
 from megatron_eagle.training.monitoring.heartbeat import Beat, Heartbeat, describe_beats, read_beats
 from megatron_eagle.training.monitoring.metrics import read_events, read_metrics, read_steps
 from megatron_eagle.training.resilience import faults
 from megatron_eagle.training.resilience.policy import LossGuard, Preempted, ResilienceConfig, stop_signals
 from megatron_eagle.training.run_config import load_run_config
+from megatron_eagle.training.train import train
 from tests.data.helpers import contents
 from tests.parallel.harness import launch
 from tests.training.synthetic_data import SyntheticLoader
@@ -34,19 +35,19 @@ class SignallingLoader(SyntheticLoader):
     """The last rank gets a SIGUSR1 while it reads the second global batch."""
 
     def step(self, consumed_packs):
-        if consumed_packs == self._batch and loop.torch.distributed.get_rank() == self._signalled:
+        if consumed_packs == self._batch and torch.distributed.get_rank() == self._signalled:
             os.kill(os.getpid(), signal.SIGUSR1)
         return super().step(consumed_packs)
 
     @property
     def _signalled(self):
-        return loop.torch.distributed.get_world_size() - 1
+        return torch.distributed.get_world_size() - 1
 
 
 def train_signalled(config: str, world_size: int, overrides: list[str]) -> str:
     """On each rank: train until the signal -> what the run says."""
-    with patch.object(loop, "PackLoader", SignallingLoader), pytest.raises(Preempted) as stopped:
-        loop.train(load_run_config(config, overrides, world_size=world_size))
+    with pytest.raises(Preempted) as stopped:
+        train(load_run_config(config, overrides, world_size=world_size), open_loader=SignallingLoader)
     return str(stopped.value)
 
 
@@ -252,10 +253,9 @@ def train_soaking(config: str, overrides: list[str], suffered: list[dict], marks
     environment = {faults.VARIABLE: json.dumps(suffered), "SOAK_MEMORY": f"{marks}/memory"}
     with (
         patch.dict(os.environ, environment),
-        patch.object(loop, "PackLoader", WeighedLoader),
         patch.object(saving, "write_pieces", FaultyDisk(marks, **disk)),
     ):
-        loop.train(load_run_config(config, overrides, world_size=1))
+        train(load_run_config(config, overrides, world_size=1), open_loader=WeighedLoader)
 
 
 @pytest.mark.slow

@@ -1,0 +1,47 @@
+"""When a run saves: at its interval, where it is told to stop, and at its end."""
+
+from typing import Self
+
+from megatron_eagle.checkpoint import CheckpointSaver
+from megatron_eagle.runtime.agreement import AgreedError
+from megatron_eagle.training.monitoring.observer import Observer, Step
+from megatron_eagle.training.setup import Run
+
+
+class Saves(Observer):
+    """The checkpoints of a run. A save that fails is reported and training goes on, except for a last one."""
+
+    def __init__(self, run: Run, tell: Observer) -> None:
+        """`tell` hears how each save ended; also those of another thread, in this one."""
+        state, checkpoint = run.state, run.config.checkpoint
+        self._run, self._interval = run, checkpoint.save_interval
+        self._saver = CheckpointSaver(checkpoint, tell.message, state.iteration if run.resumed else None)
+
+    def __enter__(self) -> Self:
+        self._saver.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._saver.__exit__(*exception)
+
+    def step_ended(self, step: Step, tell: Observer) -> None:
+        self._saver.poll()
+
+    def between_steps(self, step: Step, tell: Observer) -> None:
+        last = step.is_last or step.told_to_stop
+        if not last and (self._interval is None or step.iteration % self._interval):
+            return
+        tell.phase(step.iteration, "save")
+        run = self._run
+        try:
+            run.faults.before_save(step.iteration)
+        except AgreedError as error:
+            if last:
+                raise
+            tell.message(f"warning: {error}; training goes on")
+            return
+        self._saver.save(run.models, run.optimizer, run.scheduler, run.config, run.state, must_succeed=last)
+
+    def saved(self) -> int | None:
+        self._saver.wait()
+        return self._saver.saved_iteration

@@ -1,0 +1,101 @@
+"""Run, or resume, one configuration: what is built, who looks on, and the steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_eagle.checkpoint import TrainState
+from megatron_eagle.data.loading.loader import PackLoader
+from megatron_eagle.training.evaluation import Evaluation
+from megatron_eagle.training.forward_backward import run_packs
+from megatron_eagle.training.monitoring.heartbeat import Heartbeat
+from megatron_eagle.training.monitoring.observer import Observer
+from megatron_eagle.training.monitoring.profiler import StepProfiler
+from megatron_eagle.training.monitoring.run_log import RunLog
+from megatron_eagle.training.monitoring.step_meter import StepMeter
+from megatron_eagle.training.monitoring.stragglers import Stragglers
+from megatron_eagle.training.resilience.policy import stop_signals
+from megatron_eagle.training.run_config import RunConfig
+from megatron_eagle.training.saves import Saves
+from megatron_eagle.training.setup import OpenLoader, Run, choose_libraries, open_run
+from megatron_eagle.training.trainer import Trainer
+
+
+def standard_observers(run: Run) -> list[Observer]:
+    """Who looks on when a run trains. Their order is part of what they do: it is that in which they are told.
+
+    After a step the profiler ends before the ranks compare, a save that has ended is reported before the
+    step's numbers, and an evaluation is logged before a save that may end the run.
+    """
+    config, rank, state = run.config, torch.distributed.get_rank(), run.state
+    resilience = config.resilience
+    log = RunLog(
+        config.logging,
+        run.logs,
+        active=rank == 0,
+        iteration=state.iteration,
+        last_iteration=config.training.last_iteration,
+    )
+    heart = Heartbeat(
+        run.logs,
+        rank,
+        seconds=resilience.heartbeat_seconds,
+        hang_seconds=60 * resilience.hang_minutes,
+        abort=resilience.abort_on_hang,
+    )
+    profiler = StepProfiler(config.logging.profile, run.logs, rank, run.models[0].config)
+    observers: list[Observer] = [log, heart, profiler, Stragglers(resilience.stragglers)]
+    if config.evaluation is not None and run.held_out is not None:
+        forward = partial(run_packs, run, datasets=len(run.held_out.datasets), forward_only=True)
+        device = run.device.torch_device
+        observers.append(
+            Evaluation(run.held_out, config.evaluation.interval, run.media, run.mesh, device, forward)
+        )
+    meter = StepMeter(
+        run.device.torch_device,
+        peak_tflops=run.peak.tflops,
+        packs=config.training.global_batch_size,
+        length=config.data.length,
+        data=run.loader.identity,
+    )
+    return [*observers, Saves(run, log), meter]
+
+
+def train(
+    config: RunConfig,
+    *,
+    open_loader: OpenLoader = PackLoader,
+    observe: Callable[[Run], Sequence[Observer]] = standard_observers,
+) -> TrainState:
+    """Run (or resume) `config` on the processes of this job up to its last iteration. Collective.
+
+    Args:
+        config: of `load_run_config`, which checks and completes it.
+        open_loader: opens what is read, of the run's data and of its held-out ones.
+        observe: who looks on.
+    Returns:
+        Where the run stands.
+    Raises:
+        UserError: unreadable data or checkpoint, unwritable folders, a loss that its policy does not accept.
+        Preempted: after a stop signal, when the checkpoint is saved.
+    """
+    with open_run(config, open_loader) as run:
+        observers = observe(run)
+        with stop_signals() as stop:
+            Trainer(run, observers, stop).train(notes(run))
+        return run.state
+
+
+def notes(run: Run) -> Iterator[str]:
+    """What the log of this start begins with, in a line each."""
+    config, iteration, last = run.config, run.state.iteration, run.config.training.last_iteration
+    yield from choose_libraries(config)
+    yield run.loader.decoder
+    yield run.peak.reason
+    yield from config.notes
+    if run.resumed:
+        yield f"resumed from {Path(config.checkpoint.path)} at iteration {iteration}"
+    if iteration >= last:
+        yield f"nothing to do: the run ends at iteration {last}"
