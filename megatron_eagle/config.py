@@ -42,7 +42,7 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(mapping, Mapping):
         raise _Mismatch(f"{where or 'configuration'}: expected a mapping of settings, got {_show(mapping)}")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]  # T is one
     mapping = _without_former(mapping, getattr(cls, "FORMER", {}), where)
     for key in mapping:
         if key not in fields:

@@ -194,6 +194,7 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         tokens_per_tile: int = 256,
     ) -> None:
         chat_template = chat_template or CHAT_TEMPLATE
+        # transformers' has no types
         super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
         self.tokens_per_tile = tokens_per_tile
         self.image_token, self.image_start_token, self.image_end_token = IMG_CONTEXT, IMG_START, IMG_END

@@ -3,6 +3,7 @@
 from megatron_eagle.context_parallel.planning import sequence_multiple
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.model.shapes import LocalShapes
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
@@ -32,7 +33,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
                 f"parallel.tensor_model_parallel_size {tp} does not divide the {size} {name}: "
                 f"choose {_choices(legal)}"
             )
-    ulysses, heads = parallel.ulysses_parallel_size, text.num_key_value_heads // tp
+    ulysses, heads = parallel.ulysses_parallel_size, LocalShapes(eagle, parallel).kv_heads
     if heads % ulysses:
         legal = [n for n in range(1, heads + 1) if heads % n == 0 and cp % n == 0]
         raise UserError(
