@@ -9,13 +9,11 @@ import argparse
 import ast
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from datetime import date
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from tests.mutants.recording import Recorder
 from tests.mutants.sites import ROOTS, SET_UP, short_name
 from tests.mutants.trials import Tests, Trial, Trials
 from tests.paths import REPO
+from tools.benchmarks.report import card_head
 
 CARD = REPO / "examples" / "cards" / "parity_mutants.json"
 EQUIVALENT = Path(__file__).with_name("equivalent.yaml")
@@ -227,14 +226,9 @@ def write(trials: list[Trial], named: dict[str, str], unseen: list[str], minutes
     for trial in trials:
         how = f"{trial.noticed_by}{' (error)' if trial.noticed_as == 'error' else ''}"
         sites[trial.mutant.site][trial.mutant.how] = how if trial.noticed_by else "equivalent"
-    git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
-    card = {
-        "name": "parity_mutants",
-        "title": "each collective and scale factor of training, dropped and doubled: the test that notices",
-        "command": "make parity-mutants",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, CPU, gloo",
-        "date": date.today().isoformat(),
+    title = "each collective and scale factor of training, dropped and doubled: the test that notices"
+    machine = f"{os.cpu_count()} cores, CPU, gloo"
+    card = card_head("parity_mutants", title, "make parity-mutants", machine) | {
         "minutes": round(minutes, 1),
         "mutants": len(trials),
         "outcome": dict(Counter(trial.noticed_as or "equivalent" for trial in trials)),

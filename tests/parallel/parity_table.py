@@ -2,16 +2,14 @@
 
 import argparse
 import json
-import platform
-import subprocess
 import time
-from datetime import date
 
 from tests.parallel.cases import LAYOUTS, ONE_PROCESS, combine, run, tiny_model
 from tests.parallel.harness import launch
 from tests.parallel.test_parity import TOLERANCE
 from tests.paths import REPO
 from tests.project import pages
+from tools.benchmarks.report import card_head
 
 CARD = REPO / "examples" / "cards" / "parity.json"
 
@@ -38,17 +36,8 @@ def measure():
 
 def write(rows: list[dict]) -> None:
     """Record the table in `CARD`, and make docs/parity.md from it."""
-    git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
-    card = {
-        "name": "parity",
-        "title": "every parallel layout against one process: loss and all gradients",
-        "command": "make parity",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
-        "machine": f"{platform.machine()} {platform.system()}, CPU, gloo",
-        "date": date.today().isoformat(),
-        "tolerance": TOLERANCE,
-        "rows": rows,
-    }
+    title = "every parallel layout against one process: loss and all gradients"
+    card = card_head("parity", title, "make parity", "CPU, gloo") | {"tolerance": TOLERANCE, "rows": rows}
     CARD.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     pages.main()
 

@@ -32,18 +32,28 @@ class Report:
         return "\n".join([self.title, "", *lines])
 
     def card(self, name: str) -> dict[str, Any]:
-        """The report with what is needed to repeat it: command, commit, machine, date."""
-        git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        return {
-            "name": name,
-            "command": f"python tools/bench.py {name} {self.flags}".rstrip(),
-            "commit": commit or "unknown",
-            "machine": f"{platform.machine()} {platform.system()}, Python {platform.python_version()}",
-            "date": date.today().isoformat(),
-            "title": self.title,
-            "rows": self.rows,
-        }
+        """The report with what is needed to repeat it."""
+        command = f"python tools/bench.py {name} {self.flags}".rstrip()
+        head = card_head(name, self.title, command, f"Python {platform.python_version()}")
+        return head | {"rows": self.rows}
+
+
+def card_head(name: str, title: str, command: str, machine: str) -> dict[str, str]:
+    """What every card begins with: what was measured, and what is needed to repeat it.
+
+    Args:
+        machine: what matters of it beside its kind and system.
+    """
+    git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "name": name,
+        "title": title,
+        "command": command,
+        "commit": commit or "unknown",
+        "machine": f"{platform.machine()} {platform.system()}, {machine}",
+        "date": date.today().isoformat(),
+    }
 
 
 def write_json(report: Report, name: str, path: str) -> None:
