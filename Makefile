@@ -15,7 +15,7 @@ BOTH = -n 2 --dist loadgroup
 export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-slow test-old-transformers test-soak coverage docs parity parity-mutants \
+.PHONY: demo test test-all test-slow test-old-transformers test-soak coverage docs readme parity parity-mutants \
 	lint format env clean
 
 demo: env
@@ -44,6 +44,10 @@ coverage: env
 
 docs: env
 	$(BIN)/python -W ignore -m tests.project.pages
+
+# After `make demo` and `make test`, on a machine that does nothing else.
+readme: env
+	$(BIN)/python -W ignore -m tests.project.first_run
 
 parity: env
 	$(BIN)/python -W ignore -m tests.parallel.parity_table

@@ -4,11 +4,13 @@ python -m tests.stamps run TARGET COMMAND ...   runs a target's command; leaves 
 python -m tests.stamps all TARGET ...           `make` of every target that has no stamp for this commit
 
 A stamp is build/stamps/COMMIT/TARGET and holds the minutes that it took. A tree with changes leaves none.
-What a target took when it passed last, whatever the tree, is in build/records/TARGET.json.
+What a target took when it passed last, whatever the tree, is in build/records/TARGET.json,
+for `make readme`.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -45,15 +47,20 @@ def folder() -> Path | None:
 
 def run_target(target: str, words: list[str]) -> int:
     """Run a command, print its minutes, and stamp the target if it passed; returns its exit status."""
-    before, start, used = folder(), time.monotonic(), _cpu_seconds()
+    before, start, used = folder(), time.monotonic(), cpu_seconds()
     status = subprocess.run(words, cwd=REPO, check=False).returncode
-    seconds, used = time.monotonic() - start, _cpu_seconds() - used
+    seconds, used = time.monotonic() - start, cpu_seconds() - used
     minutes = seconds / 60
     said = f"{target}: {'passed' if status == 0 else 'failed'} after {minutes:.1f} minutes"
     print(said, flush=True)
     if status:
         return status
-    record = {"seconds": round(seconds, 1), "cpu_seconds": round(used, 1), "said": said}
+    record = {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(used, 1),
+        "load": os.getloadavg()[1],  # of the last five minutes: whether others worked here too
+        "said": said,
+    }
     (REPO / "build" / "records").mkdir(parents=True, exist_ok=True)
     (REPO / "build" / "records" / f"{target}.json").write_text(json.dumps(record) + "\n")
     if before is None or folder() != before:
@@ -85,7 +92,7 @@ def _stamped(done: Path | None, target: str) -> bool:
     return done is not None and (done / target).is_file()
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """Of all processes that this one has waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

@@ -16,6 +16,8 @@ from megatron_eagle.data.media.documents import page_sizes
 from megatron_eagle.hf_model.grids import select_grid
 from megatron_eagle.runtime.parallel import ParallelConfig
 from tests.paths import REPO
+from tests.project import first_run
+from tests.stamps import cpu_seconds
 
 DEMO = REPO / "examples" / "demo"
 
@@ -129,6 +131,8 @@ def test_the_second_half_divides_packs_by_their_work():
 
 @pytest.mark.slow
 def test_demo_runs():
+    """To its end, in no more time and space than the README says."""
+    used = cpu_seconds()
     run = subprocess.run([sys.executable, str(DEMO / "run.py")], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     out = REPO / "runs" / "demo"
@@ -136,3 +140,6 @@ def test_demo_runs():
     assert len(answers) == len(KEPT) + len(VISUAL)
     assert (out / "loss.png").stat().st_size > 0
     assert (out / "hf" / "config.json").is_file()
+    measured = {"cpu_seconds": cpu_seconds() - used, "bytes": first_run.size(out)}
+    card = first_run.read_card()
+    assert not first_run.off(card, "demo", measured, alike=first_run.processor() == card["processor"])

@@ -15,7 +15,7 @@ DESCRIPTIONS = {
     ".gitignore": "what git leaves out",
     "Dockerfile": "GPU image; its first lines say what has been built and run",
     "LICENSE": "Apache-2.0",
-    "Makefile": "make demo, test, test-all and its parts, docs, parity, lint, format, env, clean",
+    "Makefile": "make demo, test, test-all and its parts, docs, readme, parity, lint, format, env, clean",
     "README.md": "what it is, for whom, its state, the first commands",
     "constraints-cpu.txt": "every package of the CPU environment, pinned",
     "pyproject.toml": "settings of ruff, mypy, import contracts and pytest",

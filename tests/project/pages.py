@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cache
 
 from tests.paths import REPO
-from tests.project import commands, configuration, file_map, floors
+from tests.project import commands, configuration, file_map, first_run, floors
 from tests.project.markdown import fill, pages
 
 
@@ -21,6 +21,7 @@ def parity_table() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "floors": floors.floors,
     "phases": floors.phases,
+    "first run": first_run.render,
     "file map": file_map.render,
     "parity table": parity_table,
     "configuration": configuration.render,
