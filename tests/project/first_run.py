@@ -11,7 +11,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 from megatron_eagle.errors import UserError, run_cli
 from tests.paths import REPO
+from tools.benchmarks.report import card_head
 
 CARD = REPO / "examples" / "cards" / "first_run.json"
 RECORDS = REPO / "build" / "records"
@@ -40,16 +40,11 @@ def measure() -> dict[str, Any]:
     asked = [sys.executable, "-W", "ignore", "tools/generate.py", *_ASK, "--prompt", _PROMPT]
     answer = subprocess.run(asked, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
     screen = (DEMO / "last_screen.txt").read_text(encoding="utf-8").strip().split("\n\n")[0]
-    git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
-    return {
-        "name": "first_run",
-        "title": "what the README's first commands print, and what they take in time and disk space",
-        "command": "make demo && make test && make readme",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
-        "machine": f"{platform.machine()} {platform.system()}, Python {platform.python_version()}",
+    title = "what the README's first commands print, and what they take in time and disk space"
+    command, machine = "make demo && make test && make readme", f"Python {platform.python_version()}"
+    return card_head("first_run", title, command, machine) | {
         "processor": processor(),
         "torch": torch.__version__,
-        "date": date.today().isoformat(),
         "rows": [
             {"what": "environment", "bytes": size(Path(sys.prefix))},
             {"what": "demo", **_times(demo), "bytes": size(DEMO)},
@@ -160,7 +155,7 @@ def _times(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _time(numbers: Mapping[str, float]) -> str:
     beside = " beside much other work" if _is_busy(numbers) else ""
-    return f"{_minutes(numbers['seconds'])}{beside}; {_minutes(numbers['cpu_seconds'])} of one core"
+    return f"{_minutes(numbers['seconds'])}{beside} ({_minutes(numbers['cpu_seconds'])} of CPU time)"
 
 
 def _is_busy(numbers: Mapping[str, float]) -> bool:
