@@ -46,10 +46,11 @@ class Turn:
 @dataclass(frozen=True)
 class FrameList:
     """Frames of a video that are given one by one: pictures as `Sample.images` has them, and the seconds at
-    which they are shown, ascending."""
+    which they are shown, ascending.  `assumed` is whether nobody said so."""
 
     pictures: tuple[str, ...]
     times: tuple[Fraction, ...]
+    assumed: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """How a record names its media: pictures, videos, clips, frames given one by one, documents."""
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -62,6 +61,7 @@ class References:
     def __init__(self, root: str, frames_fps: float | None = None):
         self._root = root
         self._rate = FRAMES_FPS if frames_fps is None else Fraction(str(frames_fps))
+        self._assumes = frames_fps is None
 
     def of_record(self, record: Mapping[str, Any]) -> RecordMedia:
         """Media named beside the text, under any of the dialects' keys.  Raises `Problem`."""
@@ -124,7 +124,9 @@ class References:
             pictures = _folder(path)
         frames = None
         if pictures:
-            frames = FrameList(pictures, _times(own or record, record, len(pictures), self._rate))
+            times = _times(own or record, record, len(pictures))
+            assumed = tuple(k / self._rate for k in range(len(pictures)))
+            frames = FrameList(pictures, times or assumed, not times and self._assumes)
         return VideoSource(path, start, end, frames)
 
     def _documents(self, record: Mapping[str, Any]) -> list[Document]:
@@ -174,7 +176,8 @@ def read_overrides(record: Mapping[str, Any]) -> dict[str, float]:
     for key, value in found.items():
         types = (int, float) if key == "fps" else (int,)
         if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < 1e9:
-            raise Problem("bad setting", f"{key} must be a positive number, not {value!r}")
+            kind = "number" if key == "fps" else "whole number"
+            raise Problem("bad setting", f"{key} must be a positive {kind}, not {value!r}")
     return found
 
 
@@ -253,8 +256,8 @@ def _folder(path: str) -> tuple[str, ...]:
     return tuple(os.path.join(path, name) for name in names)
 
 
-def _times(own: Mapping[str, Any], record: Mapping[str, Any], n: int, rate: Fraction) -> tuple[Fraction, ...]:
-    """Seconds of `n` frames, from their object or the record: as listed, or by their rate."""
+def _times(own: Mapping[str, Any], record: Mapping[str, Any], n: int) -> tuple[Fraction, ...]:
+    """Seconds of `n` frames, from their object or the record: as listed, or by their rate; () if not said."""
     for given in (own, record):
         listed = next((given[key] for key in TIMES if given.get(key) is not None), None)
         if listed is not None:
@@ -269,8 +272,8 @@ def _times(own: Mapping[str, Any], record: Mapping[str, Any], n: int, rate: Frac
             rate = _second(found, "fps")
             if rate <= 0:
                 raise Problem("bad setting", f"fps must be a positive number, not {found!r}")
-            break
-    return tuple(k / rate for k in range(n))
+            return tuple(k / rate for k in range(n))
+    return ()
 
 
 def _clips(record: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
@@ -305,12 +308,12 @@ def _side(given: tuple[Mapping[str, Any], ...], side: str) -> Fraction | None:
 
 def _second(value: object, name: str) -> Fraction:
     try:
-        if isinstance(value, int | float | str) and math.isfinite(float(value)) and abs(float(value)) < 1e9:
+        if isinstance(value, int | float | str) and 0 <= float(value) < 1e9:  # nor "nan"
             # By its decimal digits: 0.1 must mean a tenth, or a frame at exactly that time would be lost.
             return Fraction(str(value))
     except ValueError:
         pass
-    raise Problem("bad clip", f"{name} must be seconds, not {value!r}")
+    raise Problem("bad clip", f"{name} must be seconds from 0 on, not {value!r}")
 
 
 def _is_pdf(item: object) -> bool:

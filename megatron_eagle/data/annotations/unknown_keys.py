@@ -1,12 +1,14 @@
-"""Unknown keys: one line for each key of a recipe's entry, before anything is made of its records."""
+"""What a look at the first records says of a recipe: unknown keys, one line for each, and guesses."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from megatron_eagle.data.annotations.formats import read_sample
 from megatron_eagle.data.annotations.keys import UNKNOWN_KEY
 from megatron_eagle.data.annotations.mixture import Dataset
 from megatron_eagle.data.annotations.parsing import check_keys, read_record
 from megatron_eagle.data.annotations.records import RecordSource
+from megatron_eagle.data.annotations.references import FRAMES_FPS
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import LedgerEntry, Problem
 
@@ -16,16 +18,28 @@ _ADVICE = "list what changes nothing under ignore: of its entry in the recipe"
 
 
 def check_first(datasets: Iterable[Dataset], sources: Iterable[RecordSource]) -> None:
-    """Print the unknown keys of each file's first records.  Raises `UserError` if there are any."""
+    """Print the unknown keys of each file's first records.  Raises `UserError` if there are any.
+
+    Notes in which entries frames are given one by one at a rate that nobody named.
+    """
     counts: Counter[tuple[str, str]] = Counter()
+    guessed: dict[str, None] = {}
     for dataset, source in zip(datasets, sources, strict=True):
         for number in range(min(FIRST, len(source))):
+            raw = source.read(number)
             try:
-                keys = check_keys(*read_record(source.read(number), dataset.conventions), dataset.conventions)
+                keys = check_keys(*read_record(raw, dataset.conventions), dataset.conventions)
+                counts.update((dataset.name, key) for key in keys.unknown)
+                if not keys.unknown and _guesses_a_rate(raw, dataset):
+                    guessed[dataset.name] = None
             except Problem:  # the ledger will say so
                 continue
-            counts.update((dataset.name, key) for key in keys.unknown)
         source.close()
+    for name in guessed:
+        print(
+            f'note: entry "{name}" gives frames one by one and not their rate; they are taken for '
+            f"{FRAMES_FPS} per second (frames_fps of the entry says otherwise)"
+        )
     if counts:
         for line in lines(counts):
             print(line)
@@ -33,6 +47,11 @@ def check_first(datasets: Iterable[Dataset], sources: Iterable[RecordSource]) ->
             f"{len(counts)} unknown keys in the first {FIRST:,} records; whether they change what is seen or "
             f"learned is not known: {_ADVICE}"
         )
+
+
+def _guesses_a_rate(raw: bytes, dataset: Dataset) -> bool:
+    sample = read_sample(raw, root=dataset.root, file="", line=0, conventions=dataset.conventions)
+    return any(video.frames is not None and video.frames.assumed for video in sample.videos)
 
 
 def count(ledger: Iterable[LedgerEntry], names: Mapping[str, str]) -> Counter[tuple[str, str]]:

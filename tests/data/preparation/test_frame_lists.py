@@ -85,7 +85,18 @@ def test_one_video_however_it_is_written(record):
 def test_the_rate_of_a_list_that_names_none():
     record = conversation("<video>", "x", video=LIST)
     assert read(record).videos[0].frames.times == (0, Fraction(1, 2), 1)
-    assert read(record, frames_fps=10).videos[0].frames.times == (0, Fraction(1, 10), Fraction(1, 5))
+    assert read(record).videos[0].frames.assumed
+    told = read(record, frames_fps=10).videos[0].frames
+    assert told.times == (0, Fraction(1, 10), Fraction(1, 5)) and not told.assumed
+
+
+def test_a_rate_that_nobody_named_is_noted(tmp_path, frames, tokenizer_dir, capsys):
+    for more, noted in (({}, True), ({"recipe": {"frames_fps": 4}}, False)):
+        make_store(tmp_path, tokenizer_dir, [conversation("<video>", "x", video=frames)], **more)
+        note = (
+            'note: entry "data" gives frames one by one and not their rate; they are taken for 2 per second'
+        )
+        assert (note in capsys.readouterr().out) == noted
 
 
 def test_several_videos_stay_several():
