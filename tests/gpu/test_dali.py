@@ -4,6 +4,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ import torch
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.frame_index import read_frame_table
+from megatron_eagle.data.media.source import file_metadata, fingerprint
+from megatron_eagle.data.sample import FrameList, VideoSource
+from megatron_eagle.data.sampling.probe import probe_video
 from megatron_eagle.hf_model.tiles import resize
 from tests.data.helpers import frame_number, make_image, make_video
 from tests.data.media.photos import bt601_rgb, make_photos
@@ -121,6 +125,21 @@ def test_pictures(tmp_path, gpu, exact):
         difference = (tiles - expected).abs()
         assert difference.max() <= 10
         assert difference.float().mean() <= 1
+    assert not gpu.fallbacks
+
+
+def test_frames_given_one_by_one(tmp_path, gpu, exact):
+    """A video of JPEG and PNG pictures: each as DALI and the exact decoder read a picture."""
+    names = [f"{k}.{('jpg', 'png')[k % 2]}" for k in range(5)]
+    pictures = tuple(str(make_image(tmp_path / name, (640, 400), k)) for k, name in enumerate(names))
+    frames = FrameList(pictures, tuple(Fraction(k, 2) for k in range(5)))
+    video = probe_video(VideoSource(str(tmp_path), frames=frames))
+    name = video.name(range(5))
+    file = file_metadata(name)
+    index = replace(video.table.index, file=file, fingerprint=fingerprint(name))
+    tiles, expected = (decoder.frames(name, index, [0, 3, 4])[0].int() for decoder in (gpu, exact))
+    difference = (tiles - expected).abs()
+    assert tiles.shape == (3, 3, S, S) and difference.max() <= 10 and difference.float().mean() <= 1
     assert not gpu.fallbacks
 
 

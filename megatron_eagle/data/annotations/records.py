@@ -7,11 +7,9 @@ packed file is unpacked into a temporary one, which is gone when it is closed.
 import codecs
 import gzip
 import os
-import re
 import shutil
 import tempfile
 import zlib
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
@@ -25,10 +23,12 @@ ANNOTATION_SUFFIXES = tuple(
     f".{kind}{packing}" for kind in ("jsonl", "json", "ndjson") for packing in ("", ".gz", ".zst")
 )
 """What names an annotation file where a folder is given."""
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-# A whole string, or one character that matters; a quote alone begins a string that goes on.
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},"]', re.DOTALL)
+_STEP = np.zeros(256, np.int64)  # what a byte outside of strings does to the depth
+_STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
+_IS_MARK = _STEP != 0
+_IS_MARK[ord(",")] = True
 
 
 class RecordSource(Protocol):
@@ -167,45 +167,71 @@ def _array_bounds(file: BinaryIO, begin: int, path: Path) -> np.ndarray:
 
     Raises `UserError` for an array without an end, or with something behind it.
     """
-    bounds = array("q", [begin])
-    offset = file.seek(begin)
-    rest, depth = b"", 0
-    while depth or offset == begin:
-        new = file.read(max(_BLOCK, len(rest)))
+    scan, found = _ArrayScan(), [np.array([begin], np.int64)]
+    offset, rest = file.seek(begin), b""
+    while not scan.ended:
+        new = file.read(_BLOCK)
         if not new:
+            n, last = sum(map(len, found)), found[-1][-1]
             raise UserError(
                 f"{path} is cut off or broken: its JSON array does not end; "
-                f"element {len(bounds)}, from byte {bounds[-1] + 1} on, is the last that is whole or broken"
+                f"element {n}, from byte {last + 1} on, is the last that is whole or broken"
             )
-        block, rest = rest + new, b""
-        end = len(block)
-        for match in _TOKEN.finditer(block):
-            char = match[0]
-            if char == b",":
-                if depth == 1:
-                    bounds.append(offset + match.start())
-            elif char in b"[{":
-                depth += 1
-            elif char in b"]}":
-                depth -= 1
-                if not depth:
-                    end = match.end()
-                    bounds.append(offset + match.start())
-                    break
-            elif len(char) == 1:  # a string that goes on in the next block
-                end, rest = match.start(), block[match.start() :]
-                break
-        offset += end
+        block = rest + new
+        whole = block.rstrip(b"\\")  # what is escaped may be in the next block
+        rest = block[len(whole) :]
+        if len(places := scan.places(whole)):
+            found.append(places + offset)
+        offset += len(whole)
+    offset = int(found[-1][-1]) + 1
     file.seek(offset)
     while block := file.read(_BLOCK):
         if block.strip():
             raise UserError(f"{path} has more text behind the end of its JSON array, at byte {offset}")
-    found = np.frombuffer(bounds, np.int64)
-    if len(found) == 2:
+    bounds = np.concatenate(found)
+    if len(bounds) == 2:
         file.seek(begin + 1)
-        if not file.read(int(found[1]) - begin - 1).strip():
-            return found[:1]  # [] has no element
-    return found
+        if not file.read(int(bounds[1]) - begin - 1).strip():
+            return bounds[:1]  # [] has no element
+    return bounds
+
+
+class _ArrayScan:
+    """Goes through an array block by block; its first byte is the bracket that opens it."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._in_string, self._depth = 0, 0
+
+    def places(self, block: bytes) -> np.ndarray:
+        """Where the array's own commas are in the next block, and the bracket that closes it."""
+        data = np.frombuffer(block, np.uint8)
+        quotes = np.flatnonzero(data == ord('"'))
+        behind = np.flatnonzero((quotes > 0) & (data[quotes - 1] == ord("\\")))
+        escaped = [i for i in behind.tolist() if _backslashes(block, int(quotes[i])) % 2]
+        quotes = np.delete(quotes, escaped)
+        marks = np.flatnonzero(_IS_MARK[data])
+        marks = marks[(np.searchsorted(quotes, marks) + self._in_string) % 2 == 0]
+        chars = data[marks]
+        depths = self._depth + np.cumsum(_STEP[chars])
+        ends = np.flatnonzero(depths == 0)
+        if len(ends):
+            self.ended = True
+            chars, depths = chars[: ends[0] + 1], depths[: ends[0] + 1]
+        own = (chars == ord(",")) & (depths == 1)
+        own[len(own) - 1 :] |= self.ended
+        self._in_string = (self._in_string + len(quotes)) % 2
+        self._depth = int(depths[-1]) if len(depths) else self._depth
+        places: np.ndarray = marks[: len(own)][own]
+        return places
+
+
+def _backslashes(block: bytes, end: int) -> int:
+    """How many stand right before a place."""
+    start = end
+    while start and block[start - 1] == ord("\\"):
+        start -= 1
+    return end - start
 
 
 def is_annotation(path: Path) -> bool:
