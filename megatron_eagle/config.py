@@ -81,7 +81,8 @@ def to_dict(obj: Any) -> Any:
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping (an empty file is an empty one).
 
-    Raises `UserError` if the file is missing, unreadable, no valid YAML, names a key twice, or is no mapping.
+    Raises:
+        UserError: the file is missing, unreadable, no valid YAML, names a key twice, or is no mapping.
     """
     path = Path(path)
     try:
@@ -110,7 +111,9 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
     """A copy of `mapping` with each `a.b=value` put in place; values are parsed as YAML (empty means null).
 
     Names are not checked here: `from_dict` does that with the whole configuration in hand.
-    Raises `UserError` for an override without `=`, with an empty name, or that goes through a plain value.
+
+    Raises:
+        UserError: an override without `=`, with an empty name, or that goes through a plain value.
     """
     result: dict[str, Any] = _copy(mapping)
     for override in overrides:

@@ -139,6 +139,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
     """The dataclass `kind` out of a file that a later version may have written: fields that `kind` does not
-    know are left out. Raises `TypeError` where one that it needs is missing."""
+    know are left out.
+
+    Raises:
+        TypeError: where one that it needs is missing.
+    """
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # T is one
     return kind(**{name: value for name, value in record.items() if name in known})

@@ -36,8 +36,11 @@ def has_checkpoint(root: str | Path) -> bool:
 
 
 def checkpoint_folder(root: str | Path, iteration: int | None = None) -> Path:
-    """The folder of the latest complete checkpoint in `root`, or of this iteration's. Raises `UserError` if
-    there is none."""
+    """The folder of the latest complete checkpoint in `root`, or of this iteration's.
+
+    Raises:
+        UserError: there is none.
+    """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a checkpoint (a folder with {TRACKER})")

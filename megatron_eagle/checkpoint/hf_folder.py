@@ -17,7 +17,10 @@ def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str
     """Give `root` its `hf/` folder, if it has none: that of `checkpoint`, else the tokenizer and the tile
     limit of `data`. Grids are chosen as in `data`.
 
-    Collective. Raises `UserError` if neither source exists or `root` cannot be written.
+    Collective.
+
+    Raises:
+        UserError: neither source exists or `root` cannot be written.
     """
     problem = None
     if torch.distributed.get_rank() == 0 and not (Path(root) / HF_FOLDER).exists():

@@ -36,8 +36,10 @@ def load_checkpoint(
 
     Weights only without `optimizer`. Learning rate, decay and the like stay those of the running
     configuration; a checkpoint brings weights, moments and the step.
-    Raises `UserError`: no checkpoint there, a file that differs from the manifest (unless `verify_files` is
-    false), or tensors that are not exactly the model's (names are given).
+
+    Raises:
+        UserError: no checkpoint there, a file that differs from the manifest (unless `verify_files` is
+            false), or tensors that are not exactly the model's (names are given).
     """
     folder = checkpoint_folder(root, iteration)
     if verify_files:

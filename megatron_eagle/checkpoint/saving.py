@@ -65,8 +65,11 @@ def save_checkpoint(
     `models` are this rank's chunks, wrapped or not. `run_config` is any configuration with a `model` section
     (dataclass or mapping); a tool without a run gives only `model_config`. `keep_last`: afterwards, of the
     checkpoints up to this one, all but so many are deleted.
-    Raises `AgreedError` where `root` cannot be written (a full disk: what was written is removed, the latest
-    checkpoint stays) or its latest checkpoint is this very iteration (it is never overwritten in place).
+
+    Raises:
+        AgreedError: where `root` cannot be written (a full disk: what was written is removed, the latest
+            checkpoint stays) or its latest checkpoint is this very iteration (it is never overwritten in
+            place).
     """
     run = run_config if run_config is not None else {"model": to_dict(model_config)}
     state = TrainState(iteration, consumed_packs, list(recent_losses))

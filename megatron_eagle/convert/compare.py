@@ -61,7 +61,11 @@ class CheckpointTensors:
 
 
 def open_tensors(path: str | Path) -> HfWeights | CheckpointTensors:
-    """The tensors of a Hugging Face folder or of a checkpoint. Raises `UserError` if it is neither."""
+    """The tensors of a Hugging Face folder or of a checkpoint.
+
+    Raises:
+        UserError: it is neither.
+    """
     path = Path(path)
     if has_checkpoint(path):
         return CheckpointTensors(path)

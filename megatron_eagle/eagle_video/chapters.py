@@ -47,7 +47,10 @@ def read_chapters(path: Path, videos: Path, notes: Notes) -> list[ChapteredVideo
     """Read a chapter file; a video is `videos`/ID with any usual suffix.
 
     What is broken or missing goes to `notes`: a video without a file, a second annotation of one, an entry of
-    no known form.  Raises `UserError` if the file cannot be read.
+    no known form.
+
+    Raises:
+        UserError: the file cannot be read.
     """
     found: dict[str, ChapteredVideo] = {}
     for number, (name, entry) in enumerate(_entries(path), 1):

@@ -72,7 +72,11 @@ class Client:
     async def ask(
         self, content: str | list[Any], schema: dict[str, Any], *, max_tokens: int = 1024
     ) -> Answer:
-        """See `Asks`.  Raises `Problem` when all tries are used up, `UserError` for a wrong endpoint."""
+        """See `Asks`.
+
+        Raises:
+            Problem: when all tries are used up, `UserError` for a wrong endpoint.
+        """
         messages = [{"role": "user", "content": content}]
         for _ in range(self._reasks + 1):
             request = _request(self.model, messages, self._temperature, max_tokens)

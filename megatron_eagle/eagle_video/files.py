@@ -21,7 +21,10 @@ def read_videos(path: Path) -> tuple[list[VideoSource], list[LedgerEntry]]:
     """Videos named by a file: one path a line (relative to the file), or the videos of a training JSONL.
 
     Each section is taken once, in the order of the file.  Lines of a JSONL that cannot be read are returned
-    as ledger entries.  Raises `UserError` if the file cannot be read or names no video.
+    as ledger entries.
+
+    Raises:
+        UserError: the file cannot be read or names no video.
     """
     try:
         lines = path.read_bytes().splitlines()

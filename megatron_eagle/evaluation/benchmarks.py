@@ -83,7 +83,8 @@ class Question:
 def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
     """Questions of a file, and a ledger entry for every line that is none (a missing answer, for one).
 
-    Raises `UserError` if the file cannot be read or holds no question.
+    Raises:
+        UserError: the file cannot be read or holds no question.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -47,9 +47,11 @@ def run_benchmark(
     score.
 
     `about` names model and benchmark; `model` is only made if there is something to ask.  Questions that
-    cannot be asked go to `dropped.jsonl` with `problems` and count in no score.  Raises `UserError` if the
-    folder holds another evaluation, or if questions need a `judge` and there is none; `OSError` if an answer
-    cannot be written, those before it are kept.
+    cannot be asked go to `dropped.jsonl` with `problems` and count in no score.
+
+    Raises:
+        UserError: the folder holds another evaluation, or questions need a `judge` and there is none.
+        OSError: an answer cannot be written; those before it are kept.
     """
     if judge is None and (judged := [q.id for q in questions if q.metric == "judge"]):
         raise UserError(f"{len(judged):,} answers are compared by a language model: name one with --judge")

@@ -151,7 +151,8 @@ class ExportedModel:
     def generate(self, inputs: Any, max_new_tokens: int, streamer: Any = None) -> torch.Tensor:
         """New ids [1, n] after the processor's output, greedily; a long prompt is read in pieces.
 
-        Raises `UserError` for a prompt beyond `max_positions`.
+        Raises:
+            UserError: a prompt beyond `max_positions`.
         """
         ids = inputs["input_ids"].to(self.model.device)
         allow = self.allow_long_prompts
@@ -190,13 +191,21 @@ class ExportedModel:
 
 
 def load_processor(folder: Path) -> Any:
-    """The processor of an exported folder. Raises `UserError` if it is missing or no export."""
+    """The processor of an exported folder.
+
+    Raises:
+        UserError: it is missing or no export.
+    """
     _check_export(folder)
     return _load(folder, "AutoProcessor")
 
 
 def read_max_positions(folder: Path) -> int:
-    """Tokens that an exported model was trained for. Raises `UserError` as `load_processor`."""
+    """Tokens that an exported model was trained for.
+
+    Raises:
+        UserError: as `load_processor`.
+    """
     _check_export(folder)
     return int(_load(folder, "AutoConfig").text_config.max_position_embeddings)
 

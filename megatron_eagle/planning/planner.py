@@ -41,7 +41,11 @@ class PackShape:
 
     @classmethod
     def of_data(cls, path: str, length: int) -> "PackShape":
-        """From a packed token store. Raises `UserError`: no store, or not packed for `length`."""
+        """From a packed token store.
+
+        Raises:
+            UserError: no store, or not packed for `length`.
+        """
         store = SampleStore(path, length)
         packs = read_packs(store)
         tiles, lengths = (packs.table["n_tiles"].to_numpy(), store.column("n_tokens").to_numpy())
@@ -64,7 +68,8 @@ class PackShape:
 def sample_bounds(store: SampleStore, count: int) -> tuple[tuple[int, ...], ...]:
     """Document bounds of `count` packs of a store or of all, evenly spread; padding is a document.
 
-    Raises `UserError`: not packed.
+    Raises:
+        UserError: not packed.
     """
     index, tokens = read_packs(store), store.column("n_tokens").to_numpy()
     bounds = []
@@ -131,7 +136,8 @@ class LayoutPlans:
 def file_run(path: str, overrides: Iterable[str]) -> RunConfig:
     """The run of a YAML file for any number of GPUs: its layout is read but not checked against them.
 
-    Raises `UserError` as `load_run_config`.
+    Raises:
+        UserError: as `load_run_config`.
     """
     overrides = list(overrides)
     config = load_run_config(path, [*overrides, "parallel={}"], world_size=1)
@@ -141,7 +147,11 @@ def file_run(path: str, overrides: Iterable[str]) -> RunConfig:
 
 
 def preset_run(name: str, length: int, global_batch_size: int, overrides: Iterable[str]) -> RunConfig:
-    """A run of a model preset without data. Raises `UserError`: no such preset, or a wrong override."""
+    """A run of a model preset without data.
+
+    Raises:
+        UserError: no such preset, or a wrong override.
+    """
     nowhere = {"path": "nowhere"}  # nothing is read or written
     values = {
         "model": {"preset": name},
@@ -166,8 +176,11 @@ def plan_layouts(
 ) -> LayoutPlans:
     """Try every layout of `gpus` GPUs with `gpu_memory` bytes each for the run `config`.
 
-    The sizes in `config.parallel` play no part. Raises `UserError`: less than one GPU, no memory beyond
-    `RESERVED_BYTES`, more tiles than a pack holds, a LoRA run, or no legal layout at all.
+    The sizes in `config.parallel` play no part.
+
+    Raises:
+        UserError: less than one GPU, no memory beyond `RESERVED_BYTES`, more tiles than a pack holds, a LoRA
+            run, or no legal layout at all.
     """
     if gpus < 1:
         raise UserError(f"--gpus is {gpus}: must be at least 1")

@@ -37,7 +37,8 @@ class Device:
 def detect_device() -> Device:
     """CUDA device LOCAL_RANK if there is one, else the CPU.
 
-    Raises `UserError` where a node has more processes than GPUs.
+    Raises:
+        UserError: where a node has more processes than GPUs.
     """
     if not torch.cuda.is_available():
         return Device("cpu")
@@ -56,8 +57,10 @@ def detect_device() -> Device:
 def process_group(device: Device, *, timeout_minutes: float = 30) -> Iterator[None]:
     """The default process group: torchrun's environment, or a group of one in a single process.
 
-    Leaves an already initialised group alone, so that a caller's group survives. Raises `UserError` for
-    processes that torchrun has started again where they would hang.
+    Leaves an already initialised group alone, so that a caller's group survives.
+
+    Raises:
+        UserError: processes that torchrun has started again where they would hang.
     """
     if torch.distributed.is_initialized():
         yield

@@ -82,7 +82,11 @@ def known_gpu(name: str) -> Gpu | None:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU that a user calls by its short name, or by CUDA's. Raises `UserError` with all short names."""
+    """The GPU that a user calls by its short name, or by CUDA's.
+
+    Raises:
+        UserError: with all short names.
+    """
     found = GPUS.get(name.lower()) or known_gpu(name)
     if found is None:
         raise UserError(

@@ -1,11 +1,13 @@
 """Habits that ruff has no rule for: what is written out plainly, and what nobody calls."""
 
 import ast
+import re
 from collections.abc import Iterator
 
 from tests.paths import REPO
 
 FOLDERS = ("megatron_eagle", "kernels/eagle_kernels", "tools", "examples", "tests")
+LEFT = REPO / "tests/project/errors_in_prose.txt"
 
 
 def sources(*folders: str) -> Iterator[tuple[str, str]]:
@@ -33,3 +35,24 @@ def test_no_literal_is_spread_where_it_is_written():
 
 def test_a_spread_literal_is_found():
     assert spread_literals("f(*(a, b), *c)\nx = [\n  *[1, 2],\n  *range(3)]\n*y, z = x\n") == [1, 3]
+
+
+def errors_in_prose(source: str) -> int:
+    """Docstrings that say what is raised in a sentence, without a section `Raises:`."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return sum(bool(re.search(r"Raises `", ast.get_docstring(node) or "")) for node in nodes)
+
+
+def test_docstrings_have_a_section_for_errors():
+    """`errors_in_prose.txt` names the files that are not there yet, and how many docstrings each has."""
+    left = dict(line.split() for line in LEFT.read_text().splitlines())
+    found = {path: errors_in_prose(text) for path, text in sources("megatron_eagle", "kernels", "tools")}
+    more = {path: n for path, n in found.items() if n > int(left.get(path, 0))}
+    assert not more, "write a section `Raises:` (Google style)"
+
+
+def test_an_error_in_prose_is_found():
+    prose = 'def f():\n    """It. Raises `E`."""\n'
+    section = 'class C:\n    """It.\n\n    Raises:\n        E: so.\n    """\n'
+    assert (errors_in_prose(prose), errors_in_prose(section), errors_in_prose(prose + section)) == (1, 0, 1)

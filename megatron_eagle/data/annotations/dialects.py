@@ -255,7 +255,11 @@ DIALECTS = (
 
 
 def tell(record: Record) -> Dialect:
-    """The dialect of a record without its nulls.  Raises `Problem` for a record of none of them."""
+    """The dialect of a record without its nulls.
+
+    Raises:
+        Problem: a record of none of them.
+    """
     found = next((dialect for dialect in DIALECTS if dialect.tells(record)), None)
     if found is None:
         ways = "; ".join(dialect.told_by.replace("`", '"') for dialect in DIALECTS)

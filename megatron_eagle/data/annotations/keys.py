@@ -223,7 +223,8 @@ def _objects(items: object) -> Iterator[Mapping[str, Any]]:
 def is_learned(item: Mapping[str, Any], what: str) -> bool | None:
     """What the switches of a turn or a record say: learned, not learned, or nothing (None).
 
-    Raises `Problem` for a weight between the two.
+    Raises:
+        Problem: a weight between the two.
     """
     found = {key: item[key] for key in SWITCHES if item.get(key) is not None}
     for key, value in found.items():

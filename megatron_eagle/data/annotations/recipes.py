@@ -52,7 +52,8 @@ def llama_factory_entries(
 ) -> dict[str, dict[str, Any]] | None:
     """The entries of a `dataset_info.json` in `folder`, or those `chosen`; None if `content` is none.
 
-    Raises `UserError` for a data set that lies elsewhere, and for preferences.
+    Raises:
+        UserError: a data set that lies elsewhere, and for preferences.
     """
     if not isinstance(content, dict) or not _is_info(content):
         return None

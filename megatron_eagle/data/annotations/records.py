@@ -51,7 +51,8 @@ class RecordSource(Protocol):
 class JsonFile:
     """The records of a JSON file; open only while it is read.
 
-    Raises `UserError` if it cannot be read, or is no such file.
+    Raises:
+        UserError: it cannot be read, or is no such file.
     """
 
     def __init__(self, path: Path):
@@ -165,7 +166,8 @@ def _line_bounds(file: BinaryIO) -> np.ndarray:
 def _array_bounds(file: BinaryIO, begin: int, path: Path) -> np.ndarray:
     """Where an array opens, its commas are and it closes: int64 [n + 1].
 
-    Raises `UserError` for an array without an end, or with something behind it.
+    Raises:
+        UserError: an array without an end, or with something behind it.
     """
     scan, found = _ArrayScan(), [np.array([begin], np.int64)]
     offset, rest = file.seek(begin), b""

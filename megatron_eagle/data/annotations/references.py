@@ -150,7 +150,11 @@ class References:
         return tuple(self.image(page) for page in pages)
 
     def path(self, value: object) -> str:
-        """A file's path.  Raises `Problem` for what is none."""
+        """A file's path.
+
+        Raises:
+            Problem: what is none.
+        """
         if not isinstance(value, str) or not value or "\0" in value:
             raise Problem("bad media reference", f"expected a file name, not {value!r}")
         value = value.removeprefix("file://")
@@ -168,7 +172,11 @@ def _named(item: Mapping[str, Any], keys: tuple[str, ...]) -> object:
 
 
 def read_overrides(record: Mapping[str, Any]) -> dict[str, float]:
-    """Sampling settings given with a sample or a data set.  Raises `Problem` for no positive number."""
+    """Sampling settings given with a sample or a data set.
+
+    Raises:
+        Problem: no positive number.
+    """
     found = {key: record[key] for key in OVERRIDES if record.get(key) is not None}
     for key in _TILES:
         if record.get(key) is not None:
@@ -212,7 +220,11 @@ def as_list(value: object) -> list[Any]:
 
 
 def whole_text(value: str) -> str:
-    """A text that can be written.  Raises `Problem` for half of a surrogate pair."""
+    """A text that can be written.
+
+    Raises:
+        Problem: half of a surrogate pair.
+    """
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -26,8 +26,10 @@ def _image(image: ImagePlan) -> dict[str, Any]:
 def describe_row(store: SampleStore, row: int) -> dict[str, Any]:
     """One row: source, token counts, media with their grids or frames, ids, loss weights 1 / sqrt(n).
 
-    `loss_weights[i]` belongs to token i itself: 0 where it is not part of an answer.  Raises `UserError` for
-    a row that does not exist.
+    `loss_weights[i]` belongs to token i itself: 0 where it is not part of an answer.
+
+    Raises:
+        UserError: a row that does not exist.
     """
     sample = store[check_row(store, row)]
     n_pictures = len(sample.images) - sum(len(document.pages) for document in sample.documents)

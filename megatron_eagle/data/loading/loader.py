@@ -86,7 +86,8 @@ class PackLoader(Generic[P]):
     the background too.  `patch_cost` is the model's (`model.flops.patch_cost`); 0: packs are shared by
     attention alone.  For a CUDA `device` tensors lie in pinned memory, so that nobody waits for their copies.
 
-    Raises `UserError` for an unusable configuration, or if the pack index is missing or made for other data.
+    Raises:
+        UserError: an unusable configuration, or if the pack index is missing or made for other data.
     """
 
     def __init__(
@@ -161,7 +162,10 @@ class PackLoader(Generic[P]):
         """This rank's share of the global batch that starts at `consumed_packs`.
 
         Those that follow are prepared in the background.  Media that cannot be read are zeros, and named in
-        `failures`.  Raises `UserError` for a damaged store or a pack that `plan` refuses.
+        `failures`.
+
+        Raises:
+            UserError: a damaged store or a pack that `plan` refuses.
         """
         if not self._config.prefetch:
             return self._read_media(self._prepare(consumed_packs))

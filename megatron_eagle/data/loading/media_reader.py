@@ -34,8 +34,9 @@ class Medium:
     def load(self, decoder: MediaDecoder, tiles: range | None = None) -> torch.Tensor:
         """Some of its tiles, or all: uint8 [n, 3, S, S].
 
-        Raises `Problem` for a file that has changed since it was preprocessed or can no longer be read, and
-        as the decoder says.
+        Raises:
+            Problem: a file that has changed since it was preprocessed or can no longer be read, and as the
+                decoder says.
         """
         plan, wanted = self.plan, slice(None) if tiles is None else slice(tiles.start, tiles.stop)
         if isinstance(plan, VideoPlan):

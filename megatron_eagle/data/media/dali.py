@@ -140,7 +140,11 @@ class DaliDecoder:
 
 
 def _encoded(path: str, index: FrameIndex) -> Iterator[_Inputs]:
-    """Samples of small files.  Raises `RemuxRefused` for a video that the GPU's decoder gets wrong."""
+    """Samples of small files.
+
+    Raises:
+        RemuxRefused: a video that the GPU's decoder gets wrong.
+    """
     start = 0
     for end in range(1, len(index.pts) + 1):
         if end < len(index.pts):

@@ -71,7 +71,8 @@ class MediaDecoder:
     `fallbacks` counts, by how and why, the media that are decoded in a slower way than others: exactly and
     not by DALI, or from the start of the file; `report` gets a line at the first of each.
 
-    Raises `UserError` for an unknown back end, and for dali if it is not installed.
+    Raises:
+        UserError: an unknown back end, and for dali if it is not installed.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class MediaDecoder:
         (`VideoPlan.index`).  Returns upright tiles uint8 [n, 3, S, S] and their times float64 [n] in seconds
         of the file's own clock.
 
-        Raises `Problem` for a number that the index does not have, a file that is not the one that was
-        indexed, a frame that does not decode whole, and one that does not in time.
+        Raises:
+            Problem: a number that the index does not have, a file that is not the one that was indexed, a
+                frame that does not decode whole, and one that does not in time.
         """
         chosen = index.select(frame_numbers)
         order = torch.from_numpy(np.searchsorted(chosen.numbers, frame_numbers))
@@ -124,7 +126,8 @@ class MediaDecoder:
     ) -> torch.Tensor:
         """A picture in its grid (columns, rows) of tiles, uint8 [n, 3, S, S]: see `tiles.image_tiles`.
 
-        Raises `Problem` if it cannot be read, or not in time, or does not have `file_size` bytes.
+        Raises:
+            Problem: it cannot be read, or not in time, or does not have `file_size` bytes.
         """
 
         def decode() -> torch.Tensor:

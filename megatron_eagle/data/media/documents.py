@@ -30,8 +30,9 @@ os.register_at_fork(before=_PDFIUM.acquire, after_in_parent=_PDFIUM.release, aft
 def page_sizes(path: str) -> list[tuple[float, float]]:
     """Width and height of every page as it is shown, in points (1/72 inch).
 
-    Raises `Problem` for a file that is missing, empty, no PDF, cut off or damaged, that needs a password, or
-    that has no page or more than `MAX_PAGES`.
+    Raises:
+        Problem: a file that is missing, empty, no PDF, cut off or damaged, that needs a password, or that has
+            no page or more than `MAX_PAGES`.
     """
     with _document(path) as document:
         n_pages = len(document)
@@ -51,7 +52,11 @@ def pixel_size(width: float, height: float, max_pixels: int) -> tuple[int, int]:
 
 
 def check_pages(path: str, numbers: Collection[int], *, max_pixels: int) -> None:
-    """Whether pages (numbers from 0) can be drawn, without drawing them.  Raises `Problem` as `draw_page`."""
+    """Whether pages (numbers from 0) can be drawn, without drawing them.
+
+    Raises:
+        Problem: as `draw_page`.
+    """
     if numbers:
         with _document(path) as document:
             for number in numbers:
@@ -61,8 +66,9 @@ def check_pages(path: str, numbers: Collection[int], *, max_pixels: int) -> None
 def draw_page(page: PageRef, *, max_pixels: int) -> Image.Image:
     """The page as an RGB picture of `page.width` x `page.height` pixels, stretched to that, on white.
 
-    Raises `Problem` for a file or page that cannot be read, and where the page, or a picture on it, has more
-    than `max_pixels` pixels.
+    Raises:
+        Problem: a file or page that cannot be read, and where the page, or a picture on it, has more than
+            `max_pixels` pixels.
     """
     if page.width * page.height > max_pixels:
         raise Problem(

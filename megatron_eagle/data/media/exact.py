@@ -33,8 +33,11 @@ def read_frames(
     """Decode all frames of an index (see `FrameIndex.select`), one at a time, at the size of the file.
 
     Where seeking does not lead to a frame, the rest is read linearly from the start; `went_linear` is told
-    why.  Raises `Problem` if the file cannot be read or a frame cannot be decoded whole: concealed damage
-    counts, in it or in what it may refer to.
+    why.
+
+    Raises:
+        Problem: the file cannot be read or a frame cannot be decoded whole: concealed damage counts, in it or
+            in what it may refer to.
     """
     found = 0
     reason = index.linear_reason

@@ -29,8 +29,8 @@ def open_video(path: str) -> av.container.InputContainer:
 def read_frame_table(path: str) -> FrameTable:
     """Read the frame table of the first video stream.
 
-    Raises `Problem` for a file that is missing, empty, cut off, no video, or has no frame that can be
-    decoded.
+    Raises:
+        Problem: a file that is missing, empty, cut off, no video, or has no frame that can be decoded.
     """
     file = file_metadata(path)
     if file.size == 0:

@@ -42,7 +42,8 @@ class FrameIndex:
     def select(self, frame_numbers: "Sequence[int] | np.ndarray") -> "FrameIndex":
         """The index of these frames alone, each once and in ascending order.
 
-        Raises `Problem` for a number that the file or this index does not have.
+        Raises:
+            Problem: a number that the file or this index does not have.
         """
         wanted = np.unique(np.asarray(frame_numbers, np.int64))
         rank = np.searchsorted(self.numbers, wanted)

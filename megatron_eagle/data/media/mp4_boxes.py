@@ -44,7 +44,11 @@ def outer_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def children(body: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Kind and body of the boxes inside a box.  Raises `NotPlain` where they do not fill it."""
+    """Kind and body of the boxes inside a box.
+
+    Raises:
+        NotPlain: where they do not fill it.
+    """
     at = 0
     while at + 8 <= len(body):
         length, header = int.from_bytes(body[at : at + 4]), 8
@@ -60,7 +64,11 @@ def children(body: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 class Boxes:
-    """The boxes inside a box by kind.  Raises `NotPlain` where there is not one of each kind asked for."""
+    """The boxes inside a box by kind.
+
+    Raises:
+        NotPlain: where there is not one of each kind asked for.
+    """
 
     def __init__(self, body: memoryview):
         self._found: dict[bytes, list[memoryview]] = {}
@@ -100,7 +108,8 @@ def number(body: memoryview, at: int, length: int = 4) -> int:
 def table(body: memoryview, kind: str, dtype: str, columns: int, start: int = 8) -> np.ndarray:
     """The entries [n, columns] of a box with a count of them just before byte `start`, as int64.
 
-    Raises `BadBox` for a count that the box has no room for.
+    Raises:
+        BadBox: a count that the box has no room for.
     """
     count = number(body, start - 4)
     width = np.dtype(dtype).itemsize * columns

@@ -39,7 +39,8 @@ _MAX_OFFSET = 1 << 28  # of composition; FFmpeg doubts tables with larger ones
 def read_mp4(path: str, size: int) -> CodedFrames | None:
     """The coded frames of the first video track of a file of `size` bytes, or None if it is not plain MP4.
 
-    Raises `Problem` for a file that is cut off, unfinished, or promises more than it holds.
+    Raises:
+        Problem: a file that is cut off, unfinished, or promises more than it holds.
     """
     with open(path, "rb") as file:
         boxes = list(outer_boxes(file))

@@ -52,9 +52,10 @@ class Remux:
 def sparse_remux(path: str, index: FrameIndex) -> Remux:
     """Copy what decoding all frames of an index takes (see `FrameIndex.select`).
 
-    Raises `RemuxRefused` where a copy could decode to other pictures (open GOP, transport streams, key
-    frames that a seek does not find, pixels that are not 8-bit 4:2:0), and `Problem` for a file that cannot
-    be read.
+    Raises:
+        RemuxRefused: where a copy could decode to other pictures (open GOP, transport streams, key frames
+            that a seek does not find, pixels that are not 8-bit 4:2:0), and `Problem` for a file that cannot
+            be read.
     """
     if index.linear_reason:
         raise RemuxRefused(index.linear_reason)

@@ -63,7 +63,8 @@ def file_metadata(path: str) -> FileMetadata:
     """Size and time of change of a file, of the file a page is in, or of a value and its database; of the
     pictures of a video all bytes and the last change.
 
-    Raises `Problem` if it is missing.
+    Raises:
+        Problem: it is missing.
     """
     if pictures := frame_pictures(path):
         files = [file_metadata(picture) for picture in pictures.values()]
@@ -78,7 +79,8 @@ def file_metadata(path: str) -> FileMetadata:
 def fingerprint(path: str) -> int:
     """64 bits of a hash of a file's size, beginning, middle and end; of the pictures of a video whole files.
 
-    Raises `Problem` if it is missing.
+    Raises:
+        Problem: it is missing.
     """
     if pictures := frame_pictures(path):
         whole = hashlib.blake2b(digest_size=8)
@@ -106,7 +108,11 @@ def check_unchanged(path: str, probed: FileMetadata, known_fingerprint: int) -> 
 
 
 def check_size(path: str, size: int) -> FileMetadata:
-    """A file as it is now.  Raises `Problem` if it does not have the bytes that it was probed with."""
+    """A file as it is now.
+
+    Raises:
+        Problem: it does not have the bytes that it was probed with.
+    """
     now = file_metadata(path)
     if now.size != size:
         raise Problem("media changed since preprocessing", f"{path} has {now.size} bytes, had {size}")
@@ -116,7 +122,8 @@ def check_size(path: str, size: int) -> FileMetadata:
 def open_media(path: str) -> BinaryIO | Path:
     """What a reader of pictures can open; a file is not opened here.
 
-    Raises `Problem` for a missing or empty file or value, and for a pickle: reading one runs what it says.
+    Raises:
+        Problem: a missing or empty file or value, and for a pickle: reading one runs what it says.
     """
     if not path.startswith(_SCHEME):
         if _status(path).st_size == 0:

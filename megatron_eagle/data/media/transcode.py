@@ -67,8 +67,9 @@ def transcode_video(source: str, target: Path, settings: TranscodeSettings) -> i
     are told the shape that they had.  The copy is read back, and its number of frames and every time compared
     with the source.
 
-    Raises `Problem` for a source that cannot be decoded to its end or whose times MP4 cannot hold, and
-    OSError where the copy cannot be written.
+    Raises:
+        Problem: a source that cannot be decoded to its end or whose times MP4 cannot hold, and OSError where
+            the copy cannot be written.
     """
     table = read_frame_table(source)
     if table.pts[0] < 0 or table.time_base.denominator > _LARGEST_TIMESCALE:

@@ -26,8 +26,9 @@ def decode_frames(
     Returns tiles uint8 [n, 3, S, S] with S = `size` on `device`, and their times float64 [n] in seconds of
     the file's own clock.  `backend` is auto, exact or dali.
 
-    Raises `Problem` for a number that the index does not have, a file that is not the one that was indexed,
-    and a frame that does not decode whole; `UserError` for a back end that there is not.
+    Raises:
+        Problem: a number that the index does not have, a file that is not the one that was indexed, and a
+            frame that does not decode whole; `UserError` for a back end that there is not.
     """
     decoder = MediaDecoder(backend, tile_size=size, device=device)
     try:

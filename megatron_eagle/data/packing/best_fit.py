@@ -49,7 +49,10 @@ def pack_rows(lengths: np.ndarray, capacity: int, seed: int, *, tiles: np.ndarra
     `lengths` are tokens and `tiles` vision tiles per row (default: none), integers [n].  Every row is in
     exactly one pack.  Packs are full first, then alike in their sum of squared lengths and in their tiles.
     Rows of equal length are interchangeable: the seed decides which goes where, the order of the packs and
-    that of the rows within each.  Raises `UserError` for a row longer than a pack.
+    that of the rows within each.
+
+    Raises:
+        UserError: a row longer than a pack.
     """
     n = len(lengths)
     if n and lengths[longest := int(np.argmax(lengths))] > capacity:

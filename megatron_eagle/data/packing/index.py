@@ -132,7 +132,8 @@ class PackIndex:
 def read_packs(store: SampleStore) -> PackIndex:
     """Read the pack index of a store's length.
 
-    Raises `UserError` if there is none, or if it was made for another length or for other rows.
+    Raises:
+        UserError: there is none, or if it was made for another length or for other rows.
     """
     again = f"run pack_data --data {store.path} --length {store.length}"
     path = store.folder / "packs.arrow"

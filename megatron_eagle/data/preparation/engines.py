@@ -35,7 +35,8 @@ def lines_ahead(workers: int, chunk: int) -> int:
 def run_local(chunks: Chunks, settings: PreprocessSettings, workers: int) -> Generator[Outcome, None, None]:
     """Process chunks of lines on this machine; with one worker in this process.
 
-    Raises `UserError` if a worker dies.
+    Raises:
+        UserError: a worker dies.
     """
     if workers <= 1:
         processor = SampleProcessor(settings)
@@ -48,7 +49,8 @@ def run_local(chunks: Chunks, settings: PreprocessSettings, workers: int) -> Gen
 def in_processes(function: Callable[[T], Iterable[R]], items: Iterable[T], workers: int) -> Iterator[R]:
     """What `function` makes of each item, computed in several processes of this machine.
 
-    Raises `UserError` if a worker dies.
+    Raises:
+        UserError: a worker dies.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer's threads half-alive
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
@@ -91,7 +93,8 @@ def _work(settings: PreprocessSettings, tasks: list[Task]) -> list[Outcome]:
 def ray_workers() -> int:
     """Connect to the Ray cluster that `RAY_ADDRESS` or this machine knows, or start one here; its cores.
 
-    Raises `UserError` if Ray is not installed or cannot be reached.
+    Raises:
+        UserError: Ray is not installed or cannot be reached.
     """
     try:
         import ray
@@ -108,7 +111,10 @@ def run_ray(chunks: Chunks, settings: PreprocessSettings, workers: int) -> Gener
     """Process chunks of lines on the connected Ray cluster, `workers` at a time.
 
     Annotations are read here; the tokenizer and media must lie under the same paths on every node.  Work of a
-    node that is lost is done again elsewhere.  Raises `UserError` if a task fails for good.
+    node that is lost is done again elsewhere.
+
+    Raises:
+        UserError: a task fails for good.
     """
     import ray
 

@@ -33,7 +33,11 @@ from megatron_eagle.problems import LedgerEntry, Problem
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """Everything that decides what a sample becomes.  Raises `UserError` for impossible values."""
+    """Everything that decides what a sample becomes.
+
+    Raises:
+        UserError: impossible values.
+    """
 
     tokenizer: str
     lengths: tuple[int, ...]

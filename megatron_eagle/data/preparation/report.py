@@ -25,7 +25,11 @@ class DatasetKept:
 
 
 def kept_of_datasets(folder: str | Path) -> list[DatasetKept]:
-    """For every length and data set of a store.  Raises `UserError` for a folder that is none."""
+    """For every length and data set of a store.
+
+    Raises:
+        UserError: a folder that is none.
+    """
     manifest = read_manifest(folder)
     found = []
     for length in manifest.lengths:

@@ -101,8 +101,9 @@ def plan_media(
 ) -> MediaPlan:
     """Fit a sample into `limit` tokens; a document is the demands of its pages.
 
-    Raises `Problem` if it does not fit with one tile per image, one page per document and the minimum of
-    frames per video.
+    Raises:
+        Problem: it does not fit with one tile per image, one page per document and the minimum of frames per
+            video.
     """
     single = [1] * len(images)
     fewest = [min(video.minimum, video.wanted) for video in videos]

@@ -134,7 +134,11 @@ def probe_video(source: VideoSource) -> VideoMetadata:
 
 
 def _list_table(folder: str, frames: FrameList) -> FrameTable:
-    """The frame table of pictures: each is a key frame.  Raises `Problem` if one is missing."""
+    """The frame table of pictures: each is a key frame.
+
+    Raises:
+        Problem: one is missing.
+    """
     for picture in frames.pictures:
         file_metadata(picture)
     time_base, times = common_clock(frames.times)

@@ -227,12 +227,20 @@ class DataManifest:
 
 
 def store_format(folder: str | Path) -> int:
-    """The format of the token store in a folder.  Raises `UserError` if it holds none, of whatever format."""
+    """The format of the token store in a folder.
+
+    Raises:
+        UserError: it holds none, of whatever format.
+    """
     return int(_manifest_content(folder)["format_version"])
 
 
 def read_manifest(folder: str | Path) -> DataManifest:
-    """Read manifest.json.  Raises `UserError` for a folder that is no token store of this version."""
+    """Read manifest.json.
+
+    Raises:
+        UserError: a folder that is no token store of this version.
+    """
     content = _manifest_content(folder)
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(
@@ -280,8 +288,10 @@ def _reader(array: pa.Array, plan: type | None) -> _Reader:
 class SampleStore:
     """The rows of one length; `store[i]` is a `StoredSample`.  Memory mapped: opening reads no sample.
 
-    `length` defaults to the longest.  Raises `UserError` for a folder that is no store, and for a length
-    that it was not made for, naming those it has.
+    `length` defaults to the longest.
+
+    Raises:
+        UserError: a folder that is no store, and for a length that it was not made for, naming those it has.
     """
 
     def __init__(self, path: str | Path, length: int | None = None):

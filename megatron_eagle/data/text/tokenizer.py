@@ -192,7 +192,8 @@ class SentencePieceTokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read the tokenizer in a folder: its tokenizer.json, or else its tokenizer.model (sentencepiece).
 
-    Raises `UserError` if there is none or it cannot be read.
+    Raises:
+        UserError: there is none or it cannot be read.
     """
     is_sentencepiece = (Path(folder) / "tokenizer.model").is_file()
     has_json = (Path(folder) / "tokenizer.json").is_file()

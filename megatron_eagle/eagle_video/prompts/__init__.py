@@ -23,7 +23,11 @@ class Prompt:
     text: str
 
     def fill(self, **values: object) -> str:
-        """The text with every `$name` replaced.  Raises `UserError` for one that the recipe does not give."""
+        """The text with every `$name` replaced.
+
+        Raises:
+            UserError: one that the recipe does not give.
+        """
         try:
             return Template(self.text).substitute(values)
         except (KeyError, ValueError) as error:

@@ -36,7 +36,11 @@ class Source:
             raise UserError(f"{self.folder}: no such folder; expected the benchmark as it is published")
 
     def tables(self, *patterns: str) -> list[Path]:
-        """The files of the first pattern that has any, in order. Raises `UserError` if none has."""
+        """The files of the first pattern that has any, in order.
+
+        Raises:
+            UserError: none has.
+        """
         for pattern in patterns:
             if found := sorted(self.folder.rglob(pattern)):
                 return found
