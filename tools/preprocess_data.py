@@ -57,7 +57,7 @@ def _add_transcode(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=run_transcode)
     defaults = TranscodeSettings()
     add = command.add_argument
-    add("source", metavar="SOURCE", help="a recipe, a JSONL file, or a folder of videos")
+    add("source", metavar="SOURCE", help="a recipe, an annotation file, or a folder of videos")
     add("--output", required=True, help="folder for the copies and the annotations that name them")
     add("--size", type=int, default=defaults.size, help="pixels a side of a tile (default %(default)s)")
     add("--gop", type=int, default=defaults.gop, help="frames from key frame to key frame (%(default)s)")

@@ -36,7 +36,7 @@ def main() -> int | None:
     add = commands.add_parser(
         "lint", help="problems by file and line; exits with 1 if there are any"
     ).add_argument
-    add("recipe", metavar="RECIPE", help="a recipe, or one JSONL file")
+    add("recipe", metavar="RECIPE", help="a recipe, or one annotation file")
     add("--no-media", action="store_true", help="look at the annotations only")
     add(
         "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger pictures are refused (%(default)s)"

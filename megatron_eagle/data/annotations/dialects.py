@@ -75,7 +75,8 @@ def _pairs(key: str, question: Iterable[str], answer: Iterable[str]) -> Callable
 
 def _history(record: Record) -> list[Message]:
     found = []
-    for pair in record.get("history") or ():
+    history = record.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Problem("bad turn", '"history" must be a list of [question, answer]')
         found += [_message("user", pair[0]), _message("assistant", pair[1])]

@@ -102,12 +102,16 @@ def _renamed(turn: object, tags: Mapping[str, str]) -> object:
     role, content = tags.get("role_tag", "from"), tags.get("content_tag", "value")
     names = {role: "role", content: "content"}
     turn = {names.get(key, key): value for key, value in turn.items()}
-    known = {
-        **{tags.get(f"{name}_tag"): name for name in (USER, ASSISTANT, SYSTEM, OBSERVATION)},
-        tags.get("function_tag"): "function_call",
+    roles = {
+        USER: USER,
+        ASSISTANT: ASSISTANT,
+        SYSTEM: SYSTEM,
+        OBSERVATION: OBSERVATION,
+        "function": "function_call",
     }
-    if turn.get("role") in known:
-        turn["role"] = known[turn["role"]]
+    known = {tags[f"{name}_tag"]: ours for name, ours in roles.items() if f"{name}_tag" in tags}
+    if isinstance(turn.get("role"), str):
+        turn["role"] = known.get(turn["role"], turn["role"])
     return turn
 
 

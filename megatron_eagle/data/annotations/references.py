@@ -166,7 +166,7 @@ class References:
 def _named(item: Mapping[str, Any], keys: tuple[str, ...]) -> object:
     """What an object names under one of these keys; its `url` counts where there is nothing else."""
     found = [item[key] for key in keys if item.get(key) is not None] or [item.get("url")]
-    if any(other != found[0] for other in found):
+    if any(other != found[0] for other in found[1:]):
         raise Problem("bad media reference", f"{found[0]!r} and {found[1]!r} for one medium")
     return found[0]
 

@@ -30,7 +30,8 @@ def check_first(datasets: Iterable[Dataset], sources: Iterable[RecordSource]) ->
             try:
                 keys = check_keys(*read_record(raw, dataset.conventions), dataset.conventions)
                 counts.update((dataset.name, key) for key in keys.unknown)
-                if not keys.unknown and _guesses_a_rate(raw, dataset):
+                shows = b"video" in raw and not keys.unknown and dataset.name not in guessed
+                if shows and _guesses_a_rate(raw, dataset):
                     guessed[dataset.name] = None
             except Problem:  # the ledger will say so
                 continue

@@ -70,7 +70,7 @@ class Transcoded:
 def transcode(
     source: str | Path, output: str | Path, settings: TranscodeSettings, workers: int | None = None
 ) -> Transcoded:
-    """Copy the videos of a recipe, a JSONL file or a folder (see `media.transcode`) into `output`.
+    """Copy the videos of a recipe, an annotation file or a folder (see `media.transcode`) into `output`.
 
     The same command goes on where it was stopped: a copy is finished or not there, and is kept while its
     source and the settings are the same.  What failed is tried again.  Raises `UserError`.

@@ -1,12 +1,16 @@
 """Each dialect in the form in which it is published, read as the conversation that it is."""
 
+import contextlib
 import json
 from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_eagle.data.annotations.dialects import DIALECTS, dialect_table
 from megatron_eagle.data.annotations.formats import read_sample
+from megatron_eagle.data.annotations.keys import METADATA, REFUSED, USED
 from megatron_eagle.data.annotations.parsing import Conventions, read_record
 from megatron_eagle.data.sample import ImageRef, Turn, VideoRef
 from megatron_eagle.problems import Problem
@@ -261,6 +265,10 @@ def test_columns_and_tags_of_a_recipe():
     }
     tags = {"role_tag": "who", "content_tag": "what", "user_tag": "me", "assistant_tag": "it"}
     assert read(record, columns={"messages": "talk", "images": "pics"}, tags=tags).turns == SHOWN
+    for role in (None, ["me"]):  # tags say nothing of such
+        broken = {"talk": [{"who": role, "what": "x"}]}
+        with pytest.raises(Problem, match="unknown role"):
+            read(broken, columns={"messages": "talk"}, tags=tags)
     asked = {"ask": "What?", "reply": "A cat."}
     assert read(asked, columns={"instruction": "ask", "output": "reply"}).turns == PLAIN
     with pytest.raises(Problem, match='"ask" is to be read as "instruction", which is there too'):
@@ -291,3 +299,31 @@ def test_what_cannot_be_used_says_why(record, reason):
     with pytest.raises(Problem) as caught:
         read(record)
     assert str(caught.value).startswith(reason)
+
+
+ODD = st.sampled_from(
+    [None, "", [], {}, 0, -1, 2.5, True, False, "x", ["x"], [["x"]], {"a": 1}, [None], [{}], "x.jpg"]
+    + [["a.jpg", "b.jpg"], [1, 2], {"path": "x"}, {"url": None}, float("nan"), float("inf"), "nan", "<image>"]
+    + [[{"type": "text"}], "\ud800"]
+)
+KEYS = sorted({*REFUSED, *(key for place in USED for key in (*USED[place], *METADATA[place]))})
+
+
+@st.composite
+def spoiled(draw, value):
+    """A record in which some values are others, some keys are gone, and some are more."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(ODD)
+    if isinstance(value, dict):
+        kept = {key: draw(spoiled(inner)) for key, inner in value.items() if draw(st.integers(0, 19))}
+        more = draw(st.dictionaries(st.sampled_from(KEYS), ODD, max_size=1))
+        return {**kept, **more}
+    return [draw(spoiled(inner)) for inner in value] if isinstance(value, list) else value
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from([record for _, record, _ in PUBLISHED]).flatmap(spoiled))
+def test_whatever_stands_anywhere_is_a_sample_or_a_problem(record):
+    for conventions in ({}, {"tags": {"role_tag": "from", "user_tag": "x"}, "columns": {"image": "path"}}):
+        with contextlib.suppress(Problem):
+            assert read(record, **conventions).turns
