@@ -77,7 +77,7 @@ def check_span(span: str) -> Iterator[str]:
         words.pop(0)
     if not words:
         return
-    if words[0].startswith("tools/") and words[0].endswith(".py"):
+    if re.match(r"tools/\w+\.py$", words[0]):
         if not (REPO / words[0]).is_file():
             yield "no such file"
             return
