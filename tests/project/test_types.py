@@ -46,6 +46,12 @@ def test_what_is_mended_must_leave_the_list(check, capsys):
     assert check(found, {"a.py": {"index": 1}}) == 0
 
 
+def test_no_error_at_all_is_an_empty_line(check):
+    assert types.read_reports("\n") == []
+    assert check(types.read_reports("\n"), {"a.py": {"misc": 1}}, "--write") == 0
+    assert json.loads(types.BASELINE.read_text()) == {}
+
+
 def test_counts():
     findings = [Finding("a.py", n, code, "") for n, code in enumerate(("x", "y", "x"))]
     assert count(findings) == {"a.py": {"x": 2, "y": 1}}

@@ -73,7 +73,12 @@ def run_mypy(arguments: Sequence[str] = ()) -> list[Finding]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 1) or done.stderr:
         raise SystemExit(f"mypy failed:\n{done.stdout}{done.stderr}")
-    reports = map(json.loads, done.stdout.splitlines())
+    return read_reports(done.stdout)
+
+
+def read_reports(output: str) -> list[Finding]:
+    """The errors in what mypy writes: an object a line, and an empty line where it has none."""
+    reports = [json.loads(line) for line in output.splitlines() if line]
     return [
         Finding(report["file"], report["line"], report["code"], report["message"])
         for report in reports
