@@ -40,6 +40,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
+        "media": ["lmdb", "simplejpeg"],  # pictures in databases, the warnings of libjpeg
         "dali": ["nvidia-dali-cuda120==2.4.0"],
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],  # Apex: see the Dockerfile
         "demo": ["scikit-image==0.26.0", "matplotlib"],
@@ -54,6 +55,7 @@ setup(
             "liger-kernel==0.8.5",  # a peer that tests and benchmarks compare with
             "faiss-cpu",
             "lmdb",
+            "simplejpeg",
             "ruff==0.17.5",
             "import-linter==2.17",
             "mypy==2.4.1",

@@ -18,6 +18,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Tags of TIFF: bits of a value, and whether 0 is white.
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
 def open_picture(source: "str | Path | BinaryIO") -> Image.Image:
@@ -35,12 +37,37 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
+def check_scale(image: Image.Image) -> None:
+    """Whether the file says which of a picture's values is white, as those of 8, 12 and 16 bits do.
+
+    Raises:
+        ValueError: it does not: floats, 32-bit and signed integers.
+    """
+    deep = image.mode == "I" and image.format == "TIFF"  # elsewhere Pillow means 16 bits by it
+    if image.mode == "F" or deep:
+        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
+        raise ValueError(f"its values are {kind}, which have no white; convert it to 8 or 16 bits")
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
+    value = getattr(image, "tag_v2", {}).get(tag, default)
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A copy in upright RGB: transparency over white, 16-bit grey by its upper eight bits."""
+    """A copy in upright RGB: transparency over white, deep grey by its upper eight bits.
+
+    Raises:
+        ValueError: as `check_scale`.
+    """
     image.load()
+    check_scale(image)
     upright = _UPRIGHT.get(orientation(image))
     if image.mode.startswith("I"):  # Pillow's own conversion clips to white
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        values = np.asarray(image).astype(np.int64) >> (_tiff_tag(image, _BITS, 16) - 8)
+        if _tiff_tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO:  # Pillow turns only 8 bits of it
+            values = 255 - values
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", rgba.size, "white")

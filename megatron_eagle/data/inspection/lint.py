@@ -43,7 +43,13 @@ class FileReport:
 
 
 def problems(
-    dataset: Dataset, *, media: bool, max_pixels: int, report: FileReport | None = None, threads: int = 4
+    dataset: Dataset,
+    *,
+    media: bool,
+    max_pixels: int,
+    strict_jpeg: bool = False,
+    report: FileReport | None = None,
+    threads: int = 4,
 ) -> Iterator[LedgerEntry | None]:
     """For each record of a file in order: what is wrong with it, or None; unknown keys are in `report` alone.
 
@@ -53,9 +59,9 @@ def problems(
 
     @lru_cache(maxsize=4096)
     def check_image(path: str) -> None:
-        probe_image(path, max_pixels)
+        probe_image(path, max_pixels, strict_jpeg)
 
-    check_document = lru_cache(maxsize=256)(lambda document: probe_document(document, max_pixels))
+    check_document = lru_cache(maxsize=256)(lambda paper: probe_document(paper, max_pixels, strict_jpeg))
     check_video = lru_cache(maxsize=256)(probe_video)
 
     def check(numbered: tuple[int, bytes]) -> tuple[str | None, LedgerEntry | None]:

@@ -9,17 +9,21 @@ import hashlib
 import io
 import os
 import re
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
+from weakref import WeakValueDictionary
 
 from megatron_eagle.data.media.frame_list import frame_pictures
 from megatron_eagle.problems import Problem
 
 _SCHEME = "lmdb://"
 _HASHED_BYTES = 65536  # of each of three places
+_OPENING = threading.Lock()
+_IN_USE: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _PAGE = re.compile(r"pdf://(?P<file>.+)\?page=(?P<number>\d+)&size=(?P<width>\d+)x(?P<height>\d+)", re.DOTALL)
 
 
@@ -165,14 +169,23 @@ def _value(path: str) -> bytes:
     return value
 
 
-@lru_cache(maxsize=64)
 def _environment(file: str) -> Any:
-    """The open database; a process may open one only once."""
+    """The open database; a process may open one only once, so that threads wait for each other."""
+    with _OPENING:
+        return _opened(os.path.realpath(file))
+
+
+@lru_cache(maxsize=64)
+def _opened(file: str) -> Any:
+    if (in_use := _IN_USE.get(file)) is not None:  # by a thread, while 64 others were opened
+        return in_use
     try:
         import lmdb
     except ImportError:
         raise Problem("lmdb not installed", f"{file} needs it: pip install lmdb") from None
     try:
-        return lmdb.open(file, subdir=os.path.isdir(file), readonly=True, lock=False, readahead=False)
+        opened = lmdb.open(file, subdir=os.path.isdir(file), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise Problem("unreadable image", f"{file}: {error}") from None
+    _IN_USE[file] = opened
+    return opened

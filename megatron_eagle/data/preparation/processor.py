@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_eagle.data.annotations.formats import read_sample
 from megatron_eagle.data.annotations.parsing import Conventions
+from megatron_eagle.data.media.damage import need_simplejpeg
 from megatron_eagle.data.media.documents import check_pages
 from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS, image_size
@@ -45,6 +46,7 @@ class PreprocessSettings:
     patch_size: int = 14
     template: str = "train"
     max_pixels: int = DEFAULT_MAX_PIXELS
+    strict_jpeg: bool = False
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
@@ -56,6 +58,8 @@ class PreprocessSettings:
             )
         if not 1 <= self.max_pixels <= MAX_MAX_PIXELS:
             raise UserError(f"--max-pixels must be from 1 to {MAX_MAX_PIXELS}, got {self.max_pixels}")
+        if self.strict_jpeg:
+            need_simplejpeg()
         if self.template not in VARIANTS:
             raise UserError(f"--template must be one of {', '.join(VARIANTS)}, got {self.template}")
 
@@ -104,10 +108,9 @@ class SampleProcessor:
             load_tokenizer(settings.tokenizer), settings.template, settings.tokens_per_tile
         )
         # Several questions about one video, document or picture usually follow each other.
-        self._probe_image = lru_cache(maxsize=1024)(lambda path: probe_image(path, settings.max_pixels))
-        self._probe_document = lru_cache(maxsize=32)(
-            lambda document: probe_document(document, settings.max_pixels)
-        )
+        limits = settings.max_pixels, settings.strict_jpeg
+        self._probe_image = lru_cache(maxsize=1024)(lambda path: probe_image(path, *limits))
+        self._probe_document = lru_cache(maxsize=32)(lambda document: probe_document(document, *limits))
         self._probe_video = lru_cache(maxsize=32)(probe_video)
 
     def process(self, task: Task) -> Outcome:

@@ -89,16 +89,22 @@ class VideoMetadata:
         ]
 
 
-def probe_image(path: str, max_pixels: int) -> ImageMetadata:
-    """Check a picture to its end and read its size.  Raises `Problem`."""
-    width, height = image_size(path, max_pixels=max_pixels)
+def probe_image(path: str, max_pixels: int, strict_jpeg: bool = False) -> ImageMetadata:
+    """Check a picture to its end and read its size.
+
+    Raises:
+        Problem: as `images.image_size`.
+    """
+    width, height = image_size(path, max_pixels=max_pixels, strict_jpeg=strict_jpeg)
     return ImageMetadata(file_metadata(path), width, height)
 
 
-def probe_document(document: Document, max_pixels: int) -> list[ImageMetadata] | list[PageMetadata]:
+def probe_document(
+    document: Document, max_pixels: int, strict_jpeg: bool = False
+) -> list[ImageMetadata] | list[PageMetadata]:
     """The pages of a document, whether it is a PDF file or a list of pictures.  Raises `Problem`."""
     if not isinstance(document, str):
-        return [probe_image(page, max_pixels) for page in document]
+        return [probe_image(page, max_pixels, strict_jpeg) for page in document]
     sizes, file = page_sizes(document), file_metadata(document)
     return [PageMetadata(file, number, *size, max_pixels) for number, size in enumerate(sizes)]
 
