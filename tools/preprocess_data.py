@@ -46,6 +46,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add(
         "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger pictures are refused (%(default)s)"
     )
+    add("--strict-jpeg", action="store_true", help="refuse JPEG files that libjpeg warns of (simplejpeg)")
     add("--template", choices=VARIANTS, default="train", help="chat template variant (default %(default)s)")
     add("--workers", type=int, help="processes (default: one per core)")
     add("--engine", choices=ENGINES, default="local", help="this machine, or a Ray cluster (RAY_ADDRESS)")
@@ -76,7 +77,13 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     settings = PreprocessSettings(
-        args.tokenizer, tuple(args.max_tokens), sampling, args.patch_size, args.template, args.max_pixels
+        args.tokenizer,
+        tuple(args.max_tokens),
+        sampling,
+        args.patch_size,
+        args.template,
+        args.max_pixels,
+        args.strict_jpeg,
     )
     execution = Execution(args.workers, args.engine, args.fresh)
     start = time.perf_counter()

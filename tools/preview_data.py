@@ -41,6 +41,7 @@ def main() -> int | None:
     add(
         "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger pictures are refused (%(default)s)"
     )
+    add("--strict-jpeg", action="store_true", help="refuse JPEG files that libjpeg warns of (simplejpeg)")
     add = commands.add_parser("mix", help="what a recipe or a store mixes").add_argument
     add("path", metavar="PATH", help="a recipe, or the folder of a token store")
     add("--length", type=int, help="token limit of a store's plan (default: the longest)")
@@ -83,7 +84,13 @@ def lint(args: argparse.Namespace) -> int:
     n_lines = 0
     for dataset in datasets_of(args.recipe):
         report = FileReport(dataset)
-        found = problems(dataset, media=not args.no_media, max_pixels=args.max_pixels, report=report)
+        found = problems(
+            dataset,
+            media=not args.no_media,
+            max_pixels=args.max_pixels,
+            strict_jpeg=args.strict_jpeg,
+            report=report,
+        )
         for problem in tqdm(found, desc=dataset.name, unit=" lines", dynamic_ncols=True):
             if problem is not None:
                 tqdm.write(f"{problem.file}:{problem.line}: {problem.reason}")

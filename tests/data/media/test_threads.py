@@ -89,7 +89,9 @@ def test_no_other_handle_is_opened_late():
                 ast.unparse(call.func)
                 for call in ast.walk(function)
                 if isinstance(call, ast.Call)
-                and any(word in ast.unparse(call) for word in ("open(", "memory_map", "mmap_mode", "get_batch"))
+                and any(
+                    word in ast.unparse(call) for word in ("open(", "memory_map", "mmap_mode", "get_batch")
+                )
             ]
             if cached and opening:
                 found.add((str(path.relative_to(REPO / "megatron_eagle")), function.name))
