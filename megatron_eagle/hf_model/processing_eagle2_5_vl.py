@@ -27,7 +27,7 @@ import transformers
 from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
-from .clips import shown_seconds, spread
+from .clips import choose_frames, clip_bounds, shown_seconds, uneven_times
 from .pictures import open_picture, to_rgb
 from .prompt import (
     CHAT_TEMPLATE,
@@ -125,7 +125,8 @@ def load_video(
         sampling: `fps`, `nframes`, `min_frames`, `max_frames`, see `frame_count`.
 
     Returns:
-        Frames at `linspace(first, last, n).round()`; `fps` is n over the clip's duration.
+        Frames at `linspace(first, last, n).round()`, or where the rate varies those nearest to evenly
+        spaced times; `fps` is n over the clip's duration.
 
     Raises:
         ValueError: the video is missing, unreadable, or has no frame in the clip; the message names it.
@@ -154,14 +155,15 @@ def load_video(
             raise ValueError(f"video has no frames: {name}")
         times = [stamp * unit for stamp in stamps]
         end = times[0] + shown_seconds(len(times), times[-1] - times[0], last_duration * unit)
-        start = times[0] if video_start is None else Fraction(str(video_start))
-        stop = end if video_end is None else Fraction(str(video_end))
+        asked = [None if t is None else Fraction(str(t)) for t in (video_start, video_end)]
+        start, stop = clip_bounds(times[0], end, *asked)
         inside = [i for i, t in enumerate(times) if start <= t and (video_end is None or t < stop)]
         if not inside:
             raise ValueError(f"video has no frame between {float(start):g} s and {float(stop):g} s: {name}")
         duration = stop - start
         n = frame_count(len(inside), float(duration), **sampling)
-        wanted = spread(inside[0], inside[-1], n)
+        first, last = inside[0], inside[-1]
+        wanted = choose_frames(first, last, n, uneven_times(stamps[first : last + 1]))
         frames = _decode(opened, [stamps[i] for i in wanted], keyframes)
     except av.error.FFmpegError as error:
         raise ValueError(f"video cannot be read: {name} ({error.strerror})") from None

@@ -60,6 +60,8 @@ class JsonFile:
         self._file: BinaryIO | None = None
         file, packing = self._open()
         try:
+            if other := _other_kind(file):
+                raise UserError(f"{path} is {other}")
             begin, first = _first_byte(file)
             if first == b"[":
                 self.form = "JSON array"
@@ -136,6 +138,17 @@ def _unpacked(path: Path) -> tuple[BinaryIO, str]:
 def _stream(file: BinaryIO, packing: str) -> BinaryIO:
     stream = gzip.open(file) if packing == "gzip" else pa.input_stream(file, compression="zstd")  # noqa: SIM115
     return cast(BinaryIO, stream)
+
+
+def _other_kind(file: BinaryIO) -> str:
+    """What a file is that holds no JSON, and what to do; nothing if it may hold some."""
+    file.seek(0)
+    head = file.read(65536)
+    for begin, kind in _OTHERS.items():
+        if head.startswith(begin):
+            return kind
+    # JSON writes zeros as \u0000.
+    return "a binary file; annotations are JSON lines or a JSON array" if b"\0" in head else ""
 
 
 def _first_byte(file: BinaryIO) -> tuple[int, bytes]:

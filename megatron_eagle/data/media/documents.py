@@ -81,6 +81,9 @@ def draw_page(page: PageRef, *, max_pixels: int) -> Image.Image:
     ):
         flags = pdfium.FPDF_ANNOT | pdfium.FPDF_REVERSE_BYTE_ORDER
         pdfium.FPDF_RenderPageBitmap(bitmap, opened, 0, 0, page.width, page.height, 0, flags)
+        if document.formenv:  # what is filled in
+            pdfium.FPDF_SetFormFieldHighlightAlpha(document.formenv, 0)
+            pdfium.FPDF_FFLDraw(document.formenv, bitmap, opened, 0, 0, page.width, page.height, 0, flags)
         return Image.frombytes("RGB", (page.width, page.height), bytes(bitmap.buffer))
 
 
@@ -91,6 +94,7 @@ def _document(path: str) -> Iterator[pypdfium2.PdfDocument]:
     with _PDFIUM:
         try:
             with closing(pypdfium2.PdfDocument(path)) as document:
+                document.init_forms()  # before any page is opened
                 yield document
         except pypdfium2.PdfiumError as error:
             if error.err_code == pdfium.FPDF_ERR_PASSWORD:

@@ -53,6 +53,8 @@ def demux(path: str) -> CodedFrames:
     """
     packets: list[tuple[int, int, bool, bool]] = []
     with open_video(path) as container:
+        if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+            raise Problem("unreadable video", f"{path} is a picture; name it as an image")
         if not container.streams.video:
             raise Problem("unreadable video", f"{path} has no video stream")
         stream = container.streams.video[0]

@@ -15,8 +15,8 @@ from megatron_eagle.data.store.reader import FORMAT_VERSION, SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
-READING = 2
-"""Goes up when records come to mean something else, so that stores made before are made again."""
+READING = 3
+"""Goes up when records or media come to mean something else, so that stores made before are made again."""
 
 
 def cache_key(datasets: list[Dataset], settings: PreprocessSettings, tokenizer_fingerprint: str) -> str:

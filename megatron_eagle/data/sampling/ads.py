@@ -9,11 +9,13 @@ import bisect
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
+import numpy as np
+
 from megatron_eagle.data.sampling.iap import tile_count
-from megatron_eagle.hf_model.clips import spread
+from megatron_eagle.hf_model.clips import choose_frames, spread
 from megatron_eagle.hf_model.grids import TILINGS, select_grid
 from megatron_eagle.problems import Problem
 
@@ -53,16 +55,20 @@ class ImageDemand:
 
 @dataclass(frozen=True)
 class VideoDemand:
-    """A clip: its first and last frame number in the file, the frames it wants and those it must have."""
+    """A clip: its first and last frame number in the file, the frames it wants and those it must have.
+
+    `times` are those of its frames, in any unit, if their rate varies.
+    """
 
     first: int
     last: int
     wanted: int
     minimum: int
+    times: np.ndarray | None = field(default=None, compare=False)
 
     def frames(self, n: int) -> tuple[int, ...]:
         """`n` frame numbers spread evenly over the clip, its first and last included."""
-        return spread(self.first, self.last, n)
+        return choose_frames(self.first, self.last, n, self.times)
 
 
 Grid = tuple[int, int]

@@ -1,7 +1,7 @@
 """What has to be known of a media file before frames and grids are chosen; no pixels are kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -14,7 +14,7 @@ from megatron_eagle.data.media.images import image_size
 from megatron_eagle.data.media.source import FileMetadata, PageRef, file_metadata
 from megatron_eagle.data.sample import Document, FrameList, VideoSource
 from megatron_eagle.data.sampling.ads import ImageDemand, SamplingSettings, VideoDemand, wanted_frames
-from megatron_eagle.hf_model.clips import shown_seconds
+from megatron_eagle.hf_model.clips import clip_bounds, shown_seconds, uneven_times
 from megatron_eagle.problems import Problem
 
 
@@ -61,6 +61,7 @@ class VideoMetadata:
     """A clip: its file, the file's frame table, the first and last frame number, its duration in seconds.
 
     Where frames are given one by one they are `pictures`, and `file` is their folder.
+    `uneven` are the times of its frames if their rate varies (`clips.uneven_times`).
     """
 
     file: FileMetadata
@@ -69,6 +70,7 @@ class VideoMetadata:
     last: int
     duration: Fraction
     pictures: tuple[str, ...] = ()
+    uneven: np.ndarray | None = field(default=None, compare=False)
 
     def name(self, frames: Sequence[int]) -> str:
         """What these frames are read from."""
@@ -79,7 +81,7 @@ class VideoMetadata:
     def demand(self, settings: SamplingSettings) -> VideoDemand:
         """What the clip asks of the sampler."""
         wanted = wanted_frames(self.last - self.first + 1, self.duration, settings)
-        return VideoDemand(self.first, self.last, wanted, settings.min_frames)
+        return VideoDemand(self.first, self.last, wanted, settings.min_frames, self.uneven)
 
     def times(self, frames: Sequence[int]) -> list[float]:
         """Presentation times of frame numbers, in seconds of the file's own clock."""
@@ -113,8 +115,8 @@ def probe_video(source: VideoSource) -> VideoMetadata:
     """Read a video's frame table and find the clip in it.
 
     The duration of N frames is span + span / (N - 1) of their presentation times (one frame: its own
-    duration, or a second if the file does not say); that of a clip with both ends given is end - start.  All
-    in exact rationals.  Raises `Problem`, also for a clip without frames.
+    duration, or a second if the file does not say); that of a clip is end - start, as far as the file goes.
+    All in exact rationals.  Raises `Problem`, also for a clip without frames.
     """
     listed = source.frames
     table = _list_table(source.path, listed) if listed else read_frame_table(source.path)
@@ -124,8 +126,7 @@ def probe_video(source: VideoSource) -> VideoMetadata:
     duration = shown_seconds(n, span, table.last_duration * table.time_base)
     first, last = 0, n - 1
     if source.start is not None or source.end is not None:
-        start = begin if source.start is None else source.start
-        end = begin + duration if source.end is None else source.end
+        start, end = clip_bounds(begin, begin + duration, source.start, source.end)
         duration = end - start
         # Frames with start <= t < end; an integer is below a rational exactly if it is below its ceiling.
         bounds = [-((-t) // table.time_base) for t in (start, end)]
@@ -136,7 +137,8 @@ def probe_video(source: VideoSource) -> VideoMetadata:
                 "empty clip", f"{source.path} shows no frame from {float(start):g} s to {float(end):g} s"
             )
     pictures = listed.pictures if listed else ()
-    return VideoMetadata(table.file, table, first, last, duration, pictures)
+    uneven = uneven_times(table.pts[first : last + 1])
+    return VideoMetadata(table.file, table, first, last, duration, pictures, uneven)
 
 
 def _list_table(folder: str, frames: FrameList) -> FrameTable:
