@@ -38,14 +38,14 @@ def clip_bounds(
 def uneven_times(times: Sequence[int] | np.ndarray) -> np.ndarray | None:
     """The times of a clip's frames (in any unit) if their rate varies, or None.
 
-    It varies if a frame is more than half a frame away from its place at a constant rate. Times that a
-    container has rounded, or a camera shakes, are no variable rate.
+    It varies if frames stray from their places at a constant rate by more than one frame. Times that a
+    container has rounded, and a single frame that was lost, are no variable rate.
     """
     found = np.asarray(times, np.int64)
     offsets = (found - found[0]).astype(np.float64)
     gap = offsets[-1] / max(1, len(found) - 1)
-    even = (np.abs(offsets - gap * np.arange(len(found))) <= gap / 2).all()
-    return None if even else found
+    strays = np.ptp(offsets - gap * np.arange(len(found)))
+    return found if strays > gap else None
 
 
 def choose_frames(first: int, last: int, n: int, times: np.ndarray | None) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from tests.data.helpers import (
     make_pdf,
     make_store,
     read_media,
+    write_pdf,
 )
 from tests.paths import MEDIA, need_media
 
@@ -207,3 +208,25 @@ def test_old_stores_are_refused_and_replaced(tmp_path, tokenizer_dir):
     settings = PreprocessSettings(str(tokenizer_dir), (256,))
     assert preprocess(tmp_path / "recipe.json", path, settings).format_version == 3
     assert len(SampleStore(path)) == 1
+
+
+@pytest.mark.parametrize("appearance", ["/AP<</N 7 0 R>>", ""])
+def test_filled_form_fields_are_drawn(tmp_path, appearance):
+    font = "/DR<</Font<</Helv 5 0 R>>>>/DA(/Helv 24 Tf 0 g)"
+    text, box = "BT /Helv 24 Tf 5 10 Td (4711) Tj ET", "/Rect[50 400 450 460]"
+    objects = [
+        f"<</Type/Catalog/Pages 2 0 R/AcroForm<</Fields[4 0 R]{font}/NeedAppearances true>>>>",
+        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 800]/Contents 6 0 R/Annots[4 0 R]>>",
+        f"<</Type/Annot/Subtype/Widget/FT/Tx/T(t)/V(4711){box}/DA(/Helv 24 Tf 0 g)/F 4{appearance}>>",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+        "<</Length 0>>stream\n\nendstream",
+        "<</Type/XObject/Subtype/Form/BBox[0 0 400 60]/Resources<</Font<</Helv 5 0 R>>>>"
+        f"/Length {len(text)}>>stream\n{text}\nendstream",
+    ]
+    path = write_pdf(tmp_path / "form.pdf", [one.encode() for one in objects])
+    drawn = np.asarray(draw_page(PageRef(str(path), 0, 600, 800), max_pixels=10**6))
+    dark = (drawn < 128).any(-1)
+    assert dark[340:400, 50:450].sum() > 100  # the number, and nothing else: no highlight of the field
+    assert dark.sum() == dark[340:400, 50:450].sum()
+    assert (drawn[345, 440] == 255).all()
