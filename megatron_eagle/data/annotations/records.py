@@ -25,6 +25,15 @@ ANNOTATION_SUFFIXES = tuple(
 """What names an annotation file where a folder is given."""
 _BLOCK = 1 << 20
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+# Files that are named as annotations by mistake, by how they begin.
+_OTHERS = {
+    b"PAR1": "a parquet file; write its rows as JSON lines",
+    b"ARROW1": "an Arrow file; write its rows as JSON lines",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\xff\xfe": "text in UTF-16; write it in UTF-8",
+    b"\xfe\xff": "text in UTF-16; write it in UTF-8",
+    b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run git lfs pull",
+}
 _STEP = np.zeros(256, np.int64)  # what a byte outside of strings does to the depth
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _IS_MARK = _STEP != 0
