@@ -51,6 +51,11 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add("--workers", type=int, help="processes (default: one per core)")
     add("--engine", choices=ENGINES, default="local", help="this machine, or a Ray cluster (RAY_ADDRESS)")
     add("--fresh", action="store_true", help="do not use what an earlier run has left")
+    add(
+        "--retry-failed",
+        action="store_true",
+        help="of a finished store, try only those lines again that were dropped for their media",
+    )
     add("--report", metavar="FILE", help="also draw what each data set wanted and got, for example as PNG")
 
 
@@ -85,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         args.max_pixels,
         args.strict_jpeg,
     )
-    execution = Execution(args.workers, args.engine, args.fresh)
+    execution = Execution(args.workers, args.engine, args.fresh, retry_failed=args.retry_failed)
     start = time.perf_counter()
     manifest = preprocess(args.recipe, args.output, settings, execution)
     print(format_summary(manifest.counts))

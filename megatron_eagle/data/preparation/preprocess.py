@@ -23,8 +23,8 @@ from megatron_eagle.data.annotations.mixture import Dataset, read_recipe
 from megatron_eagle.data.annotations.records import RecordSource, open_records
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
-from megatron_eagle.data.preparation.processor import PreprocessSettings, Task
-from megatron_eagle.data.preparation.reuse import cache_key, is_current
+from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, Task
+from megatron_eagle.data.preparation.reuse import FinishedLines, cache_key, is_current
 from megatron_eagle.data.preparation.summary import LengthCounts
 from megatron_eagle.data.store.reader import DataManifest, read_manifest, store_format
 from megatron_eagle.data.store.token_file import TokenFileWriter
@@ -44,13 +44,15 @@ class Execution:
     """How the work is done, which changes nothing in what comes out.
 
     `workers` are processes, None for one per core of this machine or of the Ray cluster; `fresh` ignores
-    what earlier runs have left.
+    what earlier runs have left; `retry_failed` tries the lines of a finished store again that were dropped
+    for their media, and only those.
     """
 
     workers: int | None = None
     engine: str = "local"
     fresh: bool = False
     shard: int = SHARD
+    retry_failed: bool = False
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -120,8 +122,16 @@ def preprocess(
     manifest = _new_manifest(datasets, settings)
     _check_output(output)
     partial, left = (output.with_name(f".{output.name}.{what}") for what in ("partial", "journal"))
-    if not execution.fresh and not left.exists() and is_current(output, manifest.input_key):
+    finished = None
+    if not execution.fresh and (execution.retry_failed or not left.exists()):
+        finished = FinishedLines(output) if is_current(output, manifest.input_key) else None
+    if finished and not left.exists() and not (execution.retry_failed and finished.failed):
         print(f"{output} is up to date: same input and settings, media unchanged; --fresh makes it again")
+        if finished.failed:
+            print(
+                f"{len(finished.failed):,} lines were dropped for their media (dropped.jsonl); "
+                "--retry-failed tries them again"
+            )
         return read_manifest(output)
     for name, key in dict.fromkeys((dataset.name, key) for dataset in datasets for key in dataset.ignored):
         print(f'note: "{key}" of the recipe\'s entry "{name}" has no effect')
@@ -138,7 +148,7 @@ def preprocess(
         if not journal.n_lines:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        _write_tokens(source, partial, journal, settings, execution)
+        _write_tokens(source, partial, journal, settings, execution, finished)
         _write_rest(source, partial, journal, settings, manifest)
         _replace(output, partial)
         for line in unknown_keys.summary(journal.dropped, datasets):
@@ -178,28 +188,39 @@ def _pad_token_id(tokenizer: Tokenizer) -> int:
 
 
 def _write_tokens(
-    source: _Input, partial: Path, journal: Journal, settings: PreprocessSettings, execution: Execution
+    source: _Input,
+    partial: Path,
+    journal: Journal,
+    settings: PreprocessSettings,
+    execution: Execution,
+    finished: FinishedLines | None,
 ) -> None:
-    """Process the lines that the journal does not have, appending to the token files and to the journal."""
+    """Process the lines that the journal does not have, appending to the token files and to the journal.
+
+    What `finished` knows of them is taken from there.
+    """
     lines = source.taken()
     writers = {
         length: StoreWriter(partial / str(length), journal.n_tokens(length)) for length in settings.lengths
     }
     remaining = lines[journal.n_lines :]
-    chunks = source.chunks(remaining, _CHUNK)
+    open_lines = [line for line in remaining if line in finished.failed] if finished else remaining
+    chunks = source.chunks(open_lines, _CHUNK)
     if execution.engine == "ray":
         available = ray_workers()
         workers = execution.workers or available
         outcomes = run_ray(chunks, settings, workers)
     else:
-        workers = min(execution.workers or os.cpu_count() or 1, -(-len(remaining) // _CHUNK))
+        workers = min(execution.workers or os.cpu_count() or 1, -(-len(open_lines) // _CHUNK))
         outcomes = run_local(chunks, settings, workers)
     # Half a shard between commits, and at most half a shard in work beyond them.
     per_commit = max(execution.shard // 2, lines_ahead(workers, _CHUNK) if workers > 1 else 0)
     if journal.n_lines:
         print(f"continuing: {journal.n_lines:,} of {len(lines):,} lines are done")
+    if finished:
+        print(f"trying {len(open_lines):,} lines again, the others are kept")
     progress = tqdm(
-        outcomes,
+        _in_order(remaining, outcomes, finished) if finished else outcomes,
         total=len(lines),
         initial=journal.n_lines,
         desc="preprocess",
@@ -231,6 +252,14 @@ def _write_tokens(
         outcomes.close()
         for writer in writers.values():
             writer.close()
+
+
+def _in_order(
+    lines: list[tuple[int, int]], tried: Iterator[Outcome], finished: FinishedLines
+) -> Iterator[Outcome]:
+    """The outcome of every line: of those that are tried again the new one, of the others what it was."""
+    for line in lines:
+        yield next(tried) if line in finished.failed else finished.outcome(line)
 
 
 def _write_rest(

@@ -2,18 +2,20 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 
 from megatron_eagle.data.annotations.formats import TEXT_PROBLEMS
 from megatron_eagle.data.annotations.mixture import Dataset
 from megatron_eagle.data.media.source import FileMetadata, file_metadata
-from megatron_eagle.data.preparation.processor import PreprocessSettings
-from megatron_eagle.data.store.reader import FORMAT_VERSION, SampleStore
+from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, StoreRow
+from megatron_eagle.data.store.reader import FORMAT_VERSION, SampleColumns, SampleStore, read_manifest
 from megatron_eagle.errors import UserError
-from megatron_eagle.problems import Problem
+from megatron_eagle.files import from_record, read_records
+from megatron_eagle.problems import LedgerEntry, Problem
 
 READING = 3
 """Goes up when records or media come to mean something else, so that stores made before are made again."""
@@ -41,18 +43,16 @@ def cache_key(datasets: list[Dataset], settings: PreprocessSettings, tokenizer_f
 
 
 def is_current(folder: Path, key: str) -> bool:
-    """Whether `folder` is a store that would come out the same if it were made again.
+    """Whether `folder` is a store that follows from the same input as one of this key.
 
-    That is so if it has this key, its media have the size and time of change that they had, and no sample was
-    dropped for its media, which might be in order by now.
+    That is so if it has this key and its media have the size and time of change that they had. What was
+    dropped for its media may be in order by now: `FinishedLines` says which lines those are.
     """
     try:
         store = SampleStore(folder)
-        with (folder / "dropped.jsonl").open(encoding="utf-8") as ledger:
-            kinds = {json.loads(line)["kind"] for line in ledger}
     except (UserError, OSError):
         return False
-    if store.manifest.input_key != key or not kinds <= TEXT_PROBLEMS:
+    if store.manifest.input_key != key or not (folder / "dropped.jsonl").is_file():
         return False
     seen: set[str] = set()
     for name in ("images", "videos"):
@@ -71,3 +71,47 @@ def _is_unchanged(path: str, size: int, mtime_ns: int) -> bool:
         return file_metadata(path) == FileMetadata(path, size, mtime_ns)
     except Problem:
         return False
+
+
+class FinishedLines:
+    """What became of the lines of a finished store, but of those that were dropped for their media.
+
+    Lines are named by the number of their source and their own, from 0.
+    """
+
+    def __init__(self, folder: Path):
+        manifest = read_manifest(folder)
+        entries = [from_record(LedgerEntry, record) for record in read_records(folder / "dropped.jsonl")]
+        numbers: dict[str, list[int]] = {}
+        for number, file in enumerate(manifest.sources):
+            numbers.setdefault(file, []).append(number)
+        self._dropped: dict[tuple[int, int], list[LedgerEntry]] = {}
+        for entry in entries:
+            for source in numbers[entry.file]:
+                self._dropped.setdefault((source, entry.line - 1), []).append(entry)
+        # A file that is read twice: the ledger does not say which time a line failed.
+        self.failed: set[tuple[int, int]] = {
+            line
+            for line, own in self._dropped.items()
+            if not {entry.kind for entry in own} <= TEXT_PROBLEMS or len(numbers[own[0].file]) > 1
+        }
+        """The lines to be tried again."""
+        self._stores = {length: SampleStore(folder, length) for length in manifest.lengths}
+        self._rows = {length: _first_rows(store) for length, store in self._stores.items()}
+
+    def outcome(self, line: tuple[int, int]) -> Outcome:
+        """What became of a line that is not among the failed ones."""
+        rows = {}
+        for length, store in self._stores.items():
+            if (row := self._rows[length].get(line)) is not None:
+                sample = store[row]
+                columns = SampleColumns(**{f.name: getattr(sample, f.name) for f in fields(SampleColumns)})
+                rows[length] = StoreRow(sample.ids, sample.answers, columns)
+        return Outcome(rows, tuple(self._dropped.get(line, ())))
+
+
+def _first_rows(store: SampleStore) -> dict[tuple[int, int], int]:
+    """The row of each line, by source and line from 0; of a line that is repeated the first."""
+    sources, lines = (np.asarray(store.column(name))[::-1].tolist() for name in ("source", "line"))
+    last = len(store) - 1
+    return {(source, line - 1): last - i for i, (source, line) in enumerate(zip(sources, lines, strict=True))}
