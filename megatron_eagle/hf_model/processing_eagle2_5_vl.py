@@ -159,7 +159,8 @@ def load_video(
         start, stop = clip_bounds(times[0], end, *asked)
         inside = [i for i, t in enumerate(times) if start <= t and (video_end is None or t < stop)]
         if not inside:
-            raise ValueError(f"video has no frame between {float(start):g} s and {float(stop):g} s: {name}")
+            begin, until = (t if own is None else own for own, t in zip(asked, (start, stop), strict=True))
+            raise ValueError(f"video has no frame between {float(begin):g} s and {float(until):g} s: {name}")
         duration = stop - start
         n = frame_count(len(inside), float(duration), **sampling)
         first, last = inside[0], inside[-1]

@@ -7,6 +7,7 @@ packed file is unpacked into a temporary one, which is gone when it is closed.
 import codecs
 import gzip
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -25,6 +26,7 @@ ANNOTATION_SUFFIXES = tuple(
 """What names an annotation file where a folder is given."""
 _BLOCK = 1 << 20
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_RECORD_BEGINS = re.compile(rb'^\s*[\[{]\s*["{\[]', re.MULTILINE)
 # Files that are named as annotations by mistake, by how they begin.
 _OTHERS = {
     b"PAR1": "a parquet file; write its rows as JSON lines",
@@ -156,8 +158,9 @@ def _other_kind(file: BinaryIO) -> str:
     for begin, kind in _OTHERS.items():
         if head.startswith(begin):
             return kind
-    # JSON writes zeros as \u0000.
-    return "a binary file; annotations are JSON lines or a JSON array" if b"\0" in head else ""
+    # JSON writes zeros as \u0000; a single broken line is a line of the ledger.
+    binary = b"\0" in head and not _RECORD_BEGINS.search(head)
+    return "a binary file; annotations are JSON lines or a JSON array" if binary else ""
 
 
 def _first_byte(file: BinaryIO) -> tuple[int, bytes]:

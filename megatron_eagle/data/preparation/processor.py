@@ -183,7 +183,11 @@ class SampleProcessor:
             frames = sorted({frame for plan in plans for frame in plan.frames[i]})
             if video.pictures:
                 for frame in frames:
-                    image_size(video.pictures[frame], max_pixels=self._settings.max_pixels)
+                    image_size(
+                        video.pictures[frame],
+                        max_pixels=self._settings.max_pixels,
+                        strict_jpeg=self._settings.strict_jpeg,
+                    )
                 continue
             reasons: list[str] = []
             for _ in read_frames(video.file.path, video.table.index.select(frames), reasons.append):

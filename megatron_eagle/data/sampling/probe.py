@@ -133,9 +133,10 @@ def probe_video(source: VideoSource) -> VideoMetadata:
         first, stop = np.searchsorted(table.pts, bounds, side="left").tolist()
         last = stop - 1
         if last < first:
-            raise Problem(
-                "empty clip", f"{source.path} shows no frame from {float(start):g} s to {float(end):g} s"
-            )
+            asked = [
+                float(t if own is None else own) for own, t in ((source.start, start), (source.end, end))
+            ]
+            raise Problem("empty clip", f"{source.path} shows no frame from {asked[0]:g} s to {asked[1]:g} s")
     pictures = listed.pictures if listed else ()
     uneven = uneven_times(table.pts[first : last + 1])
     return VideoMetadata(table.file, table, first, last, duration, pictures, uneven)
