@@ -182,6 +182,35 @@ def test_only_what_failed_is_tried_again(tmp_path, recipe, tokenizer_dir, worked
         assert worked == []
 
 
+@pytest.mark.parametrize("again", [EXECUTION, replace(EXECUTION, retry_failed=True)])
+def test_an_interrupted_retry_is_continued(tmp_path, recipe, tokenizer_dir, worked, monkeypatch, again):
+    chosen = settings(str(tokenizer_dir))
+    lines = (tmp_path / "data.jsonl").read_text().splitlines()
+    write_jsonl(tmp_path / "data.jsonl", [*lines, conversation("<image>?", "A.", image="b.png")])
+    output = tmp_path / "store"
+    preprocess(recipe, output, chosen, EXECUTION)
+    before = contents(output)
+    make_image(tmp_path / "b.png", (56, 112))
+    original, calls = StoreWriter.add, []
+
+    def full(self, *arguments):
+        calls.append(1)
+        if len(calls) > 15:
+            raise OSError(28, "No space left on device")
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "add", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            preprocess(recipe, output, chosen, replace(EXECUTION, retry_failed=True))
+    assert contents(output) == before
+    worked.clear()
+    preprocess(recipe, output, chosen, again)
+    assert worked == ([N_LINES + 1] if again.retry_failed else list(range(9, N_LINES + 2)))
+    preprocess(recipe, tmp_path / "new" / "store", chosen, EXECUTION)
+    assert contents(output) == contents(tmp_path / "new" / "store")
+
+
 def test_an_interruption_is_continued(tmp_path, recipe, tokenizer_dir, worked, monkeypatch, capsys):
     output = tmp_path / "store"
     original = StoreWriter.add
