@@ -15,6 +15,7 @@ setup(
     # No kernels/__init__.py: a top-level package named `kernels` would be taken by transformers
     # for Hugging Face's `kernels` library.
     package_dir={"eagle_kernels": "kernels/eagle_kernels"},
+    entry_points={"console_scripts": ["megatron-eagle = megatron_eagle.__main__:start"]},
     package_data={
         "megatron_eagle": ["py.typed"],
         "eagle_kernels": ["py.typed"],

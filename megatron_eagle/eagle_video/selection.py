@@ -189,5 +189,5 @@ def read_kept(path: Path) -> list[Clip]:
         raise UserError(f"{path}: cannot read this list of clips: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f'{path}: expected lines {{"video", "start", "end"}}, as select_videos.py writes'
+            f'{path}: expected lines {{"video", "start", "end"}}, as `megatron-eagle select` writes'
         ) from None

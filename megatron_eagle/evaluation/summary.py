@@ -63,7 +63,7 @@ def read_result(folder: Path) -> Result:
         return Result(scores["published"], scores["overall"], sum(scores["asked"].values()), frames)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{folder}: no scores of a published benchmark (evaluate.py run --published)"
+            f"{folder}: no scores of a published benchmark (`megatron-eagle evaluate run --published`)"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Answers from an exported model (`generate.py`, no Megatron) and logits from a training checkpoint.
+"""Answers from an exported model (no Megatron) and logits from a training checkpoint.
 
 `logits` is imported on first use, so that generation never imports Megatron.
 """

@@ -245,7 +245,9 @@ def video_item(video: str | dict[str, Any], sampling: Sampling) -> dict[str, Any
 
 def _check_export(folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected an exported model (tools/convert_hf.py export)")
+        raise UserError(
+            f"{folder}: no such folder; expected an exported model (`megatron-eagle convert export`)"
+        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         remote_code = config["auto_map"]["AutoModel"]
@@ -254,7 +256,7 @@ def _check_export(folder: Path) -> None:
     if not remote_code or config.get("model_type") != "eagle_2_5_vl":
         raise UserError(
             f"{folder}: no exported Eagle 2.5 model (its config.json names no model code); "
-            "make one with tools/convert_hf.py export"
+            "make one with `megatron-eagle convert export`"
         )
     for name in ("preprocessor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():

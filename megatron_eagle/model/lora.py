@@ -221,7 +221,7 @@ def check_same_lora(config: LoraConfig | None, saved: LoraConfig | None, where: 
     if config != saved:
         raise UserError(
             f"{where}: its LoRA adapters are {_described(saved)}, the run's lora section wants "
-            f"{_described(config)}; make them equal, or merge them (convert_hf.py export, then import)"
+            f"{_described(config)}; make them equal, or merge them (`megatron-eagle convert`: export, import)"
         )
 
 

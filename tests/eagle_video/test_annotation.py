@@ -315,7 +315,7 @@ def test_mistakes_are_one_line(server, tmp_path):
     (tmp_path / "kept.jsonl").write_text('{"video": 1}\n')
     for more, problem in (
         (["--clips", tmp_path / "none"], "cannot read"),
-        (["--clips", tmp_path / "kept.jsonl"], "as select_videos.py writes"),
+        (["--clips", tmp_path / "kept.jsonl"], "as `megatron-eagle select` writes"),
         (["--clips", tmp_path / "kept.jsonl", "--fps", 0], "--fps must be positive"),
     ):
         done = _annotate("clips", server, tmp_path / "o.jsonl", *more)

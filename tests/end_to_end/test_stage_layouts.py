@@ -82,9 +82,10 @@ def test_the_second_stage_is_that_of_one_process(stages, both):
 
 
 @pytest.mark.slow
-def test_under_torchrun(stages, both):
-    run = stages.parent / "torchrun"
+@pytest.mark.parametrize("program", [["tools/train.py"], ["-m", "megatron_eagle", "train"]], ids=len)
+def test_under_torchrun(stages, both, program):
+    run = stages.parent / f"torchrun_{len(program)}"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tool = ["tools/train.py", "run", "--config", str(stages), f"checkpoint.path={run}"]
-    subprocess.run([sys.executable, *launcher, *tool], cwd=REPO, check=True)
+    words = ["run", "--config", str(stages), f"checkpoint.path={run}"]
+    subprocess.run([sys.executable, *launcher, *program, *words], cwd=REPO, check=True)
     assert steps(run) == both

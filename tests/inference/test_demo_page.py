@@ -203,7 +203,7 @@ def test_the_page_knows_the_servers_limit_and_the_models(exported, monkeypatch, 
     """The served 5,000 tokens go beyond the 4,096 of the export."""
     shown = []
     monkeypatch.setattr(
-        "megatron_eagle.inference.demo.make_app", lambda demo, local: shown.append(demo.about)
+        "megatron_eagle.commands.serve.make_app", lambda demo, local: shown.append(demo.about)
     )
     monkeypatch.setattr(uvicorn.Server, "run", lambda server: None)
     with protocol_server() as (url, _):

@@ -71,7 +71,7 @@ def test_the_tool_needs_the_folder_and_nothing_of_megatron(exported, picture, tm
     result = subprocess.run(
         [sys.executable, "-c", source, TOOL, *map(str, arguments)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{REPO}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
     )
     assert result.returncode == 0, result.stderr.decode()

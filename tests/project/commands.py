@@ -1,10 +1,12 @@
 """The parsers of the command lines, and the reference of docs/commands.md that is made from them.
 
-A tool's parser is caught when the tool is about to parse: no tool runs, and nothing is said here twice.
+Commands of the package build their parsers for who asks. A script's parser is caught when the script is about
+to parse: it does not run, and nothing is said here twice.
 """
 
 import argparse
 import functools
+import importlib
 import re
 import runpy
 import sys
@@ -14,24 +16,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
+from megatron_eagle.commands.table import COMMANDS, PROGRAM
 from tests.paths import REPO
 
-TOOLS = (
-    "preview_data",
-    "preprocess_data",
-    "pack_data",
-    "plan",
-    "train",
-    "convert_hf",
-    "generate",
-    "serve_demo",
-    "compare_server",
-    "evaluate",
-    "select_videos",
-    "annotate_videos",
-    "bench",
-)
-"""In the order in which people use them."""
+BENCH = REPO / "tools" / "bench.py"
+"""Stays in the repository."""
+
+_DOOR = re.compile(r"^from megatron_eagle\.commands\.(\w+) import main$", re.MULTILINE)
 
 
 class Refused(Exception):
@@ -48,11 +39,14 @@ class _Caught(BaseException):
 
 @functools.cache
 def parser_of(script: Path) -> argparse.ArgumentParser:
-    """The parser that a script builds.
+    """The parser that a script builds, or the command that it is the door of.
 
     Raises:
         ValueError: a script that ends before it parses anything.
     """
+
+    if command := command_of(script):
+        return parser_of_command(command, script.name)
 
     def catch(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
         raise _Caught(parser)
@@ -68,6 +62,26 @@ def parser_of(script: Path) -> argparse.ArgumentParser:
         except _Caught as caught:
             return caught.parser
     raise ValueError(f"{script}: does not parse its arguments")
+
+
+def command_of(script: Path) -> str | None:
+    """The command of the package that a script of `tools/` runs."""
+    found = _DOOR.search(script.read_text(encoding="utf-8")) if script.parent == BENCH.parent else None
+    return found and found[1]
+
+
+def parser_of_command(name: str, program: str) -> argparse.ArgumentParser:
+    """The parser of a command of the package, under the name by which it is called."""
+    parser: argparse.ArgumentParser = importlib.import_module(f"megatron_eagle.commands.{name}").build_parser(
+        program
+    )
+    return parser
+
+
+def scripts() -> dict[str, Path]:
+    """The door of each command in `tools/`, in the order in which people use them."""
+    found = {command_of(path): path for path in BENCH.parent.glob("*.py")}
+    return {name: found[name] for name in COMMANDS}
 
 
 def check(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -91,13 +105,14 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 
 def render() -> str:
     """The reference as Markdown: a heading for each command, a table of what it takes."""
-    index = ", ".join(f"[{name}](#python-tools{name}py)" for name in TOOLS)
-    parts = [
-        part
-        for name in TOOLS
-        for part in _parts(parser_of(REPO / "tools" / f"{name}.py"), f"python tools/{name}.py", 2)
-    ]
-    return "\n\n".join([f"Commands: {index}.", *parts])
+    doors = scripts()
+    index = ", ".join(f"[{name}](#{PROGRAM}-{name})" for name in doors)
+    parts = [f"Commands: {index}, and in the repository alone [bench](#python-tools{BENCH.stem}py)."]
+    for name, script in doors.items():
+        program = f"{PROGRAM} {name}"
+        heading, *rest = _parts(parser_of_command(name, program), program, 2)
+        parts += [heading, f"In a checkout also `python tools/{script.name}`.", *rest]
+    return "\n\n".join([*parts, *_parts(parser_of(BENCH), f"python tools/{BENCH.name}", 2)])
 
 
 @contextmanager
@@ -147,6 +162,8 @@ def _parts(parser: argparse.ArgumentParser, name: str, depth: int) -> Iterator[s
 def _description(parser: argparse.ArgumentParser) -> Iterator[str]:
     """In a sentence, and where its lines are laid out by hand what follows as it stands."""
     text = (parser.description or "").strip()
+    if "%(prog)s" in text:  # as argparse itself does
+        text %= {"prog": parser.prog}
     first, _, rest = text.partition("\n\n")
     if not issubclass(parser.formatter_class, argparse.RawDescriptionHelpFormatter):
         first, rest = text, ""

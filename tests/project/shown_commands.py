@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_eagle.commands.table import COMMANDS, PROGRAM
 from tests.paths import REPO
 from tests.project import commands
 from tests.project.markdown import code_blocks, without_code_blocks
@@ -82,6 +83,11 @@ def check_span(span: str) -> Iterator[str]:
             yield "no such file"
             return
         known = commands.flags(commands.parser_of(REPO / words[0])) | _torchrun_flags()
+    elif words[0] == PROGRAM and len(words) > 1 and not words[1].startswith("--"):
+        if words[1] not in {*COMMANDS, "COMMAND"}:
+            yield f"no command {words[1]}"
+            return
+        known = _all_flags()
     elif words[0].startswith("--"):
         known = _all_flags() | _slurm_flags()
     else:
@@ -93,7 +99,11 @@ def check_span(span: str) -> Iterator[str]:
 
 
 def _check_program(program: str, words: list[str]) -> Iterator[str]:
-    if program in ("python", "python3") and words[:1] == ["-m"]:
+    if program == PROGRAM:
+        yield from _check_command(words)
+    elif program in ("python", "python3") and words[:2] == ["-m", "megatron_eagle"]:
+        yield from _check_command(words[2:])
+    elif program in ("python", "python3") and words[:1] == ["-m"]:
         if importlib.util.find_spec(words[1]) is None:
             yield f"no module {words[1]}"
     elif program in ("python", "python3"):
@@ -122,12 +132,25 @@ def _check_script(script: str, words: Sequence[str]) -> Iterator[str]:
         commands.check(commands.parser_of(REPO / script), words)
 
 
+def _check_command(words: Sequence[str]) -> Iterator[str]:
+    if words[:1] in (["--help"], ["--version"]):
+        return
+    if not words or words[0] not in COMMANDS:
+        yield f"no command {' '.join(words[:1])}"
+    else:
+        commands.check(commands.parser_of_command(words[0], PROGRAM), words[1:])
+
+
 def _check_torchrun(words: Sequence[str]) -> Iterator[str]:
     from torch.distributed.run import get_args_parser
 
-    script = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
+    ours = ("megatron_eagle", PROGRAM)
+    script = next((i for i, word in enumerate(words) if word.endswith(".py") or word in ours), len(words))
     commands.check(get_args_parser(), [*words[:script], "SCRIPT"])
-    yield from _check_script(words[script], words[script + 1 :])
+    if words[script] in ours:
+        yield from _check_command(words[script + 1 :])
+    else:
+        yield from _check_script(words[script], words[script + 1 :])
 
 
 def _check_make(words: Sequence[str]) -> Iterator[str]:
@@ -168,7 +191,9 @@ def _split(line: str) -> Iterator[str]:
 
 @functools.cache
 def _all_flags() -> set[str]:
-    tools = [commands.flags(commands.parser_of(REPO / "tools" / f"{name}.py")) for name in commands.TOOLS]
+    tools = [
+        commands.flags(commands.parser_of(path)) for path in (*commands.scripts().values(), commands.BENCH)
+    ]
     return set().union(*tools, _torchrun_flags())
 
 

@@ -338,7 +338,12 @@ IN_PLACE = {
         "data/preparation/journal.lock_file",
     },
     "nothing is there yet": {"inference/demo.receive", "data/media/remux._mux"},
-    "what one command prints": {"evaluation/bridge.write_bridge"},
+    "what one command prints": {
+        "evaluation/bridge.write_bridge",
+        "commands/compare.main",
+        "commands/plan.main",
+        "commands/preview.show",
+    },
 }
 
 

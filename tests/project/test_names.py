@@ -15,6 +15,8 @@ SHARED = {
     "T": "the type variable",
     "forward_kernel": "every Triton file names its two kernels so; no other file imports them",
     "backward_kernel": "every Triton file names its two kernels so; no other file imports them",
+    "main": "every command has one; only the table and its door import it",
+    "build_parser": "every command has one; only its own main and the reference ask for it",
     "load_image": "the exported folder stands alone",
 }
 

@@ -63,6 +63,9 @@ def _same(expected: str, got: str) -> bool:
         "pip install -e '.[gpu,dali]'",
         "make demo TORCH_INDEX=URL && make test",
         "tools/serve_vllm.sh H &",
+        "megatron-eagle --help && megatron-eagle pack --data D --length N",
+        "torchrun --nproc-per-node N -m megatron_eagle train run --config FILE a.b=c",
+        "torchrun --nproc-per-node N --no-python megatron-eagle train run --config FILE",
     ],
 )
 def test_what_is_right_passes(command):
@@ -88,6 +91,9 @@ def test_what_is_right_passes(command):
         ("pip install -e '.[gpus]'", "setup.py has no extra gpus"),
         ("make demos", "the Makefile has no demos"),
         ("make demo TORCHINDEX=URL", "the Makefile has no TORCHINDEX=URL"),
+        ("megatron-eagle fly", "no command fly"),
+        ("megatron-eagle pack --data D", "the following arguments are required: --length"),
+        ("torchrun -m megatron_eagle train run --conf", "argument --config: expected one argument"),
         ("megatron-hawk train", "what is megatron-hawk?"),
     ],
 )
@@ -105,6 +111,8 @@ def test_faults_are_noticed(command, problem):
         ("say `make demos`", "the Makefile has no demos"),
         ("say `tools/train.py run --configs F`", "--configs is no flag"),
         ("say `python tools/missing.py run`", "no such file"),
+        ("say `megatron-eagle fly`", "no command fly"),
+        ("say `megatron-eagle pack --dates D`", "--dates is no flag"),
         ("say `--max-tocens`", "--max-tocens is no flag"),
     ],
 )
@@ -130,5 +138,5 @@ def test_a_parser_is_caught_before_anything_runs(tmp_path):
 
 
 def test_the_reference_has_every_tool():
-    tools = {path.stem for path in (REPO / "tools").glob("*.py")}
-    assert tools == set(commands.TOOLS)
+    tools = set((REPO / "tools").glob("*.py"))
+    assert tools == {*commands.scripts().values(), commands.BENCH}

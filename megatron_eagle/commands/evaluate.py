@@ -1,0 +1,177 @@
+"""Score a model on benchmarks.
+
+    %(prog)s list                                                  the published benchmarks that are known
+    %(prog)s run --hf H --published NAME --data FOLDER --output O      one of them, in its authors' files
+    %(prog)s run --hf H --benchmark B.jsonl --output O                 questions of your own
+    %(prog)s frames --hf H --published NAME --data FOLDER --output O   one run for each number of frames
+    %(prog)s table O1 O2 ...                                       scores beside the published ones
+    %(prog)s bridge --kit lmms-eval --endpoint URL --tasks T --output O
+
+--endpoint URL asks a server in place of --hf.  B holds one question a line, see
+`megatron_eagle/evaluation/benchmarks.py`.  O holds the answers, the scores and what could not be asked; a run
+that was stopped goes on.
+"""
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.benchmarks import read_benchmark
+from megatron_eagle.evaluation.bridge import KITS, write_bridge
+from megatron_eagle.evaluation.judge import make_judge
+from megatron_eagle.evaluation.published.registry import BENCHMARKS
+from megatron_eagle.evaluation.published.source import Source
+from megatron_eagle.evaluation.runner import render_scores, run_benchmark, tabulate, write_scores
+from megatron_eagle.evaluation.summary import comparison, overall, plot_frames, read_result
+from megatron_eagle.inference.generate import Answers, ExportedModel, Sampling
+from megatron_eagle.inference.server_client import ServedModel
+from megatron_eagle.positions import add_option, check_option
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Run the command."""
+    options = build_parser(prog).parse_args(argv)
+    {"list": _list, "run": _run, "frames": _frames, "table": _table, "bridge": _bridge}[options.command](
+        options
+    )
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the published benchmarks, and what Eagle 2.5 8B scored")
+    for name, text in (("run", "ask and score"), ("frames", "as run, for several numbers of frames")):
+        command = commands.add_parser(name, help=text)
+        asked = command.add_mutually_exclusive_group(required=True)
+        asked.add_argument("--hf", type=Path, metavar="H", help="exported folder")
+        asked.add_argument("--endpoint", metavar="URL", help="a server that speaks OpenAI's chat completions")
+        command.add_argument("--model", metavar="NAME", help="at the endpoint (default: its first)")
+        what = command.add_mutually_exclusive_group(required=True)
+        what.add_argument("--benchmark", type=Path, metavar="B.jsonl", help="questions")
+        what.add_argument("--published", metavar="NAME", choices=sorted(BENCHMARKS), help="see list")
+        command.add_argument("--data", type=Path, metavar="FOLDER", help="the published benchmark's files")
+        command.add_argument("--output", type=Path, required=True, metavar="O", help="folder of the results")
+        command.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
+        command.add_argument("--fps", type=float, default=2.0, help="of video (default %(default)s)")
+        command.add_argument("--max-tiles", type=int, metavar="N", help="per picture (default: the model's)")
+        command.add_argument("--max-new-tokens", type=int, default=64, help="default %(default)s")
+        command.add_argument(
+            "--judge", metavar="URL", help="endpoint of the model that compares free answers"
+        )
+        command.add_argument("--judge-model", metavar="NAME", help="at that endpoint (default: its first)")
+        add_option(command)
+        if name == "run":
+            command.add_argument(
+                "--max-frames", type=int, help="per video (default: the benchmark's, or 256)"
+            )
+        else:
+            command.add_argument("--frames", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
+    command = commands.add_parser("table", help="scores of finished runs beside the published ones")
+    command.add_argument("folders", type=Path, nargs="+", metavar="O")
+    command = commands.add_parser("bridge", help="run another kit on a served model")
+    command.add_argument("--kit", choices=KITS, required=True)
+    command.add_argument("--endpoint", metavar="URL", required=True)
+    command.add_argument("--model", metavar="NAME", help="at the endpoint (default: its first)")
+    command.add_argument("--tasks", nargs="+", required=True, metavar="T", help="as the kit names them")
+    command.add_argument("--output", type=Path, required=True, metavar="O")
+    return parser
+
+
+def _list(_: argparse.Namespace) -> None:
+    print(f"{'benchmark':<20}  {'Eagle 2.5 8B':>12}  {'of':>5}  {'frames':>6}  files")
+    for name, published in BENCHMARKS.items():
+        print(
+            f"{name:<20}  {published.reference:>12g}  {published.scale:>5g}  {published.max_frames:>6}  "
+            f"{' or '.join(published.files)}"
+        )
+
+
+def _run(options: argparse.Namespace) -> None:
+    published = BENCHMARKS.get(options.published)
+    default = published.max_frames if published else 256
+    _evaluate(options, options.output, default if options.max_frames is None else options.max_frames)
+
+
+def _frames(options: argparse.Namespace) -> None:
+    if options.published is None:
+        raise UserError("frames: name a benchmark with --published")
+    folders = []
+    for frames in sorted(set(options.frames)):
+        folders.append(options.output / f"frames-{frames}")
+        print(f"{frames} frames at most")
+        _evaluate(options, folders[-1], frames)
+    plot_frames([read_result(folder) for folder in folders], options.output / "frames.png")
+    print(f"drawn in {options.output / 'frames.png'}")
+
+
+def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> None:
+    values = {"fps": options.fps, "max-frames": max_frames, "max-new-tokens": options.max_new_tokens}
+    values |= {"max-tiles": options.max_tiles, "limit": options.limit}
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} must be positive, not {value}")
+    check_option(options)
+    about = {"model": options.endpoint or str(options.hf.resolve())}
+    published = BENCHMARKS.get(options.published)
+    if published is not None:
+        if options.data is None:
+            raise UserError("--published needs --data, the folder of the benchmark's files")
+        if options.endpoint and published.frame_tiles:
+            raise UserError(f"{options.published}: frames are tiled, which no server does: use --hf")
+        questions, problems = published.questions(Source(options.data, options.output / "pictures"))
+        about |= {"published": options.published, "data": str(options.data.resolve())}
+        if not questions:
+            reason = f"; the first problem: {problems[0].reason}" if problems else ""
+            raise UserError(f"{options.data}: no question of {options.published}{reason}")
+    else:
+        questions, problems = read_benchmark(options.benchmark)
+        digest = hashlib.sha256(options.benchmark.read_bytes()).hexdigest()
+        about |= {"benchmark": str(options.benchmark), "sha256": digest}
+    sampling = Sampling(options.fps, max_frames, options.max_tiles, options.max_new_tokens)
+    judge = make_judge(ServedModel(options.judge, options.judge_model)) if options.judge else None
+    about |= {"judge": options.judge_model or options.judge} if options.judge else {}
+    questions = questions[: options.limit]  # not in `about`: a run with more questions goes on
+    progress = partial(tqdm, unit="question")
+    asked = partial(_model, options)
+    scored = run_benchmark(asked, questions, problems, output, sampling, about, progress, judge)
+    dropped = [json.loads(line) for line in (output / "dropped.jsonl").open(encoding="utf-8")]
+    if not scored:
+        raise UserError(f"{output}: no question was answered; the first problem: {dropped[0]['reason']}")
+    rows = tabulate(scored)
+    score = overall(published, scored) if published else None
+    head = {**about, "limit": options.limit, "sampling": {"max_frames": max_frames, "fps": options.fps}}
+    write_scores(output, head, rows, score)
+    print(render_scores(rows))
+    if score is not None:
+        print(f"\n{comparison([read_result(output)])}")
+    if dropped:
+        print(f"{len(dropped):,} questions in no score: {output / 'dropped.jsonl'}")
+        for kind, count in sorted(Counter(entry["kind"] for entry in dropped).items()):
+            first = next(entry["reason"] for entry in dropped if entry["kind"] == kind)
+            print(f"  {kind}: {count:,}, the first: {first}")
+
+
+def _model(options: argparse.Namespace) -> Answers:
+    if options.hf is None:
+        return ServedModel(options.endpoint, options.model)
+    return ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
+
+
+def _table(options: argparse.Namespace) -> None:
+    print(comparison([read_result(folder) for folder in options.folders]))
+
+
+def _bridge(options: argparse.Namespace) -> None:
+    model = options.model or ServedModel(options.endpoint).model
+    print(write_bridge(options.kit, options.endpoint, model, options.tasks, options.output), end="")
+    print(f"# written to {options.output / 'evaluate.sh'}")

@@ -1,0 +1,118 @@
+"""Look into data before training on them: samples and packs of a store, problems of annotations, the mix."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_eagle.data.annotations.mixture import datasets_of
+from megatron_eagle.data.inspection.lint import FileReport, problems
+from megatron_eagle.data.inspection.mix import recipe_mix, store_mix
+from megatron_eagle.data.inspection.preview import check_row, describe_row
+from megatron_eagle.data.inspection.preview_html import pack_page, sample_page
+from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
+from megatron_eagle.data.packing.index import read_packs
+from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | None:
+    """Run the command; returns its exit status."""
+    args = build_parser(prog).parse_args(argv)
+    return {"show": show, "lint": lint, "mix": mix}[args.command](args)
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = argparse.ArgumentParser(prog, description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    add = commands.add_parser("show", help="one sample or one pack").add_argument
+    add("data", metavar="D", help="folder of the token store")
+    add("--sample", type=int, metavar="I", help="row of the store, from 0")
+    add(
+        "--pack",
+        type=int,
+        metavar="P",
+        help="pack of the length's index, from 0 (default, where there is one)",
+    )
+    add("--length", type=int, help="token limit of the plan (default: the longest)")
+    add("--json", action="store_true", help="print the sample as one JSON object")
+    add("--html", metavar="OUT", help="write one self-contained page")
+    add = commands.add_parser(
+        "lint", help="problems by file and line; exits with 1 if there are any"
+    ).add_argument
+    add("recipe", metavar="RECIPE", help="a recipe, or one annotation file")
+    add("--no-media", action="store_true", help="look at the annotations only")
+    add(
+        "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger pictures are refused (%(default)s)"
+    )
+    add("--strict-jpeg", action="store_true", help="refuse JPEG files that libjpeg warns of (simplejpeg)")
+    add = commands.add_parser("mix", help="what a recipe or a store mixes").add_argument
+    add("path", metavar="PATH", help="a recipe, or the folder of a token store")
+    add("--length", type=int, help="token limit of a store's plan (default: the longest)")
+    return parser
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print a sample as JSON, write a sample or a pack as a page."""
+    if not (args.json or args.html):
+        raise UserError("show needs --json or --html OUT")
+    if args.sample is not None and args.pack is not None:
+        raise UserError("show takes --sample or --pack, not both")
+    store = SampleStore(args.data, args.length)
+    if args.json:
+        if args.sample is None:
+            raise UserError("--json shows one sample; name it with --sample I")
+        print(json.dumps(describe_row(store, args.sample)))
+    if args.html:
+        has_packs = (store.folder / "packs.arrow").is_file()
+        if args.sample is None and (args.pack is not None or has_packs):
+            index, pack = read_packs(store), args.pack or 0
+            if not 0 <= pack < len(index):
+                raise UserError(
+                    f"{store.path} has packs 0 to {len(index) - 1} at length {store.length}, no {pack}"
+                )
+            page = pack_page(store, index, pack)
+        else:
+            page = sample_page(store, check_row(store, args.sample or 0))
+        try:
+            Path(args.html).write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {args.html}: {error.strerror}") from None
+        print(f"written to {args.html}")
+
+
+def lint(args: argparse.Namespace) -> int:
+    """Print FILE:LINE: PROBLEM for every line that cannot be used, then the counts."""
+    counts: Counter[str] = Counter()
+    n_lines = 0
+    for dataset in datasets_of(args.recipe):
+        report = FileReport(dataset)
+        found = problems(
+            dataset,
+            media=not args.no_media,
+            max_pixels=args.max_pixels,
+            strict_jpeg=args.strict_jpeg,
+            report=report,
+        )
+        for problem in tqdm(found, desc=dataset.name, unit=" lines", dynamic_ncols=True):
+            if problem is not None:
+                tqdm.write(f"{problem.file}:{problem.line}: {problem.reason}")
+        for line in report.lines():
+            tqdm.write(line)
+        n_lines += report.n_records
+        counts += report.kinds
+    kinds = "".join(f"; {kind}: {count:,}" for kind, count in sorted(counts.items()))
+    print(f"{n_lines:,} lines, {counts.total():,} with a problem{kinds}")
+    return 1 if counts else 0
+
+
+def mix(args: argparse.Namespace) -> None:
+    """Print the shares of the data sets."""
+    if Path(args.path).is_dir():
+        print(store_mix(SampleStore(args.path, args.length)))
+    else:
+        print(recipe_mix(args.path))

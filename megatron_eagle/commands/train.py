@@ -1,0 +1,166 @@
+"""Train: `torchrun --nproc-per-node N -m megatron_eagle train run --config FILE [a.b=c ...]`; watch it."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_eagle.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | None:
+    """Run the command; returns its exit status."""
+    parser = build_parser(prog)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.command != "replay" or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "report":
+        return _report(arguments.run, arguments.output)
+    if arguments.command == "status":
+        return _status(arguments.run)
+    if arguments.command == "check":
+        return _check(arguments)
+    if arguments.command == "replay":
+        return _replay(arguments, rest)  # argparse takes no overrides after RUN and options
+    return _run(arguments)
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = argparse.ArgumentParser(prog, description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train, or resume where the checkpoint folder stands")
+    check = commands.add_parser("check", help="look at settings, data and folders, without training")
+    for command in (run, check):
+        command.add_argument(
+            "--config", required=True, metavar="FILE", help="the run's file, or one of stages"
+        )
+        command.add_argument("--stage", metavar="NAME", help="only this stage of a file (default: all)")
+        command.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of the file's")
+    run.add_argument(
+        "--stopped-status",
+        type=int,
+        metavar="N",
+        help="of a run that a signal stopped, when it has saved (default 75); 0 for a torchrun that would "
+        "start it again",
+    )
+    check.add_argument("--processes", type=int, required=True, metavar="N", help="of the job, on all nodes")
+    report = commands.add_parser("report", help="draw a run's logs into one HTML file")
+    report.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
+    report.add_argument("--output", metavar="FILE", help="default: report.html in the run's logs")
+    status = commands.add_parser("status", help="where each rank of a run stands, and who is behind")
+    status.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
+    _add_replay(commands)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from megatron_eagle.training.preflight import check_runs
+    from megatron_eagle.training.stages import load_stages
+
+    configs = load_stages(
+        arguments.config, arguments.overrides, stage=arguments.stage, world_size=arguments.processes
+    )
+    print(*check_runs(configs, arguments.processes), sep="\n")
+    return 0
+
+
+def _report(run: str, output: str | None) -> int:
+    from megatron_eagle.training.monitoring.report import write_run_report
+
+    print(write_run_report(run, output))
+    return 0
+
+
+def _status(run: str) -> int:
+    from megatron_eagle.training.monitoring.heartbeat import HEARTBEATS, status
+
+    logs = Path(run, "logs")
+    print(status(logs if (logs / HEARTBEATS).is_dir() else Path(run)))
+    return 0
+
+
+def _add_replay(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    replay = commands.add_parser(
+        "replay",
+        help="the samples of a past step as a page, each with its loss and gradient norm",
+        usage="%(prog)s RUN (--iteration N | --around-spike) [--checkpoint C] [options] [a.b=c ...]",
+    )
+    add = replay.add_argument
+    add("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
+    which = replay.add_mutually_exclusive_group(required=True)
+    which.add_argument("--iteration", type=int, metavar="N")
+    which.add_argument(
+        "--around-spike", action="store_true", help="the last step refused, or the largest jump of the loss"
+    )
+    add(
+        "--checkpoint",
+        metavar="C",
+        help="whose weights to ask, RUN itself or another (default: none, data alone)",
+    )
+    add("--output", metavar="FILE", help="default: replay_N.html in the run's logs")
+    add("--show", type=int, default=100, metavar="K", help="samples shown in full (default: %(default)s)")
+
+
+def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    _quiet()
+    from megatron_eagle.training.replay.history import History
+    from megatron_eagle.training.replay.page import replay_summary, write_replay
+    from megatron_eagle.training.replay.replay import measure_losses, prepare
+
+    if arguments.show < 0:
+        raise UserError(f"--show {arguments.show}: expected 0 or more samples")
+    first, prepared = os.environ.get("RANK", "0") == "0", None
+    try:
+        iteration = arguments.iteration
+        if arguments.around_spike:
+            iteration, reason = History(arguments.run).spike()
+            if first:
+                print(f"iteration {iteration}: {reason}")
+        prepared = prepare(arguments.run, iteration, checkpoint=arguments.checkpoint, overrides=overrides)
+        replay = measure_losses(prepared) if prepared.weights is not None else prepared
+    except UserError as error:
+        if _said_by_first(error, alike=prepared is None):
+            return 2
+        raise
+    if first:
+        print(replay_summary(replay))  # a page that cannot be written does not take it along
+        print(f"written to {write_replay(replay, arguments.run, arguments.output, arguments.show)}")
+    return 0
+
+
+def _said_by_first(error: UserError, *, alike: bool) -> bool:
+    """Whether rank 0 prints the same: an agreed error, or one of what all ranks do alike (read settings)."""
+    from megatron_eagle.runtime.agreement import AgreedError
+
+    return os.environ.get("RANK", "0") != "0" and (alike or isinstance(error, AgreedError))
+
+
+def _quiet() -> None:
+    """Libraries announce per rank what is not installed (Apex, Transformer Engine) or will be renamed."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _quiet()
+    from megatron_eagle.training.resilience.policy import EXIT_REQUEUE, Preempted
+    from megatron_eagle.training.stages import load_stages, train_stages
+
+    status = EXIT_REQUEUE if arguments.stopped_status is None else arguments.stopped_status
+    started = False
+    try:
+        configs = load_stages(arguments.config, arguments.overrides, stage=arguments.stage)
+        started = True
+        train_stages(configs)
+    except Preempted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}; start again to go on (status {status})", file=sys.stderr)
+        return status
+    except UserError as error:
+        if _said_by_first(error, alike=not started):
+            return 2
+        raise
+    return 0
