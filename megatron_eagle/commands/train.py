@@ -14,8 +14,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | No
     """Run the command; returns its exit status."""
     parser = build_parser(prog)
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (arguments.command != "replay" or any(text.startswith("-") for text in rest)):
+    if rest and ("overrides" not in arguments or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes overrides in one place; here options may stand between them
+        arguments.overrides = arguments.overrides + rest
     if arguments.command == "report":
         return _report(arguments.run, arguments.output)
     if arguments.command == "status":
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | No
     if arguments.command == "check":
         return _check(arguments)
     if arguments.command == "replay":
-        return _replay(arguments, rest)  # argparse takes no overrides after RUN and options
+        return _replay(arguments)
     return _run(arguments)
 
 
@@ -88,6 +90,7 @@ def _add_replay(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="the samples of a past step as a page, each with its loss and gradient norm",
         usage="%(prog)s RUN (--iteration N | --around-spike) [--checkpoint C] [options] [a.b=c ...]",
     )
+    replay.set_defaults(overrides=[])  # argparse takes none after RUN and options: see main
     add = replay.add_argument
     add("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
     which = replay.add_mutually_exclusive_group(required=True)
@@ -104,7 +107,7 @@ def _add_replay(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--show", type=int, default=100, metavar="K", help="samples shown in full (default: %(default)s)")
 
 
-def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _replay(arguments: argparse.Namespace) -> int:
     _quiet()
     from megatron_eagle.training.replay.history import History
     from megatron_eagle.training.replay.page import replay_summary, write_replay
@@ -119,6 +122,7 @@ def _replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
             iteration, reason = History(arguments.run).spike()
             if first:
                 print(f"iteration {iteration}: {reason}")
+        overrides = arguments.overrides
         prepared = prepare(arguments.run, iteration, checkpoint=arguments.checkpoint, overrides=overrides)
         replay = measure_losses(prepared) if prepared.weights is not None else prepared
     except UserError as error:
