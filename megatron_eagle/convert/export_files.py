@@ -10,6 +10,7 @@ from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.prompt import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IMG_CONTEXT, IMG_END, IMG_START
+from megatron_eagle.hf_model.tiles import MEAN, RESCALE_FACTOR, STD
 from megatron_eagle.model.presets import EagleConfig
 
 _CODE = Path(megatron_eagle.hf_model.__file__).parent
@@ -164,9 +165,9 @@ def _write_processor_settings(
             "processor_class": _PROCESSOR,
             "auto_map": _PROCESSOR_MAP,
             "size": {"height": side, "width": side},
-            "rescale_factor": 1 / 255,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            "rescale_factor": RESCALE_FACTOR,
+            "image_mean": list(MEAN),
+            "image_std": list(STD),
             **cutting,
             "tiling": source.get("tiling", "iap"),
         },

@@ -11,6 +11,7 @@ from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.pickled import open_weights
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.tiles import MEAN, STD
 from megatron_eagle.model.presets import EagleConfig
 
 
@@ -60,6 +61,6 @@ def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = Fa
 def _check_normalisation(file: Path) -> None:
     """Training and export bring pixels to [-1, 1]; raises UserError for a model that took others."""
     settings = read_json(file) if file.is_file() else {}
-    for name in ("image_mean", "image_std"):
-        if settings.get(name, [0.5] * 3) != [0.5] * 3:
-            raise UserError(f"{file}: {name} is {settings[name]}; only [0.5, 0.5, 0.5] is supported")
+    for name, ours in (("image_mean", list(MEAN)), ("image_std", list(STD))):
+        if settings.get(name, ours) != ours:
+            raise UserError(f"{file}: {name} is {settings[name]}; only {ours} is supported")

@@ -73,3 +73,13 @@ def select_grid(
         if better:
             best, best_score = (columns, rows), score
     return best
+
+
+def has_thumbnail(grid: tuple[int, int]) -> bool:
+    """Whether the whole picture follows its cells as one more tile: where there is more than one."""
+    return grid[0] * grid[1] > 1
+
+
+def tile_count(grid: tuple[int, int]) -> int:
+    """Tiles that a picture with this grid (columns, rows) costs: its cells and the thumbnail."""
+    return grid[0] * grid[1] + has_thumbnail(grid)

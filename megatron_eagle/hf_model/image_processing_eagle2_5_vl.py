@@ -16,7 +16,7 @@ from transformers.utils.generic import TensorType
 
 from .grids import select_grid
 from .pictures import to_rgb
-from .tiles import cut_tiles, resize
+from .tiles import MEAN, RESCALE_FACTOR, STD, image_tiles, normalize, resize
 
 try:  # transformers 4.51 does not offer it at the top level when torchvision is absent
     from transformers import ImageProcessingMixin
@@ -57,9 +57,9 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
     def __init__(
         self,
         size: dict[str, int] | None = None,
-        rescale_factor: float = 1 / 255,
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        rescale_factor: float = RESCALE_FACTOR,
+        image_mean: Sequence[float] = MEAN,
+        image_std: Sequence[float] = STD,
         min_dynamic_tiles: int = 1,
         max_dynamic_tiles: int = 12,
         use_thumbnail: bool = True,
@@ -96,8 +96,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
             tiling=self.tiling,
         )
         wanted = self.use_thumbnail if use_thumbnail is None else use_thumbnail
-        thumbnail = resize(pixels, side, side) if wanted and grid != (1, 1) else None
-        return cut_tiles(resize(pixels, grid[0] * side, grid[1] * side), thumbnail, grid)
+        return image_tiles(pixels, grid, side, use_thumbnail=wanted)
 
     def tile_video(self, frames: Iterable[Any]) -> torch.Tensor:
         """uint8 tiles [frames, 3, S, S]: one tile per frame, no thumbnail."""
@@ -106,13 +105,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
 
     def normalize(self, tiles: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, S, S] -> fp32, in [-1, 1] with the default mean and deviation."""
-        mean = torch.tensor(self.image_mean).view(3, 1, 1)
-        std = torch.tensor(self.image_std).view(3, 1, 1)
-        scale = 1 / self.rescale_factor
-        # Dividing by 255 and multiplying by 1/255 differ in the last bit; training divides.
-        divisor = round(scale) if abs(scale - round(scale)) < 1e-6 else scale
-        normal: torch.Tensor = (tiles.float() / divisor - mean) / std
-        return normal
+        return normalize(tiles, self.rescale_factor, self.image_mean, self.image_std)
 
     def preprocess(
         self,

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, TokenPack
-from megatron_eagle.data.media.tiles import normalize
+from megatron_eagle.hf_model.tiles import normalize
 from megatron_eagle.model.eagle import ModelInput
 from megatron_eagle.model.inputs import InputPlan, build_input, plan_input
 from megatron_eagle.model.presets import EagleConfig

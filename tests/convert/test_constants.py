@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,12 +24,12 @@ from megatron_eagle.checkpoint import load_checkpoint, read_model_config
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.convert.whole_model import whole_model
-from megatron_eagle.data.media import tiles
 from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.text import template
 from megatron_eagle.data.text.tokenizer import load_tokenizer
 from megatron_eagle.hf_model import processing_eagle2_5_vl as their_text
+from megatron_eagle.hf_model import tiles
 from megatron_eagle.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
 from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.hf_model.pixel_shuffle import pixel_shuffle
@@ -264,9 +263,7 @@ DATA = {
         ),
     ),
     "tiles and thumbnail": (
-        lambda f: [
-            tiles.image_tiles(Image.fromarray(_picture(190, 111)), grid, 64) for grid in ((3, 2), (1, 1))
-        ],
+        lambda f: [tiles.image_tiles(_picture(190, 111), grid, 64) for grid in ((3, 2), (1, 1))],
         lambda f: [
             f.processor.image_processor.tile_image(_picture(190, 111), max_dynamic_tiles=n) for n in (6, 1)
         ],

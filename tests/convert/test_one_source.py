@@ -81,6 +81,15 @@ def _constants(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield ast.dump(node.value), node.lineno
 
 
+def _numbers(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Three and more fractions in a list or a tuple."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List | ast.Tuple) and len(node.elts) > 2:
+            values = [part.value for part in node.elts if isinstance(part, ast.Constant)]
+            if len(values) == len(node.elts) and all(type(value) is float for value in values):
+                yield str(values), node.lineno
+
+
 def twice(shipped: dict[str, str], product: dict[str, str]) -> list[str]:
     """Texts, functions and constants that stand in a shipped file and again in the product."""
     places: dict[tuple[int, str], list[str]] = defaultdict(list)
@@ -88,7 +97,7 @@ def twice(shipped: dict[str, str], product: dict[str, str]) -> list[str]:
     for side, files in (("shipped", shipped), ("product", product)):
         for name, source in files.items():
             tree = ast.parse(source)
-            for number, kind in enumerate((_texts, _functions, _constants)):
+            for number, kind in enumerate((_texts, _functions, _constants, _numbers)):
                 for value, line in kind(tree):
                     key = number, value
                     if side == "shipped":
@@ -116,4 +125,5 @@ def test_a_second_writing_is_found():
     assert twice({"a": grid}, {"b": grid.replace("def f", "def g").replace("own", "another")})
     label = "def f(n, t):\n    return f'Frame {n} sample at {t}s'\n"
     assert twice({"a": label}, {"b": "x = ' sample at '"})
+    assert twice({"a": "mean = (0.5, 0.5, 0.5)"}, {"b": "x = {'image_mean': [0.5, 0.5, 0.5]}"})
     assert twice({"a": "x = 'min_frames'"}, {"b": "x = 'min_frames'"}) == []

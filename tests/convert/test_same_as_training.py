@@ -9,7 +9,6 @@ import torch
 from transformers import AutoProcessor
 
 from megatron_eagle.data.media.images import load_image
-from megatron_eagle.data.media.tiles import tile_image
 from megatron_eagle.data.media.video import load_frames
 from megatron_eagle.data.preparation.processor import PreprocessSettings, SampleProcessor, Task
 from megatron_eagle.data.sample import VideoSource
@@ -19,6 +18,7 @@ from megatron_eagle.hf_model.clips import spread
 from megatron_eagle.hf_model.grids import select_grid
 from megatron_eagle.hf_model.processing_eagle2_5_vl import load_image as hf_load_image
 from megatron_eagle.hf_model.processing_eagle2_5_vl import load_video
+from megatron_eagle.hf_model.tiles import image_tiles, normalize
 from tests.convert.hf_folder import TILE
 from tests.convert.media import write_picture, write_video
 from tests.paths import MEDIA, need_media
@@ -95,7 +95,7 @@ def assert_same_picture(hf, path):
     image = load_image(path)
     grid = select_grid(*image.size, tile_size=TILE, max_tiles=6)
     ours = hf.image_processor(images=[hf_load_image(path)])["pixel_values"]
-    assert torch.equal(ours, tile_image(image, grid, TILE))
+    assert torch.equal(ours, normalize(image_tiles(np.array(image), grid, TILE)))
 
 
 @pytest.mark.parametrize("orientation", [1, 6, 7])

@@ -19,11 +19,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from megatron_eagle.data.loading.media_reader import media_of_row
 from megatron_eagle.data.loading.packs import TilesAlone, TokenPack
 from megatron_eagle.data.media.decoder import MediaDecoder
-from megatron_eagle.data.media.tiles import normalize
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.hf_model.tiles import normalize
 from tests.paths import REPO
 
 SPECIAL = (

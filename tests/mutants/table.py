@@ -65,7 +65,7 @@ APART = {
     + [f"training/monitoring/{name}.py" for name in ("step_meter", "step_totals", "stragglers")],
     "saves and loads": ["checkpoint/"],
 }
-NOT_APART = ("loading/batch.py", "loss_weights.py", "media/tiles.py")  # of data/: weights and pixels
+NOT_APART = ("loading/batch.py", "loss_weights.py")  # of data/
 _APART = tuple(f"megatron_eagle/{part}" for parts in APART.values() for part in parts)
 ARGUMENTS = [
     "-o",

@@ -14,11 +14,9 @@ from benchmarks.report import Report, interleaved, progress
 from PIL import Image
 
 from megatron_eagle.data.media.images import image_size, load_image
-from megatron_eagle.data.media.tiles import normalize, tile_image
-from megatron_eagle.data.sampling.iap import tile_count
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf_model.grids import select_grid
-from megatron_eagle.hf_model.tiles import cut_tiles
+from megatron_eagle.hf_model.grids import select_grid, tile_count
+from megatron_eagle.hf_model.tiles import cut_tiles, image_tiles, normalize
 
 TILE = 448
 PHOTOGRAPHS = (
@@ -34,7 +32,7 @@ Tiler = Callable[[str, tuple[int, int]], torch.Tensor]
 
 def ours(path: str, grid: tuple[int, int]) -> torch.Tensor:
     """What training does without a GPU."""
-    return tile_image(load_image(path), grid, TILE)
+    return normalize(image_tiles(np.array(load_image(path)), grid, TILE))
 
 
 def with_pillow(path: str, grid: tuple[int, int]) -> torch.Tensor:

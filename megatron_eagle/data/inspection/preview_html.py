@@ -14,10 +14,9 @@ from megatron_eagle.data.loading.loss_weights import answer_weights
 from megatron_eagle.data.media.frame_list import frame_list_folder
 from megatron_eagle.data.media.source import page_ref
 from megatron_eagle.data.packing.index import PackIndex
-from megatron_eagle.data.sampling.iap import tile_count
 from megatron_eagle.data.store.reader import ImagePlan, SampleStore, StoredSample
 from megatron_eagle.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_eagle.hf_model.grids import select_grid
+from megatron_eagle.hf_model.grids import select_grid, tile_count
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; }

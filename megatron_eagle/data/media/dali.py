@@ -26,6 +26,7 @@ from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.images import MAX_MAX_PIXELS
 from megatron_eagle.data.media.remux import Remux, RemuxRefused, sparse_remux
 from megatron_eagle.data.media.source import open_media, page_ref
+from megatron_eagle.hf_model.grids import has_thumbnail
 from megatron_eagle.hf_model.tiles import cut_tiles
 from megatron_eagle.problems import Problem
 
@@ -104,7 +105,7 @@ class DaliDecoder:
             except DaliFailed as reason:
                 self._fell_back(f"exactly, not by DALI: {reason}", path)
             else:
-                thumbnail = torch.from_numpy(small) if columns * rows > 1 else None
+                thumbnail = torch.from_numpy(small) if has_thumbnail(grid) else None
                 return cut_tiles(torch.from_numpy(whole), thumbnail, grid)
         return self._exact.picture(path, grid, max_pixels=max_pixels)
 

@@ -15,9 +15,8 @@ from megatron_eagle.data.media.exact import upright_frames
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.source import check_size, check_unchanged
-from megatron_eagle.data.media.tiles import image_tiles
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf_model.tiles import resize
+from megatron_eagle.hf_model.tiles import image_tiles, resize
 
 BACKENDS = ("auto", "exact", "dali")
 
@@ -47,7 +46,7 @@ class ExactDecoder:
 
     def picture(self, path: str, grid: tuple[int, int], *, max_pixels: int) -> torch.Tensor:
         """See `MediaDecoder.picture`."""
-        return image_tiles(load_image(path, max_pixels=max_pixels), grid, self._tile_size)
+        return image_tiles(np.array(load_image(path, max_pixels=max_pixels)), grid, self._tile_size)
 
     def close(self) -> None:
         """Nothing to let go."""

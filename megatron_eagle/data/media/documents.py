@@ -1,9 +1,9 @@
 """PDF files: the sizes of their pages, and pictures of single pages, drawn by pdfium.
 
-A page has no pixels of its own.  `iap` chooses the grid of tiles for its shape as if it had the pixels of all
-tiles that it may have (`pixel_size`), and the page is drawn once, at exactly the size of that grid, never
-larger.  The same page at the same size is the same bits, in any process of one machine; fonts that a file
-does not bring along are the machine's own.
+A page has no pixels of its own.  `hf_model.grids` chooses the grid of tiles for its shape as if it had the
+pixels of all tiles that it may have (`pixel_size`), and the page is drawn once, at exactly the size of that
+grid, never larger.  The same page at the same size is the same bits, in any process of one machine; fonts
+that a file does not bring along are the machine's own.
 """
 
 import math
@@ -46,7 +46,7 @@ def page_sizes(path: str) -> list[tuple[float, float]]:
 
 
 def pixel_size(width: float, height: float, max_pixels: int) -> tuple[int, int]:
-    """The size of a page of this shape that has `max_pixels` pixels, for `iap` to choose the grid by."""
+    """The size of a page of this shape that has `max_pixels` pixels, for `grids` to choose the grid by."""
     scale = math.sqrt(max_pixels / (width * height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 

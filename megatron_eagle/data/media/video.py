@@ -9,7 +9,7 @@ import torch
 
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.frame_table import FrameIndex
-from megatron_eagle.data.media.tiles import normalize
+from megatron_eagle.hf_model.tiles import normalize
 
 
 def decode_frames(

@@ -16,7 +16,6 @@ from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS,
 from megatron_eagle.data.media.source import file_metadata, fingerprint
 from megatron_eagle.data.sample import Document, DocumentRef, ImageRef, Sample, VideoRef
 from megatron_eagle.data.sampling.ads import MediaPlan, SamplingSettings, plan_media
-from megatron_eagle.data.sampling.iap import tile_count
 from megatron_eagle.data.sampling.probe import (
     ImageMetadata,
     PageMetadata,
@@ -29,6 +28,7 @@ from megatron_eagle.data.store.reader import DocumentPlan, ImagePlan, SampleColu
 from megatron_eagle.data.text.template import VARIANTS, ShownVideo, Template
 from megatron_eagle.data.text.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.grids import tile_count
 from megatron_eagle.problems import LedgerEntry, Problem
 
 

@@ -14,9 +14,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_eagle.data.sampling.iap import tile_count
 from megatron_eagle.hf_model.clips import choose_frames, spread
-from megatron_eagle.hf_model.grids import TILINGS, select_grid
+from megatron_eagle.hf_model.grids import TILINGS, select_grid, tile_count
 from megatron_eagle.problems import Problem
 
 TILE_LIMITS = (12, 8, 6, 4, 2, 1)
@@ -28,7 +27,7 @@ tiles of each shown page of each document."""
 @dataclass(frozen=True)
 class SamplingSettings:
     """How much of the media is wanted: frames per second, frames per video, tiles per picture; `tiling` is
-    the rule of `iap.select_grid`."""
+    the rule of `grids.select_grid`."""
 
     fps: float = 2.0
     min_frames: int = 8

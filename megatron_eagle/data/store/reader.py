@@ -23,10 +23,10 @@ import pyarrow as pa
 
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.source import FileMetadata
-from megatron_eagle.data.sampling.iap import tile_count
 from megatron_eagle.data.store.token_file import TokenFile
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record
+from megatron_eagle.hf_model.grids import tile_count
 
 FORMAT_VERSION = 3
 BATCH_ROWS = 1024  # rows per Arrow batch: row r is row r % 1024 of batch r // 1024

@@ -12,10 +12,10 @@ from megatron_eagle.data.loading.loss_weights import LOSS_WEIGHTINGS
 from megatron_eagle.data.loading.packs import no_tiles
 from megatron_eagle.data.media.decoder import ExactDecoder
 from megatron_eagle.data.media.images import load_image
-from megatron_eagle.data.media.tiles import image_tiles
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.tiles import image_tiles
 from tests.data.helpers import conversation, every_tile, make_image, make_store, make_video
 
 LENGTH = 200
@@ -159,7 +159,7 @@ def test_pixels_follow_the_image_tokens(path):
 
 
 def first_thumbnail(path):
-    return image_tiles(load_image(str(path.parent / "a.png")), (1, 1), 28)[0]
+    return image_tiles(np.array(load_image(str(path.parent / "a.png"))), (1, 1), 28)[0]
 
 
 def test_a_pack_without_pictures_has_no_tiles(tmp_path, tokenizer_dir):

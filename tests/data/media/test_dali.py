@@ -23,11 +23,10 @@ from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.remux import Remux
 from megatron_eagle.data.media.source import file_metadata
-from megatron_eagle.data.media.tiles import image_tiles
 from megatron_eagle.data.media.video import decode_frames
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf_model.tiles import cut_tiles, resize
+from megatron_eagle.hf_model.tiles import cut_tiles, image_tiles, resize
 from megatron_eagle.problems import Problem
 from tests.data.helpers import conversation, every_tile, frame_number, make_image, make_store, make_video
 from tests.data.media.photos import bt601_rgb, make_photos
@@ -347,7 +346,7 @@ def test_pictures_through_the_graph(tmp_path, orientation):
     }
     broken = runner.submit({**inputs, "picture": np.zeros(100, np.uint8)})
     whole, thumbnail = map(torch.from_numpy, runner.submit(inputs).outputs.result(60))
-    expected = image_tiles(load_image(str(path), max_pixels=10**6), grid, S)
+    expected = image_tiles(np.array(load_image(str(path), max_pixels=10**6)), grid, S)
     largest, mean = difference(cut_tiles(whole, thumbnail, grid), expected)
     assert largest <= 8
     assert mean <= 0.3

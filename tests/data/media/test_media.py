@@ -14,10 +14,10 @@ from PIL import Image
 from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.images import image_size, load_image
-from megatron_eagle.data.media.tiles import tile_image
 from megatron_eagle.data.media.video import load_frames
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.data.sampling.probe import probe_image, probe_video
+from megatron_eagle.hf_model.tiles import image_tiles, normalize
 from megatron_eagle.problems import Problem
 from tests.data.helpers import frame_number, make_image, make_video
 from tests.paths import MEDIA, need_media
@@ -90,12 +90,12 @@ def test_bad_pictures_say_what_is_wrong(tmp_path):
 def test_tiles_go_row_by_row_and_end_with_the_thumbnail():
     colours = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
     pixels = np.repeat(np.repeat(colours, 8, 0), 8, 1)[..., None].repeat(3, 2)
-    tiles = tile_image(Image.fromarray(pixels), (3, 2), 8)
+    tiles = normalize(image_tiles(pixels, (3, 2), 8))
     assert tiles.shape == (7, 3, 8, 8)
     expected = (torch.arange(6) * 40 / 255 - 0.5) / 0.5
     torch.testing.assert_close(tiles[:6, 0, 4, 4], expected)
     torch.testing.assert_close(tiles[6, 0, 2, 1], expected[0], atol=0.1, rtol=0)
-    assert tile_image(Image.fromarray(pixels), (1, 1), 8).shape == (1, 3, 8, 8)
+    assert image_tiles(pixels, (1, 1), 8).shape == (1, 3, 8, 8)
 
 
 def frames_of(path, wanted):

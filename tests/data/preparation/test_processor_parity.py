@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
-from megatron_eagle.data.media.tiles import normalize
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.hf_model.tiles import normalize
 from tests.data.helpers import every_tile, make_image, make_store, make_video
 
 pytest.importorskip("transformers")

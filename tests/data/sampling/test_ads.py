@@ -15,8 +15,7 @@ from megatron_eagle.data.sampling.ads import (
     plan_media,
     wanted_frames,
 )
-from megatron_eagle.data.sampling.iap import tile_count
-from megatron_eagle.hf_model.grids import select_grid
+from megatron_eagle.hf_model.grids import select_grid, tile_count
 from megatron_eagle.problems import Problem
 
 SETTINGS = SamplingSettings()

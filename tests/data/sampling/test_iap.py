@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from megatron_eagle.data.sampling.iap import tile_count
-from megatron_eagle.hf_model.grids import grid_candidates, select_grid
+from megatron_eagle.hf_model.grids import grid_candidates, select_grid, tile_count
 from tests.paths import SPEC, need_spec
 
 
