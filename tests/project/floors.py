@@ -22,7 +22,7 @@ def _ladder(prefix: str) -> str:
     """The first contract whose layers are all modules below `prefix`."""
     settings = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
     for contract in settings["tool"]["importlinter"]["contracts"]:
-        layers = [layer.split(" : ") for layer in contract.get("layers", ())]
+        layers = [layer.split(" | ") for layer in contract.get("layers", ())]
         if layers and all(module.startswith(prefix) for layer in layers for module in layer):
             return _render(layers, prefix)
     raise ValueError(f"pyproject.toml: no contract about the layers of {prefix}")
