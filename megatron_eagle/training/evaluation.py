@@ -12,7 +12,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from megatron_eagle.data.loading.loader import DataConfig, PackLoader
+from megatron_eagle.data.loading.loader import DataConfig
+from megatron_eagle.data.loading.packs import BatchLoader
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.ranges import Range, Ranged
@@ -60,7 +61,7 @@ class HeldOut:
         config: EvaluationConfig,
         data: DataConfig,
         batch_size: int,
-        open_loader: Callable[[DataConfig], PackLoader[InputPlan]],
+        open_loader: Callable[[DataConfig], BatchLoader[InputPlan]],
     ) -> None:
         self._loader = open_loader(replace(data, path=config.data, prefetch=False))
         try:
@@ -75,7 +76,9 @@ class HeldOut:
         """Names of the held-out mixture's data sets."""
         return self._loader.datasets
 
-    def batches(self, read: Callable[[PackLoader[InputPlan], int], TrainingBatch]) -> Iterator[TrainingBatch]:
+    def batches(
+        self, read: Callable[[BatchLoader[InputPlan], int], TrainingBatch]
+    ) -> Iterator[TrainingBatch]:
         """The global batches; `read` takes one from a loader."""
         for start in self._starts:
             yield read(self._loader, start)

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -20,7 +21,8 @@ from megatron_eagle.checkpoint import (
     save_hf_folder,
 )
 from megatron_eagle.context_parallel.backends import choose_attention
-from megatron_eagle.data.loading.loader import PackLoader
+from megatron_eagle.data.loading.loader import DataConfig, PackLoader
+from megatron_eagle.data.loading.packs import BatchLoader, TokenPack
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import patch_cost
 from megatron_eagle.model.inputs import InputPlan
@@ -40,8 +42,22 @@ from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.schedule import plan_batch
 from megatron_eagle.training.start import start_models
 
-# What opens a rank's loader: `PackLoader`, or what has its interface and reads other data.
-OpenLoader = Callable[..., PackLoader[InputPlan]]
+
+class OpenLoader(Protocol):
+    """Opens a rank's loader, as `PackLoader` does."""
+
+    def __call__(
+        self,
+        config: DataConfig,
+        /,
+        *,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        plan: Callable[[TokenPack], InputPlan],
+        patch_cost: float,
+        device: torch.device,
+    ) -> BatchLoader[InputPlan]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ class Run:
     config: RunConfig
     mesh: Mesh
     device: Device
-    loader: PackLoader[InputPlan]
+    loader: BatchLoader[InputPlan]
     held_out: HeldOut | None
     models: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
@@ -95,7 +111,7 @@ def open_run(config: RunConfig, open_loader: OpenLoader = PackLoader) -> Iterato
 @contextmanager
 def open_data(
     config: RunConfig, mesh: Mesh, device: Device, open_loader: OpenLoader
-) -> Iterator[tuple[PackLoader[InputPlan], HeldOut | None]]:
+) -> Iterator[tuple[BatchLoader[InputPlan], HeldOut | None]]:
     """This rank's loaders; what is wrong with the data is wrong for every rank, and said once."""
     batch_size = config.training.global_batch_size
     open_one = partial(
@@ -119,7 +135,7 @@ def open_data(
 
 
 def _build(
-    config: RunConfig, mesh: Mesh, device: Device, loader: PackLoader[InputPlan], held_out: HeldOut | None
+    config: RunConfig, mesh: Mesh, device: Device, loader: BatchLoader[InputPlan], held_out: HeldOut | None
 ) -> Run:
     """Give the model its weights: resumed, from another checkpoint, or fresh."""
     checkpoint = config.checkpoint

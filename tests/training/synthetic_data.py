@@ -1,13 +1,16 @@
 """A loader of made-up packs, so that the training loop is tested without media, tokenizer or store."""
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megatron_eagle.data.loading.identity import DataIdentity
+from megatron_eagle.data.loading.loader import DataConfig
 from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, TokenPack
 from megatron_eagle.data.store.reader import DataManifest
+from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.model.presets import preset
 
 LENGTH = 64
@@ -40,19 +43,29 @@ DATASETS = ["even", "odd", "absent"]
 
 
 class SyntheticLoader:
-    """`data.loader.PackLoader`'s interface. A pack depends on its global position alone; every third has no
+    """A `data.loading.packs.BatchLoader`. A pack depends on its global position alone; every third has no
     image. Data in a folder named `broken`: the weights of the third iteration's packs are NaN."""
 
+    packs_per_epoch = 9
+
     def __init__(
-        self, config, *, global_batch_size, data_parallel_rank, data_parallel_size, plan, patch_cost, device
-    ):
+        self,
+        config: DataConfig,
+        *,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        plan: Callable[[TokenPack], InputPlan],
+        patch_cost: float = 0.0,
+        device: torch.device,
+    ) -> None:
         self._broken = Path(config.path).name == "broken"
         self._batch, self._plan = global_batch_size, plan
         self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size
         self.decoder, self.datasets = "media: made up", DATASETS
         self.identity = DataIdentity(config.path, LENGTH, config.seed, "square", False, "made", "up")
 
-    def step(self, consumed_packs: int) -> GlobalBatch:
+    def step(self, consumed_packs: int) -> GlobalBatch[InputPlan]:
         total = sum(float(self.weights(consumed_packs + i).sum()) for i in range(self._batch))
         if self._broken and consumed_packs == 2 * self._batch:
             total = float("nan")
@@ -62,7 +75,7 @@ class SyntheticLoader:
     def n_samples(self, consumed_packs: int) -> int:
         return self._batch
 
-    def leave_out(self, batch: GlobalBatch, samples: set[int]) -> GlobalBatch:
+    def leave_out(self, batch: GlobalBatch[InputPlan], samples: Collection[int]) -> GlobalBatch[InputPlan]:
         kept = [i for i in range(self._batch) if i not in samples]
         total = sum(float(self.weights(batch.first_pack + i).sum()) for i in kept)
         packs = []
@@ -72,7 +85,7 @@ class SyntheticLoader:
             packs.append(replace(pack, loss_weights=weights))
         return replace(batch, microbatches=packs, total=total)
 
-    def _loaded(self, consumed_packs: int, i: int, total: float) -> LoadedPack:
+    def _loaded(self, consumed_packs: int, i: int, total: float) -> LoadedPack[InputPlan]:
         tokens, pixels = self._pack(consumed_packs + i)
         tokens.loss_weights.div_(total)
         plan = self._plan(tokens)

@@ -39,13 +39,20 @@ from megatron_eagle.planning.memory_shapes import Workload, language_layer
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.run_config import RunConfig, RunFile
 from megatron_eagle.training.schedule import build_batch
+from megatron_eagle.training.setup import OpenLoader
 from megatron_eagle.training.start import start_models
+from tests.training.synthetic_data import SyntheticLoader
+
+
+class Forgetful(SyntheticLoader):
+    leave_out = None  # type: ignore[assignment]
 
 
 def right(cpu: device, loaded: LoadedPack[InputPlan], section: ModelSection, workload: Workload) -> int:
     build_batch(cpu, loaded)
     shapes = PackShapes(section.complete(), ParallelConfig(), workload.sequence_length)
     tokens: TokenPack = loaded  # a later phase has all of an earlier one
+    made_up: OpenLoader = SyntheticLoader
     return language_layer(shapes, workload).total + len(tokens.input_ids)
 
 
@@ -68,6 +75,7 @@ def wrong(
     shapes = LocalShapes(section, parallel)  # arg-type
     language_layer(shapes, workload)  # arg-type
     config: RunConfig = run  # assignment
+    opens: OpenLoader = Forgetful  # assignment
     config.model.text.vocab_size + rows
 """
 
@@ -87,7 +95,7 @@ def test_a_wrong_phase_is_refused(tmp_path):
         for number, line in enumerate(SNIPPET.splitlines(), 1)
         if (code := line.rpartition("  # ")[2]) in ("arg-type", "misc", "attr-defined", "assignment")
     }
-    assert len(wanted) == 9
+    assert len(wanted) == 10
     assert found == wanted
 
 

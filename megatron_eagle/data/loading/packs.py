@@ -6,11 +6,13 @@ reader. A later phase has all of an earlier one and shares its tensors.
 Shapes: s tokens of a pack, n tiles, S tile size in pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
+
+from megatron_eagle.data.loading.identity import DataIdentity
 
 
 class RankPlan(Protocol):
@@ -29,6 +31,7 @@ class TilesAlone:
 
 
 P = TypeVar("P", bound=RankPlan, covariant=True)
+Q = TypeVar("Q", bound=RankPlan)  # of who takes such packs back
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -139,3 +142,35 @@ class GlobalBatch(Generic[P]):
     """The sum of the whole global batch's loss weights before it divided them."""
     failures: Mapping[int, FailedMedium] = field(default_factory=dict)
     """By number of the sample in the global batch: what of this rank's media could not be read."""
+
+
+class BatchLoader(Protocol[Q]):
+    """What training reads its batches from: `PackLoader`, or what has its interface and reads other data."""
+
+    @property
+    def identity(self) -> DataIdentity:
+        """What is read, and in which order."""
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the mixture's data sets, by their numbers in `TokenPack.group_ids`."""
+
+    @property
+    def decoder(self) -> str:
+        """How media are decoded, and why."""
+
+    @property
+    def packs_per_epoch(self) -> int:
+        """Packs that there are."""
+
+    def step(self, consumed_packs: int, /) -> GlobalBatch[Q]:
+        """This rank's share of the global batch that starts at `consumed_packs`."""
+
+    def n_samples(self, consumed_packs: int, /) -> int:
+        """Samples of a global batch; they are numbered from 0 in the order of its packs."""
+
+    def leave_out(self, batch: GlobalBatch[Q], samples: Collection[int], /) -> GlobalBatch[Q]:
+        """The batch without the weights and pixels of samples, by their numbers in the global batch."""
+
+    def close(self) -> None:
+        """Stop the background work."""

@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_eagle.data.loading.loader import PackLoader
-from megatron_eagle.data.loading.packs import FailedMedium, GlobalBatch, P
+from megatron_eagle.data.loading.packs import BatchLoader, FailedMedium, GlobalBatch, Q
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError, raise_together
 from megatron_eagle.training.monitoring.observer import Observer
@@ -33,14 +32,14 @@ class MediaPolicy:
 
     def read(
         self,
-        loader: PackLoader[P],
+        loader: BatchLoader[Q],
         first_pack: int,
         tell: Observer,
         iteration: int,
         of: Literal["training", "evaluation"],
         *,
         injected: Sequence[int] = (),
-    ) -> GlobalBatch[P]:
+    ) -> GlobalBatch[Q]:
         """A global batch without the samples whose media fail; these are events. As `next_batch`."""
         batch, failed = next_batch(loader, first_pack, self.on_error, self.group, injected)
         for number, medium in failed.items():
@@ -50,12 +49,12 @@ class MediaPolicy:
 
 
 def next_batch(
-    loader: PackLoader[P],
+    loader: BatchLoader[Q],
     first_pack: int,
     policy: Literal["error", "skip"],
     group: dist.ProcessGroup | None,
     injected: Sequence[int] = (),
-) -> tuple[GlobalBatch[P], dict[int, FailedMedium]]:
+) -> tuple[GlobalBatch[Q], dict[int, FailedMedium]]:
     """`loader.step`, with the samples left out whose media failed on any rank; which, by their numbers in the
     global batch, and why. Collective.
 
