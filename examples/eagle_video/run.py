@@ -1,4 +1,4 @@
-"""The Eagle-Video recipe from new clips to scores, each step a tool as a user would run it.
+"""The Eagle-Video pipeline from new clips to scores, each step a tool as a user would run it.
 
     run.py [--videos DIR] [--encoder DIR] [--endpoint URL/v1 --model NAME] [--hf EXPORT] [--output DIR]
 

@@ -1,6 +1,6 @@
 """A small endpoint on this machine that speaks the chat completions protocol, and answers without any model.
 
-It stands in for a model where none is at hand: the steps of the recipe run, their samples are worth nothing.
+It stands in for a model where none is at hand: the pipeline's steps run, their samples are worth nothing.
 """
 
 import json
@@ -74,7 +74,7 @@ def serving(server: Server) -> Iterator[Server]:
 
 
 def answer(request: dict) -> str:
-    """What the recipe's prompts ask for, in their form, about nothing that is seen."""
+    """What the pipeline's prompts ask for, in their form, about nothing that is seen."""
     content = request["messages"][0]["content"]
     text = content if isinstance(content, str) else content[-1]["text"]
     if '{"caption"' in text:

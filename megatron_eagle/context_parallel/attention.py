@@ -4,7 +4,7 @@ Context parallel ranks are Ulysses groups (adjacent ranks, which trade tokens fo
 exchange keys; either may be a group of one.
 
 Shapes: s local tokens, S tokens of the pack, b batch (1: a microbatch is one pack), np query heads,
-ng key-value heads, d head size, all per tensor parallel rank. Queries and keys arrive rotated.
+ng KV heads, d head size, all per tensor parallel rank. Queries and keys arrive rotated.
 """
 
 from dataclasses import dataclass, field
@@ -65,7 +65,7 @@ def context_parallel_attention(
     """
     if ulysses_group is not None:
         q, k, v = TokensToHeads.apply(q, k, v, ulysses_group)
-    # One key-value head at a time where keys travel, so that they do so while attention runs.
+    # One KV head at a time where keys travel, so that they do so while attention runs.
     parts = 1 if exchange.kind == "none" else k.shape[1]
     out: Tensor = GatherKVAttention.apply(q, k, v, backend, exchange, scale, key_group, parts, replay)
     if ulysses_group is not None:

@@ -1,6 +1,6 @@
 """What an attention backend is: a pair of kernels.
 
-Shapes: s local tokens, np query heads, ng key-value heads, d head size, all per tensor parallel rank.
+Shapes: s local tokens, np query heads, ng KV heads, d head size, all per tensor parallel rank.
 """
 
 from typing import Protocol

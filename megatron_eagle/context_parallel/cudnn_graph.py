@@ -1,6 +1,6 @@
 """cuDNN graphs of bottom-right causal attention over ragged tensors, forward or backward.
 
-Letters: b segments, x the longest of them, np query heads, ng key-value heads, d head size. Tensors are
+Letters: b segments, x the longest of them, np query heads, ng KV heads, d head size. Tensors are
 packed, [tokens, heads, d]; a ragged offset says at which element each segment begins.
 """
 

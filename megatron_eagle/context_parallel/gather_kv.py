@@ -1,20 +1,16 @@
 """Attention with gathered keys and values: queries stay, keys travel, head group by head group.
 
 Every context parallel rank keeps its queries, receives the keys and values they see (`exchange.py`), and
-runs one causal varlen attention. Key-value heads are taken in groups: while attention of a group runs, the
+runs one causal varlen attention. KV heads are taken in groups: while attention of a group runs, the
 keys of the next travel. Backward receives the keys again instead of keeping them, adds up their gradients
 in fp32, and sends them back to the ranks that hold the tokens while the next group is computed. All sums
 have a fixed order.
 
-Why not a ring of point-to-point messages: it moves the same keys in the same number of bytes, but in
-size - 1 steps, each as long as its busiest rank, and with documents a rank has anything from no to all pairs
-with the keys of one other rank. In the simulator (`tools/bench.py context_parallel`, column `ring`) a step of
-the video mix at size 8 takes 1.77 times that of perfect balance under `balanced` and 1.51 under `zigzag`,
-where one kernel on all keys takes 1.00 and 1.30. Only `zigzag_per_document` keeps a ring even, and it must
-move all keys everywhere, however short the documents, in twice as many segments as there are documents.
-Partial results would also be corrected and added up after every step (fp32 outputs read and written size - 1
-times), and gradients of keys go round once more. What a ring saves is memory: the keys of a pack, at 128K
-tokens and 4 heads 0.27 GB in bf16, of which only two head groups exist at a time.
+Beside a ring of point-to-point messages, in the simulator (`tools/bench.py context_parallel`, column `ring`):
+both move the same keys, the ring in size - 1 steps, each as long as its busiest rank. A step of the video mix
+at size 8 takes 1.77 times that of perfect balance under `balanced` and 1.51 under `zigzag`, where one kernel
+on all keys takes 1.00 and 1.30. The keys of two head groups exist at a time; those of a pack of 128K tokens
+with 4 heads are 0.27 GB in bf16.
 """
 
 from collections import deque

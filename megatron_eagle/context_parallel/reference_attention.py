@@ -2,7 +2,7 @@
 
 Memory is quadratic in the longest segment. It is the twin against which fast backends are checked, and on a
 GPU takes the place of none of them unnoticed: long segments are refused unless it was asked for.
-Letters: q query rows, k key rows, g key-value heads, r queries per key-value head, d head size.
+Letters: q query rows, k key rows, g KV heads, r queries per KV head, d head size.
 """
 
 import torch

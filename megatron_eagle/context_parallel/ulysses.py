@@ -2,8 +2,8 @@
 
 Before attention each of the U ranks of a group holds all heads of its s tokens; in attention it holds 1/U
 of the heads of all U x s tokens, rank after rank (`SequenceLayout.cut_each` cuts them so). Query heads go
-with their key-value head, so U divides the key-value heads of a tensor parallel rank: replicating a
-key-value head would move and store it U times over and add up its gradients once more, which all-gathered
+with their KV head, so U divides the KV heads of a tensor parallel rank: replicating a
+KV head would move and store it U times over and add up its gradients once more, which all-gathered
 keys do not need. Beyond the heads, Ulysses is combined with all-gathered keys (`gather_kv.py`) over the
 ranks that have the same heads. Source: DeepSpeed-Ulysses (arXiv 2309.14509), USP (arXiv 2405.07719).
 

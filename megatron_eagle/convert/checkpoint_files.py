@@ -1,6 +1,6 @@
 """The weights in a Megatron checkpoint, tensor by tensor: one process, no model, no process group.
 
-What `training.checkpoint` saves and loads has one key for all layers of a kind, as
+What `checkpoint` saves and loads has one key for all layers of a kind, as
 `language_model.decoder.layers.mlp.linear_fc2.weight`, whose first axis is the layer. A file holds it in
 chunks: boxes of the whole tensor, cut by whatever layout wrote it. Here a chunk is written as soon as its
 values are known, and read where a tensor needs it, so that memory holds one tensor of one layer at a time.

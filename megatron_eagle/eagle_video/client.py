@@ -36,7 +36,7 @@ class Answer:
 
 
 class Asks(Protocol):
-    """What the recipes need of a client; `DryRun` has it too."""
+    """What the pipeline needs of a client; `DryRun` has it too."""
 
     usage: Usage
     model: str

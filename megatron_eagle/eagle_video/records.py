@@ -1,4 +1,4 @@
-"""What the recipes write: training lines with their provenance, and a ledger of what is missing."""
+"""What the pipeline writes: training lines with their provenance, and a ledger of what is missing."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ class Notes:
 def training_line(
     video: str, question: str, answer: str, output: Path, provenance: Mapping[str, object]
 ) -> dict[str, Any]:
-    """One question about a whole video as `data.formats` reads it, its path relative to `output`."""
+    """One question about a whole video as `data.annotations` reads it, its path relative to `output`."""
     path = os.path.relpath(video, output.resolve().parent)
     return {
         "video": path,
@@ -54,12 +54,12 @@ def training_line(
 
 
 def provenance(
-    recipe: str, client: Asks, prompts: Iterable[Prompt], answers: Iterable[Answer], **more: object
+    step: str, client: Asks, prompts: Iterable[Prompt], answers: Iterable[Answer], **more: object
 ) -> dict[str, Any]:
-    """Where a sample comes from: recipe, model, prompt versions, keys of the cached answers, and more."""
+    """Where a sample comes from: its step, model, prompt versions, keys of the cached answers, and more."""
     versions = {prompt.name: prompt.version for prompt in prompts}
     keys = [answer.key for answer in answers]
-    return {"recipe": recipe, "model": client.model, "prompts": versions, "requests": keys, **more}
+    return {"recipe": step, "model": client.model, "prompts": versions, "requests": keys, **more}
 
 
 def picture_parts(frames: Iterable[np.ndarray], side: int) -> list[dict[str, Any]]:

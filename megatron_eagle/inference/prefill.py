@@ -13,7 +13,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def prefill(model: Any, input_ids: Tensor, pixel_values: Tensor | None, chunk: int) -> tuple[Any, Tensor]:
-    """Fill the key-value cache with all tokens of one prompt but the last.
+    """Fill the KV cache with all tokens of one prompt but the last.
 
     Args:
         model: an exported model.

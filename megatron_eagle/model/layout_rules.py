@@ -20,7 +20,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     divided_by_tp = {
         "query heads of the language model": text.num_attention_heads,
-        "key-value heads of the language model": text.num_key_value_heads,
+        "KV heads of the language model": text.num_key_value_heads,
         "feed-forward features of the language model": text.intermediate_size,
         "heads of the vision encoder": vision.num_attention_heads,
         "feed-forward features of the vision encoder": vision.intermediate_size,
@@ -37,7 +37,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
     if heads % ulysses:
         legal = [n for n in range(1, heads + 1) if heads % n == 0 and cp % n == 0]
         raise UserError(
-            f"parallel.ulysses_parallel_size {ulysses} does not divide the {heads} key-value heads of a "
+            f"parallel.ulysses_parallel_size {ulysses} does not divide the {heads} KV heads of a "
             f"tensor parallel rank ({text.num_key_value_heads} over {tp}): choose {_choices(legal)}; "
             f"the other context parallel ranks exchange keys"
         )

@@ -263,7 +263,7 @@ def _attention(shapes: PackShapes, workload: Workload) -> int:
     """Backward of core attention, while the residual's gradient waits.
 
     Gradients of q and of the output, and either the score matrices with the fp32 gradients of keys and
-    values, or those gradients stacked. With context parallelism that is so for one key-value head at a time,
+    values, or those gradients stacked. With context parallelism that is so for one KV head at a time,
     with its gathered keys and values and those of the next head, fp32 gradients of the local ones, and the
     head's gradients of gathered ones once more stacked and twice in the order of ranks while they are added.
     """

@@ -1,6 +1,6 @@
 """The training loss: a plain sum of weighted token losses, in Megatron's `forward_step` form.
 
-The weights arrive divided by the normaliser of the whole global batch (`data.loader`), so nothing is
+The weights arrive divided by the normaliser of the whole global batch (`data.loading`), so nothing is
 averaged afterwards: the sums of all microbatches and all data and context parallel ranks add up to the
 loss of the batch, and so do their gradients, however the samples were packed or spread.
 """

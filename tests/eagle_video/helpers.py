@@ -1,4 +1,4 @@
-"""What the recipe tests share: the example's modules, clips whose content differs, tools in this process."""
+"""What these tests share: the example's modules, clips whose content differs, tools in this process."""
 
 import contextlib
 import importlib.util

@@ -74,9 +74,9 @@ def media(tmp_path_factory):
     return folder
 
 
-def _annotate(recipe, server, output, *more):
+def _annotate(step, server, output, *more):
     arguments = ["--endpoint", server.url, "--model", "tiny", "--output", output, "--side", 64, *more]
-    return call_tool("annotate_videos", recipe, *arguments)
+    return call_tool("annotate_videos", step, *arguments)
 
 
 def _read(output):

@@ -203,7 +203,7 @@ def test_impossible_layouts_name_the_rule(layout, message):
         (
             {"tensor_model_parallel_size": 2, "context_parallel_size": 4, "ulysses_parallel_size": 4},
             128,
-            r"4 does not divide the 2 key-value heads .* \(4 over 2\): choose 1 or 2; the other",
+            r"4 does not divide the 2 KV heads .* \(4 over 2\): choose 1 or 2; the other",
         ),
         (
             {

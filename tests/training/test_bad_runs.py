@@ -217,7 +217,7 @@ def test_the_check_before_a_job_finds_the_same(made, tmp_path, monkeypatch, caps
         ([f"checkpoint.path={tmp_path / 'file' / 'run'}"], "cannot be written: .*file is no folder"),
         ([f"logging.path={tmp_path / 'file' / 'logs'}"], "cannot be written: .*file is no folder"),
         ([f"data.path={data}", f"data.length={SHORT}"], "has no packs for length 128; run pack_data"),
-        (["parallel.tensor_model_parallel_size=4"], "key-value heads"),
+        (["parallel.tensor_model_parallel_size=4"], "KV heads"),
         (
             [f"evaluation={{data: {made / 'data'}, interval: 1, batches: 9}}"],
             "9 global batches of 8 are asked",

@@ -67,7 +67,7 @@ def test_a_run_is_read_with_presets_overrides_and_defaults(config_file):
         ([], 3, "global_batch_size is 4: must be a multiple of the data parallel size 3; nearest: 3 or 6"),
         ([], 8, "global_batch_size is 4: must be a multiple of the data parallel size 8; nearest: 8"),
         (["parallel.tensor_model_parallel_size=2"], 3, "3 processes cannot hold tensor 2"),
-        (["parallel.tensor_model_parallel_size=4"], 4, "key-value heads .*: choose 1 or 2"),
+        (["parallel.tensor_model_parallel_size=4"], 4, "KV heads .*: choose 1 or 2"),
         (["parallel.pipeline_model_parallel_size=3"], 3, "4 language layers cannot be cut into 3"),
         (["parallel.context_parallel_size=3"], 3, "data.length 64 must be a multiple of 3"),
         (["data.path=absent"], 1, "absent is no token store"),

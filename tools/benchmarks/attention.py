@@ -1,8 +1,8 @@
 """Core attention on a GPU: forward and backward of every backend beside its kernels called directly.
 
 One rank's share under context parallel size 8 and the default layout: its queries of one document against all
-keys that they see, bf16, 28 query and 4 key-value heads of 128, deterministic. Backends are called as in
-training, one key-value head and its queries at a time; kernels directly, all heads in one call. torch's
+keys that they see, bf16, 28 query and 4 KV heads of 128, deterministic. Backends are called as in
+training, one KV head and its queries at a time; kernels directly, all heads in one call. torch's
 `scaled_dot_product_attention` has no such shape: it is given one causal square of as many pairs.
 
 FLOPs are those of the pairs that causality leaves: 4 x 128 a pair and query head forward, 10 x 128 backward

@@ -45,9 +45,9 @@ class DataConfig(Ranged):
     answer.  `decode_threads` read media at the same time; with `prefetch` while training computes, at least
     one global batch ahead, and more as long as those that wait hold at most `prefetch_bytes` on a rank.
 
-    `decoder` is exact, dali, or auto (see `media.decoder`). `on_media_error`: a picture or video that can no
-    longer be read, or not within `decode_timeout_s` seconds, ends the run (`error`), or its sample goes
-    without weight in the loss (`skip`).
+    `decoder` is exact, dali, or auto (see `data.media.decoder`). `on_media_error`: a picture or video that
+    can no longer be read, or not within `decode_timeout_s` seconds, ends the run (`error`), or its sample
+    goes without weight in the loss (`skip`).
     """
 
     path: str  # folder of the token store

@@ -12,8 +12,7 @@ def answer_weights(lengths: Iterable[int], weighting: str, multi_turn: bool) -> 
     0.
 
     In a sample with n supervised tokens each weighs 1 / sqrt(n) (`square`), 1 (`token`) or 1 / n (`sample`);
-    `multi_turn` counts n per answer.  Source: section 7 of EAGLE 2.5's facts, InternVL 2.5's square
-    averaging.
+    `multi_turn` counts n per answer.  `square` is InternVL 2.5's square averaging.
     """
     n = np.array([1, *lengths], np.float64)
     if not multi_turn:

@@ -46,7 +46,7 @@ class LengthCounts:
         ledger: list[LedgerEntry],
         length: int,
     ) -> "LengthCounts":
-        """Count the kept samples (`store.SampleColumns`) and what the ledger holds of this length."""
+        """Count the kept samples (`store.reader.SampleColumns`) and what the ledger holds of this length."""
 
         def column(name: str) -> np.ndarray:
             return np.asarray(samples[name]).astype(np.int64)

@@ -51,7 +51,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Failure:
-    """A video that has no copy, and why; `kind` as in `ledger.Problem`."""
+    """A video that has no copy, and why; `kind` as in `problems.Problem`."""
 
     source: str
     kind: str

@@ -26,7 +26,7 @@ class Prompt:
         """The text with every `$name` replaced.
 
         Raises:
-            UserError: one that the recipe does not give.
+            UserError: one that the pipeline does not give.
         """
         try:
             return Template(self.text).substitute(values)
