@@ -1,6 +1,8 @@
 # make demo | test | test-all | parity | lint.  TORCH_INDEX=URL names a package index with CPU builds of torch.
 # `make test-all` makes the targets of ALL that have not passed at this commit yet: it can be stopped and gone on with.
-PYTHON ?= python3.11
+# The newest Python that is supported and runs; PYTHON=... names another.
+PYTHONS := python3.13 python3.12 python3.11
+PYTHON ?= $(firstword $(foreach name,$(PYTHONS),$(shell $(name) -c 'print("$(name)")' 2>/dev/null)) none)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -71,7 +73,7 @@ env: $(STAMP)
 # The stamp is written last: an interrupted installation is started again from nothing, and a complete one is
 # brought up to date in place when its list of packages changes.
 $(STAMP): setup.py constraints-cpu.txt
-	@command -v $(PYTHON) >/dev/null || { echo "Needs $(PYTHON) on PATH; or name another with PYTHON=..."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "Needs one of $(PYTHONS) on PATH; or name one with PYTHON=..."; exit 1; }
 	@test -e $@ || { echo "[env] creating $(VENV) with $$($(PYTHON) --version)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@echo "[env] torch 2.13.0$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0

@@ -1,12 +1,34 @@
 """Installs `megatron_eagle` and `eagle_kernels`; the pinned CPU environment is constraints-cpu.txt."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
 
 setup(
     name="megatron-eagle",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "megatron_eagle" / "__init__.py").read_text())[1],
     description="Eagle 2.5 long-context vision-language training on Megatron-Core",
-    license="Apache-2.0",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    project_urls={"Paper": "https://arxiv.org/abs/2504.15271"},
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["vision-language model", "long context", "video", "Megatron-Core", "Eagle 2.5"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA :: 12",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=[
         *find_packages(include=["megatron_eagle", "megatron_eagle.*"]),
@@ -25,6 +47,7 @@ setup(
     },
     install_requires=[
         "torch",
+        "numpy",
         "megatron-core==0.16.1",
         "einops",  # megatron-core imports it without declaring it
         "psutil",  # without it megatron-core's checkpoint save hangs
@@ -43,9 +66,13 @@ setup(
     extras_require={
         "media": ["lmdb", "simplejpeg"],  # pictures in databases, the warnings of libjpeg
         "dali": ["nvidia-dali-cuda120==2.4.0"],
-        "gpu": ["transformer-engine[pytorch]", "flash-attn"],  # Apex: see the Dockerfile
+        "gpu": [
+            "transformer-engine[pytorch]",
+            "flash-attn",
+            "nvidia-cudnn-frontend",
+        ],  # Apex: see the Dockerfile
         "demo": ["scikit-image==0.26.0", "matplotlib"],
-        "serve": ["fastapi", "uvicorn", "python-multipart"],  # the demo page
+        "serve": ["fastapi", "starlette", "pydantic", "uvicorn", "python-multipart"],  # the demo page
         "monitor": ["wandb", "nvidia-resiliency-ext==0.4.1"],  # metrics elsewhere, straggler detection
         "recipe": ["faiss-cpu", "ray==2.60.0"],  # selection and preprocessing on many machines
         "dev": [

@@ -5,11 +5,11 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError
 from string import Template
-from unittest.mock import patch
 
 import pytest
 
 from tests.paths import REPO
+from tests.project.package import declared
 
 TEXT = (REPO / "Dockerfile").read_text()
 
@@ -28,9 +28,7 @@ def instructions() -> list[tuple[str, str]]:
 
 def extras() -> dict[str, list[str]]:
     """extras_require of setup.py."""
-    with patch("setuptools.setup") as setup:
-        exec((REPO / "setup.py").read_text(), {"__name__": "setup"})
-    return setup.call_args.kwargs["extras_require"]
+    return declared()["extras_require"]
 
 
 def test_the_base_is_one_release_of_ngc():
