@@ -172,7 +172,11 @@ def _parse(text: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`; raises `UserError` naming `where`."""
+    """`value` as the annotated type `hint`.
+
+    Raises:
+        UserError: it is none; `where` is named.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value

@@ -34,7 +34,10 @@ def beside(path: Path, mark: str = "", durable: bool = True) -> Iterator[Path]:
 def write_whole(path: Path, data: bytes | str, *, durable: bool = True) -> None:
     """Write a file so that it is there completely or not at all, whatever happens to the process.
 
-    Several processes may write it at once. Raises `OSError`; the file is then what it was.
+    Several processes may write it at once.
+
+    Raises:
+        OSError: it cannot be written; the file is then what it was.
     """
     with beside(path, f".{os.getpid()}", durable) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -47,9 +50,12 @@ def write_lines(path: Path, records: Iterable[Any]) -> None:
 
 
 def append_line(path: Path, record: Any) -> None:
-    """Add a JSON line to a file to which other processes add theirs. Raises `OSError`.
+    """Add a JSON line to a file to which other processes add theirs.
 
     A line that one of them could not finish spoils no other.
+
+    Raises:
+        OSError: it cannot be written.
     """
     with _naming(path), open(path, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -65,7 +71,11 @@ def to_line(record: Any) -> bytes:
 
 
 class AppendedFile:
-    """A file to which each `write` adds all of its bytes at once, or raises `OSError` and adds nothing."""
+    """A file to which each `write` adds all of its bytes at once.
+
+    Raises:
+        OSError: by `write`, which then has added nothing.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -113,7 +123,11 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Return when the disk has the file, or the names in the folder. Raises `OSError`."""
+    """Return when the disk has the file, or the names in the folder.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

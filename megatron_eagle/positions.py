@@ -18,7 +18,11 @@ def add_option(parser: ArgumentParser) -> None:
 
 
 def check_option(options: Namespace) -> None:
-    """Raises `UserError` where a server answers (`endpoint`)."""
+    """Refuse the option where it has no effect.
+
+    Raises:
+        UserError: a server answers (`endpoint`).
+    """
     if options.allow_long_prompts and options.endpoint is not None:
         raise UserError(f"{_OPTION}: how long prompts may be is the server's own setting")
 

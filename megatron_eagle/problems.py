@@ -34,7 +34,11 @@ class LedgerEntry:
 
 
 def write_ledger(path: Path, entries: list[LedgerEntry]) -> None:
-    """Write the entries as JSON lines, in the order of the input. Raises `OSError`."""
+    """Write the entries as JSON lines, in the order of the input.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     write_lines(path, map(asdict, entries))
 
 

@@ -31,7 +31,10 @@ class Written:
 def write_pieces(file: Path, pieces: Iterable[TensorBox]) -> Written:
     """Write `pieces` one after the other, as `torch.load` reads them, and wait until the disk has them.
 
-    On the way at most one piece is copied. Raises `OSError`.
+    On the way at most one piece is copied.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     entries = []
     with _hashed(file) as stream:

@@ -134,7 +134,11 @@ def start_folder(root: Path, iteration: int) -> None:
 
 
 def publish_folder(root: Path, iteration: int) -> None:
-    """Make the folder, which is complete, the latest checkpoint of `root`; on rank 0. Raises `OSError`."""
+    """Make the folder, which is complete, the latest checkpoint of `root`; on rank 0.
+
+    Raises:
+        OSError: the folder or its name cannot be written.
+    """
     partial, target = partial_folder(root, iteration), iteration_folder(root, iteration)
     for file in (*partial.iterdir(), partial):
         sync(file)

@@ -19,7 +19,11 @@ _BLOCK = 1 << 22  # bytes
 
 
 def write_manifest(folder: Path, hashed: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest of `folder`: `hashed` and every other file in it. On rank 0; raises `OSError`."""
+    """Write the manifest of `folder`: `hashed` and every other file in it. On rank 0.
+
+    Raises:
+        OSError: a file cannot be read, or the manifest not written.
+    """
     others = {
         file.name: _describe(file)
         for file in sorted(folder.iterdir())
@@ -33,7 +37,9 @@ def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Compare a checkpoint's files with its manifest, if there is one (converters of others write none).
 
     Of `parts` about equal shares of the files this is share `part`. Needs no process group.
-    Raises `UserError` that names a file which is missing, unreadable, of another size or of other content.
+
+    Raises:
+        UserError: a file is missing, unreadable, of another size or of other content; it is named.
     """
     entries = sorted(_read(folder).items(), key=lambda item: -item[1]["bytes"])
     for name, entry in entries[part::parts]:
@@ -44,7 +50,11 @@ def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def verify_together(folder: Path) -> None:
-    """As `verify_files`, each rank its share. Collective; raises `AgreedError`."""
+    """As `verify_files`, each rank its share. Collective.
+
+    Raises:
+        AgreedError: a file of any share is not what the manifest says.
+    """
     with agreed():
         verify_files(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
 

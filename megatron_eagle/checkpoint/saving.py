@@ -95,7 +95,11 @@ def write_snapshot(
     keep_last: int | None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Path:
-    """Write all ranks' snapshots as the latest checkpoint. Collective over `group`; raises `AgreedError`."""
+    """Write all ranks' snapshots as the latest checkpoint. Collective over `group`.
+
+    Raises:
+        AgreedError: a rank cannot write its part.
+    """
     rank, iteration = torch.distributed.get_rank(), snapshot.state.iteration
     raise_together(_start(root, iteration) if rank == 0 else None, group)
     shares = gather_to_first(_write_share(partial_folder(root, iteration), snapshot, rank), group)
@@ -155,7 +159,11 @@ def _finish(root: Path, snapshot: Snapshot, shares: list[_Share]) -> str | None:
 def complete_folder(
     folder: Path, common: dict[str, Any], run: dict[str, Any], state: TrainState, files: list[Written]
 ) -> None:
-    """Write what a checkpoint holds beside the tensors, which are in `files`. Raises `OSError`."""
+    """Write what a checkpoint holds beside the tensors, which are in `files`.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     torch.save(common, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     write_checkpoint_index(folder, (entry for file in files for entry in file.entries))

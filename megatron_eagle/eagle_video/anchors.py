@@ -73,7 +73,8 @@ class AnchorWriter:
     async def write(self, pictures: list[dict[str, Any]], question: str, answer: str) -> ContextAnchor | None:
         """An anchor for a question on the clip that `pictures` (OpenAI parts) show; None if all leaked.
 
-        Raises `Problem` like `Client.ask`.
+        Raises:
+            Problem: as `Client.ask`.
         """
         refused: list[str] = []
         for _ in range(self._tries):

@@ -12,9 +12,12 @@ from megatron_eagle.data.sampling.probe import VideoMetadata, probe_video
 
 
 def open_section(source: VideoSource) -> tuple[VideoMetadata, Fraction]:
-    """Probe a video or a section of it; raises `Problem`.
+    """Probe a video or a section of it.
 
     Returns its metadata and where it begins, in seconds of the file's clock.
+
+    Raises:
+        Problem: the video cannot be read.
     """
     metadata = probe_video(source)
     begin = int(metadata.table.pts[0]) * metadata.table.time_base
@@ -34,7 +37,10 @@ def sample_times(start: Fraction, end: Fraction, fps: float, max_frames: int | N
 def frames_at(metadata: VideoMetadata, times: Sequence[Fraction]) -> Iterator[np.ndarray]:
     """The frame on screen at each of these ascending times, uint8 [h, w, 3], one at a time.
 
-    A frame that is on screen at two of the times is decoded once and given twice.  Raises `Problem`.
+    A frame that is on screen at two of the times is decoded once and given twice.
+
+    Raises:
+        Problem: a frame cannot be decoded.
     """
     table = metadata.table
     # Frames with pts <= t; an integer is at most a rational exactly if it is at most its floor.

@@ -20,7 +20,11 @@ _FENCE = re.compile(r"^\s*```[a-zA-Z]*\s*\n(.*)\n\s*```\s*$", re.DOTALL)
 
 
 def parse_answer(text: str, schema: dict[str, Any]) -> Any:
-    """The JSON value of an answer, also out of a code fence.  Raises `ValueError` that says what is wrong."""
+    """The JSON value of an answer, also out of a code fence.
+
+    Raises:
+        ValueError: it holds no JSON value, and why.
+    """
     match = _FENCE.match(text)
     try:
         value = json.loads(match[1] if match else text)

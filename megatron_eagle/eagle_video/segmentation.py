@@ -59,7 +59,11 @@ def detect_all(
 
 
 def detect_chapters(path: str, settings: SegmentSettings, encoder: Encoder | None = None) -> list[Chapter]:
-    """The parts of one video, titled "Part 1 of n" and so on. Raises `Problem`."""
+    """The parts of one video, titled "Part 1 of n" and so on.
+
+    Raises:
+        Problem: the video cannot be read.
+    """
     metadata, begin = open_section(VideoSource(path))
     times = sample_times(begin, begin + metadata.duration, settings.fps)
     features = np.stack([_describe(frame, encoder) for frame in frames_at(metadata, times)])

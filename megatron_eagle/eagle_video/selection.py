@@ -181,7 +181,11 @@ def selection_summary(selection: Selection) -> str:
 
 
 def read_kept(path: Path) -> list[Clip]:
-    """The clips of a `kept.jsonl`.  Raises `UserError`."""
+    """The clips of a `kept.jsonl`.
+
+    Raises:
+        UserError: the file is unreadable, or not of this kind.
+    """
     try:
         records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         return [Clip(str(r["video"]), float(r["start"]), float(r["end"])) for r in records]

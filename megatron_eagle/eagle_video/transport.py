@@ -78,10 +78,13 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def post(endpoint: Endpoint, request: dict[str, Any]) -> Reply:
-    """Send one chat completion request and wait for it.
-
-    Raises `Retry`; `Problem` if this request is refused; `UserError` if every request would be.  No message
+    """Send one chat completion request and wait for it. No message
     holds the key.
+
+    Raises:
+        Retry: the same request may succeed later.
+        Problem: this request is refused.
+        UserError: every request would be.
     """
     key = os.environ.get(endpoint.key_variable, "").strip()
     if not key.isprintable() or not key.isascii():

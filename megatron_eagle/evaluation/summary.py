@@ -56,7 +56,11 @@ class Result:
 
 
 def read_result(folder: Path) -> Result:
-    """Raises `UserError` if the folder holds no finished evaluation of a published benchmark."""
+    """What an evaluation of a published benchmark has written.
+
+    Raises:
+        UserError: the folder holds none that is finished.
+    """
     try:
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         frames = scores["sampling"]["max_frames"]

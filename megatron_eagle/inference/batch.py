@@ -49,7 +49,11 @@ def answer_file(
 
 
 def read_requests(source: Path) -> Iterator[tuple[str, Mapping[str, Any], Request]]:
-    """(place, record, request) of every line of a batch file. Raises `UserError` naming file and line."""
+    """(place, record, request) of every line of a batch file.
+
+    Raises:
+        UserError: a line is no request; file and line are named.
+    """
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -63,7 +63,11 @@ class Demo:
         self._stop = threading.Event()
 
     async def receive(self, request: Request) -> tuple[str, Shown]:
-        """Keep the body of a request, if it is within the limits. Raises `UserError`."""
+        """Keep the body of a request, if it is within the limits.
+
+        Raises:
+            UserError: it is over the limit.
+        """
         megabytes = self.viewer.limits.megabytes
         name, size = uuid.uuid4().hex, 0
         assert self.folder is not None, "the server runs"

@@ -66,7 +66,11 @@ class Viewer:
     limits: Limits
 
     def look(self, path: Path) -> Shown:
-        """Raises `UserError` (with the path in it) for a file that is unreadable or over a limit."""
+        """What is in a file, within the limits of the page.
+
+        Raises:
+            UserError: it is unreadable or over a limit; the path is named.
+        """
         kind = _kind(path)
         try:
             return {"image": self._image, "video": self._video, "document": self._document}[kind](str(path))

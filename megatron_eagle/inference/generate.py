@@ -62,7 +62,11 @@ class Request:
 
     @classmethod
     def from_record(cls, record: Any, where: str) -> "Request":
-        """From one line of a batch file. Raises `UserError` naming `where`."""
+        """From one line of a batch file.
+
+        Raises:
+            UserError: the line is no request; `where` is named.
+        """
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'{where}: expected an object with a "prompt" (text)')
         media = {name: record.get(name) for name in ("images", "videos", "documents")}
@@ -211,7 +215,11 @@ def read_max_positions(folder: Path) -> int:
 
 
 def pages_of(processor: Any, path: str, max_tiles: int | None, max_pages: int | None = None) -> list[Any]:
-    """The pages of a PDF file as pictures for this processor. Raises `UserError` naming what is wrong."""
+    """The pages of a PDF file as pictures for this processor.
+
+    Raises:
+        UserError: the file has no such pages, or is none.
+    """
     from megatron_eagle.inference.pages import page_pictures  # only documents need pdfium
 
     images = processor.image_processor
@@ -225,7 +233,11 @@ def pages_of(processor: Any, path: str, max_tiles: int | None, max_pages: int | 
 
 
 def video_item(video: str | dict[str, Any], sampling: Sampling) -> dict[str, Any]:
-    """A video of a request as the exported processor takes it. Raises `UserError` naming what is wrong."""
+    """A video of a request as the exported processor takes it.
+
+    Raises:
+        UserError: the video or its section cannot be read.
+    """
     record = {"video": video} if isinstance(video, str) else dict(video)
     path = record.pop("video", None) or record.pop("path", None)
     if not isinstance(path, str):

@@ -16,7 +16,10 @@ class AgreedError(UserError):
 def raise_together(problem: str | None, group: torch.distributed.ProcessGroup | None = None) -> None:
     """Exchange each rank's problem (None: no problem) and raise the first one, in rank order, everywhere.
 
-    Collective over `group` (None: all ranks). Raises `AgreedError`.
+    Collective over `group` (None: all ranks).
+
+    Raises:
+        AgreedError: a rank has a problem.
     """
     problems: list[str | None] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(problems, problem, group)

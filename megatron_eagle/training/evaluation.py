@@ -39,7 +39,11 @@ class EvaluationConfig(Ranged):
 
 
 def count_batches(config: EvaluationConfig, packs: int, batch_size: int) -> int:
-    """Global batches of an evaluation on a store of so many packs. Raises `UserError` for too few packs."""
+    """Global batches of an evaluation on a store of so many packs.
+
+    Raises:
+        UserError: there are too few packs.
+    """
     wanted, available = config.batches or 1, packs // batch_size
     if available < wanted:
         raise UserError(
@@ -50,10 +54,12 @@ def count_batches(config: EvaluationConfig, packs: int, batch_size: int) -> int:
 
 
 class HeldOut:
-    """The same packs in the same order at every evaluation. Raises `UserError` as `PackLoader`, and for too
-    few packs.
+    """The same packs in the same order at every evaluation.
 
     `open_loader` opens the run's kind of loader for other data.
+
+    Raises:
+        UserError: as `PackLoader`, and for too few packs.
     """
 
     def __init__(

@@ -19,9 +19,10 @@ def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:
     """What each run (or stage) is, in a line, and its notes. `load_stages` makes the configurations,
     for `processes` processes.
 
-    Raises `UserError` beyond what reading the configuration has found: no pack index for the run's length or
-    one of other data, too few packs to evaluate on, a library that is not installed, a folder that cannot be
-    written or that holds another run's logs.
+    Raises:
+        UserError: what reading the configuration cannot find: no pack index for the run's length or one of
+            other data, too few packs to evaluate on, a library that is not installed, a folder that cannot be
+            written or that holds another run's logs.
     """
     return [line for config in configs for line in _check(config, processes)]
 

@@ -106,7 +106,8 @@ class RunFile:
     def check(self, model: EagleConfig, world_size: int) -> None:
         """Check the sections, with `model`, against each other and against the number of processes.
 
-        Raises `UserError` with the rule, the value and the nearest legal one.
+        Raises:
+            UserError: they do not fit; with the rule, the value and the nearest legal one.
         """
         data_parallel_size = self.parallel.data_parallel_size(world_size)
         model.validate()
@@ -184,7 +185,9 @@ def load_run_config(
 
     `overrides` are `a.b=c`; `world_size` is the number of processes, WORLD_SIZE of the environment (torchrun
     sets it; 1 without) unless given. What the model section leaves null is filled from the data's manifest.
-    Raises `UserError`: a setting, a layout, the data or a checkpoint that cannot belong to this run.
+
+    Raises:
+        UserError: a setting, a layout, the data or a checkpoint cannot belong to this run.
     """
     values = load_yaml(path)
     if "stages" in values:

@@ -25,7 +25,11 @@ TrainingBatch = GlobalBatch[InputPlan]
 
 
 def plan_batch(eagle: EagleConfig, mesh: Mesh, pin_memory: bool, pack: TokenPack) -> InputPlan:
-    """This rank's share of a pack, in the loader's thread. Raises `UserError` as `plan_input`."""
+    """This rank's share of a pack, in the loader's thread.
+
+    Raises:
+        UserError: as `plan_input`.
+    """
     plan = plan_input(
         eagle,
         mesh,

@@ -176,7 +176,11 @@ def _build(
 
 
 def choose_libraries(config: RunConfig) -> tuple[str, str]:
-    """Why layers and attention are what they are on this machine. Raises `UserError` for what is not here."""
+    """Why layers and attention are what they are on this machine.
+
+    Raises:
+        UserError: something that is asked for is not here.
+    """
     layers, head_dim = choose_layers(config.layers, config.model, config.parallel), config.model.text.head_dim
     attention = choose_attention(config.layers.attention, config.training.dtype, head_dim)
     return layers.reason, attention.reason

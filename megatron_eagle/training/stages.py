@@ -38,7 +38,9 @@ def load_stages(
     """The runs that the file stands for: its one run, all its stages in turn, or the one named `stage`.
 
     Overrides hold for every stage. All runs are checked before the first starts, as by `load_run_config`.
-    Raises `UserError`: also for a stage that does not exist, or whose predecessor has not finished.
+
+    Raises:
+        UserError: a run is not as it must be, a stage does not exist, or its predecessor has not finished.
     """
     values, overrides = load_yaml(path), list(overrides)
     sections = values.pop("stages", None)
@@ -67,7 +69,11 @@ def load_stages(
 
 
 def stage_names(path: str | Path) -> list[str]:
-    """The stages of a file, in order. Raises `UserError` if it has none."""
+    """The stages of a file, in order.
+
+    Raises:
+        UserError: it has none.
+    """
     sections = load_yaml(path).get("stages")
     return _check_sections(sections, str(path))
 

@@ -47,7 +47,11 @@ class Trainer:
                     raise Preempted(f"stopped by a signal after iteration {state.iteration}, which is saved")
 
     def step(self) -> Step:
-        """One global batch. Collective; raises `AgreedError` as `train`."""
+        """One global batch. Collective.
+
+        Raises:
+            AgreedError: as `train`.
+        """
         run, state, guard, tell = self._run, self._run.state, self._run.guard, self._tell
         started, training = time.perf_counter(), run.config.training
         number, first_pack, lr = state.iteration + 1, state.consumed_packs, run.scheduler.get_lr({})

@@ -99,7 +99,11 @@ def _row(
 
 
 def _photographs() -> list[Path]:
-    """Raises `UserError` if scikit-image, whose data files they are, is not installed."""
+    """Photographs of scikit-image, by name.
+
+    Raises:
+        UserError: scikit-image is not installed.
+    """
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise UserError("the photographs are those of scikit-image: pip install scikit-image==0.26.0")

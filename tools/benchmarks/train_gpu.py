@@ -47,7 +47,11 @@ FEATURES = {
 
 
 def run() -> Report:
-    """All features at all lengths. Raises `UserError` without a GPU."""
+    """All features at all lengths.
+
+    Raises:
+        UserError: there is no GPU.
+    """
     if not torch.cuda.is_available():
         raise UserError("train_gpu needs a CUDA device; `bench.py train` measures on a CPU")
     rows = []

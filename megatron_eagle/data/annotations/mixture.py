@@ -66,7 +66,11 @@ class Dataset:
 
 
 def _strategy(text: str) -> tuple[str, Callable[[int], int] | None]:
-    """What a strategy takes: from where, and how many of n.  Raises `ValueError`."""
+    """What a strategy takes: from where, and how many of n.
+
+    Raises:
+        ValueError: it is none of the known ones.
+    """
     which, _, amount = text.partition(":")
     if which == "all" and not amount:
         return which, None
@@ -80,7 +84,10 @@ def read_recipe(path: str | Path) -> list[Dataset]:
     """Read a recipe (JSON or YAML): name -> {annotation, root, repeat_time, ...}, or one of another project.
 
     Relative paths are looked for beside the recipe, then in the working directory; `root` defaults to the
-    annotation file's folder.  Raises `UserError`, also if a file that the recipe names does not exist.
+    annotation file's folder.
+
+    Raises:
+        UserError: it is no recipe, or a file that it names does not exist.
     """
     path = Path(path)
     entries = _entries(path, _load(path), f"recipe {path}")
@@ -112,7 +119,11 @@ def _entries(path: Path, content: Any, where: str, chosen: list[str] | None = No
 
 
 def datasets_of(path: str | Path) -> list[Dataset]:
-    """The data sets of a recipe; an annotation file is one with its media beside it.  Raises `UserError`."""
+    """The data sets of a recipe; an annotation file is one with its media beside it.
+
+    Raises:
+        UserError: it is no recipe.
+    """
     path = Path(path)
     if (
         path.is_file()

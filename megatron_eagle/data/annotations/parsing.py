@@ -30,7 +30,8 @@ class Conventions:
 def read_record(raw: bytes, conventions: Conventions) -> tuple[dict[str, Any], Dialect]:
     """A record under the names of keys that `dialects` knows, without its nulls, and its dialect.
 
-    Raises `Problem`.
+    Raises:
+        Problem: no dialect knows it, or a key changes its meaning and is not used.
     """
     record = present(parse_record(raw))
     if conventions.ignore:
@@ -70,7 +71,11 @@ def check_keys(record: Mapping[str, Any], dialect: Dialect, conventions: Convent
 
 
 def parse_record(raw: bytes) -> dict[str, Any]:
-    """The JSON object of a record.  Raises `Problem`."""
+    """The JSON object of a record.
+
+    Raises:
+        Problem: it is not JSON, or no object.
+    """
     if not raw.strip():
         raise Problem("empty line")
     try:

@@ -21,7 +21,8 @@ _REFUSED = ("kto_tag", "chosen", "rejected")
 def llava_entries(content: object, where: str) -> dict[str, dict[str, Any]] | None:
     """The entries of LLaVA's `datasets: [{json_path, sampling_strategy}]`; None if `content` is none.
 
-    Raises `UserError`.
+    Raises:
+        UserError: an entry of it is not as LLaVA writes them.
     """
     items = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(items, list) or not items:

@@ -116,7 +116,11 @@ class JsonFile:
 
 
 def open_records(path: Path) -> RecordSource:
-    """The records of an annotation file, of whatever kind.  Raises `UserError`."""
+    """The records of an annotation file, of whatever kind.
+
+    Raises:
+        UserError: the file is unreadable, or holds something else.
+    """
     return JsonFile(path)
 
 

@@ -35,7 +35,11 @@ class RecordMedia:
     settings: list[dict[str, Any]] = field(default_factory=list)
 
     def add_video(self, video: VideoSource, own: Mapping[str, Any]) -> None:
-        """Add a video, with the sampling settings in its own object.  Raises `Problem`."""
+        """Add a video, with the sampling settings in its own object.
+
+        Raises:
+            Problem: it or its settings are not what a video has.
+        """
         found = {key: own[key] for key in SAMPLING if own.get(key) is not None}
         if video.frames is not None:
             found.pop("fps", None)
@@ -64,7 +68,11 @@ class References:
         self._assumes = frames_fps is None
 
     def of_record(self, record: Mapping[str, Any]) -> RecordMedia:
-        """Media named beside the text, under any of the dialects' keys.  Raises `Problem`."""
+        """Media named beside the text, under any of the dialects' keys.
+
+        Raises:
+            Problem: a key holds no medium.
+        """
         images = as_list(record.get("image")) + as_list(record.get("images"))
         if "lmdb_file" in record or "lmdb_key" in record:
             images.append({key: record.get(key) for key in ("lmdb_file", "lmdb_key")})
@@ -85,7 +93,11 @@ class References:
         return media
 
     def image(self, item: object) -> str:
-        """A picture by its path, or as `media.source` names one in a database.  Raises `Problem`."""
+        """A picture by its path, or as `media.source` names one in a database.
+
+        Raises:
+            Problem: it is no reference to a picture.
+        """
         if isinstance(item, dict):
             if "lmdb_file" in item or "lmdb_key" in item:
                 key = item.get("lmdb_key")
@@ -103,7 +115,10 @@ class References:
         """A video: a file, a folder of frames, or a list of them.
 
         Its own object may say where a clip begins and ends and how its frames lie in time, else `clip` and
-        the record do.  Raises `Problem`.
+        the record do.
+
+        Raises:
+            Problem: it is no reference to a video, or its section cannot be.
         """
         own: Mapping[str, Any] = item if isinstance(item, dict) else {}
         if own:
@@ -139,7 +154,11 @@ class References:
         return [self.document(item) for item in [*found, *as_list(record.get("documents"))]]
 
     def document(self, item: object) -> Document:
-        """One document: a PDF file, known by its suffix, or the pictures of its pages.  Raises `Problem`."""
+        """One document: a PDF file, known by its suffix, or the pictures of its pages.
+
+        Raises:
+            Problem: it is no reference to a document.
+        """
         if _is_pdf(item):
             return self.path(item)
         pages = [item] if isinstance(item, dict) else as_list(item)
@@ -192,7 +211,10 @@ def read_overrides(record: Mapping[str, Any]) -> dict[str, float]:
 def sample_overrides(record: Mapping[str, Any], media: RecordMedia) -> dict[str, float]:
     """Sampling settings of a sample: those beside its text, and those of its videos' own parts.
 
-    `fps` beside frames that are given one by one is their rate, not a wish.  Raises `Problem`.
+    `fps` beside frames that are given one by one is their rate, not a wish.
+
+    Raises:
+        Problem: a setting has a value that cannot be.
     """
     lists = sum(video.frames is not None for video in media.videos)
     if not lists:
@@ -244,7 +266,11 @@ def _is_picture(item: object) -> bool:
 
 
 def _check_no_rate(item: Mapping[str, Any]) -> None:
-    """Raise `Problem` for times of frames where no frames are given one by one."""
+    """Refuse times of frames where no frames are given one by one.
+
+    Raises:
+        Problem: there are such times.
+    """
     found = [key for key in (*RATE[1:], *TIMES) if item.get(key) is not None]
     if found:
         raise Problem(UNSUPPORTED_KEY, f'"{found[0]}" where no frames are given one by one')

@@ -18,9 +18,12 @@ _ADVICE = "list what changes nothing under ignore: of its entry in the recipe"
 
 
 def check_first(datasets: Iterable[Dataset], sources: Iterable[RecordSource]) -> None:
-    """Print the unknown keys of each file's first records.  Raises `UserError` if there are any.
+    """Print the unknown keys of each file's first records.
 
     Notes in which entries frames are given one by one at a rate that nobody named.
+
+    Raises:
+        UserError: there are unknown keys.
     """
     counts: Counter[tuple[str, str]] = Counter()
     guessed: dict[str, None] = {}

@@ -8,7 +8,11 @@ from megatron_eagle.errors import UserError
 
 
 def check_row(store: SampleStore, row: int) -> int:
-    """`row`, if the store has it.  Raises `UserError`."""
+    """`row`, if the store has it.
+
+    Raises:
+        UserError: it has no such row.
+    """
     if not 0 <= row < len(store):
         raise UserError(f"{store.path} has rows 0 to {len(store) - 1} at length {store.length}, no row {row}")
     return row

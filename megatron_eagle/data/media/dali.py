@@ -77,7 +77,11 @@ class DaliDecoder:
         self._pictures = PipelineRunner(partial(image_graph, tile_size, **options), _BATCH_SIZE)
 
     def frames(self, path: str, index: FrameIndex) -> torch.Tensor:
-        """All frames of an index as uint8 [n, 3, S, S] on the host.  Raises `Problem`."""
+        """All frames of an index as uint8 [n, 3, S, S] on the host.
+
+        Raises:
+            Problem: a frame cannot be decoded.
+        """
         if self._on_gpu and (pictures := frame_pictures(path)):
             paths = (pictures[number] for number in index.numbers.tolist())
             return torch.cat([self.picture(one, (1, 1), max_pixels=MAX_MAX_PIXELS) for one in paths])
@@ -95,7 +99,8 @@ class DaliDecoder:
     def picture(self, path: str, grid: tuple[int, int], *, max_pixels: int) -> torch.Tensor:
         """The tiles of a picture as uint8 [n, 3, S, S] on the host, as `tiles.image_tiles`.
 
-        Raises `Problem`.
+        Raises:
+            Problem: the picture cannot be decoded.
         """
         columns, rows = grid
         if self._on_gpu and (data := _plain_jpeg(path, max_pixels)) is not None:

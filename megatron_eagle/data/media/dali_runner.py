@@ -36,7 +36,7 @@ class PipelineRunner:
         self._waiting = self._start()
 
     def submit(self, inputs: dict[str, np.ndarray]) -> PipelineJob:
-        """Hand a sample in; `outputs` of what is returned raises `DaliFailed` if it cannot be processed."""
+        """Hand a sample in; where it cannot be processed, the returned `outputs` fails with `DaliFailed`."""
         sample = PipelineJob(inputs)
         with self._lock:
             self._put(sample)

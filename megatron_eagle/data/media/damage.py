@@ -51,6 +51,10 @@ def jpeg_warning(data: bytes) -> str:
 
 
 def need_simplejpeg() -> None:
-    """Raise `UserError` if `jpeg_warning` lacks its library."""
+    """Ask for the library of `jpeg_warning`.
+
+    Raises:
+        UserError: it is not installed.
+    """
     if importlib.util.find_spec("simplejpeg") is None:
         raise UserError("--strict-jpeg needs simplejpeg: pip install 'megatron-eagle[media]'")

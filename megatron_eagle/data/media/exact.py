@@ -175,7 +175,11 @@ def _decode_linear(path: str, number: int, pts: list[int]) -> Iterator[av.VideoF
 
 
 def _decode(packet: "av.Packet[av.VideoStream]") -> list[av.VideoFrame]:
-    """The frames that come out with a packet.  Raises `av.error.InvalidDataError` for damage."""
+    """The frames that come out with a packet.
+
+    Raises:
+        av.error.InvalidDataError: the packet is damaged.
+    """
     if packet.size and packet.stream.codec_context.name == "mpeg2video":
         # FFmpeg conceals lost slices of MPEG-2 without a word.  There is one at least in each row of 16 lines
         # (ISO/IEC 13818-2, 6.1.2); fields are coded as two pictures.

@@ -49,7 +49,9 @@ def read_frame_table(path: str) -> FrameTable:
 def demux(path: str) -> CodedFrames:
     """The coded frames of any container, from all packets and a frame: it alone knows all kinds of rotation.
 
-    Raises `Problem`, and what PyAV raises.
+    Raises:
+        Problem: the file has no video that can be read.
+        av.error.FFmpegError: whatever PyAV finds wrong with the file.
     """
     packets: list[tuple[int, int, bool, bool]] = []
     with open_video(path) as container:

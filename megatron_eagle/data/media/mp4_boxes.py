@@ -99,7 +99,11 @@ class Boxes:
 
 
 def number(body: memoryview, at: int, length: int = 4) -> int:
-    """An unsigned number of `length` bytes.  Raises `BadBox` behind the end of the box."""
+    """An unsigned number of `length` bytes.
+
+    Raises:
+        BadBox: it ends behind the end of the box.
+    """
     if at + length > len(body):
         raise BadBox(f"a box ends after {len(body)} bytes, before a field of it")
     return int.from_bytes(body[at : at + length])

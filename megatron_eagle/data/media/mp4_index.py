@@ -189,7 +189,11 @@ def _sizes(boxes: Boxes, size: int) -> np.ndarray:
 
 
 def _check_places(boxes: Boxes, sizes: np.ndarray, size: int) -> None:
-    """Raise `_Beyond` if a sample ends behind the file, by its chunk's place and the sizes in the chunk."""
+    """Hold each sample's end, by its chunk's place and the sizes in the chunk, against the file's.
+
+    Raises:
+        _Beyond: a sample ends behind the file.
+    """
     if boxes.all(b"co64"):
         starts = table(boxes.one(b"co64"), "co64", ">i8", 1)[:, 0]
     else:

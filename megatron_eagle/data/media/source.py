@@ -105,7 +105,11 @@ def fingerprint(path: str) -> int:
 
 
 def check_unchanged(path: str, probed: FileMetadata, known_fingerprint: int) -> None:
-    """Raise `Problem` if a file is not the one that was probed; a copy of it with another date is."""
+    """Let pass the file that was probed; a copy of it with another date is that file.
+
+    Raises:
+        Problem: it is another one.
+    """
     now = check_size(path, probed.size)
     if now.mtime_ns != probed.mtime_ns and fingerprint(path) != known_fingerprint:
         raise Problem("media changed since preprocessing", f"{path} has other content")

@@ -34,10 +34,13 @@ _LARGEST_TIMESCALE = 2**31 - 1  # what MP4 can hold
 
 @dataclass(frozen=True)
 class TranscodeSettings:
-    """How copies are made.  Raises `UserError` for values that cannot be.
+    """How copies are made.
 
     `size` is the side of a tile in pixels, `gop` the frames from one key frame to the next, `crf` the
     encoder's constant quality (lower is better), `audio` drop or copy.
+
+    Raises:
+        UserError: a value cannot be.
     """
 
     size: int = 448

@@ -26,7 +26,10 @@ class Journal:
     """The entries of one run, in a folder of its own.
 
     `key` says what the run is about (see `cache_key`): entries of another one are thrown away, as with
-    `fresh`.  Raises `UserError` while another process has the folder.
+    `fresh`.
+
+    Raises:
+        UserError: another process has the folder.
     """
 
     def __init__(self, folder: Path, key: str, fresh: bool = False):
@@ -104,7 +107,8 @@ class Journal:
 def lock_file(path: Path) -> IO[bytes]:
     """Hold the file at `path` until it is closed or this process ends, in whatever way.
 
-    Raises `UserError` while another process holds it.
+    Raises:
+        UserError: another process holds it.
     """
     file = path.open("ab")
     try:

@@ -114,7 +114,10 @@ def preprocess(
     """Make the token store `output` (see `store`) from a recipe; replaces an earlier store there.
 
     A run that was interrupted, in whatever way, is continued; a store that is there already and follows from
-    the same input is kept.  The same input gives the same bytes, however it was made.  Raises `UserError`.
+    the same input is kept.  The same input gives the same bytes, however it was made.
+
+    Raises:
+        UserError: recipe, tokenizer, settings or output cannot be used.
     """
     execution = execution or Execution()
     output = Path(output).resolve()
@@ -326,7 +329,11 @@ def _replace(output: Path, partial: Path) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Raise `UserError` for a place that holds something else than a token store, of whatever format."""
+    """Let pass what is a token store, of whatever format, or will be one.
+
+    Raises:
+        UserError: the place holds something else.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:

@@ -89,8 +89,10 @@ def format_kept(found: Sequence[DatasetKept]) -> str:
 def plot_kept(found: Sequence[DatasetKept], path: str | Path) -> None:
     """Draw what is kept in % of what was wanted, a bar for each data set and length.
 
-    The suffix of `path` names the format.  Raises `UserError` without matplotlib, or for a format it does not
-    know.
+    The suffix of `path` names the format.
+
+    Raises:
+        UserError: there is no matplotlib, or it does not know the format.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -73,7 +73,10 @@ def transcode(
     """Copy the videos of a recipe, an annotation file or a folder (see `media.transcode`) into `output`.
 
     The same command goes on where it was stopped: a copy is finished or not there, and is kept while its
-    source and the settings are the same.  What failed is tried again.  Raises `UserError`.
+    source and the settings are the same.  What failed is tried again.
+
+    Raises:
+        UserError: the input cannot be read, or the output not written.
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}")

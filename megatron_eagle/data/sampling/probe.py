@@ -104,7 +104,11 @@ def probe_image(path: str, max_pixels: int, strict_jpeg: bool = False) -> ImageM
 def probe_document(
     document: Document, max_pixels: int, strict_jpeg: bool = False
 ) -> list[ImageMetadata] | list[PageMetadata]:
-    """The pages of a document, whether it is a PDF file or a list of pictures.  Raises `Problem`."""
+    """The pages of a document, whether it is a PDF file or a list of pictures.
+
+    Raises:
+        Problem: a page cannot be read.
+    """
     if not isinstance(document, str):
         return [probe_image(page, max_pixels, strict_jpeg) for page in document]
     sizes, file = page_sizes(document), file_metadata(document)
@@ -116,7 +120,10 @@ def probe_video(source: VideoSource) -> VideoMetadata:
 
     The duration of N frames is span + span / (N - 1) of their presentation times (one frame: its own
     duration, or a second if the file does not say); that of a clip is end - start, as far as the file goes.
-    All in exact rationals.  Raises `Problem`, also for a clip without frames.
+    All in exact rationals.
+
+    Raises:
+        Problem: the video cannot be read, or its clip has no frames.
     """
     listed = source.frames
     table = _list_table(source.path, listed) if listed else read_frame_table(source.path)

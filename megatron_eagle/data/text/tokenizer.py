@@ -54,7 +54,11 @@ class Tokenizer(Protocol):
         """The text of ids, special tokens by their names."""
 
     def token_id(self, name: str) -> int:
-        """Id of a special token.  Raises `UserError` that names it if there is none."""
+        """Id of a special token.
+
+        Raises:
+            UserError: there is none; it is named.
+        """
 
     def is_special(self, token: int) -> bool:
         """Whether this id is a special token, which no plain text becomes."""

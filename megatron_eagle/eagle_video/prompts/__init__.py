@@ -38,7 +38,11 @@ class Prompt:
 
 
 def load_prompt(name: str, folder: Path | None = None) -> Prompt:
-    """The newest version of a prompt, from `folder` if it has one, else shipped.  Raises `UserError`."""
+    """The newest version of a prompt, from `folder` if it has one, else shipped.
+
+    Raises:
+        UserError: there is no such prompt.
+    """
     for place in (folder, SHIPPED) if folder else (SHIPPED,):
         found = [
             (int(m[1]), p)
@@ -53,7 +57,11 @@ def load_prompt(name: str, folder: Path | None = None) -> Prompt:
 
 
 def load_question_types(path: Path | None = None) -> Mapping[str, str]:
-    """Kind of question -> what it asks for.  Raises `UserError` unless the file maps texts to texts."""
+    """Kind of question -> what it asks for.
+
+    Raises:
+        UserError: the file does not map texts to texts.
+    """
     path = path or QUESTION_TYPES
     types = load_yaml(path)
     if not types or not all(isinstance(item, str) for pair in types.items() for item in pair):

@@ -66,7 +66,11 @@ class Heartbeat(Observer):
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
-        """Raises `UserError` for a folder that cannot be written."""
+        """Begin to write.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         if not self._seconds:
             return self
         try:
@@ -129,7 +133,11 @@ class Heartbeat(Observer):
 
 
 def read_beats(logs: str | Path) -> list[Beat]:
-    """The ranks' files, in rank order. Raises `UserError` if there are none."""
+    """The ranks' files, in rank order.
+
+    Raises:
+        UserError: there are none.
+    """
     files = sorted((Path(logs) / HEARTBEATS).glob("rank_*.json"))
     beats = [from_record(Beat, record) for file in files for record in read_records(file)]
     if not beats:
@@ -138,7 +146,11 @@ def read_beats(logs: str | Path) -> list[Beat]:
 
 
 def status(logs: str | Path) -> str:
-    """One line a rank, then who is behind. Raises `UserError` as `read_beats`."""
+    """One line a rank, then who is behind.
+
+    Raises:
+        UserError: as `read_beats`.
+    """
     beats, now = read_beats(logs), time.time()
     lines = [
         f"rank {beat.rank:>5}  {beat.host}  iteration {beat.iteration}, {beat.phase}, for "

@@ -23,7 +23,10 @@ def drop_repeated(path: Path, iteration: int) -> int:
     line that was cut by a kill; returns how many other lines no one can read.
 
     All other lines stay byte for byte: also those of later versions, and damaged ones. The file is replaced
-    whole; raises `OSError`, and it is then what it was.
+    whole.
+
+    Raises:
+        OSError: it cannot be written; it is then what it was.
     """
     kept, unreadable = [], 0
     content = path.read_bytes() if path.exists() else b""
@@ -44,7 +47,10 @@ class TensorBoardFile:
     """One start's event file in a TensorBoard folder. Curves of earlier starts end before `first_step`.
 
     As torch's `SummaryWriter` writes it, but in this thread: a write that fails is known at once, adds
-    nothing and can be tried again. Raises `OSError`.
+    nothing and can be tried again.
+
+    Raises:
+        OSError: by such a write.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -70,8 +76,8 @@ class TensorBoardFile:
 class Sink(Generic[T]):
     """Passes records on in their order. Those that cannot be written stay here and go with the next one.
 
-    `write` takes a record whole or raises `OSError`; `tell` hears in a line that it began to fail, and how
-    that ended. Training goes on meanwhile, as with a checkpoint that cannot be saved.
+    `write` takes a record whole or fails with an `OSError`; `tell` hears in a line that it began to fail, and
+    how that ended. Training goes on meanwhile, as with a checkpoint that cannot be saved.
     """
 
     def __init__(self, name: str, write: Callable[[T], None], tell: Callable[[str], None]) -> None:

@@ -125,7 +125,11 @@ def read_events(file: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_loss_curve(metrics_jsonl: str | Path, png: str | Path) -> None:
-    """Draw loss and learning rate over the iterations. Raises `UserError` if there is nothing to draw."""
+    """Draw loss and learning rate over the iterations.
+
+    Raises:
+        UserError: there is nothing to draw.
+    """
     steps = read_steps(metrics_jsonl)
     if not steps:
         raise UserError(f"{metrics_jsonl}: no finished training step to draw")

@@ -48,7 +48,8 @@ def write_run_report(run: str | Path, output: str | Path | None = None) -> Path:
     """Draw the run whose checkpoints (or logs) lie in `run`; returns the file, `report.html` in its logs
     unless `output` names another.
 
-    Raises `UserError` if there is no finished step to draw, or the file cannot be written.
+    Raises:
+        UserError: there is no finished step to draw, or the file cannot be written.
     """
     run = Path(run)
     logs = find_logs(run)

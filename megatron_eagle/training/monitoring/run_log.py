@@ -57,7 +57,11 @@ class LoggingConfig(Ranged):
     profile: ProfileConfig | None = None
 
     def check(self, world_size: int) -> None:
-        """Raises `UserError` for a library that is not installed, or a rank that the run does not have."""
+        """Refuse what cannot be logged in a job of `world_size` ranks.
+
+        Raises:
+            UserError: a library is not installed, or the run does not have a rank.
+        """
         last = max(self.profile.ranks) if self.profile is not None else 0
         if last >= world_size:
             raise UserError(

@@ -28,7 +28,11 @@ class StragglerConfig(Ranged):
     every: Annotated[int, Range(1, 10**6)] = 1  # time one of so many iterations
 
     def check(self) -> None:
-        """Raises `UserError` if nvidia-resiliency-ext is not installed, before anything has started."""
+        """Ask for the library before anything has started.
+
+        Raises:
+            UserError: nvidia-resiliency-ext is not installed.
+        """
         if importlib.util.find_spec("nvidia_resiliency_ext") is None:
             raise UserError(
                 "resilience.stragglers: nvidia-resiliency-ext is not installed; `pip install "
@@ -43,7 +47,8 @@ _TIMED = {"data": False, "forward and backward": True}
 class Stragglers(Observer):
     """Times phases of the step while it is open; does nothing without a configuration.
 
-    Entering raises `AgreedError` on a machine without CUDA's CUPTI, which times kernels.
+    Raises:
+        AgreedError: when it is entered on a machine without CUDA's CUPTI, which times kernels.
     """
 
     def __init__(self, config: StragglerConfig | None) -> None:

@@ -39,10 +39,13 @@ class PastStep:
 
 
 class History:
-    """The logs of a run. Raises `UserError` for a folder that has none.
+    """The logs of a run.
 
     Attributes:
         logs: their folder.
+
+    Raises:
+        UserError: the folder has none.
     """
 
     def __init__(self, run: str | Path) -> None:
@@ -60,7 +63,11 @@ class History:
         }
 
     def step(self, iteration: int) -> PastStep:
-        """An iteration. Raises `UserError` if there is none, or no record of its global batch."""
+        """An iteration.
+
+        Raises:
+            UserError: there is none, or no record of its global batch.
+        """
         taken, event = self._steps.get(iteration), self._not_taken.get(iteration)
         if taken is None and event is None:
             raise UserError(f"{self.logs}: there is no iteration {iteration}; it has {self._there()}")
@@ -84,7 +91,8 @@ class History:
         """The iteration to look at, and why: the last one whose loss or gradient norm the run did not accept,
         else the one whose loss stands highest above the median of those before it.
 
-        Raises `UserError` for a run of fewer than two steps.
+        Raises:
+            UserError: the run has fewer than two steps.
         """
         # A step without any sample was skipped too: its loss is 0.
         refused = [event for event in self._not_taken.values() if event.get("loss") != 0]

@@ -126,7 +126,8 @@ def write_replay(replay: Replay, run: str | Path, output: str | Path | None, sho
     """Write the page, as `replay_N.html` in the run's logs unless `output` names another file; returns where
     it is.
 
-    Raises `UserError` if the file cannot be written.
+    Raises:
+        UserError: the file cannot be written.
     """
     name = f"replay_{replay.step.iteration:07d}.html"
     output = Path(output) if output is not None else (find_logs(run) or Path(run)) / name

@@ -177,8 +177,9 @@ def prepare(
 def measure_losses(prepared: Replay) -> Replay:
     """The same with losses and gradient norms, under the checkpoint that `prepare` chose. Collective.
 
-    Raises `AgreedError`: as loading a checkpoint, and for media that the step read and that cannot be read
-    any more.
+    Raises:
+        AgreedError: as loading a checkpoint, and for media that the step read and that cannot be read
+            any more.
     """
     weights = prepared.weights
     assert weights is not None, "prepare was given a checkpoint"

@@ -93,7 +93,8 @@ def merge_marks(
 ) -> list[int]:
     """All ranks' failed samples, as numbers below `n_samples`. Collective.
 
-    Raises `AgreedError` if a rank has a problem.
+    Raises:
+        AgreedError: a rank has a problem.
     """
     marks = torch.zeros(n_samples + 1, dtype=torch.uint8)  # the last: a problem
     marks[list(failures)] = 1
