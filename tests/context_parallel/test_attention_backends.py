@@ -1,13 +1,16 @@
 """Attention backends: what is chosen and why, their signatures, and on a GPU their numbers."""
 
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 
 from megatron_eagle.context_parallel.backends import (
+    AUTO,
     FAST,
     LONGEST_REFERENCE,
+    AttentionName,
     choose_attention,
     why_not_backend,
 )
@@ -124,3 +127,8 @@ def test_equals_the_reference(name, deterministic):
     for found, wanted in zip(runs[0], expected, strict=True):
         assert ((found.float() - wanted.float()).norm() / wanted.float().norm()).item() < 5e-3
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "two runs differ"
+
+
+def test_every_backend_can_be_asked_for():
+    assert set(get_args(AttentionName)) == {"auto", "reference", "te", *FAST}
+    assert set(AUTO) <= FAST.keys()

@@ -72,6 +72,17 @@ CASES = {
         ["(B) you"],
         100,
     ),
+    "hrvideobench": (
+        "hr.jsonl",
+        json.dumps(
+            {"video_path": "h.mp4", "question": "What?", "options": '["a cat", "a dog"]', "answer": "B"}
+        )
+        + "\n"
+        + json.dumps({"video_path": "h.mp4", "question": "Who?", "A": "I", "B": "you", "answer": "A"}),
+        {"videos/h.mp4": b""},
+        ["B", "B. you"],
+        50,
+    ),
     "longvideobench": (
         "lvb_val.json",
         [
@@ -514,3 +525,10 @@ def test_new_scores():
     assert metrics.intervals_iou([(0, 4), (2, 6)], [(4, 8)]) == pytest.approx(2 / 8)
     assert metrics.intervals_iou([], [(0, 1)]) == 0
     assert metrics.parse_intervals("0:10 to 0:20 and 30-40s") == [(10, 20), (30, 40)]
+
+
+def test_every_reader_has_a_case():
+    """Or a test of its own."""
+    own = {"mmmu", "video-mme-subtitles", "cg-bench-long"}
+    tried = {BENCHMARKS[name].records for name in {*CASES, *own}}
+    assert {name for name, published in BENCHMARKS.items() if published.records not in tried} == set()

@@ -1,5 +1,6 @@
 """Every entry of the table of launch settings compiled without a GPU: nothing spills and loads are wide."""
 
+import ast
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from eagle_kernels.configurations import ARCHITECTURES
 from tests.paths import REPO
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -30,6 +32,20 @@ def compiled() -> dict:
         pytest.skip(f"triton lacks its tools: {done.stderr.splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_every_kernel_is_compiled():
+    """What stands under `@jit` in the package is a case of the gate."""
+    from tests.kernels.compiled import cases
+
+    written = {
+        (path.stem, node.name)
+        for path in (REPO / "kernels" / "eagle_kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "jit" for d in node.decorator_list)
+    }
+    kernels = [case.kernel.fn for case in cases(next(iter(ARCHITECTURES)))]
+    assert written == {(kernel.__module__.rpartition(".")[2], kernel.__name__) for kernel in kernels} != set()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])

@@ -4,6 +4,7 @@ Here tests run with one of them. With 3.12 and 3.13 the package was built, insta
 each pin of constraints-cpu.txt found a wheel; docs/install.md says so.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -32,6 +33,8 @@ def test_every_place_names_the_same():
     assert f"PYTHONS := {named}\n" in makefile
     head = (REPO / "constraints-cpu.txt").read_text(encoding="utf-8").partition("\n")[0]
     assert re.findall(r"3\.\d+", head) == versions
+    workflow = (REPO / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert f"python: {json.dumps(versions)}\n" in workflow
     for page in ("README.md", "docs/install.md"):
         assert f"Needs Python {oldest} to {newest} and make" in (REPO / page).read_text(encoding="utf-8")
 
