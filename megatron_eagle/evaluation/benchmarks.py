@@ -149,12 +149,7 @@ def _answer(answer: Any, metric: str, options: list[str]) -> Any:
     if answer is None or answer == "" or answer == []:
         raise ValueError("there is no answer to compare with")
     if metric == "choice":
-        letters = metrics.LETTERS[: len(options)]
-        if isinstance(answer, str) and len(answer) == 1 and answer.upper() in letters:
-            return answer.upper()
-        if answer in options:
-            return letters[options.index(answer)]
-        raise ValueError(f"the answer {answer!r} is neither a letter up to {letters[-1]} nor an option")
+        return _letter(answer, options)
     if metric == "grounding":
         return _interval(answer)
     if metric == "intervals":
@@ -172,6 +167,15 @@ def _answer(answer: Any, metric: str, options: list[str]) -> Any:
     if metric == "relaxed":
         return str(answer)
     return [str(item) for item in answer] if isinstance(answer, list) else [str(answer)]
+
+
+def _letter(answer: Any, options: list[str]) -> str:
+    letters = metrics.LETTERS[: len(options)]
+    if isinstance(answer, str) and len(answer) == 1 and answer.upper() in letters:
+        return answer.upper()
+    if answer in options:
+        return letters[options.index(answer)]
+    raise ValueError(f"the answer {answer!r} is neither a letter up to {letters[-1]} nor an option")
 
 
 def _interval(value: Any) -> tuple[float, float]:

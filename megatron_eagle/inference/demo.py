@@ -178,24 +178,8 @@ def make_app(demo: Demo, local: bool) -> FastAPI:
             demo.stop()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    if local:  # a name of somebody else's that leads here is not ours
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
-
-    @app.middleware("http")
-    async def own_page_only(request: Request, call_next: Callable[..., Any]) -> Response:
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-            return JSONResponse({"error": "asked by another site"}, 403)
-        response: Response = await call_next(request)
-        return response
-
-    @app.exception_handler(UserError)
-    async def refused(request: Request, error: UserError) -> Response:
-        return JSONResponse({"error": demo.clean(str(error))}, 400)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return JSONResponse({"error": f"the question is malformed: {error.errors()[0]['msg']}"}, 400)
+    _refuse_strangers(app, local)
+    _answer_refusals(app, demo)
 
     @app.get("/")
     async def page() -> HTMLResponse:
@@ -230,3 +214,29 @@ def make_app(demo: Demo, local: bool) -> FastAPI:
         return {}
 
     return app
+
+
+def _refuse_strangers(app: FastAPI, local: bool) -> None:
+    """Other sites' pages get nothing; `local`: nor does who comes by another name than this machine's own."""
+    if local:  # a name of somebody else's that leads here is not ours
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+
+    @app.middleware("http")
+    async def own_page_only(request: Request, call_next: Callable[..., Any]) -> Response:
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            return JSONResponse({"error": "asked by another site"}, 403)
+        response: Response = await call_next(request)
+        return response
+
+
+def _answer_refusals(app: FastAPI, demo: Demo) -> None:
+    """What is wrong with a request is one line of JSON."""
+
+    @app.exception_handler(UserError)
+    async def refused(request: Request, error: UserError) -> Response:
+        return JSONResponse({"error": demo.clean(str(error))}, 400)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        return JSONResponse({"error": f"the question is malformed: {error.errors()[0]['msg']}"}, 400)

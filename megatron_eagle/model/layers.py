@@ -190,24 +190,9 @@ def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelCo
     Raises:
         UserError: it names a library that cannot be used here.
     """
-    no_engine, no_apex = why_not_library("transformer_engine.pytorch"), why_not_library("apex.normalization")
-    linear, norm = config.linear, config.norm
-    if linear == "auto":
-        linear = "local" if no_engine else "transformer_engine"
-    if norm == "auto":
-        norm = "local" if no_engine else "transformer_engine"
-    for name, choice in (("linear", linear), ("norm", norm)):
-        missing = {"transformer_engine": no_engine, "apex": no_apex}.get(choice)
-        if missing:
-            raise UserError(f"layers.{name} {choice}: {missing}; choose another or leave it at auto")
+    linear, norm, reason = _choose_library(config)
     on_gpu = torch.cuda.is_available()
-    kernels = config.kernels
-    try:
-        use_triton, kernels_reason = explain(kernels, torch.device("cuda" if on_gpu else "cpu"))
-    except ValueError as error:
-        raise UserError(f"layers.{error}") from None
-    if use_triton and kernels == "auto" and (obstacle := _not_for_triton(eagle, parallel)):
-        kernels, kernels_reason = "eager", f"eager (auto: {obstacle})"
+    kernels, kernels_reason = _choose_kernels(config, eagle, parallel, on_gpu)
     column, row = ColumnParallelLinear, RowParallelLinear
     own = {"kernels": kernels}
     rms, layer = ModuleSpec(RMSNorm, params=own), ModuleSpec(LayerNorm, params=own)
@@ -229,9 +214,6 @@ def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelCo
     fused = config.loss == "fused" or (config.loss == "auto" and on_gpu)
     if config.loss_into_main_grad and not fused:
         raise UserError("layers.loss_into_main_grad needs layers.loss fused; set it, or leave this out")
-    reason = f"linear layers: {linear}, norms: {norm}"
-    if no_engine and "auto" in (config.linear, config.norm):
-        reason += f" (auto, without Transformer Engine: {no_engine})"
     reason += f", kernels: {kernels_reason}, loss: {'fused' if fused else 'plain'}"
     return LayerClasses(
         column,
@@ -244,3 +226,39 @@ def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelCo
         config.attention,
         reason,
     )
+
+
+def _choose_library(config: LayersConfig) -> tuple[str, str, str]:
+    """Whose linear layers and whose norms, and why in words.
+
+    Raises:
+        UserError: one that is not here.
+    """
+    no_engine, no_apex = why_not_library("transformer_engine.pytorch"), why_not_library("apex.normalization")
+    best = "local" if no_engine else "transformer_engine"
+    linear, norm = (best if choice == "auto" else choice for choice in (config.linear, config.norm))
+    for name, choice in (("linear", linear), ("norm", norm)):
+        missing = {"transformer_engine": no_engine, "apex": no_apex}.get(choice)
+        if missing:
+            raise UserError(f"layers.{name} {choice}: {missing}; choose another or leave it at auto")
+    reason = f"linear layers: {linear}, norms: {norm}"
+    if no_engine and "auto" in (config.linear, config.norm):
+        reason += f" (auto, without Transformer Engine: {no_engine})"
+    return linear, norm, reason
+
+
+def _choose_kernels(
+    config: LayersConfig, eagle: EagleConfig, parallel: ParallelConfig, on_gpu: bool
+) -> tuple[Implementation, str]:
+    """The form of this project's kernels, and why in words.
+
+    Raises:
+        UserError: one that cannot run here.
+    """
+    try:
+        use_triton, reason = explain(config.kernels, torch.device("cuda" if on_gpu else "cpu"))
+    except ValueError as error:
+        raise UserError(f"layers.{error}") from None
+    if use_triton and config.kernels == "auto" and (obstacle := _not_for_triton(eagle, parallel)):
+        return "eager", f"eager (auto: {obstacle})"
+    return config.kernels, reason

@@ -101,13 +101,8 @@ def check_span(span: str) -> Iterator[str]:
 def _check_program(program: str, words: list[str]) -> Iterator[str]:
     if program == PROGRAM:
         yield from _check_command(words)
-    elif program in ("python", "python3") and words[:2] == ["-m", "megatron_eagle"]:
-        yield from _check_command(words[2:])
-    elif program in ("python", "python3") and words[:1] == ["-m"]:
-        if importlib.util.find_spec(words[1]) is None:
-            yield f"no module {words[1]}"
     elif program in ("python", "python3"):
-        yield from _check_script(words[0], words[1:])
+        yield from _check_python(words)
     elif program == "torchrun":
         yield from _check_torchrun(words)
     elif program == "sbatch":
@@ -123,6 +118,15 @@ def _check_program(program: str, words: list[str]) -> Iterator[str]:
             yield f"{program} cannot be executed"
     elif program not in _ELSEWHERE:
         yield f"what is {program}?"
+
+
+def _check_python(words: list[str]) -> Iterator[str]:
+    if words[:2] == ["-m", "megatron_eagle"]:
+        yield from _check_command(words[2:])
+    elif words[0] != "-m":
+        yield from _check_script(words[0], words[1:])
+    elif importlib.util.find_spec(words[1]) is None:
+        yield f"no module {words[1]}"
 
 
 def _check_script(script: str, words: Sequence[str]) -> Iterator[str]:

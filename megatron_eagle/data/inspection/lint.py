@@ -1,7 +1,7 @@
 """What is wrong with annotations and their media, by file and line, without making anything of them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,6 +14,7 @@ from megatron_eagle.data.annotations.keys import UNKNOWN_KEY
 from megatron_eagle.data.annotations.mixture import Dataset
 from megatron_eagle.data.annotations.parsing import read_record
 from megatron_eagle.data.annotations.records import numbered, open_records
+from megatron_eagle.data.sample import Sample
 from megatron_eagle.data.sampling.probe import probe_document, probe_image, probe_video
 from megatron_eagle.problems import LedgerEntry, Problem
 
@@ -30,6 +31,15 @@ class FileReport:
     dialects: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     unknown: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def count(self, dialect: str | None, entry: LedgerEntry | None) -> None:
+        """One more record: how it was read, and what is wrong with it."""
+        self.n_records += 1
+        self.dialects.update([dialect] if dialect else [])
+        if entry is not None:
+            self.kinds[entry.kind] += 1
+            if entry.kind == UNKNOWN_KEY:
+                self.unknown += unknown_keys.count([entry], {entry.file: self.dataset.name})
 
     def lines(self) -> list[str]:
         """How the file was read, and a line for each unknown key."""
@@ -56,13 +66,7 @@ def problems(
     Reads pictures to their end and the frame tables of videos, unless `media` is false.
     """
     report = report or FileReport(dataset)
-
-    @lru_cache(maxsize=4096)
-    def check_image(path: str) -> None:
-        probe_image(path, max_pixels, strict_jpeg)
-
-    check_document = lru_cache(maxsize=256)(lambda paper: probe_document(paper, max_pixels, strict_jpeg))
-    check_video = lru_cache(maxsize=256)(probe_video)
+    check_media = _media_check(max_pixels, strict_jpeg)
 
     def check(numbered: tuple[int, bytes]) -> tuple[str | None, LedgerEntry | None]:
         line, raw = numbered
@@ -78,14 +82,7 @@ def problems(
                 conventions=dataset.conventions,
             )
             if media:
-                for path in sample.images:
-                    check_image(path)
-                for document in sample.documents:
-                    check_document(document)
-                for video in sample.videos:
-                    check_video(video)
-                    for path in video.frames.pictures if video.frames else ():
-                        check_image(path)
+                check_media(sample)
         except Problem as problem:
             return dialect, LedgerEntry(file, line, str(problem), problem.kind)
         except Exception as error:  # as in preprocessing, a strange file is a line of the report
@@ -99,11 +96,28 @@ def problems(
     with ThreadPoolExecutor(threads) as pool:
         while block := list(islice(records, _BLOCK)):
             for dialect, entry in pool.map(check, block):
-                report.n_records += 1
-                report.dialects.update([dialect] if dialect else [])
-                if entry is not None:
-                    report.kinds[entry.kind] += 1
-                if entry is not None and entry.kind == UNKNOWN_KEY:
-                    report.unknown += unknown_keys.count([entry], {entry.file: dataset.name})
-                    entry = None
-                yield entry
+                report.count(dialect, entry)
+                yield entry if entry is None or entry.kind != UNKNOWN_KEY else None
+
+
+def _media_check(max_pixels: int, strict_jpeg: bool) -> Callable[[Sample], None]:
+    """What reads a sample's media to their end; those that other samples had as well, once."""
+
+    @lru_cache(maxsize=4096)
+    def check_image(path: str) -> None:
+        probe_image(path, max_pixels, strict_jpeg)
+
+    check_document = lru_cache(maxsize=256)(lambda paper: probe_document(paper, max_pixels, strict_jpeg))
+    check_video = lru_cache(maxsize=256)(probe_video)
+
+    def check(sample: Sample) -> None:
+        for path in sample.images:
+            check_image(path)
+        for document in sample.documents:
+            check_document(document)
+        for video in sample.videos:
+            check_video(video)
+            for path in video.frames.pictures if video.frames else ():
+                check_image(path)
+
+    return check
