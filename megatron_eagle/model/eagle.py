@@ -171,7 +171,7 @@ def build_model(
 ) -> list[EagleModel]:
     """This rank's model chunks, one per virtual pipeline stage, with parameters not yet set.
 
-    Follow with `model.initialization.initialize_parameters` or `training.checkpoint.load_checkpoint`.
+    Follow with `model.initialization.initialize_parameters` or `checkpoint.load_checkpoint`.
 
     Raises:
         UserError: `layers` names a library that cannot be used here.

@@ -39,7 +39,8 @@ def numeric_fields(hint: Any, place: str = "") -> Iterator[NumericField]:
     if hint in (int, float):
         yield NumericField(place, hint, legal)
     elif dataclasses.is_dataclass(hint):
-        for name, inner in typing.get_type_hints(hint, include_extras=True).items():
+        hints = typing.get_type_hints(hint, include_extras=True)
+        for name, inner in ((field.name, hints[field.name]) for field in dataclasses.fields(hint)):
             yield from numeric_fields(inner, f"{place}.{name}" if place else name)
     elif typing.get_origin(hint) is not typing.Literal:
         several = typing.get_origin(hint) in (dict, list, tuple)
