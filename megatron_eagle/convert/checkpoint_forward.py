@@ -69,6 +69,7 @@ def many_logits(
                 position_ids=torch.arange(len(ids)),
                 document_bounds=[0, len(ids)],
                 pixel_values=(empty if pixels is None else pixels).detach().float(),
+                targets=None,
             )
             for ids, (_, pixels) in zip(rows, prompts, strict=True)
         ]

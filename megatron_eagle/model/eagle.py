@@ -7,7 +7,7 @@ h language features.
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from megatron.core.enums import ModelType
@@ -20,7 +20,7 @@ from eagle_kernels.activation_offload import HostStore
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.vision_sharding import VisionShare, exchange_features
 from megatron_eagle.model.connector import Connector
-from megatron_eagle.model.language import LanguageModel
+from megatron_eagle.model.language import LanguageModel, MaybeTargets
 from megatron_eagle.model.layers import LayerClasses, LayersConfig, choose_layers
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import RecomputeConfig, connector_config, language_config, vision_config
@@ -38,13 +38,11 @@ class VisionInput:
 
 
 @dataclass(frozen=True, eq=False)
-class ModelInput:
+class ModelInput(Generic[MaybeTargets]):
     """One microbatch as this context parallel rank sees it (`model.inputs.make_input`)."""
 
     input_ids: Tensor  # [1, s] int64
-    labels: Tensor | None  # [1, s] int64; None: the last stage returns logits
-    loss_weights: Tensor | None  # [s] fp32
-    group_ids: Tensor | None  # [s] int64: whose losses are summed apart
+    targets: MaybeTargets  # None: the last stage returns logits
     packed: PackedSequence
     vision: VisionInput | None  # None: not the first stage
 
@@ -121,7 +119,7 @@ class EagleModel(MegatronModule):
         tokens: Tensor = self.connector(self.vision_model(pixel_values))
         return tokens
 
-    def _embed(self, inputs: ModelInput) -> Tensor:
+    def _embed(self, inputs: ModelInput[MaybeTargets]) -> Tensor:
         """Token embeddings with image features in their places: [r, 1, h]."""
         vision = inputs.vision
         assert vision is not None, "the first stage has tiles, none of them perhaps"
@@ -138,16 +136,15 @@ class EagleModel(MegatronModule):
             hidden = hidden if hidden.requires_grad else hidden.requires_grad_()
         return hidden
 
-    def forward(self, inputs: ModelInput) -> Tensor:
+    def forward(self, inputs: ModelInput[MaybeTargets]) -> Tensor:
         """-> per-token cross-entropy fp32 [1, s] on the last stage (this rank's share of the logits
-        [1, s, rows / tp] without labels), hidden states on the others."""
+        [1, s, rows / tp] without targets), hidden states on the others."""
         out: Tensor = self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=self._embed(inputs) if self.pre_process else None,
-            labels=inputs.labels,
-            loss_mask=inputs.loss_weights,
+            labels=inputs.targets,
             packed_seq_params=inputs.packed,
         )
         return out

@@ -21,6 +21,7 @@ from megatron_eagle.context_parallel.vision_sharding import VisionShare, gather_
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import ModelInput, VisionInput
 from megatron_eagle.model.flops import pair_costs
+from megatron_eagle.model.language import MaybeTargets, Targets
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh
 
@@ -131,17 +132,14 @@ def build_input(
     input_ids: Tensor,
     position_ids: Tensor,
     tiles: Tensor | None,
-    labels: Tensor | None = None,
-    loss_weights: Tensor | None = None,
-    group_ids: Tensor | None = None,
-) -> ModelInput:
+    targets: MaybeTargets,
+) -> ModelInput[MaybeTargets]:
     """This rank's share of a pack on the device. Collective where ranks divide the decoding of tiles.
 
     Args:
         input_ids, position_ids: [S] int64; positions restart in every document.
         tiles: [i, channels, size, size], the tiles of `plan.tiles`, of any type.
-        labels, loss_weights, group_ids: [S], already shifted: entry i belongs to the prediction made at
-            token i.
+        targets: of all tokens, on any device; None: for logits.
     """
     plan = plan.to(device)
     padding = plan.token_index < 0
@@ -156,9 +154,7 @@ def build_input(
         vision = VisionInput(pixels, plan.vision.share, plan.vision.rows)
     return ModelInput(
         input_ids=local(input_ids)[None],
-        labels=None if labels is None else local(labels)[None],
-        loss_weights=None if loss_weights is None else local(loss_weights),
-        group_ids=None if group_ids is None else local(group_ids),
+        targets=targets and Targets(*map(local, (targets.labels, targets.loss_weights, targets.group_ids))),
         packed=PackedSequence(
             cu_seqlens_q=plan.document_bounds,
             max_seqlen_q=plan.longest_document,
@@ -179,10 +175,8 @@ def make_input(
     position_ids: Tensor,
     document_bounds: Sequence[int],
     pixel_values: Tensor | None,
-    labels: Tensor | None = None,
-    loss_weights: Tensor | None = None,
-    group_ids: Tensor | None = None,
-) -> ModelInput:
+    targets: MaybeTargets,
+) -> ModelInput[MaybeTargets]:
     """`plan_input` and `build_input` for a pack whose tiles are all at hand.
 
     Args:
@@ -209,9 +203,7 @@ def make_input(
         input_ids=input_ids,
         position_ids=position_ids,
         tiles=tiles,
-        labels=labels,
-        loss_weights=loss_weights,
-        group_ids=group_ids,
+        targets=targets,
     )
 
 

@@ -1,6 +1,7 @@
 """Qwen2.5 as Megatron's `GPTModel`, with packed rotary positions and a loss that ignores padding rows."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -14,6 +15,19 @@ from megatron_eagle.model.presets import TextConfig
 from megatron_eagle.model.rotary import PackedRotaryTable
 from megatron_eagle.model.specs import RecomputeConfig, language_block
 from megatron_eagle.runtime.parallel import Mesh
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What tokens are trained to predict. Entry i belongs to the prediction made at token i."""
+
+    labels: Tensor  # [s] int64
+    loss_weights: Tensor  # [s] fp32
+    group_ids: Tensor  # [s] int64: whose losses are summed apart
+
+
+# With targets a model gives losses, without them logits.
+MaybeTargets = TypeVar("MaybeTargets", Targets, None)
 
 
 class LanguageModel(GPTModel):
@@ -52,19 +66,18 @@ class LanguageModel(GPTModel):
         self,
         hidden_states: Tensor,
         *,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
+        labels: Targets | None = None,
         **others: Any,
     ) -> Tensor:
         """Megatron's last step: hidden states [r, 1, h] -> cross-entropy per token fp32 [1, s], or logits.
 
-        `loss_mask` carries the token weights [s]. The fused loss forms gradients for them, and is 0 for
-        tokens that have none.
+        `labels`, Megatron's name, are the targets. The fused loss forms gradients for their weights, and is 0
+        for tokens that have none.
         """
         if not self.post_process or labels is None or self.fused_loss is None:
-            plain: Tensor = super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
+            plain_labels = None if labels is None else labels.labels[None]
+            plain: Tensor = super()._postprocess(hidden_states, labels=plain_labels, **others)
             return plain
-        assert loss_mask is not None, "labels come with weights"
         group, sharded = self.pg_collection.tp, self.config.sequence_parallel
         if sharded:
             # Whole before the loss drops tokens, so that all ranks drop the same.
@@ -73,15 +86,15 @@ class LanguageModel(GPTModel):
         losses = linear_cross_entropy(
             hidden_states.squeeze(1),
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
-            labels.view(-1),
-            loss_mask,
+            labels.labels,
+            labels.loss_weights,
             vocab_size=self.vocab_size,
             group=group,
             sum_input_gradient=not sharded,
             into_main_grad=self.fused_loss.into_main_grad,
             implementation=self.fused_loss.kernels,
         )
-        return losses.view_as(labels)
+        return losses[None]
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [1, s], logits [s, 1, rows of this rank] -> cross-entropy per token, fp32 [1, s].

@@ -8,6 +8,8 @@ loss of the batch, and so do their gradients, however the samples were packed or
 import torch
 from torch import Tensor
 
+from megatron_eagle.model.language import Targets
+
 # Megatron asks for a token count. It would divide by it (as an int32) in `finalize_model_grads`, which
 # `optimizer.wrap_models` prevents; the value is never read.
 _NO_TOKEN_COUNT = 0
@@ -31,16 +33,15 @@ def group_losses(token_losses: Tensor, loss_weights: Tensor, group_ids: Tensor, 
 
 
 def megatron_loss(
-    token_losses: Tensor, loss_weights: Tensor, group_ids: Tensor | None = None, groups: int = 0
+    token_losses: Tensor, targets: Targets, groups: int = 0
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(loss, token count, values to report): what a schedule takes under `calculate_per_token_loss`.
 
-    To be reported are the loss and, in fp64, its parts by group.
+    To be reported are the loss and, in fp64, its parts by group; 0 groups: nothing by group.
     """
-    loss = weighted_loss(token_losses, loss_weights)
+    loss = weighted_loss(token_losses, targets.loss_weights)
     by_group = loss.new_zeros(0, dtype=torch.float64)
     if groups:
-        assert group_ids is not None, "groups are counted by number"
-        by_group = group_losses(token_losses, loss_weights, group_ids, groups)
+        by_group = group_losses(token_losses, targets.loss_weights, targets.group_ids, groups)
     no_count = torch.tensor(_NO_TOKEN_COUNT, dtype=torch.int, device=loss.device)
     return loss, no_count, (loss.detach(), by_group)

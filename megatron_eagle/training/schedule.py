@@ -14,6 +14,7 @@ from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, TokenPack
 from megatron_eagle.hf_model.tiles import normalize
 from megatron_eagle.model.eagle import ModelInput
 from megatron_eagle.model.inputs import InputPlan, build_input, plan_input
+from megatron_eagle.model.language import Targets
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh
 from megatron_eagle.training.loss import megatron_loss
@@ -40,7 +41,7 @@ def plan_batch(eagle: EagleConfig, mesh: Mesh, pin_memory: bool, pack: TokenPack
     return plan.pin_memory() if pin_memory else plan
 
 
-def build_batch(device: torch.device, pack: TrainingPack) -> ModelInput:
+def build_batch(device: torch.device, pack: TrainingPack) -> ModelInput[Targets]:
     """A loaded pack on the device, where its bytes become pixel values. Collective as `build_input`."""
     inputs = build_input(
         pack.plan,
@@ -48,9 +49,7 @@ def build_batch(device: torch.device, pack: TrainingPack) -> ModelInput:
         input_ids=pack.input_ids,
         position_ids=pack.position_ids,
         tiles=pack.pixel_values,
-        labels=pack.labels,
-        loss_weights=pack.loss_weights,
-        group_ids=pack.group_ids,
+        targets=Targets(pack.labels, pack.loss_weights, pack.group_ids),
     )
     if inputs.vision is None:
         return inputs
@@ -61,7 +60,7 @@ def run_schedule(
     models: Sequence[DistributedDataParallel],
     mesh: Mesh,
     microbatches: Sequence[T],
-    build: Callable[[T], ModelInput],
+    build: Callable[[T], ModelInput[Targets]],
     *,
     length: int,
     groups: int = 0,
@@ -73,7 +72,7 @@ def run_schedule(
     loss and of the losses by group, fp64 [1 + groups] on the device: the sum over all ranks is the whole. (Of
     tensor parallel ranks, which know the same, the first has it.)
     """
-    inputs: dict[int, ModelInput] = {}
+    inputs: dict[int, ModelInput[Targets]] = {}
     uses: Counter[int] = Counter()
 
     def forward_step(
@@ -86,9 +85,7 @@ def run_schedule(
         uses[number] += 1
         if uses[number] == len(models):  # its last chunk: what backward needs, autograd holds
             del inputs[number]
-        weights = mine.loss_weights
-        assert weights is not None, "what is trained on has weights"
-        return model(mine), lambda losses: megatron_loss(losses, weights, mine.group_ids, groups)
+        return model(mine), lambda losses: megatron_loss(losses, mine.targets, groups)
 
     iterators = [iter(range(len(microbatches))) for _ in models]  # every chunk walks through all of them
     several = len(models) > 1

@@ -107,6 +107,7 @@ def both(tmp_path_factory):
                     position_ids=positions,
                     document_bounds=[0, len(ids)],
                     pixel_values=torch.zeros(0, 3, size, size),
+                    targets=None,
                 )
                 return model(pack)[..., : text.vocab_size]
 

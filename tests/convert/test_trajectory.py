@@ -283,7 +283,7 @@ def gradients(case: Case) -> dict[str, Tensor]:
         config = model.eagle
         for batch in case.loader(partial(plan_batch, config, mesh, False)).step(0).microbatches:
             inputs = build_batch(device.torch_device, batch)
-            weighted_loss(model(inputs), inputs.loss_weights).backward()
+            weighted_loss(model(inputs), inputs.targets.loss_weights).backward()
         plan = ModelMapping(config, has_head=False)
         return dict(plan.to_hf(lambda name: model.get_parameter(name).grad))
 

@@ -136,6 +136,7 @@ def _logits(
                 position_ids=positions,
                 document_bounds=bounds,
                 pixel_values=pixels,
+                targets=None,
             )
             return model(inputs).detach()
         except UserError as error:

@@ -13,6 +13,7 @@ import torch
 from megatron_eagle.model.eagle import EagleModel, ModelInput, build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters, join_tensor_parallel
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.language import Targets
 from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig, preset
 from megatron_eagle.model.specs import RecomputeConfig
@@ -102,6 +103,13 @@ def global_batch(eagle: EagleConfig) -> list[dict]:
     return batch
 
 
+def with_targets(pack: dict) -> dict:
+    """A pack as `make_input` takes it; all its tokens are in one group."""
+    labels, weights = pack["labels"], pack["loss_weights"]
+    others = {name: value for name, value in pack.items() if name not in ("labels", "loss_weights")}
+    return others | {"targets": Targets(labels, weights, torch.zeros_like(labels))}
+
+
 def gather_gradients(mesh: Mesh, wrapped: list) -> None:
     """Complete the gradient buffers: the distributed optimizer leaves each rank the sum of its shard."""
     for model in wrapped:
@@ -134,9 +142,9 @@ def run_schedule(wrapped: list, eagle: EagleConfig, mesh: Mesh, batch: list[dict
     for model in wrapped:
         model.zero_grad_buffer()
 
-    def build(pack: dict) -> ModelInput:
+    def build(pack: dict) -> ModelInput[Targets]:
         pixels = pack["pixel_values"] if mesh.pp.rank == 0 else None
-        return make_input(eagle, mesh, torch.device("cpu"), **(pack | {"pixel_values": pixels}))
+        return make_input(eagle, mesh, torch.device("cpu"), **with_targets(pack | {"pixel_values": pixels}))
 
     return schedule.run_schedule(wrapped, mesh, mine, build, length=len(batch[0]["input_ids"])).item()
 

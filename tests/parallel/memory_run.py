@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_eagle.model.eagle import ModelInput, build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.language import Targets
 from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.specs import RecomputeConfig
@@ -76,8 +77,9 @@ def made_up_pack(eagle: EagleConfig, length: int, tiles: int, seed: int, documen
         "input_ids": ids,
         "position_ids": torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(bounds)]),
         "document_bounds": bounds,
-        "labels": torch.cat([ids[1:], ids[:1]]),
-        "loss_weights": torch.full((length,), 1 / length),
+        "targets": Targets(
+            torch.cat([ids[1:], ids[:1]]), torch.full((length,), 1 / length), torch.zeros_like(ids)
+        ),
         "pixel_values": torch.rand(tiles, 3, size, size, generator=generator) * 2 - 1,
     }
 
@@ -88,7 +90,7 @@ def _step(eagle: EagleConfig, mesh: Mesh, models: list, optimizer, packs: list[d
         model.zero_grad_buffer()
     optimizer.zero_grad()
 
-    def build(pack: dict) -> ModelInput:
+    def build(pack: dict) -> ModelInput[Targets]:
         pixels = pack["pixel_values"] if mesh.pp.rank == 0 else None
         return make_input(eagle, mesh, torch.device("cpu"), **(pack | {"pixel_values": pixels}))
 

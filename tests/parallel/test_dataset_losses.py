@@ -87,7 +87,7 @@ def token_losses(store: str, batches: int) -> list[dict[int, list[float]]]:
             for pack in loader.step(number * PACKS).microbatches:
                 planned = replace(pack, plan=schedule.plan_batch(eagle, mesh, False, pack))
                 inputs = schedule.build_batch(torch.device("cpu"), planned)
-                losses = model(replace(inputs, loss_weights=None))[0].double()
+                losses = model(inputs)[0].double()
                 for row, start in zip(pack.sample_rows, pack.document_bounds, strict=False):
                     supervised = torch.from_numpy(samples[row].answers[1:] > 0)
                     found[-1][row] = losses[start : start + len(supervised)][supervised].tolist()
@@ -199,9 +199,10 @@ def test_the_definition_in_more_layouts(mixture, losses, name):
 def _train_uncut(*arguments) -> None:
     """Group numbers do not follow the tokens that a rank holds: the first ones of the pack are taken."""
 
-    def build(*args, group_ids, **more):
-        inputs = build_input(*args, group_ids=group_ids, **more)
-        return replace(inputs, group_ids=group_ids[: len(inputs.group_ids)])
+    def build(*args, targets, **more):
+        inputs = build_input(*args, targets=targets, **more)
+        kept = inputs.targets
+        return replace(inputs, targets=replace(kept, group_ids=targets.group_ids[: len(kept.group_ids)]))
 
     build_input = schedule.build_input
     with patch.object(schedule, "build_input", build):

@@ -74,7 +74,7 @@ def pipeline_logits(models: list, config: EagleConfig, mesh) -> dict:
     def forward_step(iterator, model):
         if mesh.pp.rank > 0:
             row["pixel_values"] = None
-        inputs = make_input(config, mesh, torch.device("cpu"), **row)
+        inputs = make_input(config, mesh, torch.device("cpu"), targets=None, **row)
         tokens = inputs.packed.layout.token_index(mesh.cp.rank)
         return model(inputs), lambda out, non_loss_data: {"tokens": tokens, "logits": out[0].clone()}
 

@@ -13,7 +13,17 @@ from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from tests.parallel.cases import LENGTH, ONE_PROCESS, Outcome, cell, combine, global_batch, run, tiny_model
+from tests.parallel.cases import (
+    LENGTH,
+    ONE_PROCESS,
+    Outcome,
+    cell,
+    combine,
+    global_batch,
+    run,
+    tiny_model,
+    with_targets,
+)
 from tests.parallel.harness import launch
 from tests.parallel.test_lora import run_lora
 
@@ -58,7 +68,7 @@ def _saved_bytes(recompute: RecomputeConfig) -> int:
                 saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
-        inputs = make_input(eagle, mesh, torch.device("cpu"), **pack)
+        inputs = make_input(eagle, mesh, torch.device("cpu"), **with_targets(pack))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(inputs)
         return sum(storage.nbytes() for storage in saved.values())

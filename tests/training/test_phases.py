@@ -10,6 +10,7 @@ import torch
 from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, PlannedPack, TilesAlone, TokenPack
 from megatron_eagle.model.eagle import ModelInput, VisionInput
 from megatron_eagle.model.inputs import InputPlan, VisionPlan
+from megatron_eagle.model.language import Targets
 from megatron_eagle.model.shapes import LocalShapes, PackShapes, StageShapes
 from tests.project.types import Finding, run_mypy
 from tests.training.synthetic_data import SyntheticLoader
@@ -21,6 +22,7 @@ FROZEN = [
     GlobalBatch,
     InputPlan,
     VisionPlan,
+    Targets,
     ModelInput,
     VisionInput,
     LocalShapes,

@@ -105,7 +105,7 @@ def evaluate_handed_over(checkpoint: str, data: str) -> float:
         total = 0.0
         for batch in loader.step(1000).microbatches:
             inputs = build_batch(device.torch_device, batch)
-            total += weighted_loss(model(inputs), inputs.loss_weights).item()
+            total += weighted_loss(model(inputs), inputs.targets.loss_weights).item()
         return total
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_eagle.config import save_yaml, to_dict
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.language import Targets
 from megatron_eagle.training.loss import megatron_loss, weighted_loss
 from megatron_eagle.training.monitoring.metrics import StepMetrics, plot_loss_curve, read_metrics
 from megatron_eagle.training.monitoring.run_log import LoggingConfig, RunLog
@@ -171,7 +172,9 @@ def test_weight_decay_leaves_out_vectors():
 def test_loss_is_a_plain_weighted_sum():
     losses = torch.tensor([[1.0, 2.0, 4.0]], requires_grad=True)
     weights = torch.tensor([0.5, 0.0, 0.25])
-    loss, count, (reported, by_group) = megatron_loss(losses, weights, torch.tensor([2, 1, 0]), 4)
+    loss, count, (reported, by_group) = megatron_loss(
+        losses, Targets(torch.zeros(3), weights, torch.tensor([2, 1, 0])), 4
+    )
     assert loss.item() == reported.item() == 1.5
     assert by_group.tolist() == [1.0, 0.0, 0.5, 0.0] and by_group.dtype == torch.float64
     assert count.dtype == torch.int and not (reported.requires_grad or by_group.requires_grad)

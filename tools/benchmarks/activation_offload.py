@@ -15,6 +15,7 @@ from benchmarks.report import Report, progress
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.language import Targets
 from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.planning.memory_model import memory_moments
@@ -61,8 +62,7 @@ def pack(eagle: EagleConfig, tokens: int) -> dict[str, Any]:
         "input_ids": ids,
         "position_ids": torch.arange(tokens) % DOCUMENT,
         "document_bounds": list(range(0, tokens + 1, DOCUMENT)),
-        "labels": ids.roll(-1),
-        "loss_weights": torch.full((tokens,), 1 / tokens),
+        "targets": Targets(ids.roll(-1), torch.full((tokens,), 1 / tokens), torch.zeros_like(ids)),
         "pixel_values": torch.rand(1, 3, size, size, generator=generator),
     }
 
@@ -77,8 +77,7 @@ def measure(mesh: Mesh, layers: int, tokens: int, policy: str) -> dict[str, Any]
 
     def step() -> float:
         wrapped.zero_grad_buffer()
-        assert inputs.loss_weights is not None, "the pack has them"
-        loss = megatron_loss(wrapped(inputs), inputs.loss_weights)[0]
+        loss = megatron_loss(wrapped(inputs), inputs.targets)[0]
         loss.backward()
         return loss.item()
 

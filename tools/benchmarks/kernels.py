@@ -26,6 +26,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import ModelInput, build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.language import Targets
 from megatron_eagle.model.presets import EagleConfig, preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.device import detect_device, process_group
@@ -167,16 +168,14 @@ def _pack(eagle: EagleConfig, tokens: int) -> dict[str, Any]:
         "input_ids": ids,
         "position_ids": torch.arange(tokens),
         "document_bounds": [0, tokens],
-        "labels": ids,
-        "loss_weights": torch.full((tokens,), 1 / tokens),
+        "targets": Targets(ids, torch.full((tokens,), 1 / tokens), torch.zeros_like(ids)),
         "pixel_values": torch.zeros(1, 3, size, size),
     }
 
 
-def _step(wrapped: DistributedDataParallel, inputs: ModelInput) -> None:
-    assert inputs.loss_weights is not None, "the pack has them"
+def _step(wrapped: DistributedDataParallel, inputs: ModelInput[Targets]) -> None:
     wrapped.zero_grad_buffer()
-    megatron_loss(wrapped(inputs), inputs.loss_weights)[0].backward()
+    megatron_loss(wrapped(inputs), inputs.targets)[0].backward()
 
 
 def offload_rows(

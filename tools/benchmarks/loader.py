@@ -19,6 +19,7 @@ from megatron_eagle.data.loading.media_reader import Medium
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.store.reader import ImagePlan
 from megatron_eagle.model.inputs import build_input, plan_input
+from megatron_eagle.model.language import Targets
 from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.resilience.failed_media import merge_marks
@@ -53,9 +54,17 @@ def _planning() -> list[dict[str, Any]]:
         ids[start : start + eagle.tokens_per_tile] = eagle.image_token_index
     bounds = [0, *sorted(np.random.default_rng(0).choice(LENGTH, 20, replace=False).tolist()), LENGTH]
     plan = partial(plan_input, eagle, mesh, input_ids=ids, document_bounds=bounds, num_tiles=tiles)
-    tokens = {name: ids for name in ("input_ids", "position_ids", "labels")} | {"loss_weights": ids.float()}
+    targets = Targets(ids, ids.float(), ids)
     ready = plan_input(eagle, mesh, input_ids=ids, document_bounds=bounds, num_tiles=None)
-    build = partial(build_input, ready, torch.device("cpu"), tiles=None, **tokens)
+    build = partial(
+        build_input,
+        ready,
+        torch.device("cpu"),
+        input_ids=ids,
+        position_ids=ids,
+        tiles=None,
+        targets=targets,
+    )
     spent = interleaved({"plan": plan, "build": build})
     pack = f"pack of {LENGTH:,} tokens and {tiles} tiles, TP4 x CP8"
     return [

@@ -29,6 +29,7 @@ from benchmarks.step_clock import PARTS, StepClock, time_vision, timed_communica
 from megatron_eagle.data.loading.loader import PackLoader  # noqa: E402
 from megatron_eagle.model.eagle import EagleModel, ModelInput  # noqa: E402
 from megatron_eagle.model.inputs import InputPlan  # noqa: E402
+from megatron_eagle.model.language import Targets  # noqa: E402
 from megatron_eagle.training.loss import megatron_loss  # noqa: E402
 from megatron_eagle.training.monitoring.observer import Observer, Step  # noqa: E402
 from megatron_eagle.training.run_config import complete_run_config  # noqa: E402
@@ -44,7 +45,7 @@ class Pairs(Observer):
         self._length = length
         self.loop: list[tuple[float, float]] = []
         self.bare: list[tuple[float, float]] = []
-        self._under_way: list[ModelInput] = []  # inputs of the iteration that the loop is in
+        self._under_way: list[ModelInput[Targets]] = []  # inputs of the iteration that the loop is in
         self._left: tuple[float, float] | None = None
 
     def begin(self, run: Run) -> None:
@@ -66,17 +67,15 @@ class Pairs(Observer):
         self._left = _now()
         return batch
 
-    def _bare_step(self, inputs: list[ModelInput]) -> None:
+    def _bare_step(self, inputs: list[ModelInput[Targets]]) -> None:
         started = _now()
         for model in self._models:
             model.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-        def forward_step(iterator: Iterator[ModelInput], model: torch.nn.Module) -> tuple[Any, Any]:
+        def forward_step(iterator: Iterator[ModelInput[Targets]], model: torch.nn.Module) -> tuple[Any, Any]:
             mine = next(iterator)
-            weights = mine.loss_weights
-            assert weights is not None, "what is trained on has weights"
-            return model(mine), lambda losses: megatron_loss(losses, weights)
+            return model(mine), lambda losses: megatron_loss(losses, mine.targets)
 
         get_forward_backward_func()(
             forward_step_func=forward_step,
