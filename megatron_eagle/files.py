@@ -16,9 +16,12 @@ T = TypeVar("T")
 def beside(path: Path, mark: str = "", durable: bool = True) -> Iterator[Path]:
     """Where to write what becomes `path` once it is complete; an error leaves `path` as it was.
 
-    `mark` goes into the name beside it, where several processes may write one file at the same time.
-    `durable`: on the disk before it gets its name, so that no loss of power leaves half of it there. Raises
-    `OSError`.
+    Args:
+        mark: goes into the name beside it, where several processes may write one file at the same time.
+        durable: on the disk before it gets its name, so that no loss of power leaves half of it there.
+
+    Raises:
+        OSError: it cannot be written, or not get its name.
     """
     partial = path.with_name(f".{path.name}{mark}.partial")
     try:

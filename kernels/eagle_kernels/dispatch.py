@@ -70,7 +70,11 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def check_width(name: str, width: int) -> None:
-    """Raises ValueError unless rows can be read 128 bits at a time."""
+    """Refuse rows that cannot be read 128 bits at a time.
+
+    Raises:
+        ValueError: `width` is no multiple of 16 elements.
+    """
     if width % 16:
         raise ValueError(
             f"{name}: the row length must be a multiple of 16 for the Triton kernel, got {width}"
@@ -78,7 +82,11 @@ def check_width(name: str, width: int) -> None:
 
 
 def check_same(name: str, **tensors: Tensor) -> None:
-    """Raises ValueError unless all tensors have one dtype and lie on one device."""
+    """Refuse tensors that do not agree with the first.
+
+    Raises:
+        ValueError: one has another dtype, or lies on another device.
+    """
     (first, x), *others = tensors.items()
     for other, tensor in others:
         if tensor.dtype != x.dtype or tensor.device != x.device:

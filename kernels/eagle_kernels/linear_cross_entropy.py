@@ -255,7 +255,11 @@ def _upstream_scale(grad_losses: Tensor, task: _Task) -> Tensor:
 
 
 def _require(condition: Tensor, rule: str) -> None:
-    """Raises RuntimeError unless `condition`; on a GPU when it gets there, without waiting for it."""
+    """Hold to a rule; on a GPU when it gets there, without waiting for it.
+
+    Raises:
+        RuntimeError: `condition` does not hold.
+    """
     if condition.is_cuda:
         torch._assert_async(condition, f"linear_cross_entropy: {rule}")
     elif not condition:

@@ -34,12 +34,16 @@ def load_checkpoint(
 ) -> TrainState:
     """Load the latest checkpoint in `root`, or that of `iteration`, whatever layout wrote it. Collective.
 
-    Weights only without `optimizer`. Learning rate, decay and the like stay those of the running
-    configuration; a checkpoint brings weights, moments and the step.
+    Learning rate, decay and the like stay those of the running configuration; a checkpoint brings weights,
+    moments and the step.
+
+    Args:
+        optimizer: None: weights only.
+        verify_files: compare them with the manifest first.
 
     Raises:
-        UserError: no checkpoint there, a file that differs from the manifest (unless `verify_files` is
-            false), or tensors that are not exactly the model's (names are given).
+        UserError: no checkpoint there, a file that differs from the manifest, or tensors that are not exactly
+            the model's (names are given).
     """
     folder = checkpoint_folder(root, iteration)
     if verify_files:

@@ -36,7 +36,11 @@ def write_manifest(folder: Path, hashed: dict[str, dict[str, Any]]) -> None:
 def verify_files(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Compare a checkpoint's files with its manifest, if there is one (converters of others write none).
 
-    Of `parts` about equal shares of the files this is share `part`. Needs no process group.
+    Needs no process group.
+
+    Args:
+        part: which share of the files, from 0.
+        parts: shares of about equal size.
 
     Raises:
         UserError: a file is missing, unreadable, of another size or of other content; it is named.

@@ -91,8 +91,13 @@ class CheckpointSaver:
     ) -> None:
         """Save the run as it is now. Collective.
 
-        With `must_succeed` the checkpoint is complete on return, or `AgreedError` raised. An earlier save
-        under way is waited for: there is memory for one.
+        An earlier save under way is waited for: there is memory for one.
+
+        Args:
+            must_succeed: the checkpoint is complete on return; else a failure is reported, and no error.
+
+        Raises:
+            AgreedError: it cannot be written, and must.
         """
         self._wait_for_earlier(state.iteration)
         snapshot = take_snapshot(models, optimizer, scheduler, run_config, state)

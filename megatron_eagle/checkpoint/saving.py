@@ -60,11 +60,16 @@ def save_checkpoint(
     recent_losses: Sequence[float] = (),
     keep_last: int | None = None,
 ) -> Path:
-    """Save this iteration and make it the latest. Collective over all ranks; returns the checkpoint's folder.
+    """Save this iteration and make it the latest. Collective over all ranks.
 
-    `models` are this rank's chunks, wrapped or not. `run_config` is any configuration with a `model` section
-    (dataclass or mapping); a tool without a run gives only `model_config`. `keep_last`: afterwards, of the
-    checkpoints up to this one, all but so many are deleted.
+    Args:
+        models: this rank's chunks, wrapped or not.
+        run_config: any configuration with a `model` section (dataclass or mapping).
+        model_config: all that a tool without a run gives instead.
+        keep_last: afterwards, of the checkpoints up to this one, all but so many are deleted; None: none is.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
         AgreedError: where `root` cannot be written (a full disk: what was written is removed, the latest
@@ -98,7 +103,7 @@ def write_snapshot(
     """Write all ranks' snapshots as the latest checkpoint. Collective over `group`.
 
     Raises:
-        AgreedError: a rank cannot write its part.
+        AgreedError: the checkpoint is there already, or any rank cannot write its part.
     """
     rank, iteration = torch.distributed.get_rank(), snapshot.state.iteration
     raise_together(_start(root, iteration) if rank == 0 else None, group)

@@ -21,7 +21,10 @@ def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = Fa
     Every tensor is accounted for before anything is written: one that is missing, unexpected or of another
     shape is an error, and none keeps a random value. Weights are stored as bf16 if all of them are, else as
     fp32, which holds fp16 and bf16 exactly. One tensor at a time is in memory. The folder appears when it is
-    complete. `allow_pickle`: read `pytorch_model*.bin` where there are no safetensors files.
+    complete.
+
+    Args:
+        allow_pickle: read `pytorch_model*.bin` where there are no safetensors files.
 
     Returns:
         The model's configuration.
@@ -59,7 +62,11 @@ def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = Fa
 
 
 def _check_normalisation(file: Path) -> None:
-    """Training and export bring pixels to [-1, 1]; raises UserError for a model that took others."""
+    """Training and export bring pixels to [-1, 1].
+
+    Raises:
+        UserError: the model took others.
+    """
     settings = read_json(file) if file.is_file() else {}
     for name, ours in (("image_mean", list(MEAN)), ("image_std", list(STD))):
         if settings.get(name, ours) != ours:

@@ -35,10 +35,13 @@ _CONNECTOR = {"0": "layer_norm", "1": "linear_fc1", "3": "linear_fc2"}
 
 @dataclass(frozen=True)
 class Parts:
-    """Folders to begin from. `tokenizer` extends the language model's own by the image tokens.
+    """Folders to begin from.
 
-    `tile_size` in pixels; default: the encoder's pictures. `seed` draws the connector. `allow_pickle`: read
-    `pytorch_model*.bin` where there are no safetensors files.
+    Attributes:
+        tokenizer: extends the language model's own by the image tokens.
+        tile_size: pixels a side; None: that of the encoder's pictures.
+        seed: draws the connector.
+        allow_pickle: read `pytorch_model*.bin` where there are no safetensors files.
     """
 
     language: Path

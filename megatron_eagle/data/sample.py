@@ -75,8 +75,11 @@ class Sample:
     """One conversation with its media.
 
     Every image, video and document is referred to exactly once.  A picture is named by a path, or as
-    `media.source` names one in a database.  `file` and `line` (1-based) say where it was read; `overrides`
-    holds this sample's own sampling settings (`fps`, `min_frames`, `max_frames`, `max_tiles`).
+    `media.source` names one in a database.
+
+    Attributes:
+        file, line: where it was read; lines count from 1.
+        overrides: this sample's own sampling settings (`fps`, `min_frames`, `max_frames`, `max_tiles`).
     """
 
     turns: tuple[Turn, ...]

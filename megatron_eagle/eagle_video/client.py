@@ -75,7 +75,8 @@ class Client:
         """See `Asks`.
 
         Raises:
-            Problem: when all tries are used up, `UserError` for a wrong endpoint.
+            Problem: all tries are used up.
+            UserError: the endpoint is wrong.
         """
         messages = [{"role": "user", "content": content}]
         for _ in range(self._reasks + 1):

@@ -23,7 +23,7 @@ def parse_answer(text: str, schema: dict[str, Any]) -> Any:
     """The JSON value of an answer, also out of a code fence.
 
     Raises:
-        ValueError: it holds no JSON value, and why.
+        ValueError: it is not JSON, or does not fit the schema; the message says why.
     """
     match = _FENCE.match(text)
     try:

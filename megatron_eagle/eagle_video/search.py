@@ -30,10 +30,15 @@ def highest_cosine(
     blocks: Blocks = Blocks(),
     device: str | torch.device = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of `candidates` float32 [q, d], the highest cosine to any row of all arrays of `existing`.
+    """For each candidate the highest cosine to any row of all `existing` arrays.
 
-    Returns float32 [q] and the int64 [q] number of that row, counted over all arrays (the first of
-    several with the same product); -2 and -1 if there are no existing rows.
+    Args:
+        candidates: float32 [q, d].
+        existing: float32 [n, d] each.
+
+    Returns:
+        The cosines, float32 [q], and the numbers of those rows, int64 [q], counted over all arrays (the first
+        of several with the same product); -2 and -1 if there are no existing rows.
     """
     cosine = np.full(len(candidates), -2, np.float32)
     nearest = np.full(len(candidates), -1, np.int64)
@@ -62,8 +67,14 @@ def greedy_distinct(
 ) -> list[np.ndarray]:
     """Take rows in order, each only if its cosine to every row taken before is below `tau`.
 
-    `shards` are float32 [n, d], `wanted` bool [n] the rows that are considered; returns bool [n] likewise.
     Memory is that of `highest_cosine` with two blocks of the smaller kind.
+
+    Args:
+        shards: float32 [n, d] each.
+        wanted: bool [n] each, the rows that are considered.
+
+    Returns:
+        Those taken, as `wanted`.
     """
     size = min(blocks.candidates, blocks.existing)
     taken = [np.zeros(len(shard), bool) for shard in shards]

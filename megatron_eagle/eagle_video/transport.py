@@ -17,10 +17,14 @@ _WORTH_A_RETRY = {408, 409, 425, 429}
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to ask: `url` up to and including `/v1`, and the model's name there.
+    """Where to ask.
 
-    The key is read from the environment variable `key_variable`; without one none is sent (vLLM needs none).
-    `timeout` is in seconds, prices per million tokens.
+    Attributes:
+        url: up to and including `/v1`.
+        model: its name there.
+        key_variable: of the environment, for the key; without one none is sent (vLLM needs none).
+        timeout: seconds.
+        input_price, output_price: per million tokens.
     """
 
     url: str
@@ -78,8 +82,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def post(endpoint: Endpoint, request: dict[str, Any]) -> Reply:
-    """Send one chat completion request and wait for it. No message
-    holds the key.
+    """Send one chat completion request and wait for it. No message holds the key.
 
     Raises:
         Retry: the same request may succeed later.

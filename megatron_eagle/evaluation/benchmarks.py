@@ -106,8 +106,12 @@ def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
 
 
 def add_question(found: dict[str, Question], record: Any, where: str, number: int) -> None:
-    """Put the question of a record under its id. Raises as `question_from`, and ValueError for an id that is
-    there already."""
+    """Put the question of a record under its id.
+
+    Raises:
+        ValueError: as `question_from`, and for an id that is there already.
+        UserError: as `question_from`.
+    """
     question = question_from(record, where, number)
     if question.id in found:
         raise ValueError(f"the id {question.id!r} appears twice")
@@ -115,7 +119,12 @@ def add_question(found: dict[str, Question], record: Any, where: str, number: in
 
 
 def question_from(record: Any, where: str, number: int) -> Question:
-    """The question of a record; `number` names it if it has no id. Raises ValueError or `UserError`."""
+    """The question of a record; `number` names it if it has no id.
+
+    Raises:
+        ValueError: question, metric, options or answer are not as they must be.
+        UserError: its media cannot be those of a request; `where` is named.
+    """
     if not isinstance(record, Mapping) or not isinstance(record.get("question"), str):
         raise ValueError('a question needs "question" (text)')
     metric = record.get("metric")

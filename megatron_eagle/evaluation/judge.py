@@ -27,8 +27,10 @@ def make_judge(model: Answers) -> Callable[[str, list[str], str], float]:
     """A `benchmarks.Judge`: its 1 to 5 become 0 to 1.
 
     The scores depend on the judge and on this prompt; benchmarks whose authors judge with a model of their
-    own choice are comparable between runs of one judge, and only roughly with published numbers. Raises
-    `UnusableJudge` if it fails, and after three replies without a number.
+    own choice are comparable between runs of one judge, and only roughly with published numbers.
+
+    Raises:
+        UnusableJudge: by the judge, if its model fails, and after three replies without a number.
     """
 
     def judge(question: str, accepted: list[str], answer: str) -> float:

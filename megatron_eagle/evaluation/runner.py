@@ -43,11 +43,17 @@ def run_benchmark(
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
     judge: Judge | None = None,
 ) -> list[tuple[Question, float]]:
-    """Answer and score what `folder` does not have yet; returns each question that has an answer, and its
-    score.
+    """Answer and score what `folder` does not have yet.
 
-    `about` names model and benchmark; `model` is only made if there is something to ask.  Questions that
-    cannot be asked go to `dropped.jsonl` with `problems` and count in no score.
+    Questions that cannot be asked go to `dropped.jsonl` and count in no score.
+
+    Args:
+        model: only called if there is something to ask.
+        problems: the questions that cannot be asked.
+        about: names model and benchmark.
+
+    Returns:
+        Each question that has an answer, and its score.
 
     Raises:
         UserError: the folder holds another evaluation, or questions need a `judge` and there is none.

@@ -14,7 +14,11 @@ Scored = Sequence[tuple[Question, float]]
 
 
 def overall(published: Published, scored: Scored) -> float:
-    """The score of a benchmark, in parts of its scale. Raises ZeroDivisionError if nothing was answered."""
+    """The score of a benchmark, in parts of its scale.
+
+    Raises:
+        ZeroDivisionError: nothing was answered.
+    """
     mean = _mean([score for _, score in scored])
     if published.score == "categories":
         mean = _mean([_mean(scores) for scores in _by([(q.category, s) for q, s in scored]).values()])

@@ -23,7 +23,11 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
 def open_picture(source: "str | Path | BinaryIO") -> Image.Image:
-    """Open a path or a stream; pixels are not read yet. Raises what Pillow raises."""
+    """Open a path or a stream; pixels are not read yet.
+
+    Raises:
+        OSError: it cannot be opened, or is no picture of a kind that is read (`PIL.UnidentifiedImageError`).
+    """
     Image.init()  # registers the readers; does nothing the second time
     # A build of Pillow may be without some of them.
     return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])

@@ -21,11 +21,16 @@ def answer_file(
     name: str,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> int:
-    """Answer every line of a JSONL file; returns how many.
+    """Answer every line of a JSONL file, each a `Request` as JSON.
 
-    A line is a `Request` as JSON; `output` is the same objects with "answer" added. Until all are answered
-    they are kept in `output`.partial, whose first line says which model (`name`), requests and sampling made
-    them; a later call goes on there, or refuses if one of the three differs.
+    Until all are answered they are kept in `output`.partial, whose first line says which model (`name`),
+    requests and sampling made them; a later call goes on there, or refuses if one of the three differs.
+
+    Args:
+        output: gets the same objects with "answer" added.
+
+    Returns:
+        How many they are.
 
     Raises:
         UserError: a file or a line is wrong; the line is named, answers before it are kept.

@@ -66,7 +66,7 @@ class Demo:
         """Keep the body of a request, if it is within the limits.
 
         Raises:
-            UserError: it is over the limit.
+            UserError: it is over the limit or empty, or `Viewer.look` refuses it.
         """
         megabytes = self.viewer.limits.megabytes
         name, size = uuid.uuid4().hex, 0

@@ -33,13 +33,15 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """One question. Media are shown before the prompt, unless it names them `<image-k>` or `<video-k>`; the
-    pages of `documents` (PDF files) are pictures, numbered after `images`.
+    """One question. Media are shown before the prompt, unless it names them `<image-k>` or `<video-k>`.
 
-    `turns` are earlier questions and answers of this conversation; media belong to its first question.
-    A video is a path, or `{"video": path}` with `start_time`, `end_time` (seconds), `fps`, `nframes`,
-    `min_frames`, `max_frames`. `max_tiles` overrides the processor's limit of tiles per picture;
-    `frame_tiles` cuts video frames, otherwise one tile each, into up to as many.
+    Attributes:
+        videos: paths, or `{"video": path}` with `start_time`, `end_time` (seconds), `fps`, `nframes`,
+            `min_frames`, `max_frames`.
+        max_tiles: overrides the processor's limit of tiles per picture.
+        frame_tiles: cuts video frames, otherwise one tile each, into up to as many.
+        documents: PDF files; their pages are pictures, numbered after `images`.
+        turns: earlier questions and answers of this conversation; media belong to its first question.
     """
 
     prompt: str
@@ -218,7 +220,7 @@ def pages_of(processor: Any, path: str, max_tiles: int | None, max_pages: int | 
     """The pages of a PDF file as pictures for this processor.
 
     Raises:
-        UserError: the file has no such pages, or is none.
+        UserError: as `page_pictures`.
     """
     from megatron_eagle.inference.pages import page_pictures  # only documents need pdfium
 
@@ -233,10 +235,10 @@ def pages_of(processor: Any, path: str, max_tiles: int | None, max_pages: int | 
 
 
 def video_item(video: str | dict[str, Any], sampling: Sampling) -> dict[str, Any]:
-    """A video of a request as the exported processor takes it.
+    """A video of a request as the exported processor takes it; nothing is read yet.
 
     Raises:
-        UserError: the video or its section cannot be read.
+        UserError: it names no file, or has a setting that is unknown or no number.
     """
     record = {"video": video} if isinstance(video, str) else dict(video)
     path = record.pop("video", None) or record.pop("path", None)

@@ -32,7 +32,11 @@ class VisionConfig(Ranged):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "VisionConfig":
-        """From a `SiglipVisionModel` configuration. Raises UserError for another encoder."""
+        """From a `SiglipVisionModel` configuration.
+
+        Raises:
+            UserError: another encoder, or a missing key.
+        """
         with _missing_keys_named():
             _require(hf, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
             return from_dict(cls, _known(cls, hf), "config.json: vision_config")
@@ -73,7 +77,11 @@ class TextConfig(TextSection):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "TextConfig":
-        """From a Qwen2 or Qwen2.5 configuration. Raises UserError for another architecture."""
+        """From a Qwen2 or Qwen2.5 configuration.
+
+        Raises:
+            UserError: another architecture, or a missing key.
+        """
         with _missing_keys_named():
             _require(hf, model_type="qwen2", hidden_act="silu", use_sliding_window=False, rope_scaling=None)
             own = {**_known(cls, hf), "rope_theta": _rope_theta(hf)}
@@ -330,8 +338,10 @@ def expand_preset(model: Mapping[str, Any], source: Mapping[str, Any] | None = N
     """A run file's `model` section with `preset: NAME` and `hf: FILE` replaced by the values they stand for.
 
     `hf` is a config.json of Eagle 2.5, or of a Qwen2.5 or SigLIP model, which replaces that part of the
-    preset. Where neither is named, `source` (the model that the run goes on with) gives what the section
-    leaves out. What the section itself says wins; `config.from_dict` checks the result.
+    preset. What the section itself says wins; `config.from_dict` checks the result.
+
+    Args:
+        source: the model that the run goes on with; where neither is named, it gives what is left out.
 
     Raises:
         UserError: no such preset, or a file that is no such configuration.

@@ -19,9 +19,12 @@ _SHORT = ("weight", "grad", "optim", "activ", "vision", "logits", "work")
 def render_plan(
     plans: LayoutPlans, config: RunConfig, packs: PackShape, gpus: str, *, top: int, refusals: bool = False
 ) -> str:
-    """The plan as text: `top` layouts that fit (or the smallest, if none does), memory in GB of 10^9 bytes.
+    """The plan as text, memory in GB of 10^9 bytes.
 
-    `gpus` says for which. `refusals` adds every reason for which a layout was refused.
+    Args:
+        gpus: for which.
+        top: at most so many layouts are shown: of those that fit, else the smallest.
+        refusals: add every reason for which a layout was refused.
     """
     fitting = plans.fitting
     shown = (plans.legal if refusals else fitting or plans.legal)[:top]

@@ -183,8 +183,11 @@ def load_run_config(
 ) -> RunConfig:
     """Read, complete and check the configuration of a run.
 
-    `overrides` are `a.b=c`; `world_size` is the number of processes, WORLD_SIZE of the environment (torchrun
-    sets it; 1 without) unless given. What the model section leaves null is filled from the data's manifest.
+    What the model section leaves null is filled from the data's manifest.
+
+    Args:
+        overrides: `a.b=c` each.
+        world_size: number of processes; None: WORLD_SIZE of the environment (torchrun sets it; 1 without).
 
     Raises:
         UserError: a setting, a layout, the data or a checkpoint cannot belong to this run.

@@ -66,11 +66,16 @@ def run_schedule(
     groups: int = 0,
     forward_only: bool = False,
 ) -> Tensor:
-    """Forward, and backward unless `forward_only`, of all microbatches: packs of `length` tokens.
+    """Forward, and backward unless `forward_only`, of all microbatches.
 
-    `build` is called once a microbatch, when its first model chunk needs it. Returns this rank's part of the
-    loss and of the losses by group, fp64 [1 + groups] on the device: the sum over all ranks is the whole. (Of
-    tensor parallel ranks, which know the same, the first has it.)
+    Args:
+        build: called once a microbatch, when its first model chunk needs it.
+        length: tokens of each pack.
+        groups: how many losses by group there are.
+
+    Returns:
+        This rank's part of the loss and of the losses by group, fp64 [1 + groups] on the device: the sum over
+        all ranks is the whole. (Of tensor parallel ranks, which know the same, the first has it.)
     """
     inputs: dict[int, ModelInput[Targets]] = {}
     uses: Counter[int] = Counter()

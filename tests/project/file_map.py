@@ -34,7 +34,6 @@ DESCRIPTIONS = {
     "kernels/eagle_kernels/py.typed": "says that the package carries types",
     "megatron_eagle/py.typed": "says that the package carries types",
     "tests/project/types_baseline.json": "errors of mypy that are left, by file and kind",
-    "tests/project/errors_in_prose.txt": "docstrings without a section for errors that are left, by file",
     "tests/compatibility/0.1.0.tar.xz": "store, run file, checkpoint, logs and export of version 0.1.0, tiny",
     "examples/slurm/README.md": "how to use the scripts, and what of them has been run",
     "examples/slurm/convert.sbatch": "Hugging Face import and export as a job",

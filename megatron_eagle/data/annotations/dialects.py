@@ -22,9 +22,12 @@ _VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 class Dialect:
     """One way to write a conversation.
 
-    `told_by` says in words what tells it, `tells` is that test; `messages` makes its messages, given the
-    record and the root of its media.  `keys` are the keys that it uses, by place, beside those that all do;
-    `turns` is the key of its list of turns, if it has one.
+    Attributes:
+        told_by: what tells it, in words.
+        tells: that test.
+        messages: makes its messages of a record.
+        keys: those that it uses, by place, beside those that all do.
+        turns: the key of its list of turns, if it has one.
     """
 
     name: str

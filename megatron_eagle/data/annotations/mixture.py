@@ -31,10 +31,13 @@ _KEYS = (
 class Dataset:
     """One annotation file of a recipe's entry; the files of an entry have its name.
 
-    `ignored` names keys of the recipe that are set and have no effect.  `repeat_time` below 1 takes a fixed
-    subset of the records, above 1 repeats them; its fraction is a fixed subset too.  `overrides` are sampling
-    settings for all its samples.  `strategy` takes a part of the records beforehand, as LLaVA's recipes say
-    it: `all`, or `first`, `end` or `random` with a number or a percentage behind a colon.
+    Attributes:
+        repeat_time: below 1 takes a fixed subset of the records, above 1 repeats them; its fraction is a
+            fixed subset too.
+        overrides: sampling settings for all its samples.
+        ignored: keys of the recipe that are set and have no effect.
+        strategy: takes a part of the records beforehand, as LLaVA's recipes say it: `all`, or `first`, `end`
+            or `random` with a number or a percentage behind a colon.
     """
 
     name: str
@@ -122,7 +125,7 @@ def datasets_of(path: str | Path) -> list[Dataset]:
     """The data sets of a recipe; an annotation file is one with its media beside it.
 
     Raises:
-        UserError: it is no recipe.
+        UserError: as `read_recipe`.
     """
     path = Path(path)
     if (

@@ -15,10 +15,12 @@ from megatron_eagle.problems import Problem
 class Conventions:
     """What a recipe says of how the records of a data set are written.
 
-    `ignore` are keys that are as if they were not there.  `columns` has, by the name that `dialects` knows,
-    the name that a record uses; `tags` likewise the names of a turn's keys and of roles, as LLaMA-Factory's
-    `dataset_info.json` gives them.  `frames_fps` is the rate of frames that are given one by one and say
-    nothing of it.
+    Attributes:
+        ignore: keys that are as if they were not there.
+        columns: by the name that `dialects` knows, the name that a record uses.
+        tags: likewise the names of a turn's keys and of roles, as LLaMA-Factory's `dataset_info.json` gives
+            them.
+        frames_fps: the rate of frames that are given one by one and say nothing of it.
     """
 
     ignore: tuple[str, ...] = ()
@@ -31,7 +33,8 @@ def read_record(raw: bytes, conventions: Conventions) -> tuple[dict[str, Any], D
     """A record under the names of keys that `dialects` knows, without its nulls, and its dialect.
 
     Raises:
-        Problem: no dialect knows it, or a key changes its meaning and is not used.
+        Problem: it is no JSON object, no dialect knows it, or it has a key both under its own name and under
+            the one that `conventions` give it.
     """
     record = present(parse_record(raw))
     if conventions.ignore:

@@ -38,7 +38,7 @@ class RecordMedia:
         """Add a video, with the sampling settings in its own object.
 
         Raises:
-            Problem: it or its settings are not what a video has.
+            Problem: the object gives times of frames, and its frames are not given one by one.
         """
         found = {key: own[key] for key in SAMPLING if own.get(key) is not None}
         if video.frames is not None:
@@ -71,7 +71,7 @@ class References:
         """Media named beside the text, under any of the dialects' keys.
 
         Raises:
-            Problem: a key holds no medium.
+            Problem: a key holds no reference to its kind of medium, or a section that cannot be.
         """
         images = as_list(record.get("image")) + as_list(record.get("images"))
         if "lmdb_file" in record or "lmdb_key" in record:
@@ -214,7 +214,8 @@ def sample_overrides(record: Mapping[str, Any], media: RecordMedia) -> dict[str,
     `fps` beside frames that are given one by one is their rate, not a wish.
 
     Raises:
-        Problem: a setting has a value that cannot be.
+        Problem: a value cannot be, the videos differ in their settings, or a rate or times stand beside
+            videos whose frames are not given one by one.
     """
     lists = sum(video.frames is not None for video in media.videos)
     if not lists:

@@ -63,7 +63,8 @@ def problems(
 ) -> Iterator[LedgerEntry | None]:
     """For each record of a file in order: what is wrong with it, or None; unknown keys are in `report` alone.
 
-    Reads pictures to their end and the frame tables of videos, unless `media` is false.
+    Args:
+        media: read pictures to their end and the frame tables of videos too.
     """
     report = report or FileReport(dataset)
     check_media = _media_check(max_pixels, strict_jpeg)

@@ -127,8 +127,13 @@ def sample_section(
     weighting: str = "square",
     multi_turn: bool = False,
 ) -> str:
-    """All about a row under a heading; `anchor` (default: sample-ROW) is what links name it by, `note` are
-    further words, and `weighting` and `multi_turn` those of a run's loss."""
+    """All about a row under a heading.
+
+    Args:
+        anchor: what links name it by; None: sample-ROW.
+        note: further words.
+        weighting, multi_turn: those of a run's loss.
+    """
     sample = store[row]
     head = ("tokens", "text", "visual", "supervised", "tiles", "frames")
     counts = (

@@ -41,7 +41,9 @@ def token_weights(
 ) -> torch.Tensor:
     """Loss weights of a pack of these samples, float32 [s].
 
-    Those at the places `left_out` have none; if `total` is 0, none has.
+    Args:
+        total: the normaliser of the global batch; 0: no token has a weight.
+        left_out: places of samples whose tokens have none.
     """
     weights = np.zeros(length, np.float64)
     start = 0
@@ -66,8 +68,15 @@ def assemble(
     first_sample: int = 0,
     length: int | None = None,
 ) -> TokenPack:
-    """The tokens of a pack.  `total` is the normaliser of the global batch; `length` is
-    the store's unless given."""
+    """The tokens of a pack.
+
+    Args:
+        total: the normaliser of the global batch.
+        length: tokens of the pack; None: the store's.
+
+    Raises:
+        UserError: the rows' image tokens are not those of their tiles: the store is damaged.
+    """
     length = length or store.length
     ids = np.full(length, store.manifest.pad_token_id, np.int64)
     positions, groups = np.zeros(length, np.int64), np.zeros(length, np.int64)

@@ -45,7 +45,11 @@ class Prefetcher(Generic[Draft, Item]):
         self._thread.start()
 
     def take(self) -> Item:
-        """The next item, waiting for it. Raises what making it raised; there is no item after that."""
+        """The next item, waiting for it.
+
+        Raises:
+            BaseException: what making it raised; there is no item after that.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._ready)
             ready = self._ready.popleft()

@@ -22,7 +22,12 @@ _GUESSED = 300  # frames that are decoded to see whether times that FFmpeg guess
 
 
 def open_video(path: str) -> av.container.InputContainer:
-    """Open a file for reading; titles and tags that are not UTF-8 do no harm.  Raises what PyAV raises."""
+    """Open a file for reading; titles and tags that are not UTF-8 do no harm.
+
+    Raises:
+        OSError: it cannot be opened.
+        av.error.FFmpegError: it is no file that PyAV reads.
+    """
     return av.open(path, metadata_errors="replace")
 
 

@@ -32,9 +32,11 @@ class RemuxRefused(Exception):
 class Remux:
     """A small video file, and what its reader has to know.
 
-    `frames` are the wanted frames, counted from 0 in presentation order.  `reorder` is how many frames at
-    most are decoded before one that is shown earlier (0 without B-frames).  `hidden_frames`: some packets of
-    VP8 or VP9 hold pictures that are not shown.  `colorspace` and `field_order` are FFmpeg's numbers.
+    Attributes:
+        frames: the wanted ones, counted from 0 in presentation order.
+        reorder: how many frames at most are decoded before one that is shown earlier (0 without B-frames).
+        hidden_frames: some packets of VP8 or VP9 hold pictures that are not shown.
+        colorspace, field_order: FFmpeg's numbers.
     """
 
     data: bytes
@@ -53,9 +55,9 @@ def sparse_remux(path: str, index: FrameIndex) -> Remux:
     """Copy what decoding all frames of an index takes (see `FrameIndex.select`).
 
     Raises:
-        RemuxRefused: where a copy could decode to other pictures (open GOP, transport streams, key frames
-            that a seek does not find, pixels that are not 8-bit 4:2:0), and `Problem` for a file that cannot
-            be read.
+        RemuxRefused: a copy could decode to other pictures (open GOP, transport streams, key frames that a
+            seek does not find, pixels that are not 8-bit 4:2:0).
+        Problem: the file cannot be read.
     """
     if index.linear_reason:
         raise RemuxRefused(index.linear_reason)

@@ -36,8 +36,11 @@ _LARGEST_TIMESCALE = 2**31 - 1  # what MP4 can hold
 class TranscodeSettings:
     """How copies are made.
 
-    `size` is the side of a tile in pixels, `gop` the frames from one key frame to the next, `crf` the
-    encoder's constant quality (lower is better), `audio` drop or copy.
+    Attributes:
+        size: pixels a side of a tile.
+        gop: frames from one key frame to the next.
+        crf: the encoder's constant quality (lower is better).
+        audio: drop or copy.
 
     Raises:
         UserError: a value cannot be.
@@ -63,16 +66,19 @@ class TranscodeSettings:
 
 
 def transcode_video(source: str, target: Path, settings: TranscodeSettings) -> int:
-    """Write `target`, an MP4 file, whole or not at all; returns its frames.
+    """Write `target`, an MP4 file, whole or not at all.
 
     It has the frames of `source` at exactly their presentation times, upright (no rotation is left to apply),
     stretched towards the square that training makes of them, but to no more pixels than they have; players
     are told the shape that they had.  The copy is read back, and its number of frames and every time compared
     with the source.
 
+    Returns:
+        How many frames it has.
+
     Raises:
-        Problem: a source that cannot be decoded to its end or whose times MP4 cannot hold, and OSError where
-            the copy cannot be written.
+        Problem: the source cannot be decoded to its end, or has times that MP4 cannot hold.
+        OSError: the copy cannot be written.
     """
     table = read_frame_table(source)
     if table.pts[0] < 0 or table.time_base.denominator > _LARGEST_TIMESCALE:

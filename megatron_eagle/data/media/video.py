@@ -23,12 +23,18 @@ def decode_frames(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode the frames with these numbers: `MediaDecoder.frames`, for one video.
 
-    Returns tiles uint8 [n, 3, S, S] with S = `size` on `device`, and their times float64 [n] in seconds of
-    the file's own clock.  `backend` is auto, exact or dali.
+    Args:
+        size: S, pixels a side of a tile.
+        device: where the tiles end up.
+        backend: auto, exact or dali.
+
+    Returns:
+        Tiles uint8 [n, 3, S, S] on `device`, and their times float64 [n] in seconds of the file's own clock.
 
     Raises:
-        Problem: a number that the index does not have, a file that is not the one that was indexed, and a
-            frame that does not decode whole; `UserError` for a back end that there is not.
+        Problem: the index does not have a number, the file is not the one that was indexed, or a frame does
+            not decode whole.
+        UserError: there is no such back end.
     """
     decoder = MediaDecoder(backend, tile_size=size, device=device)
     try:

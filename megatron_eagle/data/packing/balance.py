@@ -23,8 +23,13 @@ def assign(costs: np.ndarray, size: int) -> list[np.ndarray]:
     """Split packs among `size` ranks, equally many each, so that the costliest rank costs little.
 
     Goes from the costliest pack to the cheapest, each to the rank that has the least so far and still takes
-    one.  A pure function of its arguments.  Returns per rank the ascending positions of its packs in `costs`,
-    whose number must be a multiple of `size`.
+    one.  A pure function of its arguments.
+
+    Args:
+        costs: of the packs, a multiple of `size` of them.
+
+    Returns:
+        Per rank the ascending positions of its packs in `costs`.
     """
     per_rank = len(costs) // size
     positions: list[list[int]] = [[] for _ in range(size)]

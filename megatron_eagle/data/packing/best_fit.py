@@ -46,10 +46,14 @@ class Packing:
 def pack_rows(lengths: np.ndarray, capacity: int, seed: int, *, tiles: np.ndarray | None = None) -> Packing:
     """Group rows into packs of at most `capacity` tokens.
 
-    `lengths` are tokens and `tiles` vision tiles per row (default: none), integers [n].  Every row is in
-    exactly one pack.  Packs are full first, then alike in their sum of squared lengths and in their tiles.
-    Rows of equal length are interchangeable: the seed decides which goes where, the order of the packs and
-    that of the rows within each.
+    Every row is in exactly one pack.  Packs are full first, then alike in their sum of squared lengths and in
+    their tiles.
+
+    Args:
+        lengths: tokens of each row, integers [n].
+        seed: which of the rows of equal length goes where, the order of the packs and that of the rows in
+            each.
+        tiles: vision tiles of each row, integers [n]; None: it has none.
 
     Raises:
         UserError: a row longer than a pack.

@@ -43,9 +43,14 @@ _COMMIT_SECONDS = 20.0
 class Execution:
     """How the work is done, which changes nothing in what comes out.
 
-    `workers` are processes, None for one per core of this machine or of the Ray cluster; `fresh` ignores
-    what earlier runs have left; `retry_failed` tries the lines of a finished store again that were dropped
-    for their media, and only those.
+    Attributes:
+        workers: processes; None: one per core of this machine or of the Ray cluster.
+        fresh: ignore what earlier runs have left.
+        retry_failed: try the lines of a finished store again that were dropped for their media, and only
+            those.
+
+    Raises:
+        UserError: `engine` or `workers` cannot be.
     """
 
     workers: int | None = None
@@ -117,7 +122,8 @@ def preprocess(
     the same input is kept.  The same input gives the same bytes, however it was made.
 
     Raises:
-        UserError: recipe, tokenizer, settings or output cannot be used.
+        UserError: recipe, annotations, tokenizer, settings or output cannot be used, or another process makes
+            this store.
     """
     execution = execution or Execution()
     output = Path(output).resolve()

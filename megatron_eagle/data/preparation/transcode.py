@@ -76,7 +76,8 @@ def transcode(
     source and the settings are the same.  What failed is tried again.
 
     Raises:
-        UserError: the input cannot be read, or the output not written.
+        UserError: the input cannot be read or names no video, `workers` is below 1, the output cannot be
+            written, or another process writes it.
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}")

@@ -75,10 +75,16 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class MediaPlan:
-    """What was decided: grid (columns, rows) per image, frame numbers per video, and the resulting length.
+    """What was decided.
 
-    Per document `pages` are the 0-based numbers of those shown and `page_grids` their grids.  `tile_limit` is
-    the t that all pictures got, `tiles_wanted` what images and pages would have got without a token limit.
+    Attributes:
+        grids: (columns, rows) of each image.
+        frames: their numbers, for each video.
+        pages: for each document the numbers of those shown, from 0.
+        page_grids: their grids.
+        n_tokens: the resulting length.
+        tile_limit: the t that all pictures got.
+        tiles_wanted: what images and pages would have got without a token limit.
     """
 
     grids: tuple[Grid, ...]

@@ -118,9 +118,11 @@ class DocumentPlan:
 class SampleColumns:
     """One row of samples.arrow.
 
-    `source` numbers the manifest's `sources`; `answer_lengths` are the supervised tokens of each answer;
-    `images` holds the pages of the `documents` after the pictures; `media_order` lists the media as the text
-    shows them: i is image i, -1 - j is video j.
+    Attributes:
+        source: number in the manifest's `sources`.
+        answer_lengths: supervised tokens of each answer.
+        images: the pictures, and after them the pages of the `documents`.
+        media_order: the media as the text shows them: i is image i, -1 - j is video j.
     """
 
     source: int
@@ -180,10 +182,12 @@ SCHEMA = pa.schema({f.name: _LISTS.get(f.name, _INT) for f in fields(SampleColum
 class DataManifest:
     """What a store was made with and what it holds.
 
-    `fingerprint` covers tokenizer, template and tokens per tile: data and model must agree on it.  `names`
-    are those that the recipe gives to the `sources`.  `counts` maps each length (as text) to the numbers of
-    the summary; `files` each file to its bytes and SHA-256.  `input_key` stands for everything that the store
-    follows from, except the media themselves.
+    Attributes:
+        fingerprint: of tokenizer, template and tokens per tile: data and model must agree on it.
+        counts: each length (as text) -> the numbers of the summary.
+        files: each file -> its bytes and SHA-256.
+        names: those that the recipe gives to the `sources`.
+        input_key: stands for everything that the store follows from, except the media themselves.
     """
 
     fingerprint: str

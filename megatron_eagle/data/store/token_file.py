@@ -52,9 +52,11 @@ class TokenFileWriter:
 def write_token_index(
     prefix: Path, dtype: type, lengths: np.ndarray, order: np.ndarray | None = None
 ) -> None:
-    """Write `prefix`.idx for sequences of `lengths` (int32) that lie in `prefix`.bin one after the other.
+    """Write `prefix`.idx for sequences that lie in `prefix`.bin one after the other.
 
-    `order` lists them in the order of the final rows; one may occur several times.
+    Args:
+        lengths: of the sequences, int32 [n], in items of `dtype`.
+        order: the final rows, as numbers of sequences, which may repeat; None: as they lie.
     """
     pointers = np.zeros(len(lengths), np.int64)
     np.cumsum(lengths[:-1].astype(np.int64) * np.dtype(dtype).itemsize, out=pointers[1:])

@@ -46,8 +46,10 @@ class StoreWriter:
 def write_tables(folder: Path, rows: pa.Table, order: np.ndarray | None = None) -> None:
     """Write samples.arrow and the indexes of the token files, whose sequences are those of `rows`.
 
-    `order` lists the rows of the store as numbers of `rows`, repetitions included; None takes them as they
-    are.  The same rows give the same bytes, however they are chunked.
+    The same rows give the same bytes, however they are chunked.
+
+    Args:
+        order: the rows of the store as numbers of `rows`, repetitions included; None: as they are.
     """
     path = folder / "samples.arrow"
     _write_batches(path, rows, None)

@@ -19,9 +19,12 @@ from megatron_eagle.problems import LedgerEntry
 class Published:
     """One benchmark.
 
-    `files`: patterns of its tables, the first that is found counts. `score`: how the questions' scores become
-    one: their `mean`, that of the `categories`' means, that of `groups` that are right as a whole, or for
-    `hallusion` the mean of questions, figures and question pairs. It is written in parts of `scale`.
+    Attributes:
+        files: patterns of its tables; the first that is found counts.
+        score: how the questions' scores become one: their `mean`, that of the `categories`' means, that of
+            `groups` that are right as a whole, or for `hallusion` the mean of questions, figures and question
+            pairs.
+        scale: what it is written in parts of.
     """
 
     files: tuple[str, ...]

@@ -50,7 +50,7 @@ class TensorBoardFile:
     nothing and can be tried again.
 
     Raises:
-        OSError: by such a write.
+        OSError: it cannot be opened; by `write`, such a failure.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

@@ -92,7 +92,7 @@ class History:
         else the one whose loss stands highest above the median of those before it.
 
         Raises:
-            UserError: the run has fewer than two steps.
+            UserError: nothing was refused, and the run has fewer than two steps.
         """
         # A step without any sample was skipped too: its loss is 0.
         refused = [event for event in self._not_taken.values() if event.get("loss") != 0]
