@@ -67,13 +67,6 @@ class SequenceLayout:
         return torch.from_numpy(expand(self.ranges[rank]))
 
     @cached_property
-    def natural_order(self) -> torch.Tensor:
-        """Row of the rank-major gathered sequence that holds token i: int64 [length]."""
-        order = torch.empty_like(self.rank_major_order)
-        order[self.rank_major_order] = torch.arange(self.length)
-        return order
-
-    @cached_property
     def rank_major_order(self) -> torch.Tensor:
         """Token held by row i of the rank-major gathered sequence: int64 [length]."""
         return torch.from_numpy(expand(np.concatenate(self.ranges)))

@@ -33,12 +33,6 @@ def tensor_parallel_shard(full: torch.Tensor, name: str, dim: int, size: int, ra
     return torch.cat([part.chunk(size, dim)[rank] for part in parts], dim)
 
 
-def join_tensor_parallel(shards: list[torch.Tensor], name: str, dim: int) -> torch.Tensor:
-    """The full tensor from all ranks' parts; undoes `tensor_parallel_shard`."""
-    halves = [shard.chunk(2, dim) if is_gated(name) else (shard,) for shard in shards]
-    return torch.cat([torch.cat(parts, dim) for parts in zip(*halves, strict=True)], dim)
-
-
 @torch.no_grad()
 def initialize_parameters(models: list[EagleModel], seed: int) -> None:
     """Norm weights one, biases zero, everything else normal with `initializer_range`."""

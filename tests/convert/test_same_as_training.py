@@ -9,7 +9,6 @@ import torch
 from transformers import AutoProcessor
 
 from megatron_eagle.data.media.images import load_image
-from megatron_eagle.data.media.video import load_frames
 from megatron_eagle.data.preparation.processor import PreprocessSettings, SampleProcessor, Task
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.data.sampling.ads import SamplingSettings
@@ -21,6 +20,7 @@ from megatron_eagle.hf_model.processing_eagle2_5_vl import load_video
 from megatron_eagle.hf_model.tiles import image_tiles, normalize
 from tests.convert.hf_folder import TILE
 from tests.convert.media import write_picture, write_video
+from tests.data.helpers import load_frames
 from tests.paths import MEDIA, need_media
 
 N_FRAMES = 6

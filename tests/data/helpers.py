@@ -5,6 +5,7 @@ import json
 import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from megatron_eagle.data.loading.media_reader import media_of_row
 from megatron_eagle.data.loading.packs import TilesAlone, TokenPack
 from megatron_eagle.data.media.decoder import MediaDecoder
+from megatron_eagle.data.media.frame_table import FrameIndex
+from megatron_eagle.data.media.video import decode_frames
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.sampling.ads import SamplingSettings
@@ -248,6 +251,11 @@ def make_store(
     chosen = PreprocessSettings(str(tokenizer_dir), lengths, sampling, **settings)
     preprocess(folder / "recipe.json", folder / "store", chosen, execution)
     return folder / "store"
+
+
+def load_frames(source: str, index: FrameIndex, numbers: Sequence[int], *, tile_size: int) -> torch.Tensor:
+    """Frames as the model sees them: tiles float32 [n, 3, S, S] in [-1, 1]."""
+    return normalize(decode_frames(source, index, numbers, size=tile_size)[0])
 
 
 def read_media(store: SampleStore, row: int) -> list[torch.Tensor]:

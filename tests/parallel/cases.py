@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_eagle.model.eagle import EagleModel, ModelInput, build_model
-from megatron_eagle.model.initialization import global_name, initialize_parameters, join_tensor_parallel
+from megatron_eagle.model.initialization import global_name, initialize_parameters, is_gated
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.language import Targets
 from megatron_eagle.model.layers import LayersConfig
@@ -179,6 +179,12 @@ def entries(
                 dim = parameter.partition_dim if sharded else None
                 found.append((global_name(local_name, model), dim, value(parameter).detach().clone()))
     return found
+
+
+def join_tensor_parallel(shards: list[torch.Tensor], name: str, dim: int) -> torch.Tensor:
+    """The full tensor from all ranks' parts; undoes `tensor_parallel_shard`."""
+    halves = [shard.chunk(2, dim) if is_gated(name) else (shard,) for shard in shards]
+    return torch.cat([torch.cat(parts, dim) for parts in zip(*halves, strict=True)], dim)
 
 
 def combine(results: list[dict], check_replicas: bool = True) -> Outcome:

@@ -9,7 +9,6 @@ import torch
 
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.frame_table import FrameIndex
-from megatron_eagle.hf_model.tiles import normalize
 
 
 def decode_frames(
@@ -42,11 +41,3 @@ def decode_frames(
     finally:
         decoder.close()
     return tiles.to(device), times
-
-
-def load_frames(
-    source: str, index: FrameIndex, frame_numbers: Sequence[int], *, tile_size: int
-) -> torch.Tensor:
-    """The same tiles as float32 [n, 3, S, S] in [-1, 1]."""
-    tiles, _ = decode_frames(source, index, frame_numbers, size=tile_size)
-    return normalize(tiles)

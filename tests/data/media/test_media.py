@@ -14,12 +14,11 @@ from PIL import Image
 from megatron_eagle.data.media.exact import read_frames, upright
 from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.images import image_size, load_image
-from megatron_eagle.data.media.video import load_frames
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.data.sampling.probe import probe_image, probe_video
 from megatron_eagle.hf_model.tiles import image_tiles, normalize
 from megatron_eagle.problems import Problem
-from tests.data.helpers import frame_number, make_image, make_video
+from tests.data.helpers import frame_number, load_frames, make_image, make_video
 from tests.paths import MEDIA, need_media
 
 
