@@ -5,9 +5,10 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch.distributed as dist
 
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
-from megatron_eagle.data.loading.packs import no_tiles
+from megatron_eagle.data.loading.packs import FailedMedium, no_tiles
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.evaluation import EvaluationConfig, HeldOut
@@ -104,6 +105,36 @@ def test_the_evaluation_after_a_skipped_step_is_logged(tmp_path, capsys):
     assert [m.iteration for m in records if isinstance(m, EvaluationMetrics)] == [3, 4]
     assert records[:3] == [first, second, evaluated]
     assert [m.iteration for m in read_steps(logs / "metrics.jsonl")] == [1, 2, 4]
+
+
+class FailingLoader(HeldOutLoader):
+    """One rank alone cannot read a medium, each time."""
+
+    def step(self, consumed_packs):
+        lost = {0: FailedMedium(3, "data.jsonl:1", "a.png", "missing media")} if dist.get_rank() == 1 else {}
+        return replace(super().step(consumed_packs), failures=lost)
+
+    def leave_out(self, batch, numbers):
+        assert numbers == {0}
+        return batch
+
+
+def evaluate_failing(config: str, overrides: list[str]) -> None:
+    train(load_run_config(config, overrides, world_size=2), open_loader=FailingLoader)
+
+
+def test_media_that_one_rank_cannot_evaluate_are_left_out_by_all(tmp_path):
+    """Otherwise the ranks wait for each other in different places."""
+    write_run(tmp_path)
+    overrides = [f"evaluation.data={tmp_path / 'data'}", "evaluation.batches=1", "evaluation.interval=1"]
+    overrides += ["parallel.tensor_model_parallel_size=2", "training.stop_at_iteration=1"]
+    overrides += ["data.on_media_error=skip"]
+    launch(evaluate_failing, 2, str(tmp_path / "run.yaml"), overrides, timeout=60)
+    events = [json.loads(line) for line in (tmp_path / "run" / "logs" / "events.jsonl").open()]
+    assert [(event["event"], event["of"], event["row"]) for event in events] == [
+        ("failed_media", "training", 3),
+        ("failed_media", "evaluation", 3),
+    ]
 
 
 def test_weights_of_a_real_store_add_up_to_one(tmp_path):
