@@ -1,4 +1,4 @@
-"""Settings of the whole test run, which tests may run side by side, and what the run's parts took."""
+"""Settings of the whole test run, and what its parts took."""
 
 from functools import cache
 from pathlib import Path
@@ -12,13 +12,6 @@ settings.load_profile("project")
 
 # What a test module names that starts ranks or jobs of its own.
 _STARTERS = ("harness", "torchrun", "distributed.run", "tests.checkpoint.steps")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (`-n`): a module stays together, for what it makes once; modules that start ranks
-    run one after another, because ranks that wait for a core time out."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ranks" if _starts_ranks(item.path) else item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
