@@ -28,9 +28,8 @@ from megatron_eagle.model.flops import patch_cost
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.model.layers import choose_layers
 from megatron_eagle.runtime.agreement import agreed
-from megatron_eagle.runtime.determinism import set_deterministic
-from megatron_eagle.runtime.device import Device, detect_device, process_group
-from megatron_eagle.runtime.parallel import Mesh, model_parallel
+from megatron_eagle.runtime.device import Device
+from megatron_eagle.runtime.parallel import Mesh
 from megatron_eagle.training.evaluation import HeldOut
 from megatron_eagle.training.monitoring.metrics import EVENTS_FILE, METRICS_FILE
 from megatron_eagle.training.monitoring.step_meter import PeakChoice, choose_peak
@@ -40,7 +39,7 @@ from megatron_eagle.training.resilience.faults import Faults
 from megatron_eagle.training.resilience.policy import LossGuard
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.schedule import plan_batch
-from megatron_eagle.training.start import start_models
+from megatron_eagle.training.start import start_models, start_ranks
 
 
 class OpenLoader(Protocol):
@@ -94,13 +93,7 @@ def open_run(config: RunConfig, open_loader: OpenLoader = PackLoader) -> Iterato
     Raises:
         UserError: unreadable data or checkpoint, a library that is not there, unwritable folders.
     """
-    device = detect_device()
-    set_deterministic(config.training.seed)
-    with (
-        device.context(),
-        process_group(device),
-        model_parallel(config.parallel, seed=config.training.seed) as mesh,
-    ):
+    with start_ranks(config) as (device, mesh):
         with agreed():  # what one node lacks is said once, before anything is built
             choose_libraries(config)
             check_new_logs(config)

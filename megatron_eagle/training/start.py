@@ -1,5 +1,7 @@
-"""The model of a run on this rank, with the weights that it starts from."""
+"""A run's processes: device and groups of this rank, its model, the weights that it starts from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_eagle.checkpoint import load_checkpoint, read_lora_config
@@ -7,9 +9,23 @@ from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.lora import add_lora
 from megatron_eagle.model.parts import freeze
-from megatron_eagle.runtime.device import Device
-from megatron_eagle.runtime.parallel import Mesh
+from megatron_eagle.runtime.determinism import set_deterministic
+from megatron_eagle.runtime.device import Device, detect_device, process_group
+from megatron_eagle.runtime.parallel import Mesh, model_parallel
 from megatron_eagle.training.run_config import RunConfig
+
+
+@contextmanager
+def start_ranks(config: RunConfig) -> Iterator[tuple[Device, Mesh]]:
+    """Device and groups of this rank for a run; at the end they are what they were. Collective."""
+    device = detect_device()
+    set_deterministic(config.training.seed)
+    with (
+        device.context(),
+        process_group(device),
+        model_parallel(config.parallel, seed=config.training.seed) as mesh,
+    ):
+        yield device, mesh
 
 
 def start_models(

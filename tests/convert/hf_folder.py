@@ -10,23 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megatron_eagle.convert.shards import DTYPES, plan_shards, write_shards
 from megatron_eagle.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
 from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
+from tests.data.helpers import SPECIAL
 
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<img>",
-    "</img>",
-    "<IMG_CONTEXT>",
-    "<quad>",
-    "</quad>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
-    "<interval>",
-    "</interval>",
-)
 TEXT = [
     "system user assistant You are a helpful assistant.",
     "The first video sampled with 2.00 fps: Frame 1 sample at 0.50s: <image 1>",

@@ -18,7 +18,8 @@ from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.errors import UserError
 from megatron_eagle.inference import logits
 from megatron_eagle.model.initialization import initialize_parameters
-from tests.convert.hf_folder import SPECIAL, read_weights, write_tokenizer
+from tests.convert.hf_folder import read_weights, write_tokenizer
+from tests.data.helpers import SPECIAL
 from tests.paths import REPO
 
 SPARE = 7  # rows of the language model beyond its tokenizer, as Qwen2.5 has

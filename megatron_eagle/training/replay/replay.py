@@ -27,9 +27,8 @@ from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.runtime.agreement import agreed, raise_together
-from megatron_eagle.runtime.determinism import set_deterministic
-from megatron_eagle.runtime.device import Device, detect_device, process_group
-from megatron_eagle.runtime.parallel import Mesh, model_parallel
+from megatron_eagle.runtime.device import Device
+from megatron_eagle.runtime.parallel import Mesh
 from megatron_eagle.training.optimizer import wrap_models
 from megatron_eagle.training.replay.history import History, PastStep
 from megatron_eagle.training.replay.sample_losses import (
@@ -41,7 +40,7 @@ from megatron_eagle.training.replay.sample_losses import (
 from megatron_eagle.training.resilience.failed_media import describe_failure, host_group, next_batch
 from megatron_eagle.training.run_config import RunConfig, complete_run_config
 from megatron_eagle.training.schedule import plan_batch
-from megatron_eagle.training.start import start_models
+from megatron_eagle.training.start import start_models, start_ranks
 
 # How far the samples' losses may add up to something else than the logged loss, relatively.
 LOSS_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
@@ -184,13 +183,7 @@ def measure_losses(prepared: Replay) -> Replay:
     weights = prepared.weights
     assert weights is not None, "prepare was given a checkpoint"
     config = weights.config
-    device = detect_device()
-    set_deterministic(config.training.seed)
-    with (
-        device.context(),
-        process_group(device),
-        model_parallel(config.parallel, seed=config.training.seed) as mesh,
-    ):
+    with start_ranks(config) as (device, mesh):
         loader = _open(config, prepared.step.packs, mesh, device)
         try:
             source, iteration = config.checkpoint.load, weights.iteration

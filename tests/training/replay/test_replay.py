@@ -15,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_eagle.checkpoint import TrainState, read_train_state
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.device import detect_device
 from megatron_eagle.runtime.parallel import model_parallel
 from megatron_eagle.training.monitoring.metrics import read_steps
 from megatron_eagle.training.optimizer import wrap_models
@@ -149,7 +150,7 @@ def gradients(run: str, iteration: int) -> dict:
     prepared = prepare(run, iteration, checkpoint=run)
     config, cpu = prepared.weights.config, torch.device("cpu")
     with model_parallel(config.parallel) as mesh:
-        device = replaying.detect_device()
+        device = detect_device()
         loader = replaying._open(config, prepared.step.packs, mesh, device)
         source, weights = config.checkpoint.load, prepared.weights
         models = start_models(config, mesh, device, source, load=True, iteration=weights.iteration)
