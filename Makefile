@@ -12,8 +12,8 @@ OLD := .venv-transformers-4.51
 ALL := test test-slow test-old-transformers coverage parity-mutants test-soak
 STAMPED = $(BIN)/python -m tests.stamps run $@
 PYTEST = $(BIN)/python -m pytest
-# On both cores, a file on one of them: its tests share what they make.
-BOTH = -n 2 --dist loadfile
+# On both cores; tests/conftest.py says which tests stay together.
+BOTH = -n 2
 export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 

@@ -1,10 +1,15 @@
-"""Settings of the whole test run, and what its parts took."""
+"""Settings of the whole test run, which tests may run side by side, and what the run's parts took."""
 
+import gc
+import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 # Shared machines stall: a slow example is no failure. The same examples every time keep CI reproducible.
 settings.register_profile("project", deadline=None, derandomize=True)
@@ -12,6 +17,33 @@ settings.load_profile("project")
 
 # What a test module names that starts ranks or jobs of its own.
 _STARTERS = ("harness", "torchrun", "distributed.run", "tests.checkpoint.steps")
+_THREADS = 150  # of about three layouts: groups have 48
+
+
+class OneAfterAnother(LoadFileScheduling):
+    """With several workers (`-n`): a file stays together, for what it makes once, and all files that start
+    ranks are one worker's, because ranks that wait for a core time out.
+
+    Marks of groups cannot say it: xdist 3.8 writes them where pytest 9.2 does not look any more.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "with ranks" if _starts_ranks(self.config.rootpath / file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneAfterAnother:
+    return OneAfterAnother(config, log)
+
+
+@pytest.fixture(autouse=True)
+def groups_end() -> Iterator[None]:
+    """Ends what training in this process leaves: models hold themselves in circles, and with them the threads
+    of their groups, which wake 100 times a second. Hundreds keep a machine busy until Python happens to look.
+    """
+    yield
+    if len(os.listdir("/proc/self/task")) > _THREADS:
+        gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
