@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from megatron_eagle.data.media.frame_list import frame_pictures
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.images import MAX_MAX_PIXELS
 from megatron_eagle.data.media.remux import Remux, RemuxRefused, sparse_remux
-from megatron_eagle.data.media.source import open_media, page_ref
+from megatron_eagle.data.media.source import open_bytes, page_ref
 from megatron_eagle.hf_model.grids import has_thumbnail
 from megatron_eagle.hf_model.tiles import cut_tiles
 from megatron_eagle.problems import Problem
@@ -192,8 +191,8 @@ def _plain_jpeg(path: str, max_pixels: int) -> np.ndarray | None:
     """The bytes of a JPEG picture that DALI decodes as Pillow does, or None."""
     if page_ref(path):
         return None
-    media = open_media(path)
-    data = media.read_bytes() if isinstance(media, Path) else media.read()
+    with open_bytes(path) as file:
+        data = file.read()
     if data[:3] != b"\xff\xd8\xff":
         return None
     try:

@@ -16,7 +16,7 @@ import pypdfium2
 from PIL import Image
 from pypdfium2 import raw as pdfium
 
-from megatron_eagle.data.media.source import PageRef, file_metadata
+from megatron_eagle.data.media.source import PageRef, file_metadata, open_bytes, open_media
 from megatron_eagle.problems import Problem
 
 MAX_PAGES = 10_000  # a pack of 128K tokens shows 512; more is an archive, not a document
@@ -91,9 +91,10 @@ def draw_page(page: PageRef, *, max_pixels: int) -> Image.Image:
 def _document(path: str) -> Iterator[pypdfium2.PdfDocument]:
     """The open file; nobody else uses pdfium meanwhile."""
     _check_whole(path)
+    media = open_media(path)
     with _PDFIUM:
         try:
-            with closing(pypdfium2.PdfDocument(path)) as document:
+            with closing(pypdfium2.PdfDocument(media)) as document:
                 document.init_forms()  # before any page is opened
                 yield document
         except pypdfium2.PdfiumError as error:
@@ -108,7 +109,7 @@ def _check_whole(path: str) -> None:
     if size == 0:
         raise Problem("empty file", path)
     try:
-        with open(path, "rb") as file:
+        with open_bytes(path) as file:
             head = file.read(_EDGE)
             file.seek(max(0, size - _EDGE))
             tail = file.read()

@@ -6,6 +6,7 @@ so the table comes from the packets: from their descriptions in plain MP4, from 
 
 import struct
 from itertools import islice
+from pathlib import Path
 
 import av
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from megatron_eagle.data.media.frame_table import CodedFrames, FrameTable
 from megatron_eagle.data.media.mp4_boxes import FIRST_KINDS, outer_boxes
 from megatron_eagle.data.media.mp4_index import read_mp4
-from megatron_eagle.data.media.source import file_metadata, fingerprint
+from megatron_eagle.data.media.source import file_metadata, fingerprint, open_bytes, open_media
 from megatron_eagle.problems import Problem
 
 # Containers that have no index of key frames: a seek leads near one at best.
@@ -25,10 +26,12 @@ def open_video(path: str) -> av.container.InputContainer:
     """Open a file for reading; titles and tags that are not UTF-8 do no harm.
 
     Raises:
+        Problem: it is missing or empty.
         OSError: it cannot be opened.
         av.error.FFmpegError: it is no file that PyAV reads.
     """
-    return av.open(path, metadata_errors="replace")
+    media = open_media(path)
+    return av.open(str(media) if isinstance(media, Path) else media, "r", metadata_errors="replace")
 
 
 def read_frame_table(path: str) -> FrameTable:
@@ -105,7 +108,7 @@ def _declared_size(path: str) -> int:
 
     FFmpeg reads a file that was cut off as a shorter one, without a word.
     """
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         head = file.read(64)
         if head[:4] == b"RIFF":
             size = struct.unpack("<I", head[4:8])[0]

@@ -1,12 +1,10 @@
 """Pictures: files are checked before they are used, upright RGB when they are read; pages are drawn."""
 
-from pathlib import Path
-
 from PIL import Image, UnidentifiedImageError
 
 from megatron_eagle.data.media.damage import jpeg_warning, png_damage
 from megatron_eagle.data.media.documents import draw_page
-from megatron_eagle.data.media.source import open_media, page_ref
+from megatron_eagle.data.media.source import open_bytes, open_media, page_ref
 from megatron_eagle.hf_model.pictures import check_scale, open_picture, orientation, to_rgb
 from megatron_eagle.problems import Problem
 
@@ -79,8 +77,8 @@ def _open(path: str, max_pixels: int) -> Image.Image:
 
 
 def _content(path: str) -> bytes:
-    media = open_media(path)
-    return media.read_bytes() if isinstance(media, Path) else media.read()
+    with open_bytes(path) as file:
+        return file.read()
 
 
 def _decode(image: Image.Image, path: str) -> None:

@@ -24,6 +24,7 @@ from megatron_eagle.data.media.mp4_boxes import (
     outer_boxes,
     table,
 )
+from megatron_eagle.data.media.source import open_bytes
 from megatron_eagle.problems import Problem
 
 _MAX_MOOV = 1 << 28  # bytes; an hour takes two million
@@ -42,7 +43,7 @@ def read_mp4(path: str, size: int) -> CodedFrames | None:
     Raises:
         Problem: a file that is cut off, unfinished, or promises more than it holds.
     """
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         boxes = list(outer_boxes(file))
         if not boxes or boxes[0][0] not in FIRST_KINDS:
             return None

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from megatron_eagle.data.inspection.preview import describe_row
-from megatron_eagle.data.media import source
+from megatron_eagle.data.media.addresses import databases
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.data.store.reader import SampleStore
@@ -137,7 +137,7 @@ def test_pictures_in_a_database(tmp_path, tokenizer_dir, monkeypatch):
     (tmp_path / "db" / "data.mdb").touch()
     values = dict(VALUES)
     with monkeypatch.context() as patch:
-        patch.setattr(source, "_environment", lambda file: FakeDatabase(values))
+        patch.setattr(databases, "_environment", lambda file: FakeDatabase(values))
         path, ledger = lmdb_store(tmp_path, tokenizer_dir)
         check_lmdb_store(path, ledger)
         values[b"good"] += b"\0"

@@ -65,7 +65,7 @@ def test_threads_that_read_a_new_store(tmp_path, tokenizer_dir):
 def test_no_other_handle_is_opened_late():
     """Functions whose value is kept and that open something: each is locked, or no thread shares it."""
     known = {
-        ("data/media/source.py", "_opened"),  # under a lock
+        ("data/media/addresses/databases.py", "_opened"),  # under a lock
         ("eagle_video/features.py", "features"),  # a second map of the same file does no harm
         ("data/store/reader.py", "_open_batch"),  # views of a map; twice does no harm
     }

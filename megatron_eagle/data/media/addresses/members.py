@@ -1,0 +1,179 @@
+"""Members of tar and zip archives, read where they lie: `tar://FILE?offset=N&size=M`, likewise `zip://`.
+
+FILE is as it is; N is where the member's bytes begin in it, M how many there are.  In a zip archive only what
+is stored uncompressed has such bytes.
+"""
+
+import io
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, BinaryIO, cast
+
+from megatron_eagle.data.media.addresses.base import FileMetadata, content_fingerprint, file_status
+from megatron_eagle.problems import Problem
+
+_MEMBER = re.compile(
+    r"(?P<kind>tar|zip)://(?P<file>.+)\?offset=(?P<offset>\d+)&size=(?P<size>\d+)", re.DOTALL
+)
+_OPEN_ARCHIVES = 64  # at a time, beside those that are being read
+_WHOLE = 1 << 20  # bytes up to which a member is read at once
+_BUFFER = 1 << 16
+# Of a tar header (POSIX ustar): its length, and where the member's size is in it.
+_HEADER, _SIZE_AT, _SIZE_LENGTH = 512, 124, 12
+
+
+@dataclass(frozen=True)
+class MemberRef:
+    """`size` bytes from `offset` on of the archive `file`; `kind` is tar or zip."""
+
+    kind: str
+    file: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}://{self.file}?offset={self.offset}&size={self.size}"
+
+
+@lru_cache(maxsize=4096)
+def member_ref(path: str) -> MemberRef | None:
+    """The member that `path` names, or None if it names none."""
+    match = _MEMBER.fullmatch(path)
+    return match and MemberRef(match["kind"], match["file"], int(match["offset"]), int(match["size"]))
+
+
+class Members:
+    """See `AddressKind`.
+
+    Raises:
+        Problem: by all methods, where the archive ends before the member does.
+    """
+
+    def metadata(self, path: str) -> FileMetadata:
+        """Size of the member, time of change of its archive."""
+        member, status = _found(path)
+        return FileMetadata(path, member.size, status.st_mtime_ns)
+
+    def fingerprint(self, path: str) -> int:
+        """That of a file with the same content."""
+        member, status = _found(path)
+        with _MemberFile(_archive(member.file, status), member) as file:
+            return content_fingerprint(cast(BinaryIO, file), member.size)
+
+    def open(self, path: str) -> BinaryIO:
+        """The member's bytes.
+
+        Raises:
+            Problem: also where a tar archive holds no member of this size at this place any more.
+        """
+        member, status = _found(path)
+        if member.size == 0:
+            raise Problem("empty file", path)
+        archive = _archive(member.file, status)
+        if member.kind == "tar":
+            _check_header(archive, member)
+        file = _MemberFile(archive, member)
+        return io.BytesIO(file.readall()) if member.size <= _WHOLE else io.BufferedReader(file, _BUFFER)
+
+
+class _Archive:
+    """An open archive, which is closed when nobody uses it any more."""
+
+    def __init__(self, file: str):
+        try:
+            self.descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self.descriptor = -1
+            raise Problem("missing media", f"{file}: {error.strerror}") from None
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class _MemberFile(io.RawIOBase):
+    """A member as a file of its own.
+
+    It keeps its own position and reads at places, so that others may read the same archive meanwhile, in
+    threads and in forked processes.
+    """
+
+    def __init__(self, archive: _Archive, member: MemberRef):
+        super().__init__()
+        self._archive, self._start, self._size = archive, member.offset, member.size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if begin + offset < 0:
+            raise ValueError(f"a negative place {begin + offset}")
+        self._at = begin + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        with memoryview(buffer).cast("B") as view, view[: max(0, self._size - self._at)] as wanted:
+            n = os.preadv(self._archive.descriptor, [wanted], self._start + self._at) if wanted else 0
+        self._at += n
+        return n
+
+    def readall(self) -> bytes:
+        parts = []
+        while (left := self._size - self._at) > 0:
+            part = os.pread(self._archive.descriptor, left, self._start + self._at)
+            if not part:
+                break
+            parts.append(part)
+            self._at += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _found(path: str) -> tuple[MemberRef, os.stat_result]:
+    """The member, and its archive's status."""
+    member = member_ref(path)
+    if member is None:
+        raise Problem("missing media", f"{path} is no place in an archive")
+    status = file_status(member.file)
+    if member.offset + member.size > status.st_size:
+        raise Problem(
+            "media changed since preprocessing",
+            f"{path} ends at byte {member.offset + member.size}, the archive at {status.st_size}",
+        )
+    return member, status
+
+
+def _archive(file: str, status: os.stat_result) -> _Archive:
+    return _opened(file, status.st_dev, status.st_ino)
+
+
+@lru_cache(maxsize=_OPEN_ARCHIVES)
+def _opened(file: str, device: int, inode: int) -> _Archive:  # noqa: ARG001
+    """The open archive; one that takes another's place has another inode."""
+    return _Archive(file)
+
+
+def _check_header(archive: _Archive, member: MemberRef) -> None:
+    """Hold the size in the header before a member against its address.
+
+    Raises:
+        Problem: they differ.
+    """
+    at = member.offset - _HEADER + _SIZE_AT
+    digits = os.pread(archive.descriptor, _SIZE_LENGTH, at) if at >= 0 else b""
+    if digits[:1] == b"\x80":  # of 8 GiB and more
+        size = int.from_bytes(digits[1:])
+    else:
+        digits = digits.split(b"\0")[0].strip()
+        size = int(digits, 8) if digits.isdigit() and not digits.translate(None, b"01234567") else -1
+    if size != member.size:
+        raise Problem("media changed since preprocessing", f"{member}: no such member begins there")
