@@ -48,7 +48,9 @@ def unexplained(cls: type) -> list[str]:
 
 
 def _section(cls: type, place: str) -> str:
-    comments = _comments(cls)
+    comments = {name: words for name, words in _comments(cls).items() if words}
+    text, told = _told(_docstring(cls), set(_hints(cls)) - set(comments))
+    comments |= told
     rows = []
     for field in dataclasses.fields(cls):
         if not field.init:
@@ -59,7 +61,7 @@ def _section(cls: type, place: str) -> str:
         cells = (f"`{field.name}`", kind, _default(field), comments.get(field.name, ""))
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     source = cls.__module__.replace(".", "/") + ".py"
-    head = [f"## `{place}`", f"{_docstring(cls)}", f"From [{source}](../{source})."]
+    head = [f"## `{place}`", text, f"From [{source}](../{source})."]
     return "\n\n".join([*head, "\n".join(["| setting | value | default | |", "|---|---|---|---|", *rows])])
 
 
@@ -120,6 +122,33 @@ def _docstring(cls: type) -> str:
     text = inspect.cleandoc(cls.__doc__ or "")
     text = re.split(r"^(?:Args|Attributes|Raises|Returns):$", text, maxsplit=1, flags=re.MULTILINE)[0]
     return "\n\n".join(" ".join(part.split()) for part in text.strip().split("\n\n"))
+
+
+def _told(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
+    """Sentences that begin with one of these settings belong to its row; of one that only another's sentence
+    names, the row says whose.
+
+    Returns:
+        The text without the rows' sentences, and those.
+    """
+    rest, told = [], {}
+    for paragraph in text.split("\n\n"):
+        kept, name = [], ""
+        for sentence in re.split(r"(?<=[.)]) (?=[`A-Z])", paragraph):
+            begins = re.match(r"`(\w+)`", sentence)
+            if begins and begins[1] in names - set(told):
+                name = begins[1]
+                told[name] = sentence
+            elif name and not (begins and begins[1] in names):  # goes on about it
+                told[name] += f" {sentence}"
+            else:
+                kept, name = [*kept, sentence], ""
+        rest.append(" ".join(kept))
+    text = "\n\n".join(filter(None, rest))
+    for name in names - set(told):
+        where = next((other for other, words in told.items() if f"`{name}`" in words), None)
+        told[name] = f"see `{where}`" if where else "see above" if f"`{name}" in text else ""
+    return text, told
 
 
 @functools.cache
