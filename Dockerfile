@@ -23,7 +23,7 @@ RUN git clone https://github.com/NVIDIA/apex /opt/apex \
 WORKDIR /workspace/megatron-eagle
 COPY . .
 RUN sed -i '/^nvidia[-_]dali/d' /etc/pip/constraint.txt \
-    && pip install --no-cache-dir --no-build-isolation -e '.[dali,demo,serve,recipe]' \
+    && pip install --no-cache-dir --no-build-isolation -e '.[dali,demo,serve,cluster]' \
         wandb==0.31.0 nvidia-resiliency-ext==0.4.1
 
 # A base without one of these is the wrong base; their versions stand in the build's log.

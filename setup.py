@@ -74,7 +74,7 @@ setup(
         "demo": ["scikit-image==0.26.0", "matplotlib"],
         "serve": ["fastapi", "starlette", "pydantic", "uvicorn", "python-multipart"],  # the demo page
         "monitor": ["wandb", "nvidia-resiliency-ext==0.4.1"],  # metrics elsewhere, straggler detection
-        "recipe": ["faiss-cpu", "ray==2.60.0"],  # selection and preprocessing on many machines
+        "cluster": ["faiss-cpu", "ray==2.60.0"],  # selection and preprocessing on many machines
         "dev": [
             "pytest",
             "pytest-xdist",

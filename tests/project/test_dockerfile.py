@@ -51,7 +51,7 @@ def test_extras_exist_and_fit_the_base():
     runs = [arguments for name, arguments in instructions() if name == "RUN"]
     (named,) = re.findall(r"pip install [^&]*'\.\[([\w,]+)\]'", " && ".join(runs))
     known = extras()
-    assert set(named.split(",")) == {"dali", "demo", "serve", "recipe"} <= known.keys()
+    assert set(named.split(",")) == {"dali", "demo", "serve", "cluster"} <= known.keys()
     assert known["dali"] == ["nvidia-dali-cuda120==2.4.0"]
 
 

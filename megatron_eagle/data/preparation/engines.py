@@ -99,7 +99,7 @@ def ray_workers() -> int:
     try:
         import ray
     except ImportError:
-        raise UserError("--engine ray needs Ray: pip install 'megatron-eagle[recipe]'") from None
+        raise UserError("--engine ray needs Ray: pip install 'megatron-eagle[cluster]'") from None
     try:
         ray.init(ignore_reinit_error=True, log_to_driver=False)
     except Exception as error:  # connection, version and configuration problems have no common type
