@@ -4,12 +4,12 @@ A dialect turns its record into messages, `{"role": ..., "content": ...}` with t
 what it shares with the others (media beside the text, clips, settings, `system`) is read by `formats`.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_eagle.data.annotations.keys import SWITCHES
+from megatron_eagle.data.annotations.roots import open_root
 from megatron_eagle.problems import Problem
 
 Record = Mapping[str, Any]
@@ -272,12 +272,13 @@ def tell(record: Record) -> Dialect:
 
 
 def add_named_video(record: dict[str, Any], root: str) -> None:
-    """Let `video_id` of Video-ChatGPT be a video: the file of that name below `root`, whatever its suffix."""
+    """Let `video_id` of Video-ChatGPT be a video: the one of that name below `root`, whatever its suffix."""
     name = record.get("video_id")
     if not isinstance(name, str) or not name or any(record.get(key) for key in _MEDIA):
         return
     names = [f"{name}{suffix}" for suffix in ("", *_VIDEO_SUFFIXES)]
-    record["video"] = next((n for n in names if os.path.isfile(os.path.join(root, n))), names[1])
+    exists = open_root(root).exists
+    record["video"] = next((n for n in names if exists(n)), names[1])
 
 
 def dialect_table() -> str:

@@ -1,14 +1,14 @@
 """How a record names its media: pictures, videos, clips, frames given one by one, documents."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from megatron_eagle.data.annotations.keys import OF_VIDEOS, RATE, SAMPLING, TIMES, UNSUPPORTED_KEY
-from megatron_eagle.data.media.source import database_picture
+from megatron_eagle.data.annotations.roots import PICTURE_SUFFIXES, open_root
+from megatron_eagle.data.media.source import database_picture, member_ref, open_bytes
 from megatron_eagle.data.sample import Document, FrameList, VideoSource
 from megatron_eagle.problems import Problem
 
@@ -16,8 +16,6 @@ OVERRIDES = ("fps", "min_frames", "max_frames", "max_tiles")
 FRAMES_FPS = Fraction(2)
 """Frames a second of a list of frames that says nothing of it, as Qwen's readers take it."""
 _TILES = ("max_dynamic_tiles", "max_dynamic_patch")  # what EAGLE and InternVL call max_tiles
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
-_DIGITS = re.compile(r"(\d+)")
 _SIDES = ("start", "end")
 _CLOSEST = Fraction(1, 10**6)  # seconds between two frames
 
@@ -63,7 +61,7 @@ class References:
     """
 
     def __init__(self, root: str, frames_fps: float | None = None):
-        self._root = root
+        self._root = open_root(root)
         self._rate = FRAMES_FPS if frames_fps is None else Fraction(str(frames_fps))
         self._assumes = frames_fps is None
 
@@ -135,8 +133,9 @@ class References:
                 raise Problem("bad media reference", "a video without frames")
             path = os.path.dirname(pictures[0])
         else:
-            path = self.path(item)
-            pictures = _folder(path)
+            name = self._name(item)
+            pictures = () if is_address(name) else self._root.pictures(name)
+            path = os.path.dirname(pictures[0]) if pictures else self.path(item)
         frames = None
         if pictures:
             times = _times(own or record, record, len(pictures))
@@ -174,12 +173,17 @@ class References:
         Raises:
             Problem: what is none.
         """
+        name = self._name(value)
+        return name if is_address(name) else self._root.path(name)
+
+    def _name(self, value: object) -> str:
+        """A file's name as it is written."""
         if not isinstance(value, str) or not value or "\0" in value:
             raise Problem("bad media reference", f"expected a file name, not {value!r}")
         value = value.removeprefix("file://")
-        if "://" in value or value.startswith("data:"):
+        if not is_address(value) and ("://" in value or value.startswith("data:")):
             raise Problem("unsupported media", f"{value[:60]} is no local file")
-        return os.path.normpath(os.path.join(self._root, whole_text(value)))
+        return whole_text(value)
 
 
 def _named(item: Mapping[str, Any], keys: tuple[str, ...]) -> object:
@@ -263,7 +267,7 @@ def is_frame_list(value: object) -> bool:
 def _is_picture(item: object) -> bool:
     if isinstance(item, dict):
         return "lmdb_key" in item
-    return isinstance(item, str) and item.lower().endswith(_PICTURES)
+    return isinstance(item, str) and item.lower().endswith(PICTURE_SUFFIXES)
 
 
 def _check_no_rate(item: Mapping[str, Any]) -> None:
@@ -280,19 +284,6 @@ def _check_no_rate(item: Mapping[str, Any]) -> None:
 def _videos(value: object) -> list[Any]:
     """The videos of a key: one, several, or the frames of one."""
     return [value] if is_frame_list(value) else as_list(value)
-
-
-def _folder(path: str) -> tuple[str, ...]:
-    """The pictures in a folder, in the order of the numbers in their names; nothing if it is none."""
-    if not os.path.isdir(path):
-        return ()
-    names = [name for name in os.listdir(path) if name.lower().endswith(_PICTURES)]
-    if not names:
-        raise Problem("bad media reference", f"{path} is a folder without pictures")
-    names.sort(
-        key=lambda name: [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
-    )
-    return tuple(os.path.join(path, name) for name in names)
 
 
 def _times(own: Mapping[str, Any], record: Mapping[str, Any], n: int) -> tuple[Fraction, ...]:
@@ -355,5 +346,15 @@ def _second(value: object, name: str) -> Fraction:
     raise Problem("bad clip", f"{name} must be seconds from 0 on, not {value!r}")
 
 
+def is_address(name: str) -> bool:
+    """Whether a name says itself where a medium is, as those do that records bring along."""
+    return member_ref(name) is not None
+
+
 def _is_pdf(item: object) -> bool:
-    return isinstance(item, str) and item.lower().endswith(".pdf")
+    if not isinstance(item, str):
+        return False
+    if not is_address(item):
+        return item.lower().endswith(".pdf")
+    with open_bytes(item) as file:  # an address has no suffix
+        return file.read(5) == b"%PDF-"

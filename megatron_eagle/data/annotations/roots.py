@@ -1,0 +1,213 @@
+"""What media names are relative to: a folder, or archives, whose members they then are.
+
+A root of archives is written `members://ARCHIVE=CACHE&...`, both percent-encoded: CACHE is the folder in
+which the archive's index is kept, or empty.  ARCHIVE may go on with a folder in it: `images.zip/images`.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote, unquote
+
+from megatron_eagle.data.media.archive_index import ArchiveIndex, index_archive
+from megatron_eagle.data.media.archive_scan import archive_kind, plain_name
+from megatron_eagle.errors import UserError
+from megatron_eagle.problems import Problem
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+"""What names a picture in a folder of frames."""
+_SCHEME = "members://"
+_DIGITS = re.compile(r"(\d+)")
+
+
+class MediaRoot(Protocol):
+    """Finds media by the names that annotations give them."""
+
+    def path(self, name: str) -> str:
+        """A medium's address.
+
+        Raises:
+            Problem: there is none of this name, as far as that is known already.
+        """
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a medium of this name."""
+        ...
+
+    def pictures(self, name: str) -> tuple[str, ...]:
+        """The pictures of a folder, in the order of the numbers in their names; nothing if it is none.
+
+        Raises:
+            Problem: a folder without pictures.
+        """
+        ...
+
+
+class FolderRoot:
+    """See `MediaRoot`."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    def path(self, name: str) -> str:
+        """The path; whether the file is there will be seen when it is read."""
+        return os.path.normpath(os.path.join(self._folder, name))
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return os.path.isfile(self.path(name))
+
+    def pictures(self, name: str) -> tuple[str, ...]:
+        """See `MediaRoot`."""
+        folder = self.path(name)
+        if not os.path.isdir(folder):
+            return ()
+        names = sorted(filter(_is_picture, os.listdir(folder)), key=in_order)
+        if not names:
+            raise Problem("bad media reference", f"{folder} is a folder without pictures")
+        return tuple(os.path.join(folder, name) for name in names)
+
+
+class ArchiveRoot:
+    """See `MediaRoot`; `parts` are archives, each with the folder in it that names are relative to."""
+
+    def __init__(self, parts: Sequence[tuple[ArchiveIndex, str]]):
+        self._parts = parts
+
+    def path(self, name: str) -> str:
+        """The member's address.
+
+        Raises:
+            Problem: also for a name that several of the archives have.
+        """
+        found = self._found(name)
+        if not found:
+            raise Problem("missing media", f"{self._files()} has no member {name}{self._hint(name)}")
+        if len(found) > 1:
+            raise Problem("bad media reference", f"{name} is in {' and in '.join(i.file for i, _ in found)}")
+        index, number = found[0]
+        return index.address(number)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a member of this name."""
+        return bool(self._found(name))
+
+    def pictures(self, name: str) -> tuple[str, ...]:
+        """See `MediaRoot`."""
+        found: list[tuple[str, ArchiveIndex, int]] = []
+        some = False
+        for index, folder in self._parts:
+            inner = _joined(folder, name)
+            for number in index.below(inner) if inner and index.find(inner) is None else ():
+                some = True
+                rest = index.name(number)[len(inner) + 1 :]
+                if "/" not in rest and _is_picture(rest):
+                    found.append((rest, index, number))
+        if some and not found:
+            raise Problem("bad media reference", f"{name} is a folder without pictures in {self._files()}")
+        return tuple(
+            index.address(number) for _, index, number in sorted(found, key=lambda f: in_order(f[0]))
+        )
+
+    def _found(self, name: str) -> list[tuple[ArchiveIndex, int]]:
+        numbers = ((index, index.find(_joined(folder, name))) for index, folder in self._parts)
+        return [(index, number) for index, number in numbers if number is not None]
+
+    def _files(self) -> str:
+        return ", ".join(os.path.join(index.file, folder) for index, folder in self._parts[:3])
+
+    def _hint(self, name: str) -> str:
+        """The folder that the archive has around all its members, where the name lies in that."""
+        for index, folder in self._parts:
+            top = index.name(0).partition("/")[0] if len(index) else ""
+            if top and not folder and index.find(_joined(top, name)) is not None:
+                return f"; name the folder too, root: {os.path.join(index.file, top)}"
+        return ""
+
+
+def _joined(folder: str, name: str) -> str:
+    return plain_name(f"{folder}/{name}" if folder else name)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers in names by what they count."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
+
+
+def archives_root(paths: Iterable[str]) -> str:
+    """The root that several archives make."""
+    return _SCHEME + "&".join(f"{quote(path, safe='')}=" for path in paths)
+
+
+def prepared_root(root: str, cache: Path | None) -> str:
+    """The root as those know it who resolve names: of archives the indexes are made, and kept in `cache`.
+
+    Raises:
+        UserError: an archive is damaged, or is no archive that can be read where it lies.
+    """
+    names = _names(root) or ([root] if _split(root) else [])
+    if not names:
+        return root
+    folder = "" if cache is None else quote(os.path.abspath(cache), safe="")
+    prepared = _SCHEME + "&".join(f"{quote(name, safe='')}={folder}" for name in names)
+    open_root(prepared)
+    return prepared
+
+
+def open_root(root: str) -> MediaRoot:
+    """What names are looked up in.
+
+    Raises:
+        UserError: as `prepared_root`.
+    """
+    if not root.startswith(_SCHEME):
+        return FolderRoot(root)
+    parts = []
+    for pair in root.removeprefix(_SCHEME).split("&"):
+        name, cache = map(unquote, pair.split("="))
+        file, inner = _split(name) or (name, "")
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        parts.append((_opened(file, cache, status.st_size, status.st_mtime_ns), inner))
+    return ArchiveRoot(parts)
+
+
+def _names(root: str) -> list[str]:
+    pairs = root.removeprefix(_SCHEME).split("&") if root.startswith(_SCHEME) else []
+    return [unquote(pair.split("=")[0]) for pair in pairs]
+
+
+def _split(root: str) -> tuple[str, str] | None:
+    """The archive in a path, and the folder in the archive; None if no file is on the way."""
+    path, inner = root, ""
+    while path and not os.path.lexists(path):
+        path, _, last = path.rstrip("/").rpartition("/")
+        inner = f"{last}/{inner}".rstrip("/")
+    return (path, inner) if path and os.path.isfile(path) else None
+
+
+@lru_cache(maxsize=64)
+def _opened(file: str, cache: str, size: int, mtime_ns: int) -> ArchiveIndex:  # noqa: ARG001
+    """The index of an archive of this size and date."""
+    path = Path(file)
+    try:
+        kind = archive_kind(path)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    if not kind:
+        raise UserError(
+            f"{file} is neither a folder nor a tar or zip archive: no media can be relative to it"
+        )
+    if kind not in ("tar", "zip"):
+        raise UserError(f"{file} is packed with {kind}; unpack it first, to a folder or a plain tar archive")
+    return index_archive(path, kind, Path(cache) if cache else None)

@@ -1,0 +1,159 @@
+"""The members of an archive, one after the other, without unpacking anything.
+
+Nothing of an archive is ever written under a name that it gives.  What cannot be read where it lies (links
+that lead elsewhere, sparse, encrypted and compressed members) is found all the same, with the reason.
+"""
+
+import stat
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_eagle.errors import UserError
+
+COMPRESSED = "compressed"
+"""Why a member of a zip archive cannot be read where it lies, though it can be unpacked."""
+_ZERO = bytes(1024)  # ends a tar archive
+_BEHIND = 1 << 20  # bytes behind the end in which nothing may be
+_MAGIC = {
+    b"PK\x03\x04": "zip",
+    b"PK\x05\x06": "zip",  # an empty one
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+}
+_MARK_AT, _MARK = 257, b"ustar"  # in the header of a tar archive's first member
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member: its name, where it is, its bytes, and why it cannot be read there (empty: it can).
+
+    `place` is where its bytes begin in a tar archive; in a zip archive, where its header does.
+    """
+
+    name: str
+    place: int
+    size: int
+    refused: str = ""
+
+
+def archive_kind(path: Path) -> str:
+    """What a file is by how it begins: tar, zip, or something packed (gzip, zstd, bzip2, xz); "" if neither.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    found = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+    is_tar = head[_MARK_AT:].startswith(_MARK) or path.name.lower().endswith(".tar")
+    return "tar" if is_tar and not found else found
+
+
+def scan(path: Path, kind: str) -> list[Member]:
+    """The members of a tar or zip archive in their order, each name once: the last one of it counts.
+
+    Raises:
+        UserError: the archive is damaged or cut off.
+    """
+    found: dict[str, Member] = {}
+    try:
+        for member in (_zip_members if kind == "zip" else _tar_members)(path):
+            if name := plain_name(member.name):
+                found.pop(name, None)
+                found[name] = _followed(replace(member, name=name), found)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    return list(found.values())
+
+
+def plain_name(name: str) -> str:
+    """A member's name as others refer to it; nothing for one that leads out of its archive, or to no file."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    unsafe = name.startswith("/") or ".." in parts or "\0" in name
+    return "" if unsafe or name.endswith("/") else "/".join(parts)
+
+
+_LINK = "a link to "
+
+
+def _followed(member: Member, found: dict[str, Member]) -> Member:
+    """A hard link is the earlier member that it names."""
+    if not member.refused.startswith(_LINK):
+        return member
+    target = found.get(plain_name(member.refused.removeprefix(_LINK)))
+    return replace(target, name=member.name) if target else member
+
+
+def _tar_members(path: Path) -> Iterator[Member]:
+    with path.open("rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it grows otherwise
+                    if not member.isdir():
+                        yield _tar_member(member)
+                _check_end(path, file, tar.offset)
+        except tarfile.TarError as error:
+            raise UserError(f"{path} is damaged or cut off ({error}); fetch it again") from None
+
+
+def _tar_member(member: tarfile.TarInfo) -> Member:
+    refused = ""
+    if member.islnk():
+        refused = f"{_LINK}{member.linkname}"
+    elif member.issym():
+        refused = "a symbolic link"
+    elif member.issparse():
+        refused = "stored as a sparse file"
+    elif not member.isreg():
+        refused = "no regular file"
+    return Member(member.name, member.offset_data, member.size, refused)
+
+
+def _check_end(path: Path, file: BinaryIO, end: int) -> None:
+    """Tell the end of a tar archive from a place where reading it stops.
+
+    Raises:
+        UserError: no end mark is there, or there is more behind it.
+    """
+    file.seek(end)
+    mark = file.read(len(_ZERO))
+    if not mark:
+        raise UserError(
+            f"{path} has no end mark at byte {end}, so it may have been cut off; fetch it again, or if it is "
+            f"whole, add one: head -c 1024 /dev/zero >> {path}"
+        )
+    if mark != _ZERO[: len(mark)] or len(mark) < 512:
+        raise UserError(f"{path} is damaged or cut off at byte {end}; fetch it again")
+    if any(file.read(_BEHIND)):
+        raise UserError(
+            f"{path} has more behind its end mark at byte {end}; join archives with tar --concatenate"
+        )
+
+
+def _zip_members(path: Path) -> Iterator[Member]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if not member.is_dir():
+                    yield Member(
+                        member.filename, member.header_offset, member.file_size, _zip_refusal(member)
+                    )
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise UserError(f"{path} is damaged or cut off ({error}); fetch it again") from None
+
+
+def _zip_refusal(member: zipfile.ZipInfo) -> str:
+    if stat.S_ISLNK(member.external_attr >> 16):
+        return "a symbolic link"
+    if member.flag_bits & 1:
+        return "encrypted"
+    if member.compress_type != zipfile.ZIP_STORED:
+        return COMPRESSED
+    return "" if member.compress_size == member.file_size else "damaged: its two sizes differ"
