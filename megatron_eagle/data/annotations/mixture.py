@@ -17,6 +17,7 @@ from megatron_eagle.data.annotations.parsing import Conventions
 from megatron_eagle.data.annotations.recipes import llama_factory_entries, llava_entries
 from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, is_annotation
 from megatron_eagle.data.annotations.references import OVERRIDES, read_overrides
+from megatron_eagle.data.annotations.roots import archives_root
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
@@ -206,8 +207,10 @@ def _nested(recipe: Path, where: str, name: str, entry: dict[str, Any]) -> list[
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{where}: {inner} names no file")
     own = {key: value for key, value in entry.items() if key not in ("annotation", "datasets")}
-    if own.get("root") not in (None, ""):
-        own["root"] = str(_find(recipe, str(own["root"])).resolve())
+    if isinstance(root := own.get("root"), list):
+        own["root"] = [str(_find(recipe, str(one)).resolve()) for one in root]
+    elif root not in (None, ""):
+        own["root"] = str(_find(recipe, str(root)).resolve())
     found = []
     for key, value in entries.items():
         found += _read_entry(inner, f"{name}/{key}", {**value, **own} if isinstance(value, dict) else value)
@@ -232,14 +235,18 @@ def _files(recipe: Path, where: str, named: str) -> list[Path]:
 
 
 def _root(recipe: Path, where: str, entry: Mapping[str, Any], files: list[Path]) -> str:
-    """What media paths are relative to.
+    """What media paths are relative to: a folder, an archive or several.
 
     Left out: the folder of the annotations.  Left empty, as EAGLE 2.5's recipes have it: what the
     annotation's own path is relative to.
     """
     root, named = entry.get("root"), entry["annotation"]
+    if isinstance(root, list):
+        return archives_root(_archives(recipe, where, root))
     if root not in (None, ""):
-        return str(_find(recipe, str(root)))
+        path = _find(recipe, str(root))
+        several = glob.has_magic(str(root)) and not path.exists()
+        return archives_root(_archives(recipe, where, [root])) if several else str(path)
     if root == "" and isinstance(named, str) and not Path(named).is_absolute():
         beside = recipe.resolve().parent
         return str(beside if (beside / named).exists() else Path.cwd())
@@ -247,6 +254,22 @@ def _root(recipe: Path, where: str, entry: Mapping[str, Any], files: list[Path])
     if len(folders) > 1:
         raise UserError(f"{where}: files in several folders need a root, what media paths are relative to")
     return str(folders.pop())
+
+
+def _archives(recipe: Path, where: str, roots: list[Any]) -> list[str]:
+    """The archives that names and patterns stand for."""
+    found: dict[str, None] = {}
+    for root in roots:
+        if not isinstance(root, str):
+            raise UserError(
+                f"{where}: root must be a folder, an archive, or a list of archives, not {roots!r}"
+            )
+        path = str(_find(recipe, root))
+        matches = sorted(glob.glob(path)) if glob.has_magic(root) else [path]
+        if not matches:
+            raise UserError(f"{where}: no file fits the root {root}")
+        found |= dict.fromkeys(matches)
+    return list(found)
 
 
 def _conventions(where: str, entry: Mapping[str, Any]) -> Conventions:

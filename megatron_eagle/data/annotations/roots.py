@@ -72,8 +72,14 @@ class FolderRoot:
         return tuple(os.path.join(folder, name) for name in names)
 
 
+_FILES = FolderRoot("/")
+
+
 class ArchiveRoot:
-    """See `MediaRoot`; `parts` are archives, each with the folder in it that names are relative to."""
+    """See `MediaRoot`; `parts` are archives, each with the folder in it that names are relative to.
+
+    An absolute name is that of a file.
+    """
 
     def __init__(self, parts: Sequence[tuple[ArchiveIndex, str]]):
         self._parts = parts
@@ -84,6 +90,8 @@ class ArchiveRoot:
         Raises:
             Problem: also for a name that several of the archives have.
         """
+        if os.path.isabs(name):
+            return _FILES.path(name)
         found = self._found(name)
         if not found:
             raise Problem("missing media", f"{self._files()} has no member {name}{self._hint(name)}")
@@ -94,10 +102,12 @@ class ArchiveRoot:
 
     def exists(self, name: str) -> bool:
         """Whether there is a member of this name."""
-        return bool(self._found(name))
+        return _FILES.exists(name) if os.path.isabs(name) else bool(self._found(name))
 
     def pictures(self, name: str) -> tuple[str, ...]:
         """See `MediaRoot`."""
+        if os.path.isabs(name):
+            return _FILES.pictures(name)
         found: list[tuple[str, ArchiveIndex, int]] = []
         some = False
         for index, folder in self._parts:
@@ -147,13 +157,13 @@ def archives_root(paths: Iterable[str]) -> str:
     return _SCHEME + "&".join(f"{quote(path, safe='')}=" for path in paths)
 
 
-def prepared_root(root: str, cache: Path | None) -> str:
-    """The root as those know it who resolve names: of archives the indexes are made, and kept in `cache`.
+def prepared_root(root: str, cache: Path | None = None) -> str:
+    """The root as `open_root` takes it; indexes of archives are made, and kept in `cache` if there is one.
 
     Raises:
         UserError: an archive is damaged, or is no archive that can be read where it lies.
     """
-    names = _names(root) or ([root] if _split(root) else [])
+    names = archives_of(root) or ([root] if _split(root) else [])
     if not names:
         return root
     folder = "" if cache is None else quote(os.path.abspath(cache), safe="")
@@ -182,7 +192,8 @@ def open_root(root: str) -> MediaRoot:
     return ArchiveRoot(parts)
 
 
-def _names(root: str) -> list[str]:
+def archives_of(root: str) -> list[str]:
+    """The archives of a root that several make; nothing for another root."""
     pairs = root.removeprefix(_SCHEME).split("&") if root.startswith(_SCHEME) else []
     return [unquote(pair.split("=")[0]) for pair in pairs]
 

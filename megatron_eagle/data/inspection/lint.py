@@ -14,6 +14,7 @@ from megatron_eagle.data.annotations.keys import UNKNOWN_KEY
 from megatron_eagle.data.annotations.mixture import Dataset
 from megatron_eagle.data.annotations.parsing import read_record
 from megatron_eagle.data.annotations.records import numbered, open_records
+from megatron_eagle.data.annotations.roots import prepared_root
 from megatron_eagle.data.sample import Sample
 from megatron_eagle.data.sampling.probe import probe_document, probe_image, probe_video
 from megatron_eagle.problems import LedgerEntry, Problem
@@ -68,6 +69,7 @@ def problems(
     """
     report = report or FileReport(dataset)
     check_media = _media_check(max_pixels, strict_jpeg)
+    root = prepared_root(dataset.root)
 
     def check(numbered: tuple[int, bytes]) -> tuple[str | None, LedgerEntry | None]:
         line, raw = numbered
@@ -76,7 +78,7 @@ def problems(
             dialect = read_record(raw, dataset.conventions)[1].name
             sample = read_sample(
                 raw,
-                root=dataset.root,
+                root=root,
                 file=file,
                 line=line,
                 overrides=dataset.overrides,

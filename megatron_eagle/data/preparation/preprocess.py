@@ -1,7 +1,8 @@
 """From a recipe to a token store, restartable at any point, with rows in the order of the input.
 
 The new store grows in `.NAME.partial` beside its final place, what is finished of it is recorded in
-`.NAME.journal`, and an earlier store is replaced when the new one is complete.
+`.NAME.journal`, and an earlier store is replaced when the new one is complete.  Indexes of archives that
+media are in are kept in `.NAME.archives`, for the next run too.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from megatron_eagle.data.annotations import unknown_keys
 from megatron_eagle.data.annotations.mixture import Dataset, read_recipe
 from megatron_eagle.data.annotations.records import RecordSource, open_records
+from megatron_eagle.data.annotations.roots import prepared_root
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, Task
@@ -144,6 +146,8 @@ def preprocess(
         return read_manifest(output)
     for name, key in dict.fromkeys((dataset.name, key) for dataset in datasets for key in dataset.ignored):
         print(f'note: "{key}" of the recipe\'s entry "{name}" has no effect')
+    archives = output.with_name(f".{output.name}.archives")
+    datasets = [replace(dataset, root=prepared_root(dataset.root, archives)) for dataset in datasets]
     records = [open_records(dataset.annotation) for dataset in datasets]
     unknown_keys.check_first(datasets, records)
     copies = [dataset.copies(len(r)) for dataset, r in zip(datasets, records, strict=True)]

@@ -22,7 +22,8 @@ from megatron_eagle.data.annotations.formats import read_sample
 from megatron_eagle.data.annotations.mixture import Dataset, datasets_of
 from megatron_eagle.data.annotations.records import numbered, open_records
 from megatron_eagle.data.annotations.rewrite import as_line, replace_videos
-from megatron_eagle.data.media.source import file_metadata
+from megatron_eagle.data.annotations.roots import archives_of, prepared_root
+from megatron_eagle.data.media.source import file_metadata, member_ref
 from megatron_eagle.data.media.transcode import TranscodeSettings, transcode_video
 from megatron_eagle.data.preparation.engines import in_processes
 from megatron_eagle.data.preparation.journal import lock_file
@@ -137,13 +138,13 @@ def _videos_of(datasets: list[Dataset]) -> list[str]:
 
 def _lines(dataset: Dataset) -> Iterator[tuple[bytes, list[str]]]:
     """Each record as a line, and the video files that it names; none where it cannot be read."""
-    source = open_records(dataset.annotation)
+    source, root = open_records(dataset.annotation), prepared_root(dataset.root)
     for number, raw in numbered(source):
         line = raw if source.form.startswith("JSON lines") else as_line(raw)
         try:
             sample = read_sample(
                 raw,
-                root=dataset.root,
+                root=root,
                 file=str(dataset.annotation),
                 line=number,
                 conventions=dataset.conventions,
@@ -162,7 +163,8 @@ def _targets(paths: list[str], root: Path, folder: Path) -> dict[str, Path]:
     """Where each copy goes: the source's path below `root`, with a suffix that says MP4."""
     targets: dict[str, Path] = {}
     for path in paths:
-        name = os.path.relpath(path, root)
+        member = member_ref(path)
+        name = os.path.relpath(f"{member.file}-{member.offset}" if member else path, root)
         targets[path] = folder / (name if name.endswith(".mp4") else f"{name}.mp4")
     taken: dict[Path, str] = {}
     for path, target in targets.items():
@@ -214,12 +216,17 @@ def _write_annotations(datasets: list[Dataset], targets: dict[str, str], output:
         names = recipe.get(dataset.name, {}).get("annotation", [])
         number = f"-{len(names) + 1}" if names else ""
         name = f"{quote(dataset.name, safe=' ').removesuffix('.jsonl')}{number}.jsonl"
+        root = prepared_root(dataset.root)
         with beside(output / name) as partial_file, partial_file.open("wb") as file:
             for raw, videos in _lines(dataset):
-                new = replace_videos(raw, dataset.root, targets, dataset.conventions) if videos else raw
+                new = replace_videos(raw, root, targets, dataset.conventions) if videos else raw
                 file.write(new)
         settings = {"repeat_time": dataset.repeat_time, **dataset.overrides, **_how(dataset)}
-        recipe[dataset.name] = {"annotation": [*names, name], "root": dataset.root, **settings}
+        recipe[dataset.name] = {
+            "annotation": [*names, name],
+            "root": archives_of(dataset.root) or dataset.root,
+            **settings,
+        }
     if recipe:
         write_whole(output / "recipe.json", json.dumps(recipe, indent=1) + "\n")
 
