@@ -92,6 +92,16 @@ def apply_adapter(model, folder: Path) -> None:
     assert not tensors
 
 
+def test_a_starts_as_kaiming_uniform_of_peft(adapted, tmp_path):
+    """With a = sqrt(5): uniform within 1 / sqrt(in)."""
+    export_adapter(adapted["all"], tmp_path)
+    found = [tensor for name, tensor in load_file(tmp_path / WEIGHTS).items() if ".lora_A." in name]
+    for a in found:
+        peft = torch.nn.init.kaiming_uniform_(torch.empty(1000, a.shape[1]), a=5**0.5).abs().max().item()
+        assert 0.8 * peft < a.abs().max().item() <= 1.001 * peft
+    assert len(found) == len(TARGETS) * read_model_config(adapted["all"]).text.num_hidden_layers
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_merged_export_gives_the_logits_of_the_adapted_model(name, adapted, checkpoint, tmp_path):
     export_hf(adapted[name], tmp_path / "hf")

@@ -56,7 +56,11 @@ POOL = [
 # Sources whose scale factors no number of training passes through.
 APART = {
     "no part of training": [f"{name}/" for name in ("convert", "evaluation", "inference", "eagle_video")],
-    "prepares and divides data, whose tests compare what is written": ["data/", "hf_model/clips.py"],
+    "prepares and divides data, whose tests compare what is written": [
+        "data/",
+        "hf_model/clips.py",
+        "hf_model/grids.py",
+    ],
     "plans": ["planning/", "training/preflight.py", "model/flops.py"],
     "reports": [
         f"training/monitoring/{name}.py"
