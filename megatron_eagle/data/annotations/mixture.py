@@ -13,16 +13,27 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_eagle.data.annotations.folders import annotation_files
 from megatron_eagle.data.annotations.parsing import Conventions
 from megatron_eagle.data.annotations.recipes import llama_factory_entries, llava_entries
-from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, is_annotation
+from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, TABLE_SUFFIXES
 from megatron_eagle.data.annotations.references import OVERRIDES, read_overrides
 from megatron_eagle.data.annotations.roots import archives_root
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
 _KEYS = (
-    ("annotation", "root", "repeat_time", "sampling_strategy", "datasets", "ignore", "columns", "tags")
+    (
+        "annotation",
+        "root",
+        "repeat_time",
+        "sampling_strategy",
+        "datasets",
+        "split",
+        "ignore",
+        "columns",
+        "tags",
+    )
     + ("frames_fps", "max_dynamic_tiles", "max_dynamic_patch", *OVERRIDES, "data_augment", "weight")
     + ("length", "modality", "modility", "task")
 )
@@ -123,15 +134,17 @@ def _entries(path: Path, content: Any, where: str, chosen: list[str] | None = No
 
 
 def datasets_of(path: str | Path) -> list[Dataset]:
-    """The data sets of a recipe; an annotation file is one with its media beside it.
+    """The data sets of a recipe; an annotation file or a folder of them is one with its media beside it.
 
     Raises:
         UserError: as `read_recipe`.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_entry(path, path.name, {"annotation": str(path.resolve())})
     if (
         path.is_file()
-        and path.name.endswith(ANNOTATION_SUFFIXES)
+        and path.name.endswith((*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES))
         and (path.suffix != ".json" or _is_array(path))
     ):
         return [Dataset(path.name, path, str(path.resolve().parent))]
@@ -157,7 +170,10 @@ def _read_entry(recipe: Path, name: str, entry: object) -> list[Dataset]:
     if nested := _nested(recipe, where, name, entry):
         return nested
     names = [named] if isinstance(named, str) else named
-    files = [file for one in names for file in _files(recipe, where, one)]
+    split = entry.get("split")
+    if split is not None and not isinstance(split, str):
+        raise UserError(f"{where}: split must be a name, not {split!r}")
+    files = [file for one in names for file in _files(recipe, where, one, split)]
     root = _root(recipe, where, entry, files)
     repeat_time = entry.get("repeat_time", 1)
     if (
@@ -217,14 +233,16 @@ def _nested(recipe: Path, where: str, name: str, entry: dict[str, Any]) -> list[
     return found
 
 
-def _files(recipe: Path, where: str, named: str) -> list[Path]:
+def _files(recipe: Path, where: str, named: str, split: str | None) -> list[Path]:
     """The annotation files that a name stands for: a file, a folder's, or those that a pattern fits."""
     path = _find(recipe, named)
     if path.is_dir():
-        found = sorted(filter(is_annotation, path.iterdir()))
-        if not found:
-            raise UserError(f"{where}: the folder {named} holds no {', '.join(ANNOTATION_SUFFIXES)}")
-        return found
+        try:
+            return annotation_files(path, split)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    if split is not None:
+        raise UserError(f"{where}: split chooses files of a folder, and {named} is none")
     if path.is_file():
         return [path]
     folders = (recipe.resolve().parent, Path.cwd())
@@ -237,8 +255,8 @@ def _files(recipe: Path, where: str, named: str) -> list[Path]:
 def _root(recipe: Path, where: str, entry: Mapping[str, Any], files: list[Path]) -> str:
     """What media paths are relative to: a folder, an archive or several.
 
-    Left out: the folder of the annotations.  Left empty, as EAGLE 2.5's recipes have it: what the
-    annotation's own path is relative to.
+    Left out: the folder that is named, or the one of the annotations.  Left empty, as EAGLE 2.5's recipes
+    have it: what the annotation's own path is relative to.
     """
     root, named = entry.get("root"), entry["annotation"]
     if isinstance(root, list):
@@ -251,6 +269,8 @@ def _root(recipe: Path, where: str, entry: Mapping[str, Any], files: list[Path])
         beside = recipe.resolve().parent
         return str(beside if (beside / named).exists() else Path.cwd())
     folders = {file.parent for file in files}
+    if isinstance(named, str) and _find(recipe, named).is_dir():
+        return str(_find(recipe, named))
     if len(folders) > 1:
         raise UserError(f"{where}: files in several folders need a root, what media paths are relative to")
     return str(folders.pop())

@@ -1,7 +1,8 @@
-"""The records of an annotation file, each by its number: JSON lines or one JSON array, plain or packed.
+"""The records of an annotation file, each by its number: JSON lines or one JSON array, plain or packed, or
+the rows of a table (see `tables`).
 
-A file is scanned once for where its records begin, in blocks; what is kept of it are 8 bytes a record.  A
-packed file is unpacked into a temporary one, which is gone when it is closed.
+A JSON file is scanned once for where its records begin, in blocks; what is kept of it are 8 bytes a record.
+A packed file is unpacked into a temporary one, which is gone when it is closed.
 """
 
 import codecs
@@ -18,23 +19,30 @@ from typing import BinaryIO, Protocol, cast
 import numpy as np
 import pyarrow as pa
 
+from megatron_eagle.data.annotations.tables import ArrowTable, ParquetTable
 from megatron_eagle.errors import UserError
+from megatron_eagle.problems import Problem
 
 ANNOTATION_SUFFIXES = tuple(
     f".{kind}{packing}" for kind in ("jsonl", "json", "ndjson") for packing in ("", ".gz", ".zst")
 )
-"""What names an annotation file where a folder is given."""
+"""What names a JSON file of annotations where a folder is given."""
+TABLE_SUFFIXES = (".parquet", ".arrow")
+"""What names a table there."""
 _BLOCK = 1 << 20
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _RECORD_BEGINS = re.compile(rb'^\s*[\[{]\s*["{\[]', re.MULTILINE)
 # Files that are named as annotations by mistake, by how they begin.
 _OTHERS = {
-    b"PAR1": "a parquet file; write its rows as JSON lines",
-    b"ARROW1": "an Arrow file; write its rows as JSON lines",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"\xff\xfe": "text in UTF-16; write it in UTF-8",
     b"\xfe\xff": "text in UTF-16; write it in UTF-8",
     b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run git lfs pull",
+}
+_TABLES: dict[bytes, type[ParquetTable | ArrowTable]] = {
+    b"PAR1": ParquetTable,
+    b"ARROW1": ArrowTable,
+    b"\xff\xff\xff\xff": ArrowTable,  # a stream's first message
 }
 _STEP = np.zeros(256, np.int64)  # what a byte outside of strings does to the depth
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
@@ -45,13 +53,30 @@ _IS_MARK[ord(",")] = True
 class RecordSource(Protocol):
     """Records in their order.  Whatever holds them, a sample is named by its file and its number."""
 
-    form: str
-    """What the file is, in words."""
+    @property
+    def form(self) -> str:
+        """What the file is, in words."""
+        ...
+
+    @property
+    def in_workers(self) -> bool:
+        """Whether whoever works on a record reads it too, from its file and by its number: where a record
+        brings its media along."""
+        ...
+
+    @property
+    def layout(self) -> str:
+        """What all its records look like, if the file says so; files of one layout have the same keys."""
+        ...
 
     def __len__(self) -> int: ...
 
     def read(self, number: int) -> bytes:
-        """Record `number` (from 0) as JSON."""
+        """Record `number` (from 0) as JSON.
+
+        Raises:
+            Problem: it cannot be read, and others can.
+        """
         ...
 
     def close(self) -> None:
@@ -65,6 +90,9 @@ class JsonFile:
     Raises:
         UserError: it cannot be read, or is no such file.
     """
+
+    in_workers = False
+    layout = ""
 
     def __init__(self, path: Path):
         self._path = path
@@ -121,13 +149,35 @@ def open_records(path: Path) -> RecordSource:
     Raises:
         UserError: the file is unreadable, or holds something else.
     """
-    return JsonFile(path)
+    kind = _table(path)
+    return kind(path) if kind else JsonFile(path)
 
 
-def numbered(source: RecordSource) -> Iterator[tuple[int, bytes]]:
-    """All records with their numbers, from 1."""
+def is_table(path: Path) -> bool:
+    """Whether a file is one of rows, told by how it begins.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _table(path) is not None
+
+
+def _table(path: Path) -> type[ParquetTable | ArrowTable] | None:
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return next((kind for magic, kind in _TABLES.items() if head.startswith(magic)), None)
+
+
+def numbered(source: RecordSource) -> Iterator[tuple[int, bytes | Problem]]:
+    """All records with their numbers, from 1; what cannot be read is its problem."""
     for number in range(len(source)):
-        yield number + 1, source.read(number)
+        try:
+            yield number + 1, source.read(number)
+        except Problem as problem:
+            yield number + 1, problem
     source.close()
 
 
@@ -267,9 +317,8 @@ def _backslashes(block: bytes, end: int) -> int:
 
 def is_annotation(path: Path) -> bool:
     """Whether a file of a folder counts as annotations, by its name."""
-    hidden = path.name.startswith(".") or path.name in (
-        "dataset_info.json",
-        "dataset_infos.json",
-        "state.json",
-    )
-    return path.name.lower().endswith(ANNOTATION_SUFFIXES) and not hidden and os.path.isfile(path)
+    name = path.name.lower()
+    aside = name in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+    aside = aside or (name.startswith("cache-") and name.endswith(".arrow"))  # what `datasets` has computed
+    suffixes = (*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES)
+    return name.endswith(suffixes) and not name.startswith(".") and not aside and os.path.isfile(path)

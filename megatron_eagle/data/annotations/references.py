@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_eagle.data.annotations.keys import OF_VIDEOS, RATE, SAMPLING, TIMES, UNSUPPORTED_KEY
 from megatron_eagle.data.annotations.roots import PICTURE_SUFFIXES, open_root
-from megatron_eagle.data.media.source import database_picture, member_ref, open_bytes
+from megatron_eagle.data.media.source import database_picture, member_ref, open_bytes, row_ref
 from megatron_eagle.data.sample import Document, FrameList, VideoSource
 from megatron_eagle.problems import Problem
 
@@ -348,7 +348,7 @@ def _second(value: object, name: str) -> Fraction:
 
 def is_address(name: str) -> bool:
     """Whether a name says itself where a medium is, as those do that records bring along."""
-    return member_ref(name) is not None
+    return member_ref(name) is not None or row_ref(name) is not None
 
 
 def _is_pdf(item: object) -> bool:

@@ -18,7 +18,7 @@ _ADVICE = "list what changes nothing under ignore: of its entry in the recipe"
 
 
 def check_first(datasets: Iterable[Dataset], sources: Iterable[RecordSource]) -> None:
-    """Print the unknown keys of each file's first records.
+    """Print the unknown keys of each file's first records; of an entry's files of one layout, of the first.
 
     Notes in which entries frames are given one by one at a rate that nobody named.
 
@@ -27,10 +27,16 @@ def check_first(datasets: Iterable[Dataset], sources: Iterable[RecordSource]) ->
     """
     counts: Counter[tuple[str, str]] = Counter()
     guessed: dict[str, None] = {}
+    seen: set[tuple[str, str]] = set()
     for dataset, source in zip(datasets, sources, strict=True):
+        layout = dataset.name, source.layout
+        if layout in seen:
+            continue
+        if source.layout and len(source):
+            seen.add(layout)
         for number in range(min(FIRST, len(source))):
-            raw = source.read(number)
             try:
+                raw = source.read(number)
                 keys = check_keys(*read_record(raw, dataset.conventions), dataset.conventions)
                 counts.update((dataset.name, key) for key in keys.unknown)
                 shows = b"video" in raw and not keys.unknown and dataset.name not in guessed

@@ -19,7 +19,7 @@ from megatron_eagle.data.sample import Sample
 from megatron_eagle.data.sampling.probe import probe_document, probe_image, probe_video
 from megatron_eagle.problems import LedgerEntry, Problem
 
-_BLOCK = 256  # records that are read ahead of the slowest
+_BLOCK = 256  # records that are read ahead of the slowest; of tables few, whose media lie beside them
 
 
 @dataclass
@@ -71,10 +71,12 @@ def problems(
     check_media = _media_check(max_pixels, strict_jpeg)
     root = prepared_root(dataset.root)
 
-    def check(numbered: tuple[int, bytes]) -> tuple[str | None, LedgerEntry | None]:
+    def check(numbered: tuple[int, bytes | Problem]) -> tuple[str | None, LedgerEntry | None]:
         line, raw = numbered
         file, dialect = str(dataset.annotation), None
         try:
+            if isinstance(raw, Problem):
+                raise raw
             dialect = read_record(raw, dataset.conventions)[1].name
             sample = read_sample(
                 raw,
@@ -96,8 +98,9 @@ def problems(
     source = open_records(dataset.annotation)
     report.form = source.form
     records = numbered(source)
+    ahead = threads if source.in_workers else _BLOCK
     with ThreadPoolExecutor(threads) as pool:
-        while block := list(islice(records, _BLOCK)):
+        while block := list(islice(records, ahead)):
             for dialect, entry in pool.map(check, block):
                 report.count(dialect, entry)
                 yield entry if entry is None or entry.kind != UNKNOWN_KEY else None

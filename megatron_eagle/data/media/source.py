@@ -14,6 +14,7 @@ from megatron_eagle.data.media.addresses.databases import Databases, database_pi
 from megatron_eagle.data.media.addresses.files import Files
 from megatron_eagle.data.media.addresses.members import MemberRef, Members, member_ref
 from megatron_eagle.data.media.addresses.pages import PageRef, page_ref
+from megatron_eagle.data.media.addresses.rows import RowRef, RowValues, row_ref
 from megatron_eagle.data.media.frame_list import frame_pictures
 from megatron_eagle.problems import Problem
 
@@ -21,6 +22,7 @@ __all__ = [
     "FileMetadata",
     "MemberRef",
     "PageRef",
+    "RowRef",
     "check_size",
     "check_unchanged",
     "database_picture",
@@ -30,6 +32,7 @@ __all__ = [
     "open_bytes",
     "open_media",
     "page_ref",
+    "row_ref",
 ]
 
 
@@ -139,6 +142,8 @@ _KINDS: Mapping[str, AddressKind] = {
     "lmdb": Databases(),
     "tar": Members(),
     "zip": Members(),
+    "arrow": Members(),
+    "parquet": RowValues(),
     "pdf": _Pages(),
     "frames": _FrameLists(),
 }

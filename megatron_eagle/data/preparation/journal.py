@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 
+from megatron_eagle.data.store.media_files import Position
 from megatron_eagle.data.store.reader import SCHEMA
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, sync
@@ -49,6 +50,8 @@ class Journal:
             from_record(LedgerEntry, line) for head in heads for line in head["dropped"]
         ]
         """Their ledger."""
+        self.media: Position = tuple(heads[-1].get("media", (0, 0))) if heads else (0, 0)
+        """How far the store's own media files count (see `store.media_files`)."""
 
     def rows(self, length: int) -> pa.Table:
         """The rows of one length so far, memory mapped."""
@@ -61,10 +64,12 @@ class Journal:
         """Tokens of one length so far."""
         return int(np.asarray(self.rows(length)["n_tokens"]).sum(dtype=np.int64))
 
-    def commit(self, n_lines: int, dropped: list[LedgerEntry], rows: Mapping[int, pa.Table]) -> None:
+    def commit(
+        self, n_lines: int, dropped: list[LedgerEntry], rows: Mapping[int, pa.Table], media: Position = (0, 0)
+    ) -> None:
         """Record the next `n_lines` input lines: their ledger and, per length, their rows.
 
-        The tokens of the rows must be on disk before.
+        The tokens of the rows must be on disk before, and media as far as `media` says.
         """
         new = self._folder / "new"
         new.mkdir()
@@ -74,7 +79,7 @@ class Journal:
                 pa.ipc.new_file(sink, table.schema) as out,
             ):
                 out.write_table(table)
-        head = {"n_lines": n_lines, "dropped": [asdict(entry) for entry in dropped]}
+        head = {"n_lines": n_lines, "dropped": [asdict(entry) for entry in dropped], "media": media}
         (new / "entry.json").write_text(json.dumps(head), encoding="utf-8")
         for path in (*new.iterdir(), new):
             sync(path)
@@ -84,6 +89,7 @@ class Journal:
         self._entries.append(entry)
         self.n_lines += n_lines
         self.dropped += dropped
+        self.media = media
 
     def clear(self) -> None:
         """Begin again: nothing is done."""
@@ -92,7 +98,7 @@ class Journal:
         ):  # the last first, should this be interrupted
             if path.is_dir():
                 shutil.rmtree(path)
-        self._entries, self.n_lines, self.dropped = [], 0, []
+        self._entries, self.n_lines, self.dropped, self.media = [], 0, [], (0, 0)
 
     def remove(self) -> None:
         """Forget everything: the run is complete."""

@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,18 +24,21 @@ from megatron_eagle.data.annotations import unknown_keys
 from megatron_eagle.data.annotations.mixture import Dataset, read_recipe
 from megatron_eagle.data.annotations.records import RecordSource, open_records
 from megatron_eagle.data.annotations.roots import prepared_root
+from megatron_eagle.data.media.source import row_ref
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, Task
 from megatron_eagle.data.preparation.reuse import FinishedLines, cache_key, is_current
 from megatron_eagle.data.preparation.summary import LengthCounts
+from megatron_eagle.data.store import media_files
+from megatron_eagle.data.store.media_names import FOLDER
 from megatron_eagle.data.store.reader import DataManifest, read_manifest, store_format
 from megatron_eagle.data.store.token_file import TokenFileWriter
 from megatron_eagle.data.store.writer import StoreWriter, write_tables
 from megatron_eagle.data.text.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.prompt import END_OF_TEXT, IM_END, IMG_CONTEXT
-from megatron_eagle.problems import LedgerEntry, write_ledger
+from megatron_eagle.problems import LedgerEntry, Problem, write_ledger
 
 SHARD = 512  # lines; what a kill makes a run repeat is never more (with many workers: twice `lines_ahead`)
 _CHUNK = 4  # lines per task of a worker: few, so that the bar moves also where every line is a long video
@@ -91,7 +95,7 @@ class _Input:
                 current, dataset = source, self.datasets[source]
                 tasks.append(
                     Task(
-                        self.records[source].read(line),
+                        None if self.records[source].in_workers else self.records[source].read(line),
                         source,
                         str(dataset.annotation),
                         line + 1,
@@ -156,12 +160,13 @@ def preprocess(
         if journal.n_lines and not partial.exists() and _has_key(output, manifest.input_key):
             journal.remove()  # killed between the last rename and this
             return read_manifest(output)
-        if not all(_holds(partial / str(length), journal.n_tokens(length)) for length in settings.lengths):
+        whole = all(_holds(partial / str(length), journal.n_tokens(length)) for length in settings.lengths)
+        if not whole or not media_files.holds(partial, journal.media):
             journal.clear()
         if not journal.n_lines:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        _write_tokens(source, partial, journal, settings, execution, finished)
+        _write_tokens(source, partial, journal, settings, execution, finished, _is_moved(output))
         _write_rest(source, partial, journal, settings, manifest)
         _replace(output, partial)
         for line in unknown_keys.summary(journal.dropped, datasets):
@@ -207,15 +212,17 @@ def _write_tokens(
     settings: PreprocessSettings,
     execution: Execution,
     finished: FinishedLines | None,
+    is_moved: Callable[[str], bool],
 ) -> None:
     """Process the lines that the journal does not have, appending to the token files and to the journal.
 
-    What `finished` knows of them is taken from there.
+    What `finished` knows of them is taken from there.  Media that are to be moved go into the store's files.
     """
     lines = source.taken()
     writers = {
         length: StoreWriter(partial / str(length), journal.n_tokens(length)) for length in settings.lengths
     }
+    media = media_files.MediaFiles(partial, journal.media)
     remaining = lines[journal.n_lines :]
     open_lines = [line for line in remaining if line in finished.failed] if finished else remaining
     chunks = source.chunks(open_lines, _CHUNK)
@@ -247,24 +254,36 @@ def _write_tokens(
     def commit() -> None:
         nonlocal n_new, last_commit
         rows = {length: writer.take_rows() for length, writer in writers.items()}
-        journal.commit(n_new, dropped, rows)
+        media.sync()
+        journal.commit(n_new, dropped, rows, media.position)
         dropped.clear()
         n_new, last_commit = 0, time.monotonic()
 
     try:
         for outcome in progress:
             dropped += outcome.dropped
+            names: dict[str, str] = {}
             for length, row in outcome.rows.items():
-                writers[length].add(row.ids, row.answers, row.columns)
+                columns = media_files.taken_over(row.columns, media, is_moved, names)
+                writers[length].add(row.ids, row.answers, columns)
             n_new += 1
             if n_new >= per_commit or time.monotonic() - last_commit > _COMMIT_SECONDS:
                 commit()
         if n_new:
             commit()
+        media.finish()
+    except Problem as problem:  # what has just been read to its end
+        raise UserError(f"{problem}; run the same command again, it continues where it stopped") from None
     finally:
         outcomes.close()
         for writer in writers.values():
             writer.close()
+        media.close()
+
+
+def _is_moved(output: Path) -> Callable[[str], bool]:
+    """Which media are moved into the new store's own files: those of tables, and of the store it replaces."""
+    return lambda path: row_ref(path) is not None or path.startswith(f"tar://{output / FOLDER}/")
 
 
 def _in_order(
@@ -356,10 +375,15 @@ def _check_output(output: Path) -> None:
 
 def _file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of every file in a folder, by relative path."""
-    hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            hashes[str(path.relative_to(folder))] = {"bytes": os.path.getsize(path), "sha256": digest}
-    return hashes
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(digest, paths)
+        return {
+            str(path.relative_to(folder)): {"bytes": os.path.getsize(path), "sha256": own}
+            for path, own in zip(paths, hashes, strict=True)
+        }

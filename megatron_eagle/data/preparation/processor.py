@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_eagle.data.annotations.formats import read_sample
 from megatron_eagle.data.annotations.parsing import Conventions
+from megatron_eagle.data.annotations.records import open_records
 from megatron_eagle.data.media.damage import need_simplejpeg
 from megatron_eagle.data.media.documents import check_pages
 from megatron_eagle.data.media.exact import read_frames
@@ -80,9 +82,9 @@ class StoreRow:
 
 @dataclass(frozen=True)
 class Task:
-    """One record to be processed: its bytes, and where they come from."""
+    """One record to be processed: its bytes, and where they come from; None: they are read there."""
 
-    raw: bytes
+    raw: bytes | None
     source: int
     file: str
     line: int
@@ -112,6 +114,7 @@ class SampleProcessor:
         self._probe_image = lru_cache(maxsize=1024)(lambda path: probe_image(path, *limits))
         self._probe_document = lru_cache(maxsize=32)(lambda document: probe_document(document, *limits))
         self._probe_video = lru_cache(maxsize=32)(probe_video)
+        self._records = lru_cache(maxsize=2)(open_records)
 
     def process(self, task: Task) -> Outcome:
         """Never raises for bad input: a sample that cannot be used becomes ledger entries."""
@@ -122,8 +125,9 @@ class SampleProcessor:
             dropped.append(LedgerEntry(task.file, task.line, str(problem), problem.kind, length))
 
         try:
+            raw = self._records(Path(task.file)).read(task.line - 1) if task.raw is None else task.raw
             sample = read_sample(
-                task.raw,
+                raw,
                 root=task.root,
                 file=task.file,
                 line=task.line,

@@ -10,8 +10,10 @@ import pyarrow.compute as pc
 
 from megatron_eagle.data.annotations.formats import TEXT_PROBLEMS
 from megatron_eagle.data.annotations.mixture import Dataset
-from megatron_eagle.data.media.source import FileMetadata, file_metadata
+from megatron_eagle.data.annotations.records import is_table
+from megatron_eagle.data.media.source import FileMetadata, file_metadata, fingerprint
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, StoreRow
+from megatron_eagle.data.store.media_names import FOLDER, is_own
 from megatron_eagle.data.store.reader import FORMAT_VERSION, SampleColumns, SampleStore, read_manifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, read_records
@@ -22,13 +24,12 @@ READING = 3
 
 
 def cache_key(datasets: list[Dataset], settings: PreprocessSettings, tokenizer_fingerprint: str) -> str:
-    """SHA-256 over the input and all settings: annotation files by content and how they are read, tokenizer,
-    template, lengths, sampling and tiling.
+    """SHA-256 over the input and all settings: annotation files (`_content`) and how they are read,
+    tokenizer, template, lengths, sampling and tiling.
     """
     sources = []
     for dataset in datasets:
-        with dataset.annotation.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        content = _content(dataset.annotation)
         overrides = dict(sorted(dataset.overrides.items()))
         taken = [dataset.repeat_time, dataset.strategy]
         how = [dataset.root, *taken, overrides, asdict(dataset.conventions)]
@@ -40,6 +41,17 @@ def cache_key(datasets: list[Dataset], settings: PreprocessSettings, tokenizer_f
         "reading": READING,
     }
     return hashlib.sha256(json.dumps([FORMAT_VERSION, everything], sort_keys=True).encode()).hexdigest()
+
+
+def _content(annotation: Path) -> str:
+    """What an annotation file holds.  Of one that holds its media too, and may have terabytes, its size, time
+    of change, beginning, middle and end.
+    """
+    if is_table(annotation):
+        file = file_metadata(str(annotation))
+        return f"{file.size} {file.mtime_ns} {fingerprint(file.path)}"
+    with annotation.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_current(folder: Path, key: str) -> bool:
@@ -54,16 +66,25 @@ def is_current(folder: Path, key: str) -> bool:
         return False
     if store.manifest.input_key != key or not (folder / "dropped.jsonl").is_file():
         return False
+    own = {
+        name: file["bytes"] for name, file in store.manifest.files.items() if name.startswith(FOLDER + "/")
+    }
+    if not all(_has_size(folder / name, size) for name, size in own.items()):
+        return False
     seen: set[str] = set()
     for name in ("images", "videos"):
         for chunk in store.column(name).chunks:
             media = chunk.flatten()
             columns = (pc.struct_field(media, part) for part in ("path", "file_size", "mtime_ns"))
             for path, size, mtime in zip(*(column.to_pylist() for column in columns), strict=True):
-                if path not in seen and not _is_unchanged(path, size, mtime):
+                if path not in seen and not is_own(path) and not _is_unchanged(path, size, mtime):
                     return False
                 seen.add(path)
     return True
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _is_unchanged(path: str, size: int, mtime_ns: int) -> bool:

@@ -23,7 +23,7 @@ from megatron_eagle.data.annotations.mixture import Dataset, datasets_of
 from megatron_eagle.data.annotations.records import numbered, open_records
 from megatron_eagle.data.annotations.rewrite import as_line, replace_videos
 from megatron_eagle.data.annotations.roots import archives_of, prepared_root
-from megatron_eagle.data.media.source import file_metadata, member_ref
+from megatron_eagle.data.media.source import file_metadata, member_ref, row_ref
 from megatron_eagle.data.media.transcode import TranscodeSettings, transcode_video
 from megatron_eagle.data.preparation.engines import in_processes
 from megatron_eagle.data.preparation.journal import lock_file
@@ -140,6 +140,9 @@ def _lines(dataset: Dataset) -> Iterator[tuple[bytes, list[str]]]:
     """Each record as a line, and the video files that it names; none where it cannot be read."""
     source, root = open_records(dataset.annotation), prepared_root(dataset.root)
     for number, raw in numbered(source):
+        if isinstance(raw, Problem):  # a line of the ledger is what is left of it
+            yield b"\n", []
+            continue
         line = raw if source.form.startswith("JSON lines") else as_line(raw)
         try:
             sample = read_sample(
@@ -163,8 +166,7 @@ def _targets(paths: list[str], root: Path, folder: Path) -> dict[str, Path]:
     """Where each copy goes: the source's path below `root`, with a suffix that says MP4."""
     targets: dict[str, Path] = {}
     for path in paths:
-        member = member_ref(path)
-        name = os.path.relpath(f"{member.file}-{member.offset}" if member else path, root)
+        name = os.path.relpath(_place(path), root)
         targets[path] = folder / (name if name.endswith(".mp4") else f"{name}.mp4")
     taken: dict[Path, str] = {}
     for path, target in targets.items():
@@ -173,6 +175,15 @@ def _targets(paths: list[str], root: Path, folder: Path) -> dict[str, Path]:
                 f"the copies of {taken[target]} and {path} would have one name; rename one of them"
             )
     return targets
+
+
+def _place(path: str) -> str:
+    """What a copy is named by: a path, also of what is inside of another file."""
+    if member := member_ref(path):
+        return f"{member.file}-{member.offset}"
+    if value := row_ref(path):
+        return "-".join(map(str, (value.file, value.row, *value.steps)))
+    return path
 
 
 def _finished(records: Iterable[dict[str, Any]]) -> dict[str, Copy]:

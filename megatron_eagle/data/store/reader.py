@@ -8,21 +8,23 @@ D/<N>/            one folder per token limit N, rows in the order of the input:
     answers.bin/.idx   uint16 answer per token, 1-based, 0 = unsupervised
     samples.arrow      one row a sample: counts, source, media plan (Arrow IPC file)
     packs.arrow        written by `packing`
+D/media/           media that could be read quickly only once (see `media_files`)
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.source import FileMetadata
+from megatron_eagle.data.store.media_names import absolute, is_own
 from megatron_eagle.data.store.token_file import TokenFile
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record
@@ -100,6 +102,9 @@ class VideoPlan:
             pts=np.array(self.pts, np.int64),
             seek_points=np.array(self.seek_points, np.int64),
         )
+
+
+Plan = TypeVar("Plan", ImagePlan, VideoPlan)
 
 
 @dataclass(frozen=True)
@@ -326,6 +331,8 @@ class SampleStore:
             raise IndexError(f"row {row} of a store of {len(self)}")
         readers = self._readers(row // BATCH_ROWS)
         values = {name: read(row % BATCH_ROWS) for name, read in readers.items()}
+        for name in ("images", "videos"):
+            values[name] = tuple(map(self._found, values[name]))
         return StoredSample(
             **values,
             file=self.manifest.sources[values["source"]],
@@ -334,12 +341,17 @@ class SampleStore:
             answers=self.answers[row],
         )
 
+    def _found(self, plan: Plan) -> Plan:
+        """A medium's plan with the name under which it is read."""
+        return replace(plan, path=absolute(plan.path, self.path)) if is_own(plan.path) else plan
+
     def _open_batch(self, number: int) -> dict[str, "_Reader"]:
         batch = self._file.get_batch(number)
         return {name: _reader(batch[name], _PLANS.get(name)) for name in SCHEMA.names}
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column of all rows, through a map of its own: what is read of it goes when the column does."""
+        """One column of all rows as it is stored, through a map of its own: what is read of it goes when the
+        column does."""
         file = pa.ipc.open_file(pa.memory_map(str(self.folder / "samples.arrow")))
         batches = (file.get_batch(i) for i in range(file.num_record_batches))
         return pa.chunked_array([batch[name] for batch in batches], SCHEMA.field(name).type)

@@ -130,9 +130,10 @@ def test_a_large_array_is_not_held(tmp_path):
 
 
 def test_what_a_folder_holds(tmp_path):
-    names = ["a.json", "b.jsonl.gz", "c.ndjson", ".d.json", "dataset_info.json", "e.txt", "f.parquet"]
+    names = ["a.json", "b.jsonl.gz", "c.ndjson", ".d.json", "dataset_info.json", "e.txt"]
+    names += ["f.parquet", "cache-1.arrow", "state.json"]
     for name in names:
         (tmp_path / name).touch()
     (tmp_path / "g.json").mkdir()
-    assert [name for name in names if is_annotation(tmp_path / name)] == ["a.json", "b.jsonl.gz", "c.ndjson"]
+    assert [name for name in names if is_annotation(tmp_path / name)] == [*names[:3], "f.parquet"]
     assert not is_annotation(tmp_path / "g.json")

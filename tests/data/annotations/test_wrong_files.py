@@ -1,9 +1,5 @@
 """A file that holds no annotations is one line with what to do, not a line for each of its own."""
 
-import io
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from megatron_eagle.data.annotations.records import open_records
@@ -11,16 +7,9 @@ from megatron_eagle.errors import UserError
 from tests.data.helpers import call_tool, make_video
 
 
-def parquet() -> bytes:
-    stream = io.BytesIO()
-    pq.write_table(pa.table({"text": ["a\nb"] * 100}), stream)
-    return stream.getvalue()
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (parquet(), "is a parquet file; write its rows as JSON lines"),
         ('{"a": 1}\n'.encode("utf-16"), "is text in UTF-16"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
         (b"PK\x03\x04\n\n\n", "is a zip archive; unpack it"),

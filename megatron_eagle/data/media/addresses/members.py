@@ -1,7 +1,7 @@
-"""Members of tar and zip archives, read where they lie: `tar://FILE?offset=N&size=M`, likewise `zip://`.
+"""Parts of larger files, read where they lie: `tar://FILE?offset=N&size=M`, likewise `zip://` and `arrow://`.
 
 FILE is as it is; N is where the member's bytes begin in it, M how many there are.  In a zip archive only what
-is stored uncompressed has such bytes.
+is stored uncompressed has such bytes; in an Arrow file they are a value of a column.
 """
 
 import io
@@ -15,7 +15,7 @@ from megatron_eagle.data.media.addresses.base import FileMetadata, content_finge
 from megatron_eagle.problems import Problem
 
 _MEMBER = re.compile(
-    r"(?P<kind>tar|zip)://(?P<file>.+)\?offset=(?P<offset>\d+)&size=(?P<size>\d+)", re.DOTALL
+    r"(?P<kind>tar|zip|arrow)://(?P<file>.+)\?offset=(?P<offset>\d+)&size=(?P<size>\d+)", re.DOTALL
 )
 _OPEN_ARCHIVES = 64  # at a time, beside those that are being read
 _WHOLE = 1 << 20  # bytes up to which a member is read at once
@@ -27,7 +27,7 @@ _OTHERWISE = 1 << 33  # a size from which on it may stand elsewhere
 
 @dataclass(frozen=True)
 class MemberRef:
-    """`size` bytes from `offset` on of the archive `file`; `kind` is tar or zip."""
+    """`size` bytes from `offset` on of the archive `file`; `kind` is tar, zip or arrow."""
 
     kind: str
     file: str

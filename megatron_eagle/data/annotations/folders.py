@@ -1,0 +1,136 @@
+"""The annotation files of a folder: as they lie in it, or as Hugging Face's tools leave a data set."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, TABLE_SUFFIXES, is_annotation
+from megatron_eagle.errors import UserError
+
+_SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
+_SHARD = re.compile(r"(?:.*-)?(?P<split>[\w.]+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
+
+
+def annotation_files(folder: Path, split: str | None = None) -> list[Path]:
+    """The files of a folder, in order: of a data set saved by `datasets`, of a folder of annotations, or of
+    one that holds tables somewhere below it, as `huggingface-cli download` leaves it.
+
+    Args:
+        split: the one that is taken, where the folder has several.
+
+    Raises:
+        UserError: there are none, or those of several splits and none is named.
+    """
+    saved = _saved(folder, split)
+    if saved is not None:
+        return saved
+    found = sorted(filter(is_annotation, folder.iterdir()))
+    if len({_is_table(path) for path in found}) > 1:
+        raise UserError(
+            f"{folder} holds JSON files and tables; say which are meant, e.g. {folder.name}/*.json"
+        )
+    if not found:
+        found = sorted(filter(_is_table, _below(folder)))
+    if not found:
+        kinds = ", ".join((*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES))
+        raise UserError(f"the folder {folder} holds no {kinds}")
+    return _of_split(found, folder, split)
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
+def _below(folder: Path) -> list[Path]:
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for name in names if is_annotation(path := Path(parent, name))]
+    return found
+
+
+def _of_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
+    """The files of one split.
+
+    Raises:
+        UserError: several splits lie there as tables and none is named, or the named one does not.
+    """
+    names = {file: _split_of(file, folder) for file in files}
+    tables = {name for file, name in names.items() if name and _is_table(file)}
+    if split is None:
+        if len(tables) > 1:
+            raise UserError(
+                f"{folder} holds the splits {', '.join(sorted(tables))}; say which is meant, e.g. split: "
+                f"{'train' if 'train' in tables else min(tables)}"
+            )
+        return files
+    chosen = [file for file, name in names.items() if name == split]
+    if not chosen:
+        there = sorted({name for name in names.values() if name})
+        raise UserError(f"{folder} has no split {split}; it has {', '.join(there) or 'none that is named'}")
+    return chosen
+
+
+def _split_of(file: Path, folder: Path) -> str:
+    """The split that a file is of, by its name or its folder's; nothing if neither says so."""
+    stem = file.name.split(".")[0]
+    if match := _SHARD.fullmatch(file.name.removesuffix(file.suffix)):
+        return match["split"]
+    inside = file.relative_to(folder).parent.parts
+    return next((name for name in (stem, *reversed(inside)) if name in _SPLIT_NAMES), "")
+
+
+def _saved(folder: Path, split: str | None) -> list[Path] | None:
+    """The Arrow files of a data set that `save_to_disk` wrote, of one of its splits; None if it is none.
+
+    Raises:
+        UserError: its description is broken, or names no split that is asked for.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = _names(_object(folder / "dataset_dict.json").get("splits"))
+        if not splits:
+            raise UserError(f"{folder}/dataset_dict.json names no splits")
+        if split is None and len(splits) > 1:
+            raise UserError(
+                f"{folder} holds the splits {', '.join(splits)}; say which is meant, e.g. split: {splits[0]}"
+            )
+        name = splits[0] if split is None else split
+        if name not in splits:
+            raise UserError(f"{folder} has no split {name}; it has {', '.join(splits)}")
+        return _saved(folder / name, None) or annotation_files(folder / name)
+    if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
+        return None
+    state = _object(folder / "state.json")
+    if split is not None and state.get("_split") != split:
+        raise UserError(f"{folder} is the split {state.get('_split')}, not {split}")
+    if state.get("_indices_data_files"):
+        raise UserError(
+            f"{folder} is a choice of rows of other files; call flatten_indices() before save_to_disk()"
+        )
+    items = state.get("_data_files") or []
+    names = _names([item.get("filename") if isinstance(item, dict) else None for item in items])
+    if not names:
+        raise UserError(f"{folder}/state.json names no data files")
+    files = [folder / name for name in names]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"{missing[0]} is missing, which {folder}/state.json names")
+    return files
+
+
+def _names(items: object) -> list[str]:
+    """Names of what lies in the folder itself; nothing if one of them is none."""
+    names = [name for name in items if isinstance(name, str)] if isinstance(items, list) else []
+    plain = all(name not in ("", ".", "..") and os.path.basename(name) == name for name in names)
+    return names if isinstance(items, list) and plain and len(names) == len(items) else []
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object")
+    return content

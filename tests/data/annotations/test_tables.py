@@ -1,0 +1,211 @@
+"""The rows of parquet and Arrow files as records: the same whatever the order in which they are asked for."""
+
+import io
+import json
+from datetime import date
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from megatron_eagle.data.annotations.records import is_table, open_records
+from megatron_eagle.data.media.addresses import rows as rows_module
+from megatron_eagle.data.media.source import file_metadata, fingerprint, open_media
+from megatron_eagle.errors import UserError
+from megatron_eagle.problems import Problem
+from tests.data.published_sets import IMAGE, held, picture, write_parquet
+
+
+def write_arrow(path, rows, types, kind="stream", batch=3, **options):
+    """Rows as an Arrow stream or file."""
+    columns = {key: pa.array([row.get(key) for row in rows], types.get(key)) for key in rows[0]}
+    table = pa.table(columns)
+    make = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema, **options) as out:
+        out.write_table(table, max_chunksize=batch)
+    return path
+
+
+WRITERS = {
+    "parquet": lambda path, rows, types: write_parquet(path, rows, types, group=7),
+    "stream": lambda path, rows, types: write_arrow(path, rows, types, "stream"),
+    "file": lambda path, rows, types: write_arrow(path, rows, types, "file"),
+}
+
+
+@pytest.fixture(params=WRITERS)
+def write(request):
+    return WRITERS[request.param]
+
+
+def record(source, number):
+    return json.loads(source.read(number))
+
+
+def value(address):
+    return open_media(address).read()
+
+
+def test_any_order(tmp_path, write, monkeypatch):
+    """Through batches of few rows, of which few are kept, in an order that goes back and forth."""
+    monkeypatch.setattr(rows_module, "_BATCH_BYTES", 400)
+    monkeypatch.setattr(rows_module, "_KEPT_BYTES", 700)
+    types = {"images": pa.list_(IMAGE), "deep": pa.list_(pa.list_(pa.struct({"image": pa.large_binary()})))}
+    rows = [
+        {
+            "id": k,
+            "images": [held(k + i) for i in range(k % 4)],
+            "deep": [[], [{"image": picture(k)}, {"image": None}]],
+        }
+        for k in range(40)
+    ]
+    path = write(tmp_path / "t", rows, types)
+    source = open_records(path)
+    assert is_table(path) and source.in_workers and len(source) == 40
+    for number in np.random.default_rng(0).permutation(np.repeat(np.arange(40), 3)).tolist():
+        found = record(source, number)
+        assert found["id"] == number
+        assert [value(address) for address in found["images"]] == [
+            picture(number + i) for i in range(number % 4)
+        ]
+        empty, (first, second) = found["deep"]
+        assert (empty, second) == ([], {"image": None}) and value(first["image"]) == picture(number)
+
+
+def test_values(tmp_path, write):
+    """What JSON has no form for, names of files, nothing, and a sequence of objects as an object of lists."""
+    row = {
+        "image": {"bytes": None, "path": "a/b.png"},
+        "none": {"bytes": None, "path": None},
+        "raw": b"\0\1",
+        "day": date(2024, 5, 6),
+        "price": Decimal("1.50"),
+        "texts": {"user": ["a", "b"], "assistant": ["c", "d"]},
+        "uneven": {"x": ["a"], "y": ["b", "c"]},
+        "nothing": None,
+    }
+    path = write(tmp_path / "t", [row], {"image": IMAGE, "none": IMAGE})
+    found = record(open_records(path), 0)
+    assert value(found.pop("raw")) == b"\0\1"
+    assert found == {
+        "image": "a/b.png",
+        "none": None,
+        "day": "2024-05-06",
+        "price": "1.50",
+        "texts": [{"user": "a", "assistant": "c"}, {"user": "b", "assistant": "d"}],
+        "uneven": {"x": ["a"], "y": ["b", "c"]},
+        "nothing": None,
+    }
+
+
+def test_what_a_medium_is_told_by(tmp_path, write):
+    """The same as of a file with the same content; only the time is that of the table."""
+    (tmp_path / "a.png").write_bytes(picture(3))
+    path = write(tmp_path / "t", [{"image": held(2)}, {"image": held(3)}], {"image": IMAGE})
+    address = record(open_records(path), 1)["image"]
+    whole = file_metadata(str(tmp_path / "a.png"))
+    assert file_metadata(address).size == whole.size
+    assert file_metadata(address).mtime_ns == path.stat().st_mtime_ns
+    assert fingerprint(address) == fingerprint(str(tmp_path / "a.png"))
+    assert fingerprint(record(open_records(path), 0)["image"]) != fingerprint(address)
+
+
+def test_frames_of_one_video(tmp_path, write):
+    frames = [held(k) for k in range(3)]
+    path = write(tmp_path / "t", [{"video": frames}], {"video": pa.list_(IMAGE)})
+    assert [len(video) for video in record(open_records(path), 0)["video"]] == [3]
+    several = [{"bytes": b"\0\0\0\x18ftypmp42", "path": None}] * 2
+    path = write(tmp_path / "u", [{"video": several}], {"video": pa.list_(IMAGE)})
+    assert all(isinstance(video, str) for video in record(open_records(path), 0)["video"])
+
+
+@pytest.mark.parametrize("order", [range(12), range(11, -1, -1), [9, 2, 5, 1, 10, 6, 4, 8, 0, 3, 7, 11]])
+def test_a_damaged_row_group(tmp_path, order):
+    """Rows of the others are read; of its own those before the damage, whatever was asked for before."""
+    noise = np.random.default_rng(0)
+    rows = [{"image": {"bytes": noise.bytes(300_000), "path": None}} for _ in range(12)]
+    whole = tmp_path / "whole"
+    columns = pa.table({"image": pa.array([row["image"] for row in rows], IMAGE)})
+    options = {"row_group_size": 6, "data_page_size": 1000, "use_dictionary": False, "write_batch_size": 1}
+    pq.write_table(columns, whole, write_page_checksum=True, **options)
+    content = bytearray(whole.read_bytes())
+    content[content.index(rows[8]["image"]["bytes"][:64]) + 5000] ^= 1
+    (tmp_path / "broken").write_bytes(content)
+    source = open_records(tmp_path / "broken")
+    found = {}
+    for number in order:
+        try:
+            found[number] = value(record(source, number)["image"])
+        except Problem as problem:
+            assert str(problem).startswith(f"broken table: {tmp_path}/broken, from row ")
+    read = sorted(found)
+    assert set(range(6)) <= set(read) < set(range(8)) | {6, 7}
+    assert all(found[number] == rows[number]["image"]["bytes"] for number in read)
+    intact = open_records(whole)
+    assert value(record(intact, 8)["image"]) == rows[8]["image"]["bytes"]
+
+
+def test_memory_stays_flat(tmp_path, monkeypatch):
+    """One row group of 48 MB is read in a few megabytes, as it has pages of a few rows."""
+    noise = np.random.default_rng(0)
+    table = pa.table({"image": [noise.bytes(400_000) for _ in range(120)]})
+    pq.write_table(table, tmp_path / "t", use_dictionary=False, write_batch_size=4)
+    size = table.nbytes
+    del table
+    base, most = pa.total_allocated_bytes(), 0
+    monkeypatch.setattr(rows_module, "_KEPT_BYTES", 8 << 20)
+    source = open_records(tmp_path / "t")
+    for number in range(len(source)):
+        value(record(source, number)["image"])
+        most = max(most, pa.total_allocated_bytes() - base)
+    assert size > 47e6 and most < 20e6
+    whole = pq.read_table(tmp_path / "t")
+    assert pa.total_allocated_bytes() - base > most and len(whole) == 120
+
+
+def damaged(kind, path):
+    table = pa.table({"image": [picture(1)] * 5})
+    if kind == "cut off":
+        pq.write_table(table, path)
+        path.write_bytes(path.read_bytes()[:-20])
+    elif kind == "compressed":
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        write_arrow(path, table.to_pylist(), {}, options=options)
+    elif kind == "cut stream":
+        write_arrow(path, table.to_pylist(), {})
+        path.write_bytes(path.read_bytes()[:-150])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("cut off", "cannot read .*: Parquet magic bytes not found in footer"),
+        ("compressed", "is compressed; write it as parquet, or with save_to_disk of datasets"),
+        ("cut stream", "cannot read .*Expected to be able to read"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, kind, said):
+    with pytest.raises(UserError, match=said) as raised:
+        open_records(damaged(kind, tmp_path / "t"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "parquet://{}?row=9&value=image",
+        "parquet://{}?row=0&value=other",
+        "parquet://{}?row=x",
+        "parquet://?row=1",
+    ]
+    + ["parquet://{}?row=0&value=id", "parquet:///none?row=0&value=image"],
+)
+def test_addresses_of_nothing(tmp_path, address):
+    path = write_parquet(tmp_path / "t", [{"image": picture(1), "id": "a"}], {})
+    with pytest.raises(Problem, match="missing media"):
+        open_media(address.format(path))
+    assert Image.open(io.BytesIO(value(f"parquet://{path}?row=0&value=image"))).format == "PNG"
