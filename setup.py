@@ -84,6 +84,7 @@ setup(
             "faiss-cpu",
             "lmdb",
             "simplejpeg",
+            "webdataset",  # writes and reads the archives that tests compare with
             "ruff==0.17.5",
             "import-linter==2.17",
             "mypy==2.4.1",

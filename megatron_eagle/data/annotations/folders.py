@@ -6,7 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, TABLE_SUFFIXES, is_annotation
+from megatron_eagle.data.annotations.energon import energon_folder
+from megatron_eagle.data.annotations.records import (
+    ANNOTATION_SUFFIXES,
+    SHARD_SUFFIX,
+    TABLE_SUFFIXES,
+    is_annotation,
+)
 from megatron_eagle.errors import UserError
 
 _SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
@@ -14,8 +20,9 @@ _SHARD = re.compile(r"(?:.*-)?(?P<split>[\w.]+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
 
 
 def annotation_files(folder: Path, split: str | None = None) -> list[Path]:
-    """The files of a folder, in order: of a data set saved by `datasets`, of a folder of annotations, or of
-    one that holds tables somewhere below it, as `huggingface-cli download` leaves it.
+    """The files of a folder, in order: of a data set saved by `datasets` or prepared by Energon, of a folder
+    of annotations, or of one that holds tables, else tar archives, somewhere below it, as `huggingface-cli
+    download` leaves it.
 
     Args:
         split: the one that is taken, where the folder has several.
@@ -26,15 +33,18 @@ def annotation_files(folder: Path, split: str | None = None) -> list[Path]:
     saved = _saved(folder, split)
     if saved is not None:
         return saved
+    if (energon := energon_folder(folder)) is not None:
+        return energon.archives(split)
     found = sorted(filter(is_annotation, folder.iterdir()))
     if len({_is_table(path) for path in found}) > 1:
         raise UserError(
             f"{folder} holds JSON files and tables; say which are meant, e.g. {folder.name}/*.json"
         )
     if not found:
-        found = sorted(filter(_is_table, _below(folder)))
+        below = _below(folder)
+        found = sorted(filter(_is_table, below)) or sorted(filter(_is_shard, below))
     if not found:
-        kinds = ", ".join((*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES))
+        kinds = ", ".join((*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES, SHARD_SUFFIX))
         raise UserError(f"the folder {folder} holds no {kinds}")
     return _of_split(found, folder, split)
 
@@ -43,11 +53,16 @@ def _is_table(path: Path) -> bool:
     return path.suffix.lower() in TABLE_SUFFIXES
 
 
+def _is_shard(path: Path) -> bool:
+    return path.suffix.lower() == SHARD_SUFFIX
+
+
 def _below(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [path for name in names if is_annotation(path := Path(parent, name))]
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if is_annotation(path) or _is_shard(path)]
     return found
 
 
@@ -55,10 +70,11 @@ def _of_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
     """The files of one split.
 
     Raises:
-        UserError: several splits lie there as tables and none is named, or the named one does not.
+        UserError: several splits lie there as tables or archives and none is named, or the named one does
+            not.
     """
     names = {file: _split_of(file, folder) for file in files}
-    tables = {name for file, name in names.items() if name and _is_table(file)}
+    tables = {name for file, name in names.items() if name and (_is_table(file) or _is_shard(file))}
     if split is None:
         if len(tables) > 1:
             raise UserError(

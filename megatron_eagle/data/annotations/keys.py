@@ -126,6 +126,8 @@ METADATA = {
         + ("relevance_ratings", "relevance_min", "visual_dependency_ratings", "visual_dependency_min")
         + ("image_correspondence_ratings", "image_correspondence_min", "formatting_ratings", "formatting_min")
         + ("raw_fps", "video_fps", "original_url", "coco_url", "flickr_url")
+        # What img2dataset writes beside each picture.
+        + ("status", "error_message", "exif", "original_width", "original_height")
     ),
     "turn": frozenset(
         (

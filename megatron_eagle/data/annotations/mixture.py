@@ -4,6 +4,7 @@ import codecs
 import glob
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_eagle.data.annotations.energon import expanded
 from megatron_eagle.data.annotations.folders import annotation_files
 from megatron_eagle.data.annotations.parsing import Conventions
 from megatron_eagle.data.annotations.recipes import llama_factory_entries, llava_entries
-from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, TABLE_SUFFIXES
+from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, SHARD_SUFFIX, TABLE_SUFFIXES
 from megatron_eagle.data.annotations.references import OVERRIDES, read_overrides
 from megatron_eagle.data.annotations.roots import archives_root
 from megatron_eagle.errors import UserError
@@ -144,7 +146,7 @@ def datasets_of(path: str | Path) -> list[Dataset]:
         return _read_entry(path, path.name, {"annotation": str(path.resolve())})
     if (
         path.is_file()
-        and path.name.endswith((*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES))
+        and path.name.endswith((*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES, SHARD_SUFFIX))
         and (path.suffix != ".json" or _is_array(path))
     ):
         return [Dataset(path.name, path, str(path.resolve().parent))]
@@ -169,7 +171,8 @@ def _read_entry(recipe: Path, name: str, entry: object) -> list[Dataset]:
         raise UserError(f'{where}: unknown key "{unknown[0]}"; known are {", ".join(_KEYS)}')
     if nested := _nested(recipe, where, name, entry):
         return nested
-    names = [named] if isinstance(named, str) else named
+    patterns = [named] if isinstance(named, str) else named
+    names = [name for pattern in patterns for name in _expanded(recipe, pattern)]
     split = entry.get("split")
     if split is not None and not isinstance(split, str):
         raise UserError(f"{where}: split must be a name, not {split!r}")
@@ -233,6 +236,11 @@ def _nested(recipe: Path, where: str, name: str, entry: dict[str, Any]) -> list[
     return found
 
 
+def _expanded(recipe: Path, name: str) -> list[str]:
+    """The names that a pattern with braces stands for."""
+    return [name] if _find(recipe, name).exists() else expanded(name)
+
+
 def _files(recipe: Path, where: str, named: str, split: str | None) -> list[Path]:
     """The annotation files that a name stands for: a file, a folder's, or those that a pattern fits."""
     path = _find(recipe, named)
@@ -271,6 +279,8 @@ def _root(recipe: Path, where: str, entry: Mapping[str, Any], files: list[Path])
     folders = {file.parent for file in files}
     if isinstance(named, str) and _find(recipe, named).is_dir():
         return str(_find(recipe, named))
+    if all(file.suffix == SHARD_SUFFIX for file in files):
+        return os.path.commonpath(folders)  # what the records name are their own parts
     if len(folders) > 1:
         raise UserError(f"{where}: files in several folders need a root, what media paths are relative to")
     return str(folders.pop())

@@ -1,5 +1,6 @@
-"""The records of an annotation file, each by its number: JSON lines or one JSON array, plain or packed, or
-the rows of a table (see `tables`).
+"""The records of an annotation file, each by its number: JSON lines, an array, a table, an archive.
+
+JSON may be packed; the rows of tables are read by `tables`, archives by `shards`.
 
 A JSON file is scanned once for where its records begin, in blocks; what is kept of it are 8 bytes a record.
 A packed file is unpacked into a temporary one, which is gone when it is closed.
@@ -19,7 +20,9 @@ from typing import BinaryIO, Protocol, cast
 import numpy as np
 import pyarrow as pa
 
+from megatron_eagle.data.annotations.shards import TarRecords, shard_description
 from megatron_eagle.data.annotations.tables import ArrowTable, ParquetTable
+from megatron_eagle.data.media.archive_scan import archive_kind
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
@@ -27,6 +30,8 @@ ANNOTATION_SUFFIXES = tuple(
     f".{kind}{packing}" for kind in ("jsonl", "json", "ndjson") for packing in ("", ".gz", ".zst")
 )
 """What names a JSON file of annotations where a folder is given."""
+SHARD_SUFFIX = ".tar"
+"""What names an archive there, if there is nothing else."""
 TABLE_SUFFIXES = (".parquet", ".arrow")
 """What names a table there."""
 _BLOCK = 1 << 20
@@ -34,7 +39,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _RECORD_BEGINS = re.compile(rb'^\s*[\[{]\s*["{\[]', re.MULTILINE)
 # Files that are named as annotations by mistake, by how they begin.
 _OTHERS = {
-    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it (an archive of media may be the root)",
     b"\xff\xfe": "text in UTF-16; write it in UTF-8",
     b"\xfe\xff": "text in UTF-16; write it in UTF-8",
     b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run git lfs pull",
@@ -143,32 +148,42 @@ class JsonFile:
         return self._file, packing
 
 
-def open_records(path: Path) -> RecordSource:
+def open_records(path: Path, cache: Path | None = None) -> RecordSource:
     """The records of an annotation file, of whatever kind.
+
+    Args:
+        cache: where the index of an archive is kept (None: nowhere).
 
     Raises:
         UserError: the file is unreadable, or holds something else.
     """
-    kind = _table(path)
-    return kind(path) if kind else JsonFile(path)
+    table, is_shard = _told(path)
+    if is_shard:
+        return TarRecords(path, cache)
+    return table(path) if table else JsonFile(path)
 
 
-def is_table(path: Path) -> bool:
-    """Whether a file is one of rows, told by how it begins.
+def description(path: Path) -> str | None:
+    """What the records of a file that may hold their media too follow from beside it; None for other files.
 
     Raises:
         UserError: it cannot be read.
     """
-    return _table(path) is not None
+    table, is_shard = _told(path)
+    if is_shard:
+        return shard_description(path)
+    return "" if table else None
 
 
-def _table(path: Path) -> type[ParquetTable | ArrowTable] | None:
+def _told(path: Path) -> tuple[type[ParquetTable | ArrowTable] | None, bool]:
+    """Which kind of table a file is by how it begins, and whether it is a tar archive."""
     try:
         with path.open("rb") as file:
             head = file.read(8)
+        kind = next((kind for magic, kind in _TABLES.items() if head.startswith(magic)), None)
+        return kind, kind is None and archive_kind(path) == "tar"
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return next((kind for magic, kind in _TABLES.items() if head.startswith(magic)), None)
 
 
 def numbered(source: RecordSource) -> Iterator[tuple[int, bytes | Problem]]:
@@ -212,6 +227,8 @@ def _other_kind(file: BinaryIO) -> str:
     for begin, kind in _OTHERS.items():
         if head.startswith(begin):
             return kind
+    if head[257:].startswith(b"ustar"):
+        return "a packed tar archive; unpack it to a plain one, which is read as it is"
     # JSON writes zeros as \u0000; a single broken line is a line of the ledger.
     binary = b"\0" in head and not _RECORD_BEGINS.search(head)
     return "a binary file; annotations are JSON lines or a JSON array" if binary else ""

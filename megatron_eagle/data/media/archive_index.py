@@ -7,30 +7,31 @@ says, since an archive's own folder may be read-only, and stands for an archive 
 import hashlib
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from megatron_eagle.data.media.addresses.base import file_status
+from megatron_eagle.data.media.addresses.members import ZIP_HEADER, zip_data_offset
 from megatron_eagle.data.media.archive_scan import Member, scan
 from megatron_eagle.data.media.source import MemberRef
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import write_whole
 from megatron_eagle.problems import Problem
 
-_FORM = "1"  # of the file
+_FORM = "2"  # of the file
 _SCHEMA = pa.schema(
     [
         ("name", pa.large_binary()),
         ("place", pa.int64()),
         ("size", pa.int64()),
         ("refused", pa.large_binary()),
+        ("crc", pa.int64()),
         ("by_name", pa.int64()),
     ]
 )
-_ZIP_HEADER = 30  # bytes of a member's own header in a zip archive, before its name
 
 
 class ArchiveIndex:
@@ -40,8 +41,8 @@ class ArchiveIndex:
         self.file, self.kind = file, kind
         columns = {name: table[name].combine_chunks() for name in _SCHEMA.names}
         self._names, self._refused = columns["name"], columns["refused"]
-        self._places, self._sizes, self._by_name = (
-            np.asarray(columns[name]) for name in ("place", "size", "by_name")
+        self._places, self._sizes, self._crcs, self._by_name = (
+            np.asarray(columns[name]) for name in ("place", "size", "crc", "by_name")
         )
 
     def __len__(self) -> int:
@@ -83,6 +84,8 @@ class ArchiveIndex:
         if refused := self.refused(number):
             raise Problem("unsupported media", f"{self.name(number)} in {self.file} is {refused}")
         place, size = int(self._places[number]), self.size(number)
+        if (crc := int(self._crcs[number])) >= 0:
+            return str(MemberRef("unzip", self.file, place, size, crc))
         if self.kind == "zip":
             place = _behind_header(self.file, place)
         return str(MemberRef(self.kind, self.file, place, size))
@@ -94,8 +97,16 @@ class ArchiveIndex:
         return bisect_left(range(len(self)), name, key=self._name_at)
 
 
-def index_archive(archive: Path, kind: str, folder: Path | None) -> ArchiveIndex:
+def index_archive(
+    archive: Path,
+    kind: str,
+    folder: Path | None,
+    known: Callable[[Path], list[Member] | None] | None = None,
+) -> ArchiveIndex:
     """The index of a tar or zip archive: that in `folder` if it fits, else a new one, which is kept there.
+
+    Args:
+        known: what may know the archive's members already.
 
     Raises:
         UserError: the archive is damaged or cut off, or the index cannot be written.
@@ -105,7 +116,8 @@ def index_archive(archive: Path, kind: str, folder: Path | None) -> ArchiveIndex
     kept = None if folder is None else folder / f"{hashlib.blake2b(os.fsencode(file)).hexdigest()[:24]}.arrow"
     if kept is not None and (table := _read(kept, metadata)) is not None:
         return ArchiveIndex(file, kind, table)
-    table = _table(scan(archive, kind)).replace_schema_metadata(metadata)
+    members = (known(archive) if known else None) or scan(archive, kind)
+    table = _table(members).replace_schema_metadata(metadata)
     if kept is not None:
         _write(kept, table)
         table = _read(kept, metadata) or table  # mapped, where possible
@@ -128,6 +140,7 @@ def _table(members: Sequence[Member]) -> pa.Table:
         [member.place for member in members],
         [member.size for member in members],
         [member.refused.encode(errors="surrogateescape") for member in members],
+        [member.crc for member in members],
         sorted(range(len(names)), key=names.__getitem__),
     ]
     return pa.Table.from_arrays(
@@ -161,9 +174,8 @@ def _behind_header(file: str, place: int) -> int:
     try:
         with open(file, "rb", buffering=0) as archive:
             archive.seek(place)
-            header = archive.read(_ZIP_HEADER)
+            return zip_data_offset(archive.read(ZIP_HEADER), place)
     except OSError as error:
         raise Problem("missing media", f"{file}: {error.strerror}") from None
-    if not header.startswith(b"PK\x03\x04") or len(header) < _ZIP_HEADER:
-        raise Problem("media changed since preprocessing", f"{file} has no member at byte {place}")
-    return place + _ZIP_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    except Problem as problem:
+        raise Problem(problem.kind, f"{file}: {problem.detail}") from None

@@ -1,7 +1,7 @@
 """The members of an archive, one after the other, without unpacking anything.
 
-Nothing of an archive is ever written under a name that it gives.  What cannot be read where it lies (links
-that lead elsewhere, sparse, encrypted and compressed members) is found all the same, with the reason.
+Nothing of an archive is ever written under a name that it gives.  What cannot be read (links that lead
+elsewhere, sparse and encrypted members) is found all the same, with the reason.
 """
 
 import stat
@@ -14,8 +14,7 @@ from typing import BinaryIO
 
 from megatron_eagle.errors import UserError
 
-COMPRESSED = "compressed"
-"""Why a member of a zip archive cannot be read where it lies, though it can be unpacked."""
+_MAX_UNPACKED = 1 << 30  # bytes of a compressed member, which is unpacked in memory
 _ZERO = bytes(1024)  # ends a tar archive
 _BEHIND = 1 << 20  # bytes behind the end in which nothing may be
 _MAGIC = {
@@ -31,15 +30,19 @@ _MARK_AT, _MARK = 257, b"ustar"  # in the header of a tar archive's first member
 
 @dataclass(frozen=True)
 class Member:
-    """A member: its name, where it is, its bytes, and why it cannot be read there (empty: it can).
+    """A member of an archive.
 
-    `place` is where its bytes begin in a tar archive; in a zip archive, where its header does.
+    Attributes:
+        place: where its bytes begin in a tar archive; in a zip archive, where its header does.
+        refused: why it cannot be read; empty if it can.
+        crc: the CRC-32 of a compressed member's content; -1 for others.
     """
 
     name: str
     place: int
     size: int
     refused: str = ""
+    crc: int = -1
 
 
 def archive_kind(path: Path) -> str:
@@ -142,18 +145,32 @@ def _zip_members(path: Path) -> Iterator[Member]:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if not member.is_dir():
-                    yield Member(
-                        member.filename, member.header_offset, member.file_size, _zip_refusal(member)
-                    )
+                    yield _zip_member(member)
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off ({error}); fetch it again") from None
 
 
-def _zip_refusal(member: zipfile.ZipInfo) -> str:
+def _zip_member(member: zipfile.ZipInfo) -> Member:
+    refused, packed = "", member.compress_type == zipfile.ZIP_DEFLATED
     if stat.S_ISLNK(member.external_attr >> 16):
-        return "a symbolic link"
-    if member.flag_bits & 1:
-        return "encrypted"
-    if member.compress_type != zipfile.ZIP_STORED:
-        return COMPRESSED
-    return "" if member.compress_size == member.file_size else "damaged: its two sizes differ"
+        refused = "a symbolic link"
+    elif member.flag_bits & 1:
+        refused = "encrypted"
+    elif packed and member.file_size > _MAX_UNPACKED:
+        refused = f"compressed, with more than {_MAX_UNPACKED:,} bytes; unpack it"
+    elif not packed and member.compress_type != zipfile.ZIP_STORED:
+        refused = f"compressed by a method that is not read ({member.compress_type}); unpack it"
+    elif not packed and member.compress_size != member.file_size:
+        refused = "damaged: its two sizes differ"
+    crc = member.CRC if packed else -1
+    return Member(member.filename, member.header_offset, member.file_size, refused, crc)
+
+
+def tar_header_name(file: BinaryIO, place: int) -> str:
+    """The name in the header before the bytes at a place of a tar archive; "" if no plain member is there."""
+    file.seek(place - tarfile.BLOCKSIZE)
+    try:
+        member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
+    except tarfile.TarError:
+        return ""
+    return plain_name(member.name) if member.isreg() and not member.issparse() else ""

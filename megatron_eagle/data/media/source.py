@@ -137,12 +137,13 @@ class _FrameLists:
         raise Problem("unreadable video", f"{path} has no file of its own")
 
 
-_FILES = Files()
+_FILES, _MEMBERS = Files(), Members()
 _KINDS: Mapping[str, AddressKind] = {
     "lmdb": Databases(),
-    "tar": Members(),
-    "zip": Members(),
-    "arrow": Members(),
+    "tar": _MEMBERS,
+    "zip": _MEMBERS,
+    "unzip": _MEMBERS,
+    "arrow": _MEMBERS,
     "parquet": RowValues(),
     "pdf": _Pages(),
     "frames": _FrameLists(),

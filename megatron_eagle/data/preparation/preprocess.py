@@ -1,8 +1,8 @@
 """From a recipe to a token store, restartable at any point, with rows in the order of the input.
 
 The new store grows in `.NAME.partial` beside its final place, what is finished of it is recorded in
-`.NAME.journal`, and an earlier store is replaced when the new one is complete.  Indexes of archives that
-media are in are kept in `.NAME.archives`, for the next run too.
+`.NAME.journal`, and an earlier store is replaced when the new one is complete.  Indexes of archives are kept
+in `.NAME.archives`, for the next run too.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from megatron_eagle.data.annotations import unknown_keys
 from megatron_eagle.data.annotations.mixture import Dataset, read_recipe
 from megatron_eagle.data.annotations.records import RecordSource, open_records
 from megatron_eagle.data.annotations.roots import prepared_root
-from megatron_eagle.data.media.source import row_ref
+from megatron_eagle.data.media.source import member_ref, row_ref
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, Task
@@ -95,7 +95,7 @@ class _Input:
                 current, dataset = source, self.datasets[source]
                 tasks.append(
                     Task(
-                        None if self.records[source].in_workers else self.records[source].read(line),
+                        self._raw(source, line),
                         source,
                         str(dataset.annotation),
                         line + 1,
@@ -105,6 +105,14 @@ class _Input:
                     )
                 )
             yield tasks
+
+    def _raw(self, source: int, line: int) -> bytes | Problem | None:
+        """A record's bytes, why there are none, or None for one that its worker reads."""
+        records = self.records[source]
+        try:
+            return None if records.in_workers else records.read(line)
+        except Problem as problem:
+            return problem
 
     def final_rows(self, sources: np.ndarray, lines: np.ndarray) -> np.ndarray | None:
         """Rows of the store as numbers of the rows with these sources and 1-based lines: a data set once,
@@ -152,7 +160,7 @@ def preprocess(
         print(f'note: "{key}" of the recipe\'s entry "{name}" has no effect')
     archives = output.with_name(f".{output.name}.archives")
     datasets = [replace(dataset, root=prepared_root(dataset.root, archives)) for dataset in datasets]
-    records = [open_records(dataset.annotation) for dataset in datasets]
+    records = [open_records(dataset.annotation, archives) for dataset in datasets]
     unknown_keys.check_first(datasets, records)
     copies = [dataset.copies(len(r)) for dataset, r in zip(datasets, records, strict=True)]
     source = _Input(datasets, records, copies)
@@ -282,8 +290,16 @@ def _write_tokens(
 
 
 def _is_moved(output: Path) -> Callable[[str], bool]:
-    """Which media are moved into the new store's own files: those of tables, and of the store it replaces."""
-    return lambda path: row_ref(path) is not None or path.startswith(f"tar://{output / FOLDER}/")
+    """Which media are moved into the new store's own files: those of tables, what is compressed in archives,
+    and those of the store that it replaces."""
+
+    def is_moved(path: str) -> bool:
+        member = member_ref(path)
+        if member is None:
+            return row_ref(path) is not None
+        return member.kind == "unzip" or os.path.dirname(member.file) == str(output / FOLDER)
+
+    return is_moved
 
 
 def _in_order(

@@ -82,9 +82,12 @@ class StoreRow:
 
 @dataclass(frozen=True)
 class Task:
-    """One record to be processed: its bytes, and where they come from; None: they are read there."""
+    """One record to be processed, and where it comes from.
 
-    raw: bytes | None
+    `raw` is its bytes or why there are none; None: they are read by whoever works on it.
+    """
+
+    raw: bytes | Problem | None
     source: int
     file: str
     line: int
@@ -125,6 +128,8 @@ class SampleProcessor:
             dropped.append(LedgerEntry(task.file, task.line, str(problem), problem.kind, length))
 
         try:
+            if isinstance(task.raw, Problem):
+                raise task.raw
             raw = self._records(Path(task.file)).read(task.line - 1) if task.raw is None else task.raw
             sample = read_sample(
                 raw,

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from megatron_eagle.data.annotations.formats import TEXT_PROBLEMS
 from megatron_eagle.data.annotations.mixture import Dataset
-from megatron_eagle.data.annotations.records import is_table
+from megatron_eagle.data.annotations.records import description
 from megatron_eagle.data.media.source import FileMetadata, file_metadata, fingerprint
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, StoreRow
 from megatron_eagle.data.store.media_names import FOLDER, is_own
@@ -47,9 +47,9 @@ def _content(annotation: Path) -> str:
     """What an annotation file holds.  Of one that holds its media too, and may have terabytes, its size, time
     of change, beginning, middle and end.
     """
-    if is_table(annotation):
+    if (beside := description(annotation)) is not None:
         file = file_metadata(str(annotation))
-        return f"{file.size} {file.mtime_ns} {fingerprint(file.path)}"
+        return f"{file.size} {file.mtime_ns} {fingerprint(file.path)}{beside}"
     with annotation.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

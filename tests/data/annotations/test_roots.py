@@ -12,8 +12,9 @@ import pytest
 from megatron_eagle.data.annotations.mixture import read_recipe
 from megatron_eagle.data.annotations.references import References
 from megatron_eagle.data.annotations.roots import archives_of, archives_root, open_root, prepared_root
+from megatron_eagle.data.media import archive_scan
 from megatron_eagle.data.media.archive_index import index_archive
-from megatron_eagle.data.media.source import open_bytes
+from megatron_eagle.data.media.source import file_metadata, fingerprint, open_bytes
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
@@ -146,7 +147,7 @@ def test_the_last_of_a_name_counts(tmp_path, format):
 
 
 def test_what_cannot_be_read_in_place(tmp_path):
-    """Links out of the archive, devices, encrypted and compressed members, and names that lead out."""
+    """Links out of the archive, devices, encrypted members, odd compression, and names that lead out."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "real.png", b"real")
         add(tar, "hard.png", type=tarfile.LNKTYPE, linkname="real.png")
@@ -169,7 +170,7 @@ def test_what_cannot_be_read_in_place(tmp_path):
     assert {index.name(k) for k in range(len(index))} == {
         f"{n}.png" for n in ("real", "hard", "soft", "out", "pipe")
     }
-    make_zip(tmp_path / "a.zip", {"a.png": b"a" * 100, "../up.png": b"x"}, zipfile.ZIP_DEFLATED)
+    make_zip(tmp_path / "a.zip", {"a.png": b"a" * 100, "../up.png": b"x"}, zipfile.ZIP_LZMA)
     with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
         link = zipfile.ZipInfo("link.png")
         link.external_attr = 0o120777 << 16
@@ -180,7 +181,11 @@ def test_what_cannot_be_read_in_place(tmp_path):
     data[at + 8] |= 1  # encrypted
     (tmp_path / "a.zip").write_bytes(data)
     root = prepared_root(str(tmp_path / "a.zip"))
-    for name, reason in (("a", "compressed"), ("link", "a symbolic link"), ("locked", "encrypted")):
+    for name, reason in (
+        ("a", "compressed by a method"),
+        ("link", "a symbolic link"),
+        ("locked", "encrypted"),
+    ):
         with pytest.raises(Problem, match=f"{name}.png in .* is {reason}"):
             read(root, f"{name}.png")
 
@@ -242,8 +247,37 @@ def test_a_zip_that_changed(tmp_path):
     status = archive.stat()
     archive.write_bytes(bytes(status.st_size))
     os.utime(archive, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(Problem, match="media changed since preprocessing: .*a.zip has no member at byte"):
+    with pytest.raises(Problem, match="media changed since preprocessing: .*a.zip: no member begins at byte"):
         open_root(root).path("b/a.png")
+
+
+def test_compressed_members(tmp_path, monkeypatch):
+    """Unpacked in memory as they are read, and held against their checksum; a bomb ends at its own size."""
+    files = {"a.png": b"A" * 3_000_000, "b.png": os.urandom(3000), "empty.png": b""}
+    archive = make_zip(tmp_path / "a.zip", files, zipfile.ZIP_DEFLATED)
+    root = prepared_root(str(archive), tmp_path)
+    addresses = {name: open_root(root).path(name) for name in files}
+    assert addresses["a.png"].startswith(f"unzip://{archive}?offset=0&size=3000000&crc=")
+    assert all(content(addresses[name]) == files[name] for name in ("a.png", "b.png"))
+    assert file_metadata(addresses["a.png"]).size == 3_000_000
+    (tmp_path / "b.png").write_bytes(files["b.png"])
+    assert fingerprint(addresses["b.png"]) == fingerprint(str(tmp_path / "b.png"))
+    for change in ("size=3000000", "crc=" + addresses["a.png"][-8:]):
+        other = addresses["a.png"].replace(change, change[:-1] + ("1" if change[-1] != "1" else "2"))
+        with pytest.raises(Problem, match="broken archive: .* what comes out is not what it says"):
+            content(other)
+    data = bytearray(archive.read_bytes())
+    data[data.index(b"b.png") + 500] ^= 8
+    archive.write_bytes(data)
+    with pytest.raises(Problem, match="broken archive"):
+        content(addresses["b.png"])
+    archive.write_bytes(bytes(len(data)))
+    with pytest.raises(Problem, match="media changed since preprocessing"):
+        content(addresses["a.png"])
+    monkeypatch.setattr(archive_scan, "_MAX_UNPACKED", 100_000)
+    root = prepared_root(str(make_zip(tmp_path / "b.zip", files, zipfile.ZIP_DEFLATED)))
+    with pytest.raises(Problem, match="a.png in .* is compressed, with more than 100,000 bytes; unpack it"):
+        read(root, "a.png")
 
 
 def test_large_members_and_old_headers(tmp_path):

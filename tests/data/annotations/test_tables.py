@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from megatron_eagle.data.annotations.records import is_table, open_records
+from megatron_eagle.data.annotations.records import description, open_records
 from megatron_eagle.data.media.addresses import rows as rows_module
 from megatron_eagle.data.media.source import file_metadata, fingerprint, open_media
 from megatron_eagle.errors import UserError
@@ -64,7 +64,7 @@ def test_any_order(tmp_path, write, monkeypatch):
     ]
     path = write(tmp_path / "t", rows, types)
     source = open_records(path)
-    assert is_table(path) and source.in_workers and len(source) == 40
+    assert description(path) == "" and source.in_workers and len(source) == 40
     for number in np.random.default_rng(0).permutation(np.repeat(np.arange(40), 3)).tolist():
         found = record(source, number)
         assert found["id"] == number

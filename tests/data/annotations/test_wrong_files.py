@@ -1,5 +1,7 @@
 """A file that holds no annotations is one line with what to do, not a line for each of its own."""
 
+import gzip
+
 import pytest
 
 from megatron_eagle.data.annotations.records import open_records
@@ -12,6 +14,10 @@ from tests.data.helpers import call_tool, make_video
     [
         ('{"a": 1}\n'.encode("utf-16"), "is text in UTF-16"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+        (
+            gzip.compress(bytes(257) + b"ustar" + bytes(250)),
+            "is a packed tar archive; unpack it",
+        ),
         (b"PK\x03\x04\n\n\n", "is a zip archive; unpack it"),
         (b"\n\x01\0\n" * 1000, "is a binary file; annotations are JSON lines or a JSON array"),
     ],

@@ -86,6 +86,9 @@ def test_names():
     assert str(member) == "tar:///a b/?offset=1&size=2/ü.tar?offset=512&size=7"
     assert member_ref(str(member)) == member
     assert member_ref("/a.tar?offset=512&size=7") is None
+    packed = MemberRef("unzip", "/a.zip", 0, 7, 5)
+    assert str(packed) == "unzip:///a.zip?offset=0&size=7&crc=00000005" and member_ref(str(packed)) == packed
+    assert member_ref("unzip:///a.zip?offset=0&size=7") is member_ref(f"zip{str(packed)[5:]}") is None
     page = PageRef(str(member), 2, 28, 56)
     assert str(page).startswith("pdf://tar:///a b/")
 

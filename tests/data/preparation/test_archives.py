@@ -51,10 +51,10 @@ def media(tmp_path_factory):
     return folder
 
 
-def archive(path: Path, media: Path) -> Path:
+def archive(path: Path, media: Path, compression: int = zipfile.ZIP_STORED) -> Path:
     files = sorted(file for file in media.rglob("*") if file.is_file())
     if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as target:
+        with zipfile.ZipFile(path, "w", compression) as target:
             for file in files:
                 target.write(file, file.relative_to(media))
     else:
@@ -106,6 +106,23 @@ def test_an_archive_is_as_good_as_its_files(tmp_path, tokenizer_dir, media, suff
     assert contents(run(tmp_path / "packed", tokenizer_dir, str(root), workers=2, fresh=True)) == before
     assert [file.name for file in tmp_path.iterdir()].count(".store.archives") == 0
     assert len(list((tmp_path / "packed/.store.archives").iterdir())) == 1
+
+
+def test_compressed_members_go_into_the_store(tmp_path, tokenizer_dir, media):
+    """Once each: training unpacks nothing, and needs the archive no more."""
+    (tmp_path / "plain").mkdir()
+    plain = run(tmp_path / "plain", tokenizer_dir, str(media))
+    root = archive(tmp_path / "media.zip", media, zipfile.ZIP_DEFLATED)
+    store = run(tmp_path, tokenizer_dir, "media.zip", workers=2)
+    assert rows(store) == rows(plain)
+    assert is_current(store, SampleStore(store).manifest.input_key)
+    root.unlink()
+    for row in range(6):
+        pairs = zip(read_media(SampleStore(store), row), read_media(SampleStore(plain), row), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+    (kept,) = (store / "media").iterdir()
+    with tarfile.open(kept) as own:
+        assert len(own.getmembers()) == 7, "the picture that two samples show is there once"
 
 
 def test_a_store_follows_from_its_archives(tmp_path, tokenizer_dir, media, capsys):

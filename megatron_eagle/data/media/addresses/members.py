@@ -1,48 +1,59 @@
 """Parts of larger files, read where they lie: `tar://FILE?offset=N&size=M`, likewise `zip://` and `arrow://`.
 
-FILE is as it is; N is where the member's bytes begin in it, M how many there are.  In a zip archive only what
-is stored uncompressed has such bytes; in an Arrow file they are a value of a column.
+FILE is as it is; N is where the member's bytes begin in it, M how many there are; in an Arrow file they are a
+value of a column.  What is compressed in a zip archive has no such bytes: `unzip://FILE?offset=N&size=M&crc=C`
+is unpacked in memory whenever it is read; N is where its header begins, C the CRC-32 of what comes out.
 """
 
 import io
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from megatron_eagle.data.media.addresses.base import FileMetadata, content_fingerprint, file_status
 from megatron_eagle.problems import Problem
 
 _MEMBER = re.compile(
-    r"(?P<kind>tar|zip|arrow)://(?P<file>.+)\?offset=(?P<offset>\d+)&size=(?P<size>\d+)", re.DOTALL
+    r"(?P<kind>tar|zip|unzip|arrow)://(?P<file>.+)\?offset=(?P<offset>\d+)&size=(?P<size>\d+)"
+    r"(?:&crc=(?P<crc>[0-9a-f]{8}))?",
+    re.DOTALL,
 )
 _OPEN_ARCHIVES = 64  # at a time, beside those that are being read
 _WHOLE = 1 << 20  # bytes up to which a member is read at once
 _BUFFER = 1 << 16
 # Of a tar header (POSIX ustar): its length, and where the member's size is in it.
 _HEADER, _SIZE_AT, _SIZE_LENGTH = 512, 124, 12
+ZIP_HEADER = 30
+"""Bytes of a member's own header in a zip archive, before its name."""
 _OTHERWISE = 1 << 33  # a size from which on it may stand elsewhere
 
 
 @dataclass(frozen=True)
 class MemberRef:
-    """`size` bytes from `offset` on of the archive `file`; `kind` is tar, zip or arrow."""
+    """`size` bytes from `offset` on of a file; `kind` is tar, zip, arrow, or unzip, which has a `crc`."""
 
     kind: str
     file: str
     offset: int
     size: int
+    crc: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind}://{self.file}?offset={self.offset}&size={self.size}"
+        crc = "" if self.crc is None else f"&crc={self.crc:08x}"
+        return f"{self.kind}://{self.file}?offset={self.offset}&size={self.size}{crc}"
 
 
 @lru_cache(maxsize=4096)
 def member_ref(path: str) -> MemberRef | None:
     """The member that `path` names, or None if it names none."""
     match = _MEMBER.fullmatch(path)
-    return match and MemberRef(match["kind"], match["file"], int(match["offset"]), int(match["size"]))
+    if match is None or (match["kind"] == "unzip") != (match["crc"] is not None):
+        return None
+    crc = int(match["crc"], 16) if match["crc"] else None
+    return MemberRef(match["kind"], match["file"], int(match["offset"]), int(match["size"]), crc)
 
 
 class Members:
@@ -60,8 +71,8 @@ class Members:
     def fingerprint(self, path: str) -> int:
         """That of a file with the same content."""
         member, status = _found(path)
-        with _MemberFile(_archive(member.file, status), member) as file:
-            return content_fingerprint(cast(BinaryIO, file), member.size)
+        with _bytes(_archive(member.file, status), member) as file:
+            return content_fingerprint(file, member.size)
 
     def open(self, path: str) -> BinaryIO:
         """The member's bytes.
@@ -75,8 +86,18 @@ class Members:
         archive = _archive(member.file, status)
         if member.kind == "tar":
             _check_header(archive, member)
-        file = _MemberFile(archive, member)
-        return io.BytesIO(file.readall()) if member.size <= _WHOLE else io.BufferedReader(file, _BUFFER)
+        return _bytes(archive, member)
+
+
+def zip_data_offset(header: bytes, offset: int) -> int:
+    """Where a member's bytes begin behind its own header in a zip archive, which begins at `offset`.
+
+    Raises:
+        Problem: there is no such header.
+    """
+    if not header.startswith(b"PK\x03\x04") or len(header) < ZIP_HEADER:
+        raise Problem("media changed since preprocessing", f"no member begins at byte {offset}")
+    return offset + ZIP_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
 
 
 class _Archive:
@@ -139,16 +160,49 @@ class _MemberFile(io.RawIOBase):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _bytes(archive: _Archive, member: MemberRef) -> BinaryIO:
+    if member.kind == "unzip":
+        return io.BytesIO(_unpacked(archive, member))
+    file = _MemberFile(archive, member)
+    return io.BytesIO(file.readall()) if member.size <= _WHOLE else io.BufferedReader(file, _BUFFER)
+
+
+def _unpacked(archive: _Archive, member: MemberRef) -> bytes:
+    """A compressed member, held against its size and its checksum.
+
+    Raises:
+        Problem: it is damaged, or not the one that was indexed.
+    """
+    header = os.pread(archive.descriptor, ZIP_HEADER, member.offset)
+    try:
+        at = zip_data_offset(header, member.offset)
+    except Problem as problem:
+        raise Problem(problem.kind, f"{member}: {problem.detail}") from None
+    inflater, parts, left = zlib.decompressobj(-zlib.MAX_WBITS), [], member.size
+    try:
+        while left >= 0 and not inflater.eof and (packed := os.pread(archive.descriptor, _WHOLE, at)):
+            at += len(packed)
+            parts.append(inflater.decompress(packed, left + 1))
+            left -= len(parts[-1])
+    except zlib.error as error:
+        raise Problem("broken archive", f"{member}: {error}") from None
+    content = b"".join(parts)
+    if not inflater.eof or len(content) != member.size or zlib.crc32(content) != member.crc:
+        raise Problem("broken archive", f"{member}: what comes out is not what it says")
+    return content
+
+
 def _found(path: str) -> tuple[MemberRef, os.stat_result]:
     """The member, and its archive's status."""
     member = member_ref(path)
     if member is None:
         raise Problem("missing media", f"{path} is no place in an archive")
     status = file_status(member.file)
-    if member.offset + member.size > status.st_size:
+    end = member.offset + (ZIP_HEADER if member.kind == "unzip" else member.size)
+    if end > status.st_size:
         raise Problem(
             "media changed since preprocessing",
-            f"{path} ends at byte {member.offset + member.size}, the archive at {status.st_size}",
+            f"{path} ends at byte {end}, the archive at {status.st_size}",
         )
     return member, status
 
