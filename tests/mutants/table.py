@@ -83,7 +83,7 @@ ARGUMENTS = [
     "-m",
     "not gpu and not soak",  # without the negative controls
 ]
-OF_A_FILE = 6  # tests that a mutant is tried on
+OF_A_FILE = 6  # tests that a mutant is tried on before the others of their file
 
 
 def record(pool: list[str], output: Path) -> None:
@@ -192,10 +192,13 @@ def main() -> int:
         if trial.noticed_as == "error":
             print("      ", trial.message.splitlines()[-1][:200], flush=True)
 
-    planned = [
-        (m, tests.of(m.site, ABSOLUTE if m.kind == "factor" else (), 1 if str(m) in named else OF_A_FILE))
-        for m in chosen
-    ]
+    def planned_for(mutant: Mutant) -> list[str]:
+        """All tests that run it, the likelier ones first; few for one that changes no number."""
+        known, first = str(mutant) in named, ABSOLUTE if mutant.kind == "factor" else ()
+        found, left = tests.of(mutant.site, first, 1 if known else OF_A_FILE)
+        return found if known else found + left
+
+    planned = [(mutant, planned_for(mutant)) for mutant in chosen]
     planned.sort(key=lambda plan: plan[1][0].split("::")[0])
     pytest.main([*ARGUMENTS, *POOL], plugins=[Trials(planned, tests, report)])
     minutes = (time.monotonic() - start) / 60

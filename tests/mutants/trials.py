@@ -40,17 +40,18 @@ class Tests:
         fixtures = [f for f in self._tests[test]["fixtures"] if site in self._sites.get(f, ())]
         return sum(self._seconds[owner] for owner in (test, *fixtures))
 
-    def of(self, site: str, first: Collection[str] = (), of_a_file: int | None = None) -> list[str]:
-        """The tests that run `site`, those of the files `first` before others, quick ones before slow ones;
-        no more `of_a_file`, quick ones apart."""
+    def of(self, site: str, first: Collection[str], of_a_file: int) -> tuple[list[str], list[str]]:
+        """The tests that run `site`, those of the files `first` before others, quick ones before slow ones:
+        no more than `of_a_file`, quick ones apart, and those that are left then."""
         run = [t for t in self._tests if site in self._sites[t] or self.shared_fixtures_run(t, site)]
         run.sort(key=lambda test: (_file_of(test) not in first, self._cost(test, site)))
-        counts, found = Counter(), []
+        counts: Counter[str] = Counter()
+        found: list[str] = []
+        left: list[str] = []
         for test in run:
             counts[_file_of(test)] += self._cost(test, site) > _QUICK
-            if of_a_file is None or counts[_file_of(test)] <= of_a_file:
-                found.append(test)
-        return found
+            (found if counts[_file_of(test)] <= of_a_file else left).append(test)
+        return found, left
 
 
 def _file_of(test: str) -> str:
