@@ -1,4 +1,4 @@
-"""cuDNN graphs of bottom-right causal attention over ragged tensors, forward or backward.
+"""cuDNN graphs of attention over ragged tensors, forward or backward; causal is bottom-right.
 
 Letters: b segments, x the longest of them, np query heads, ng KV heads, d head size. Tensors are
 packed, [tokens, heads, d]; a ragged offset says at which element each segment begins.
@@ -19,6 +19,7 @@ def plan_graph(
     ng: int,
     d: int,
     scale: float,
+    causal: bool,
     backward: bool,
     deterministic: bool,
     device: torch.device,
@@ -29,7 +30,7 @@ def plan_graph(
     with torch.cuda.device(device):
         handle = cudnn.create_handle()
         options = {"handle": handle}
-        graph, ports = describe_graph(b, x_q, x_k, np, ng, d, scale, backward, deterministic, options)
+        graph, ports = describe_graph(b, x_q, x_k, np, ng, d, scale, causal, backward, deterministic, options)
         graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     return graph, ports, handle
 
@@ -42,6 +43,7 @@ def describe_graph(
     ng: int,
     d: int,
     scale: float,
+    causal: bool,
     backward: bool,
     deterministic: bool,
     options: dict[str, Any],
@@ -79,9 +81,10 @@ def describe_graph(
         "use_padding_mask": True,
         "seq_len_q": ports["rows_q"],
         "seq_len_kv": ports["rows_k"],
-        "diagonal_alignment": cudnn.diagonal_alignment.BOTTOM_RIGHT,
-        "diagonal_band_right_bound": 0,
     }
+    if causal:
+        arguments["diagonal_alignment"] = cudnn.diagonal_alignment.BOTTOM_RIGHT
+        arguments["diagonal_band_right_bound"] = 0
     q, k, v = (ragged(name) for name in "qkv")
     if backward:
         o, do, stats = (ragged(name) for name in ("o", "do", "stats"))

@@ -137,7 +137,7 @@ class GatherKVAttention(torch.autograd.Function):
             heads = _head_groups(q, k, parts)
             gathered_kv = _gathered(k, v, exchange, group, heads)
             outputs = [
-                backend.forward(q[:, queries], keys, values, exchange.segments, scale)
+                backend.forward(q[:, queries], keys, values, exchange.segments, scale, causal=True)
                 for (queries, _), (keys, values) in zip(heads, gathered_kv, strict=True)
             ]
             return _joined([out for out, _ in outputs], 1), _joined([lse for _, lse in outputs], 0)
@@ -162,6 +162,7 @@ class GatherKVAttention(torch.autograd.Function):
                 lse[queries],
                 exchange.segments,
                 ctx.scale,
+                causal=True,
             )
             grads_q.append(grad_q)
             returning.append(start_return(grad_k, grad_v, exchange, group))

@@ -12,11 +12,13 @@ from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.errors import UserError
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
     """q [q, g, r, d], k [k, g, d] -> fp32 [g, r, q, k], minus infinity where a key is hidden."""
+    scores = torch.einsum("qgrd,kgd->grqk", q.float(), k.float()) * scale
+    if not causal:
+        return scores
     rows, keys = q.shape[0], k.shape[0]
     visible = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
-    scores = torch.einsum("qgrd,kgd->grqk", q.float(), k.float()) * scale
     return scores.masked_fill(~visible, float("-inf"))
 
 
@@ -44,7 +46,7 @@ class ReferenceAttention:
         self.longest_on_gpu = longest_on_gpu
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float, causal: bool
     ) -> tuple[Tensor, Tensor]:
         if self.longest_on_gpu is not None and q.is_cuda:
             refuse_long(segments, self.longest_on_gpu)
@@ -53,9 +55,9 @@ class ReferenceAttention:
         lse = torch.empty((*grouped.shape[1:3], q.shape[0]), dtype=torch.float32, device=q.device)
         for part in segments:
             rows, keys = slice(part.q_start, part.q_end), slice(part.k_start, part.k_end)
-            scores = _scores(grouped[rows], k[keys], scale)
+            scores = _scores(grouped[rows], k[keys], scale, causal)
             lse[..., rows] = scores.logsumexp(-1)
-            weights = torch.exp(scores - lse[..., rows, None])
+            weights = torch.exp(scores - lse[..., rows, None])  # without keys: no number, and none are read
             out[rows] = torch.einsum("grqk,kgd->qgrd", weights, v[keys].float()).to(out.dtype)
         return out.flatten(1, 2), lse.flatten(0, 1)
 
@@ -69,6 +71,7 @@ class ReferenceAttention:
         lse: Tensor,
         segments: tuple[Segment, ...],
         scale: float,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = (k.shape[1], -1)
         q_, out_, grad_ = (t.unflatten(1, heads) for t in (q, out, grad_out))
@@ -78,7 +81,7 @@ class ReferenceAttention:
         grad_v = torch.zeros_like(grad_k)
         for part in segments:
             rows, keys = slice(part.q_start, part.q_end), slice(part.k_start, part.k_end)
-            weights = torch.exp(_scores(q_[rows], k[keys], scale) - lse[..., rows, None])
+            weights = torch.exp(_scores(q_[rows], k[keys], scale, causal) - lse[..., rows, None])
             grad = grad_[rows].float()
             grad_v[keys] += torch.einsum("grqk,qgrd->kgd", weights, grad)
             grad_weights = torch.einsum("qgrd,kgd->grqk", grad, v[keys].float())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.layout import Segment
-from megatron_eagle.context_parallel.varlen import varlen_shape
+from megatron_eagle.context_parallel.varlen import fill_unseen, varlen_shape
 
 _COMMON = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
 _FORWARD = [*_COMMON, "return_debug_mask", "scale"]
@@ -38,11 +38,12 @@ class TorchVarlenAttention:
         return None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float, causal: bool
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *varlen_shape(segments, q.device), 0.0, True, False, scale=scale
+            q, k, v, *varlen_shape(segments, q.device), 0.0, causal, False, scale=scale
         )
+        fill_unseen(segments, out, lse)
         return out, lse
 
     def backward(
@@ -55,6 +56,7 @@ class TorchVarlenAttention:
         lse: Tensor,
         segments: tuple[Segment, ...],
         scale: float,
+        causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = varlen_shape(segments, q.device)
         # Without dropout the random state is not read.
@@ -69,11 +71,12 @@ class TorchVarlenAttention:
                 lse.contiguous(),
                 *shape,
                 0.0,  # of dropout
-                True,  # causal
+                causal,
                 state,
                 unused,
                 scale=scale,
             )
+        fill_unseen(segments, grad_q)
         return grad_q, grad_k, grad_v
 
 

@@ -37,3 +37,15 @@ def empty_contiguous(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, T
     """Room for one gradient each; they may be slices of heads, whose strides `empty_like` would keep."""
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return grad_q, grad_k, grad_v
+
+
+def fill_unseen(segments: tuple[Segment, ...], out: Tensor, lse: Tensor | None = None) -> None:
+    """Write what queries have that see no key: out (or a gradient) [s, ...] 0, lse [np, s] minus infinity.
+
+    flash-attn calls such a log-sum-exp plus infinity; what other kernels leave there is not documented.
+    """
+    for part in segments:
+        if part.k_start == part.k_end:
+            out[part.q_start : part.q_end] = 0
+            if lse is not None:
+                lse[:, part.q_start : part.q_end] = -torch.inf

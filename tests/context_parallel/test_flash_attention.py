@@ -16,6 +16,8 @@ from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
 
 SEGMENTS = (Segment(0, 5, 0, 5), Segment(5, 6, 5, 6), Segment(6, 9, 6, 16))
+# Of a block of a ring: the second queries see none of its keys.
+BLOCK = (Segment(0, 5, 0, 5), Segment(5, 6, 5, 5), Segment(6, 9, 5, 16))
 SCALE = 0.3
 # Operators of FlashAttention 3 with the names and the order of its Python interface.
 FWD = (
@@ -52,6 +54,25 @@ def fill(grads: tuple, gradients: tuple, lse: Tensor) -> Tensor:
     return lse
 
 
+def unseen(segments: tuple[Segment, ...]) -> list[slice]:
+    return [slice(*part[:2]) for part in segments if part.k_start == part.k_end]
+
+
+def kernel_forward(q, k, v, segments, scale, causal) -> tuple[Tensor, Tensor]:
+    """As flash-attn's kernels, which say plus infinity of queries without keys."""
+    out, lse = ReferenceAttention().forward(q, k, v, segments, scale, causal)
+    for rows in unseen(segments):
+        out[rows], lse[:, rows] = torch.nan, torch.inf
+    return out, lse
+
+
+def kernel_backward(dout, q, k, v, out, lse, segments, scale, causal) -> tuple[Tensor, Tensor, Tensor]:
+    grads = ReferenceAttention().backward(dout, q, k, v, out, lse, segments, scale, causal)
+    for rows in unseen(segments):
+        grads[0][rows] = torch.nan
+    return grads
+
+
 def varlen_forward(
     q,
     k,
@@ -74,9 +95,9 @@ def varlen_forward(
     zero_tensors=False,
 ):
     """The signature of flash-attn 2.8."""
-    assert causal and dropout_p == softcap == 0 and (window_size_left, window_size_right) == (-1, -1)
+    assert dropout_p == softcap == 0 and (window_size_left, window_size_right) == (-1, -1)
     segments = as_segments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return *ReferenceAttention().forward(q, k, v, segments, softmax_scale), q.new_empty(0), q.new_empty(2)
+    return *kernel_forward(q, k, v, segments, softmax_scale, causal), q.new_empty(0), q.new_empty(2)
 
 
 def varlen_backward(
@@ -105,32 +126,49 @@ def varlen_backward(
     zero_tensors=False,
 ):
     """The signature of flash-attn 2.8."""
-    assert causal and deterministic and alibi_slopes is None and softmax_lse.is_contiguous()
+    assert deterministic and alibi_slopes is None and softmax_lse.is_contiguous()
     segments = as_segments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    grads = ReferenceAttention().backward(dout, q, k, v, out, softmax_lse, segments, softmax_scale)
+    grads = kernel_backward(dout, q, k, v, out, softmax_lse, segments, softmax_scale, causal)
     return fill((dq, dk, dv), grads, softmax_lse)
 
 
 def fwd(q, k, v, *others):
     names = [argument.name for argument in torch.ops.flash_attn_3.fwd.default._schema.arguments]
     given = dict(zip(names[3:], others, strict=True))
-    assert given["is_causal"] and given["num_splits"] == 1
+    assert given["num_splits"] == 1
     assert (given["window_size_left"], given["window_size_right"], given["softcap"]) == (-1, -1, 0)
     lengths = (
         given[f"{what}_seqlen{s}"] for what, s in [("cu", "s_q"), ("cu", "s_k"), ("max", "_q"), ("max", "_k")]
     )
     segments = as_segments(*lengths)
-    out, lse = ReferenceAttention().forward(q, k, v, segments, given["softmax_scale"])
+    out, lse = kernel_forward(q, k, v, segments, given["softmax_scale"], given["is_causal"])
     return out, lse, q.new_empty(0), q.new_empty(0)
 
 
 def bwd(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_q, cu_k, used_q, used_k, max_q, max_k, scale, *others
+    dout,
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    dq,
+    dk,
+    dv,
+    cu_q,
+    cu_k,
+    used_q,
+    used_k,
+    max_q,
+    max_k,
+    scale,
+    causal,
+    *others,
 ):
-    assert (used_q, used_k) == (None, None) and others == (True, -1, -1, 0.0, True, 0)
+    assert (used_q, used_k) == (None, None) and others == (-1, -1, 0.0, True, 0)
     assert dout.stride(-1) == 1 and softmax_lse.is_contiguous()
     segments = as_segments(cu_q, cu_k, max_q, max_k)
-    grads = ReferenceAttention().backward(dout, q, k, v, out, softmax_lse, segments, scale)
+    grads = kernel_backward(dout, q, k, v, out, softmax_lse, segments, scale, causal)
     return fill((dq, dk, dv), grads, softmax_lse).clone()
 
 
@@ -170,12 +208,13 @@ def check_against_reference(backend) -> None:
     q = torch.randn(9, 6, 4, generator=generator)[:, 2:4]
     k, v = (torch.randn(16, 3, 4, generator=generator)[:, 1:2] for _ in range(2))
     grad = torch.ones(()).expand(9, 2, 4)
-    results = []
-    for each in (ReferenceAttention(), backend):
-        out, lse = each.forward(q, k, v, SEGMENTS, SCALE)
-        results.append([out, lse, *each.backward(grad, q, k, v, out, lse, SEGMENTS, SCALE)])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+    for segments, causal in ((SEGMENTS, True), (BLOCK, False)):
+        results = []
+        for each in (ReferenceAttention(), backend):
+            out, lse = each.forward(q, k, v, segments, SCALE, causal)
+            results.append([out, lse, *each.backward(grad, q, k, v, out, lse, segments, SCALE, causal)])
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture
@@ -231,6 +270,6 @@ def test_other_versions_of_flash_attention_3_are_refused(gpu, operators):
     gpu.setattr(torch.ops, "flash_attn_3", torch.ops.flash_attn_3_other)
     assert FlashAttention3.why_not() == (
         "this flash_attn_3::fwd has None for cu_seqlens_q, None for cu_seqlens_k, None for max_seqlen_q, "
-        "None for max_seqlen_k, None for softmax_scale, None for num_splits"
+        "None for max_seqlen_k, None for softmax_scale, None for is_causal, None for num_splits"
     )
     library._destroy()

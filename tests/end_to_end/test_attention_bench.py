@@ -41,13 +41,13 @@ def test_head_by_head_is_all_heads_at_once(attention):
     class Whole(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v):
-            out, lse = reference.forward(q, k, v, task.segments, attention.SCALE)
+            out, lse = reference.forward(q, k, v, task.segments, attention.SCALE, causal=True)
             ctx.save_for_backward(q, k, v, out, lse)
             return out
 
         @staticmethod
         def backward(ctx, grad):
-            grads = reference.backward(grad, *ctx.saved_tensors, task.segments, attention.SCALE)
+            grads = reference.backward(grad, *ctx.saved_tensors, task.segments, attention.SCALE, causal=True)
             return tuple(x.to(task.q.dtype) for x in grads)
 
     results = []

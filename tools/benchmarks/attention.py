@@ -73,7 +73,7 @@ class Task:
 
         def run() -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
             results = [
-                backend.forward(self.q[:, own], k, v, self.segments, SCALE)
+                backend.forward(self.q[:, own], k, v, self.segments, SCALE, causal=True)
                 for own, (k, v) in zip(heads, keys, strict=True)
             ]
             out, lse = torch.cat([out for out, _ in results], dim=1), torch.cat([lse for _, lse in results])
