@@ -1,7 +1,7 @@
 """Core attention of the language model: packed documents, grouped queries, context parallel keys.
 
 Context parallel ranks are Ulysses groups (adjacent ranks, which trade tokens for heads) times the ranks that
-exchange keys; either may be a group of one.
+exchange keys, by gathering them or round a ring; either may be a group of one.
 
 Shapes: s local tokens, S tokens of the pack, b batch (1: a microbatch is one pack), np query heads,
 ng KV heads, d head size, all per tensor parallel rank. Queries and keys arrive rotated.
@@ -19,10 +19,15 @@ from torch.distributed import ProcessGroup
 
 from eagle_kernels.activation_offload import KeptResults
 from megatron_eagle.context_parallel.attention_backend import AttentionBackend
-from megatron_eagle.context_parallel.exchange import KVExchange
+from megatron_eagle.context_parallel.exchange_choice import KeyExchange
 from megatron_eagle.context_parallel.gather_kv import GatherKVAttention
 from megatron_eagle.context_parallel.layout import SequenceLayout
+from megatron_eagle.context_parallel.ring import RingAttention
+from megatron_eagle.context_parallel.ring_plan import RingExchange
 from megatron_eagle.context_parallel.ulysses import HeadsToTokens, TokensToHeads
+from megatron_eagle.runtime.ring_groups import RingGroups
+
+NO_RING = RingGroups(None)
 
 
 @dataclass
@@ -36,7 +41,7 @@ class PackedSequence(PackedSeqParams):
     # Megatron's own fields have defaults.
     position_ids: Tensor = field(kw_only=True)  # [s] positions of the local tokens inside their documents
     layout: SequenceLayout = field(kw_only=True)  # over all context parallel ranks
-    exchange: KVExchange = field(kw_only=True)  # this rank's part, on its device
+    exchange: KeyExchange = field(kw_only=True)  # this rank's part, on its device
     rotary_table: tuple[Tensor, Tensor] | None = None  # cosines and sines, set on each pipeline stage
     replay: KeptResults | None = None  # what an offloaded layer keeps of its attention
 
@@ -49,25 +54,31 @@ def context_parallel_attention(
     k: Tensor,
     v: Tensor,
     backend: AttentionBackend,
-    exchange: KVExchange,
+    exchange: KeyExchange,
     scale: float,
     key_group: ProcessGroup,
     ulysses_group: ProcessGroup | None = None,
+    ring: RingGroups = NO_RING,
     replay: KeptResults | None = None,
 ) -> Tensor:
     """Attention of this rank's queries over the pack: q [s, np, d], k and v [s, ng, d] -> [s, np, d].
 
     Args:
-        exchange: `plan_exchange` of this rank's place in `key_group`, on the device of q.
+        exchange: `plan_keys` for this rank's place in `key_group`, on the device of q.
         key_group: ranks that hold other tokens in attention.
         ulysses_group: ranks that take other heads in attention; None: this rank takes all.
+        ring: the same ranks as `key_group`, for what goes round.
         replay: keeps the attention's results, or has them from an earlier run; None: neither.
     """
     if ulysses_group is not None:
         q, k, v = TokensToHeads.apply(q, k, v, ulysses_group)
-    # One KV head at a time where keys travel, so that they do so while attention runs.
-    parts = 1 if exchange.kind == "none" else k.shape[1]
-    out: Tensor = GatherKVAttention.apply(q, k, v, backend, exchange, scale, key_group, parts, replay)
+    out: Tensor
+    if isinstance(exchange, RingExchange):
+        out = RingAttention.apply(q, k, v, backend, exchange, scale, ring, replay)
+    else:
+        # One KV head at a time where keys travel, so that they do so while attention runs.
+        parts = 1 if exchange.kind == "none" else k.shape[1]
+        out = GatherKVAttention.apply(q, k, v, backend, exchange, scale, key_group, parts, replay)
     if ulysses_group is not None:
         out = HeadsToTokens.apply(out, ulysses_group)
     return out
@@ -88,9 +99,10 @@ class CoreAttention(MegatronModule):
         *,
         pg_collection: ProcessGroupCollection,
         backend: AttentionBackend,
+        ring: RingGroups,
     ) -> None:
         super().__init__(config=config)
-        self.backend = backend
+        self.backend, self.ring = backend, ring
         # The configuration decides, not which groups exist. Megatron's hierarchy: adjacent ranks first.
         has_ulysses = config.hierarchical_context_parallel_sizes is not None
         self.ulysses_group: ProcessGroup | None
@@ -119,6 +131,7 @@ class CoreAttention(MegatronModule):
             self.scale,
             self.key_group,
             self.ulysses_group,
+            self.ring,
             packed_seq_params.replay,
         )
         return out.flatten(1).unsqueeze(1)

@@ -14,6 +14,7 @@ from megatron_eagle.context_parallel.reference_attention import ReferenceAttenti
 from megatron_eagle.context_parallel.te_attention import TransformerEngineAttention
 from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
 from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.ring_groups import RingGroups
 
 AttentionName = Literal["auto", "flash3", "flash", "torch_varlen", "cudnn", "te", "reference"]
 
@@ -48,11 +49,11 @@ class AttentionChoice:
     name: str
     reason: str
 
-    def build(self, *args: Any, **kwargs: Any) -> MegatronModule:
-        """Core attention of one layer, from Megatron's arguments."""
+    def build(self, *args: Any, ring: RingGroups, **kwargs: Any) -> MegatronModule:
+        """Core attention of one layer, from Megatron's arguments and the layout's groups."""
         if self.backend is None:
             return TransformerEngineAttention(*args, **kwargs)
-        return CoreAttention(*args, backend=self.backend, **kwargs)
+        return CoreAttention(*args, backend=self.backend, ring=ring, **kwargs)
 
 
 def choose_attention(name: AttentionName, dtype: torch.dtype, head_dim: int) -> AttentionChoice:

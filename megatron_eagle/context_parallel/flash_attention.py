@@ -1,8 +1,8 @@
 """flash-attn as attention backends: FlashAttention 2 (sm_80 and up), and FlashAttention 3 (Hopper only).
 
-Both are varlen kernels, bottom-right where causal, for bf16 and fp16, and deterministic in backward if asked. What is
-called are the functions under their autograd layers, because backward must be callable without autograd.
-These are not public: their argument names are checked before use.
+Both are varlen kernels for bf16 and fp16, bottom-right where causal, and deterministic in backward if asked.
+What is called are the functions under their autograd layers, because backward must be callable without
+autograd. These are not public: their argument names are checked before use.
 """
 
 import importlib

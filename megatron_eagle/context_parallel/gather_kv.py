@@ -6,11 +6,8 @@ keys of the next travel. Backward receives the keys again instead of keeping the
 in fp32, and sends them back to the ranks that hold the tokens while the next group is computed. All sums
 have a fixed order.
 
-Beside a ring of point-to-point messages, in the simulator (`tools/bench.py context_parallel`, column `ring`):
-both move the same keys, the ring in size - 1 steps, each as long as its busiest rank. A step of the video mix
-at size 8 takes 1.77 times that of perfect balance under `balanced` and 1.51 under `zigzag`, where one kernel
-on all keys takes 1.00 and 1.30. The keys of two head groups exist at a time; those of a pack of 128K tokens
-with 4 heads are 0.27 GB in bf16.
+The keys of two head groups exist at a time; those of a pack of 128K tokens with 4 heads are 0.27 GB in bf16.
+Beside it stands the ring (`ring.py`), which holds two ranks' blocks of keys at a time, however long the pack.
 """
 
 from collections import deque
@@ -24,15 +21,18 @@ from torch import Tensor
 from eagle_kernels.activation_offload import KeptResults
 from megatron_eagle.context_parallel.attention_backend import AttentionBackend
 from megatron_eagle.context_parallel.exchange import KVExchange
+from megatron_eagle.context_parallel.key_order import fold_gradients, read_keys, sum_rows
 
 
-def start_gather(kv: Tensor, exchange: KVExchange, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+def start_gather(
+    kv: Tensor, exchange: KVExchange, group: dist.ProcessGroup | None
+) -> Callable[[], tuple[Tensor, Tensor]]:
     """Begin to gather keys and values; the returned function waits for them.
 
     Args:
-        kv: [s, ...] of this rank's tokens, contiguous.
+        kv: [s, 2, h, d] of this rank's tokens, contiguous.
     Returns:
-        a function that gives [keys, ...], in the order that `exchange.segments` means.
+        a function that gives keys and values [keys, h, d], in the order that `exchange.segments` means.
     """
     work = None
     if exchange.kind == "none":
@@ -46,10 +46,10 @@ def start_gather(kv: Tensor, exchange: KVExchange, group: dist.ProcessGroup | No
             counts = list(exchange.ranges.receive_counts), list(exchange.ranges.send_counts)
             work = dist.all_to_all_single(received, sent, *counts, group=group, async_op=True)
 
-    def finish() -> Tensor:
+    def finish() -> tuple[Tensor, Tensor]:
         if work is not None:
             work.wait()
-        return received if exchange.order is None else received.index_select(0, exchange.order.kv_rows)
+        return read_keys(received, exchange.order)
 
     return finish
 
@@ -64,13 +64,7 @@ def start_return(
     Returns:
         a function that waits and gives fp32 [s, 2, h, d]: the sum over all ranks, for this rank's tokens.
     """
-    if exchange.order is None:
-        rows = torch.stack([grad_k, grad_v], dim=1).float()
-    else:
-        keys, *shape = grad_k.shape
-        grad = grad_k.new_empty((keys + 1, 2, *shape), dtype=torch.float32)
-        grad[:keys, 0], grad[:keys, 1], grad[keys] = grad_k, grad_v, 0
-        rows = _sum_rows(grad, exchange.order.fold_rows)
+    rows = fold_gradients(grad_k, grad_v, exchange.order)
     if exchange.kind == "none":
         return lambda: rows
     ranges = exchange.ranges
@@ -92,18 +86,9 @@ def start_return(
 
     def finish_rows() -> Tensor:
         work.wait()
-        return _sum_rows(returned, ranges.return_rows)
+        return sum_rows(returned, ranges.return_rows)
 
     return finish_rows
-
-
-def _sum_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Sums of rows of x, which ends with a row of zeros for "none": rows [m, n] -> [n, ...]."""
-    first, *others = rows
-    total = x.index_select(0, first)
-    for more in others:
-        total += x.index_select(0, more)
-    return total
 
 
 class GatherKVAttention(torch.autograd.Function):
@@ -189,7 +174,7 @@ def _gathered(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys and values of each head group; those of the next are on their way when one is handed out."""
 
-    def start(own: slice) -> Callable[[], Tensor]:
+    def start(own: slice) -> Callable[[], tuple[Tensor, Tensor]]:
         return start_gather(torch.stack([k[:, own], v[:, own]], dim=1), exchange, group)
 
     if exchange.kind == "none" and exchange.order is None:
@@ -199,12 +184,7 @@ def _gathered(
     for number in range(1, len(heads) + 1):
         if number < len(heads):
             pending.append(start(heads[number][1]))
-        yield _pair(pending.popleft()())  # nothing here keeps what was received
-
-
-def _pair(kv: Tensor) -> tuple[Tensor, Tensor]:
-    keys, values = kv.unbind(1)
-    return keys, values
+        yield pending.popleft()()  # nothing here keeps what was received
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:

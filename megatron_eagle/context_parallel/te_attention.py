@@ -33,13 +33,14 @@ def check_te_attention(parallel: ParallelConfig) -> None:
         "context_parallel_layout": "zigzag_per_document",
         "pad_documents": True,
         "ulysses_parallel_size": 1,
+        "context_parallel_comm": "auto",
     }
     for name, value in needed.items():
         if getattr(parallel, name) != value:
             raise UserError(
                 f"layers.attention te divides every document into equal chunks over context_parallel_size "
-                f"{parallel.context_parallel_size}: set parallel.{name}={str(value).lower()}, or choose "
-                "another attention"
+                f"{parallel.context_parallel_size} and has its own ring: set "
+                f"parallel.{name}={str(value).lower()}, or choose another attention"
             )
 
 

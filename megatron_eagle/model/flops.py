@@ -9,7 +9,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_eagle.context_parallel.balanced import PairCosts
+from megatron_eagle.context_parallel.exchange_choice import ASSUMED, ExchangeCosts
 from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.model.shapes import LocalShapes
+from megatron_eagle.runtime.parallel import ParallelConfig
 
 PARTS = ("vision", "connector", "language")
 
@@ -99,16 +102,42 @@ def patch_cost(eagle: EagleConfig) -> float:
 def pair_costs(eagle: EagleConfig) -> PairCosts:
     """What `balanced` weighs beside attention, forward and backward, in query-key pairs.
 
-    A pair costs 14 FLOPs a query feature at 400 TFLOP/s, the other products of a token 6 a weight at 600. A
-    key from another rank is 16 bytes a feature (keys and values forward and backward in bf16, their gradients
-    in fp32) at 300 GB/s, of which attention hides all but its first head group's.
+    A key from another rank counts as far as attention does not hide it: its first head group.
     """
     text = eagle.text
     h, queries = text.hidden_size, text.num_attention_heads * text.head_dim
     kv = text.num_key_value_heads * text.head_dim
     weights = h * (queries + 2 * kv) + queries * h + 3 * h * text.intermediate_size
-    pair = 14 * queries / 400e12
     return PairCosts(
-        token=max(1, round(6 * weights / 600e12 / pair)),
-        key=max(1, round(16 * kv / text.num_key_value_heads / 300e9 / pair)),
+        token=max(1, round(6 * weights / ASSUMED.dense / _pair_seconds(queries))),
+        key=max(1, round(_key_bytes(text.head_dim) / ASSUMED.node / _pair_seconds(queries))),
     )
+
+
+def exchange_costs(eagle: EagleConfig, parallel: ParallelConfig, ranks_per_node: int) -> ExchangeCosts:
+    """What the choice of an exchange of keys weighs."""
+    shapes, d = LocalShapes(eagle, parallel), eagle.text.head_dim
+    kv_heads = max(1, shapes.kv_heads // shapes.ulysses)
+    pair = _pair_seconds(shapes.q / shapes.ulysses)
+    inside = shapes.tp * shapes.cp <= ranks_per_node
+    link = ASSUMED.node if inside else ASSUMED.network
+    # Of a head group: keys of two in bf16, and fp32 gradients of one in four copies (`memory_model`).
+    held = 2 * d * (2 * 2 + 4 * 4)
+    return ExchangeCosts(
+        key=max(1, round(kv_heads * _key_bytes(d) / link / pair)),
+        step=round(ASSUMED.step / pair),
+        # Output and dq of one step in bf16, added to sums in fp32.
+        merge=round(2 * (2 + 4 + 4) * shapes.q / shapes.ulysses / ASSUMED.memory / pair),
+        head_groups=kv_heads,
+        most_keys=int(ASSUMED.key_bytes / held),
+    )
+
+
+def _pair_seconds(queries: float) -> float:
+    """Of attention of one query and one key, forward and backward, for so many query features."""
+    return 14 * queries / ASSUMED.attention
+
+
+def _key_bytes(d: int) -> int:
+    """Of a foreign key and value of one head: forward and backward in bf16, and their gradients in fp32."""
+    return 2 * d * (2 + 2 + 4)

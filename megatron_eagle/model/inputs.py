@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
-from megatron_eagle.context_parallel.exchange import KVExchange, plan_exchange
+from megatron_eagle.context_parallel.exchange_choice import KeyExchange, plan_keys
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.padding import pad_documents
 from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.context_parallel.vision_sharding import VisionShare, gather_tiles, share_vision
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import ModelInput, VisionInput
-from megatron_eagle.model.flops import pair_costs
+from megatron_eagle.model.flops import exchange_costs, pair_costs
 from megatron_eagle.model.language import MaybeTargets, Targets
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh
@@ -35,7 +35,7 @@ class InputPlan:
     document_bounds: Tensor  # int32, padding counted
     longest_document: int
     layout: SequenceLayout
-    exchange: KVExchange
+    exchange: KeyExchange
     vision: "VisionPlan | None"  # None: not the first stage
 
     @property
@@ -120,7 +120,14 @@ def plan_input(
         document_bounds=torch.tensor(document_bounds, dtype=torch.int32),
         longest_document=max(map(sub, document_bounds[1:], document_bounds)),
         layout=layout,
-        exchange=plan_exchange(key_layout, mesh.cp.rank // ulysses, document_bounds),
+        exchange=plan_keys(
+            key_layout,
+            mesh.cp.rank // ulysses,
+            document_bounds,
+            mesh.config.key_comm,
+            exchange_costs(eagle, mesh.config, mesh.ranks_per_node),
+            mesh.config.ring_node_size,
+        ),
         vision=vision,
     )
 

@@ -15,6 +15,7 @@ from eagle_kernels.dispatch import Implementation
 from eagle_kernels.rope import inverse_frequencies, rope, rotary_table
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.backends import AttentionChoice
+from megatron_eagle.runtime.ring_groups import RingGroups
 
 
 class PackedRotaryTable(torch.nn.Module):
@@ -58,11 +59,12 @@ class RotaryAttention(MegatronModule):
         config: TransformerConfig,
         *args: Any,
         attention: AttentionChoice,
+        ring: RingGroups,
         kernels: Implementation = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
-        self.core, self.kernels = attention.build(config, *args, **kwargs), kernels
+        self.core, self.kernels = attention.build(config, *args, ring=ring, **kwargs), kernels
 
     def forward(
         self,

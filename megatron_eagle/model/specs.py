@@ -226,7 +226,8 @@ def language_block(
     `store` is this rank's, for the tensors of offloaded layers.
     """
     attention = choose_attention(classes.attention, config.params_dtype, config.kv_channels)
-    core = ModuleSpec(module=RotaryAttention, params={"attention": attention, "kernels": classes.kernels})
+    own = {"attention": attention, "ring": mesh.ring, "kernels": classes.kernels}
+    core = ModuleSpec(module=RotaryAttention, params=own)
     layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, classes.swiglu)
     if recompute.swiglu:
         layer.submodules.mlp = without_product(layer.submodules.mlp, mesh.tp.group)

@@ -266,6 +266,7 @@ def _attention(shapes: PackShapes, workload: Workload) -> int:
     values, or those gradients stacked. With context parallelism that is so for one KV head at a time,
     with its gathered keys and values and those of the next head, fp32 gradients of the local ones, and the
     head's gradients of gathered ones once more stacked and twice in the order of ranks while they are added.
+    Of a ring it is all heads of two blocks, fp32 gradients of three, and fp32 gradients of q.
     """
     e, keys = workload.element_size, 2 * shapes.length * shapes.kv
     held = 2 * shapes.s * shapes.q * e + shapes.r * shapes.h * e
@@ -273,6 +274,11 @@ def _attention(shapes: PackShapes, workload: Workload) -> int:
     if shapes.cp == shapes.ulysses:
         keys //= shapes.cp
         return held + keys * FP32 + max(scores, keys * FP32)
+    if shapes.parallel.key_comm == "ring":
+        block = keys // shapes.cp * shapes.parallel.ring_node_size
+        return (
+            held + 2 * block * e + 3 * block * FP32 + shapes.s * shapes.q * FP32 + max(scores, block * FP32)
+        )
     heads, group = shapes.kv_heads // shapes.ulysses, keys // shapes.kv_heads
     gathered = 2 * group * e + keys // shapes.cp * FP32 + group * FP32
     return held + gathered + max(scores // heads, 3 * group * FP32)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from eagle_kernels.linear_cross_entropy import CHUNK
-from megatron_eagle.model.flops import StepFlops, pair_costs, training_flops
+from megatron_eagle.model.flops import StepFlops, exchange_costs, pair_costs, training_flops
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.shapes import PackShapes, StageShapes
 from megatron_eagle.planning.context_work import ContextWork, context_work
@@ -109,7 +109,12 @@ def step_time(
         sum_squared_lengths: squared lengths of a pack's documents, summed, on average.
         document_bounds: of typical packs; none: one document a pack.
     """
-    context = context_work(parallel, document_bounds or [[0, workload.sequence_length]], pair_costs(eagle))
+    context = context_work(
+        parallel,
+        document_bounds or [[0, workload.sequence_length]],
+        pair_costs(eagle),
+        exchange_costs(eagle, parallel, machine.gpus_per_node),
+    )
     average = replace(workload, tiles=round(mean_tiles))
     shapes = PackShapes(eagle, parallel, workload.sequence_length)
     stages = range(parallel.pipeline_model_parallel_size)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,8 +16,23 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged
+from megatron_eagle.runtime.ring_groups import RingGroups, make_ring_groups
 
 VisionSharding = Literal["none", "cp", "cp_tp"]
+KeyComm = Literal["auto", "gather", "ranges", "ring"]
+ContextParallelComm = Literal["auto", "gather", "ranges", "ring", "p2p", "all_gather", "a2a", "a2a+p2p"]
+# Megatron's words (cp_comm_type) in this project's. Heads are divided by ulysses_parallel_size, whatever the
+# word.
+_KEY_COMM: dict[ContextParallelComm, KeyComm] = {
+    "auto": "auto",
+    "gather": "gather",
+    "ranges": "ranges",
+    "ring": "ring",
+    "p2p": "ring",
+    "all_gather": "gather",
+    "a2a": "auto",
+    "a2a+p2p": "ring",
+}
 
 
 @dataclass
@@ -41,6 +57,13 @@ class ParallelConfig(Ranged):
     # Adjacent context parallel ranks that divide heads around attention (context_parallel/ulysses.py); the
     # others exchange KV.
     ulysses_parallel_size: Annotated[int, Range(1, 1024)] = 1
+    # How their keys travel (context_parallel/exchange_choice.py): all gathered by all, the needed ranges
+    # alone, or round a ring; auto takes for each pack what it estimates to be the quickest. Megatron's
+    # cp_comm_type words are taken, too.
+    context_parallel_comm: ContextParallelComm = "auto"
+    # Of a ring: so many adjacent ranks, those of a node say, gather each block among them, and blocks go
+    # round the nodes.
+    ring_node_size: Annotated[int, Range(1, 1024)] = 1
     # Language layers of the first pipeline stage, which also has the vision encoder; null: as many as the
     # others. The other stages share the rest equally.
     num_layers_in_first_pipeline_stage: Annotated[int, Range(1, 1024)] | None = None
@@ -53,6 +76,13 @@ class ParallelConfig(Ranged):
         super().__post_init__()
         if self.virtual_pipeline_model_parallel_size == 1:  # Megatron would take one chunk for interleaving
             self.virtual_pipeline_model_parallel_size = None
+        if self.context_parallel_comm == "a2a" and self.ulysses_parallel_size == 1:
+            self.ulysses_parallel_size = self.context_parallel_size
+
+    @property
+    def key_comm(self) -> KeyComm:
+        """`context_parallel_comm` in this project's words."""
+        return _KEY_COMM[self.context_parallel_comm]
 
     @property
     def model_parallel_size(self) -> int:
@@ -96,6 +126,7 @@ class ParallelConfig(Ranged):
                 f"parallel.ulysses_parallel_size {self.ulysses_parallel_size} does not divide "
                 f"context_parallel_size {self.context_parallel_size}: choose one of its divisors"
             )
+        self._check_key_comm()
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError(
                 "parallel.sequence_parallel needs tensor_model_parallel_size > 1 "
@@ -113,6 +144,36 @@ class ParallelConfig(Ranged):
                 f"{self.model_parallel_size}: start a multiple of {self.model_parallel_size} processes"
             )
         return world_size // self.model_parallel_size
+
+    def _check_key_comm(self) -> None:
+        word, ulysses, size = (
+            self.context_parallel_comm,
+            self.ulysses_parallel_size,
+            self.context_parallel_size,
+        )
+        if word == "a2a" and ulysses != size:
+            raise UserError(
+                f"parallel.context_parallel_comm a2a divides heads over all {size} context parallel ranks, "
+                f"and ulysses_parallel_size is {ulysses}: set it to {size}, or the comm to auto"
+            )
+        if word == "a2a+p2p" and not 1 < ulysses < size:
+            raise UserError(
+                f"parallel.context_parallel_comm a2a+p2p divides heads over some of the {size} context "
+                f"parallel ranks, and ulysses_parallel_size is {ulysses}: choose a divisor between 1 and "
+                f"{size}, or the comm auto"
+            )
+        keys, node = size // ulysses, self.ring_node_size
+        if node > 1 and self.key_comm != "ring":
+            raise UserError(
+                f"parallel.ring_node_size {node} is of a ring and context_parallel_comm is {word}: set that "
+                "to ring, or ring_node_size to 1"
+            )
+        if keys % node:
+            legal = max(n for n in range(1, node + 1) if keys % n == 0)
+            raise UserError(
+                f"parallel.ring_node_size {node} does not divide the {keys} ranks that exchange keys "
+                f"(context_parallel_size {size} / ulysses_parallel_size {ulysses}): the nearest is {legal}"
+            )
 
 
 @dataclass(frozen=True)
@@ -139,6 +200,8 @@ class Mesh:
     cp: Axis
     dp: Axis
     dp_cp: Axis
+    ring: RingGroups
+    ranks_per_node: int  # the fewest of any node
 
     def is_first_stage(self, chunk: int = 0) -> bool:
         """Whether model chunk `chunk` of this rank holds the vision encoder and the embedding."""
@@ -188,7 +251,27 @@ def model_parallel(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Mesh
         model_parallel_cuda_manual_seed(seed)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         axes = {name: Axis.of(getattr(groups, name)) for name in ("tp", "pp", "cp", "dp", "dp_cp")}
-        yield Mesh(config, groups, **axes)
+        ring = RingGroups(None)
+        if (
+            config.key_comm in ("auto", "ring")
+            and config.context_parallel_size > config.ulysses_parallel_size
+        ):
+            ring = make_ring_groups(
+                config.tensor_model_parallel_size,
+                config.pipeline_model_parallel_size,
+                config.context_parallel_size,
+                config.ulysses_parallel_size,
+                config.ring_node_size,
+            )
+        yield Mesh(config, groups, **axes, ring=ring, ranks_per_node=_ranks_per_node())
+
+
+def _ranks_per_node() -> int:
+    """As torchrun tells each process; without it all are on one node. Collective over all ranks."""
+    processes = torch.distributed.get_world_size()
+    found = [0] * processes
+    torch.distributed.all_gather_object(found, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    return min(found)
 
 
 @contextlib.contextmanager

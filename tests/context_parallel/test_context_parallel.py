@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from megatron_eagle.context_parallel.attention import context_parallel_attention
 from megatron_eagle.context_parallel.balanced import PairCosts
 from megatron_eagle.context_parallel.exchange import measure_traffic, plan_exchange
+from megatron_eagle.context_parallel.exchange_choice import ExchangeCosts, plan_keys
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
@@ -25,9 +26,9 @@ PACKS = {
     "one token each": [*range(25)],  # gradients of queries and keys are 0
     "uneven length": [0, 37, 38, 88],  # eleven tokens to each of eight chunks
 }
-# An all-gather of all keys, or the needed ranges, whatever it would save.
 COSTS = PairCosts(token=16384, key=64)
-EXCHANGES = {"gather": 0.0, "ranges": 2.0}
+EXCHANGE_COSTS = ExchangeCosts(key=1, step=1, merge=1, head_groups=2, most_keys=1000)
+EXCHANGES = ("gather", "ranges", "ring")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
@@ -55,24 +56,29 @@ def full_attention(bounds: list[int], dtype: torch.dtype) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
-def attend_everywhere(ulysses: int, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+def attend_everywhere(ulysses: int, node: int, dtype: torch.dtype) -> dict[str, list[Tensor]]:
     """On one rank: its tokens' output, dQ, dK, dV of every layout, pack and exchange; run twice."""
     size = torch.distributed.get_world_size()
-    config = ParallelConfig(context_parallel_size=size, ulysses_parallel_size=ulysses)
+    config = ParallelConfig(
+        context_parallel_size=size,
+        ulysses_parallel_size=ulysses,
+        context_parallel_comm="auto" if node == 1 else "ring",
+        ring_node_size=node,
+    )
     results = {}
     with model_parallel(config) as mesh:
         ulysses_group, key_group = mesh.groups.hcp or (None, mesh.cp.group)
-        for name, pack, exchange in product(LAYOUT_NAMES, PACKS, EXCHANGES):
+        for name, pack, exchange in product(LAYOUT_NAMES, PACKS, EXCHANGES if node == 1 else ["ring"]):
             bounds = PACKS[pack]
             key_layout = plan_for(name, size // ulysses, bounds)
             index = key_layout.cut_each(ulysses).token_index(mesh.cp.rank)
-            keys = plan_exchange(key_layout, mesh.cp.rank // ulysses, bounds, EXCHANGES[exchange])
+            keys = plan_keys(key_layout, mesh.cp.rank // ulysses, bounds, exchange, EXCHANGE_COSTS, node)
             *inputs, grad = (x[index] for x in pack_tensors(bounds[-1], dtype))
             runs = []
             for _ in range(2):
                 leaves = [x.clone().requires_grad_() for x in inputs]
                 out = context_parallel_attention(
-                    *leaves, ReferenceAttention(), keys, HEAD_DIM**-0.5, key_group, ulysses_group
+                    *leaves, ReferenceAttention(), keys, HEAD_DIM**-0.5, key_group, ulysses_group, mesh.ring
                 )
                 runs.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
             assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "two runs differ"
@@ -81,10 +87,13 @@ def attend_everywhere(ulysses: int, dtype: torch.dtype) -> dict[str, list[Tensor
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("size", "ulysses"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
-def test_attention_equals_full_attention(size, ulysses, dtype):
+@pytest.mark.parametrize(
+    ("size", "ulysses", "node"),
+    [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1), (4, 2, 1), (4, 1, 2), (8, 2, 2)],
+)
+def test_attention_equals_full_attention(size, ulysses, node, dtype):
     dtype = getattr(torch, dtype)
-    ranks = launch(attend_everywhere, size, ulysses, dtype)
+    ranks = launch(attend_everywhere, size, ulysses, node, dtype)
     expected = {pack: full_attention(bounds, dtype) for pack, bounds in PACKS.items()}
     errors = {}
     for case in ranks[0]:
@@ -105,8 +114,9 @@ def test_ranges_carry_what_is_needed_and_no_more(name, pack):
     size, bounds = 4, PACKS[pack]
     share = bounds[-1] // size
     layout = plan_for(name, size, bounds)
-    plans = [plan_exchange(layout, rank, bounds, ranges_below=2.0) for rank in range(size)]
     traffic = measure_traffic(layout, bounds)
+    kind = "ranges" if traffic.received.max() else "none"
+    plans = [plan_exchange(layout, rank, bounds, kind, traffic) for rank in range(size)]
     for rank, plan in enumerate(plans):
         needed = {i for part in layout.segments(rank, bounds) for i in range(part.k_start, part.k_end)}
         assert set(traffic.needed[rank].nonzero()[0].tolist()) == needed
@@ -115,18 +125,3 @@ def test_ranges_carry_what_is_needed_and_no_more(name, pack):
         if plan.ranges is not None:
             assert plan.ranges.receive_counts == tuple(other.ranges.send_counts[rank] for other in plans)
             assert sum(plan.ranges.send_counts) == share + traffic.sent[rank]
-
-
-def test_the_cheapest_exchange_is_chosen():
-    whole, parts, short = [0, LENGTH], [0, 48, 96], [*range(0, 96, 6), 96]
-    most = [0, 64, 96]  # its busiest rank sends two thirds of what all keys are
-    kinds = [
-        plan_exchange(plan_layout(name, LENGTH, 4, bounds, costs=COSTS), 0, bounds).kind
-        for name, bounds in [
-            ("zigzag", whole),
-            ("contiguous", most),
-            ("contiguous", parts),
-            ("contiguous", short),
-        ]
-    ]
-    assert kinds == ["gather", "gather", "ranges", "none"]

@@ -70,6 +70,7 @@ def test_plan_of_a_pack():
                 config=replace(TE, tensor_model_parallel_size=2, sequence_parallel=True),
                 cp=SimpleNamespace(rank=rank, size=2),
                 tp=SimpleNamespace(size=2),
+                ranks_per_node=8,
             ),
             input_ids=torch.arange(14),
             document_bounds=[0, 5, 6, 14],
@@ -135,7 +136,11 @@ def test_it_is_called_as_megatron_declares_it(monkeypatch):
             {"context_parallel_layout": "balanced", "pad_documents": False},
             "context_parallel_layout=zigzag_per",
         ),
-        ({"pad_documents": False}, "te divides every document .*size 2: set parallel.pad_documents=true"),
+        (
+            {"pad_documents": False},
+            "te divides every document .*size 2 and .*: set parallel.pad_documents=true",
+        ),
+        ({"context_parallel_comm": "ring"}, "its own ring: set parallel.context_parallel_comm=auto, or"),
         ({"context_parallel_size": 4, "ulysses_parallel_size": 2}, "set parallel.ulysses_parallel_size=1"),
         (
             {"context_parallel_layout": "balanced"},

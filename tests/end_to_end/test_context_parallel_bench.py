@@ -23,7 +23,7 @@ def test_balanced_costs_two_percent_at_most(tmp_path):
     assert len(kinds) == 5
     assert all(rows[kind, 8, "balanced"]["worst"] <= 1.02 for kind in kinds)
     assert rows["96K + 32K", 8, "zigzag"]["step"] == pytest.approx(1.41, abs=0.01)
-    assert rows["video mix", 8, "balanced"]["ring"] > 1.5, "why keys do not go round a ring"
+    assert rows["video mix", 8, "balanced"]["ring"] > 1.5, "a ring waits for its slowest rank in every step"
     assert rows["chat 200-2000", 8, "balanced"]["saved %"] > 95
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -45,6 +45,7 @@ def _differing(one: Outcome, other: Outcome) -> list[str]:
         ("PP2 x VPP2, none", 0),
         ("CP2, cp", 1),
         ("Ulysses 2, balanced", 2),
+        ("Ring 2, zigzag", 1),
         pytest.param("PP2, none", 1, marks=pytest.mark.slow),
         pytest.param("DP2 overlapped, none", 1, marks=pytest.mark.slow),
         pytest.param("TP2+SP x PP2 x VPP2 x CP2, cp_tp", 0, marks=pytest.mark.slow),

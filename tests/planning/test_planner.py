@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.flops import pair_costs, training_flops
+from megatron_eagle.model.flops import exchange_costs, pair_costs, training_flops
 from megatron_eagle.model.presets import preset
 from megatron_eagle.model.shapes import PackShapes, StageShapes
 from megatron_eagle.model.specs import RecomputeConfig
@@ -24,6 +24,7 @@ from tests.paths import REPO
 
 EAGLE = preset("eagle2.5-8b").complete()
 COSTS = pair_costs(EAGLE)
+EXCHANGE = exchange_costs(EAGLE, ParallelConfig(context_parallel_size=4), ranks_per_node=8)
 WORKLOAD = Workload(sequence_length=32768, tiles=64, microbatches=4)
 SHAPES = PackShapes(EAGLE, ParallelConfig(), WORKLOAD.sequence_length)
 MACHINE = Machine.of(GPUS["h200"])
@@ -116,13 +117,26 @@ def test_the_fused_loss_by_hand():
 def test_context_parallel_work_is_counted_for_the_packs():
     whole, short = [0, 32768], [*range(0, 32768 + 1, 512)]
     uneven = [0, 24576, 32768]
-    gathered = context_work(layout(cp=4), [whole], COSTS)
+    gathered = context_work(layout(cp=4), [whole], COSTS, EXCHANGE)
     assert gathered == (ContextWork(32768 * 3 / 4, 1.0))
-    assert context_work(layout(cp=4), [short], COSTS).remote_keys < 512
-    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [short], COSTS).remote_keys == 0.0
-    assert context_work(layout(cp=4, context_parallel_layout="zigzag"), [uneven], COSTS).imbalance > 1.2
-    assert context_work(layout(cp=4), [uneven], COSTS).imbalance < 1.02
-    assert context_work(layout(cp=4, ulysses_parallel_size=4), [whole], COSTS) == ContextWork(0.0, 1.0)
+    assert context_work(layout(cp=4), [short], COSTS, EXCHANGE).remote_keys < 512
+    assert (
+        context_work(layout(cp=4, context_parallel_layout="zigzag"), [short], COSTS, EXCHANGE).remote_keys
+        == 0.0
+    )
+    assert (
+        context_work(layout(cp=4, context_parallel_layout="zigzag"), [uneven], COSTS, EXCHANGE).imbalance
+        > 1.2
+    )
+    assert context_work(layout(cp=4), [uneven], COSTS, EXCHANGE).imbalance < 1.02
+    ring = layout(cp=4, context_parallel_comm="ring")
+    assert context_work(ring, [whole], COSTS, EXCHANGE).remote_keys == 32768 * 3 / 4
+    half = [0, 16384, 32768]  # two ranks each: the ring is one step long
+    ring = layout(cp=4, context_parallel_comm="ring", context_parallel_layout="contiguous")
+    assert context_work(ring, [half], COSTS, EXCHANGE).remote_keys == 32768 / 4
+    assert context_work(layout(cp=4, ulysses_parallel_size=4), [whole], COSTS, EXCHANGE) == ContextWork(
+        0.0, 1.0
+    )
 
     def seconds(parallel, bounds, recompute="none"):
         workload = replace(WORKLOAD, tiles=0, recompute=RecomputeConfig(recompute))

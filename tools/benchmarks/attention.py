@@ -44,7 +44,7 @@ Pass = Callable[[], tuple[Tensor, Callable[[], tuple[Tensor, ...]]]]
 def share(length: int) -> tuple[tuple[Segment, ...], int]:
     """Segments of the first rank's queries, and how many pairs of a query and a key they have."""
     layout = plan_layout("balanced", length, SIZE, [0, length], costs=COSTS)
-    segments = plan_exchange(layout, 0, [0, length]).segments
+    segments = plan_exchange(layout, 0, [0, length], "gather").segments
     pairs = 0
     for part in segments:
         rows, keys = part.q_end - part.q_start, part.k_end - part.k_start
@@ -89,6 +89,7 @@ class Task:
                         lse[own],
                         self.segments,
                         SCALE,
+                        causal=True,
                     )
                     for own, (k, v) in zip(heads, keys, strict=True)
                 ]

@@ -23,19 +23,22 @@ import numpy as np
 from benchmarks.report import Report, progress
 
 from megatron_eagle.context_parallel.exchange import measure_traffic
+from megatron_eagle.context_parallel.exchange_choice import choose_exchange, pairs_by_block
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, LayoutName, plan_layout, sequence_multiple
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.flops import pair_costs
+from megatron_eagle.model.flops import exchange_costs, pair_costs
 from megatron_eagle.model.presets import preset
 from megatron_eagle.planning.planner import sample_bounds
+from megatron_eagle.runtime.parallel import ParallelConfig
 
 LENGTH, SIZES = 131072, (2, 4, 8, 16)
 LAYERS, QUERY_HEADS, KEY_HEADS, HEAD_DIM, PARAMETERS = 28, 28, 4, 128, 6.53e9
 DENSE_RATE, ATTENTION_RATE, LINK = 600e12, 400e12, 300e9
 TILE = 128
-COSTS = pair_costs(preset("eagle2.5-8b").complete())
+MODEL = preset("eagle2.5-8b").complete()
+COSTS = pair_costs(MODEL)
 # A foreign key of one layer: k and v in bf16 forward and again backward, their gradients in fp32.
 KEY_BYTES = 2 * KEY_HEADS * HEAD_DIM * (2 + 2 + 4)
 SEEDS = 8
@@ -117,6 +120,8 @@ def simulate(name: LayoutName, size: int, bounds: Sequence[int]) -> Outcome:
     traffic = measure_traffic(layout, bounds)
     gathered = length - length // size
     busiest_link = int(max(traffic.received.max(), traffic.sent.max()))
+    costs = exchange_costs(MODEL, ParallelConfig(context_parallel_size=size), ranks_per_node=8)
+    kind = choose_exchange(layout, bounds, traffic, "auto", costs)
     tables = [layout.segment_table(rank, bounds) for rank in range(size)]
     tiles = [_tiled_area(table) for table in tables]
     sizes = np.diff(bounds)
@@ -124,8 +129,8 @@ def simulate(name: LayoutName, size: int, bounds: Sequence[int]) -> Outcome:
         busiest=max(tiles),
         tiles=sum(tiles) / size,
         exact=float((sizes * (sizes + 1) // 2).sum()) / size,
-        ring=_ring_area(layout, tables),
-        foreign={"none": 0, "ranges": busiest_link, "gather": gathered}[traffic.kind()],
+        ring=_ring_area(layout, bounds),
+        foreign={"none": 0, "ranges": busiest_link, "gather": gathered, "ring": gathered}[kind],
         gathered=gathered,
         segments=max(len(table) for table in tables),
         plan_ms=plan_ms,
@@ -142,18 +147,10 @@ def _tiled_area(table: np.ndarray) -> int:
     return area
 
 
-def _ring_area(layout: SequenceLayout, tables: list[np.ndarray]) -> int:
+def _ring_area(layout: SequenceLayout, bounds: Sequence[int]) -> int:
     """Pairs of the rank with most in each step of a ring, added up: in step i, keys of the rank i before."""
-    size = layout.size
-    owner = np.empty(layout.length, dtype=np.int64)
-    owner[layout.rank_major_order.numpy()] = np.repeat(np.arange(size), layout.length // size)
-    pairs = np.zeros((size, size))  # [rank, owner of the keys]
-    for rank, table in enumerate(tables):
-        for first, last, first_key, last_key in table.tolist():
-            rows = np.minimum(last - first, last_key - np.arange(first_key, last_key))  # that see the key
-            pairs[rank] += np.bincount(owner[first_key:last_key], weights=rows, minlength=size)
-    ranks = np.arange(size)
-    return int(sum(pairs[ranks, (ranks - step) % size].max() for step in ranks))
+    pairs, ranks = pairs_by_block(layout, bounds), np.arange(layout.size)
+    return int(sum(pairs[ranks, (ranks - step) % layout.size].max() for step in ranks))
 
 
 def run(packs: str | None = None, plot: str | None = None) -> Report:

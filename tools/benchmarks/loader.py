@@ -46,7 +46,9 @@ def _planning() -> list[dict[str, Any]]:
     eagle = preset("eagle2.5-8b").complete()
     config = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True, context_parallel_size=8)
     groups = SimpleNamespace(tp_cp=None)
-    mesh: Any = SimpleNamespace(config=config, tp=_axis(0, 4), cp=_axis(3, 8), groups=groups)
+    mesh: Any = SimpleNamespace(
+        config=config, tp=_axis(0, 4), cp=_axis(3, 8), groups=groups, ranks_per_node=8
+    )
     random, tiles = torch.Generator().manual_seed(0), 400
     ids = torch.randint(0, 1000, (LENGTH,), generator=random)
     for tile in range(tiles):

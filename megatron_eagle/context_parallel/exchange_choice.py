@@ -1,0 +1,152 @@
+"""How the keys of a pack travel: gathered by all, by the ranges that are needed, or round a ring.
+
+`parallel.context_parallel_comm` says so for all packs, or leaves it to `auto`, which estimates all three for
+each pack and takes the quickest that fits. The estimate is in whole numbers of query-key pairs and reads
+nothing but the pack's documents and `ASSUMED`: every rank comes to the same choice without asking another.
+That is also why there is a fixed bound of memory in the table, and not what is left on some rank.
+
+What is compared, of the rank that has most: attention, in steps of a ring that all wait for the slowest rank;
+and what of the transfer attention cannot hide. Of gathered keys that is the first head group's, of a ring
+whatever a step's attention is too short for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_eagle.context_parallel.exchange import KVExchange, Traffic, measure_traffic, plan_exchange
+from megatron_eagle.context_parallel.layout import SequenceLayout
+from megatron_eagle.context_parallel.ring_plan import RingExchange, last_readers, plan_ring, readers
+from megatron_eagle.runtime.parallel import KeyComm
+
+Kind = Literal["none", "gather", "ranges", "ring"]
+KeyExchange = KVExchange | RingExchange
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is assumed of machines. None of it has been measured on the machine that runs."""
+
+    attention: float = 400e12  # FLOP/s of attention, forward and backward
+    dense: float = 600e12  # FLOP/s of other matrix products
+    node: float = 300e9  # byte/s into a rank from the ranks of its node
+    network: float = 40e9  # byte/s into a rank where some are on other nodes
+    messages: float = (
+        0.5  # part of that which many messages at once reach: a collective multicasts, they do not
+    )
+    memory: float = 3e12  # byte/s of a device's memory
+    step: float = 30e-6  # s of a ring's step for launches, forward and backward
+    key_bytes: float = 4e9  # memory that gathered keys and their gradients may take
+
+
+ASSUMED = Assumed()
+
+
+@dataclass(frozen=True)
+class ExchangeCosts:
+    """Of a layer (`model.flops.exchange_costs`), in query-key pairs of a rank's heads."""
+
+    key: int  # a key from another rank, forward and backward
+    step: int  # a step of a ring
+    merge: int  # a query whose outputs, and gradients, of one more step are added up
+    head_groups: int  # in which gathered keys travel, one after the other
+    most_keys: int  # that may be gathered
+
+
+def choose_exchange(
+    layout: SequenceLayout,
+    document_bounds: Sequence[int],
+    traffic: Traffic,
+    comm: KeyComm,
+    costs: ExchangeCosts,
+) -> Kind:
+    """The exchange that `comm` means for a pack, the same on every rank."""
+    busiest = int(max(traffic.received.max(), traffic.sent.max()))
+    if busiest == 0:
+        return "none"
+    if comm != "auto":
+        return comm
+    estimates = estimate(layout, document_bounds, traffic, costs)
+    fitting = {
+        kind: pairs
+        for kind, pairs in estimates.items()
+        if kind == "ring" or kept_keys(kind, layout, traffic) <= costs.most_keys
+    }
+    return min(fitting, key=lambda kind: fitting[kind])
+
+
+def kept_keys(kind: Kind, layout: SequenceLayout, traffic: Traffic) -> int:
+    """Keys that a rank holds at one time, at most."""
+    share = layout.length // layout.size
+    most = {"none": 0, "gather": layout.length - share, "ranges": int(traffic.received.max()), "ring": share}
+    return share + most[kind]
+
+
+def estimate(
+    layout: SequenceLayout, document_bounds: Sequence[int], traffic: Traffic, costs: ExchangeCosts
+) -> dict[Kind, int]:
+    """Query-key pairs that each exchange takes as long as."""
+    share = layout.length // layout.size
+    pairs = pairs_by_block(layout, document_bounds)
+    attention = int(pairs.sum(axis=1).max())
+
+    def gathered(keys: float) -> int:
+        transfer = round(keys * costs.key)
+        first = transfer // costs.head_groups
+        return attention + first + max(transfer - first - attention, 0)
+
+    ranks = np.arange(layout.size)
+    last = last_readers(readers(traffic, layout.rank_major_order.numpy()))
+    ring = 0
+    for step in range(max(last) + 1):
+        busiest = int(pairs[ranks, (ranks - step) % layout.size].max())
+        travelling = share * costs.key if step < max(last) else 0
+        ring += max(busiest, travelling) + costs.step + (share * costs.merge if step else 0)
+    busiest_link = int(max(traffic.received.max(), traffic.sent.max()))
+    return {
+        "gather": gathered(layout.length - share),
+        "ranges": gathered(busiest_link / ASSUMED.messages),
+        "ring": ring,
+    }
+
+
+def pairs_by_block(layout: SequenceLayout, document_bounds: Sequence[int]) -> np.ndarray:
+    """int64 [size, size]: query-key pairs of a rank's queries with the keys that another (second) holds."""
+    size, order = layout.size, layout.rank_major_order.numpy()
+    found = np.empty((size, size), dtype=np.int64)
+    for rank in range(size):
+        table = layout.segment_table(rank, document_bounds)
+        rows, first, end = table[:, 1] - table[:, 0], table[:, 2], table[:, 3]
+        # Queries that see a key: all of a segment's those before them, and of the queries' own tokens each
+        # one fewer than the token before.
+        change = np.zeros(layout.length + 1, dtype=np.int64)
+        np.add.at(change, first, rows)
+        np.add.at(change, end, -rows)
+        seen_by = change.cumsum()[:-1]
+        own = layout.token_index(rank).numpy()
+        seen_by[own] -= own - np.repeat(end - rows, rows)
+        found[rank] = seen_by[order].reshape(size, -1).sum(axis=1)
+    return found
+
+
+def plan_keys(
+    layout: SequenceLayout,
+    rank: int,
+    document_bounds: Sequence[int],
+    comm: KeyComm,
+    costs: ExchangeCosts,
+    node: int = 1,
+) -> KeyExchange:
+    """The part of `rank` of the group that holds `layout` in the exchange that is chosen for a pack.
+
+    Args:
+        document_bounds: 0, the ends of all documents but the last, and the pack's length.
+        node: adjacent ranks that gather what goes round the ring.
+    """
+    traffic = measure_traffic(layout, document_bounds)
+    kind = choose_exchange(layout, document_bounds, traffic, comm, costs)
+    if kind == "ring":
+        return plan_ring(layout, rank, document_bounds, node, traffic)
+    return plan_exchange(layout, rank, document_bounds, kind, traffic)
