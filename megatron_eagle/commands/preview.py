@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -89,22 +90,24 @@ def lint(args: argparse.Namespace) -> int:
     """Print FILE:LINE: PROBLEM for every line that cannot be used, then the counts."""
     counts: Counter[str] = Counter()
     n_lines = 0
-    for dataset in datasets_of(args.recipe):
-        report = FileReport(dataset)
-        found = problems(
-            dataset,
-            media=not args.no_media,
-            max_pixels=args.max_pixels,
-            strict_jpeg=args.strict_jpeg,
-            report=report,
-        )
-        for problem in tqdm(found, desc=dataset.name, unit=" lines", dynamic_ncols=True):
-            if problem is not None:
-                tqdm.write(f"{problem.file}:{problem.line}: {problem.reason}")
-        for line in report.lines():
-            tqdm.write(line)
-        n_lines += report.n_records
-        counts += report.kinds
+    with TemporaryDirectory() as cache:
+        for dataset in datasets_of(args.recipe):
+            report = FileReport(dataset)
+            found = problems(
+                dataset,
+                media=not args.no_media,
+                max_pixels=args.max_pixels,
+                strict_jpeg=args.strict_jpeg,
+                report=report,
+                cache=Path(cache),
+            )
+            for problem in tqdm(found, desc=dataset.name, unit=" lines", dynamic_ncols=True):
+                if problem is not None:
+                    tqdm.write(f"{problem.file}:{problem.line}: {problem.reason}")
+            for line in report.lines():
+                tqdm.write(line)
+            n_lines += report.n_records
+            counts += report.kinds
     kinds = "".join(f"; {kind}: {count:,}" for kind, count in sorted(counts.items()))
     print(f"{n_lines:,} lines, {counts.total():,} with a problem{kinds}")
     return 1 if counts else 0

@@ -330,6 +330,7 @@ IN_PLACE = {
         "files.write_lines",
         "data/preparation/transcode._write_annotations",
         "data/media/transcode._encode",
+        "data/media/archive_unpack.unpacked_archive",
     },
     "at its end": {
         "files.__init__",

@@ -7,22 +7,20 @@ A packed file is unpacked into a temporary one, which is gone when it is closed.
 """
 
 import codecs
-import gzip
 import os
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 import numpy as np
-import pyarrow as pa
 
 from megatron_eagle.data.annotations.shards import TarRecords, shard_description
 from megatron_eagle.data.annotations.tables import ArrowTable, ParquetTable
 from megatron_eagle.data.media.archive_scan import archive_kind
+from megatron_eagle.data.media.archive_unpack import UNPACKING_ERRORS, unpacked_stream
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
@@ -141,7 +139,7 @@ class JsonFile:
         """Open the file, unpacked; and how it is packed."""
         try:
             self._file, packing = _unpacked(self._path)
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        except UNPACKING_ERRORS as error:
             raise UserError(
                 f"cannot read {self._path}: {getattr(error, 'strerror', None) or error}"
             ) from None
@@ -207,17 +205,12 @@ def _unpacked(path: Path) -> tuple[BinaryIO, str]:
     # Not beside the annotations, where nobody may be allowed to write.
     unpacked = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
     try:
-        with file, _stream(file, packing) as stream:
+        with file, unpacked_stream(file, packing) as stream:
             shutil.copyfileobj(stream, unpacked, _BLOCK)
     except BaseException:
         unpacked.close()
         raise
     return unpacked, packing
-
-
-def _stream(file: BinaryIO, packing: str) -> BinaryIO:
-    stream = gzip.open(file) if packing == "gzip" else pa.input_stream(file, compression="zstd")  # noqa: SIM115
-    return cast(BinaryIO, stream)
 
 
 def _other_kind(file: BinaryIO) -> str:

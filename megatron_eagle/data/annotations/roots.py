@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 
 from megatron_eagle.data.media.archive_index import ArchiveIndex, index_archive
 from megatron_eagle.data.media.archive_scan import archive_kind, plain_name
+from megatron_eagle.data.media.archive_unpack import unpacked_archive
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
@@ -160,6 +161,8 @@ def archives_root(paths: Iterable[str]) -> str:
 def prepared_root(root: str, cache: Path | None = None) -> str:
     """The root as `open_root` takes it; indexes of archives are made, and kept in `cache` if there is one.
 
+    Packed tar archives are unpacked there.
+
     Raises:
         UserError: an archive is damaged, or is no archive that can be read where it lies.
     """
@@ -219,6 +222,9 @@ def _opened(file: str, cache: str, size: int, mtime_ns: int) -> ArchiveIndex:  #
         raise UserError(
             f"{file} is neither a folder nor a tar or zip archive: no media can be relative to it"
         )
+    folder = Path(cache) if cache else None
     if kind not in ("tar", "zip"):
-        raise UserError(f"{file} is packed with {kind}; unpack it first, to a folder or a plain tar archive")
-    return index_archive(path, kind, Path(cache) if cache else None)
+        if folder is None:
+            raise UserError(f"{file} is packed with {kind}; unpack it, to a folder or a plain tar archive")
+        path, kind = unpacked_archive(path, kind, folder), "tar"
+    return index_archive(path, kind, folder)

@@ -60,16 +60,18 @@ def problems(
     max_pixels: int,
     strict_jpeg: bool = False,
     report: FileReport | None = None,
+    cache: Path | None = None,
     threads: int = 4,
 ) -> Iterator[LedgerEntry | None]:
     """For each record of a file in order: what is wrong with it, or None; unknown keys are in `report` alone.
 
     Args:
         media: read pictures to their end and the frame tables of videos too.
+        cache: where packed archives are unpacked.
     """
     report = report or FileReport(dataset)
     check_media = _media_check(max_pixels, strict_jpeg)
-    root = prepared_root(dataset.root)
+    root = prepared_root(dataset.root, cache)
 
     def check(numbered: tuple[int, bytes | Problem]) -> tuple[str | None, LedgerEntry | None]:
         line, raw = numbered
@@ -95,7 +97,7 @@ def problems(
             return dialect, LedgerEntry(file, line, reason, "unexpected error")
         return dialect, None
 
-    source = open_records(dataset.annotation)
+    source = open_records(dataset.annotation, cache)
     report.form = source.form
     records = numbered(source)
     ahead = threads if source.in_workers else _BLOCK

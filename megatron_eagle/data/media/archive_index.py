@@ -113,7 +113,7 @@ def index_archive(
     """
     file = os.path.abspath(archive)
     metadata = _identity(file, kind)
-    kept = None if folder is None else folder / f"{hashlib.blake2b(os.fsencode(file)).hexdigest()[:24]}.arrow"
+    kept = None if folder is None else index_file(archive, folder)
     if kept is not None and (table := _read(kept, metadata)) is not None:
         return ArchiveIndex(file, kind, table)
     members = (known(archive) if known else None) or scan(archive, kind)
@@ -122,6 +122,12 @@ def index_archive(
         _write(kept, table)
         table = _read(kept, metadata) or table  # mapped, where possible
     return ArchiveIndex(file, kind, table)
+
+
+def index_file(archive: Path, folder: Path) -> Path:
+    """Where the index of an archive is kept in a folder."""
+    name = hashlib.blake2b(os.fsencode(os.path.abspath(archive))).hexdigest()[:24]
+    return folder / f"{name}.arrow"
 
 
 def _identity(file: str, kind: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from tqdm import tqdm
 from megatron_eagle.data.annotations import unknown_keys
 from megatron_eagle.data.annotations.mixture import Dataset, read_recipe
 from megatron_eagle.data.annotations.records import RecordSource, open_records
-from megatron_eagle.data.annotations.roots import prepared_root
 from megatron_eagle.data.media.source import member_ref, row_ref
+from megatron_eagle.data.preparation.archives import remove_unpacked, with_archives
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, Task
@@ -159,7 +159,7 @@ def preprocess(
     for name, key in dict.fromkeys((dataset.name, key) for dataset in datasets for key in dataset.ignored):
         print(f'note: "{key}" of the recipe\'s entry "{name}" has no effect')
     archives = output.with_name(f".{output.name}.archives")
-    datasets = [replace(dataset, root=prepared_root(dataset.root, archives)) for dataset in datasets]
+    datasets = with_archives(datasets, archives, execution.workers)
     records = [open_records(dataset.annotation, archives) for dataset in datasets]
     unknown_keys.check_first(datasets, records)
     copies = [dataset.copies(len(r)) for dataset, r in zip(datasets, records, strict=True)]
@@ -174,12 +174,14 @@ def preprocess(
         if not journal.n_lines:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        _write_tokens(source, partial, journal, settings, execution, finished, _is_moved(output))
+        is_moved = _is_moved((output / FOLDER, archives))
+        _write_tokens(source, partial, journal, settings, execution, finished, is_moved)
         _write_rest(source, partial, journal, settings, manifest)
         _replace(output, partial)
         for line in unknown_keys.summary(journal.dropped, datasets):
             print(line)
         journal.remove()
+        remove_unpacked(archives)
     return manifest
 
 
@@ -289,15 +291,15 @@ def _write_tokens(
         media.close()
 
 
-def _is_moved(output: Path) -> Callable[[str], bool]:
+def _is_moved(folders: tuple[Path, ...]) -> Callable[[str], bool]:
     """Which media are moved into the new store's own files: those of tables, what is compressed in archives,
-    and those of the store that it replaces."""
+    and those of archives in folders that do not stay."""
 
     def is_moved(path: str) -> bool:
         member = member_ref(path)
         if member is None:
             return row_ref(path) is not None
-        return member.kind == "unzip" or os.path.dirname(member.file) == str(output / FOLDER)
+        return member.kind == "unzip" or Path(member.file).parent in folders
 
     return is_moved
 

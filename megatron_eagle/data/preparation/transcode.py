@@ -25,6 +25,7 @@ from megatron_eagle.data.annotations.rewrite import as_line, replace_videos
 from megatron_eagle.data.annotations.roots import archives_of, prepared_root
 from megatron_eagle.data.media.source import file_metadata, member_ref, row_ref
 from megatron_eagle.data.media.transcode import TranscodeSettings, transcode_video
+from megatron_eagle.data.preparation.archives import remove_unpacked
 from megatron_eagle.data.preparation.engines import in_processes
 from megatron_eagle.data.preparation.journal import lock_file
 from megatron_eagle.errors import UserError
@@ -84,7 +85,8 @@ def transcode(
         raise UserError(f"--workers must be at least 1, got {workers}")
     source, output = Path(source), Path(output).resolve()
     datasets = [] if source.is_dir() else datasets_of(source)
-    paths = _videos_of(datasets) if datasets else _videos_in(source.resolve(), output)
+    archives = output / ".archives"
+    paths = _videos_of(datasets, archives) if datasets else _videos_in(source.resolve(), output)
     if not paths:
         raise UserError(f"{source} names no video")
     targets = _targets(paths, Path("/") if datasets else source.resolve(), output / "videos")
@@ -92,7 +94,9 @@ def transcode(
         output.mkdir(parents=True, exist_ok=True)
         with lock_file(output / ".lock"):
             copies, failures, n_new = _copy_all(paths, targets, settings, workers, output)
-            _write_annotations(datasets, {path: copy.target for path, copy in copies.items()}, output)
+            made = {path: copy.target for path, copy in copies.items()}
+            _write_annotations(datasets, made, output, archives)
+        remove_unpacked(archives)
     except OSError as error:
         raise UserError(
             f"cannot write {output}: {error.strerror or error}; when that is mended run the same command "
@@ -131,14 +135,15 @@ def _copy_all(
     return copies, failures, len(jobs) - len(failures)
 
 
-def _videos_of(datasets: list[Dataset]) -> list[str]:
+def _videos_of(datasets: list[Dataset], archives: Path) -> list[str]:
     """The videos of all lines that can be read, each once, in their order."""
-    return list(dict.fromkeys(v for dataset in datasets for _, videos in _lines(dataset) for v in videos))
+    lines = (line for dataset in datasets for line in _lines(dataset, archives))
+    return list(dict.fromkeys(video for _, videos in lines for video in videos))
 
 
-def _lines(dataset: Dataset) -> Iterator[tuple[bytes, list[str]]]:
+def _lines(dataset: Dataset, archives: Path) -> Iterator[tuple[bytes, list[str]]]:
     """Each record as a line, and the video files that it names; none where it cannot be read."""
-    source, root = open_records(dataset.annotation), prepared_root(dataset.root)
+    source, root = open_records(dataset.annotation, archives), prepared_root(dataset.root, archives)
     for number, raw in numbered(source):
         if isinstance(raw, Problem):  # a line of the ledger is what is left of it
             yield b"\n", []
@@ -220,16 +225,18 @@ def _transcode(settings: TranscodeSettings, log: Path, job: tuple[str, Path]) ->
     return [copy]
 
 
-def _write_annotations(datasets: list[Dataset], targets: dict[str, str], output: Path) -> None:
+def _write_annotations(
+    datasets: list[Dataset], targets: dict[str, str], output: Path, archives: Path
+) -> None:
     """Paths of videos become absolute; those of pictures stay relative to the root that they had."""
     recipe: dict[str, dict[str, Any]] = {}
     for dataset in datasets:
         names = recipe.get(dataset.name, {}).get("annotation", [])
         number = f"-{len(names) + 1}" if names else ""
         name = f"{quote(dataset.name, safe=' ').removesuffix('.jsonl')}{number}.jsonl"
-        root = prepared_root(dataset.root)
+        root = prepared_root(dataset.root, archives)
         with beside(output / name) as partial_file, partial_file.open("wb") as file:
-            for raw, videos in _lines(dataset):
+            for raw, videos in _lines(dataset, archives):
                 new = replace_videos(raw, root, targets, dataset.conventions) if videos else raw
                 file.write(new)
         settings = {"repeat_time": dataset.repeat_time, **dataset.overrides, **_how(dataset)}

@@ -1,20 +1,26 @@
 """Data sets whose media come in archives, from recipe to pixels: what the same files give."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
+from megatron_eagle.data.media import archive_unpack
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.preparation.reuse import is_current
 from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.errors import UserError
 from tests.data.helpers import (
     call_tool,
     contents,
@@ -25,6 +31,7 @@ from tests.data.helpers import (
     read_media,
     write_jsonl,
 )
+from tests.full_disk import full_disk
 
 RECORDS = [
     conversation("<image>Which?", "A.", image="coco/a.png"),
@@ -49,6 +56,9 @@ def media(tmp_path_factory):
     make_video(folder / "clips/v.mp4", 20)
     make_pdf(folder / "paper.pdf", 2)
     return folder
+
+
+PACKED = (".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
 
 
 def archive(path: Path, media: Path, compression: int = zipfile.ZIP_STORED) -> Path:
@@ -123,6 +133,56 @@ def test_compressed_members_go_into_the_store(tmp_path, tokenizer_dir, media):
     (kept,) = (store / "media").iterdir()
     with tarfile.open(kept) as own:
         assert len(own.getmembers()) == 7, "the picture that two samples show is there once"
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_packed_archives_are_unpacked_once(tmp_path, tokenizer_dir, media, suffix):
+    """What is used of them goes into the store, and nothing else stays."""
+    (tmp_path / "plain").mkdir()
+    plain = run(tmp_path / "plain", tokenizer_dir, str(media))
+    pack(archive(tmp_path / "media.tar", media), tmp_path / f"media{suffix}")
+    store = run(tmp_path, tokenizer_dir, f"media{suffix}")
+    assert rows(store) == rows(plain)
+    assert [path.suffix for path in (tmp_path / ".store.archives").iterdir()] == [".arrow"]
+    (tmp_path / f"media{suffix}").unlink()
+    for row in (0, 2):
+        pairs = zip(read_media(SampleStore(store), row), read_media(SampleStore(plain), row), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+def pack(plain: Path, packed: Path) -> None:
+    data = plain.read_bytes()
+    plain.unlink()
+    if packed.suffix == ".zst":
+        with pa.output_stream(str(packed), compression="zstd") as file:
+            file.write(data)
+    else:
+        how = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[packed.suffix]
+        packed.write_bytes(how(data))
+
+
+def test_packed_archives_that_are_not_used(tmp_path, tokenizer_dir, media, monkeypatch):
+    archive(tmp_path / "media.tar", media)
+    data = gzip.compress((tmp_path / "media.tar").read_bytes())
+    for content, match in (
+        (data[: len(data) // 2], "is damaged or cut off .*; fetch it again"),
+        (data[:20] + b"junk" + data[24:], "is damaged or cut off .*; fetch it again"),
+        (gzip.compress(b'{"no": "archive"}'), "is packed with gzip, and is no tar archive"),
+    ):
+        (tmp_path / "media.tgz").write_bytes(content)
+        with pytest.raises(UserError, match=match):
+            run(tmp_path, tokenizer_dir, "media.tgz")
+        assert not list((tmp_path / ".store.archives").iterdir())
+    monkeypatch.setattr(archive_unpack, "_ALWAYS", 1000)
+    (tmp_path / "media.tgz").write_bytes(gzip.compress(bytes(10**6)))
+    with pytest.raises(UserError, match="holds more than 100 times its own size"):
+        run(tmp_path, tokenizer_dir, "media.tgz")
+    (tmp_path / "media.tgz").write_bytes(data)
+    lint = call_tool("preview_data", "lint", tmp_path / "recipe.json")
+    assert "7 lines, 1 with a problem" in lint.stdout
+    settings = PreprocessSettings(str(tokenizer_dir), (256,), SamplingSettings(tile_size=28))
+    with full_disk(), pytest.raises(UserError, match=r"cannot write .*\.store\.archives/"):
+        preprocess(tmp_path / "recipe.json", tmp_path / "store", settings, Execution(1))
 
 
 def test_a_store_follows_from_its_archives(tmp_path, tokenizer_dir, media, capsys):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_eagle.data.annotations.mixture import read_recipe
+from megatron_eagle.data.preparation import archives
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.sampling.ads import SamplingSettings
@@ -172,6 +174,44 @@ def test_commands(tmp_path, tokenizer_dir):
     (tmp_path / "recipe.json").write_text('{"d": {"annotation": "wds", "ignore": ["cls"]}}')
     store = run(tmp_path, tokenizer_dir, {"annotation": "wds", "ignore": ["cls"]})
     assert kinds(store) == ["broken JSON", "empty file"]
+
+
+def many(folder: Path, n: int) -> dict:
+    for k in range(n):
+        write(folder / f"wds/{k}.tar", [(f"{k}.json", conversation("Q?", f"{k}."))])
+    return {"annotation": "wds"}
+
+
+def test_many_archives_are_indexed_side_by_side(tmp_path, tokenizer_dir, monkeypatch):
+    """Once, before anything is read of them."""
+    asked = []
+
+    def inline(function, items, workers):
+        asked.append((len(items), workers))
+        return [result for item in items for result in function(item)]
+
+    monkeypatch.setattr(archives, "in_processes", inline)
+    entry = many(tmp_path, 10)
+    store = run(tmp_path, tokenizer_dir, entry, workers=1)
+    assert not asked and len(SampleStore(store)) == 10
+    shutil.rmtree(tmp_path / ".store.archives")
+    datasets = read_recipe(tmp_path / "recipe.json")
+    archives.with_archives(datasets, tmp_path / ".store.archives", 3)
+    assert asked == [(10, 3)] and len(list((tmp_path / ".store.archives").glob("*.arrow"))) == 10
+    archives.with_archives(datasets, tmp_path / ".store.archives", 3)
+    assert len(asked) == 1, "they are there"
+
+
+@pytest.mark.slow
+def test_indexes_of_several_processes(tmp_path, tokenizer_dir):
+    entry = many(tmp_path, 10)
+    one = contents(run(tmp_path, tokenizer_dir, entry))
+    shutil.rmtree(tmp_path / ".store.archives")
+    assert contents(run(tmp_path, tokenizer_dir, entry, workers=2, fresh=True)) == one
+    write(tmp_path / "wds/9.tar", [("x.json", "")]).write_bytes(b"cut")
+    shutil.rmtree(tmp_path / ".store.archives")
+    with pytest.raises(UserError, match="9.tar is damaged or cut off"):
+        run(tmp_path, tokenizer_dir, entry, workers=2)
 
 
 def test_a_cut_shard_is_one_line(tmp_path, tokenizer_dir):
