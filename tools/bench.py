@@ -13,6 +13,7 @@ BENCHMARKS = (
     "activation_offload",
     "attention",
     "checkpoint",
+    "containers",
     "context_parallel",
     "convert",
     "dali",

@@ -49,6 +49,11 @@ def make_input(folder: Path, count: int) -> None:
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": SENTENCE}]
             out.write(json.dumps({"conversations": turns, **media}) + "\n")
     (folder / "recipe.json").write_text('{"data": {"annotation": "data.jsonl"}}')
+    make_tokenizer(folder)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Write a small tokenizer, in its folder `tokenizer`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -16,7 +16,7 @@ from megatron_eagle.data.annotations.records import (
 from megatron_eagle.errors import UserError
 
 _SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
-_SHARD = re.compile(r"(?:.*-)?(?P<split>[\w.]+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
+_SHARD = re.compile(r"(?:.*-)?(?P<split>[\w.]+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?\.\w+")
 
 
 def annotation_files(folder: Path, split: str | None = None) -> list[Path]:
@@ -28,7 +28,7 @@ def annotation_files(folder: Path, split: str | None = None) -> list[Path]:
         split: the one that is taken, where the folder has several.
 
     Raises:
-        UserError: there are none, or those of several splits and none is named.
+        UserError: there are none, those of several splits and none is named, or not all of a split.
     """
     saved = _saved(folder, split)
     if saved is not None:
@@ -46,7 +46,9 @@ def annotation_files(folder: Path, split: str | None = None) -> list[Path]:
     if not found:
         kinds = ", ".join((*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES, SHARD_SUFFIX))
         raise UserError(f"the folder {folder} holds no {kinds}")
-    return _of_split(found, folder, split)
+    found = _of_split(found, folder, split)
+    _check_complete(found)
+    return found
 
 
 def _is_table(path: Path) -> bool:
@@ -58,8 +60,13 @@ def _is_shard(path: Path) -> bool:
 
 
 def _below(folder: Path) -> list[Path]:
-    found = []
+    found: list[Path] = []
+    seen: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # links in a circle
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(parent, name) for name in names if not name.startswith("."))
         found += [path for path in paths if is_annotation(path) or _is_shard(path)]
@@ -89,10 +96,28 @@ def _of_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
     return chosen
 
 
+def _check_complete(files: list[Path]) -> None:
+    """Let pass folders that have all the files of which each says how many there are.
+
+    Raises:
+        UserError: some are missing.
+    """
+    matches = [(file, match) for file in files if (match := _SHARD.fullmatch(file.name))]
+    sets: dict[tuple[Path, str, str], set[int]] = {}
+    for file, match in matches:
+        sets.setdefault((file.parent, match["split"], match["count"]), set()).add(int(match["number"]))
+    for (folder, split, count), numbers in sets.items():
+        if missing := sorted(set(range(int(count))) - numbers):
+            raise UserError(
+                f"{folder} has {len(numbers)} of {int(count)} files of {split}, number {missing[0]:05d} is "
+                "missing; fetch it, or name those that are there with a pattern"
+            )
+
+
 def _split_of(file: Path, folder: Path) -> str:
     """The split that a file is of, by its name or its folder's; nothing if neither says so."""
     stem = file.name.split(".")[0]
-    if match := _SHARD.fullmatch(file.name.removesuffix(file.suffix)):
+    if match := _SHARD.fullmatch(file.name):
         return match["split"]
     inside = file.relative_to(folder).parent.parts
     return next((name for name in (stem, *reversed(inside)) if name in _SPLIT_NAMES), "")

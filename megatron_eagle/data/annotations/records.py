@@ -158,7 +158,12 @@ def open_records(path: Path, cache: Path | None = None) -> RecordSource:
     table, is_shard = _told(path)
     if is_shard:
         return TarRecords(path, cache)
-    return table(path) if table else JsonFile(path)
+    if table:
+        return table(path)
+    source = JsonFile(path)
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        raise UserError(f"{path} is named as a table and holds none; fetch it again")
+    return source
 
 
 def description(path: Path) -> str | None:

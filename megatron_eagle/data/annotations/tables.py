@@ -6,6 +6,7 @@ the address of its bytes, else its path.  Arrow files are mapped, and their medi
 
 import io
 import json
+import os
 from collections.abc import Callable
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -36,7 +37,7 @@ class ParquetTable:
     in_workers = True
 
     def __init__(self, path: Path):
-        self._path = str(path)
+        self._path = os.path.abspath(path)  # whose addresses hold anywhere
         rows = self._rows()
         self._n_rows = len(rows)
         self.form = f"parquet, {rows.n_groups:,} row group{'s' * (rows.n_groups != 1)}"
@@ -70,24 +71,16 @@ class ArrowTable:
     in_workers = True
 
     def __init__(self, path: Path):
-        self._path = str(path)
-        try:
-            mapped = pa.memory_map(self._path)
-            self._whole = mapped.read_buffer()
-            try:
-                reader = pa.ipc.open_file(mapped)
-                self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            except pa.ArrowInvalid:
-                reader = pa.ipc.open_stream(self._whole)
-                self._batches = list(reader)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"cannot read {self._path}: {_reason(error)}") from None
-        self._bounds = np.cumsum([0, *map(len, self._batches)])
-        self.form = f"Arrow, {len(self._batches):,} batch{'es' * (len(self._batches) != 1)}"
-        self.layout = str(reader.schema.remove_metadata())
-        buffers = (b for column in (self._batches[0] if self._batches else ()) for b in column.buffers())
-        if not all(b is None or not b.size or self._offset(b) >= 0 for b in buffers):
+        self._path = os.path.abspath(path)  # whose addresses hold anywhere
+        self._mapped: _Mapped | None = None
+        mapped = self._open()
+        self._bounds = np.cumsum([0, *map(len, mapped.batches)])
+        self.form = f"Arrow, {len(mapped.batches):,} batch{'es' * (len(mapped.batches) != 1)}"
+        self.layout = str(mapped.schema.remove_metadata())
+        buffers = (b for column in (mapped.batches[0] if mapped.batches else ()) for b in column.buffers())
+        if not all(b is None or not b.size or mapped.offset(b) >= 0 for b in buffers):
             raise UserError(f"{path} is compressed; write it as parquet, or with save_to_disk of datasets")
+        self.close()
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -95,14 +88,22 @@ class ArrowTable:
     def read(self, number: int) -> bytes:
         """Row `number` (from 0)."""
         i = int(np.searchsorted(self._bounds, number, side="right")) - 1
-        batch, place = self._batches[i], number - int(self._bounds[i])
-
-        return _json(batch, place, lambda steps: self._address(batch, place, steps))
+        mapped = self._open()
+        batch, place = mapped.batches[i], number - int(self._bounds[i])
+        return _json(batch, place, lambda steps: self._address(mapped, batch, place, steps))
 
     def close(self) -> None:
-        """Nothing is held but a map."""
+        """Let the map go, until it is read again."""
+        self._mapped = None
 
-    def _address(self, batch: pa.RecordBatch, place: int, steps: _Steps) -> str:
+    def _open(self) -> "_Mapped":
+        try:
+            self._mapped = self._mapped or _Mapped(self._path)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"cannot read {self._path}: {_reason(error)}") from None
+        return self._mapped
+
+    def _address(self, mapped: "_Mapped", batch: pa.RecordBatch, place: int, steps: _Steps) -> str:
         array = batch[steps[0]]
         for step in steps[1:]:
             if isinstance(step, str):
@@ -114,10 +115,25 @@ class ArrowTable:
         _, offsets, content = array.buffers()
         kind = np.int32 if pa.types.is_binary(array.type) else np.int64
         start, end = np.frombuffer(offsets, kind)[array.offset + place :][:2].tolist()
-        at = self._offset(content.slice(start, end - start))
+        at = mapped.offset(content.slice(start, end - start))
         return str(MemberRef("arrow", self._path, at, end - start))
 
-    def _offset(self, part: pa.Buffer) -> int:
+
+class _Mapped:
+    """The batches of an Arrow file, in the memory into which it is mapped."""
+
+    def __init__(self, path: str):
+        file = pa.memory_map(path)
+        self._whole = file.read_buffer()
+        try:
+            reader = pa.ipc.open_file(file)
+            self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_stream(self._whole)
+            self.batches = list(reader)
+        self.schema = reader.schema
+
+    def offset(self, part: pa.Buffer) -> int:
         """Where a part of the file begins, or -1 if it is none."""
         offset = int(part.address - self._whole.address)
         return offset if 0 <= offset <= self._whole.size - part.size else -1

@@ -36,7 +36,7 @@ class MediaFiles:
         self._folder, self._shard_bytes = folder / FOLDER, shard_bytes
         self._number, self._size = position
         self._file: IO[bytes] | None = None
-        self._known: dict[str, MemberRef] = {}
+        self._known: dict[bytes, int] = {}  # where the contents of the last file begin, by their hashes
         for number, path in _shards(self._folder):
             if number > self._number or position == (0, 0):
                 path.unlink()
@@ -46,7 +46,7 @@ class MediaFiles:
             self._open().truncate(self._size)
             with tarfile.open(self._path, "r:") as archive:
                 for member in archive:
-                    self._known[member.name] = self._reference(member.offset_data, member.size)
+                    self._known[bytes.fromhex(member.name)] = member.offset_data
 
     @property
     def position(self) -> Position:
@@ -55,23 +55,23 @@ class MediaFiles:
 
     def add(self, content: bytes) -> str:
         """The name, relative to the store, under which a medium is found from now on."""
-        name = hashlib.blake2b(content, digest_size=16).hexdigest()
+        name = hashlib.blake2b(content, digest_size=16).digest()
         if (known := self._known.get(name)) is not None:
-            return str(known)
+            return self._address(known, content)
         padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         size = tarfile.BLOCKSIZE + padded
         if self._size and (self._size + size > self._shard_bytes or len(self._known) >= _SHARD_MEMBERS):
             self.finish()
             self._number, self._size = self._number + 1, 0
             self._known.clear()
-        member = tarfile.TarInfo(name)
+        member = tarfile.TarInfo(name.hex())
         member.size = len(content)
         file = self._open()
         for part in (member.tobuf(tarfile.GNU_FORMAT), content, bytes(padded - len(content))):
             file.write(part)
-        self._known[name] = self._reference(self._size + tarfile.BLOCKSIZE, len(content))
+        self._known[name] = self._size + tarfile.BLOCKSIZE
         self._size += size
-        return str(self._known[name])
+        return self._address(self._known[name], content)
 
     def sync(self) -> None:
         """Have everything on the disk."""
@@ -97,8 +97,8 @@ class MediaFiles:
     def _path(self) -> Path:
         return self._folder / f"{self._number:05d}.tar"
 
-    def _reference(self, offset: int, size: int) -> MemberRef:
-        return MemberRef("tar", f"{FOLDER}/{self._path.name}", offset, size)
+    def _address(self, offset: int, content: bytes) -> str:
+        return str(MemberRef("tar", f"{FOLDER}/{self._path.name}", offset, len(content)))
 
     def _open(self) -> IO[bytes]:
         if self._file is None:

@@ -32,6 +32,16 @@ def test_download(tmp_path):
     assert [file.parent.name for file in annotation_files(tmp_path / "b", "train")] == ["ai2d", "vqav2"]
 
 
+def test_not_all_of_it(tmp_path):
+    """A download that was broken off is no smaller data set, unless it is asked for."""
+    fine_vision(tmp_path / "a", files=3)
+    (tmp_path / "a" / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(UserError, match="a has 2 of 3 files of train, number 00001 is missing; fetch it, or"):
+        annotation_files(tmp_path / "a")
+    (tmp_path / "recipe.yaml").write_text("a: {annotation: a/*.parquet}\n")
+    assert len(read_recipe(tmp_path / "recipe.yaml")) == 2
+
+
 def test_links_of_the_hubs_cache(tmp_path):
     """A snapshot is a folder of links; each file has its name, not that of what it points to."""
     fine_vision(tmp_path / "blobs", files=1)
@@ -39,6 +49,13 @@ def test_links_of_the_hubs_cache(tmp_path):
     snapshot.mkdir(parents=True)
     os.symlink("../../blobs/train-00000-of-00001.parquet", snapshot / "train-00000-of-00001.parquet")
     assert annotation_files(snapshot) == [snapshot / "train-00000-of-00001.parquet"]
+
+
+def test_links_in_a_circle(tmp_path):
+    make(tmp_path, "a/b/train.parquet")
+    os.symlink("..", tmp_path / "a" / "up")
+    os.symlink("a", tmp_path / "other")
+    assert len(annotation_files(tmp_path)) == 1
 
 
 FORMS = {

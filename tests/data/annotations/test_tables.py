@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 from datetime import date
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -113,6 +115,14 @@ def test_what_a_medium_is_told_by(tmp_path, write):
     assert fingerprint(record(open_records(path), 0)["image"]) != fingerprint(address)
 
 
+def test_addresses_hold_anywhere(tmp_path, write, monkeypatch):
+    write(tmp_path / "t", [{"image": picture(3)}], {})
+    monkeypatch.chdir(tmp_path)
+    address = record(open_records(Path("t")), 0)["image"]
+    monkeypatch.chdir("/")
+    assert value(address) == picture(3)
+
+
 def test_frames_of_one_video(tmp_path, write):
     frames = [held(k) for k in range(3)]
     path = write(tmp_path / "t", [{"video": frames}], {"video": pa.list_(IMAGE)})
@@ -166,9 +176,37 @@ def test_memory_stays_flat(tmp_path, monkeypatch):
     assert pa.total_allocated_bytes() - base > most and len(whole) == 120
 
 
+def opened(path):
+    """How often this process has a file open or mapped."""
+    files = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return files.count(str(path)) + sum(line.endswith(str(path)) for line in maps)
+
+
+def test_files_are_not_held_open(tmp_path, write):
+    """However many files a recipe has: but for the last few of parquet, they are open while they are read."""
+    paths = [write(tmp_path / f"{i}", [{"id": i, "image": picture(i)}], {}) for i in range(5)]
+    sources = [open_records(path) for path in paths]
+    assert sum(map(opened, paths)) <= 2
+    assert [record(source, 0)["id"] for source in sources] == list(range(5))
+    assert sum(map(opened, paths)) > 0
+    for source in sources:
+        source.close()
+    assert sum(map(opened, paths)) <= 2
+
+
+def test_no_rows(tmp_path, write):
+    assert len(open_records(write(tmp_path / "t", [{"id": 1}], {}))) == 1
+    empty = pa.table({"id": pa.array([], pa.int64())})
+    pq.write_table(empty, tmp_path / "u")
+    assert len(open_records(tmp_path / "u")) == 0
+
+
 def damaged(kind, path):
     table = pa.table({"image": [picture(1)] * 5})
-    if kind == "cut off":
+    if kind == "empty":
+        path.touch()
+    elif kind == "cut off":
         pq.write_table(table, path)
         path.write_bytes(path.read_bytes()[:-20])
     elif kind == "compressed":
@@ -183,6 +221,7 @@ def damaged(kind, path):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
+        ("empty", "is named as a table and holds none"),
         ("cut off", "cannot read .*: Parquet magic bytes not found in footer"),
         ("compressed", "is compressed; write it as parquet, or with save_to_disk of datasets"),
         ("cut stream", "cannot read .*Expected to be able to read"),
@@ -190,7 +229,7 @@ def damaged(kind, path):
 )
 def test_files_that_cannot_be_used(tmp_path, kind, said):
     with pytest.raises(UserError, match=said) as raised:
-        open_records(damaged(kind, tmp_path / "t"))
+        open_records(damaged(kind, tmp_path / "t.parquet"))
     assert "\n" not in str(raised.value)
 
 

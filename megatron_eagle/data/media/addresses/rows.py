@@ -26,9 +26,9 @@ _VALUE = re.compile(r"parquet://(?P<file>.+)\?row=(?P<row>\d+)&value=(?P<value>[
 BROKEN_TABLE = "broken table"
 _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 1024
-_KEPT_BYTES = 64 << 20  # of the batches that were read last, or two batches where rows are larger
+_KEPT_BYTES = 16 << 20  # of the batches that were read last, or two batches where rows are larger
 _BUFFER = 1 << 20
-_OPEN_TABLES = 4
+_OPEN_TABLES = 2  # of which each keeps batches
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ class ParquetRows:
             while True:
                 start, batch = self._next, self._take()
                 self._next += len(batch)
+                if self._next == self._end:
+                    self._stream = iter(())  # it holds a page, and a dictionary as large as 1,024 rows
                 if row < self._next:
                     return batch, row - start
 
