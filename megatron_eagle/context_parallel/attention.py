@@ -70,6 +70,7 @@ def context_parallel_attention(
         ring: the same ranks as `key_group`, for what goes round.
         replay: keeps the attention's results, or has them from an earlier run; None: neither.
     """
+    queries, keys = q.shape[1], k.shape[1]
     if ulysses_group is not None:
         q, k, v = TokensToHeads.apply(q, k, v, ulysses_group)
     out: Tensor
@@ -80,7 +81,7 @@ def context_parallel_attention(
         parts = 1 if exchange.kind == "none" else k.shape[1]
         out = GatherKVAttention.apply(q, k, v, backend, exchange, scale, key_group, parts, replay)
     if ulysses_group is not None:
-        out = HeadsToTokens.apply(out, ulysses_group)
+        out = HeadsToTokens.apply(out, queries, keys, ulysses_group)
     return out
 
 

@@ -1,66 +1,123 @@
 """Ulysses: ranks trade tokens for heads around attention, by one all-to-all each way.
 
-Before attention each of the U ranks of a group holds all heads of its s tokens; in attention it holds 1/U
-of the heads of all U x s tokens, rank after rank (`SequenceLayout.cut_each` cuts them so). Query heads go
-with their KV head, so U divides the KV heads of a tensor parallel rank: replicating a
-KV head would move and store it U times over and add up its gradients once more, which all-gathered
-keys do not need. Beyond the heads, Ulysses is combined with all-gathered keys (`gather_kv.py`) over the
-ranks that have the same heads. Source: DeepSpeed-Ulysses (arXiv 2309.14509), USP (arXiv 2405.07719).
+Before attention each of the U ranks of a group holds all heads of its s tokens; in attention it holds its
+share of the heads of all U x s tokens, rank after rank (`SequenceLayout.cut_each` cuts them so). Query heads
+go with their KV head. Where U divides the KV heads, each rank has equally many. Beyond, a KV head goes to
+several ranks, which divide its query heads as evenly as they can (seven over two: four and three), and its
+gradients are summed over them. That moves and stores a KV head several times, which all-gathered keys or a
+ring do not: they are what Ulysses is combined with, over the ranks that have the same heads.
+Source: DeepSpeed-Ulysses (arXiv 2309.14509), USP (arXiv 2405.07719).
 
 Each rank sends (U - 1) / U of its q, k, v and outputs; all-gathering keys moves U - 1 times its k and v.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def _exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[U, ...]: part i goes to rank i -> [U, ...]: part i came from rank i."""
-    received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=group)
-    return received
+class HeadShare(NamedTuple):
+    """Heads [first, last) that a rank has in attention, of queries and of keys."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
 
 
-def _spread_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[s, U, h, d] all heads of own tokens, in U blocks -> [U * s, h, d] own block of all tokens."""
-    return _exchange(x.transpose(0, 1).contiguous(), group).flatten(0, 1)
+def divides_heads(size: int, queries: int, keys: int) -> bool:
+    """Whether so many ranks can divide so many heads: each has whole KV heads, or query heads of one."""
+    return keys % size == 0 or (size % keys == 0 and size // keys <= queries // keys)
 
 
-def _collect_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[U * s, h, d] own block of all tokens -> [s, U, h, d] all heads of own tokens, in U blocks."""
-    return _exchange(x.contiguous().unflatten(0, (group.size(), -1)), group).transpose(0, 1)
+def share_heads(size: int, queries: int, keys: int) -> tuple[HeadShare, ...]:
+    """The heads of each rank; their number follows `divides_heads`."""
+    each = queries // keys  # query heads of a KV head
+    copies = max(1, size // keys)  # ranks that have the same KV head
+    own = max(1, keys // size)  # KV heads of a rank
+    shares = []
+    for rank in range(size):
+        first, place = rank // copies * own, rank % copies
+        low, high = (-(-each * own * part // copies) for part in (place, place + 1))
+        shares.append(HeadShare((first * each + low, first * each + high), (first, first + own)))
+    return tuple(shares)
+
+
+def _exchange(sent: Sequence[Tensor], rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """sent[i] [.., d] goes to rank i -> what came from each rank, `rows` of it: [rows, d]."""
+    counts = [len(part) for part in sent]
+    received = sent[0].new_empty((sum(rows), sent[0].shape[-1]))
+    dist.all_to_all_single(received, torch.cat(tuple(sent)), list(rows), counts, group=group)
+    return list(received.split(list(rows)))
+
+
+def _spread(blocks: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """For each rank its heads [s, h_i, d] of own tokens -> own heads of all tokens [U * s, h, d]."""
+    own = blocks[group.rank()]
+    received = _exchange([x.flatten(0, 1) for x in blocks], [own[..., 0].numel()] * group.size(), group)
+    spread: Tensor = torch.cat(received).unflatten(0, (-1, own.shape[1]))
+    return spread
+
+
+def _collect(x: Tensor, heads: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """Own heads of all tokens [U * s, h, d] -> the heads of each rank, of own tokens: [s, heads[i], d]."""
+    tokens = len(x) // group.size()
+    received = _exchange([part.flatten(0, 1) for part in x.split(tokens)], [tokens * n for n in heads], group)
+    return [part.unflatten(0, (tokens, n)) for part, n in zip(received, heads, strict=True)]
 
 
 class TokensToHeads(torch.autograd.Function):
-    """q [s, np, d], k and v [s, ng, d] -> q [U * s, np / U, d], k and v [U * s, ng / U, d]."""
+    """q [s, np, d], k and v [s, ng, d] -> of own heads q [U * s, hq, d], k and v [U * s, hk, d]."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.group = group
-        blocks = [x.unflatten(1, (group.size(), -1)) for x in (q, k, v)]
-        ctx.sizes = [block.shape[2] for block in blocks]
-        q, k, v = _spread_heads(torch.cat(blocks, dim=2), group).split(ctx.sizes, dim=1)
+        ctx.group, ctx.shares = group, share_heads(group.size(), q.shape[1], k.shape[1])
+        blocks = [
+            torch.cat([q[:, slice(*queries)], k[:, slice(*keys)], v[:, slice(*keys)]], dim=1)
+            for queries, keys in ctx.shares
+        ]
+        q, k, v = _spread(blocks, group).split(_sizes(ctx.shares[group.rank()]), dim=1)
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        collected = _collect_heads(torch.cat(grads, dim=1), ctx.group)
-        return *(grad.flatten(1, 2) for grad in collected.split(ctx.sizes, dim=2)), None
+        sizes = [_sizes(share) for share in ctx.shares]
+        collected = _collect(torch.cat(grads, dim=1), [sum(each) for each in sizes], ctx.group)
+        parts = [part.split(each, dim=1) for part, each in zip(collected, sizes, strict=True)]
+        grad_q, grads_k, grads_v = zip(*parts, strict=True)
+        copies = max(1, len(parts) * sizes[0][1] // ctx.shares[-1].keys[1])
+        return torch.cat(grad_q, dim=1), _sum_copies(grads_k, copies), _sum_copies(grads_v, copies), None
 
 
 class HeadsToTokens(torch.autograd.Function):
-    """Outputs [U * s, np / U, d] -> [s, np, d]."""
+    """Outputs of own heads [U * s, hq, d] -> of all np `queries` heads [s, np, d], of ng `keys` heads."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _collect_heads(out, group).flatten(1, 2)
+    def forward(ctx: Any, out: Tensor, queries: int, keys: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.shares = group, share_heads(group.size(), queries, keys)
+        return torch.cat(_collect(out, [_sizes(share)[0] for share in ctx.shares], group), dim=1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _spread_heads(grad.unflatten(1, (ctx.group.size(), -1)), ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        blocks = [grad[:, slice(*share.queries)] for share in ctx.shares]
+        return _spread(blocks, ctx.group), None, None, None
+
+
+def _sizes(share: HeadShare) -> list[int]:
+    """Heads of queries, keys and values."""
+    (first, last), (first_key, last_key) = share
+    return [last - first, last_key - first_key, last_key - first_key]
+
+
+def _sum_copies(grads: Sequence[Tensor], copies: int) -> Tensor:
+    """Gradients of KV heads [s, hk, d], rank after rank -> [s, ng, d], copies of a head summed in fp32."""
+    if copies == 1:
+        return torch.cat(tuple(grads), dim=1)
+    heads: Tensor = torch.cat(tuple(grads), dim=1).unflatten(1, (-1, copies))
+    total: Tensor = heads[:, :, 0].float()
+    for copy in range(1, copies):
+        total = total + heads[:, :, copy]
+    return total.to(heads.dtype)

@@ -117,8 +117,8 @@ def pair_costs(eagle: EagleConfig) -> PairCosts:
 def exchange_costs(eagle: EagleConfig, parallel: ParallelConfig, ranks_per_node: int) -> ExchangeCosts:
     """What the choice of an exchange of keys weighs."""
     shapes, d = LocalShapes(eagle, parallel), eagle.text.head_dim
-    kv_heads = max(1, shapes.kv_heads // shapes.ulysses)
-    pair = _pair_seconds(shapes.q / shapes.ulysses)
+    kv_heads, queries = shapes.attention_kv_heads, shapes.attention_heads * d
+    pair = _pair_seconds(queries)
     inside = shapes.tp * shapes.cp <= ranks_per_node
     link = ASSUMED.node if inside else ASSUMED.network
     # Of a head group: keys of two in bf16, and fp32 gradients of one in four copies (`memory_model`).
@@ -127,7 +127,7 @@ def exchange_costs(eagle: EagleConfig, parallel: ParallelConfig, ranks_per_node:
         key=max(1, round(kv_heads * _key_bytes(d) / link / pair)),
         step=round(ASSUMED.step / pair),
         # Output and dq of one step in bf16, added to sums in fp32.
-        merge=round(2 * (2 + 4 + 4) * shapes.q / shapes.ulysses / ASSUMED.memory / pair),
+        merge=round(2 * (2 + 4 + 4) * queries / ASSUMED.memory / pair),
         head_groups=kv_heads,
         most_keys=int(ASSUMED.key_bytes / held),
     )

@@ -1,6 +1,7 @@
 """Which parallel layouts a model and a sequence length allow, checked before any process group exists."""
 
 from megatron_eagle.context_parallel.planning import sequence_multiple
+from megatron_eagle.context_parallel.ulysses import divides_heads
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.shapes import LocalShapes
@@ -33,13 +34,14 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
                 f"parallel.tensor_model_parallel_size {tp} does not divide the {size} {name}: "
                 f"choose {_choices(legal)}"
             )
-    ulysses, heads = parallel.ulysses_parallel_size, LocalShapes(eagle, parallel).kv_heads
-    if heads % ulysses:
-        legal = [n for n in range(1, heads + 1) if heads % n == 0 and cp % n == 0]
+    ulysses, shapes = parallel.ulysses_parallel_size, LocalShapes(eagle, parallel)
+    heads = shapes.heads, shapes.kv_heads
+    if not divides_heads(ulysses, *heads):
+        legal = [n for n in range(1, cp + 1) if cp % n == 0 and divides_heads(n, *heads)]
         raise UserError(
-            f"parallel.ulysses_parallel_size {ulysses} does not divide the {heads} KV heads of a "
-            f"tensor parallel rank ({text.num_key_value_heads} over {tp}): choose {_choices(legal)}; "
-            f"the other context parallel ranks exchange keys"
+            f"parallel.ulysses_parallel_size {ulysses} divides neither the {heads[1]} KV heads of a tensor "
+            f"parallel rank ({text.num_key_value_heads} over {tp}) nor, as a multiple of them, its "
+            f"{heads[0]} query heads: choose {_choices(legal)}; the other ranks exchange keys"
         )
     _check_stages(text.num_hidden_layers, parallel)
     if parallel.pad_documents:

@@ -50,6 +50,17 @@ class LocalShapes:
         return self.eagle.text.num_key_value_heads // self.tp
 
     @property
+    def attention_heads(self) -> int:
+        """Query heads of a rank in attention, which Ulysses divides, of the rank that has most."""
+        copies = max(1, self.ulysses // self.kv_heads)
+        return -(-self.heads // self.kv_heads // copies) * self.attention_kv_heads
+
+    @property
+    def attention_kv_heads(self) -> int:
+        """KV heads of a rank in attention: beyond their number, Ulysses repeats them."""
+        return max(1, self.kv_heads // self.ulysses)
+
+    @property
     def q(self) -> int:
         """Features of the queries."""
         return self.heads * self.eagle.text.head_dim

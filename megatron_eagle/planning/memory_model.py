@@ -272,14 +272,15 @@ def _attention(shapes: PackShapes, workload: Workload) -> int:
     held = 2 * shapes.s * shapes.q * e + shapes.r * shapes.h * e
     scores = _score_matrices(shapes, workload) if workload.device == "cpu" else 0
     if shapes.cp == shapes.ulysses:
-        keys //= shapes.cp
+        keys = keys // shapes.kv_heads * shapes.attention_kv_heads
         return held + keys * FP32 + max(scores, keys * FP32)
     if shapes.parallel.key_comm == "ring":
-        block = keys // shapes.cp * shapes.parallel.ring_node_size
+        block = keys // shapes.kv_heads * shapes.attention_kv_heads * shapes.ulysses // shapes.cp
+        block *= shapes.parallel.ring_node_size
         return (
             held + 2 * block * e + 3 * block * FP32 + shapes.s * shapes.q * FP32 + max(scores, block * FP32)
         )
-    heads, group = shapes.kv_heads // shapes.ulysses, keys // shapes.kv_heads
+    heads, group = shapes.attention_kv_heads, keys // shapes.kv_heads
     gathered = 2 * group * e + keys // shapes.cp * FP32 + group * FP32
     return held + gathered + max(scores // heads, 3 * group * FP32)
 
@@ -288,7 +289,7 @@ def _score_matrices(shapes: PackShapes, workload: Workload) -> int:
     """The reference attention's backward, segment after segment: four fp32 matrices [heads, queries, keys]
     at once (weights, their gradient, two steps of the scores' gradient) and one to three of the segment
     before, whose names are assigned one after the other."""
-    parallel, heads = shapes.parallel, shapes.heads // shapes.ulysses
+    parallel, heads = shapes.parallel, shapes.attention_heads
     bounds = [*range(0, shapes.length, workload.longest_document or shapes.length), shapes.length]
     layout = plan_layout(
         parallel.context_parallel_layout,

@@ -243,11 +243,12 @@ def _context_seconds(
     tp, cp, ulysses = shapes.tp, shapes.cp, shapes.ulysses
     e, policy, layers = workload.element_size, workload.recompute.language, stage.layers
     times = 3 if policy in ("selective", "full") else 2  # backward, and a second forward, take keys again
-    keys = layers * context.remote_keys * 2 * shapes.kv / ulysses * (times * e + FP32)
+    kv = shapes.attention_kv_heads * shapes.eagle.text.head_dim
+    keys = layers * context.remote_keys * 2 * kv * (times * e + FP32)
     seconds = keys / machine.bandwidth(cp // ulysses, tp * ulysses)
     tokens = shapes.s * (ulysses - 1) / ulysses
     ways = 2 if policy == "none" else 3  # any second run of a layer trades heads again
-    seconds += layers * ways * tokens * 2 * (shapes.q + shapes.kv) * e / machine.bandwidth(ulysses, tp)
+    seconds += layers * ways * tokens * 2 * (shapes.q + kv * ulysses) * e / machine.bandwidth(ulysses, tp)
     if stage.first and shapes.parallel.vision_sharding != "none":
         features = workload.tiles * shapes.eagle.tokens_per_tile * shapes.h * e
         seconds += 2 * features / cp * (cp - 1) / cp / machine.bandwidth(cp, tp)

@@ -89,7 +89,8 @@ def attend_everywhere(ulysses: int, node: int, dtype: torch.dtype) -> dict[str, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("size", "ulysses", "node"),
-    [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1), (4, 2, 1), (4, 1, 2), (8, 2, 2)],
+    # Ulysses over four ranks: two for each KV head, with four and three of its query heads.
+    [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1), (4, 2, 1), (4, 1, 2), (8, 2, 2), (4, 4, 1)],
 )
 def test_attention_equals_full_attention(size, ulysses, node, dtype):
     dtype = getattr(torch, dtype)

@@ -202,9 +202,9 @@ def test_impossible_layouts_name_the_rule(layout, message):
         ),
         ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 126, "multiple of 4"),
         (
-            {"tensor_model_parallel_size": 2, "context_parallel_size": 4, "ulysses_parallel_size": 4},
-            128,
-            r"4 does not divide the 2 KV heads .* \(4 over 2\): choose 1 or 2; the other",
+            {"tensor_model_parallel_size": 2, "context_parallel_size": 12, "ulysses_parallel_size": 3},
+            132,
+            r"3 divides neither the 2 KV heads .* \(4 over 2\) nor, .* 14 .*: choose 1, 2, 4, 6 or 12;",
         ),
         (
             {

@@ -216,7 +216,7 @@ _SP = {"sequence_parallel": True}
 _PP2, _PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
 _VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 _CP2, _CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
-_U2 = {"ulysses_parallel_size": 2}
+_U2, _U8 = {"ulysses_parallel_size": 2}, {"ulysses_parallel_size": 8}
 _RING = {"context_parallel_comm": "ring"}
 _PADDED = {"pad_documents": True}
 ONE_PROCESS = Layout("one process", 1)
@@ -273,6 +273,7 @@ LAYOUTS += [
     _context("Ulysses 2 x CP2", 4, "balanced", _CP4 | _U2),
     _context("Ulysses 2 x CP2", 4, "zigzag_per_document", _CP4 | _U2),
     _context("TP2+SP x Ulysses 2 x CP2", 8, "balanced", _TP2 | _SP | _CP4 | _U2),
+    _context("Ulysses 8 of 4 KV heads", 8, "balanced", {"context_parallel_size": 8} | _U8),
     _context("Ring 2", 2, "zigzag", _CP2 | _RING),
     _context("Ring 4", 4, "balanced", _CP4 | _RING),
     _context("Ring 4", 4, "zigzag_per_document", _CP4 | _RING),

@@ -27,6 +27,7 @@ from tests.parallel.cases import (
 )
 from tests.parallel.harness import launch
 
+SEVEN_FOR_EACH = {"num_key_value_heads": 2, "num_attention_heads": 14, "hidden_size": 14 * 8}
 TOLERANCE = 1e-5  # max |g - ref| / max |ref| per tensor, fp32
 
 
@@ -60,6 +61,10 @@ DROPPED = {
     "dK/dV round a ring": ("Ring 4, zigzag_per_document", " in _Gradients.__init__ < RingAttention.backward"),
     "Ulysses before attention, backward": ("Ulysses 2, balanced", "TokensToHeads.backward"),
     "Ulysses after attention, backward": ("Ulysses 2, balanced", "HeadsToTokens.backward"),
+    "Ulysses before attention, copies of KV heads, backward": (
+        "Ulysses 8 of 4 KV heads, balanced",
+        "TokensToHeads.backward",
+    ),
     "vision features, backward exchange": ("CP2, cp", " in _Exchange.backward"),
     "pixels that other ranks decoded": ("TP2, none", " in gather_tiles"),
     "vision features over tensor parallel ranks, backward": (
@@ -188,6 +193,13 @@ def test_as_many_microbatches_as_stages():
         combine(launch(_few_packs, at.world_size, at)) for at in (cell("PP2 x VPP2, none"), ONE_PROCESS)
     )
     assert found.worst(expected)[0] <= TOLERANCE
+
+
+@pytest.mark.parametrize("heads", [{"num_key_value_heads": 2}, SEVEN_FOR_EACH], ids=["8 of 2", "14 of 2"])
+def test_ulysses_beyond_the_kv_heads(heads):
+    """Two ranks have each KV head; of seven query heads one has four and the other three."""
+    layout = Layout("", 4, {"context_parallel_size": 4, "ulysses_parallel_size": 4})
+    assert outcome(layout, **heads).worst(outcome(ONE_PROCESS, **heads))[0] <= TOLERANCE
 
 
 def test_tied_embeddings_across_the_pipeline():

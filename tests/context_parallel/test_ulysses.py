@@ -1,0 +1,72 @@
+"""Which heads Ulysses gives to which rank, and what it refuses."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from megatron_eagle.context_parallel import ulysses
+from megatron_eagle.context_parallel.ulysses import divides_heads, share_heads
+from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+from tests.parallel.harness import launch
+
+
+@pytest.mark.parametrize(
+    ("size", "queries", "keys", "expected"),
+    [
+        (2, 32, 8, [16, 16]),
+        (8, 32, 8, [4] * 8),
+        (16, 32, 8, [2] * 16),
+        (4, 8, 2, [2] * 4),
+        (8, 8, 2, [1] * 8),
+        (8, 28, 4, [4, 3] * 4),
+        (16, 28, 4, [2, 2, 2, 1] * 4),
+        (28, 28, 4, [1] * 28),
+    ],
+)
+def test_heads_are_shared_evenly_and_follow_their_kv_head(size, queries, keys, expected):
+    assert divides_heads(size, queries, keys)
+    shares = share_heads(size, queries, keys)
+    assert [last - first for (first, last), _ in shares] == expected
+    assert [head for (first, last), _ in shares for head in range(first, last)] == list(range(queries))
+    for (first, last), (first_key, last_key) in shares:
+        served = {head * keys // queries for head in range(first, last)}
+        assert served == set(range(first_key, last_key))
+
+
+@pytest.mark.parametrize(("size", "queries", "keys"), [(3, 28, 4), (6, 12, 4), (32, 28, 4), (16, 8, 2)])
+def test_other_numbers_are_refused(size, queries, keys):
+    assert not divides_heads(size, queries, keys)
+
+
+QUERIES, KEYS, TOKENS, SIZE = 14, 2, 3, 4
+
+
+def there_and_back() -> list[torch.Tensor]:
+    """On one rank: tensors of all its heads after both exchanges, and the gradients of k and v."""
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    q, k, v = (
+        torch.randn(TOKENS, n, 2, generator=generator, requires_grad=True) for n in (QUERIES, KEYS, KEYS)
+    )
+    with model_parallel(ParallelConfig(context_parallel_size=SIZE, ulysses_parallel_size=SIZE)) as mesh:
+        group = mesh.groups.hcp[0]
+        mine, keys, values = ulysses.TokensToHeads.apply(q, k, v, group)
+        back = ulysses.HeadsToTokens.apply(mine, QUERIES, KEYS, group)
+        # Every query head of a rank counts its key once.
+        (back.square().sum() + mine.shape[1] * (keys.sum() + 2 * values.sum())).backward()
+    return [q.detach(), back.detach(), q.grad, k.grad, v.grad]
+
+
+def lost_copies() -> list[torch.Tensor]:
+    first = lambda grads, copies: torch.cat(grads, dim=1)[:, ::copies]  # noqa: E731
+    with patch.object(ulysses, "_sum_copies", first):
+        return there_and_back()
+
+
+@pytest.mark.parametrize("run", [there_and_back, lost_copies])
+def test_exchanges_return_what_they_took_and_sum_copies(run):
+    """The seven query heads of a KV head are on two ranks: its gradient is that of all seven."""
+    for q, back, grad_q, grad_k, grad_v in launch(run, SIZE):
+        assert torch.equal(back, q) and torch.equal(grad_q, 2 * q)
+        whole = torch.full_like(grad_k, 7.0)
+        assert torch.equal(grad_k, whole) == torch.equal(grad_v, 2 * whole) == (run is there_and_back)
