@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_eagle.data.media.source import file_metadata
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.eagle_video.encoder import Encoder
 from megatron_eagle.eagle_video.files import digest
@@ -122,9 +123,9 @@ def n_shards(videos: list[VideoSource], settings: FeatureSettings) -> int:
 
 def _identity(video: VideoSource) -> list[Any]:
     try:
-        status = Path(video.path).stat()
-        state = [status.st_size, status.st_mtime_ns]
-    except OSError:
+        file = file_metadata(video.path)
+        state = [file.size, file.mtime_ns]
+    except Problem:
         state = None
     return [video.path, str(video.start), str(video.end), state]
 

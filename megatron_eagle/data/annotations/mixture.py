@@ -267,9 +267,9 @@ def _root(recipe: Path, where: str, entry: Mapping[str, Any], files: list[Path])
     have it: what the annotation's own path is relative to.
     """
     root, named = entry.get("root"), entry["annotation"]
-    if isinstance(root, list):
+    if isinstance(root, list) and root:
         return archives_root(_archives(recipe, where, root))
-    if root not in (None, ""):
+    if root not in (None, "", []):
         path = _find(recipe, str(root))
         several = glob.has_magic(str(root)) and not path.exists()
         return archives_root(_archives(recipe, where, [root])) if several else str(path)

@@ -1,12 +1,14 @@
 """What media names are relative to: a folder, or archives, whose members they then are.
 
-A root of archives is written `members://ARCHIVE=CACHE&...`, both percent-encoded: CACHE is the folder in
-which the archive's index is kept, or empty.  ARCHIVE may go on with a folder in it: `images.zip/images`.
+A root of archives is written `members://ARCHIVE=CACHE=STATE&...`, percent-encoded: CACHE is the folder in
+which the archive's index is kept, or empty, STATE tells apart archives that have had the same name.  ARCHIVE
+may go on with a folder in it: `images.zip/images`.
 """
 
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +23,7 @@ from megatron_eagle.problems import Problem
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 """What names a picture in a folder of frames."""
 _SCHEME = "members://"
+_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _DIGITS = re.compile(r"(\d+)")
 
 
@@ -76,13 +79,23 @@ class FolderRoot:
 _FILES = FolderRoot("/")
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One archive of a root: as its user names it, the folder in it that names are relative to, its index."""
+
+    name: str
+    folder: str
+    index: ArchiveIndex
+
+    def find(self, name: str) -> int | None:
+        """The number of the member that is meant."""
+        return self.index.find(_joined(self.folder, name))
+
+
 class ArchiveRoot:
-    """See `MediaRoot`; `parts` are archives, each with the folder in it that names are relative to.
+    """See `MediaRoot`; an absolute name is that of a file."""
 
-    An absolute name is that of a file.
-    """
-
-    def __init__(self, parts: Sequence[tuple[ArchiveIndex, str]]):
+    def __init__(self, parts: Sequence[_Part]):
         self._parts = parts
 
     def path(self, name: str) -> str:
@@ -95,11 +108,13 @@ class ArchiveRoot:
             return _FILES.path(name)
         found = self._found(name)
         if not found:
-            raise Problem("missing media", f"{self._files()} has no member {name}{self._hint(name)}")
+            there = ", ".join(part.name for part in self._parts[:3])
+            raise Problem("missing media", f"{there} has no member {name}{self._hint(name)}")
         if len(found) > 1:
-            raise Problem("bad media reference", f"{name} is in {' and in '.join(i.file for i, _ in found)}")
-        index, number = found[0]
-        return index.address(number)
+            there = " and in ".join(part.name for part, _ in found)
+            raise Problem("bad media reference", f"{name} is in {there}")
+        part, number = found[0]
+        return part.index.address(number)
 
     def exists(self, name: str) -> bool:
         """Whether there is a member of this name."""
@@ -111,32 +126,28 @@ class ArchiveRoot:
             return _FILES.pictures(name)
         found: list[tuple[str, ArchiveIndex, int]] = []
         some = False
-        for index, folder in self._parts:
-            inner = _joined(folder, name)
-            for number in index.below(inner) if inner and index.find(inner) is None else ():
+        for part in self._parts:
+            inner = _joined(part.folder, name)
+            for number in part.index.below(inner) if inner and part.find(name) is None else ():
                 some = True
-                rest = index.name(number)[len(inner) + 1 :]
+                rest = part.index.name(number)[len(inner) + 1 :]
                 if "/" not in rest and _is_picture(rest):
-                    found.append((rest, index, number))
+                    found.append((rest, part.index, number))
         if some and not found:
-            raise Problem("bad media reference", f"{name} is a folder without pictures in {self._files()}")
-        return tuple(
-            index.address(number) for _, index, number in sorted(found, key=lambda f: in_order(f[0]))
-        )
+            raise Problem("bad media reference", f"{name} is a folder without pictures")
+        found.sort(key=lambda item: in_order(item[0]))
+        return tuple(index.address(number) for _, index, number in found)
 
-    def _found(self, name: str) -> list[tuple[ArchiveIndex, int]]:
-        numbers = ((index, index.find(_joined(folder, name))) for index, folder in self._parts)
-        return [(index, number) for index, number in numbers if number is not None]
-
-    def _files(self) -> str:
-        return ", ".join(os.path.join(index.file, folder) for index, folder in self._parts[:3])
+    def _found(self, name: str) -> list[tuple[_Part, int]]:
+        numbers = ((part, part.find(name)) for part in self._parts)
+        return [(part, number) for part, number in numbers if number is not None]
 
     def _hint(self, name: str) -> str:
         """The folder that the archive has around all its members, where the name lies in that."""
-        for index, folder in self._parts:
-            top = index.name(0).partition("/")[0] if len(index) else ""
-            if top and not folder and index.find(_joined(top, name)) is not None:
-                return f"; name the folder too, root: {os.path.join(index.file, top)}"
+        for part in self._parts:
+            top = part.index.name(0).partition("/")[0] if len(part.index) else ""
+            if top and not part.folder and part.index.find(_joined(top, name)) is not None:
+                return f"; name the folder too, root: {os.path.join(part.name, top)}"
         return ""
 
 
@@ -155,7 +166,13 @@ def in_order(name: str) -> list[tuple[int, str]]:
 
 def archives_root(paths: Iterable[str]) -> str:
     """The root that several archives make."""
-    return _SCHEME + "&".join(f"{quote(path, safe='')}=" for path in paths)
+    return _SCHEME + "&".join(quote(path, safe="") for path in paths)
+
+
+def archives_of(root: str) -> list[str]:
+    """The archives of a root that archives make; nothing for another root."""
+    parts = root.removeprefix(_SCHEME).split("&") if root.startswith(_SCHEME) else []
+    return [unquote(part.split("=")[0]) for part in parts]
 
 
 def prepared_root(root: str, cache: Path | None = None) -> str:
@@ -167,14 +184,27 @@ def prepared_root(root: str, cache: Path | None = None) -> str:
         UserError: an archive is damaged, or is no archive that can be read where it lies.
     """
     names = archives_of(root) or ([root] if _split(root) else [])
+    if not names and root.lower().endswith(_SUFFIXES) and not os.path.lexists(root):
+        raise UserError(f"the archive {root} does not exist, in which media are to be")
     if not names:
         return root
     folder = "" if cache is None else quote(os.path.abspath(cache), safe="")
-    prepared = _SCHEME + "&".join(f"{quote(name, safe='')}={folder}" for name in names)
+    prepared = _SCHEME + "&".join(f"{quote(name, safe='')}={folder}={_state(name)}" for name in names)
     open_root(prepared)
     return prepared
 
 
+def _state(name: str) -> str:
+    """What is different when another archive has the same name."""
+    file = (_split(name) or (name,))[0]
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    return f"{status.st_size}.{status.st_mtime_ns}"
+
+
+@lru_cache(maxsize=64)
 def open_root(root: str) -> MediaRoot:
     """What names are looked up in.
 
@@ -184,21 +214,11 @@ def open_root(root: str) -> MediaRoot:
     if not root.startswith(_SCHEME):
         return FolderRoot(root)
     parts = []
-    for pair in root.removeprefix(_SCHEME).split("&"):
-        name, cache = map(unquote, pair.split("="))
-        file, inner = _split(name) or (name, "")
-        try:
-            status = os.stat(file)
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from None
-        parts.append((_opened(file, cache, status.st_size, status.st_mtime_ns), inner))
+    for part in root.removeprefix(_SCHEME).split("&"):
+        name, folder, _ = part.split("=")
+        file, inner = _split(unquote(name)) or (unquote(name), "")
+        parts.append(_Part(unquote(name), inner, _opened(file, unquote(folder))))
     return ArchiveRoot(parts)
-
-
-def archives_of(root: str) -> list[str]:
-    """The archives of a root that several make; nothing for another root."""
-    pairs = root.removeprefix(_SCHEME).split("&") if root.startswith(_SCHEME) else []
-    return [unquote(pair.split("=")[0]) for pair in pairs]
 
 
 def _split(root: str) -> tuple[str, str] | None:
@@ -210,9 +230,7 @@ def _split(root: str) -> tuple[str, str] | None:
     return (path, inner) if path and os.path.isfile(path) else None
 
 
-@lru_cache(maxsize=64)
-def _opened(file: str, cache: str, size: int, mtime_ns: int) -> ArchiveIndex:  # noqa: ARG001
-    """The index of an archive of this size and date."""
+def _opened(file: str, cache: str) -> ArchiveIndex:
     path = Path(file)
     try:
         kind = archive_kind(path)

@@ -24,6 +24,7 @@ from megatron_eagle.problems import Problem
 
 PICTURES = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "avif", "jp2"))
 _VIDEOS = frozenset(("mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "mpg", "mpeg", "flv", "wmv", "3gp"))
+_SHOWN = PICTURES | _VIDEOS | {"pdf"}
 _AUDIO = frozenset(("wav", "mp3", "flac", "ogg", "m4a", "aac", "opus"))
 _PICKLES = frozenset(("pyd", "pickle", "pkl", "pth"))  # what webdataset and Energon unpickle
 _CAPTIONS = ("txt", "text", "caption")
@@ -62,6 +63,10 @@ class TarRecords:
         self._n_records = len(self._load())
         if not self._n_records:
             raise UserError(f"{path} holds no record")
+        if all(_suffix(part) in _SHOWN for parts in self._groups for part in parts):
+            raise UserError(
+                f"{path} holds media and no texts; where annotations name them, it may be their root"
+            )
         kinds = sorted({_NUMBER.sub("#", part) for parts in self._groups[:100] for part in parts})
         self.layout = f"{path.parent}: {' '.join(kinds)}"
 

@@ -1,7 +1,8 @@
 """An archive's index: its members' names and places, found once, kept in a file, looked up by name.
 
-The file is an Arrow stream, mapped, so that all processes of a machine share it.  It lies where its user
-says, since an archive's own folder may be read-only, and stands for an archive of one size and date.
+The file is an Arrow stream; a large one is mapped, so that all processes of a machine share it.  It lies
+where its user says, since an archive's own folder may be read-only, and stands for an archive of one size and
+date.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.files import write_whole
 from megatron_eagle.problems import Problem
 
+_MAPPED = 1 << 23  # bytes from which on an index is mapped
 _FORM = "2"  # of the file
 _SCHEMA = pa.schema(
     [
@@ -157,7 +159,10 @@ def _table(members: Sequence[Member]) -> pa.Table:
 def _read(path: Path, metadata: dict[str, str]) -> pa.Table | None:
     """The index in a file, if it is that of an archive with this identity."""
     try:
-        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        # A map takes a file descriptor as long as it is used.
+        is_large = path.stat().st_size > _MAPPED
+        source = pa.memory_map(str(path)) if is_large else pa.py_buffer(path.read_bytes())
+        table = pa.ipc.open_stream(source).read_all()
     except (OSError, pa.ArrowException):
         return None
     found = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}

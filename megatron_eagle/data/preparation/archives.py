@@ -41,4 +41,5 @@ def _index(cache: Path, path: Path) -> list[int]:
 def remove_unpacked(cache: Path) -> None:
     """Let go of what was unpacked of packed archives: the media that are used have been taken over."""
     for path in cache.glob("*.tar"):
+        index_file(path, cache).unlink(missing_ok=True)
         path.unlink()

@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_eagle.data.annotations.mixture import read_recipe
 from megatron_eagle.data.annotations.references import References
 from megatron_eagle.data.annotations.roots import archives_of, archives_root, open_root, prepared_root
 from megatron_eagle.data.media import archive_scan
 from megatron_eagle.data.media.archive_index import index_archive
+from megatron_eagle.data.media.archive_scan import plain_name
 from megatron_eagle.data.media.source import file_metadata, fingerprint, open_bytes
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
@@ -136,6 +139,29 @@ def test_an_index_is_made_once(tmp_path, kind, monkeypatch):
         os.chmod(tmp_path, 0o755)
 
 
+NAME = st.text("ab /.ü-", min_size=1, max_size=40)
+MEMBERS = st.lists(st.tuples(NAME, st.binary(max_size=1100)), max_size=12)
+
+
+@given(members=MEMBERS, format=st.sampled_from((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)))
+@settings(max_examples=60, deadline=None)
+def test_the_same_as_tarfile(tmp_path_factory, members, format):
+    """Of every name the last content, wherever it lies."""
+    path = tmp_path_factory.mktemp("property") / "a.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            add(tar, name, data)
+    with tarfile.open(path) as tar:
+        expected = {plain_name(m.name): tar.extractfile(m).read() for m in tar if plain_name(m.name)}
+    index = index_archive(path, "tar", None)
+    assert {index.name(k) for k in range(len(index))} == expected.keys()
+    for name, data in expected.items():
+        number = index.find(name)
+        assert index.size(number) == len(data)
+        assert not data or content(index.address(number)) == data
+    assert index.find("not there") is None
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_the_last_of_a_name_counts(tmp_path, format):
     archive = make_tar(tmp_path / "a.tar", {"a.png": b"old", "b.png": b"b"}, format)
@@ -235,6 +261,8 @@ def test_damaged_archives_are_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match="neither a folder nor a tar or zip archive"):
         prepared_root(str(tmp_path / "a.txt"))
+    with pytest.raises(UserError, match="the archive .*/none.tar.gz does not exist"):
+        prepared_root(str(tmp_path / "none.tar.gz"))
     with pytest.raises(UserError, match="cannot read .*/none.zip"):
         prepared_root(archives_root([str(tmp_path / "none.zip")]))
     assert prepared_root(str(tmp_path)) == str(tmp_path)

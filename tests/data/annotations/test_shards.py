@@ -191,7 +191,7 @@ def test_what_is_refused(tmp_path):
     for kind, (parts, match) in refused.items():
         members = [("x.jpg", PNG), *((f"x.{name}", part) for name, part in parts.items())]
         members += [("x.txt", "T.")] if kind in ("unsupported key", "unknown key", "unsafe media") else []
-        path = write(tmp_path / f"{kind}.tar", members)
+        path = write(tmp_path / f"{kind}.tar", [*members, ("y.txt", "T.")])
         with pytest.raises(Problem, match=match) as problem:
             read_sample(TarRecords(path).read(0), root="/", file="f", line=1)
         assert problem.value.kind == kind
@@ -199,13 +199,15 @@ def test_what_is_refused(tmp_path):
         one(tmp_path / "a.tar", jpg=PNG, txt=b"\xff")
     with pytest.raises(UserError, match="holds no record"):
         TarRecords(write(tmp_path / "empty.tar", []))
-    with tarfile.open(tmp_path / "link.tar", "w") as tar:
+    with pytest.raises(UserError, match="media.tar holds media and no texts; .* it may be their root"):
+        TarRecords(write(tmp_path / "media.tar", [("x.jpg", PNG), ("y.mp4", MP4)]))
+    write(tmp_path / "link.tar", [("y.txt", "T.")])
+    with tarfile.open(tmp_path / "link.tar", "a") as tar:
         link = tarfile.TarInfo("x.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    write(tmp_path / "b.tar", [("x.txt", "T.")])
     with pytest.raises(Problem, match="a symbolic link"):
-        TarRecords(tmp_path / "link.tar").read(0)
+        TarRecords(tmp_path / "link.tar").read(1)
 
 
 def test_long_texts_are_not_read(tmp_path, monkeypatch):
@@ -223,7 +225,7 @@ def test_closed_and_read_again(tmp_path):
     assert source._index is None and len(source) == 9
     assert source.read(3) == first and json.loads(first)["caption"] == "3"
     other = TarRecords(write(tmp_path / "b.tar", [("x.jpg", b""), ("x.txt", "")]))
-    assert source.layout == other.layout != TarRecords(write(tmp_path / "c.tar", [("x.png", b"")])).layout
+    assert source.layout == other.layout != TarRecords(write(tmp_path / "c.tar", [("x.txt", "")])).layout
 
 
 def test_braces():

@@ -143,7 +143,9 @@ def test_packed_archives_are_unpacked_once(tmp_path, tokenizer_dir, media, suffi
     pack(archive(tmp_path / "media.tar", media), tmp_path / f"media{suffix}")
     store = run(tmp_path, tokenizer_dir, f"media{suffix}")
     assert rows(store) == rows(plain)
-    assert [path.suffix for path in (tmp_path / ".store.archives").iterdir()] == [".arrow"]
+    assert not list((tmp_path / ".store.archives").iterdir())
+    reason = json.loads((store / "dropped.jsonl").read_text())["reason"]
+    assert reason == f"missing media: {tmp_path}/media{suffix} has no member coco/none.png"
     (tmp_path / f"media{suffix}").unlink()
     for row in (0, 2):
         pairs = zip(read_media(SampleStore(store), row), read_media(SampleStore(plain), row), strict=True)
