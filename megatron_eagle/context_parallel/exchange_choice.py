@@ -12,7 +12,7 @@ whatever a step's attention is too short for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from megatron_eagle.context_parallel.ring_plan import RingExchange, last_readers
 from megatron_eagle.runtime.parallel import KeyComm
 
 Kind = Literal["none", "gather", "ranges", "ring"]
+EXCHANGE_KINDS: tuple[Kind, ...] = get_args(Kind)
 KeyExchange = KVExchange | RingExchange
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_eagle.training.monitoring.dataset_losses import DatasetLosses, count_datasets, read_datasets
 from megatron_eagle.training.monitoring.step_totals import StepTotals, count_totals, read_totals, zero_totals
+from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.schedule import TrainingPack, build_batch, run_schedule
 from megatron_eagle.training.setup import Run
 
@@ -21,6 +22,13 @@ class BatchResult:
     totals: StepTotals
     datasets: DatasetLosses
     told_to_stop: bool  # whether any rank was
+
+
+def _exchanges_keys(config: RunConfig) -> bool:
+    """Whether ranks do, in a way that is chosen here and not in Transformer Engine."""
+    parallel = config.parallel
+    several = parallel.context_parallel_size > parallel.ulysses_parallel_size
+    return several and config.layers.attention != "te"
 
 
 def forward_backward(run: Run, packs: Sequence[TrainingPack], stop: Collection[str]) -> BatchResult:
@@ -45,6 +53,7 @@ def forward_backward(run: Run, packs: Sequence[TrainingPack], stop: Collection[s
             length,
             trainable=run.config.optimizer.trainable,
             adapters=run.config.lora is not None,
+            exchanges=[pack.plan.exchange.kind for pack in packs] if _exchanges_keys(run.config) else (),
         )
     stops = torch.tensor([len(stop)], dtype=torch.float64)
     sums = torch.cat([losses, torch.cat([counts.flatten(), stops, totals]).to(losses.device)])

@@ -177,11 +177,40 @@ def test_text_and_tiles_must_match(tiles, size, pixel, message):
             {"context_parallel_size": 4, "ulysses_parallel_size": 3},
             "3 does not divide context_parallel_size 4",
         ),
+        (
+            {"context_parallel_size": 8, "ring_node_size": 2},
+            "ring_node_size 2 is of a ring and context_parallel_comm is auto: set that to ring, or",
+        ),
+        (
+            {"context_parallel_size": 8, "ring_node_size": 3, "context_parallel_comm": "ring"},
+            r"3 does not divide the 8 ranks that .* \(.* 8 / ulysses_parallel_size 1\): the nearest is 2",
+        ),
+        (
+            {"context_parallel_size": 8, "ulysses_parallel_size": 2, "context_parallel_comm": "a2a"},
+            "a2a divides heads over all 8 .* and ulysses_parallel_size is 2: set it to 8, or",
+        ),
+        (
+            {"context_parallel_size": 8, "context_parallel_comm": "a2a+p2p"},
+            "a2a.p2p divides heads over some of the 8 .* ulysses_parallel_size is 1: choose a divisor",
+        ),
     ],
 )
 def test_impossible_layouts_name_the_rule(layout, message):
     with pytest.raises(UserError, match=message):
         ParallelConfig(**layout).data_parallel_size(8)
+
+
+def test_megatrons_words_are_other_names():
+    """What a file says stays; what is done follows this project's word."""
+    words = {"p2p": "ring", "all_gather": "gather", "a2a": "auto", "a2a+p2p": "ring"}
+    for theirs, ours in words.items():
+        ulysses = 2 if theirs == "a2a+p2p" else 1
+        layout = ParallelConfig(
+            context_parallel_size=8, context_parallel_comm=theirs, ulysses_parallel_size=ulysses
+        )
+        layout.data_parallel_size(8)
+        assert (layout.context_parallel_comm, layout.key_comm) == (theirs, ours)
+        assert layout.ulysses_parallel_size == (8 if theirs == "a2a" else ulysses)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,17 @@ def values(metrics) -> list[tuple]:
     return [(m.iteration, m.loss, m.grad_norm, m.lr, m.tokens) for m in metrics]
 
 
+def test_keys_round_a_ring_train_as_one_process_and_are_logged(job):
+    short = ["training.stop_at_iteration=2", "checkpoint.save_interval=2"]
+    one = job(*short)
+    shutil.rmtree(job.root)
+    context = ["parallel.context_parallel_size=2", "parallel.context_parallel_comm=p2p"]
+    ring = job(*short, *context, world_size=2)
+    assert [m.loss for m in ring] == pytest.approx([m.loss for m in one], rel=1e-5)
+    assert [m.packs_by_exchange for m in ring] == [{"ring": 1.0}] * 2
+    assert [m.packs_by_exchange for m in one] == [{}] * 2
+
+
 def test_stopped_and_resumed_equals_uninterrupted(job):
     whole = job("checkpoint.save_interval=2")
     assert sorted(path.name for path in job.root.iterdir() if path.is_dir()) == [

@@ -227,6 +227,9 @@ def progress_line(metrics: StepMetrics) -> str:
     ]
     if metrics.packing is not None:
         shown.append(f"packing {metrics.packing:.1%}")
+    if metrics.packs_by_exchange:
+        shares = metrics.packs_by_exchange.items()
+        shown.append(f"keys {' + '.join(f'{kind} {share:.0%}' for kind, share in shares)}")
     if metrics.mfu is not None:
         shown.append(f"MFU {metrics.mfu:.1%}")
         if metrics.mfu_vision is not None:

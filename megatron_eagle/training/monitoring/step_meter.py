@@ -111,6 +111,7 @@ class StepMeter(Observer):
             host_memory_gib=host_memory,
             samples_by_length=_shares(totals.samples_by_length),
             tokens_by_length=_shares(totals.tokens_by_length),
+            packs_by_exchange=_shares(totals.packs_by_exchange),
             loss_by_dataset=step.datasets.loss,
             share_by_dataset=step.datasets.share,
             tokens_by_dataset=step.datasets.tokens,

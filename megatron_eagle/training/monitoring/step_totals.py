@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_eagle.context_parallel.exchange_choice import EXCHANGE_KINDS, Kind
 from megatron_eagle.data.loading.packs import TokenPack
 from megatron_eagle.model.flops import training_flops
 from megatron_eagle.model.presets import EagleConfig
@@ -39,6 +40,8 @@ class StepTotals:
     tiles_wanted: int
     samples_by_length: dict[str, int]  # by the upper end of the bucket of lengths
     tokens_by_length: dict[str, int]
+    # By how their keys travel (context_parallel/exchange_choice.py); none where nobody exchanges keys.
+    packs_by_exchange: dict[str, int]
 
 
 def buckets(length: int) -> list[int]:
@@ -56,8 +59,13 @@ def count_totals(
     *,
     trainable: Collection[str],
     adapters: bool,
+    exchanges: Sequence[Kind] = (),
 ) -> torch.Tensor:
-    """fp64 vector of the totals of `batches`, packs of `length` tokens; `read_totals` names its sum."""
+    """fp64 vector of the totals of `batches`, packs of `length` tokens; `read_totals` names its sum.
+
+    Args:
+        exchanges: of the keys of each pack, where ranks exchange any.
+    """
     lengths = [
         end - start
         for batch in batches
@@ -93,23 +101,26 @@ def count_totals(
         torch.bincount(place, minlength=len(ends)).double(),
         torch.bincount(place, weights=torch.tensor(lengths).double(), minlength=len(ends)),
     ]
-    return torch.cat([torch.tensor([single[name] for name in _SINGLE], dtype=torch.float64), *by_length])
+    numbers = [single[name] for name in _SINGLE] + [exchanges.count(kind) for kind in EXCHANGE_KINDS]
+    return torch.cat([torch.tensor(numbers, dtype=torch.float64), *by_length])
 
 
 def zero_totals(length: int) -> torch.Tensor:
     """What a rank adds that counts nothing."""
-    return torch.zeros(len(_SINGLE) + 2 * len(buckets(length)), dtype=torch.float64)
+    return torch.zeros(len(_SINGLE) + len(EXCHANGE_KINDS) + 2 * len(buckets(length)), dtype=torch.float64)
 
 
 def read_totals(vector: torch.Tensor, length: int) -> StepTotals:
     """The totals of a (summed) vector of `count_totals`."""
     ends = [str(end) for end in buckets(length)]
     values = vector.tolist()
-    single = dict(zip(_SINGLE, values[: len(_SINGLE)], strict=True))
+    single = dict(zip(_SINGLE, values, strict=False))
+    exchanges = dict(zip(EXCHANGE_KINDS, values[len(_SINGLE) :], strict=False))
     return StepTotals(
         **{name: value if name.startswith("flops") else int(value) for name, value in single.items()},
         samples_by_length=_by_length(ends, values[-2 * len(ends) : -len(ends)]),
         tokens_by_length=_by_length(ends, values[-len(ends) :]),
+        packs_by_exchange={kind: int(packs) for kind, packs in exchanges.items() if packs},
     )
 
 
