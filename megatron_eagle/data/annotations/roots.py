@@ -166,13 +166,13 @@ def in_order(name: str) -> list[tuple[int, str]]:
 
 def archives_root(paths: Iterable[str]) -> str:
     """The root that several archives make."""
-    return _SCHEME + "&".join(quote(path, safe="") for path in paths)
+    return _SCHEME + "&".join(map(_quoted, paths))
 
 
 def archives_of(root: str) -> list[str]:
     """The archives of a root that archives make; nothing for another root."""
     parts = root.removeprefix(_SCHEME).split("&") if root.startswith(_SCHEME) else []
-    return [unquote(part.split("=")[0]) for part in parts]
+    return [_unquoted(part.split("=")[0]) for part in parts]
 
 
 def prepared_root(root: str, cache: Path | None = None) -> str:
@@ -188,8 +188,8 @@ def prepared_root(root: str, cache: Path | None = None) -> str:
         raise UserError(f"the archive {root} does not exist, in which media are to be")
     if not names:
         return root
-    folder = "" if cache is None else quote(os.path.abspath(cache), safe="")
-    prepared = _SCHEME + "&".join(f"{quote(name, safe='')}={folder}={_state(name)}" for name in names)
+    folder = "" if cache is None else _quoted(os.path.abspath(cache))
+    prepared = _SCHEME + "&".join(f"{_quoted(name)}={folder}={_state(name)}" for name in names)
     open_root(prepared)
     return prepared
 
@@ -216,9 +216,18 @@ def open_root(root: str) -> MediaRoot:
     parts = []
     for part in root.removeprefix(_SCHEME).split("&"):
         name, folder, _ = part.split("=")
-        file, inner = _split(unquote(name)) or (unquote(name), "")
-        parts.append(_Part(unquote(name), inner, _opened(file, unquote(folder))))
+        name, folder = _unquoted(name), _unquoted(folder)
+        file, inner = _split(name) or (name, "")
+        parts.append(_Part(name, inner, _opened(file, folder)))
     return ArchiveRoot(parts)
+
+
+def _quoted(path: str) -> str:
+    return quote(path, safe="", errors="surrogateescape")  # names of files are bytes
+
+
+def _unquoted(text: str) -> str:
+    return unquote(text, errors="surrogateescape")
 
 
 def _split(root: str) -> tuple[str, str] | None:

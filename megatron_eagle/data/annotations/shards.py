@@ -6,6 +6,7 @@ addresses in the archive.  A part that nothing here reads becomes a key of that 
 any other key that nobody knows.
 """
 
+import codecs
 import json
 import os
 import re
@@ -27,6 +28,7 @@ _VIDEOS = frozenset(("mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "mpg", "mp
 _SHOWN = PICTURES | _VIDEOS | {"pdf"}
 _AUDIO = frozenset(("wav", "mp3", "flac", "ogg", "m4a", "aac", "opus"))
 _PICKLES = frozenset(("pyd", "pickle", "pkl", "pth"))  # what webdataset and Energon unpickle
+_ROLE = {"role", "from"}  # of `texts` that are messages
 _CAPTIONS = ("txt", "text", "caption")
 _ORDERS = ("image_keys", "name")  # Energon's names for the order of pictures
 _MEDIA = frozenset(
@@ -170,11 +172,15 @@ class _Record:
         name = "json" if "json" in names else names[0] if len(names) == 1 else ""
         if not name:
             return {}
-        raw = self._text(name)
+        raw = self._text(name).removeprefix(codecs.BOM_UTF8)
         del self._left[name]
         if raw.lstrip()[:1] == b"[":
             raw = b'{"conversations": ' + raw + b"}"
-        return parse_record(raw)
+        record = parse_record(raw)
+        texts = record.get("texts")
+        if isinstance(texts, list) and texts and all(isinstance(t, dict) and _ROLE & t.keys() for t in texts):
+            record["messages"] = record.pop("texts")
+        return record
 
     def _replace_names(self, record: dict[str, Any]) -> bool:
         """Let the record's own names of media be addresses, where they are names of its parts.
@@ -229,7 +235,7 @@ class _Record:
             Problem: it names one that is not there.
         """
         key = next((key for key in _ORDERS if isinstance(record.get(key), list)), None)
-        if key is None:
+        if key is None or not pictures:
             return pictures
         found = []
         for name in record.pop(key):

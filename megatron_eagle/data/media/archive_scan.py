@@ -28,7 +28,7 @@ _MAGIC = {
 _MARK_AT, _MARK = 257, b"ustar"  # in the header of a tar archive's first member
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A member of an archive.
 
@@ -69,7 +69,8 @@ def scan(path: Path, kind: str) -> list[Member]:
         for member in (_zip_members if kind == "zip" else _tar_members)(path):
             if name := plain_name(member.name):
                 found.pop(name, None)
-                found[name] = _followed(replace(member, name=name), found)
+                plain = member if name == member.name else replace(member, name=name)
+                found[name] = _followed(plain, found)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     return list(found.values())

@@ -89,6 +89,14 @@ def test_names_are_found(tmp_path, kind, kept):
     assert len(list((tmp_path / "cache").iterdir())) == 1 if kept else not (tmp_path / "cache").exists()
 
 
+def test_odd_names_of_archives(tmp_path):
+    """Also one that is no text in UTF-8."""
+    for name in ("a=b&c?d#e%20.zip", "\udcff.zip"):
+        archive = make_zip(tmp_path / name, {"a.png": b"A"})
+        assert read(prepared_root(str(archive), tmp_path / "cache"), "a.png") == b"A"
+        assert archives_of(archives_root([str(archive)])) == [str(archive)]
+
+
 def test_the_folder_around_everything_is_hinted_at(tmp_path):
     root = prepared_root(str(make_zip(tmp_path / "a.zip", {"images/x/1.png": b"1"})))
     with pytest.raises(Problem, match=r"no member x/1.png; name the folder too, root: .*/a.zip/images"):

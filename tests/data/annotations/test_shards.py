@@ -123,6 +123,8 @@ def test_conversations(tmp_path):
         record = one(tmp_path / "a.tar", jpg=PNG, json=value)
         assert record["conversations"] == turns
         assert (record.get("images") or [record["image"]]) == [PNG]
+    assert one(tmp_path / "a.tar", jpg=PNG, json=b"\xef\xbb\xbf" + to_bytes(turns))["conversations"] == turns
+    assert one(tmp_path / "a.tar", jpg=PNG, json={"texts": turns})["messages"] == turns
     messages = [{"role": "user", "content": "<image>Q?"}, {"role": "assistant", "content": "A."}]
     texts = [{"user": "Q?", "assistant": "A."}]
     for value in ({"messages": messages}, {"texts": texts}, {"question": "Q?", "answer": "A."}):
