@@ -15,6 +15,7 @@ dropout; the data order is a function of the seed and of `consumed_packs`).
 from megatron_eagle.checkpoint.content import CONTENT_METADATA
 from megatron_eagle.checkpoint.folder import (
     TRACKER,
+    BatchRead,
     TrainState,
     checkpoint_folder,
     has_checkpoint,
@@ -34,6 +35,7 @@ __all__ = [
     "CONTENT_METADATA",
     "HF_FOLDER",
     "TRACKER",
+    "BatchRead",
     "CheckpointConfig",
     "CheckpointSaver",
     "TrainState",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_eagle.config import from_dict, load_yaml
+from megatron_eagle.data.loading.identity import DataIdentity
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import sync, write_whole
 from megatron_eagle.model.flops import PARTS
@@ -18,6 +19,15 @@ from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.presets import EagleConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class BatchRead:
+    """A global batch of a store that is followed: its packs, and what they were read from."""
+
+    first_pack: int
+    packs: int
+    data: DataIdentity
 
 
 @dataclass
@@ -28,6 +38,7 @@ class TrainState:
     consumed_packs: int = 0
     recent_losses: list[float] = field(default_factory=list)  # what a loss spike is measured against
     started_from: int | None = None  # iteration of checkpoint.load with whose weights the run began
+    read: BatchRead | None = None  # the last batch, where the data are followed
 
 
 def has_checkpoint(root: str | Path) -> bool:

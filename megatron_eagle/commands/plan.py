@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         packs = PackShape.assumed(config.data.length, config.model.tokens_per_tile, arguments.tiles)
     else:
         config = file_run(arguments.config, arguments.overrides)
-        packs = PackShape.of_data(config.data.path, config.data.length)
+        packs = PackShape.of_data(config.data)
         if arguments.tiles is not None:
             packs = packs.with_tiles(arguments.tiles)
     machine = Machine.of(gpu, arguments.gpus_per_node)

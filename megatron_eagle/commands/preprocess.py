@@ -14,6 +14,7 @@ from megatron_eagle.data.preparation.report import format_kept, kept_of_datasets
 from megatron_eagle.data.preparation.summary import format_summary
 from megatron_eagle.data.preparation.transcode import transcode
 from megatron_eagle.data.sampling.ads import SamplingSettings
+from megatron_eagle.data.store.shards import ROWS
 from megatron_eagle.data.text.template import VARIANTS
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.grids import TILINGS
@@ -57,6 +58,16 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add("--template", choices=VARIANTS, default="train", help="chat template variant (default %(default)s)")
     add("--workers", type=int, help="processes (default: one per core)")
     add("--engine", choices=ENGINES, default="local", help="this machine, or a Ray cluster (RAY_ADDRESS)")
+    add(
+        "--follow",
+        type=int,
+        nargs="?",
+        const=ROWS,
+        default=0,
+        metavar="ROWS",
+        help="mix the data sets evenly, so that training may start while this runs (data.follow); in shards "
+        f"of so many rows (default {ROWS})",
+    )
     add("--fresh", action="store_true", help="do not use what an earlier run has left")
     add(
         "--retry-failed",
@@ -99,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     )
     execution = Execution(args.workers, args.engine, args.fresh, retry_failed=args.retry_failed)
     start = time.perf_counter()
-    manifest = preprocess(args.recipe, args.output, settings, execution)
+    manifest = preprocess(args.recipe, args.output, settings, execution, follow=args.follow)
     print(format_summary(manifest.counts))
     kept = kept_of_datasets(args.output)
     print(f"\n{format_kept(kept)}")

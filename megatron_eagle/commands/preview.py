@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from megatron_eagle.data.inspection.preview import check_row, describe_row
 from megatron_eagle.data.inspection.preview_html import pack_page, sample_page
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
 from megatron_eagle.data.packing.index import read_packs
-from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.data.store.reader import Rows, SampleStore
+from megatron_eagle.data.store.shards import ShardStore, open_rows, store_folder
 from megatron_eagle.errors import UserError
 
 
@@ -63,14 +65,16 @@ def show(args: argparse.Namespace) -> None:
         raise UserError("show needs --json or --html OUT")
     if args.sample is not None and args.pack is not None:
         raise UserError("show takes --sample or --pack, not both")
-    store = SampleStore(args.data, args.length)
+    store = _open(args.data, args.length)
     if args.json:
         if args.sample is None:
             raise UserError("--json shows one sample; name it with --sample I")
         print(json.dumps(describe_row(store, args.sample)))
     if args.html:
+        if args.pack is not None and not isinstance(store, SampleStore):
+            raise UserError(f"{store.path} is being made and has no packs yet; name a sample")
         has_packs = (store.folder / "packs.arrow").is_file()
-        if args.sample is None and (args.pack is not None or has_packs):
+        if isinstance(store, SampleStore) and args.sample is None and (args.pack is not None or has_packs):
             index, pack = read_packs(store), args.pack or 0
             if not 0 <= pack < len(index):
                 raise UserError(
@@ -115,7 +119,16 @@ def lint(args: argparse.Namespace) -> int:
 
 def mix(args: argparse.Namespace) -> None:
     """Print the shares of the data sets."""
-    if Path(args.path).is_dir():
-        print(store_mix(SampleStore(args.path, args.length)))
+    if store_folder(args.path).is_dir():
+        print(store_mix(_open(args.path, args.length)))
     else:
         print(recipe_mix(args.path))
+
+
+def _open(path: str, length: int | None) -> Rows:
+    """A store, or what there is of one that is being made."""
+    store = open_rows(path, length)
+    if isinstance(store, ShardStore):
+        there = f"{store.shards_there} of {store.n_shards} shards are there"
+        print(f"{path} is being made: {there}, {len(store):,} rows", file=sys.stderr)
+    return store

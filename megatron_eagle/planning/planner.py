@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml
-from megatron_eagle.data.packing.index import read_packs
-from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.data.loading.follow import FollowedPacks
+from megatron_eagle.data.loading.loader import DataConfig, open_packs
+from megatron_eagle.data.packing.index import Packs
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import expand_preset
 from megatron_eagle.planning.memory_model import StageMemory, fullest_stage, offloaded_bytes
@@ -40,19 +41,20 @@ class PackShape:
     document_bounds: tuple[tuple[int, ...], ...] = ()  # of typical packs; none: one document each
 
     @classmethod
-    def of_data(cls, path: str, length: int) -> "PackShape":
-        """From a packed token store.
+    def of_data(cls, data: DataConfig) -> "PackShape":
+        """From a packed token store; of one that is followed, from its first window.
 
         Raises:
-            UserError: no store, or not packed for `length`.
+            UserError: no store, or not packed for its length; no window of it is there.
         """
-        store = SampleStore(path, length)
-        packs = read_packs(store)
-        tiles, lengths = (packs.table["n_tiles"].to_numpy(), store.column("n_tokens").to_numpy())
-        squares = (lengths.astype(float) ** 2).sum() / len(packs)
-        return cls(
-            int(tiles.max()), float(tiles.mean()), int(lengths.max()), float(squares), sample_bounds(store, 8)
-        )
+        store, packs = open_packs(data)
+        if isinstance(packs, FollowedPacks) and not packs.reach(1):
+            raise UserError(f"the shape of packs is not known before there is {packs.awaited()}")
+        numbers = np.arange(len(packs))
+        tiles, squares = (packs.column(name, numbers) for name in ("n_tiles", "sum_squares"))
+        lengths = store.column("n_tokens").to_numpy()
+        bounds = sample_bounds(lengths, packs, data.length, 8)
+        return cls(int(tiles.max()), float(tiles.mean()), int(lengths.max()), float(squares.mean()), bounds)
 
     @classmethod
     def assumed(cls, length: int, tokens_per_tile: int, tiles: int | None = None) -> "PackShape":
@@ -65,17 +67,16 @@ class PackShape:
         return replace(self, tiles=tiles, mean_tiles=tiles)
 
 
-def sample_bounds(store: SampleStore, count: int) -> tuple[tuple[int, ...], ...]:
-    """Document bounds of `count` packs of a store or of all, evenly spread; padding is a document.
+def sample_bounds(tokens: np.ndarray, packs: Packs, length: int, count: int) -> tuple[tuple[int, ...], ...]:
+    """Document bounds of `count` packs of `length` tokens or of all, evenly spread; padding is a document.
 
-    Raises:
-        UserError: not packed.
+    Args:
+        tokens: of each row of the store.
     """
-    index, tokens = read_packs(store), store.column("n_tokens").to_numpy()
     bounds = []
-    for pack in np.linspace(0, len(index) - 1, min(count, len(index))).astype(int):
-        ends = tokens[index.rows(int(pack))].cumsum().tolist()
-        bounds.append((0, *ends) if ends[-1] == store.length else (0, *ends, store.length))
+    for pack in np.linspace(0, len(packs) - 1, min(count, len(packs))).astype(int):
+        ends = tokens[packs.rows(int(pack))].cumsum().tolist()
+        bounds.append((0, *ends) if ends[-1] == length else (0, *ends, length))
     return tuple(bounds)
 
 

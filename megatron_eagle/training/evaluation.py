@@ -69,7 +69,7 @@ class HeldOut:
         batch_size: int,
         open_loader: Callable[[DataConfig], BatchLoader[InputPlan]],
     ) -> None:
-        self._loader = open_loader(replace(data, path=config.data, prefetch=False))
+        self._loader = open_loader(replace(data, path=config.data, prefetch=False, follow=None))
         try:
             batches = count_batches(config, self._loader.packs_per_epoch, batch_size)
         except UserError:

@@ -4,11 +4,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from megatron_eagle.data.loading.follow import FollowedPacks
+from megatron_eagle.data.loading.loader import open_packs
 from megatron_eagle.data.media.decoder import choose_decoder
 from megatron_eagle.data.packing.index import read_packs
 from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.data.store.shards import ShardStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.evaluation import count_batches
 from megatron_eagle.training.run_config import RunConfig
@@ -30,7 +34,7 @@ def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:
 def _check(config: RunConfig, processes: int) -> list[str]:
     check_new_logs(config)
     data, training, parallel = config.data, config.training, config.parallel
-    packs = len(read_packs(SampleStore(data.path, data.length)))
+    read = _data(config)
     if config.evaluation is not None:
         held_out = read_packs(SampleStore(config.evaluation.data, data.length))
         count_batches(config.evaluation, len(held_out), training.global_batch_size)
@@ -43,13 +47,28 @@ def _check(config: RunConfig, processes: int) -> list[str]:
         "DP": parallel.data_parallel_size(processes),
     }
     layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one process"
-    epochs = training.train_iterations * training.global_batch_size / packs
     summary = (
         f"{layout}; {training.train_iterations} iterations of {training.global_batch_size} x {data.length} "
-        f"tokens, {epochs:.2f} epochs of {data.path}"
+        f"tokens, {read}"
     )
     notes = [*config.notes, *_check_libraries(config)]
     return [f"{config.checkpoint.path}: {line}" for line in (summary, *notes)]
+
+
+def _data(config: RunConfig) -> str:
+    """How much of which data the run reads."""
+    data, training = config.data, config.training
+    wanted = training.train_iterations * training.global_batch_size
+    store, packs = open_packs(data)
+    if not isinstance(packs, FollowedPacks):
+        return f"{wanted / len(packs):.2f} epochs of {data.path}"
+    assert isinstance(store, ShardStore), "it is followed"
+    there = f"following {data.path}, of which {store.shards_there} of {store.n_shards} shards are there"
+    if not packs.reach(1):
+        return f"{there}; the run would wait for {packs.awaited()}"
+    rows = int(packs.column("n_samples", np.arange(len(packs))).sum())
+    epochs = wanted / len(packs) * rows / store.manifest.n_takes
+    return f"{there}; about {epochs:.2f} epochs, judged by its first window"
 
 
 def _check_libraries(config: RunConfig) -> list[str]:

@@ -214,13 +214,13 @@ def complete_run_config(
     path, load = run.checkpoint.path, run.checkpoint.load
     trained = []
     if has_checkpoint(path):
-        _check_same_tokenizer(run.data.path, path)
+        _check_same_tokenizer(run.data.folder, path)
         trained.append(_check_same_model(model, path))
         check_same_lora(run.lora, read_lora_config(path), path)
         _check_same_parts(run.optimizer.trainable, path)
     elif load is not None:
         if before is None or has_checkpoint(load):
-            _check_same_tokenizer(run.data.path, load)
+            _check_same_tokenizer(run.data.folder, load)
             trained.append(_check_same_model(model, load))
             saved = read_lora_config(load)
             if saved is not None:  # weights without adapters may get new ones
@@ -281,7 +281,7 @@ def _nearest(value: int, step: int) -> str:
 
 def _fit_to_data(model: ModelSection, data: DataConfig) -> EagleConfig:
     """The model with the data's vocabulary; refuses data that was prepared for another model."""
-    manifest = read_manifest(data.path)
+    manifest = read_manifest(data.folder)
     if data.length not in manifest.lengths:
         prepared = ", ".join(map(str, manifest.lengths))
         raise UserError(f"data.length is {data.length}: {data.path} was prepared for {prepared}")
@@ -296,7 +296,7 @@ def _fit_to_data(model: ModelSection, data: DataConfig) -> EagleConfig:
 
 
 def _check_new_tokens(first: int | None, data: DataConfig) -> None:
-    tokens = read_manifest(data.path).vocab_size
+    tokens = read_manifest(data.folder).vocab_size
     if first is not None and first >= tokens:
         raise UserError(
             f"optimizer.first_new_token is {first}: must be below {tokens}, the number of tokens that the "
@@ -305,14 +305,14 @@ def _check_new_tokens(first: int | None, data: DataConfig) -> None:
 
 
 def _check_same_data(held_out: str, data: DataConfig) -> None:
-    here, there = read_manifest(data.path), read_manifest(held_out)
+    here, there = read_manifest(data.folder), read_manifest(held_out)
     if there.fingerprint != here.fingerprint:
         raise UserError(f"evaluation.data: {held_out} was prepared with another tokenizer than {data.path}")
     if data.length not in there.lengths:
         raise UserError(f"evaluation.data: {held_out} was not prepared for data.length {data.length}")
 
 
-def _check_same_tokenizer(data: str, checkpoint: str) -> None:
+def _check_same_tokenizer(data: Path, checkpoint: str) -> None:
     """Refuse a number that stands for one token in the data and for another in the checkpoint."""
     files = Path(data, "tokenizer", "tokenizer.json"), Path(checkpoint, HF_FOLDER, "tokenizer.json")
     if not all(file.is_file() for file in files) or filecmp.cmp(*files, shallow=False):

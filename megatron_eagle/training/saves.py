@@ -31,16 +31,25 @@ class Saves(Observer):
         last = step.is_last or step.told_to_stop
         if not last and (self._interval is None or step.iteration % self._interval):
             return
-        tell.phase(step.iteration, "save")
+        self._save(step.iteration, tell, must_succeed=last)
+
+    def told_to_stop(self, iteration: int, tell: Observer) -> None:
+        if iteration and self.saved() != iteration:
+            self._save(iteration, tell, must_succeed=True)
+
+    def _save(self, iteration: int, tell: Observer, *, must_succeed: bool) -> None:
+        tell.phase(iteration, "save")
         run = self._run
         try:
-            run.faults.before_save(step.iteration)
+            run.faults.before_save(iteration)
         except AgreedError as error:
-            if last:
+            if must_succeed:
                 raise
             tell.message(f"warning: {error}; training goes on")
             return
-        self._saver.save(run.models, run.optimizer, run.scheduler, run.config, run.state, must_succeed=last)
+        self._saver.save(
+            run.models, run.optimizer, run.scheduler, run.config, run.state, must_succeed=must_succeed
+        )
 
     def saved(self) -> int | None:
         self._saver.wait()

@@ -37,6 +37,7 @@ from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, 
 from megatron_eagle.training.resilience.failed_media import MediaPolicy, host_group
 from megatron_eagle.training.resilience.faults import Faults
 from megatron_eagle.training.resilience.policy import LossGuard
+from megatron_eagle.training.resilience.waiting import DataWait
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.schedule import plan_batch
 from megatron_eagle.training.start import start_models, start_ranks
@@ -77,6 +78,7 @@ class Run:
     media: MediaPolicy
     faults: Faults
     peak: PeakChoice
+    waiting: DataWait | None = None  # for data that are still being made
 
     @property
     def logs(self) -> Path:
@@ -132,7 +134,7 @@ def _build(
 ) -> Run:
     """Give the model its weights: resumed, from another checkpoint, or fresh."""
     checkpoint = config.checkpoint
-    save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.path)
+    save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.folder)
     resume = has_checkpoint(checkpoint.path)
     source = checkpoint.path if resume else checkpoint.load
     models = start_models(config, mesh, device, source, load=not resume)
@@ -150,6 +152,9 @@ def _build(
         )
     elif source is not None:
         state.started_from = read_train_state(source).iteration
+    with agreed():
+        _go_on(config, loader, state)
+    group = host_group()
     return Run(
         config,
         mesh,
@@ -162,10 +167,42 @@ def _build(
         state,
         resumed=resume,
         guard=LossGuard(config.resilience, state.recent_losses),
-        media=MediaPolicy(config.data.on_media_error, host_group()),
+        media=MediaPolicy(config.data.on_media_error, group),
         faults=Faults.from_environment(torch.distributed.get_rank()),
         peak=choose_peak(config.logging.peak_tflops, config.training.precision, device.torch_device),
+        waiting=_waiting(config, loader, group),
     )
+
+
+def _go_on(config: RunConfig, loader: BatchLoader[InputPlan], state: TrainState) -> None:
+    """Let a loader that follows its data begin where the run has read last.
+
+    Raises:
+        UserError: the run read its data in another order.
+    """
+    follow, read = config.data.follow, state.read
+    if not state.consumed_packs or (follow is None and read is None):
+        return
+    if follow is None or read is None:
+        how = "with" if follow is None else "without"
+        raise UserError(
+            f"{config.checkpoint.path}: this run has read its data {how} data.follow, and goes on so; "
+            f"another run may start from its weights (checkpoint.load={config.checkpoint.path})"
+        )
+    assert isinstance(loader, PackLoader), "no other follows"
+    loader.go_on(read.data, read.first_pack, read.packs)
+
+
+def _waiting(
+    config: RunConfig, loader: BatchLoader[InputPlan], group: torch.distributed.ProcessGroup | None
+) -> DataWait | None:
+    follow = config.data.follow
+    if follow is None:
+        return None
+    assert isinstance(loader, PackLoader), "no other follows"
+    assert loader.followed is not None, "it was asked to"
+    count = config.training.global_batch_size
+    return DataWait(loader.followed, config.data.path, count, follow.dead_after_minutes, group)
 
 
 def choose_libraries(config: RunConfig) -> tuple[str, str]:

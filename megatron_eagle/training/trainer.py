@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch.profiler import record_function
 
+from megatron_eagle.checkpoint import BatchRead
 from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.training.forward_backward import forward_backward
 from megatron_eagle.training.monitoring.observer import Observer, Observers, Step
@@ -40,11 +41,27 @@ class Trainer:
             for note in notes:
                 tell.message(note)
             while state.iteration < self._run.config.training.last_iteration:
+                self._wait_for_data(state.iteration, tell)
                 step = self.step()
                 tell.step_ended(step, tell)
                 tell.between_steps(step, tell)
                 if step.told_to_stop and not step.is_last:
                     raise Preempted(f"stopped by a signal after iteration {state.iteration}, which is saved")
+
+    def _wait_for_data(self, iteration: int, tell: Observer) -> None:
+        """Return when the next batch can be read. Collective.
+
+        Raises:
+            AgreedError: it will not come.
+            Preempted: told to stop meanwhile.
+        """
+        waiting = self._run.waiting
+        there = waiting is None or waiting.until_there(
+            self._run.state.consumed_packs, tell, iteration + 1, self._stop
+        )
+        if not there:
+            tell.told_to_stop(iteration, tell)
+            raise Preempted(f"stopped by a signal while it waited for data, after iteration {iteration}")
 
     def step(self) -> Step:
         """One global batch. Collective.
@@ -84,6 +101,8 @@ class Trainer:
         state.iteration += 1
         state.consumed_packs += training.global_batch_size
         state.recent_losses = guard.recent
+        if run.waiting is not None:
+            state.read = BatchRead(first_pack, training.global_batch_size, run.loader.identity(first_pack))
         return Step(
             iteration=number,
             is_last=number == training.last_iteration,
@@ -120,7 +139,7 @@ class Trainer:
             loss=loss if math.isfinite(loss) else None,
             first_pack=first_pack,
             packs=self._run.config.training.global_batch_size,
-            data=self._run.loader.identity.to_dict(),
+            data=self._run.loader.identity(first_pack).to_dict(),
         )
 
     def _why_stopped(self, iteration: int, verdict: Verdict) -> str:

@@ -316,7 +316,6 @@ IN_PLACE = {
         "convert/to_hf.export_hf",
         "data/store/token_file.__init__",
         "data/store/token_file.write_token_index",
-        "data/store/reader.save",
         "data/preparation/journal.__init__",
         "data/preparation/journal.commit",
         "checkpoint/files._hashed",

@@ -63,7 +63,9 @@ class SyntheticLoader:
         self._batch, self._plan = global_batch_size, plan
         self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size
         self.decoder, self.datasets = "media: made up", DATASETS
-        self.identity = DataIdentity(config.path, LENGTH, config.seed, "square", False, "made", "up")
+        self.identity = lambda first_pack: DataIdentity(
+            config.path, LENGTH, config.seed, "square", False, "made", "up"
+        )
 
     def step(self, consumed_packs: int) -> GlobalBatch[InputPlan]:
         total = sum(float(self.weights(consumed_packs + i).sum()) for i in range(self._batch))

@@ -26,6 +26,7 @@ from megatron_eagle.context_parallel.exchange import measure_traffic
 from megatron_eagle.context_parallel.exchange_choice import choose_exchange, pairs_by_block
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, LayoutName, plan_layout, sequence_multiple
+from megatron_eagle.data.packing.index import read_packs
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import exchange_costs, pair_costs
@@ -107,7 +108,8 @@ def real_packs(folder: str) -> tuple[int, dict[str, Sequence[Sequence[int]]]]:
     if not path.name.isdigit():
         raise UserError(f"{folder}: name a length of a store, such as D/131072")
     length = int(path.name)
-    bounds = sample_bounds(SampleStore(path.parent, length), REAL_PACKS)
+    store = SampleStore(path.parent, length)
+    bounds = sample_bounds(store.column("n_tokens").to_numpy(), read_packs(store), length, REAL_PACKS)
     return length, {f"{len(bounds)} packs of {path}": bounds}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_eagle.data.annotations.mixture import read_recipe
 from megatron_eagle.data.annotations.records import open_records
-from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.data.store.reader import Rows
 from megatron_eagle.errors import UserError
 
 _BAR = 40  # characters of the longest bar
@@ -27,7 +27,7 @@ def recipe_mix(path: str | Path) -> str:
     return _table(head, body)
 
 
-def store_mix(store: SampleStore) -> str:
+def store_mix(store: Rows) -> str:
     """The table of one length of a store, and the histogram of its samples' lengths by samples and tokens."""
     if not len(store):
         raise UserError(f"{store.path} holds no sample at length {store.length}")

@@ -3,11 +3,11 @@
 from typing import Any
 
 from megatron_eagle.data.loading.loss_weights import answer_weights
-from megatron_eagle.data.store.reader import ImagePlan, SampleStore
+from megatron_eagle.data.store.reader import ImagePlan, Rows
 from megatron_eagle.errors import UserError
 
 
-def check_row(store: SampleStore, row: int) -> int:
+def check_row(store: Rows, row: int) -> int:
     """`row`, if the store has it.
 
     Raises:
@@ -27,7 +27,7 @@ def _image(image: ImagePlan) -> dict[str, Any]:
     }
 
 
-def describe_row(store: SampleStore, row: int) -> dict[str, Any]:
+def describe_row(store: Rows, row: int) -> dict[str, Any]:
     """One row: source, token counts, media with their grids or frames, ids, loss weights 1 / sqrt(n).
 
     `loss_weights[i]` belongs to token i itself: 0 where it is not part of an answer.

@@ -13,8 +13,8 @@ from megatron_eagle.data.inspection.preview_media import frames, picture
 from megatron_eagle.data.loading.loss_weights import answer_weights
 from megatron_eagle.data.media.frame_list import frame_list_folder
 from megatron_eagle.data.media.source import page_ref
-from megatron_eagle.data.packing.index import PackIndex
-from megatron_eagle.data.store.reader import ImagePlan, SampleStore, StoredSample
+from megatron_eagle.data.packing.index import Packs
+from megatron_eagle.data.store.reader import ImagePlan, Rows, StoredSample
 from megatron_eagle.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_eagle.hf_model.grids import select_grid, tile_count
 
@@ -51,13 +51,13 @@ figcaption { font-size: 12px; }
 """
 
 
-def sample_page(store: SampleStore, row: int) -> str:
+def sample_page(store: Rows, row: int) -> str:
     """The page of one store row."""
     tokenizer = load_tokenizer(store.path / "tokenizer")
     return page(f"Sample {row:,} of {len(store):,}", store, sample_section(store, tokenizer, row))
 
 
-def pack_page(store: SampleStore, index: PackIndex, pack: int) -> str:
+def pack_page(store: Rows, index: Packs, pack: int) -> str:
     """The page of one pack: its map, then its samples."""
     rows = index.rows(pack)
     tokenizer = load_tokenizer(store.path / "tokenizer")
@@ -65,7 +65,7 @@ def pack_page(store: SampleStore, index: PackIndex, pack: int) -> str:
     return page(f"Pack {pack:,} of {len(index):,}", store, _map(store, rows) + samples)
 
 
-def page(title: str, store: SampleStore, body: str) -> str:
+def page(title: str, store: Rows, body: str) -> str:
     """A page about samples of a store; `body` is HTML."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     where = f"{escape(str(store.path))}, {store.length:,} tokens, template {escape(store.manifest.template)}"
@@ -77,7 +77,7 @@ def page(title: str, store: SampleStore, body: str) -> str:
     )
 
 
-def _map(store: SampleStore, rows: Sequence[int]) -> str:
+def _map(store: Rows, rows: Sequence[int]) -> str:
     samples = [store[row] for row in rows]
     used = sum(sample.n_tokens for sample in samples)
     boxes = [
@@ -117,7 +117,7 @@ def _kind(sample: StoredSample) -> str:
 
 
 def sample_section(
-    store: SampleStore,
+    store: Rows,
     tokenizer: Tokenizer,
     row: int,
     *,
@@ -178,7 +178,7 @@ def sample_section(
     return "\n".join(parts)
 
 
-def decision(store: SampleStore, sample: StoredSample) -> list[str]:
+def decision(store: Rows, sample: StoredSample) -> list[str]:
     """What Automatic Degradation Sampling decided, in words."""
     sentences = [
         f"The limit is {store.length:,} tokens; the sample has {sample.n_tokens:,}: "
@@ -203,7 +203,7 @@ def decision(store: SampleStore, sample: StoredSample) -> list[str]:
     return sentences
 
 
-def _grid_words(store: SampleStore, image: ImagePlan) -> str:
+def _grid_words(store: Rows, image: ImagePlan) -> str:
     page = page_ref(image.path)
     pixels = f"drawn at {page.width} x {page.height}" if page else f"{image.width} x {image.height}"
     words = f"{pixels} pixels in {image.columns} x {image.rows} tiles"
@@ -215,9 +215,7 @@ def _grid_words(store: SampleStore, image: ImagePlan) -> str:
     return words
 
 
-def _text(
-    store: SampleStore, tokenizer: Tokenizer, sample: StoredSample, weighting: str, multi_turn: bool
-) -> str:
+def _text(store: Rows, tokenizer: Tokenizer, sample: StoredSample, weighting: str, multi_turn: bool) -> str:
     """The text with answers coloured by the weight of their tokens, image tokens as counts."""
     weights = answer_weights(sample.answer_lengths, weighting, multi_turn)
     strongest = weights.max() or 1.0

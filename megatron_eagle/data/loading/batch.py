@@ -10,12 +10,12 @@ import torch
 
 from megatron_eagle.data.loading.loss_weights import answer_weights
 from megatron_eagle.data.loading.packs import TokenPack
-from megatron_eagle.data.packing.index import PackIndex
-from megatron_eagle.data.store.reader import SampleStore, StoredSample
+from megatron_eagle.data.packing.index import Packs
+from megatron_eagle.data.store.reader import Rows, StoredSample
 from megatron_eagle.errors import UserError
 
 
-def normalizer(index: PackIndex, packs: np.ndarray, weighting: str, multi_turn: bool) -> float:
+def normalizer(index: Packs, packs: np.ndarray, weighting: str, multi_turn: bool) -> float:
     """The sum of all loss weights of these packs, from the index alone."""
     if weighting == "token":
         return float(index.column("n_supervised", packs).sum())
@@ -59,7 +59,7 @@ def token_weights(
 
 
 def assemble(
-    store: SampleStore,
+    store: Rows,
     rows: list[int],
     *,
     weighting: str,

@@ -8,13 +8,18 @@ import numpy as np
 from megatron_eagle.data.packing.index import PackIndex
 from megatron_eagle.data.store.reader import SampleStore
 
+_FOLLOWED = ("shards_per_window", "window", "window_start")
 _FILES = ("samples.arrow", "tokens.bin", "answers.bin")
 
 
 @dataclass(frozen=True)
 class DataIdentity:
     """`store` and `packs` are the beginnings of SHA-256: of the length's rows, tokens and answers, and of the
-    rows of every pack.  `path` says where the store lay, not what it is."""
+    rows of every pack.  `path` says where the store lay, not what it is.
+
+    Of a store that is followed (`shards_per_window` is not 0), they are those of a batch, and `window` and
+    `window_start` are its place: see `follow.Read`.
+    """
 
     path: str
     length: int
@@ -23,6 +28,9 @@ class DataIdentity:
     multi_turn: bool
     store: str
     packs: str
+    shards_per_window: int = 0
+    window: int = 0
+    window_start: int = 0
 
     def difference(self, other: "DataIdentity") -> str | None:
         """What `other` reads otherwise, in words; None: nothing."""
@@ -34,7 +42,8 @@ class DataIdentity:
 
     def to_dict(self) -> dict[str, int | str | bool]:
         """As it stands in metrics.jsonl."""
-        return asdict(self)
+        values: dict[str, int | str | bool] = asdict(self)
+        return values if self.shards_per_window else {k: v for k, v in values.items() if k not in _FOLLOWED}
 
 
 def identify(

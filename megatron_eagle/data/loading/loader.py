@@ -1,21 +1,25 @@
 """The order of packs, and batches ready when they are asked for.
 
 The whole state is one integer, the number of packs consumed.  Which packs a global batch holds depends on
-nothing but the seed and that number; only who gets which of them depends on the data-parallel layout: the
-ranks share a global batch so that all have about the same to do.
+nothing but the data, the seed and that number, also where the data are still being made (see `follow`); only
+who gets which of them depends on the data-parallel layout: the ranks share a global batch so that all have
+about the same to do.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
+from threading import Event
 from typing import Annotated, Generic, Literal, TypedDict
 
 import numpy as np
 import torch
 
 from megatron_eagle.data.loading.batch import assemble, normalizer, sample_weight, token_weights
+from megatron_eagle.data.loading.follow import FollowConfig, FollowedPacks, Read
 from megatron_eagle.data.loading.identity import DataIdentity, identify
 from megatron_eagle.data.loading.loss_weights import LOSS_WEIGHTINGS
 from megatron_eagle.data.loading.media_reader import MediaReader
@@ -31,8 +35,9 @@ from megatron_eagle.data.loading.packs import (
 from megatron_eagle.data.loading.prefetch import Prefetcher
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.packing.balance import assign, pack_costs
-from megatron_eagle.data.packing.index import read_packs
-from megatron_eagle.data.store.reader import DataManifest, SampleStore
+from megatron_eagle.data.packing.index import PackIndex, read_packs
+from megatron_eagle.data.store.reader import DataManifest, Rows, SampleStore
+from megatron_eagle.data.store.shards import ShardStore, store_folder
 from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged
 
@@ -50,7 +55,7 @@ class DataConfig(Ranged):
     goes without weight in the loss (`skip`).
     """
 
-    path: str  # folder of the token store
+    path: str  # folder of the token store; also while it is made
     length: Annotated[int, Range(1, 2**31 - 1)]  # tokens per pack; the store has packs of it
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     loss_weighting: str = "square"
@@ -61,11 +66,21 @@ class DataConfig(Ranged):
     decoder: Literal["auto", "exact", "dali"] = "auto"
     on_media_error: Literal["error", "skip"] = "error"
     decode_timeout_s: Annotated[float, Range(0.1, 86_400)] = 120.0
+    # Read window by window, also while preprocessing makes it; null: a complete store, which is packed.
+    follow: FollowConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss_weighting not in LOSS_WEIGHTINGS:
             raise UserError(f"data.loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the store lies now."""
+        return Path(self.path) if self.follow is None else store_folder(self.path)
+
+
+_WAIT_SECONDS = 0.2  # between two questions whether a batch that waits for a window is there
 
 
 class _Weighting(TypedDict):
@@ -79,8 +94,9 @@ class PackLoader(Generic[P]):
     """The batches of one data-parallel rank.
 
     Pack number p of the run is that at place p % n of a permutation of the n packs, seeded by (seed, p //
-    n): an epoch holds every pack once.  The packs of a global batch are shared among the ranks by cost (see
-    `balance.assign`), equally many each; a rank keeps those it gets in their global order.
+    n): an epoch holds every pack once.  A store that is followed has an order of its own (see `follow`).  The
+    packs of a global batch are shared among the ranks by cost (see `balance.assign`), equally many each; a
+    rank keeps those it gets in their global order.
 
     `plan` derives from a pack's tokens what this rank does with it, and so which tiles it decodes; it runs in
     the background too.  `patch_cost` is the model's (`model.flops.patch_cost`); 0: packs are shared by
@@ -107,8 +123,7 @@ class PackLoader(Generic[P]):
                 f"{data_parallel_size}"
             )
         self._config = config
-        self._store = SampleStore(config.path, config.length)
-        self._index = read_packs(self._store)
+        self._store, self._index = open_packs(config)
         self._global_batch_size, self._patch_cost = global_batch_size, patch_cost
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._plan, self._pin_memory = plan, torch.device(device).type == "cuda"
@@ -125,6 +140,12 @@ class PackLoader(Generic[P]):
         self._ahead: Prefetcher[PlannedBatch[P], GlobalBatch[P]] | None = None
         self._ahead_from = 0  # packs consumed before the next batch that `_ahead` gives
         self._permutation = lru_cache(maxsize=2)(self._permute)
+        self._closing = Event()
+
+    @property
+    def store(self) -> Rows:
+        """The rows that packs are made of."""
+        return self._store
 
     @property
     def manifest(self) -> DataManifest:
@@ -136,10 +157,22 @@ class PackLoader(Generic[P]):
         """Names of the mixture's data sets, by their numbers in `TokenPack.group_ids`."""
         return self.manifest.datasets
 
+    @property
+    def followed(self) -> FollowedPacks | None:
+        """The packs of a store that is followed."""
+        return self._index if isinstance(self._index, FollowedPacks) else None
+
+    def identity(self, first_pack: int) -> DataIdentity:
+        """What the global batch that starts at `first_pack` is read from, and in which order."""
+        if self.followed is None:
+            return self._identity
+        read = self.followed.read(first_pack, first_pack + self._global_batch_size - 1)
+        return followed_identity(self._config, read)
+
     @cached_property
-    def identity(self) -> DataIdentity:
-        """What is read, and in which order."""
+    def _identity(self) -> DataIdentity:
         config = self._config
+        assert isinstance(self._store, SampleStore) and isinstance(self._index, PackIndex)
         return identify(
             self._store,
             self._index,
@@ -155,8 +188,35 @@ class PackLoader(Generic[P]):
 
     @property
     def packs_per_epoch(self) -> int:
-        """Packs in the index."""
+        """Packs in the index; of a store that is followed, those found so far."""
         return len(self._index)
+
+    def go_on(self, data: DataIdentity, first_pack: int, count: int) -> None:
+        """Begin, in a store that is followed, at a batch that was read before: packs `first_pack` and so on.
+
+        Raises:
+            UserError: it was read in another order.
+        """
+        assert self.followed is not None, "it is followed"
+        read = Read(data.window, data.window_start, data.store, data.packs)
+        weighting, multi_turn = self._config.loss_weighting, self._config.multi_turn
+        then = replace(data, loss_weighting=weighting, multi_turn=multi_turn)  # these change no order
+        changed = then.difference(followed_identity(self._config, read))
+        if changed is not None:
+            raise UserError(
+                f"{self._config.path}: not in the order in which this run has read it ({changed})"
+            )
+        self.followed.go_on(read, first_pack, first_pack + count - 1)
+
+    def need(self, consumed_packs: int) -> None:
+        """Nothing, where the global batch that starts at `consumed_packs` can be read.
+
+        Raises:
+            UserError: its window is not there yet.
+        """
+        end = consumed_packs + self._global_batch_size
+        if self.followed is not None and not self.followed.reach(end):
+            raise UserError(f"packs {consumed_packs} to {end - 1} need {self.followed.awaited()}")
 
     def step(self, consumed_packs: int) -> GlobalBatch[P]:
         """This rank's share of the global batch that starts at `consumed_packs`.
@@ -174,7 +234,7 @@ class PackLoader(Generic[P]):
             self._ahead = Prefetcher(
                 self._prepare,
                 self._read_media,
-                itertools.count(consumed_packs, self._global_batch_size),
+                self._positions(consumed_packs),
                 limit=self._config.prefetch_bytes,
             )
         self._ahead_from = consumed_packs + self._global_batch_size
@@ -193,6 +253,8 @@ class PackLoader(Generic[P]):
     def packs(self, consumed_packs: int) -> np.ndarray:
         """Index numbers of the packs of a global batch, in their global order."""
         places = np.arange(consumed_packs, consumed_packs + self._global_batch_size)
+        if self.followed is not None:
+            return places
         epochs, places = np.divmod(places, len(self._index))
         return np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places, strict=True)])
 
@@ -250,6 +312,7 @@ class PackLoader(Generic[P]):
         return assign(costs, self._size)[self._rank]
 
     def _prepare(self, consumed_packs: int) -> PlannedBatch[P]:
+        self.need(consumed_packs)
         packs = self.packs(consumed_packs)
         total = normalizer(self._index, packs, **self._weighting)
         counts = self._index.column("n_samples", packs)
@@ -282,7 +345,47 @@ class PackLoader(Generic[P]):
         microbatches, failures = self._media.read(planned.packs)
         return GlobalBatch(planned.first_pack, microbatches, planned.total, failures)
 
+    def _positions(self, consumed_packs: int) -> Iterator[int]:
+        """The starts of global batches, each when its packs are there."""
+        for position in itertools.count(consumed_packs, self._global_batch_size):
+            while self.followed is not None and not self.followed.reach(position + self._global_batch_size):
+                if self._closing.wait(_WAIT_SECONDS):
+                    return
+            yield position
+
     def _stop_prefetch(self) -> None:
         if self._ahead is not None:
+            self._closing.set()
             self._ahead.close()
+            self._closing.clear()
             self._ahead = None
+
+
+def open_packs(config: DataConfig) -> tuple[Rows, PackIndex | FollowedPacks]:
+    """What a run reads: its rows and its packs.
+
+    Raises:
+        UserError: no store, or none that is packed or can be followed.
+    """
+    if config.follow is None:
+        complete = SampleStore(config.path, config.length)
+        return complete, read_packs(complete)
+    store = ShardStore(config.path, config.length)
+    return store, FollowedPacks(store, config.follow, config.seed)
+
+
+def followed_identity(config: DataConfig, read: Read) -> DataIdentity:
+    """The identity of a batch of a store that is followed."""
+    assert config.follow is not None, "it is followed"
+    return DataIdentity(
+        path=config.path,
+        length=config.length,
+        seed=config.seed,
+        loss_weighting=config.loss_weighting,
+        multi_turn=config.multi_turn,
+        store=read.store,
+        packs=read.packs,
+        shards_per_window=config.follow.shards_per_window,
+        window=read.window,
+        window_start=read.window_start,
+    )

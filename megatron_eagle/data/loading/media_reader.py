@@ -13,7 +13,7 @@ import torch
 from megatron_eagle.data.loading.packs import FailedMedium, LoadedPack, P, PlannedPack
 from megatron_eagle.data.media.deadline import TOO_LONG
 from megatron_eagle.data.media.decoder import MediaDecoder
-from megatron_eagle.data.store.reader import ImagePlan, SampleStore, VideoPlan
+from megatron_eagle.data.store.reader import ImagePlan, Rows, VideoPlan
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
@@ -45,7 +45,7 @@ class Medium:
         return decoder.picture(plan.path, grid, max_pixels=self.max_pixels, file_size=plan.file_size)[wanted]
 
 
-def media_of_row(store: SampleStore, row: int) -> list[Medium]:
+def media_of_row(store: Rows, row: int) -> list[Medium]:
     """The media of a row, in the order in which its text shows them."""
     sample = store[row]
     source = f"{sample.file}:{sample.line}"
@@ -56,7 +56,7 @@ def media_of_row(store: SampleStore, row: int) -> list[Medium]:
 class MediaReader:
     """Reads the tiles of packs that their plans name, several media at the same time."""
 
-    def __init__(self, store: SampleStore, decoder: MediaDecoder, threads: int, *, pin_memory: bool):
+    def __init__(self, store: Rows, decoder: MediaDecoder, threads: int, *, pin_memory: bool):
         self._store, self._decoder, self._threads = store, decoder, threads
         self._pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(threads, "media")

@@ -147,9 +147,8 @@ class GlobalBatch(Generic[P]):
 class BatchLoader(Protocol[Q]):
     """What training reads its batches from: `PackLoader`, or what has its interface and reads other data."""
 
-    @property
-    def identity(self) -> DataIdentity:
-        """What is read, and in which order."""
+    def identity(self, first_pack: int, /) -> DataIdentity:
+        """What the global batch that starts at `first_pack` is read from, and in which order."""
 
     @property
     def datasets(self) -> list[str]:

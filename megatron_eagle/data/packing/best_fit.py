@@ -9,6 +9,7 @@ in a few steps: the time grows with the number of rows and hardly with anything 
 equal length change places, which evens out the tiles and touches nothing else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,9 @@ class Packing:
         return np.add.reduceat(values[self.rows], self.starts[:-1]) if len(self) else values[:0]
 
 
-def pack_rows(lengths: np.ndarray, capacity: int, seed: int, *, tiles: np.ndarray | None = None) -> Packing:
+def pack_rows(
+    lengths: np.ndarray, capacity: int, seed: int | Sequence[int], *, tiles: np.ndarray | None = None
+) -> Packing:
     """Group rows into packs of at most `capacity` tokens.
 
     Every row is in exactly one pack.  Packs are full first, then alike in their sum of squared lengths and in

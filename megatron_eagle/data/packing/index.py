@@ -3,8 +3,10 @@ each without reading it.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +25,9 @@ _SCHEMA = pa.schema(
         **dict.fromkeys(("sum_sqrt", "sum_sqrt_per_answer"), pa.float64()),
     }
 )
+
+PACKED_COLUMNS = ("n_tokens", "n_tiles", "n_supervised", "answer_lengths")
+"""Those of the samples that packing needs."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +61,9 @@ def write_packs(data: str | Path, length: int, seed: int, patch_cost: float = 0.
     store = SampleStore(data, length)
     if not len(store):
         raise UserError(f"{data} holds no sample at length {length}; see {data}/dropped.jsonl")
-    lengths = np.asarray(store.column("n_tokens")).astype(np.int64)
-    tiles = np.asarray(store.column("n_tiles")).astype(np.int64)
-    packs = pack_rows(lengths, length, seed, tiles=tiles)
-    supervised = np.asarray(store.column("n_supervised"))
-    n_answers, sqrt_per_answer = _per_answer(store)
-    sum_squares, n_tiles = packs.sums(lengths**2), packs.sums(tiles)
-    table = pa.table(
-        {
-            "rows": pa.LargeListArray.from_arrays(pa.array(packs.starts), pa.array(packs.rows)),
-            "n_samples": np.diff(packs.starts),
-            "n_tokens": packs.sums(lengths),
-            "n_tiles": n_tiles,
-            "n_supervised": packs.sums(supervised.astype(np.int64)),
-            "n_answers": packs.sums(n_answers),
-            "sum_squares": sum_squares,
-            "sum_sqrt": packs.sums(np.sqrt(supervised.astype(np.float64))),
-            "sum_sqrt_per_answer": packs.sums(sqrt_per_answer),
-        },
-        schema=_SCHEMA.with_metadata(
-            {"seed": str(seed), "length": str(length), "store": store_identity(store)}
-        ),
+    columns = pa.table({name: store.column(name) for name in PACKED_COLUMNS})
+    table = pack_table(columns, length, seed).replace_schema_metadata(
+        {"seed": str(seed), "length": str(length), "store": store_identity(store)}
     )
     path = store.folder / "packs.arrow"
     try:
@@ -88,19 +75,49 @@ def write_packs(data: str | Path, length: int, seed: int, patch_cost: float = 0.
             out.write_table(table)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    costs = pack_costs(sum_squares, n_tiles * store.manifest.patches_per_tile, patch_cost)
+    tokens, tiles, squares = (np.asarray(table[name]) for name in ("n_tokens", "n_tiles", "sum_squares"))
+    costs = pack_costs(squares, tiles * store.manifest.patches_per_tile, patch_cost)
     return PackReport(
         n_rows=len(store),
-        n_packs=len(packs),
-        fill=float(lengths.sum() / (len(packs) * length)),
+        n_packs=len(table),
+        fill=float(tokens.sum() / (len(table) * length)),
         cost_spread=float(costs.std() / costs.mean()),
         seconds=time.perf_counter() - start,
     )
 
 
-def _per_answer(store: SampleStore) -> tuple[np.ndarray, np.ndarray]:
+def pack_table(columns: pa.Table, length: int, seed: int | Sequence[int], first_row: int = 0) -> pa.Table:
+    """The index of the packs that some rows are grouped into.
+
+    Args:
+        columns: `PACKED_COLUMNS` of the rows.
+        length: tokens of a pack.
+        first_row: number of the first of the rows.
+    """
+    lengths, tiles, supervised = (
+        np.asarray(columns[name]).astype(np.int64) for name in ("n_tokens", "n_tiles", "n_supervised")
+    )
+    packs = pack_rows(lengths, length, seed, tiles=tiles)
+    n_answers, sqrt_per_answer = _per_answer(columns["answer_lengths"])
+    return pa.table(
+        {
+            "rows": pa.LargeListArray.from_arrays(pa.array(packs.starts), pa.array(packs.rows + first_row)),
+            "n_samples": np.diff(packs.starts),
+            "n_tokens": packs.sums(lengths),
+            "n_tiles": packs.sums(tiles),
+            "n_supervised": packs.sums(supervised),
+            "n_answers": packs.sums(n_answers),
+            "sum_squares": packs.sums(lengths**2),
+            "sum_sqrt": packs.sums(np.sqrt(supervised.astype(np.float64))),
+            "sum_sqrt_per_answer": packs.sums(sqrt_per_answer),
+        },
+        schema=_SCHEMA,
+    )
+
+
+def _per_answer(answer_lengths: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Per row: the number of answers, and the sum of the square roots of their lengths."""
-    column = store.column("answer_lengths").combine_chunks()
+    column = answer_lengths.combine_chunks()
     offsets = np.asarray(column.offsets)
     sums = np.concatenate([[0.0], np.cumsum(np.sqrt(np.asarray(column.values, np.float64)))])
     return np.diff(offsets).astype(np.int64), sums[offsets[1:]] - sums[offsets[:-1]]
@@ -109,6 +126,18 @@ def _per_answer(store: SampleStore) -> tuple[np.ndarray, np.ndarray]:
 def store_identity(store: SampleStore) -> str:
     """What an index was made for: the hash of the rows it numbers."""
     return str(store.manifest.files[f"{store.length}/samples.arrow"]["sha256"])
+
+
+class Packs(Protocol):
+    """Packs by their numbers: a `PackIndex`, or those of a store that is followed."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, pack: int, /) -> list[int]:
+        """Store rows of a pack, in their order within it."""
+
+    def column(self, name: str, packs: np.ndarray, /) -> np.ndarray:
+        """Values of one numeric column for some packs."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ from megatron_eagle.data.media.source import member_ref, row_ref
 from megatron_eagle.data.preparation.archives import remove_unpacked, with_archives
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
+from megatron_eagle.data.preparation.mixed_order import RowNumbers, Takes, match, mix
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, Task
+from megatron_eagle.data.preparation.publishing import Publisher
 from megatron_eagle.data.preparation.reuse import FinishedLines, cache_key, is_current
 from megatron_eagle.data.preparation.summary import LengthCounts
 from megatron_eagle.data.store import media_files
 from megatron_eagle.data.store.media_names import FOLDER
 from megatron_eagle.data.store.reader import DataManifest, read_manifest, store_format
+from megatron_eagle.data.store.shards import SHARDS
+from megatron_eagle.data.store.signs import SignOfLife, journal_folder, partial_folder
 from megatron_eagle.data.store.token_file import TokenFileWriter
 from megatron_eagle.data.store.writer import StoreWriter, write_tables
 from megatron_eagle.data.text.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
@@ -41,6 +45,7 @@ from megatron_eagle.hf_model.prompt import END_OF_TEXT, IM_END, IMG_CONTEXT
 from megatron_eagle.problems import LedgerEntry, Problem, write_ledger
 
 SHARD = 512  # lines; what a kill makes a run repeat is never more (with many workers: twice `lines_ahead`)
+MOST_SHARD_ROWS = 1 << 20
 _CHUNK = 4  # lines per task of a worker: few, so that the bar moves also where every line is a long video
 _COMMIT_SECONDS = 20.0
 
@@ -74,25 +79,34 @@ class Execution:
 
 @dataclass(frozen=True)
 class _Input:
-    """The records of a recipe, called lines whatever they are, and how often each is taken."""
+    """The records of a recipe, called lines whatever they are, and how often each is taken.
+
+    `takes`: the order of a store that training may follow; None: that of the input.
+    """
 
     datasets: list[Dataset]
     records: list[RecordSource]
     copies: list[np.ndarray]
+    takes: Takes | None = None
 
     def taken(self) -> list[tuple[int, int]]:
         """(data set, 0-based line) of every line that is taken at least once, in order."""
+        if self.takes is not None:
+            return self.takes.new_lines()
         return [(i, line) for i, count in enumerate(self.copies) for line in np.flatnonzero(count).tolist()]
 
     def chunks(self, lines: list[tuple[int, int]], size: int) -> Iterator[list[Task]]:
-        """Some lines with their bytes, `size` at a time; of all files one is open."""
-        current: int | None = None
+        """Some lines with their bytes, `size` at a time; of all files one is open, where data sets are mixed
+        one of each."""
+        opened: dict[str, int] = {}
         for start in range(0, len(lines), size):
             tasks = []
             for source, line in lines[start : start + size]:
-                if current is not None and current != source:
-                    self.records[current].close()
-                current, dataset = source, self.datasets[source]
+                dataset = self.datasets[source]
+                group = "" if self.takes is None else dataset.name
+                if opened.setdefault(group, source) != source:
+                    self.records[opened[group]].close()
+                opened[group] = source
                 tasks.append(
                     Task(
                         self._raw(source, line),
@@ -118,6 +132,11 @@ class _Input:
         """Rows of the store as numbers of the rows with these sources and 1-based lines: a data set once,
         then what it repeats, and so on.  None if nothing is repeated.
         """
+        if self.takes is not None:
+            numbers = RowNumbers(self.takes, [len(copies) for copies in self.copies])
+            numbers.add(sources, lines, 0)
+            order = numbers.of(0, len(self.takes), match(self.takes, sources, lines, 0))
+            return order if len(order) > len(sources) else None
         copies = np.zeros(len(sources), np.int64)
         passes = []
         for source in np.unique(sources).tolist():
@@ -128,23 +147,33 @@ class _Input:
 
 
 def preprocess(
-    recipe: str | Path, output: str | Path, settings: PreprocessSettings, execution: Execution | None = None
+    recipe: str | Path,
+    output: str | Path,
+    settings: PreprocessSettings,
+    execution: Execution | None = None,
+    *,
+    follow: int = 0,
 ) -> DataManifest:
     """Make the token store `output` (see `store`) from a recipe; replaces an earlier store there.
 
     A run that was interrupted, in whatever way, is continued; a store that is there already and follows from
     the same input is kept.  The same input gives the same bytes, however it was made.
 
+    Args:
+        follow: rows of a shard of a store that training may follow while it is made, with its rows in the
+            order of `mixed_order`; 0: a store whose rows are in the order of the input.
     Raises:
         UserError: recipe, annotations, tokenizer, settings or output cannot be used, or another process makes
             this store.
     """
     execution = execution or Execution()
     output = Path(output).resolve()
+    if not 0 <= follow <= MOST_SHARD_ROWS:
+        raise UserError(f"--follow must be from 1 to {MOST_SHARD_ROWS:,}, got {follow}")
     datasets = read_recipe(recipe)
-    manifest = _new_manifest(datasets, settings)
+    manifest = _new_manifest(datasets, settings, follow)
     _check_output(output)
-    partial, left = (output.with_name(f".{output.name}.{what}") for what in ("partial", "journal"))
+    partial, left = partial_folder(output), journal_folder(output)
     finished = None
     if not execution.fresh and (execution.retry_failed or not left.exists()):
         finished = FinishedLines(output) if is_current(output, manifest.input_key) else None
@@ -164,6 +193,9 @@ def preprocess(
     unknown_keys.check_first(datasets, records)
     copies = [dataset.copies(len(r)) for dataset, r in zip(datasets, records, strict=True)]
     source = _Input(datasets, records, copies)
+    if follow:
+        source = replace(source, takes=mix(manifest.names, copies))
+        manifest = replace(manifest, n_takes=len(source.takes or ()))
     with _continued(output, left, manifest.input_key, execution.fresh) as journal:
         if journal.n_lines and not partial.exists() and _has_key(output, manifest.input_key):
             journal.remove()  # killed between the last rename and this
@@ -173,11 +205,18 @@ def preprocess(
             journal.clear()
         if not journal.n_lines:
             shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-        is_moved = _is_moved((output / FOLDER, archives))
-        _write_tokens(source, partial, journal, settings, execution, finished, is_moved)
-        _write_rest(source, partial, journal, settings, manifest)
-        _replace(output, partial)
+        with SignOfLife(output) if follow else nullcontext():
+            partial.mkdir(parents=True, exist_ok=True)
+            publisher = None
+            if source.takes is not None:
+                _show(partial, settings, manifest)
+                n_lines = [len(counts) for counts in copies]
+                publisher = Publisher(partial, journal, source.takes, settings.lengths, follow, n_lines)
+                publisher.publish({})
+            moved = _is_moved((output / FOLDER, archives))
+            _write_tokens(source, partial, journal, settings, execution, finished, moved, publisher)
+            _write_rest(source, partial, journal, settings, manifest)
+            _replace(output, partial)
         for line in unknown_keys.summary(journal.dropped, datasets):
             print(line)
         journal.remove()
@@ -185,8 +224,11 @@ def preprocess(
     return manifest
 
 
-def _new_manifest(datasets: list[Dataset], settings: PreprocessSettings) -> DataManifest:
+def _new_manifest(datasets: list[Dataset], settings: PreprocessSettings, follow: int) -> DataManifest:
     tokenizer = load_tokenizer(settings.tokenizer)
+    key = cache_key(datasets, settings, tokenizer.fingerprint)
+    if follow:
+        key = hashlib.sha256(f"{key} in shards of {follow}".encode()).hexdigest()
     image_token_id = tokenizer.token_id(IMG_CONTEXT)
     identity = [tokenizer.fingerprint, settings.template, settings.tokens_per_tile]
     return DataManifest(
@@ -203,7 +245,8 @@ def _new_manifest(datasets: list[Dataset], settings: PreprocessSettings) -> Data
         names=[dataset.name for dataset in datasets],
         sampling=asdict(settings.sampling),
         max_pixels=settings.max_pixels,
-        input_key=cache_key(datasets, settings, tokenizer.fingerprint),
+        input_key=key,
+        shard_rows=follow,
     )
 
 
@@ -215,6 +258,14 @@ def _pad_token_id(tokenizer: Tokenizer) -> int:
         return tokenizer.token_id(IM_END)
 
 
+def _show(partial: Path, settings: PreprocessSettings, manifest: DataManifest) -> None:
+    """Let readers see the store, and all that a run needs of it beside rows, before there is any row."""
+    if not (partial / "manifest.json").exists():
+        shutil.rmtree(partial / "tokenizer", ignore_errors=True)
+        copy_tokenizer(settings.tokenizer, partial / "tokenizer")
+        manifest.save(partial)
+
+
 def _write_tokens(
     source: _Input,
     partial: Path,
@@ -223,6 +274,7 @@ def _write_tokens(
     execution: Execution,
     finished: FinishedLines | None,
     is_moved: Callable[[str], bool],
+    publisher: Publisher | None,
 ) -> None:
     """Process the lines that the journal does not have, appending to the token files and to the journal.
 
@@ -266,6 +318,8 @@ def _write_tokens(
         rows = {length: writer.take_rows() for length, writer in writers.items()}
         media.sync()
         journal.commit(n_new, dropped, rows, media.position)
+        if publisher is not None:
+            publisher.publish(rows)
         dropped.clear()
         n_new, last_commit = 0, time.monotonic()
 
@@ -316,8 +370,9 @@ def _write_rest(
     source: _Input, partial: Path, journal: Journal, settings: PreprocessSettings, manifest: DataManifest
 ) -> None:
     """Everything but the tokens, from the journal: may be done again and again."""
-    shutil.rmtree(partial / "tokenizer", ignore_errors=True)
-    copy_tokenizer(settings.tokenizer, partial / "tokenizer")
+    if source.takes is None:
+        shutil.rmtree(partial / "tokenizer", ignore_errors=True)
+        copy_tokenizer(settings.tokenizer, partial / "tokenizer")
     n_lines = sum(map(len, source.copies))
     not_taken = sum(int((count == 0).sum()) for count in source.copies)
     for length in settings.lengths:
@@ -328,7 +383,6 @@ def _write_rest(
         counts = LengthCounts.of(rows, n_lines, not_taken, n_final, journal.dropped, length)
         manifest.counts[str(length)] = asdict(counts)
     write_ledger(partial / "dropped.jsonl", journal.dropped)
-    (partial / "manifest.json").unlink(missing_ok=True)
     manifest.files.update(_file_hashes(partial))
     manifest.save(partial)
 
@@ -392,8 +446,10 @@ def _check_output(output: Path) -> None:
 
 
 def _file_hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of every file in a folder, by relative path."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Bytes and SHA-256 of a store's files, by relative path, but for the manifest and the shards, which have
+    digests of their own."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    paths = [path for path in files if path.name != "manifest.json" and path.parent.name != SHARDS]
 
     def digest(path: Path) -> str:
         with path.open("rb") as file:

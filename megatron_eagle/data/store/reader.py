@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +25,10 @@ import pyarrow as pa
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.source import FileMetadata
 from megatron_eagle.data.store.media_names import absolute, is_own
+from megatron_eagle.data.store.signs import partial_folder
 from megatron_eagle.data.store.token_file import TokenFile
 from megatron_eagle.errors import UserError
-from megatron_eagle.files import from_record
+from megatron_eagle.files import from_record, write_whole
 from megatron_eagle.hf_model.grids import tile_count
 
 FORMAT_VERSION = 3
@@ -190,9 +191,11 @@ class DataManifest:
     Attributes:
         fingerprint: of tokenizer, template and tokens per tile: data and model must agree on it.
         counts: each length (as text) -> the numbers of the summary.
-        files: each file -> its bytes and SHA-256.
+        files: each file -> its bytes and SHA-256; none before the store is complete.
         names: those that the recipe gives to the `sources`.
         input_key: stands for everything that the store follows from, except the media themselves.
+        shard_rows: rows of a shard if no line is dropped (see `shards`); 0: the store cannot be followed.
+        n_takes: rows of the whole store if no line is dropped, where it can be followed.
     """
 
     fingerprint: str
@@ -211,6 +214,8 @@ class DataManifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     input_key: str = ""
+    shard_rows: int = 0
+    n_takes: int = 0
     format_version: int = FORMAT_VERSION
 
     @property
@@ -231,8 +236,12 @@ class DataManifest:
         return [numbers[name] for name in self.names or self.sources]
 
     def save(self, folder: Path) -> None:
-        """Write manifest.json."""
-        (folder / "manifest.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write manifest.json, which is there completely or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_whole(folder / "manifest.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
 def store_format(folder: str | Path) -> int:
@@ -266,6 +275,10 @@ def _manifest_content(folder: str | Path) -> dict[str, Any]:
             return content
     except (OSError, ValueError, AttributeError):
         pass
+    partial = partial_folder(folder)
+    if not Path(folder).exists() and partial.exists():
+        how = ", or train with data.follow" if (partial / "manifest.json").is_file() else ""
+        raise UserError(f"{folder} is not complete yet: wait until preprocess has made it{how}")
     raise UserError(f"{folder} is no token store: no readable manifest.json; run preprocess_data")
 
 
@@ -292,6 +305,39 @@ def _reader(array: pa.Array, plan: type | None) -> _Reader:
         return lambda i: tuple([read(j) for j in range(offsets[i], offsets[i + 1])])
     values = np.asarray(array.values)
     return lambda i: tuple(values[offsets[i] : offsets[i + 1]].tolist())
+
+
+def row_readers(batch: pa.RecordBatch) -> dict[str, "_Reader"]:
+    """Of each column of some rows, a function from a place to its value as `SampleColumns` has it."""
+    return {name: _reader(batch[name], _PLANS.get(name)) for name in SCHEMA.names}
+
+
+def find_media(columns: dict[str, Any], store: Path) -> None:
+    """Give the media of a row, in its columns, the names under which they are read."""
+    for name in ("images", "videos"):
+        columns[name] = tuple(
+            replace(plan, path=absolute(plan.path, store)) if is_own(plan.path) else plan
+            for plan in columns[name]
+        )
+
+
+class Rows(Protocol):
+    """The rows of one length of a store: a `SampleStore`, or one that may still grow (`shards`)."""
+
+    path: Path
+    manifest: DataManifest
+    length: int
+
+    @property
+    def folder(self) -> Path:
+        """Of the length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> StoredSample: ...
+
+    def column(self, name: str, /) -> pa.ChunkedArray:
+        """One column of all rows."""
 
 
 class SampleStore:
@@ -331,8 +377,7 @@ class SampleStore:
             raise IndexError(f"row {row} of a store of {len(self)}")
         readers = self._readers(row // BATCH_ROWS)
         values = {name: read(row % BATCH_ROWS) for name, read in readers.items()}
-        for name in ("images", "videos"):
-            values[name] = tuple(map(self._found, values[name]))
+        find_media(values, self.path)
         return StoredSample(
             **values,
             file=self.manifest.sources[values["source"]],
@@ -341,13 +386,8 @@ class SampleStore:
             answers=self.answers[row],
         )
 
-    def _found(self, plan: Plan) -> Plan:
-        """A medium's plan with the name under which it is read."""
-        return replace(plan, path=absolute(plan.path, self.path)) if is_own(plan.path) else plan
-
     def _open_batch(self, number: int) -> dict[str, "_Reader"]:
-        batch = self._file.get_batch(number)
-        return {name: _reader(batch[name], _PLANS.get(name)) for name in SCHEMA.names}
+        return row_readers(self._file.get_batch(number))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of all rows as it is stored, through a map of its own: what is read of it goes when the

@@ -28,7 +28,7 @@ HEARTBEATS, REPORT = "heartbeat", "hang.txt"
 # Of a job that ended itself because it hung (EX_SOFTWARE of sysexits.h).
 EXIT_HANG = 70
 # The order of a step's phases: who is in an earlier one keeps the others waiting.
-PHASES = ("data", "forward and backward", "optimizer", "evaluation", "save", "ended")
+PHASES = ("waiting for data", "data", "forward and backward", "optimizer", "evaluation", "save", "ended")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ class Observer:
     def between_steps(self, step: Step, tell: "Observer") -> None:
         """Everyone has heard of the step. Who works with the model before the next one does it now."""
 
+    def told_to_stop(self, iteration: int, tell: "Observer") -> None:
+        """The run ends here, after this iteration, because it was told to before the next one began."""
+
     # What is said of it.
 
     def step(self, metrics: StepMetrics) -> None:
@@ -118,6 +121,10 @@ class Observers(Observer):
     def between_steps(self, step: Step, tell: Observer) -> None:
         for observer in self._all:
             observer.between_steps(step, tell)
+
+    def told_to_stop(self, iteration: int, tell: Observer) -> None:
+        for observer in self._all:
+            observer.told_to_stop(iteration, tell)
 
     def step(self, metrics: StepMetrics) -> None:
         for observer in self._all:

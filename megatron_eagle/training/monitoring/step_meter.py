@@ -1,5 +1,6 @@
 """The numbers of a finished step, out of its clocks, its totals and the ranks' memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -54,9 +55,9 @@ class StepMeter(Observer):
         peak_tflops: float | None,
         packs: int,
         length: int,
-        data: DataIdentity,
+        data: Callable[[int], DataIdentity],
     ) -> None:
-        """A step reads `packs` packs of `length` tokens."""
+        """A step reads `packs` packs of `length` tokens, `data` says what from by its first pack."""
         self._device, self._peak_tflops, self._data = device, peak_tflops, data
         self._packs, self._length = packs, length
 
@@ -117,7 +118,7 @@ class StepMeter(Observer):
             tokens_by_dataset=step.datasets.tokens,
             first_pack=step.first_pack,
             packs=self._packs,
-            data=self._data.to_dict(),
+            data=self._data(step.first_pack).to_dict(),
         )
 
     def _share_of_peak(self, tflops: float) -> float | None:

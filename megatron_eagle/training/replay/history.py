@@ -6,12 +6,13 @@ own.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_eagle.data.loading.identity import DataIdentity
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import from_record
 from megatron_eagle.training.monitoring.metrics import (
     EVENTS_FILE,
     METRICS_FILE,
@@ -122,11 +123,10 @@ class History:
 
     def _batch_of(self, iteration: int, record: dict[str, Any]) -> dict[str, Any]:
         try:
-            data = {f.name: record["data"][f.name] for f in fields(DataIdentity)}
             return {
                 "first_pack": int(record["first_pack"]),
                 "packs": int(record["packs"]),
-                "data": DataIdentity(**data),
+                "data": from_record(DataIdentity, record["data"]),
             }
         except (KeyError, TypeError, ValueError):
             raise UserError(

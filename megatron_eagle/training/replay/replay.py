@@ -22,8 +22,9 @@ from megatron_eagle.checkpoint import checkpoint_folder, read_train_state, saved
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml
 from megatron_eagle.data.loading.batch import sample_weight
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
-from megatron_eagle.data.loading.packs import FailedMedium, no_tiles
-from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.data.loading.packs import FailedMedium, Q, no_tiles
+from megatron_eagle.data.store.reader import Rows
+from megatron_eagle.data.store.shards import store_folder
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.runtime.agreement import agreed, raise_together
@@ -91,7 +92,7 @@ class Replay:
     those that were left out come last."""
 
     step: PastStep
-    store: SampleStore
+    store: Rows
     samples: list[PastSample]
     weights: AskedWeights | None = None  # None: the data alone
 
@@ -156,7 +157,6 @@ def prepare(
         found = _choose_weights(run, Path(checkpoint), history, step)
         weights = AskedWeights(**vars(found), config=_settings(run, found, step, overrides, world_size))
         data = weights.config.data
-    store = SampleStore(data.path, data.length)
     loader = PackLoader(
         replace(data, decoder="exact"),
         global_batch_size=step.packs,
@@ -165,12 +165,14 @@ def prepare(
         plan=no_tiles,
     )
     loader.close()
-    changed = step.data.difference(loader.identity)
+    _go_on(loader, step)
+    changed = step.data.difference(loader.identity(step.first_pack))
     if changed is not None:
         raise UserError(
             f"{data.path}: not the data that iteration {iteration} read ({changed}); data.path=D names others"
         )
-    return Replay(step, store, _samples(step, store, loader.samples(step.first_pack)), weights)
+    samples = _samples(step, loader.store, loader.samples(step.first_pack))
+    return Replay(step, loader.store, samples, weights)
 
 
 def measure_losses(prepared: Replay) -> Replay:
@@ -184,7 +186,7 @@ def measure_losses(prepared: Replay) -> Replay:
     assert weights is not None, "prepare was given a checkpoint"
     config = weights.config
     with start_ranks(config) as (device, mesh):
-        loader = _open(config, prepared.step.packs, mesh, device)
+        loader = _open(config, prepared.step, mesh, device)
         try:
             source, iteration = config.checkpoint.load, weights.iteration
             models = wrap_models(
@@ -201,16 +203,25 @@ def measure_losses(prepared: Replay) -> Replay:
     return replace(prepared, samples=sorted(samples, key=_highest_first))
 
 
-def _open(config: RunConfig, packs: int, mesh: Mesh, device: Device) -> PackLoader[InputPlan]:
+def _open(config: RunConfig, step: PastStep, mesh: Mesh, device: Device) -> PackLoader[InputPlan]:
     with agreed():
-        return PackLoader(
+        loader = PackLoader(
             config.data,
-            global_batch_size=packs,
+            global_batch_size=step.packs,
             data_parallel_rank=mesh.dp.rank,
             data_parallel_size=mesh.dp.size,
             plan=partial(plan_batch, config.model, mesh, device.kind == "cuda"),
             device=device.torch_device,
         )
+        _go_on(loader, step)
+        return loader
+
+
+def _go_on(loader: PackLoader[Q], step: PastStep) -> None:
+    """Let a loader that follows its data begin at the step's batch, which has to be there."""
+    if step.data.shards_per_window:
+        loader.go_on(step.data, step.first_pack, step.packs)
+        loader.need(step.first_pack)
 
 
 def _ask(
@@ -254,7 +265,7 @@ def _highest_first(sample: PastSample) -> tuple[Any, ...]:
     return (0, 0.0) if math.isnan(sample.loss) else (1, -sample.loss)
 
 
-def _samples(step: PastStep, store: SampleStore, found: Sequence[tuple[int, int]]) -> list[PastSample]:
+def _samples(step: PastStep, store: Rows, found: Sequence[tuple[int, int]]) -> list[PastSample]:
     """The batch's samples, in the order of their numbers; `found` are their packs and rows."""
     stored = [store[row] for _, row in found]
     weights = [
@@ -325,7 +336,7 @@ def _data_alone(step: PastStep, overrides: Iterable[str]) -> DataConfig:
 def _as_read(data: dict[str, Any], step: PastStep) -> dict[str, Any]:
     """A data section with what decides about the batch as it was in this step."""
     then = step.data
-    if not Path(data["path"]).is_dir():
+    if not (store_folder(data["path"]) if then.shards_per_window else Path(data["path"])).is_dir():
         raise UserError(
             f"{data['path']}: the data of iteration {step.iteration} are not there; data.path=D says where"
         )
@@ -335,6 +346,7 @@ def _as_read(data: dict[str, Any], step: PastStep) -> dict[str, Any]:
         "loss_weighting": then.loss_weighting,
         "multi_turn": then.multi_turn,
         "prefetch": False,
+        "follow": {"shards_per_window": then.shards_per_window} if then.shards_per_window else None,
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_eagle.data.loading.loader import DataConfig
 from megatron_eagle.data.packing.balance import assign, pack_costs
 from megatron_eagle.data.packing.best_fit import pack_rows
 from megatron_eagle.data.packing.index import read_packs, write_packs
@@ -136,7 +137,7 @@ def test_the_planner_sees_the_documents_of_packs(tmp_path, tokenizer_dir):
     path = make_store(tmp_path, tokenizer_dir, [conversation("Hi", "Yes " * k) for k in range(1, 9)], (128,))
     write_packs(path, 128, seed=3)
     store = SampleStore(path, 128)
-    packs = PackShape.of_data(path, 128)
+    packs = PackShape.of_data(DataConfig(str(path), 128))
     assert len(packs.document_bounds) == len(read_packs(store))
     assert all(bounds[0] == 0 and bounds[-1] == 128 for bounds in packs.document_bounds)
     documents = [n for bounds in packs.document_bounds for n in np.diff(bounds).tolist()]

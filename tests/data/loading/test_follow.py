@@ -1,0 +1,306 @@
+"""A store that is followed while it grows gives what the complete one gives, whenever it is read."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_eagle.data.loading import follow as follow_module
+from megatron_eagle.data.loading.follow import FollowConfig, FollowedPacks
+from megatron_eagle.data.loading.loader import DataConfig, PackLoader
+from megatron_eagle.data.loading.packs import no_tiles
+from megatron_eagle.data.packing.windows import n_windows
+from megatron_eagle.data.preparation.preprocess import Execution, preprocess
+from megatron_eagle.data.store import signs
+from megatron_eagle.data.store.reader import SampleStore
+from megatron_eagle.data.store.shards import ShardStore, open_rows, read_head, shard_path
+from megatron_eagle.data.store.signs import SignOfLife, Watch, partial_folder
+from megatron_eagle.errors import UserError
+from tests.data.helpers import conversation, every_tile, make_image, write_jsonl
+from tests.data.killed import settings as preprocess_settings
+
+LENGTH, ROWS, SEED, N_SHARDS = 100, 6, 3, 12
+
+
+def write_recipe(folder: Path, broken: range = range(0)) -> Path:
+    """Text, pictures that are taken 2.5 times, and a rare set; lines `broken` of the pictures are."""
+    make_image(folder / "a.png", (112, 56))
+    records = {
+        "text": [conversation("Hi", "Yes " * (k % 9 + 1)) for k in range(31)],
+        "pictures": [
+            "{broken" if k in broken else conversation("<image>?", f"Picture {k}", image="a.png")
+            for k in range(14)
+        ],
+        "rare": [conversation("Once", "Never")],
+    }
+    recipe = {}
+    for name, own in records.items():
+        write_jsonl(folder / f"{name}.jsonl", own)
+        recipe[name] = {"annotation": f"{name}.jsonl", "repeat_time": {"pictures": 2.5}.get(name, 1)}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    return folder / "recipe.json"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tokenizer_dir):
+    """67 takes in 12 shards of 6; some are dropped."""
+    folder = tmp_path_factory.mktemp("follow")
+    recipe = write_recipe(folder, broken=range(3, 6))
+    chosen = preprocess_settings(str(tokenizer_dir))
+    preprocess(recipe, folder / "store", chosen, Execution(1), follow=ROWS)
+    return folder / "store"
+
+
+class Growing:
+    """The store `whole` while it is made, as far as `let` says."""
+
+    def __init__(self, whole: Path, folder: Path):
+        self._whole, self.path = whole, folder / "store"
+        self.part = partial_folder(self.path)
+        self.part.mkdir(parents=True)
+        for name in ("manifest.json", "tokenizer"):
+            copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
+            copy(whole / name, self.part / name)
+        (self.part / str(LENGTH) / "shards").mkdir(parents=True)
+        self._n = 0
+
+    def let(self, n_shards: int) -> None:
+        """So many shards are there, and tokens of half of the next one."""
+        here, there = self._whole / str(LENGTH), self.part / str(LENGTH)
+        for number in range(self._n, n_shards):
+            head = read_head(here, number)
+            for name, size in (("tokens", 4), ("answers", 2)):
+                end = (head.first_token + head.n_tokens) * size + 10
+                (there / f"{name}.bin").write_bytes((here / f"{name}.bin").read_bytes()[:end])
+            shutil.copy(shard_path(here, number), shard_path(there, number))
+        self._n = max(self._n, n_shards)
+
+    def finish(self) -> None:
+        """The complete store is at its place."""
+        if self.part.exists():
+            shutil.rmtree(self.part)
+            shutil.copytree(self._whole, self.path)
+
+    def begin_anew(self) -> None:
+        """Nothing is there."""
+        shutil.rmtree(self.part / str(LENGTH))
+        (self.part / str(LENGTH) / "shards").mkdir(parents=True)
+        self._n = 0
+
+
+@pytest.fixture(autouse=True)
+def look_at_once(monkeypatch):
+    monkeypatch.setattr(follow_module, "LOOK_SECONDS", 0.0)
+
+
+def loader(path, k, *, gbs=8, rank=0, size=1, prefetch=False, plan=every_tile):
+    return PackLoader(
+        DataConfig(str(path), LENGTH, seed=SEED, prefetch=prefetch, follow=FollowConfig(k)),
+        global_batch_size=gbs,
+        data_parallel_rank=rank,
+        data_parallel_size=size,
+        plan=plan,
+    )
+
+
+def same(one, other):
+    """Whether two global batches of a rank are, bit for bit."""
+    assert one.first_pack == other.first_pack and one.total == other.total
+    assert len(one.microbatches) == len(other.microbatches)
+    for a, b in zip(one.microbatches, other.microbatches, strict=True):
+        for name, value in vars(a).items():
+            again = getattr(b, name)
+            assert torch.equal(value, again) if isinstance(value, torch.Tensor) else value == again, name
+
+
+def test_rows_are_those_of_the_complete_store(store):
+    """By number: what a preview, a replay or a ledger names is the same in both."""
+    for length in (100, 300):
+        complete, shards = SampleStore(store, length), ShardStore(store, length)
+        assert len(complete) == len(shards) > 50
+        for row in range(len(complete)):
+            for name, value in vars(complete[row]).items():
+                again = getattr(shards[row], name)
+                assert np.array_equal(value, again) if isinstance(value, np.ndarray) else value == again
+        for name in ("n_tokens", "answer_lengths"):
+            assert complete.column(name).to_pylist() == shards.column(name).to_pylist()
+    with pytest.raises(IndexError):
+        shards[len(shards)]
+
+
+STEPS, BATCH = 8, 8  # two epochs of 32 or more packs
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    k=st.integers(1, 14),
+    sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4),
+    resumes=st.sets(st.integers(0, STEPS)),
+    speed=st.lists(st.integers(0, 4), min_size=1, max_size=6),
+)
+def test_followed_is_finished(store, tmp_path_factory, k, sizes, resumes, speed):
+    """Over window sizes, data-parallel sizes, points of resume and speeds of preprocessing."""
+    growing = Growing(store, tmp_path_factory.mktemp("growing"))
+    finished = {}
+    there, turns, read, size = 0, 0, None, 0
+    for step in range(STEPS):
+        first = BATCH * step
+        if step in resumes or not size:
+            size = sizes[step % len(sizes)]
+            ranks = [loader(growing.path, k, rank=rank, size=size, plan=no_tiles) for rank in range(size)]
+            for rank in ranks if read else ():
+                rank.go_on(*read)
+        while not all([rank.followed.reach(first + BATCH) for rank in ranks]):
+            if not turns:
+                with pytest.raises(UserError, match="need window"):  # and nobody reads half of it
+                    loader(growing.path, k).need(first)
+            there += speed[turns % len(speed)] + (turns > 20)
+            turns += 1
+            growing.let(min(there, N_SHARDS))
+            if there > N_SHARDS:
+                growing.finish()
+        for rank, reader in enumerate(ranks):
+            if (rank, size) not in finished:
+                finished[rank, size] = loader(store, k, rank=rank, size=size, plan=no_tiles)
+            same(reader.step(first), finished[rank, size].step(first))
+        read = ranks[0].identity(first), first, BATCH
+        assert read[0].difference(finished[0, size].identity(first)) is None
+
+
+def test_an_epoch_has_every_row_once_and_another_order_each(store):
+    packs = FollowedPacks(ShardStore(store, LENGTH), FollowConfig(3), SEED)
+    n = n_windows(ShardStore(store, LENGTH), 3)
+    packs.reach(200)
+    first, second = (
+        [packs.rows(p) for p in range(packs._starts[e * n], packs._starts[(e + 1) * n])] for e in (0, 1)
+    )
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(len(SampleStore(store, LENGTH))))
+    assert first != second and sorted(first) == sorted(second)
+    other = FollowedPacks(ShardStore(store, LENGTH), FollowConfig(3), SEED + 1)
+    other.reach(200)
+    assert [other.rows(p) for p in range(len(first))] != first
+
+
+def test_a_window_that_is_dropped_whole(tmp_path, tokenizer_dir):
+    records = ["{broken" if 4 <= k < 8 else conversation("Hi", "Yes") for k in range(12)]
+    write_jsonl(tmp_path / "data.jsonl", records)
+    (tmp_path / "recipe.json").write_text('{"d": {"annotation": "data.jsonl"}}')
+    chosen = preprocess_settings(str(tokenizer_dir))
+    preprocess(tmp_path / "recipe.json", tmp_path / "store", chosen, Execution(1), follow=4)
+    packs = FollowedPacks(ShardStore(tmp_path / "store", LENGTH), FollowConfig(1), 0)
+    assert packs.reach(20)
+    assert packs._starts[1] == packs._starts[2] and packs.rows(packs._starts[2])
+    assert {row for p in range(packs._starts[3]) for row in packs.rows(p)} == set(range(8))
+
+    write_jsonl(tmp_path / "data.jsonl", ["{broken"] * 5)
+    preprocess(tmp_path / "recipe.json", tmp_path / "none", chosen, Execution(1), follow=4)
+    with pytest.raises(UserError, match="holds no sample at length 100"):
+        FollowedPacks(ShardStore(tmp_path / "none", LENGTH), FollowConfig(1), 0).reach(1)
+
+
+def test_prefetch_waits_for_a_window(store, tmp_path):
+    growing, complete = Growing(store, tmp_path), loader(store, 2)
+    growing.let(4)
+    reader = loader(growing.path, 2, prefetch=True)
+    same(reader.step(0), complete.step(0))
+    assert not reader.followed.reach(24)
+    threading.Timer(0.3, lambda: growing.let(N_SHARDS)).start()
+    for step in range(1, 6):
+        same(reader.step(8 * step), complete.step(8 * step))
+    reader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_who_waits_can_be_closed(store, tmp_path):
+    growing = Growing(store, tmp_path)
+    growing.let(4)
+    reader = loader(growing.path, 2, prefetch=True)
+    reader.step(0)
+    reader.close()  # while it waits for the window of the batches that follow
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_a_store_that_is_begun_anew(store, tmp_path, tokenizer_dir):
+    """With the same bytes a reader goes on, with others it ends with a line."""
+    growing = Growing(store, tmp_path)
+    growing.let(6)
+    reader = loader(growing.path, 2)
+    reader.need(0)
+    read = reader.identity(0), 0, 8
+    growing.begin_anew()
+    growing.let(N_SHARDS)
+    reader.need(32)
+    (tmp_path / "other").mkdir()
+    write_recipe(tmp_path / "other")  # media that were broken are in order now
+    chosen = preprocess_settings(str(tokenizer_dir))
+    other = tmp_path / "other" / "store"
+    preprocess(tmp_path / "other" / "recipe.json", other, chosen, Execution(1), follow=ROWS)
+    reader = loader(growing.path, 2)
+    reader.need(0)
+    shutil.rmtree(growing.part / str(LENGTH))
+    shutil.copytree(other / str(LENGTH), growing.part / str(LENGTH))
+    with pytest.raises(UserError, match="begun anew or changed while it was read: window"):
+        reader.need(40)
+    resumed = loader(growing.path, 2)
+    resumed.go_on(*read)
+    with pytest.raises(UserError, match="packs 0 to 7 are not those that this run has read"):
+        resumed.need(0)
+    with pytest.raises(UserError, match="shards_per_window 2 there, 3 here"):
+        loader(store, 3).go_on(*read)
+
+
+def test_other_input_at_the_same_place_is_told(store, tmp_path):
+    growing = Growing(store, tmp_path)
+    growing.let(4)
+    reader = loader(growing.path, 2)
+    reader.need(0)
+    growing.finish()
+    manifest = growing.path / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(values | {"input_key": "another"}))
+    with pytest.raises(UserError, match="made from other input or settings"):
+        reader.need(40)
+
+
+def test_what_cannot_be_followed(store, tmp_path, tokenizer_dir):
+    write_recipe(tmp_path)
+    chosen = preprocess_settings(str(tokenizer_dir))
+    preprocess(tmp_path / "recipe.json", tmp_path / "plain", chosen, Execution(1))
+    with pytest.raises(UserError, match="was made without --follow"):
+        loader(tmp_path / "plain", 2)
+    with pytest.raises(UserError, match="no token store"):
+        loader(tmp_path / "nothing", 2)
+    growing = Growing(store, tmp_path)
+    with pytest.raises(UserError, match="is not complete yet: .* or train with data.follow"):
+        SampleStore(growing.path)
+    assert len(open_rows(growing.path, LENGTH)) == 0
+    growing.let(2)
+    assert 0 < len(open_rows(growing.path, LENGTH)) < 12
+    with pytest.raises(UserError, match="--follow must be from 1"):
+        preprocess(tmp_path / "recipe.json", tmp_path / "x", chosen, Execution(1), follow=-1)
+
+
+def test_a_sign_of_life_is_told_from_silence(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(signs.time, "monotonic", lambda: now[0])
+    (tmp_path / ".store.journal").mkdir()
+    watch = Watch(tmp_path / "store")
+    now[0] += 50
+    assert watch.look() == 50 and "no preprocessing" in watch.words
+    with SignOfLife(tmp_path / "store", seconds=1000) as sign:
+        assert watch.look() == 0
+        now[0] += 30
+        assert watch.look() == 30  # killed or stopped
+        sign._write("")
+        assert watch.look() == 0 and "process" in watch.words
+    with pytest.raises(RuntimeError), SignOfLife(tmp_path / "store", seconds=1000):
+        assert watch.look() == 0
+        raise RuntimeError("the disk is full")
+    now[0] += 5
+    assert watch.look() == 5 and watch.words.endswith("ended: the disk is full")
