@@ -55,10 +55,12 @@ class Trainer:
             AgreedError: it will not come.
             Preempted: told to stop meanwhile.
         """
-        waiting = self._run.waiting
-        there = waiting is None or waiting.until_there(
-            self._run.state.consumed_packs, tell, iteration + 1, self._stop
-        )
+        waiting, first_pack = self._run.waiting, self._run.state.consumed_packs
+        try:
+            there = waiting is None or waiting.until_there(first_pack, tell, iteration + 1, self._stop)
+        except AgreedError:
+            tell.told_to_stop(iteration, tell)  # what was trained is not lost
+            raise
         if not there:
             tell.told_to_stop(iteration, tell)
             raise Preempted(f"stopped by a signal while it waited for data, after iteration {iteration}")

@@ -68,7 +68,7 @@ class MediaReader:
         took too long, those not begun are given up: the storage is gone, and each would take as long.
         """
         reading = [
-            (place, own, self._pool.submit(own.medium.load, self._decoder, own.tiles))
+            (place, own, self._pool.submit(self._load, own))
             for place, pack in enumerate(packs)
             for own in self._own(pack)
         ]
@@ -110,6 +110,16 @@ class MediaReader:
         """Begin nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _load(self, own: "_OwnTiles") -> torch.Tensor:
+        try:
+            return own.medium.load(self._decoder, own.tiles)
+        except Exception:
+            # A store that is made gets another place when it is complete, and its own media with it.
+            again = media_of_row(self._store, own.medium.row)[own.number]
+            if again.plan.path == own.medium.plan.path:
+                raise
+            return again.load(self._decoder, own.tiles)
+
     def _black(self, tiles: range | None) -> torch.Tensor | None:
         if tiles is None:
             return None
@@ -123,11 +133,11 @@ class MediaReader:
             return
         start = 0
         for number, row in enumerate(pack.sample_rows, pack.first_sample):
-            for medium in media_of_row(self._store, row):
+            for place, medium in enumerate(media_of_row(self._store, row)):
                 first, last = max(start, tiles.start), min(start + medium.n_tiles, tiles.stop)
                 if first < last:
                     places = slice(first - tiles.start, last - tiles.start)
-                    yield _OwnTiles(number, medium, range(first - start, last - start), places)
+                    yield _OwnTiles(number, medium, place, range(first - start, last - start), places)
                 start += medium.n_tiles
 
 
@@ -137,6 +147,7 @@ class _OwnTiles:
 
     sample: int  # its number in the global batch
     medium: Medium
+    number: int  # the medium's among those of its row
     tiles: range  # which of the medium's
     places: slice  # theirs in the pack's `pixel_values`
 

@@ -280,6 +280,8 @@ class ShardStore:
             shard = self._find(number, "first_sample")
         i = number - shard.head.first_sample
         values = {name: read(i) for name, read in shard.readers.items()}
+        if not self.path.is_dir():
+            self._move()
         find_media(values, self.path)
         start = int(shard.starts[i])
         ids, answers = (

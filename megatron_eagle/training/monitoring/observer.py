@@ -60,7 +60,7 @@ class Observer:
         """Everyone has heard of the step. Who works with the model before the next one does it now."""
 
     def told_to_stop(self, iteration: int, tell: "Observer") -> None:
-        """The run ends here, after this iteration, because it was told to before the next one began."""
+        """The run ends here, after this iteration: it was told to, or lacks data for the next one."""
 
     # What is said of it.
 
