@@ -101,6 +101,7 @@ def test_what_is_beside_the_tensors(saved):
         "consumed_packs": 8,
         "recent_losses": [],
         "started_from": None,
+        "read": None,
     }
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert listed.keys() | {"manifest.json"} == set(os.listdir(folder))

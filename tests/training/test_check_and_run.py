@@ -34,6 +34,7 @@ FIELDS = {field.place: field for field in numeric_fields(RunConfig)}
 
 # Settings without which a number plays no part.
 NEEDS = {
+    "data.follow.dead_after_minutes": ["data.follow.shards_per_window=1"],
     "optimizer.first_new_token": ["optimizer.trainable=[vision, connector, new_token_rows]"],
     "optimizer.lr_wsd_decay_fraction": ["optimizer.lr_decay_style=wsd"],
     "recompute.offload_keep_last": ["recompute.language=offload"],
@@ -44,6 +45,8 @@ NEEDS = {
 }
 # The rules between fields that refuse an edge of a range here, by what they say.
 RULES = {
+    "data.follow.shards_per_window": "was made without preprocess run --follow",
+    "data.follow.dead_after_minutes": "was made without preprocess run --follow",
     "model.vision.image_size": r"must be a multiple of \d+ \(patch_size\)",
     "model.vision.patch_size": r"its patch size is 14|must be a multiple of \d+ \(patch_size\)",
     "model.vision.num_attention_heads": r"must be a multiple of \d+ \(num_attention_heads\)",

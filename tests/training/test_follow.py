@@ -184,7 +184,7 @@ def test_a_replay_finds_the_batch(finished):
     last = steps(finished)[-1]
     found = prepare(finished, last["iteration"])
     assert len(found.samples) == last["samples"]
-    with pytest.raises(UserError, match="without --follow|no token store"):
+    with pytest.raises(UserError, match="without preprocess run --follow|no token store"):
         prepare(finished, 9, overrides=["data.path=" + str(finished)])
 
 

@@ -205,8 +205,8 @@ class ShardStore:
         self.manifest: DataManifest = read_manifest(self.path)
         if not self.manifest.shard_rows:
             raise UserError(
-                f"{path} cannot be followed: it was made without --follow; leave out data.follow when it is "
-                "complete, or run preprocess with --follow"
+                f"data.follow: {path} was made without preprocess run --follow; leave data.follow out when it is "
+                "complete"
             )
         lengths = self.manifest.lengths
         self.length = max(lengths) if length is None else length

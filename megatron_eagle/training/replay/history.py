@@ -126,7 +126,7 @@ class History:
             return {
                 "first_pack": int(record["first_pack"]),
                 "packs": int(record["packs"]),
-                "data": from_record(DataIdentity, record["data"]),
+                "data": from_record(DataIdentity, record["data"] or {}),
             }
         except (KeyError, TypeError, ValueError):
             raise UserError(

@@ -272,7 +272,7 @@ def test_what_cannot_be_followed(store, tmp_path, tokenizer_dir):
     write_recipe(tmp_path)
     chosen = preprocess_settings(str(tokenizer_dir))
     preprocess(tmp_path / "recipe.json", tmp_path / "plain", chosen, Execution(1))
-    with pytest.raises(UserError, match="was made without --follow"):
+    with pytest.raises(UserError, match="was made without preprocess run --follow"):
         loader(tmp_path / "plain", 2)
     with pytest.raises(UserError, match="no token store"):
         loader(tmp_path / "nothing", 2)
