@@ -244,7 +244,7 @@ def test_commands_on_a_store_that_is_made(made, tmp_path, capsys):
     assert "epochs, judged by its first window" in shown.out and "pictures" in shown.out
     assert "is being made" in shown.err
     preview_command.main(["show", store, "--length", str(LENGTH), "--sample", "1", "--json"])
-    assert json.loads(capsys.readouterr().out)["source"]["line"] == 1
+    assert json.loads(capsys.readouterr().out)["source"]["line"] == 2
     with pytest.raises(UserError, match="is not complete yet: .*or train with data.follow"):
         load_run_config(file, ["data.follow="], world_size=1)
     preprocessing.close()

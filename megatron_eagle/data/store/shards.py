@@ -205,8 +205,8 @@ class ShardStore:
         self.manifest: DataManifest = read_manifest(self.path)
         if not self.manifest.shard_rows:
             raise UserError(
-                f"data.follow: {path} was made without preprocess run --follow; leave data.follow out when it is "
-                "complete"
+                f"data.follow: {path} was made without preprocess run --follow; leave data.follow out, or "
+                "make the data again"
             )
         lengths = self.manifest.lengths
         self.length = max(lengths) if length is None else length
