@@ -151,7 +151,7 @@ def gradients(run: str, iteration: int) -> dict:
     config, cpu = prepared.weights.config, torch.device("cpu")
     with model_parallel(config.parallel) as mesh:
         device = detect_device()
-        loader = replaying._open(config, prepared.step.packs, mesh, device)
+        loader = replaying._open(config, prepared.step, mesh, device)
         source, weights = config.checkpoint.load, prepared.weights
         models = start_models(config, mesh, device, source, load=True, iteration=weights.iteration)
         wrapped = wrap_models(models, across_replicas=False)
