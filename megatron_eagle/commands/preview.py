@@ -18,7 +18,7 @@ from megatron_eagle.data.inspection.preview_html import pack_page, sample_page
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
 from megatron_eagle.data.packing.index import read_packs
 from megatron_eagle.data.store.reader import Rows, SampleStore
-from megatron_eagle.data.store.shards import ShardStore, open_rows, store_folder
+from megatron_eagle.data.store.shards import ShardStore, open_any_rows, store_folder
 from megatron_eagle.errors import UserError
 
 
@@ -127,7 +127,7 @@ def mix(args: argparse.Namespace) -> None:
 
 def _open(path: str, length: int | None) -> Rows:
     """A store, or what there is of one that is being made."""
-    store = open_rows(path, length)
+    store = open_any_rows(path, length)
     if isinstance(store, ShardStore):
         there = f"{store.shards_there} of {store.n_shards} shards are there"
         print(f"{path} is being made: {there}, {len(store):,} rows", file=sys.stderr)

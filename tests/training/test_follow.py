@@ -18,7 +18,7 @@ from megatron_eagle.commands import preview as preview_command
 from megatron_eagle.commands import train as train_command
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.store.shards import last_head
-from megatron_eagle.data.store.signs import SignOfLife, partial_folder
+from megatron_eagle.data.store.signs import SignOfLife, growing_folder
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.monitoring.heartbeat import read_beats
 from megatron_eagle.training.replay.replay import prepare
@@ -80,7 +80,7 @@ class Preprocessing:
         command = [sys.executable, "-m", "tests.data.paced", *arguments]
         self._start = lambda: subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL)
         self.process = self._start()
-        wait_for(lambda: (partial_folder(output) / "manifest.json").exists())
+        wait_for(lambda: (growing_folder(output) / "manifest.json").exists())
 
     def let(self, lines: int) -> None:
         """Lines of this process' life."""
@@ -95,7 +95,7 @@ class Preprocessing:
 
     @property
     def shards(self) -> int:
-        return last_head(partial_folder(self.output) / str(LENGTH)).number + 1
+        return last_head(growing_folder(self.output) / str(LENGTH)).number + 1
 
     def close(self) -> None:
         self.let(10**6)

@@ -39,7 +39,7 @@ class Takes:
         return list(zip(*(values.tolist() for values in chosen), strict=True))
 
 
-def mix(names: Sequence[str], copies: Sequence[np.ndarray]) -> Takes:
+def mixed_takes(names: Sequence[str], copies: Sequence[np.ndarray]) -> Takes:
     """Spread every data set evenly over the whole.
 
     Any stretch of the order has of each data set its share of the rows, to within a few. A data set's lines

@@ -27,7 +27,7 @@ from megatron_eagle.data.media.source import member_ref, row_ref
 from megatron_eagle.data.preparation.archives import remove_unpacked, with_archives
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
-from megatron_eagle.data.preparation.mixed_order import RowNumbers, Takes, match, mix
+from megatron_eagle.data.preparation.mixed_order import RowNumbers, Takes, match, mixed_takes
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, Task
 from megatron_eagle.data.preparation.publishing import Publisher
 from megatron_eagle.data.preparation.reuse import FinishedLines, cache_key, is_current
@@ -36,7 +36,7 @@ from megatron_eagle.data.store import media_files
 from megatron_eagle.data.store.media_names import FOLDER
 from megatron_eagle.data.store.reader import DataManifest, read_manifest, store_format
 from megatron_eagle.data.store.shards import SHARDS
-from megatron_eagle.data.store.signs import SignOfLife, journal_folder, partial_folder
+from megatron_eagle.data.store.signs import SignOfLife, growing_folder, journal_folder
 from megatron_eagle.data.store.token_file import TokenFileWriter
 from megatron_eagle.data.store.writer import StoreWriter, write_tables
 from megatron_eagle.data.text.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
@@ -173,7 +173,7 @@ def preprocess(
     datasets = read_recipe(recipe)
     manifest = _new_manifest(datasets, settings, follow)
     _check_output(output)
-    partial, left = partial_folder(output), journal_folder(output)
+    partial, left = growing_folder(output), journal_folder(output)
     finished = None
     if not execution.fresh and (execution.retry_failed or not left.exists()):
         finished = FinishedLines(output) if is_current(output, manifest.input_key) else None
@@ -194,7 +194,7 @@ def preprocess(
     copies = [dataset.copies(len(r)) for dataset, r in zip(datasets, records, strict=True)]
     source = _Input(datasets, records, copies)
     if follow:
-        source = replace(source, takes=mix(manifest.names, copies))
+        source = replace(source, takes=mixed_takes(manifest.names, copies))
         manifest = replace(manifest, n_takes=len(source.takes or ()))
     with _continued(output, left, manifest.input_key, execution.fresh) as journal:
         if journal.n_lines and not partial.exists() and _has_key(output, manifest.input_key):

@@ -25,7 +25,7 @@ import pyarrow as pa
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.source import FileMetadata
 from megatron_eagle.data.store.media_names import absolute, is_own
-from megatron_eagle.data.store.signs import partial_folder
+from megatron_eagle.data.store.signs import growing_folder
 from megatron_eagle.data.store.token_file import TokenFile
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, write_whole
@@ -275,7 +275,7 @@ def _manifest_content(folder: str | Path) -> dict[str, Any]:
             return content
     except (OSError, ValueError, AttributeError):
         pass
-    partial = partial_folder(folder)
+    partial = growing_folder(folder)
     if not Path(folder).exists() and partial.exists():
         how = ", or train with data.follow" if (partial / "manifest.json").is_file() else ""
         raise UserError(f"{folder} is not complete yet: wait until preprocess has made it{how}")

@@ -31,7 +31,7 @@ from megatron_eagle.data.store.reader import (
     read_manifest,
     row_readers,
 )
-from megatron_eagle.data.store.signs import partial_folder
+from megatron_eagle.data.store.signs import growing_folder
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, sync, write_whole
 
@@ -178,11 +178,11 @@ class _Shard:
 
 def store_folder(path: str | Path) -> Path:
     """Where to read a store that is being made or finished: what is being made comes before what is there."""
-    partial = partial_folder(path)
+    partial = growing_folder(path)
     return partial if (partial / "manifest.json").is_file() else Path(path)
 
 
-def open_rows(path: str | Path, length: int | None = None) -> Rows:
+def open_any_rows(path: str | Path, length: int | None = None) -> Rows:
     """The rows of a store; of one that is being made, where none is complete, those that are there.
 
     Raises:

@@ -18,7 +18,7 @@ from megatron_eagle.files import parse_line, write_whole
 _SECONDS = 5.0
 
 
-def partial_folder(path: str | Path) -> Path:
+def growing_folder(path: str | Path) -> Path:
     """Where the store `path` grows until it is complete."""
     path = Path(os.path.abspath(path))
     return path.with_name(f".{path.name}.partial")

@@ -19,8 +19,8 @@ from megatron_eagle.data.packing.windows import n_windows
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.store import signs
 from megatron_eagle.data.store.reader import SampleStore
-from megatron_eagle.data.store.shards import ShardStore, open_rows, read_head, shard_path
-from megatron_eagle.data.store.signs import SignOfLife, Watch, partial_folder
+from megatron_eagle.data.store.shards import ShardStore, open_any_rows, read_head, shard_path
+from megatron_eagle.data.store.signs import SignOfLife, Watch, growing_folder
 from megatron_eagle.errors import UserError
 from tests.data.helpers import conversation, every_tile, make_image, write_jsonl
 from tests.data.killed import settings as preprocess_settings
@@ -62,7 +62,7 @@ class Growing:
 
     def __init__(self, whole: Path, folder: Path):
         self._whole, self.path = whole, folder / "store"
-        self.part = partial_folder(self.path)
+        self.part = growing_folder(self.path)
         self.part.mkdir(parents=True)
         for name in ("manifest.json", "tokenizer"):
             copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
@@ -279,9 +279,9 @@ def test_what_cannot_be_followed(store, tmp_path, tokenizer_dir):
     growing = Growing(store, tmp_path)
     with pytest.raises(UserError, match="is not complete yet: .* or train with data.follow"):
         SampleStore(growing.path)
-    assert len(open_rows(growing.path, LENGTH)) == 0
+    assert len(open_any_rows(growing.path, LENGTH)) == 0
     growing.let(2)
-    assert 0 < len(open_rows(growing.path, LENGTH)) < 12
+    assert 0 < len(open_any_rows(growing.path, LENGTH)) < 12
     with pytest.raises(UserError, match="--follow must be from 1"):
         preprocess(tmp_path / "recipe.json", tmp_path / "x", chosen, Execution(1), follow=-1)
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_eagle.data.preparation.mixed_order import RowNumbers, match, mix
+from megatron_eagle.data.preparation.mixed_order import RowNumbers, match, mixed_takes
 
 SOURCES = st.lists(st.lists(st.integers(0, 3), max_size=30), min_size=1, max_size=5)
 
@@ -18,7 +18,7 @@ def mixtures(draw):
 @given(mixtures())
 def test_every_line_is_taken_as_often_as_the_recipe_says(mixture):
     names, copies = mixture
-    takes = mix(names, copies)
+    takes = mixed_takes(names, copies)
     assert len(takes) == sum(map(np.sum, copies))
     for source, counts in enumerate(copies):
         own = takes.lines[takes.sources == source]
@@ -31,7 +31,7 @@ def test_every_line_is_taken_as_often_as_the_recipe_says(mixture):
 @given(mixtures(), st.integers(0, 150), st.integers(0, 150))
 def test_every_stretch_has_its_share_of_each_data_set(mixture, begin, size):
     names, copies = mixture
-    takes = mix(names, copies)
+    takes = mixed_takes(names, copies)
     part = takes.part(begin, begin + size)
     of_source = np.array([sorted(set(names)).index(name) for name in names])
     for number, _ in enumerate(sorted(set(names))):
@@ -42,21 +42,21 @@ def test_every_stretch_has_its_share_of_each_data_set(mixture, begin, size):
 
 def test_the_order_of_the_input_would_fail_it():
     """The control: data sets one after the other."""
-    takes = mix(["a"], [np.ones(100, np.int64)])
+    takes = mixed_takes(["a"], [np.ones(100, np.int64)])
     assert takes.lines.tolist() == list(range(100))
-    mixed = mix(["a", "b"], [np.ones(100, np.int64), np.ones(100, np.int64)])
+    mixed = mixed_takes(["a", "b"], [np.ones(100, np.int64), np.ones(100, np.int64)])
     assert (mixed.sources[:100] == 0).sum() == 50  # and not 100
 
 
 def test_what_is_repeated_comes_after_all_of_its_data_set():
-    takes = mix(["a", "b"], [np.array([2, 2, 1]), np.array([1, 1, 1, 1, 1])])
+    takes = mixed_takes(["a", "b"], [np.array([2, 2, 1]), np.array([1, 1, 1, 1, 1])])
     assert takes.lines[takes.sources == 0].tolist() == [0, 1, 2, 0, 1]
 
 
 @given(mixtures(), st.data())
 def test_rows_of_some_lines_that_were_dropped(mixture, data):
     """Against an oracle that knows every line's number."""
-    takes = mix(*mixture)
+    takes = mixed_takes(*mixture)
     lines = takes.new_lines()
     kept = [line for line in lines if data.draw(st.booleans())]
     sources, numbers = (np.array([pair[i] for pair in kept], np.int64) + i for i in (0, 1))
