@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from megatron_eagle.data.media.addresses.rows import open_rows
+from megatron_eagle.data.media.addresses.rows import BROKEN_TABLE, open_rows
 from megatron_eagle.data.media.source import MemberRef, RowRef
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
@@ -89,7 +89,7 @@ class ArrowTable:
         """Row `number` (from 0)."""
         i = int(np.searchsorted(self._bounds, number, side="right")) - 1
         mapped = self._open()
-        batch, place = mapped.batches[i], number - int(self._bounds[i])
+        batch, place = mapped.checked(i), number - int(self._bounds[i])
         return _json(batch, place, lambda steps: self._address(mapped, batch, place, steps))
 
     def close(self) -> None:
@@ -132,6 +132,23 @@ class _Mapped:
             reader = pa.ipc.open_stream(self._whole)
             self.batches = list(reader)
         self.schema = reader.schema
+        self._path = path
+        self._whole_batches: set[int] = set()
+
+    def checked(self, number: int) -> pa.RecordBatch:
+        """A batch whose offsets lead nowhere else: what is mapped is not looked at before.
+
+        Raises:
+            Problem: it is damaged.
+        """
+        batch = self.batches[number]
+        if number not in self._whole_batches:
+            try:
+                batch.validate(full=True)
+            except pa.ArrowException as error:
+                raise Problem(BROKEN_TABLE, f"{self._path}, batch {number + 1}: {_reason(error)}") from None
+            self._whole_batches.add(number)
+        return batch
 
     def offset(self, part: pa.Buffer) -> int:
         """Where a part of the file begins, or -1 if it is none."""

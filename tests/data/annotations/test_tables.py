@@ -158,6 +158,21 @@ def test_a_damaged_row_group(tmp_path, order):
     assert value(record(intact, 8)["image"]) == rows[8]["image"]["bytes"]
 
 
+def test_a_damaged_batch(tmp_path):
+    """Offsets that lead out of an Arrow file are a problem of their rows; those of other batches are read."""
+    rows = [{"id": f"row{k}", "image": picture(k)} for k in range(6)]
+    path = write_arrow(tmp_path / "t", rows, {})
+    content = bytearray(path.read_bytes())
+    lengths = np.cumsum([0, *(len(picture(k)) for k in range(3, 6))]).astype(np.int32).tobytes()
+    at = content.index(lengths)
+    content[at + 4 : at + 8] = np.int32(1 << 30).tobytes()
+    path.write_bytes(content)
+    source = open_records(path)
+    assert value(record(source, 1)["image"]) == picture(1)
+    with pytest.raises(Problem, match=f"broken table: {path}, batch 2: "):
+        source.read(4)
+
+
 def test_memory_stays_flat(tmp_path, monkeypatch):
     """One row group of 48 MB is read in a few megabytes, as it has pages of a few rows."""
     noise = np.random.default_rng(0)
