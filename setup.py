@@ -64,7 +64,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "media": ["lmdb", "simplejpeg"],  # pictures in databases, the warnings of libjpeg
+        "media": ["lmdb", "simplejpeg", "pillow-heif"],  # databases, the warnings of libjpeg, HEIC
+        "remote": ["s3fs", "gcsfs", "huggingface_hub", "aiohttp", "fsspec", "yarl"],  # media elsewhere
         "dali": ["nvidia-dali-cuda120==2.4.0"],
         "gpu": [
             "transformer-engine[pytorch]",
@@ -85,6 +86,11 @@ setup(
             "lmdb",
             "simplejpeg",
             "webdataset",  # writes and reads the archives that tests compare with
+            "s3fs",
+            "gcsfs",
+            "aiohttp",
+            "moto[server]",  # an S3 server of this machine
+            "pillow-heif",
             "ruff==0.17.5",
             "import-linter==2.17",
             "mypy==2.4.1",

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eagle.commands.remote_options import add_remote_options, remote_settings
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
 from megatron_eagle.data.media.transcode import AUDIO, CODECS, TranscodeSettings
 from megatron_eagle.data.preparation.engines import ENGINES
@@ -75,6 +76,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         help="of a finished store, try only those lines again that were dropped for their media",
     )
     add("--report", metavar="FILE", help="also draw what each data set wanted and got, for example as PNG")
+    add_remote_options(command)
 
 
 def _add_transcode(command: argparse.ArgumentParser) -> None:
@@ -89,6 +91,7 @@ def _add_transcode(command: argparse.ArgumentParser) -> None:
     add("--crf", type=int, default=defaults.crf, help="constant quality, lower is better (%(default)s)")
     add("--audio", choices=AUDIO, default=defaults.audio, help="default %(default)s")
     add("--workers", type=int, help="processes (default: one per core)")
+    add_remote_options(command)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -107,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         args.template,
         args.max_pixels,
         args.strict_jpeg,
+        remote_settings(args),
     )
     execution = Execution(args.workers, args.engine, args.fresh, retry_failed=args.retry_failed)
     start = time.perf_counter()
@@ -126,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
 def run_transcode(args: argparse.Namespace) -> None:
     """Copy the videos and print how many, and what they take."""
     settings = TranscodeSettings(args.size, args.gop, args.codec, args.crf, args.audio)
-    made = transcode(args.source, args.output, settings, args.workers)
+    made = transcode(args.source, args.output, settings, args.workers, remote_settings(args))
     before, after = (sum(getattr(c, name) for c in made.copies) / 1e9 for name in ("source_bytes", "bytes"))
     print(
         f"{len(made.copies):,} copies, {made.n_new:,} of them new: {before:.3f} GB -> {after:.3f} GB "

@@ -10,12 +10,14 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
+from megatron_eagle.commands.remote_options import add_remote_options, remote_settings
 from megatron_eagle.data.annotations.mixture import datasets_of
 from megatron_eagle.data.inspection.lint import FileReport, problems
 from megatron_eagle.data.inspection.mix import recipe_mix, store_mix
 from megatron_eagle.data.inspection.preview import check_row, describe_row
 from megatron_eagle.data.inspection.preview_html import pack_page, sample_page
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS
+from megatron_eagle.data.media.remote.files import MediaAccess
 from megatron_eagle.data.packing.index import read_packs
 from megatron_eagle.data.store.reader import Rows, SampleStore
 from megatron_eagle.data.store.shards import ShardStore, open_any_rows, store_folder
@@ -32,7 +34,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """What the command takes."""
     parser = argparse.ArgumentParser(prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    add = commands.add_parser("show", help="one sample or one pack").add_argument
+    shown = commands.add_parser("show", help="one sample or one pack")
+    add = shown.add_argument
     add("data", metavar="D", help="folder of the token store")
     add("--sample", type=int, metavar="I", help="row of the store, from 0")
     add(
@@ -44,15 +47,16 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--length", type=int, help="token limit of the plan (default: the longest)")
     add("--json", action="store_true", help="print the sample as one JSON object")
     add("--html", metavar="OUT", help="write one self-contained page")
-    add = commands.add_parser(
-        "lint", help="problems by file and line; exits with 1 if there are any"
-    ).add_argument
+    add_remote_options(shown)
+    linted = commands.add_parser("lint", help="problems by file and line; exits with 1 if there are any")
+    add = linted.add_argument
     add("recipe", metavar="RECIPE", help="a recipe, or one annotation file")
     add("--no-media", action="store_true", help="look at the annotations only")
     add(
         "--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, help="larger pictures are refused (%(default)s)"
     )
     add("--strict-jpeg", action="store_true", help="refuse JPEG files that libjpeg warns of (simplejpeg)")
+    add_remote_options(linted)
     add = commands.add_parser("mix", help="what a recipe or a store mixes").add_argument
     add("path", metavar="PATH", help="a recipe, or the folder of a token store")
     add("--length", type=int, help="token limit of a store's plan (default: the longest)")
@@ -73,6 +77,7 @@ def show(args: argparse.Namespace) -> None:
     if args.html:
         if args.pack is not None and not isinstance(store, SampleStore):
             raise UserError(f"{store.path} is being made and has no packs yet; name a sample")
+        media = MediaAccess(remote_settings(args))
         has_packs = (store.folder / "packs.arrow").is_file()
         if isinstance(store, SampleStore) and args.sample is None and (args.pack is not None or has_packs):
             index, pack = read_packs(store), args.pack or 0
@@ -80,9 +85,9 @@ def show(args: argparse.Namespace) -> None:
                 raise UserError(
                     f"{store.path} has packs 0 to {len(index) - 1} at length {store.length}, no {pack}"
                 )
-            page = pack_page(store, index, pack)
+            page = pack_page(store, index, pack, media)
         else:
-            page = sample_page(store, check_row(store, args.sample or 0))
+            page = sample_page(store, check_row(store, args.sample or 0), media)
         try:
             Path(args.html).write_text(page, encoding="utf-8")
         except OSError as error:
@@ -94,6 +99,7 @@ def lint(args: argparse.Namespace) -> int:
     """Print FILE:LINE: PROBLEM for every line that cannot be used, then the counts."""
     counts: Counter[str] = Counter()
     n_lines = 0
+    files = MediaAccess(remote_settings(args))
     with TemporaryDirectory() as cache:
         for dataset in datasets_of(args.recipe):
             report = FileReport(dataset)
@@ -102,6 +108,7 @@ def lint(args: argparse.Namespace) -> int:
                 media=not args.no_media,
                 max_pixels=args.max_pixels,
                 strict_jpeg=args.strict_jpeg,
+                files=files,
                 report=report,
                 cache=Path(cache),
             )

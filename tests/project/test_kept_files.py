@@ -330,12 +330,14 @@ IN_PLACE = {
         "data/preparation/transcode._write_annotations",
         "data/media/transcode._encode",
         "data/media/archive_unpack.unpacked_archive",
+        "data/media/remote/cache._claim",
     },
     "at its end": {
         "files.__init__",
         "files.append_line",
         "training/monitoring/heartbeat._report",
         "data/preparation/journal.lock_file",
+        "data/media/remote/cache.fetching",
     },
     "nothing is there yet": {"inference/demo.receive", "data/media/remux._mux"},
     "what one command prints": {

@@ -21,6 +21,7 @@ from megatron_eagle.data.annotations.recipes import llama_factory_entries, llava
 from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, SHARD_SUFFIX, TABLE_SUFFIXES
 from megatron_eagle.data.annotations.references import OVERRIDES, read_overrides
 from megatron_eagle.data.annotations.roots import archives_root
+from megatron_eagle.data.media.remote.addresses import is_remote, parse_place
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
@@ -228,7 +229,7 @@ def _nested(recipe: Path, where: str, name: str, entry: dict[str, Any]) -> list[
     own = {key: value for key, value in entry.items() if key not in ("annotation", "datasets")}
     if isinstance(root := own.get("root"), list):
         own["root"] = [str(_find(recipe, str(one)).resolve()) for one in root]
-    elif root not in (None, ""):
+    elif root not in (None, "") and not is_remote(str(root)):
         own["root"] = str(_find(recipe, str(root)).resolve())
     found = []
     for key, value in entries.items():
@@ -243,6 +244,10 @@ def _expanded(recipe: Path, name: str) -> list[str]:
 
 def _files(recipe: Path, where: str, named: str, split: str | None) -> list[Path]:
     """The annotation files that a name stands for: a file, a folder's, or those that a pattern fits."""
+    if "://" in named:
+        raise UserError(
+            f"{where}: {named} is no file of this machine; download annotations, media may stay there"
+        )
     path = _find(recipe, named)
     if path.is_dir():
         try:
@@ -269,6 +274,11 @@ def _root(recipe: Path, where: str, entry: Mapping[str, Any], files: list[Path])
     root, named = entry.get("root"), entry["annotation"]
     if isinstance(root, list) and root:
         return archives_root(_archives(recipe, where, root))
+    if is_remote(str(root)):
+        try:
+            return str(parse_place(str(root)))
+        except ValueError as error:
+            raise UserError(f"{where}: root: {error}") from None
     if root not in (None, "", []):
         path = _find(recipe, str(root))
         several = glob.has_magic(str(root)) and not path.exists()

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_eagle.data.annotations.keys import OF_VIDEOS, RATE, SAMPLING, TIMES, UNSUPPORTED_KEY
 from megatron_eagle.data.annotations.roots import PICTURE_SUFFIXES, open_root
+from megatron_eagle.data.media.remote.addresses import is_remote, parse_address
 from megatron_eagle.data.media.source import database_picture, member_ref, open_bytes, row_ref
 from megatron_eagle.data.sample import Document, FrameList, VideoSource
 from megatron_eagle.problems import Problem
@@ -180,10 +181,16 @@ class References:
         """A file's name as it is written."""
         if not isinstance(value, str) or not value or "\0" in value:
             raise Problem("bad media reference", f"expected a file name, not {value!r}")
-        value = value.removeprefix("file://")
+        value = whole_text(value.removeprefix("file://"))
+        if is_remote(value):
+            return str(parse_address(value))
         if not is_address(value) and ("://" in value or value.startswith("data:")):
-            raise Problem("unsupported media", f"{value[:60]} is no local file")
-        return whole_text(value)
+            raise Problem("unsupported media", f"{value[:60]} is no local file{_hint(value)}")
+        return value
+
+
+def _hint(address: str) -> str:
+    return "; remote media are read from https://, not plain http://" if address.startswith("http://") else ""
 
 
 def _named(item: Mapping[str, Any], keys: tuple[str, ...]) -> object:
@@ -348,13 +355,13 @@ def _second(value: object, name: str) -> Fraction:
 
 def is_address(name: str) -> bool:
     """Whether a name says itself where a medium is, as those do that records bring along."""
-    return member_ref(name) is not None or row_ref(name) is not None
+    return is_remote(name) or member_ref(name) is not None or row_ref(name) is not None
 
 
 def _is_pdf(item: object) -> bool:
     if not isinstance(item, str):
         return False
-    if not is_address(item):
+    if is_remote(item) or not is_address(item):
         return item.lower().endswith(".pdf")
     with open_bytes(item) as file:  # an address has no suffix
         return file.read(5) == b"%PDF-"

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote
 from megatron_eagle.data.media.archive_index import ArchiveIndex, index_archive
 from megatron_eagle.data.media.archive_scan import archive_kind, plain_name
 from megatron_eagle.data.media.archive_unpack import unpacked_archive
+from megatron_eagle.data.media.remote.addresses import below, is_remote
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
@@ -77,6 +78,28 @@ class FolderRoot:
 
 
 _FILES = FolderRoot("/")
+
+
+class RemoteRoot:
+    """See `MediaRoot`; an absolute name is that of a file.
+
+    Nothing is asked of the store here: what is there will be seen when it is fetched.
+    """
+
+    def __init__(self, root: str):
+        self._root = root
+
+    def path(self, name: str) -> str:
+        """The address."""
+        return _FILES.path(name) if os.path.isabs(name) else below(self._root, name)
+
+    def exists(self, name: str) -> bool:
+        """Not known of remote files."""
+        return os.path.isabs(name) and _FILES.exists(name)
+
+    def pictures(self, name: str) -> tuple[str, ...]:
+        """See `MediaRoot`; a remote folder of frames is not listed."""
+        return _FILES.pictures(name) if os.path.isabs(name) else ()
 
 
 @dataclass(frozen=True)
@@ -183,6 +206,8 @@ def prepared_root(root: str, cache: Path | None = None) -> str:
     Raises:
         UserError: an archive is damaged, or is no archive that can be read where it lies.
     """
+    if is_remote(root):
+        return root
     names = archives_of(root) or ([root] if _split(root) else [])
     if not names and root.lower().endswith(_SUFFIXES) and not os.path.lexists(root):
         raise UserError(f"the archive {root} does not exist, in which media are to be")
@@ -212,7 +237,7 @@ def open_root(root: str) -> MediaRoot:
         UserError: as `prepared_root`.
     """
     if not root.startswith(_SCHEME):
-        return FolderRoot(root)
+        return RemoteRoot(root) if is_remote(root) else FolderRoot(root)
     parts = []
     for part in root.removeprefix(_SCHEME).split("&"):
         name, folder, _ = part.split("=")

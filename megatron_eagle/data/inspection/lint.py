@@ -15,6 +15,8 @@ from megatron_eagle.data.annotations.mixture import Dataset
 from megatron_eagle.data.annotations.parsing import read_record
 from megatron_eagle.data.annotations.records import numbered, open_records
 from megatron_eagle.data.annotations.roots import prepared_root
+from megatron_eagle.data.media.remote.cache import CacheError
+from megatron_eagle.data.media.remote.files import ONLY_LOCAL, MediaAccess
 from megatron_eagle.data.sample import Sample
 from megatron_eagle.data.sampling.probe import probe_document, probe_image, probe_video
 from megatron_eagle.problems import LedgerEntry, Problem
@@ -59,6 +61,7 @@ def problems(
     media: bool,
     max_pixels: int,
     strict_jpeg: bool = False,
+    files: MediaAccess = ONLY_LOCAL,
     report: FileReport | None = None,
     cache: Path | None = None,
     threads: int = 4,
@@ -70,7 +73,7 @@ def problems(
         cache: where packed archives are unpacked.
     """
     report = report or FileReport(dataset)
-    check_media = _media_check(max_pixels, strict_jpeg)
+    check_media = _media_check(max_pixels, strict_jpeg, files)
     root = prepared_root(dataset.root, cache)
 
     def check(numbered: tuple[int, bytes | Problem]) -> tuple[str | None, LedgerEntry | None]:
@@ -92,6 +95,8 @@ def problems(
                 check_media(sample)
         except Problem as problem:
             return dialect, LedgerEntry(file, line, str(problem), problem.kind)
+        except CacheError:
+            raise
         except Exception as error:  # as in preprocessing, a strange file is a line of the report
             reason = f"unexpected error: {type(error).__name__}: {error}"
             return dialect, LedgerEntry(file, line, reason, "unexpected error")
@@ -108,15 +113,17 @@ def problems(
                 yield entry if entry is None or entry.kind != UNKNOWN_KEY else None
 
 
-def _media_check(max_pixels: int, strict_jpeg: bool) -> Callable[[Sample], None]:
+def _media_check(max_pixels: int, strict_jpeg: bool, files: MediaAccess) -> Callable[[Sample], None]:
     """What reads a sample's media to their end; those that other samples had as well, once."""
 
     @lru_cache(maxsize=4096)
     def check_image(path: str) -> None:
-        probe_image(path, max_pixels, strict_jpeg)
+        probe_image(path, max_pixels, strict_jpeg, files)
 
-    check_document = lru_cache(maxsize=256)(lambda paper: probe_document(paper, max_pixels, strict_jpeg))
-    check_video = lru_cache(maxsize=256)(probe_video)
+    check_document = lru_cache(maxsize=256)(
+        lambda paper: probe_document(paper, max_pixels, strict_jpeg, files)
+    )
+    check_video = lru_cache(maxsize=256)(lambda source: probe_video(source, files))
 
     def check(sample: Sample) -> None:
         for path in sample.images:

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_eagle.data.inspection.preview_media import frames, picture
 from megatron_eagle.data.loading.loss_weights import answer_weights
 from megatron_eagle.data.media.frame_list import frame_list_folder
+from megatron_eagle.data.media.remote.files import ONLY_LOCAL, MediaAccess
 from megatron_eagle.data.media.source import page_ref
 from megatron_eagle.data.packing.index import Packs
 from megatron_eagle.data.store.reader import ImagePlan, Rows, StoredSample
@@ -51,17 +52,19 @@ figcaption { font-size: 12px; }
 """
 
 
-def sample_page(store: Rows, row: int) -> str:
+def sample_page(store: Rows, row: int, media: MediaAccess = ONLY_LOCAL) -> str:
     """The page of one store row."""
     tokenizer = load_tokenizer(store.path / "tokenizer")
-    return page(f"Sample {row:,} of {len(store):,}", store, sample_section(store, tokenizer, row))
+    return page(
+        f"Sample {row:,} of {len(store):,}", store, sample_section(store, tokenizer, row, media=media)
+    )
 
 
-def pack_page(store: Rows, index: Packs, pack: int) -> str:
+def pack_page(store: Rows, index: Packs, pack: int, media: MediaAccess = ONLY_LOCAL) -> str:
     """The page of one pack: its map, then its samples."""
     rows = index.rows(pack)
     tokenizer = load_tokenizer(store.path / "tokenizer")
-    samples = "".join(sample_section(store, tokenizer, row) for row in rows)
+    samples = "".join(sample_section(store, tokenizer, row, media=media) for row in rows)
     return page(f"Pack {pack:,} of {len(index):,}", store, _map(store, rows) + samples)
 
 
@@ -126,6 +129,7 @@ def sample_section(
     note: str = "",
     weighting: str = "square",
     multi_turn: bool = False,
+    media: MediaAccess = ONLY_LOCAL,
 ) -> str:
     """All about a row under a heading.
 
@@ -133,6 +137,7 @@ def sample_section(
         anchor: what links name it by; None: sample-ROW.
         note: further words.
         weighting, multi_turn: those of a run's loss.
+        media: gives those that are remote.
     """
     sample = store[row]
     head = ("tokens", "text", "visual", "supervised", "tiles", "frames")
@@ -165,7 +170,7 @@ def sample_section(
         page = page_ref(image.path)
         file = page.file if page else image.path
         parts.append(f'<p class="note">{escape(file)}: {escape(_grid_words(store, image))}</p>')
-        parts.append(picture(image, store.manifest.max_pixels))
+        parts.append(picture(image, store.manifest.max_pixels, media))
     for i, video in enumerate(sample.videos, 1):
         seconds = video.duration_num / video.duration_den
         where = frame_list_folder(video.path)
@@ -174,7 +179,7 @@ def sample_section(
             f'<p class="note">{escape(where)}: {len(video.frames)} frames of {seconds:.2f} s '
             f"({len(video.frames) / seconds:.2f} per second)</p>"
         )
-        parts.append(frames(video))
+        parts.append(frames(video, media))
     return "\n".join(parts)
 
 

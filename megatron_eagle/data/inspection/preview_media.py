@@ -8,16 +8,18 @@ from PIL import Image
 
 from megatron_eagle.data.media.exact import upright_frames
 from megatron_eagle.data.media.images import load_image
+from megatron_eagle.data.media.remote.files import MediaAccess
 from megatron_eagle.data.store.reader import ImagePlan, VideoPlan
 from megatron_eagle.problems import Problem
 
 _PICTURE_SIZE, _FRAME_SIZE = 560, 150  # most pixels a side
 
 
-def picture(plan: ImagePlan, max_pixels: int) -> str:
+def picture(plan: ImagePlan, max_pixels: int, media: MediaAccess) -> str:
     """A picture with its tile grid and, beside it, the thumbnail of the whole; or why it cannot be shown."""
     try:
-        image = load_image(plan.path, max_pixels=max_pixels)
+        with media.local(plan.path, plan.file) as local:
+            image = load_image(local, max_pixels=max_pixels)
     except Problem as problem:
         return f'<p class="problem">{escape(str(problem))}</p>'
     scale = min(1, _PICTURE_SIZE / max(plan.width, plan.height))  # a page is drawn in its grid's shape
@@ -44,19 +46,20 @@ def _grid(image: Image.Image, columns: int, rows: int, label: str = "") -> str:
     return f'<svg class="picture" {box}>{"".join(parts)}</svg>'
 
 
-def frames(plan: VideoPlan) -> str:
+def frames(plan: VideoPlan, media: MediaAccess) -> str:
     """The shown frames of a video with their numbers and times; or why they cannot be shown."""
     figures = []
     times = plan.times
     try:
-        for i, frame in enumerate(upright_frames(plan.path, plan.index)):
-            image = Image.fromarray(frame)
-            image.thumbnail((_FRAME_SIZE, _FRAME_SIZE))
-            caption = f"Frame {i + 1}: {times[i]:.2f} s<br>number {plan.frames[i]:,} in the file"
-            figures.append(
-                f'<figure><img src="{_data(image)}" width="{image.width}" height="{image.height}" '
-                f'alt="frame {i + 1}"><figcaption>{caption}</figcaption></figure>'
-            )
+        with media.local(plan.path, plan.index.file) as local:
+            for i, frame in enumerate(upright_frames(local, plan.index)):
+                image = Image.fromarray(frame)
+                image.thumbnail((_FRAME_SIZE, _FRAME_SIZE))
+                caption = f"Frame {i + 1}: {times[i]:.2f} s<br>number {plan.frames[i]:,} in the file"
+                figures.append(
+                    f'<figure><img src="{_data(image)}" width="{image.width}" height="{image.height}" '
+                    f'alt="frame {i + 1}"><figcaption>{caption}</figcaption></figure>'
+                )
     except Problem as problem:
         figures.append(f'<p class="problem">{escape(str(problem))}</p>')
     return f'<div class="frames">{"".join(figures)}</div>'

@@ -34,6 +34,8 @@ from megatron_eagle.data.loading.packs import (
 )
 from megatron_eagle.data.loading.prefetch import Prefetcher
 from megatron_eagle.data.media.decoder import MediaDecoder
+from megatron_eagle.data.media.remote.files import MediaAccess
+from megatron_eagle.data.media.remote.settings import RemoteSettings
 from megatron_eagle.data.packing.balance import assign, pack_costs
 from megatron_eagle.data.packing.index import PackIndex, read_packs
 from megatron_eagle.data.store.reader import DataManifest, Rows, SampleStore
@@ -52,7 +54,7 @@ class DataConfig(Ranged):
 
     `decoder` is exact, dali, or auto (see `data.media.decoder`). `on_media_error`: a picture or video that
     can no longer be read, or not within `decode_timeout_s` seconds, ends the run (`error`), or its sample
-    goes without weight in the loss (`skip`).
+    goes without weight in the loss (`skip`). `remote` says from where media may be fetched.
     """
 
     path: str  # folder of the token store; also while it is made
@@ -68,6 +70,7 @@ class DataConfig(Ranged):
     decode_timeout_s: Annotated[float, Range(0.1, 86_400)] = 120.0
     # Read window by window, also while preprocessing makes it; null: a complete store, which is packed.
     follow: FollowConfig | None = None
+    remote: RemoteSettings = RemoteSettings()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +136,7 @@ class PackLoader(Generic[P]):
             tile_size=self.manifest.tile_size,
             device=device,
             timeout=config.decode_timeout_s,
+            files=MediaAccess(config.remote),
         )
         self._media = MediaReader(
             self._store, self._decoder, config.decode_threads, pin_memory=self._pin_memory

@@ -42,7 +42,7 @@ class Medium:
         if isinstance(plan, VideoPlan):
             return decoder.frames(plan.path, plan.index, plan.frames[wanted])[0]
         grid = plan.columns, plan.rows
-        return decoder.picture(plan.path, grid, max_pixels=self.max_pixels, file_size=plan.file_size)[wanted]
+        return decoder.picture(plan.path, grid, max_pixels=self.max_pixels, file=plan.file)[wanted]
 
 
 def media_of_row(store: Rows, row: int) -> list[Medium]:

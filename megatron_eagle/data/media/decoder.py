@@ -14,7 +14,8 @@ from megatron_eagle.data.media.deadline import within_deadline
 from megatron_eagle.data.media.exact import upright_frames
 from megatron_eagle.data.media.frame_table import FrameIndex
 from megatron_eagle.data.media.images import load_image
-from megatron_eagle.data.media.source import check_size, check_unchanged
+from megatron_eagle.data.media.remote.files import ONLY_LOCAL, MediaAccess
+from megatron_eagle.data.media.source import FileMetadata, check_size, check_unchanged
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.tiles import image_tiles, resize
 
@@ -66,7 +67,8 @@ class MediaDecoder:
     """Decodes media into tiles on the host; many threads may ask at the same time, of one process.
 
     `backend` is exact, dali, or auto: dali on a CUDA `device` if it is installed, else exact.  `name` and
-    `reason` say what was chosen and why.  `timeout` is how many seconds one medium may take (None: no limit).
+    `reason` say what was chosen and why.  `timeout` is how many seconds decoding one medium may take (None:
+    no limit), `files` gives those that are remote.
     `fallbacks` counts, by how and why, the media that are decoded in a slower way than others: exactly and
     not by DALI, or from the start of the file; `report` gets a line at the first of each.
 
@@ -81,11 +83,12 @@ class MediaDecoder:
         tile_size: int,
         device: str | torch.device = "cpu",
         timeout: float | None = None,
+        files: MediaAccess = ONLY_LOCAL,
         report: Callable[[str], None] = print,
     ):
         device = torch.device(device)
         self.name, self.reason = choose_decoder(backend, device)
-        self._timeout, self._report = timeout, report
+        self._timeout, self._files, self._report = timeout, files, report
         self.fallbacks: Counter[str] = Counter()
         self._backend: _Backend
         if self.name == "exact":
@@ -111,30 +114,33 @@ class MediaDecoder:
         chosen = index.select(frame_numbers)
         order = torch.from_numpy(np.searchsorted(chosen.numbers, frame_numbers))
 
-        def decode() -> torch.Tensor:
-            check_unchanged(source, index.file, index.fingerprint)
-            return self._backend.frames(source, chosen)
+        with self._files.local(source, index.file) as local:
 
-        tiles = within_deadline(self._timeout, source, decode)
+            def decode() -> torch.Tensor:
+                check_unchanged(local, index.file, index.fingerprint)
+                return self._backend.frames(local, chosen)
+
+            tiles = within_deadline(self._timeout, local, decode)
         if len(order) > len(tiles) or (order.diff() < 0).any():
             tiles = tiles[order]
         return tiles, torch.from_numpy(chosen.times)[order]
 
     def picture(
-        self, path: str, grid: tuple[int, int], *, max_pixels: int, file_size: int | None = None
+        self, path: str, grid: tuple[int, int], *, max_pixels: int, file: FileMetadata | None = None
     ) -> torch.Tensor:
         """A picture in its grid (columns, rows) of tiles, uint8 [n, 3, S, S]: see `tiles.image_tiles`.
 
         Raises:
-            Problem: it cannot be read, or not in time, or does not have `file_size` bytes.
+            Problem: it cannot be read, or not in time, or does not have the bytes of `file`, which it was.
         """
+        with self._files.local(path, file) as local:
 
-        def decode() -> torch.Tensor:
-            if file_size is not None:
-                check_size(path, file_size)
-            return self._backend.picture(path, grid, max_pixels=max_pixels)
+            def decode() -> torch.Tensor:
+                if file is not None:
+                    check_size(local, file.size)
+                return self._backend.picture(local, grid, max_pixels=max_pixels)
 
-        return within_deadline(self._timeout, path, decode)
+            return within_deadline(self._timeout, local, decode)
 
     def close(self) -> None:
         """Let the back end's threads and memory go."""

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from megatron_eagle.data.media.addresses.base import AddressKind, FileMetadata
 from megatron_eagle.data.media.addresses.databases import Databases, database_picture
+from megatron_eagle.data.media.addresses.elsewhere import Elsewhere
 from megatron_eagle.data.media.addresses.files import Files
 from megatron_eagle.data.media.addresses.members import MemberRef, Members, member_ref
 from megatron_eagle.data.media.addresses.pages import PageRef, page_ref
@@ -147,6 +148,7 @@ _KINDS: Mapping[str, AddressKind] = {
     "parquet": RowValues(),
     "pdf": _Pages(),
     "frames": _FrameLists(),
+    **dict.fromkeys(("s3", "gs", "hf", "https", "http"), Elsewhere()),
 }
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from megatron_eagle.data.annotations import unknown_keys
 from megatron_eagle.data.annotations.mixture import Dataset, read_recipe
 from megatron_eagle.data.annotations.records import RecordSource, open_records
+from megatron_eagle.data.media.remote.files import MediaAccess
 from megatron_eagle.data.media.source import member_ref, row_ref
 from megatron_eagle.data.preparation.archives import remove_unpacked, with_archives
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
@@ -176,7 +177,8 @@ def preprocess(
     partial, left = growing_folder(output), journal_folder(output)
     finished = None
     if not execution.fresh and (execution.retry_failed or not left.exists()):
-        finished = FinishedLines(output) if is_current(output, manifest.input_key) else None
+        files = MediaAccess(settings.remote)
+        finished = FinishedLines(output) if is_current(output, manifest.input_key, files) else None
     if finished and not left.exists() and not (execution.retry_failed and finished.failed):
         print(f"{output} is up to date: same input and settings, media unchanged; --fresh makes it again")
         if finished.failed:

@@ -15,8 +15,11 @@ from megatron_eagle.data.media.damage import need_simplejpeg
 from megatron_eagle.data.media.documents import check_pages
 from megatron_eagle.data.media.exact import read_frames
 from megatron_eagle.data.media.images import DEFAULT_MAX_PIXELS, MAX_MAX_PIXELS, image_size
+from megatron_eagle.data.media.remote.cache import CacheError
+from megatron_eagle.data.media.remote.files import MediaAccess
+from megatron_eagle.data.media.remote.settings import RemoteSettings
 from megatron_eagle.data.media.source import file_metadata, fingerprint
-from megatron_eagle.data.sample import Document, DocumentRef, ImageRef, Sample, VideoRef
+from megatron_eagle.data.sample import DocumentRef, ImageRef, Sample, VideoRef
 from megatron_eagle.data.sampling.ads import MediaPlan, SamplingSettings, plan_media
 from megatron_eagle.data.sampling.probe import (
     ImageMetadata,
@@ -36,7 +39,7 @@ from megatron_eagle.problems import LedgerEntry, Problem
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """Everything that decides what a sample becomes.
+    """Everything that decides what a sample becomes, and how its media are had (`remote`).
 
     Raises:
         UserError: impossible values.
@@ -49,6 +52,7 @@ class PreprocessSettings:
     template: str = "train"
     max_pixels: int = DEFAULT_MAX_PIXELS
     strict_jpeg: bool = False
+    remote: RemoteSettings = RemoteSettings()
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
@@ -113,14 +117,19 @@ class SampleProcessor:
             load_tokenizer(settings.tokenizer), settings.template, settings.tokens_per_tile
         )
         # Several questions about one video, document or picture usually follow each other.
-        limits = settings.max_pixels, settings.strict_jpeg
+        self._files = files = MediaAccess(settings.remote)
+        limits = settings.max_pixels, settings.strict_jpeg, files
         self._probe_image = lru_cache(maxsize=1024)(lambda path: probe_image(path, *limits))
         self._probe_document = lru_cache(maxsize=32)(lambda document: probe_document(document, *limits))
-        self._probe_video = lru_cache(maxsize=32)(probe_video)
+        self._probe_video = lru_cache(maxsize=32)(lambda source: probe_video(source, files))
         self._records = lru_cache(maxsize=2)(open_records)
 
     def process(self, task: Task) -> Outcome:
-        """Never raises for bad input: a sample that cannot be used becomes ledger entries."""
+        """Never raises for bad input: a sample that cannot be used becomes ledger entries.
+
+        Raises:
+            CacheError: the cache of remote media cannot be written.
+        """
         rows: dict[int, StoreRow] = {}
         dropped = []
 
@@ -151,9 +160,11 @@ class SampleProcessor:
                 except Problem as problem:
                     drop(problem, length)
             self._check_frames(media.videos, list(plans.values()))
-            self._check_pages(sample.documents, list(plans.values()))
+            self._check_pages(media.documents, list(plans.values()))
             for length, plan in plans.items():
                 rows[length] = self._row(task, sample, media, plan)
+        except CacheError:
+            raise
         except Exception as error:  # one strange file must not end a run of millions; the summary counts it
             rows.clear()
             dropped.clear()
@@ -192,24 +203,30 @@ class SampleProcessor:
             frames = sorted({frame for plan in plans for frame in plan.frames[i]})
             if video.pictures:
                 for frame in frames:
-                    image_size(
-                        video.pictures[frame],
-                        max_pixels=self._settings.max_pixels,
-                        strict_jpeg=self._settings.strict_jpeg,
-                    )
+                    with self._files.local(video.pictures[frame]) as local:
+                        image_size(
+                            local,
+                            max_pixels=self._settings.max_pixels,
+                            strict_jpeg=self._settings.strict_jpeg,
+                        )
                 continue
             reasons: list[str] = []
-            for _ in read_frames(video.file.path, video.table.index.select(frames), reasons.append):
-                pass
+            with self._files.local(video.file.path, video.file) as local:
+                for _ in read_frames(local, video.table.index.select(frames), reasons.append):
+                    pass
             if reasons:
                 videos[i] = replace(video, table=replace(video.table, linear_reason=reasons[0]))
 
-    def _check_pages(self, documents: Sequence[Document], plans: list[MediaPlan]) -> None:
+    def _check_pages(
+        self, documents: "list[list[ImageMetadata] | list[PageMetadata]]", plans: list[MediaPlan]
+    ) -> None:
         """Open every page of a PDF file that some plan shows, likewise."""
         for i, document in enumerate(documents):
-            if isinstance(document, str):
+            if isinstance(document[0], PageMetadata):
                 pages = sorted({page for plan in plans for page in plan.pages[i]})
-                check_pages(document, pages, max_pixels=self._settings.max_pixels)
+                file = document[0].file
+                with self._files.local(file.path, file) as local:
+                    check_pages(local, pages, max_pixels=self._settings.max_pixels)
 
     def _row(self, task: Task, sample: Sample, media: "_Media", plan: MediaPlan) -> StoreRow:
         tiles = [tile_count(grid) for grid in plan.grids]
@@ -245,11 +262,38 @@ class SampleProcessor:
                     for number, grid in zip(shown, grids, strict=True)
                 ),
             ),
-            videos=tuple(map(_video_plan, media.videos, plan.frames)),
+            videos=tuple(map(self._video_plan, media.videos, plan.frames)),
             documents=documents,
             media_order=_media_order(sample, documents),
         )
         return StoreRow(encoded.ids, encoded.answers, columns)
+
+    def _video_plan(self, video: VideoMetadata, frames: tuple[int, ...]) -> VideoPlan:
+        index = video.table.index.select(frames)
+        if video.pictures:
+            name = video.name(frames)
+            with self._files.local(name) as local:
+                file, mark = replace(file_metadata(local), path=name), fingerprint(local)
+        else:
+            file, mark = video.file, index.fingerprint
+        return VideoPlan(
+            path=file.path,
+            file_size=file.size,
+            mtime_ns=file.mtime_ns,
+            fingerprint=mark,
+            stream=index.stream,
+            rotation=index.rotation,
+            time_base_num=index.time_base.numerator,
+            time_base_den=index.time_base.denominator,
+            duration_num=video.duration.numerator,
+            duration_den=video.duration.denominator,
+            n_frames=index.n_frames,
+            open_gop=int(index.open_gop),
+            linear_reason=index.linear_reason,
+            frames=frames,
+            pts=tuple(index.pts.tolist()),
+            seek_points=tuple(index.seek_points.tolist()),
+        )
 
 
 @dataclass(frozen=True)
@@ -299,31 +343,4 @@ def _image_plan(
         height=demand.height,
         columns=grid[0],
         rows=grid[1],
-    )
-
-
-def _video_plan(video: VideoMetadata, frames: tuple[int, ...]) -> VideoPlan:
-    index = video.table.index.select(frames)
-    if video.pictures:
-        name = video.name(frames)
-        file, mark = file_metadata(name), fingerprint(name)
-    else:
-        file, mark = video.file, index.fingerprint
-    return VideoPlan(
-        path=file.path,
-        file_size=file.size,
-        mtime_ns=file.mtime_ns,
-        fingerprint=mark,
-        stream=index.stream,
-        rotation=index.rotation,
-        time_base_num=index.time_base.numerator,
-        time_base_den=index.time_base.denominator,
-        duration_num=video.duration.numerator,
-        duration_den=video.duration.denominator,
-        n_frames=index.n_frames,
-        open_gop=int(index.open_gop),
-        linear_reason=index.linear_reason,
-        frames=frames,
-        pts=tuple(index.pts.tolist()),
-        seek_points=tuple(index.seek_points.tolist()),
     )

@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ import pyarrow.compute as pc
 from megatron_eagle.data.annotations.formats import TEXT_PROBLEMS
 from megatron_eagle.data.annotations.mixture import Dataset
 from megatron_eagle.data.annotations.records import description
+from megatron_eagle.data.media.remote.files import ONLY_LOCAL, MediaAccess
 from megatron_eagle.data.media.source import FileMetadata, file_metadata, fingerprint
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, StoreRow
 from megatron_eagle.data.store.media_names import FOLDER, is_own
@@ -21,6 +26,8 @@ from megatron_eagle.problems import LedgerEntry, Problem
 
 READING = 3
 """Goes up when records or media come to mean something else, so that stores made before are made again."""
+
+_ASKING, _ASKED = 16, 1024  # threads, and media that they are given at a time: stores answer slowly
 
 
 def cache_key(datasets: list[Dataset], settings: PreprocessSettings, tokenizer_fingerprint: str) -> str:
@@ -34,8 +41,10 @@ def cache_key(datasets: list[Dataset], settings: PreprocessSettings, tokenizer_f
         taken = [dataset.repeat_time, dataset.strategy]
         how = [dataset.root, *taken, overrides, asdict(dataset.conventions)]
         sources.append([dataset.name, str(dataset.annotation), content, *how])
+    decisive = asdict(settings)
+    del decisive["remote"]  # how media are had changes none of them
     everything = {
-        **asdict(settings),
+        **decisive,
         "tokenizer": tokenizer_fingerprint,
         "sources": sources,
         "reading": READING,
@@ -54,11 +63,14 @@ def _content(annotation: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def is_current(folder: Path, key: str) -> bool:
+def is_current(folder: Path, key: str, files: MediaAccess = ONLY_LOCAL) -> bool:
     """Whether `folder` is a store that follows from the same input as one of this key.
 
     That is so if it has this key and its media have the size and time of change that they had. What was
     dropped for its media may be in order by now: `FinishedLines` says which lines those are.
+
+    Raises:
+        UserError: `files` may not ask for a remote medium of the store.
     """
     try:
         store = SampleStore(folder)
@@ -71,25 +83,35 @@ def is_current(folder: Path, key: str) -> bool:
     }
     if not all(_has_size(folder / name, size) for name, size in own.items()):
         return False
+    with ThreadPoolExecutor(_ASKING) as pool:
+        known = _media(store)
+        while block := list(islice(known, _ASKED)):
+            if not all(pool.map(partial(_is_unchanged, files), block)):
+                return False
+    return True
+
+
+def _media(store: SampleStore) -> Iterator[FileMetadata]:
+    """All media of a store as they were, each once, but those that it has itself."""
     seen: set[str] = set()
     for name in ("images", "videos"):
         for chunk in store.column(name).chunks:
             media = chunk.flatten()
             columns = (pc.struct_field(media, part) for part in ("path", "file_size", "mtime_ns"))
             for path, size, mtime in zip(*(column.to_pylist() for column in columns), strict=True):
-                if path not in seen and not is_own(path) and not _is_unchanged(path, size, mtime):
-                    return False
+                if path not in seen and not is_own(path):
+                    yield FileMetadata(path, size, mtime)
                 seen.add(path)
-    return True
 
 
 def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _is_unchanged(path: str, size: int, mtime_ns: int) -> bool:
+def _is_unchanged(files: MediaAccess, before: FileMetadata) -> bool:
+    files.check_allowed(before.path)
     try:
-        return file_metadata(path) == FileMetadata(path, size, mtime_ns)
+        return files.metadata(before.path) == before
     except Problem:
         return False
 

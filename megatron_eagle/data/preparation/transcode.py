@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,6 +23,9 @@ from megatron_eagle.data.annotations.mixture import Dataset, datasets_of
 from megatron_eagle.data.annotations.records import numbered, open_records
 from megatron_eagle.data.annotations.rewrite import as_line, replace_videos
 from megatron_eagle.data.annotations.roots import archives_of, prepared_root
+from megatron_eagle.data.media.remote.addresses import is_remote
+from megatron_eagle.data.media.remote.files import MediaAccess
+from megatron_eagle.data.media.remote.settings import RemoteSettings
 from megatron_eagle.data.media.source import file_metadata, member_ref, row_ref
 from megatron_eagle.data.media.transcode import TranscodeSettings, transcode_video
 from megatron_eagle.data.preparation.archives import remove_unpacked
@@ -70,7 +73,11 @@ class Transcoded:
 
 
 def transcode(
-    source: str | Path, output: str | Path, settings: TranscodeSettings, workers: int | None = None
+    source: str | Path,
+    output: str | Path,
+    settings: TranscodeSettings,
+    workers: int | None = None,
+    remote: RemoteSettings | None = None,
 ) -> Transcoded:
     """Copy the videos of a recipe, an annotation file or a folder (see `media.transcode`) into `output`.
 
@@ -93,7 +100,9 @@ def transcode(
     try:
         output.mkdir(parents=True, exist_ok=True)
         with lock_file(output / ".lock"):
-            copies, failures, n_new = _copy_all(paths, targets, settings, workers, output)
+            copies, failures, n_new = _copy_all(
+                paths, targets, settings, workers, output, remote or RemoteSettings()
+            )
             made = {path: copy.target for path, copy in copies.items()}
             _write_annotations(datasets, made, output, archives)
         remove_unpacked(archives)
@@ -106,7 +115,12 @@ def transcode(
 
 
 def _copy_all(
-    paths: list[str], targets: dict[str, Path], settings: TranscodeSettings, workers: int | None, output: Path
+    paths: list[str],
+    targets: dict[str, Path],
+    settings: TranscodeSettings,
+    workers: int | None,
+    output: Path,
+    remote: RemoteSettings,
 ) -> tuple[dict[str, Copy], list[Failure], int]:
     """The copies by their sources, what failed, and how many copies are new."""
     log = output / "transcoded.jsonl"
@@ -114,10 +128,13 @@ def _copy_all(
     written = {record["source"]: record for record in read_records(log) if "source" in record}
     write_lines(log, written.values())
     done = _finished(written.values())
-    copies = {path: done[path] for path in paths if _is_current(done.get(path), targets[path], settings)}
+    files = MediaAccess(remote)
+    copies = {
+        path: done[path] for path in paths if _is_current(done.get(path), targets[path], settings, files)
+    }
     failures: list[Failure] = []
     jobs = [(path, targets[path]) for path in paths if path not in copies]
-    make = partial(_transcode, settings, log)
+    make = partial(_transcode, settings, log, remote)
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     results = in_processes(make, jobs, workers) if workers > 1 else (r for job in jobs for r in make(job))
     bar: dict[str, Any] = {
@@ -171,7 +188,7 @@ def _targets(paths: list[str], root: Path, folder: Path) -> dict[str, Path]:
     """Where each copy goes: the source's path below `root`, with a suffix that says MP4."""
     targets: dict[str, Path] = {}
     for path in paths:
-        name = os.path.relpath(_place(path), root)
+        name = path.replace("://", "/") if is_remote(path) else os.path.relpath(_place(path), root)
         targets[path] = folder / (name if name.endswith(".mp4") else f"{name}.mp4")
     taken: dict[Path, str] = {}
     for path, target in targets.items():
@@ -200,23 +217,31 @@ def _finished(records: Iterable[dict[str, Any]]) -> dict[str, Copy]:
     return found
 
 
-def _is_current(copy: Copy | None, target: Path, settings: TranscodeSettings) -> bool:
+def _is_current(copy: Copy | None, target: Path, settings: TranscodeSettings, media: MediaAccess) -> bool:
     if copy is None or copy.target != str(target) or copy.settings != asdict(settings):
         return False
     try:
-        metadata = file_metadata(copy.source)
+        metadata = media.metadata(copy.source)
         size = file_metadata(copy.target).size
     except Problem:
         return False
     return (metadata.size, metadata.mtime_ns, size) == (copy.source_bytes, copy.source_mtime_ns, copy.bytes)
 
 
-def _transcode(settings: TranscodeSettings, log: Path, job: tuple[str, Path]) -> list[Copy | Failure]:
+@lru_cache(maxsize=1)
+def _media(remote: RemoteSettings) -> MediaAccess:
+    return MediaAccess(remote)
+
+
+def _transcode(
+    settings: TranscodeSettings, log: Path, remote: RemoteSettings, job: tuple[str, Path]
+) -> list[Copy | Failure]:
     """Make one copy and write it down at once, so that no kill can lose it."""
     source, target = job
     try:
-        metadata = file_metadata(source)
-        frames = transcode_video(source, target, settings)
+        with _media(remote).local(source) as local:
+            metadata = file_metadata(local)
+            frames = transcode_video(local, target, settings)
     except Problem as problem:
         return [Failure(source, problem.kind, str(problem))]
     size = target.stat().st_size

@@ -1,7 +1,7 @@
 """What has to be known of a media file before frames and grids are chosen; no pixels are kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +11,7 @@ from megatron_eagle.data.media.frame_index import read_frame_table
 from megatron_eagle.data.media.frame_list import common_clock, frame_list_name
 from megatron_eagle.data.media.frame_table import FrameTable
 from megatron_eagle.data.media.images import image_size
+from megatron_eagle.data.media.remote.files import ONLY_LOCAL, MediaAccess
 from megatron_eagle.data.media.source import FileMetadata, PageRef, file_metadata
 from megatron_eagle.data.sample import Document, FrameList, VideoSource
 from megatron_eagle.data.sampling.ads import ImageDemand, SamplingSettings, VideoDemand, wanted_frames
@@ -91,18 +92,21 @@ class VideoMetadata:
         ]
 
 
-def probe_image(path: str, max_pixels: int, strict_jpeg: bool = False) -> ImageMetadata:
+def probe_image(
+    path: str, max_pixels: int, strict_jpeg: bool = False, files: MediaAccess = ONLY_LOCAL
+) -> ImageMetadata:
     """Check a picture to its end and read its size.
 
     Raises:
-        Problem: as `images.image_size`.
+        Problem: as `images.image_size`, and as `MediaAccess.local`.
     """
-    width, height = image_size(path, max_pixels=max_pixels, strict_jpeg=strict_jpeg)
-    return ImageMetadata(file_metadata(path), width, height)
+    with files.local(path) as local:
+        width, height = image_size(local, max_pixels=max_pixels, strict_jpeg=strict_jpeg)
+        return ImageMetadata(replace(file_metadata(local), path=path), width, height)
 
 
 def probe_document(
-    document: Document, max_pixels: int, strict_jpeg: bool = False
+    document: Document, max_pixels: int, strict_jpeg: bool = False, files: MediaAccess = ONLY_LOCAL
 ) -> list[ImageMetadata] | list[PageMetadata]:
     """The pages of a document, whether it is a PDF file or a list of pictures.
 
@@ -110,12 +114,13 @@ def probe_document(
         Problem: a page cannot be read.
     """
     if not isinstance(document, str):
-        return [probe_image(page, max_pixels, strict_jpeg) for page in document]
-    sizes, file = page_sizes(document), file_metadata(document)
+        return [probe_image(page, max_pixels, strict_jpeg, files) for page in document]
+    with files.local(document) as local:
+        sizes, file = page_sizes(local), replace(file_metadata(local), path=document)
     return [PageMetadata(file, number, *size, max_pixels) for number, size in enumerate(sizes)]
 
 
-def probe_video(source: VideoSource) -> VideoMetadata:
+def probe_video(source: VideoSource, files: MediaAccess = ONLY_LOCAL) -> VideoMetadata:
     """Read a video's frame table and find the clip in it.
 
     The duration of N frames is span + span / (N - 1) of their presentation times (one frame: its own
@@ -126,7 +131,7 @@ def probe_video(source: VideoSource) -> VideoMetadata:
         Problem: the video cannot be read, or its clip has no frames.
     """
     listed = source.frames
-    table = _list_table(source.path, listed) if listed else read_frame_table(source.path)
+    table = _list_table(source.path, listed, files) if listed else _file_table(source.path, files)
     n = len(table.pts)
     begin = int(table.pts[0]) * table.time_base
     span = (int(table.pts[-1]) - int(table.pts[0])) * table.time_base
@@ -149,14 +154,20 @@ def probe_video(source: VideoSource) -> VideoMetadata:
     return VideoMetadata(table.file, table, first, last, duration, pictures, uneven)
 
 
-def _list_table(folder: str, frames: FrameList) -> FrameTable:
+def _file_table(path: str, files: MediaAccess) -> FrameTable:
+    with files.local(path) as local:
+        table = read_frame_table(local)
+    return replace(table, file=replace(table.file, path=path))
+
+
+def _list_table(folder: str, frames: FrameList, files: MediaAccess) -> FrameTable:
     """The frame table of pictures: each is a key frame.
 
     Raises:
         Problem: one is missing.
     """
     for picture in frames.pictures:
-        file_metadata(picture)
+        files.metadata(picture)
     time_base, times = common_clock(frames.times)
     pts = np.array(times, np.int64)
     return FrameTable(

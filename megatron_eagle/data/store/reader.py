@@ -52,6 +52,11 @@ class ImagePlan:
     rows: int
 
     @property
+    def file(self) -> FileMetadata:
+        """The file as it was."""
+        return FileMetadata(self.path, self.file_size, self.mtime_ns)
+
+    @property
     def n_tiles(self) -> int:
         return tile_count((self.columns, self.rows))
 

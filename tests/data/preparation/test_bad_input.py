@@ -119,7 +119,7 @@ LINES = [
     (picture("bomb.png"), "image too large"),
     (picture("large.png"), "image too large"),
     (picture("a\0b.png"), "bad media reference"),
-    (picture("https://example.org/a.png"), "unsupported media"),
+    (picture("https://example.org/a.png"), "remote media are off"),
     (picture("good.png"), None),
     (video("none.mp4"), "missing media"),
     (video("zero.mp4"), "empty file"),

@@ -1,0 +1,1 @@
+"""Media on object stores and web servers: fetched once into a bounded cache, and read from there as files."""

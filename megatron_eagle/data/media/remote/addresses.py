@@ -1,0 +1,151 @@
+"""Remote addresses: what they consist of, which are refused, and where one stands inside another name."""
+
+import posixpath
+import re
+from dataclasses import dataclass, replace
+from urllib.parse import parse_qsl, urlsplit
+
+from megatron_eagle.problems import Problem
+
+SCHEMES = ("s3", "gs", "hf", "https")
+_REMOTE = re.compile(rf"(?:{'|'.join(SCHEMES)})://")
+# What a remote file is, what is inside it (a member, a page), and where that is.
+_NAME = re.compile(
+    rf"(?P<before>(?:(?:tar|zip|pdf)://)*)(?P<address>(?:{'|'.join(SCHEMES)})://.+?)"
+    r"(?P<after>(?:\?(?:offset|page)=\d+&size=[0-9x]+)*)",
+    re.DOTALL,
+)
+_HUB_KINDS = ("datasets", "models", "spaces", "buckets")  # in front of OWNER/NAME
+# Parameters that let whoever has the address read: they would stand in stores, logs and ledgers.
+_SECRETS = frozenset(
+    ("x-amz-signature", "x-amz-credential", "x-amz-security-token", "x-goog-signature", "x-goog-credential")
+    + ("signature", "sig", "token", "access_token", "api_key", "apikey", "key")
+)
+
+
+@dataclass(frozen=True)
+class RemoteAddress:
+    """`place` is a bucket, a repository of the hub or a host; `path` what is there, maybe nothing."""
+
+    scheme: str
+    place: str
+    path: str
+    revision: str = ""  # of a repository
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.host}{revision}/{self.path}".removesuffix("/")
+
+    @property
+    def host(self) -> str:
+        """The address without its path, as a run names it."""
+        return f"{self.scheme}://{self.place}"
+
+    def holds(self, other: "RemoteAddress") -> bool:
+        """Whether the other one is this, or lies below it."""
+        if (self.scheme, self.place) != (other.scheme, other.place):
+            return False
+        return not self.path or other.path == self.path or other.path.startswith(f"{self.path}/")
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name begins as a remote address does."""
+    return _REMOTE.match(name) is not None
+
+
+def parse_place(text: str) -> RemoteAddress:
+    """An address, which may be of all that a place holds.
+
+    Raises:
+        ValueError: it is none, or holds credentials; the message does not repeat them.
+    """
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.lower()
+    if scheme not in SCHEMES:
+        raise ValueError(f"{text[:60]!r} is no address of {', '.join(f'{s}://' for s in SCHEMES)}")
+    place, _, path = rest.partition("/")
+    revision = ""
+    if scheme == "https":
+        place = _web_host(text)
+    elif scheme == "hf":
+        place, revision, path = _hub_parts(rest)
+    if not place or re.search(r"[\s\\@]", place):
+        raise ValueError(f"{text[:60]!r} names no bucket, repository or host")
+    if ".." in path.partition("?")[0].split("/") or re.search(r"[\\\0-\x1f]", path):
+        raise ValueError(f"{text[:60]!r} has .., a backslash or a line end in its path")
+    return RemoteAddress(scheme, place, path.rstrip("/"), revision)
+
+
+def parse_address(text: str) -> RemoteAddress:
+    """The address of a file.
+
+    Raises:
+        Problem: it is none.
+    """
+    try:
+        address = parse_place(text)
+    except ValueError as error:
+        raise Problem("bad media reference", str(error)) from None
+    if not address.path:
+        raise Problem("bad media reference", f"{text[:60]!r} names no file")
+    return address
+
+
+def _web_host(text: str) -> str:
+    """HOST or HOST:PORT of a web address."""
+    parts = urlsplit(text)
+    if "@" in parts.netloc:
+        raise ValueError(
+            f"an address of {parts.hostname} with a name or password in it; they are not kept in addresses"
+        )
+    for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+        if name.lower() in _SECRETS:
+            raise ValueError(
+                f"an address of {parts.hostname} signed by {name}=; secrets are not kept in addresses"
+            )
+    port = "" if parts.port in (None, 443) else f":{parts.port}"
+    return f"{parts.hostname or ''}{port}"
+
+
+def _hub_parts(rest: str) -> tuple[str, str, str]:
+    """KIND/OWNER/NAME, the revision, and the path."""
+    parts = rest.split("/")
+    n = 3 if parts[0] in _HUB_KINDS else 2
+    if len(parts) < n or not all(parts[:n]):
+        return "", "", ""
+    name, _, revision = parts[n - 1].partition("@")
+    return "/".join([*parts[: n - 1], name]), revision, "/".join(parts[n:])
+
+
+@dataclass(frozen=True)
+class RemoteName:
+    """The name of a medium whose file is remote: `address`, between what says which part of it is meant."""
+
+    before: str
+    address: str
+    after: str
+
+    def at(self, path: str) -> str:
+        """The same medium of another file."""
+        return f"{self.before}{path}{self.after}"
+
+
+def remote_name(name: str) -> RemoteName | None:
+    """A name in which a remote address stands, or None."""
+    if "://" not in name:
+        return None
+    match = _NAME.fullmatch(name)
+    return match and RemoteName(match["before"], match["address"], match["after"])
+
+
+def below(root: str, path: str) -> str:
+    """The address of `path`, relative to the remote folder `root`.
+
+    Raises:
+        Problem: it leads out of its bucket, repository or host.
+    """
+    folder = parse_place(root)
+    joined = posixpath.normpath(posixpath.join(folder.path, path))
+    if joined.startswith("..") or joined == ".":
+        raise Problem("bad media reference", f"{path!r} is no file below {root}")
+    return str(replace(folder, path=joined))
