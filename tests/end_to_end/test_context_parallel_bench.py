@@ -24,6 +24,9 @@ def test_balanced_costs_two_percent_at_most(tmp_path):
     assert all(rows[kind, 8, "balanced"]["worst"] <= 1.02 for kind in kinds)
     assert rows["96K + 32K", 8, "zigzag"]["step"] == pytest.approx(1.41, abs=0.01)
     assert rows["video mix", 8, "balanced"]["ring"] > 1.5, "a ring waits for its slowest rank in every step"
+    assert rows["one 128K document", 8, "zigzag"]["ring"] == pytest.approx(1, abs=0.01), "even steps"
+    assert rows["one 128K document", 16, "zigzag"]["auto"] == "ring 1", "a gather across nodes is not hidden"
+    assert rows["one 128K document", 8, "balanced"]["auto"] == "gather 1"
     assert rows["chat 200-2000", 8, "balanced"]["saved %"] > 95
     assert plot.read_bytes().startswith(b"\x89PNG")
 

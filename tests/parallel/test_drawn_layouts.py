@@ -86,11 +86,13 @@ def draw(seed: int) -> tuple[int, list[str], list[str]]:
         for place, section in sections.items()
         for name, value in section.items()
     ]
-    settings += pick(
+    extra = pick(
         [],
         ["lora.rank=3"],
         ["optimizer.trainable=[connector, new_token_rows]", f"optimizer.first_new_token={pick(0, 370)}"],
     )
+    settings += extra
+    layout["context_parallel_comm"] = pick("auto", "gather", "ranges", "ring")
     return (
         tp * pp * cp * dp,
         settings,

@@ -8,12 +8,16 @@ FLOPs a pair and head (forward and backward, with the kernel's recomputation) at
 Columns: `step` is the busiest rank's computing time over that of perfect balance without rounding to tiles
 (`worst`: of the worst pack); `+ keys` adds the exchange of keys as far as the head groups cannot hide it
 (all of the first of four), `+ keys, not hidden` all of it. `ring` is `step` without tiles if keys went round
-point to point instead, each step as long as its busiest rank. Bytes are those of the busiest rank.
+point to point instead, each step as long as its busiest rank; `ring + keys` adds the transfers that a step is
+too short to hide, over the network where there are more than eight ranks, and the merging of outputs. `auto`
+is what `parallel.context_parallel_comm` auto takes by its own estimate, for how many packs. Bytes are those
+of the busiest rank.
 """
 
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +27,7 @@ import numpy as np
 from benchmarks.report import Report, progress
 
 from megatron_eagle.context_parallel.exchange import measure_traffic
-from megatron_eagle.context_parallel.exchange_choice import choose_exchange, pairs_by_block
+from megatron_eagle.context_parallel.exchange_choice import choose_exchange, estimate, pairs_by_block
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, LayoutName, plan_layout, sequence_multiple
 from megatron_eagle.data.packing.index import read_packs
@@ -54,6 +58,8 @@ class Outcome:
     tiles: float  # mean over ranks
     exact: float  # mean over ranks, without rounding to tiles
     ring: int  # sum over a ring's steps of the rank with most, without rounding to tiles
+    ring_keys: int  # the same with transfers and merging, as `auto` estimates it
+    kind: str  # of the exchange that `auto` takes
     foreign: int  # keys of other ranks that the busiest rank receives (or sends)
     gathered: int  # what it would receive with an all-gather
     segments: int  # of the rank with most
@@ -132,6 +138,8 @@ def simulate(name: LayoutName, size: int, bounds: Sequence[int]) -> Outcome:
         tiles=sum(tiles) / size,
         exact=float((sizes * (sizes + 1) // 2).sum()) / size,
         ring=_ring_area(layout, bounds),
+        ring_keys=estimate(layout, bounds, traffic, costs)["ring"],
+        kind=kind,
         foreign={"none": 0, "ranges": busiest_link, "gather": gathered, "ring": gathered}[kind],
         gathered=gathered,
         segments=max(len(table) for table in tables),
@@ -178,7 +186,7 @@ def run(packs: str | None = None, plot: str | None = None) -> Report:
     return Report(f"Eagle2.5-8B, {length:,} tokens, simulated; means over the packs of a kind", rows)
 
 
-def _summary(outcomes: list[Outcome], share: int) -> dict[str, float | int]:
+def _summary(outcomes: list[Outcome], share: int) -> dict[str, float | int | str]:
     def mean(values: Iterable[float]) -> float:
         return float(np.mean(list(values)))
 
@@ -193,6 +201,8 @@ def _summary(outcomes: list[Outcome], share: int) -> dict[str, float | int]:
         "+ keys": round(mean(map(slow_down, outcomes, hidden)), 4),
         "+ keys, not hidden": round(mean(map(slow_down, outcomes, exposed)), 4),
         "ring": round(mean(o.slow_down(share, o.ring) for o in outcomes), 4),
+        "ring + keys": round(mean(o.slow_down(share, o.ring_keys) for o in outcomes), 4),
+        "auto": ", ".join(f"{kind} {n}" for kind, n in Counter(o.kind for o in outcomes).most_common()),
         "attention max/mean": round(mean(o.busiest / o.tiles for o in outcomes), 3),
         "tile waste": round(mean(o.tiles / o.exact for o in outcomes), 3),
         "MB a layer": round(foreign * KEY_BYTES / 1e6, 1),
