@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -248,3 +249,53 @@ def test_commands_on_a_store_that_is_made(made, tmp_path, capsys):
     with pytest.raises(UserError, match="is not complete yet: .*or train with data.follow"):
         load_run_config(file, ["data.follow="], world_size=1)
     preprocessing.close()
+
+
+class Torchrun:
+    """`train run` on two processes, as a user starts it."""
+
+    def __init__(self, file: Path):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["-m", "megatron_eagle", "train", "run", "--config", str(file)]
+        self.log = (file.parent / "log").open("ab+")
+        self.process = subprocess.Popen(command, cwd=REPO, stderr=self.log, start_new_session=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        return [
+            p for p in psutil.Process(self.process.pid).children(recursive=True) if "train" in p.cmdline()
+        ]
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_while_it_waits(made, finished, tmp_path):
+    """A stop signal saves what was trained; a kill loses what came after the last checkpoint."""
+    preprocessing = Preprocessing(made, tmp_path / "store")
+    file = write_run(made, tmp_path, tmp_path / "store", checkpoint={"save_interval": 3})
+    run = tmp_path / "run"
+    preprocessing.let(10)
+    training = Torchrun(file)
+    wait_for(lambda: waits(run) and (run / "logs" / "metrics.jsonl").stat().st_size, 120)
+    for rank in training.ranks():
+        rank.send_signal(signal.SIGTERM)
+    training.process.wait(60)
+    stopped = read_train_state(run).iteration
+    assert 0 < stopped == len(steps(run)) and "while it waited for data" in (tmp_path / "log").read_text()
+
+    training = Torchrun(file)
+    wait_for(lambda: waits(run), 120)
+    preprocessing.let(22)
+    wait_for(lambda: len(steps(run)) > stopped, 120)
+    wait_for(lambda: waits(run), 120)
+    training.kill()
+    preprocessing.let(10**6)
+    on_ranks(file, 1)
+    preprocessing.close()
+    for ours, theirs in zip(steps(run), steps(finished), strict=True):
+        assert {name: ours[name] for name in ("data", "samples", "first_pack", "tokens_by_dataset")} == {
+            name: theirs[name] for name in ("data", "samples", "first_pack", "tokens_by_dataset")
+        }
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-4

@@ -208,7 +208,7 @@ def preprocess(
         if not journal.n_lines:
             shutil.rmtree(partial, ignore_errors=True)
         with SignOfLife(output) if follow else nullcontext():
-            partial.mkdir(parents=True, exist_ok=True)
+            _begin(partial)
             publisher = None
             if source.takes is not None:
                 _show(partial, settings, manifest)
@@ -258,6 +258,13 @@ def _pad_token_id(tokenizer: Tokenizer) -> int:
         return tokenizer.token_id(END_OF_TEXT)
     except UserError:
         return tokenizer.token_id(IM_END)
+
+
+def _begin(partial: Path) -> None:
+    """Have the folder, without what is left of files that a kill kept from being complete."""
+    partial.mkdir(parents=True, exist_ok=True)
+    for file in partial.rglob(".*.partial"):
+        file.unlink()
 
 
 def _show(partial: Path, settings: PreprocessSettings, manifest: DataManifest) -> None:

@@ -1,8 +1,10 @@
 """A store that is followed while it grows gives what the complete one gives, whenever it is read."""
 
 import json
+import os
 import shutil
 import threading
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,11 @@ from megatron_eagle.data.packing.windows import n_windows
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.store import signs
 from megatron_eagle.data.store.reader import SampleStore
-from megatron_eagle.data.store.shards import ShardStore, open_any_rows, read_head, shard_path
+from megatron_eagle.data.store.shards import ShardStore, open_any_rows, read_head, shard_path, store_folder
 from megatron_eagle.data.store.signs import SignOfLife, Watch, growing_folder
+from megatron_eagle.data.store.writer import StoreWriter
 from megatron_eagle.errors import UserError
-from tests.data.helpers import conversation, every_tile, make_image, write_jsonl
+from tests.data.helpers import contents, conversation, every_tile, make_image, write_jsonl
 from tests.data.killed import settings as preprocess_settings
 
 LENGTH, ROWS, SEED, N_SHARDS = 100, 6, 3, 12
@@ -253,6 +256,57 @@ def test_a_store_that_is_begun_anew(store, tmp_path, tokenizer_dir):
         resumed.need(0)
     with pytest.raises(UserError, match="shards_per_window 2 there, 3 here"):
         loader(store, 3).go_on(*read)
+
+
+def die_at(call: int) -> int:
+    """Preprocess in a process that ends without a word before its `call`-th write; how many there were."""
+    seen = count(1)
+
+    def dying(function):
+        def wrapped(*arguments, **more):
+            if next(seen) == call:
+                os._exit(9)
+            return function(*arguments, **more)
+
+        return wrapped
+
+    for owner, name in ((Path, "replace"), (Path, "rename"), (os, "fsync"), (StoreWriter, "add")):
+        setattr(owner, name, dying(getattr(owner, name)))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "calls", [(47, 118, 150), pytest.param(range(1, 230, 9), marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_killed_at_any_write(tmp_path, tokenizer_dir, calls):
+    """What readers saw stays, and is what the complete store has; and the store is the same in the end."""
+    recipe, chosen = write_recipe(tmp_path, broken=range(3, 6)), preprocess_settings(str(tokenizer_dir))
+    expected, execution = tmp_path / "expected", Execution(1, shard=8)
+    preprocess(recipe, expected, chosen, execution, follow=ROWS)
+    seen_shards = set()
+    for call in calls:
+        output = tmp_path / str(call)
+        child = os.fork()
+        if not child:
+            die_at(call)
+            preprocess(recipe, output, chosen, execution, follow=ROWS)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 9)
+        if store_folder(output) != output:
+            for length in chosen.lengths:
+                found, complete = ShardStore(output, length), SampleStore(expected, length)
+                seen_shards.add(found.shards_there)
+                for row in range(len(found)):
+                    assert np.array_equal(found[row].ids, complete[row].ids)
+                    assert (found[row].source, found[row].line) == (complete[row].source, complete[row].line)
+        part = growing_folder(output)
+        before = {path.relative_to(part): path.stat().st_ino for path in part.rglob("shards/0*.arrow")}
+        preprocess(recipe, output, chosen, execution, follow=ROWS)
+        assert contents(output) == contents(expected)
+        now = {path.relative_to(output): path.stat().st_ino for path in output.rglob("shards/*.arrow")}
+        assert before.items() <= now.items()  # what was there is not written again
+    assert len(seen_shards) > 2
 
 
 def test_other_input_at_the_same_place_is_told(store, tmp_path):

@@ -275,9 +275,10 @@ def test_ray_is_asked_for_by_name(tmp_path, recipe, tokenizer_dir, monkeypatch):
         preprocess(recipe, tmp_path / "store", settings(str(tokenizer_dir)), Execution(engine="ray"))
 
 
-def test_ray_gives_the_same_bytes(tmp_path, recipe, tokenizer_dir):
+@pytest.mark.parametrize("follow", [0, 4])
+def test_ray_gives_the_same_bytes(tmp_path, recipe, tokenizer_dir, follow):
     pytest.importorskip("ray")
     chosen = settings(str(tokenizer_dir))
-    preprocess(recipe, tmp_path / "ray" / "store", chosen, Execution(2, engine="ray"))
-    preprocess(recipe, tmp_path / "local" / "store", chosen, Execution(1))
+    preprocess(recipe, tmp_path / "ray" / "store", chosen, Execution(2, engine="ray"), follow=follow)
+    preprocess(recipe, tmp_path / "local" / "store", chosen, Execution(1), follow=follow)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
