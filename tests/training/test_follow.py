@@ -211,6 +211,13 @@ def test_preprocessing_that_died_is_told_from_a_slow_one(made, tmp_path):
     ) as error:
         run_steps(str(file), "data.follow.dead_after_minutes=0.02")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_preprocessing_that_is_slow_is_waited_for(made, tmp_path):
+    """The control: a sign of life, and no line for longer than that."""
+    Preprocessing(made, tmp_path / "store").kill()
+    file = write_run(made, tmp_path, tmp_path / "store")
     end = threading.Event()
 
     def slow() -> None:
@@ -218,7 +225,7 @@ def test_preprocessing_that_died_is_told_from_a_slow_one(made, tmp_path):
             end.wait()
 
     sign = threading.Thread(target=slow)
-    sign.start()  # the control: a sign, and not a single line for longer than that
+    sign.start()
     stop = threading.Timer(4, os.kill, (os.getpid(), signal.SIGTERM))
     stop.start()
     with pytest.raises(Exception, match="stopped by a signal while it waited for data, after iteration 0"):

@@ -140,7 +140,7 @@ def test_rows_are_those_of_the_complete_store(store):
 STEPS, BATCH = 8, 8  # two epochs of 32 or more packs
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     k=st.integers(1, 14),
     sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4),

@@ -1,7 +1,7 @@
 """Every stretch of a store that training may follow mixes the data sets as the whole does."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_eagle.data.preparation.mixed_order import RowNumbers, match, mixed_takes
@@ -15,6 +15,7 @@ def mixtures(draw):
     return [draw(st.sampled_from("abc")) for _ in copies], copies
 
 
+@settings(max_examples=25, deadline=None)
 @given(mixtures())
 def test_every_line_is_taken_as_often_as_the_recipe_says(mixture):
     names, copies = mixture
@@ -28,6 +29,7 @@ def test_every_line_is_taken_as_often_as_the_recipe_says(mixture):
     assert takes.new_lines() == [pair for pair, first in zip(pairs, takes.first, strict=True) if first]
 
 
+@settings(max_examples=25, deadline=None)
 @given(mixtures(), st.integers(0, 150), st.integers(0, 150))
 def test_every_stretch_has_its_share_of_each_data_set(mixture, begin, size):
     names, copies = mixture
@@ -53,6 +55,7 @@ def test_what_is_repeated_comes_after_all_of_its_data_set():
     assert takes.lines[takes.sources == 0].tolist() == [0, 1, 2, 0, 1]
 
 
+@settings(max_examples=25, deadline=None)
 @given(mixtures(), st.data())
 def test_rows_of_some_lines_that_were_dropped(mixture, data):
     """Against an oracle that knows every line's number."""
