@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # Decoders that read nothing but the file (Pillow's EPS reader, for one, starts a program).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # EXIF orientation -> what brings the picture upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -26,11 +27,34 @@ def open_picture(source: "str | Path | BinaryIO") -> Image.Image:
     """Open a path or a stream; pixels are not read yet.
 
     Raises:
-        OSError: it cannot be opened, or is no picture of a kind that is read (`PIL.UnidentifiedImageError`).
+        OSError: it cannot be opened, or is no picture of a kind that is read (`PIL.UnidentifiedImageError`);
+            HEIC without its reader.
     """
     Image.init()  # registers the readers; does nothing the second time
+    if "HEIF" not in Image.OPEN:
+        try:
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener()
+        except ImportError:
+            pass
     # A build of Pillow may be without some of them.
-    return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+    try:
+        return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError:
+        if "HEIF" not in Image.OPEN and _is_heif(source):
+            raise OSError("it is in HEIC, which needs pillow-heif: pip install pillow-heif") from None
+        raise
+
+
+def _is_heif(source: "str | Path | BinaryIO") -> bool:
+    if isinstance(source, str | Path):
+        with open(source, "rb") as file:
+            head = file.read(12)
+    else:
+        source.seek(0)
+        head = source.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
 
 
 def orientation(image: Image.Image) -> int:

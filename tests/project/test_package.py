@@ -24,6 +24,7 @@ DISTRIBUTIONS = {
     "cudnn": "nvidia-cudnn-frontend",
     "megatron": "megatron-core",
     "nvidia": "nvidia-dali-cuda120",
+    "pillow_heif": "pillow-heif",
     "yaml": "pyyaml",
 }
 # Files that only who has an extra imports.

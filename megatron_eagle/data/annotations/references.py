@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_eagle.data.annotations.keys import OF_VIDEOS, RATE, SAMPLING, TIMES, UNSUPPORTED_KEY
 from megatron_eagle.data.annotations.roots import PICTURE_SUFFIXES, open_root
+from megatron_eagle.data.media.addresses.inline import check_inline, is_inline
 from megatron_eagle.data.media.remote.addresses import is_remote, parse_address
 from megatron_eagle.data.media.source import database_picture, member_ref, open_bytes, row_ref
 from megatron_eagle.data.sample import Document, FrameList, VideoSource
@@ -184,7 +185,9 @@ class References:
         value = whole_text(value.removeprefix("file://"))
         if is_remote(value):
             return str(parse_address(value))
-        if not is_address(value) and ("://" in value or value.startswith("data:")):
+        if is_inline(value):
+            return check_inline(value)
+        if not is_address(value) and "://" in value:
             raise Problem("unsupported media", f"{value[:60]} is no local file{_hint(value)}")
         return value
 
@@ -355,13 +358,13 @@ def _second(value: object, name: str) -> Fraction:
 
 def is_address(name: str) -> bool:
     """Whether a name says itself where a medium is, as those do that records bring along."""
-    return is_remote(name) or member_ref(name) is not None or row_ref(name) is not None
+    return is_inline(name) or is_remote(name) or member_ref(name) is not None or row_ref(name) is not None
 
 
 def _is_pdf(item: object) -> bool:
     if not isinstance(item, str):
         return False
-    if is_remote(item) or not is_address(item):
+    if is_inline(item) or is_remote(item) or not is_address(item):
         return item.lower().endswith(".pdf")
     with open_bytes(item) as file:  # an address has no suffix
         return file.read(5) == b"%PDF-"

@@ -21,7 +21,20 @@ from megatron_eagle.data.media.remote.addresses import below, is_remote
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+PICTURE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".avif",
+    ".jp2",
+    ".heic",
+    ".heif",
+)
 """What names a picture in a folder of frames."""
 _SCHEME = "members://"
 _SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")

@@ -23,7 +23,9 @@ from megatron_eagle.data.media.source import open_bytes
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
-PICTURES = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "avif", "jp2"))
+PICTURES = frozenset(
+    ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "avif", "jp2", "heic", "heif")
+)
 _VIDEOS = frozenset(("mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "mpg", "mpeg", "flv", "wmv", "3gp"))
 _SHOWN = PICTURES | _VIDEOS | {"pdf"}
 _AUDIO = frozenset(("wav", "mp3", "flac", "ogg", "m4a", "aac", "opus"))

@@ -16,6 +16,7 @@ import pypdfium2
 from PIL import Image
 from pypdfium2 import raw as pdfium
 
+from megatron_eagle.data.media import hints
 from megatron_eagle.data.media.source import PageRef, file_metadata, open_bytes, open_media
 from megatron_eagle.problems import Problem
 
@@ -116,7 +117,7 @@ def _check_whole(path: str) -> None:
     except OSError as error:
         raise Problem("unreadable document", f"{path}: {error.strerror}") from None
     if b"%PDF-" not in head:
-        raise Problem("unreadable document", f"{path} is no PDF file")
+        raise Problem("unreadable document", f"{path} is no PDF file{hints.of_content(head)}")
     if b"%%EOF" not in tail:
         raise Problem("truncated document", f"{path} lacks the mark at its end")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from megatron_eagle.data.media import hints
 from megatron_eagle.data.media.frame_table import CodedFrames, FrameTable
 from megatron_eagle.data.media.mp4_boxes import FIRST_KINDS, outer_boxes
 from megatron_eagle.data.media.mp4_index import read_mp4
@@ -46,7 +47,7 @@ def read_frame_table(path: str) -> FrameTable:
     try:
         frames = read_mp4(path, file.size) or demux(path)
     except (OSError, av.error.FFmpegError) as error:
-        raise Problem("unreadable video", f"{path}: {error.strerror}") from None
+        raise Problem("unreadable video", f"{path}: {error.strerror}{hints.of_file(path)}") from None
     if not frames.shown.any():
         raise Problem("unreadable video", f"{path} shows none of its frames")
     if (declared := _declared_size(path)) > file.size:

@@ -2,6 +2,7 @@
 
 from PIL import Image, UnidentifiedImageError
 
+from megatron_eagle.data.media import hints
 from megatron_eagle.data.media.damage import jpeg_warning, png_damage
 from megatron_eagle.data.media.documents import draw_page
 from megatron_eagle.data.media.source import open_bytes, open_media, page_ref
@@ -65,7 +66,8 @@ def _open(path: str, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError:
         raise Problem("image too large", f"{path} (more than {max_pixels} pixels)") from None
     except UnidentifiedImageError:
-        raise Problem("unreadable image", f"{path} is no picture of a known format") from None
+        hint = hints.of_content(_content(path)[:64])
+        raise Problem("unreadable image", f"{path} is no picture of a known format{hint}") from None
     except Exception as error:  # broken headers raise almost anything: OSError, SyntaxError, struct.error
         raise Problem("unreadable image", f"{path}: {error}") from None
     if image.width * image.height > max_pixels:

@@ -13,6 +13,7 @@ from megatron_eagle.data.media.addresses.base import AddressKind, FileMetadata
 from megatron_eagle.data.media.addresses.databases import Databases, database_picture
 from megatron_eagle.data.media.addresses.elsewhere import Elsewhere
 from megatron_eagle.data.media.addresses.files import Files
+from megatron_eagle.data.media.addresses.inline import Inline, is_inline
 from megatron_eagle.data.media.addresses.members import MemberRef, Members, member_ref
 from megatron_eagle.data.media.addresses.pages import PageRef, page_ref
 from megatron_eagle.data.media.addresses.rows import RowRef, RowValues, row_ref
@@ -28,6 +29,7 @@ __all__ = [
     "check_unchanged",
     "database_picture",
     "file_metadata",
+    "is_inline",
     "fingerprint",
     "member_ref",
     "open_bytes",
@@ -138,7 +140,7 @@ class _FrameLists:
         raise Problem("unreadable video", f"{path} has no file of its own")
 
 
-_FILES, _MEMBERS = Files(), Members()
+_FILES, _MEMBERS, _INLINE = Files(), Members(), Inline()
 _KINDS: Mapping[str, AddressKind] = {
     "lmdb": Databases(),
     "tar": _MEMBERS,
@@ -153,5 +155,7 @@ _KINDS: Mapping[str, AddressKind] = {
 
 
 def _kind(path: str) -> AddressKind:
+    if is_inline(path):
+        return _INLINE
     scheme, found, _ = path.partition("://")
     return _KINDS.get(scheme, _FILES) if found else _FILES

@@ -24,7 +24,7 @@ from megatron_eagle.data.annotations import unknown_keys
 from megatron_eagle.data.annotations.mixture import Dataset, read_recipe
 from megatron_eagle.data.annotations.records import RecordSource, open_records
 from megatron_eagle.data.media.remote.files import MediaAccess
-from megatron_eagle.data.media.source import member_ref, row_ref
+from megatron_eagle.data.media.source import is_inline, member_ref, row_ref
 from megatron_eagle.data.preparation.archives import remove_unpacked, with_archives
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
@@ -355,13 +355,13 @@ def _write_tokens(
 
 
 def _is_moved(folders: tuple[Path, ...]) -> Callable[[str], bool]:
-    """Which media are moved into the new store's own files: those of tables, what is compressed in archives,
-    and those of archives in folders that do not stay."""
+    """Which media are moved into the new store's own files: those of tables and of records, what
+    is compressed in archives, and those of archives in folders that do not stay."""
 
     def is_moved(path: str) -> bool:
         member = member_ref(path)
         if member is None:
-            return row_ref(path) is not None
+            return is_inline(path) or row_ref(path) is not None
         return member.kind == "unzip" or Path(member.file).parent in folders
 
     return is_moved

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from megatron_eagle.data.media import hints
 from megatron_eagle.problems import Problem
 
 _HASHED_BYTES = 65536  # of each of three places
@@ -57,7 +58,7 @@ def file_status(path: str) -> os.stat_result:
     try:
         return os.stat(path)
     except (OSError, ValueError):
-        raise Problem("missing media", path) from None
+        raise Problem("missing media", f"{path}{hints.of_missing(path)}") from None
 
 
 def content_fingerprint(file: BinaryIO, size: int) -> int:

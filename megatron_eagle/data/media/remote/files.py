@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
+from megatron_eagle.data.media.addresses.inline import is_inline, short_name
 from megatron_eagle.data.media.frame_list import frame_list_name, frame_pictures
 from megatron_eagle.data.media.remote.addresses import RemoteAddress, parse_address, remote_name
 from megatron_eagle.data.media.remote.cache import HeldFile, MediaCache
@@ -82,7 +83,7 @@ class MediaAccess:
             files = [self.metadata(picture) for picture in pictures.values()]
             return FileMetadata(name, sum(file.size for file in files), max(file.mtime_ns for file in files))
         remote = remote_name(name)
-        if remote is None:
+        if remote is None or is_inline(name):
             return file_metadata(name)
         address = self._allowed(remote.address)
         identity = self._patiently(remote.address, lambda: self._store(address.scheme).identity(address))
@@ -105,12 +106,15 @@ class MediaAccess:
         self, name: str, probed: FileMetadata | None, held: ExitStack, files: dict[str, str]
     ) -> str:
         if pictures := frame_pictures(name):
+            files |= {picture: short_name(picture) for picture in pictures.values() if is_inline(picture)}
             if not any(map(remote_name, pictures.values())):
                 return name
             # Of single pictures no identity is kept; together they are held against that of the video.
             return frame_list_name(
                 {number: self._localised(picture, None, held, files) for number, picture in pictures.items()}
             )
+        if is_inline(name):
+            files[name] = short_name(name)
         remote = remote_name(name)
         if remote is None:
             return name
