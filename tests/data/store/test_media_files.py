@@ -54,9 +54,10 @@ def test_what_is_written(tmp_path, media):
 
 @pytest.mark.parametrize("synced", [True, False])
 def test_stopped_anywhere(tmp_path, media, synced):
-    """After each medium, with more written than counts: the same bytes."""
+    """After every second medium, with more written than counts: the same bytes."""
     written = write(tmp_path / "expected", media)
-    for n, (_, position) in enumerate(written, 1):
+    for n in range(1, len(written) + 1, 2):
+        position = written[n - 1][1]
         folder = tmp_path / str(n)
         folder.mkdir()
         files = MediaFiles(folder, shard_bytes=SHARD)
