@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_eagle.data.annotations.records import (
 from megatron_eagle.errors import UserError
 
 _SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
+_OF_AN_ARCHIVE = ("_stats.json", ".parquet")  # as img2dataset leaves them: counts, and the texts once more
 _SHARD = re.compile(r"(?:.*-)?(?P<split>[\w.]+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?\.\w+")
 
 
@@ -35,20 +37,28 @@ def annotation_files(folder: Path, split: str | None = None) -> list[Path]:
         return saved
     if (energon := energon_folder(folder)) is not None:
         return energon.archives(split)
-    found = sorted(filter(is_annotation, folder.iterdir()))
+    found = _annotations(folder.iterdir())
     if len({_is_table(path) for path in found}) > 1:
         raise UserError(
             f"{folder} holds JSON files and tables; say which are meant, e.g. {folder.name}/*.json"
         )
     if not found:
         below = _below(folder)
-        found = sorted(filter(_is_table, below)) or sorted(filter(_is_shard, below))
+        found = sorted(filter(_is_table, _annotations(below))) or sorted(filter(_is_shard, below))
     if not found:
         kinds = ", ".join((*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES, SHARD_SUFFIX))
         raise UserError(f"the folder {folder} holds no {kinds}")
     found = _of_split(found, folder, split)
     _check_complete(found)
     return found
+
+
+def _annotations(paths: Iterable[Path]) -> list[Path]:
+    """Those that hold records, in order, and are not what img2dataset tells of an archive beside them."""
+    there = list(paths)
+    archives = {path.with_suffix("") for path in there if _is_shard(path)}
+    told = {f"{archive}{suffix}" for archive in archives for suffix in _OF_AN_ARCHIVE}
+    return sorted(path for path in there if is_annotation(path) and str(path) not in told)
 
 
 def _is_table(path: Path) -> bool:

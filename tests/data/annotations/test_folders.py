@@ -42,6 +42,19 @@ def test_not_all_of_it(tmp_path):
     assert len(read_recipe(tmp_path / "recipe.yaml")) == 2
 
 
+def test_img2dataset(tmp_path):
+    """Beside each archive lie its counts and its texts as a table, which are no annotations of their own."""
+    shards = ["00000.tar", "00001.tar"]
+    folder = make(tmp_path / "a", *shards, "00000_stats.json", "00000.parquet", "00001_stats.json")
+    assert names(annotation_files(folder), folder) == shards
+    nested = make(tmp_path / "b", *(f"part/{name}" for name in (*shards, "00000.parquet", "00001.parquet")))
+    assert names(annotation_files(nested), nested) == [f"part/{name}" for name in shards]
+    make(folder, "00002.parquet")  # of no archive
+    assert names(annotation_files(folder), folder) == ["00002.parquet"]
+    make(tmp_path / "c", "images.tar", "images.json")  # media and what is said about them
+    assert names(annotation_files(tmp_path / "c"), tmp_path / "c") == ["images.json"]
+
+
 def test_links_of_the_hubs_cache(tmp_path):
     """A snapshot is a folder of links; each file has its name, not that of what it points to."""
     fine_vision(tmp_path / "blobs", files=1)
