@@ -9,6 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_eagle.data.preparation.line_numbers import LineNumbers
+
 
 @dataclass(frozen=True)
 class Takes:
@@ -33,10 +35,9 @@ class Takes:
         """Some of them."""
         return Takes(self.sources[begin:end], self.lines[begin:end], self.first[begin:end])
 
-    def new_lines(self) -> list[tuple[int, int]]:
-        """(source, line from 0) in the order in which they come for the first time."""
-        chosen = self.sources[self.first], self.lines[self.first]
-        return list(zip(*(values.tolist() for values in chosen), strict=True))
+    def new_lines(self) -> LineNumbers:
+        """In the order in which they come for the first time."""
+        return LineNumbers(self.sources[self.first], self.lines[self.first])
 
 
 def mixed_takes(names: Sequence[str], copies: Sequence[np.ndarray]) -> Takes:

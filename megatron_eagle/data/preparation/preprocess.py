@@ -28,6 +28,7 @@ from megatron_eagle.data.media.source import is_inline, member_ref, row_ref
 from megatron_eagle.data.preparation.archives import remove_unpacked, with_archives
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
+from megatron_eagle.data.preparation.line_numbers import LineNumbers
 from megatron_eagle.data.preparation.mixed_order import RowNumbers, Takes, match, mixed_takes
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, Task
 from megatron_eagle.data.preparation.publishing import Publisher
@@ -90,13 +91,13 @@ class _Input:
     copies: list[np.ndarray]
     takes: Takes | None = None
 
-    def taken(self) -> list[tuple[int, int]]:
+    def taken(self) -> LineNumbers:
         """(data set, 0-based line) of every line that is taken at least once, in order."""
         if self.takes is not None:
             return self.takes.new_lines()
-        return [(i, line) for i, count in enumerate(self.copies) for line in np.flatnonzero(count).tolist()]
+        return LineNumbers.of(map(np.flatnonzero, self.copies))
 
-    def chunks(self, lines: list[tuple[int, int]], size: int) -> Iterator[list[Task]]:
+    def chunks(self, lines: LineNumbers, size: int) -> Iterator[list[Task]]:
         """Some lines with their bytes, `size` at a time; of all files one is open, where data sets are mixed
         one of each."""
         opened: dict[str, int] = {}
@@ -295,7 +296,7 @@ def _write_tokens(
     }
     media = media_files.MediaFiles(partial, journal.media)
     remaining = lines[journal.n_lines :]
-    open_lines = [line for line in remaining if line in finished.failed] if finished else remaining
+    open_lines = remaining.among(finished.failed) if finished else remaining
     chunks = source.chunks(open_lines, _CHUNK)
     if execution.engine == "ray":
         available = ray_workers()
@@ -367,9 +368,7 @@ def _is_moved(folders: tuple[Path, ...]) -> Callable[[str], bool]:
     return is_moved
 
 
-def _in_order(
-    lines: list[tuple[int, int]], tried: Iterator[Outcome], finished: FinishedLines
-) -> Iterator[Outcome]:
+def _in_order(lines: LineNumbers, tried: Iterator[Outcome], finished: FinishedLines) -> Iterator[Outcome]:
     """The outcome of every line: of those that are tried again the new one, of the others what it was."""
     for line in lines:
         yield next(tried) if line in finished.failed else finished.outcome(line)

@@ -26,7 +26,7 @@ def test_every_line_is_taken_as_often_as_the_recipe_says(mixture):
         assert np.array_equal(np.bincount(own, minlength=len(counts)), counts)
     pairs = list(zip(takes.sources.tolist(), takes.lines.tolist(), strict=True))
     assert [pair not in pairs[:i] for i, pair in enumerate(pairs)] == takes.first.tolist()
-    assert takes.new_lines() == [pair for pair, first in zip(pairs, takes.first, strict=True) if first]
+    assert list(takes.new_lines()) == [pair for pair, first in zip(pairs, takes.first, strict=True) if first]
 
 
 @settings(max_examples=25, deadline=None)
