@@ -9,7 +9,7 @@ from typing import Any
 from megatron_eagle.data.annotations.keys import OF_VIDEOS, RATE, SAMPLING, TIMES, UNSUPPORTED_KEY
 from megatron_eagle.data.annotations.roots import PICTURE_SUFFIXES, open_root
 from megatron_eagle.data.media.addresses.inline import check_inline, is_inline
-from megatron_eagle.data.media.remote.addresses import is_remote, parse_address
+from megatron_eagle.data.media.remote.addresses import is_remote, parse_address, without_secrets
 from megatron_eagle.data.media.source import database_picture, member_ref, open_bytes, row_ref
 from megatron_eagle.data.sample import Document, FrameList, VideoSource
 from megatron_eagle.problems import Problem
@@ -188,7 +188,8 @@ class References:
         if is_inline(value):
             return check_inline(value)
         if not is_address(value) and "://" in value:
-            raise Problem("unsupported media", f"{value[:60]} is no local file{_hint(value)}")
+            named = without_secrets(value)[:60]
+            raise Problem("unsupported media", f"{named} is no local file{_hint(value)}")
         return value
 
 

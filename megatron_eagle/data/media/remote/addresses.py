@@ -3,12 +3,12 @@
 import posixpath
 import re
 from dataclasses import dataclass, replace
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from megatron_eagle.problems import Problem
 
 SCHEMES = ("s3", "gs", "hf", "https")
-_REMOTE = re.compile(rf"(?:{'|'.join(SCHEMES)})://")
+_REMOTE = re.compile(rf"(?:{'|'.join(SCHEMES)})://", re.IGNORECASE)
 # What a remote file is, what is inside it (a member, a page), and where that is.
 _NAME = re.compile(
     rf"(?P<before>(?:(?:tar|zip|pdf)://)*)(?P<address>(?:{'|'.join(SCHEMES)})://.+?)"
@@ -19,7 +19,7 @@ _HUB_KINDS = ("datasets", "models", "spaces", "buckets")  # in front of OWNER/NA
 # Parameters that let whoever has the address read: they would stand in stores, logs and ledgers.
 _SECRETS = frozenset(
     ("x-amz-signature", "x-amz-credential", "x-amz-security-token", "x-goog-signature", "x-goog-credential")
-    + ("signature", "sig", "token", "access_token", "api_key", "apikey", "key")
+    + ("signature", "sig", "token", "access_token", "api_key", "apikey", "key", "auth", "password", "secret")
 )
 
 
@@ -60,19 +60,22 @@ def parse_place(text: str) -> RemoteAddress:
         ValueError: it is none, or holds credentials; the message does not repeat them.
     """
     scheme, _, rest = text.partition("://")
-    scheme = scheme.lower()
+    scheme, named = scheme.lower(), repr(without_secrets(text)[:60])
     if scheme not in SCHEMES:
-        raise ValueError(f"{text[:60]!r} is no address of {', '.join(f'{s}://' for s in SCHEMES)}")
+        raise ValueError(f"{named} is no address of {', '.join(f'{s}://' for s in SCHEMES)}")
     place, _, path = rest.partition("/")
     revision = ""
     if scheme == "https":
         place = _web_host(text)
     elif scheme == "hf":
         place, revision, path = _hub_parts(rest)
-    if not place or re.search(r"[\s\\@]", place):
-        raise ValueError(f"{text[:60]!r} names no bucket, repository or host")
-    if ".." in path.partition("?")[0].split("/") or re.search(r"[\\\0-\x1f]", path):
-        raise ValueError(f"{text[:60]!r} has .., a backslash or a line end in its path")
+    if not place or re.search(r"[\s\\@]", place) or (scheme in ("s3", "gs") and _has_password(place)):
+        raise ValueError(f"{named} names no bucket, repository or host")
+    read = unquote(path) if scheme == "https" else path  # %2e%2e is .. to web servers and their clients
+    if ".." in path.partition("?")[0].split("/") or ".." in read.partition("?")[0].split("/"):
+        raise ValueError(f"{named} has .. in its path")
+    if re.search(r"[\\\0-\x1f]", read):
+        raise ValueError(f"{named} has a backslash or a line end in its path")
     return RemoteAddress(scheme, place, path.rstrip("/"), revision)
 
 
@@ -87,8 +90,18 @@ def parse_address(text: str) -> RemoteAddress:
     except ValueError as error:
         raise Problem("bad media reference", str(error)) from None
     if not address.path:
-        raise Problem("bad media reference", f"{text[:60]!r} names no file")
+        raise Problem("bad media reference", f"{without_secrets(text)[:60]!r} names no file")
     return address
+
+
+def without_secrets(text: str) -> str:
+    """What a message may say of an address: not what stands before an @ or behind a question mark in it."""
+    return re.sub(r"(?s)[?#].*", "?...", re.sub(r"(?s)://.*@", "://...@", text))
+
+
+def _has_password(place: str) -> bool:
+    """Whether NAME:PASSWORD stands where a bucket should; the ARN of an access point has colons too."""
+    return ":" in place and not place.startswith("arn:")
 
 
 def _web_host(text: str) -> str:
@@ -98,13 +111,14 @@ def _web_host(text: str) -> str:
         raise ValueError(
             f"an address of {parts.hostname} with a name or password in it; they are not kept in addresses"
         )
-    for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+    for name in map(unquote, re.findall(r"[?&;#]([^=&;#]*)=", text)):
         if name.lower() in _SECRETS:
             raise ValueError(
                 f"an address of {parts.hostname} signed by {name}=; secrets are not kept in addresses"
             )
     port = "" if parts.port in (None, 443) else f":{parts.port}"
-    return f"{parts.hostname or ''}{port}"
+    host = parts.hostname or ""
+    return f"[{host}]{port}" if ":" in host else f"{host}{port}"
 
 
 def _hub_parts(rest: str) -> tuple[str, str, str]:

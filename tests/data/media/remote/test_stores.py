@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eagle.data.media.remote.addresses import below, parse_address, parse_place
+from megatron_eagle.data.media.remote.addresses import below, is_remote, parse_address, parse_place
 from megatron_eagle.data.media.remote.files import MediaAccess
 from megatron_eagle.data.media.remote.settings import RemoteSettings
 from megatron_eagle.errors import UserError
@@ -185,14 +185,23 @@ def test_a_certificate_that_nobody_vouches_for(web, tmp_path, monkeypatch):
         ("https://user:pass@host/a.jpg", "a name or password"),
         ("https://host/a.jpg?X-Amz-Signature=abc", "signed by X-Amz-Signature"),
         ("https://host/a.jpg?x=1&token=abc", "signed by token"),
+        ("https://host/a.jpg?x=1;token=abc", "signed by token"),
+        ("https://host/a.jpg#access_token=abc", "signed by access_token"),
+        ("https://host/a.jpg?Pass%77ord=abc", "signed by Password"),
         ("https://host", "names no file"),
         ("s3://bucket", "names no file"),
         ("s3:///key", "names no bucket"),
-        ("s3://bucket/a/../../b", "has .., a backslash"),
+        ("s3://bucket/a/../../b", "has .. in"),
         ("s3://bucket/a\\b", "a backslash"),
         ("https://good\\@evil/a", "a name or password|names no bucket"),
         ("hf://datasets/name/a.jpg", "names no file"),
         ("https://host:port/a", "[Pp]ort"),
+        ("s3://id:abc@bucket/a", "names no bucket"),
+        ("s3://id:abc/rest-of-abc@bucket/a", "names no bucket"),
+        ("HTTP://user:abc@host/a", "is no address"),
+        ("ftp://host/a?sig=abc", "is no address"),
+        ("https://host/f/%2e%2E/b", "has .. in its path"),
+        ("https://host/f/..%2fb", "has .. in its path"),
     ],
 )
 def test_bad_addresses_are_one_line(text, why):
@@ -206,11 +215,14 @@ def test_addresses():
         "s3://b/k?x#y z",
         "gs://b/a/b",
         "https://host:8443/a?b=c",
+        "https://[::1]:8443/a",
+        "s3://b/%2e%2e/a",
         "hf://datasets/o/n@r1/a/b",
         "hf://o/n/a",
     ):
         assert str(parse_address(text)) == text
     assert str(parse_address("https://Host:443/A")) == "https://host/A"
+    assert is_remote("HTTPS://host/a") and str(parse_address("HTTPS://host/a")) == "https://host/a"
     assert (
         below("s3://b/f", "a/../c.jpg") == "s3://b/f/c.jpg"
         and below("hf://datasets/o/n@r", "c") == "hf://datasets/o/n@r/c"
