@@ -258,6 +258,9 @@ class ShardStore:
         for one, other in zip(found, found[1:], strict=False):
             if other.previous != one.digest:
                 raise UserError(self.changed(f"shard {other.number} does not follow from {one.number}"))
+        if not (self.path / "manifest.json").is_file():
+            return None  # it is being moved, or begun anew
+        self._read_same(self.path)  # after the shards: whoever begins anew writes it before any of them
         self._there = max(self._there, last)
         return found
 
@@ -321,11 +324,15 @@ class ShardStore:
         folder = store_folder(self.place)
         if folder == self.path or not (folder / "manifest.json").is_file():
             return False
+        self.path, self.manifest = folder, self._read_same(folder)
+        return True
+
+    def _read_same(self, folder: Path) -> DataManifest:
+        """The manifest as it is now; its input decides how many rows and sources there will be."""
         manifest = read_manifest(folder)
         if manifest.input_key != self.manifest.input_key:
             raise UserError(self.changed(f"{folder} is made from other input or settings"))
-        self.path, self.manifest = folder, manifest
-        return True
+        return manifest
 
     def _find(self, value: int, key: str) -> _Shard:
         """The last shard whose `key` is at most a value, among those that were read; empty ones aside."""

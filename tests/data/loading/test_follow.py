@@ -258,6 +258,21 @@ def test_a_store_that_is_begun_anew(store, tmp_path, tokenizer_dir):
         loader(store, 3).go_on(*read)
 
 
+def test_other_input_in_the_place_of_the_first_window(store, tmp_path, tokenizer_dir):
+    """How long an epoch is was known before anything was read; it would be that of the other store."""
+    growing = Growing(store, tmp_path)
+    reader = loader(growing.path, 2)
+    (tmp_path / "other").mkdir()
+    recipe = write_recipe(tmp_path / "other")
+    other = tmp_path / "other" / "store"
+    preprocess(recipe, other, preprocess_settings(str(tokenizer_dir)), Execution(1), follow=ROWS)
+    shutil.rmtree(growing.part)
+    shutil.copytree(other, growing.part)
+    with pytest.raises(UserError, match="begun anew or changed while it was read: .* other input"):
+        reader.need(0)
+    loader(growing.path, 2).need(0)  # the control: who begins now reads the other one
+
+
 def die_at(call: int) -> int:
     """Preprocess in a process that ends without a word before its `call`-th write; how many there were."""
     seen = count(1)
