@@ -38,6 +38,10 @@ PICTURE_SUFFIXES = (
 """What names a picture in a folder of frames."""
 _SCHEME = "members://"
 _SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
+# How pieces are named of an archive that was cut for its upload: x.tar.gz.part_aa, x.tar.ab, x.zip.001.
+_PIECE = re.compile(
+    r"(.*\.(?:zip|tar|tgz|gz|zst|bz2|xz)\.(?:part[-_.]?)?)(?:[a-f][a-z]|\d{1,3})", re.IGNORECASE | re.DOTALL
+)
 _DIGITS = re.compile(r"(\d+)")
 
 
@@ -256,7 +260,10 @@ def open_root(root: str) -> MediaRoot:
         name, folder, _ = part.split("=")
         name, folder = _unquoted(name), _unquoted(folder)
         file, inner = _split(name) or (name, "")
-        parts.append(_Part(name, inner, _opened(file, folder)))
+        try:
+            parts.append(_Part(name, inner, _opened(file, folder)))
+        except UserError as error:
+            raise UserError(f"{error}{_piece_hint(file)}") from None
     return ArchiveRoot(parts)
 
 
@@ -275,6 +282,13 @@ def _split(root: str) -> tuple[str, str] | None:
         path, _, last = path.rstrip("/").rpartition("/")
         inner = f"{last}/{inner}".rstrip("/")
     return (path, inner) if path and os.path.isfile(path) else None
+
+
+def _piece_hint(file: str) -> str:
+    """What may be done, where the name of an archive that cannot be read is that of a piece of one."""
+    piece = _PIECE.fullmatch(file)
+    whole = re.sub(r"\.(part[-_.]?)?$", "", piece[1]) if piece else ""
+    return f"; if it is a piece of an archive, join them: cat {piece[1]}* > {whole}" if piece else ""
 
 
 def _opened(file: str, cache: str) -> ArchiveIndex:

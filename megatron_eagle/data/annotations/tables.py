@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from megatron_eagle.data.media.addresses.rows import BROKEN_TABLE, open_rows
+from megatron_eagle.data.media.addresses.rows import BROKEN_TABLE, check_columns, open_rows
 from megatron_eagle.data.media.source import MemberRef, RowRef
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
@@ -108,6 +108,10 @@ class ArrowTable:
         for step in steps[1:]:
             if isinstance(step, str):
                 array = array.field(step)
+            elif pa.types.is_fixed_size_list(array.type):
+                array, place = array.values, (array.offset + place) * array.type.list_size + step
+            elif pa.types.is_map(array.type):
+                break
             else:
                 array, place = array.values, array.offsets[place].as_py() + step
         if not pa.types.is_binary(array.type) and not pa.types.is_large_binary(array.type):
@@ -132,6 +136,7 @@ class _Mapped:
             reader = pa.ipc.open_stream(self._whole)
             self.batches = list(reader)
         self.schema = reader.schema
+        check_columns(self.schema)
         self._path = path
         self._whole_batches: set[int] = set()
 

@@ -1,5 +1,6 @@
 """Names of media in archives: found, or one line; and what an archive may not do to whoever reads it."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -275,6 +276,26 @@ def test_damaged_archives_are_one_line(tmp_path):
         prepared_root(archives_root([str(tmp_path / "none.zip")]))
     assert prepared_root(str(tmp_path)) == str(tmp_path)
     assert prepared_root(str(tmp_path / "not" / "there")) == str(tmp_path / "not" / "there")
+
+
+@pytest.mark.parametrize(
+    ("name", "joined"),
+    [
+        ("x.tar.gz.part_aa", "cat {}/x.tar.gz.part_* > {}/x.tar.gz"),
+        ("x.tar.ab", "cat {}/x.tar.* > {}/x.tar"),
+        ("x.zip.001", "cat {}/x.zip.* > {}/x.zip"),
+        ("x.tar.gz", ""),
+        ("x.tar.xz", ""),
+    ],
+)
+def test_pieces_of_an_archive(tmp_path, name, joined):
+    """Of one that was cut for its upload, the first piece looks like an archive that was cut off."""
+    (tmp_path / name).write_bytes(gzip.compress(bytes(10240))[:30])
+    with pytest.raises(UserError) as raised:
+        prepared_root(str(tmp_path / name), tmp_path / "cache")
+    said = str(raised.value)
+    assert ("if it is a piece of an archive" in said) == bool(joined)
+    assert said.endswith(joined.format(tmp_path, tmp_path))
 
 
 def test_a_zip_that_changed(tmp_path):

@@ -77,6 +77,32 @@ def test_any_order(tmp_path, write, monkeypatch):
         assert (empty, second) == ([], {"image": None}) and value(first["image"]) == picture(number)
 
 
+def test_media_in_other_lists(tmp_path, write):
+    """Lists of one length, as `datasets` stores a sequence with a length. Maps hold no media."""
+    rows = [{"images": [held(k), held(k + 1)], "id": k} for k in range(5)]
+    source = open_records(write(tmp_path / "t", rows, {"images": pa.list_(IMAGE, 2)}))
+    for k in (4, 0, 3):
+        assert [value(address) for address in record(source, k)["images"]] == [picture(k), picture(k + 1)]
+    path = write_arrow(
+        tmp_path / "u", [{"image": [("a", picture(1))]}], {"image": pa.map_(pa.string(), pa.binary())}
+    )
+    with pytest.raises(Problem, match="unsupported media: .*u holds media as map"):
+        open_records(path).read(0)
+
+
+def test_columns_that_cannot_be_told_apart(tmp_path, write):
+    """Of two columns with one name a row would have the last, without a word."""
+    path = write(tmp_path / "t", [{"caption": "a", "captiom": "b"}], {})
+    assert record(open_records(path), 0) == {"caption": "a", "captiom": "b"}
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"captiom", b"caption"))
+    with pytest.raises(UserError, match="cannot read .*t: several columns have the name caption$"):
+        open_records(path)
+    path.write_bytes(whole.replace(b"captiom", b"caption".replace(b"c", b"\x94")))
+    with pytest.raises(UserError, match="cannot read .*t: the name of a column is not UTF-8$"):
+        open_records(path)
+
+
 def test_values(tmp_path, write):
     """What JSON has no form for, names of files, nothing, and a sequence of objects as an object of lists."""
     row = {

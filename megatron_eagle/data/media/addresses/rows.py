@@ -24,6 +24,7 @@ from megatron_eagle.problems import Problem
 
 _VALUE = re.compile(r"parquet://(?P<file>.+)\?row=(?P<row>\d+)&value=(?P<value>[^?&]+)", re.DOTALL)
 BROKEN_TABLE = "broken table"
+_NO_TEXT = "the name of a column is not UTF-8"
 _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 1024
 _KEPT_BYTES = 16 << 20  # of the batches that were read last, or two batches where rows are larger
@@ -50,6 +51,20 @@ def row_ref(path: str) -> RowRef | None:
     return match and RowRef(match["file"], int(match["row"]), tuple(map(unquote, match["value"].split("/"))))
 
 
+def check_columns(schema: pa.Schema) -> None:
+    """Let pass a table whose columns can be told apart by their names.
+
+    Raises:
+        pa.ArrowInvalid: a name is no text, or several columns have it, of which a row would hold the last.
+    """
+    try:
+        names = schema.names
+    except UnicodeDecodeError:
+        raise pa.ArrowInvalid(_NO_TEXT) from None
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise pa.ArrowInvalid(f"several columns have the name {twice}")
+
+
 class ParquetRows:
     """The rows of a parquet file; safe in several threads.
 
@@ -61,9 +76,13 @@ class ParquetRows:
     def __init__(self, path: str):
         self._path = path
         self._lock = threading.Lock()
-        self._file = pq.ParquetFile(
-            path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True
-        )
+        try:
+            self._file = pq.ParquetFile(
+                path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True
+            )
+        except UnicodeDecodeError:
+            raise pa.ArrowInvalid(_NO_TEXT) from None
+        check_columns(self._file.schema_arrow)
         metadata = self._file.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self._bounds = np.cumsum([0, *(group.num_rows for group in groups)])
