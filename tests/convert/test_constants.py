@@ -310,7 +310,7 @@ def _with_bias(s: Sides) -> Tensor:
 def _attention(s: Sides) -> Tensor:
     segments = (Segment(0, 9, 0, 9),)
     core = s.layer.self_attention.core_attention.core
-    return core.backend.forward(*s.random(3, 9, 2, 12), segments, core.scale)[0]
+    return core.backend.forward(*s.random(3, 9, 2, 12), segments, core.scale, causal=True)[0]
 
 
 def _their_attention(s: Sides) -> Tensor:
