@@ -65,7 +65,8 @@ class EnergonFolder:
         """The archives of a split.
 
         Raises:
-            UserError: there is no such split, several and none is named, or an archive is missing.
+            UserError: there is no such split, several and none is named, an archive is missing, or none is
+                left of it.
         """
         there = [name for name, files in self.splits.items() if files]
         if split is None and len(there) > 1:
@@ -79,6 +80,8 @@ class EnergonFolder:
         files = [self.folder / name for name in self.splits[chosen] if name not in self.excluded]
         if missing := [file for file in files if not file.is_file()]:
             raise UserError(f"{missing[0]} is missing, which {self.folder / META}/split.yaml names")
+        if not files:
+            raise UserError(f"the split {chosen} of {self.folder} has no archive that is not excluded")
         return files
 
     def takes(self, archive: Path, key: str) -> bool:
@@ -235,7 +238,7 @@ def expanded(pattern: str) -> list[str]:
     """The names that a pattern with braces stands for: `a{00..12}`, `{b,c}`.
 
     Raises:
-        UserError: they are too many.
+        UserError: they are too many, or none.
     """
     names = [""]
     for number, piece in enumerate(_BRACES.split(pattern)):
@@ -252,6 +255,8 @@ def _choices(inside: str) -> list[str]:
         return [choice.strip() for choice in inside.split(",")] if "," in inside else [f"{{{inside}}}"]
     width = len(match[1]) if match[1].startswith("0") or len(match[1]) == len(match[2]) else 0
     first, last = int(match[1]), int(match[2])
+    if last < first:
+        raise UserError(f"{{{inside}}} stands for no name: it counts down")
     if last - first >= _MOST:
         raise UserError(f"{{{inside}}} stands for more than {_MOST:,} names")
     return [f"{number:0{width}d}" for number in range(first, last + 1)]

@@ -237,6 +237,9 @@ def test_braces():
     for pattern in ("{0..99999999}", "{000..999}{000..999}{0..9}"):
         with pytest.raises(UserError, match="stands for more than 1,000,000 names"):
             expanded(pattern)
+    assert expanded("{2..2}.tar") == ["2.tar"]
+    with pytest.raises(UserError, match=r"\{2\.\.1\} stands for no name: it counts down"):
+        expanded("a/{2..1}.tar")
 
 
 def prepared(folder: Path, n: int = 3, dataset: dict | None = None, **split) -> Path:
@@ -280,7 +283,9 @@ def test_energon_splits(tmp_path):
     folder = energon_folder(prepared(tmp_path / "e", exclude=["shards/s_001.tar/11", "shards/s_002.tar"]))
     train = folder.archives("train")
     assert [path.name for path in train] == ["s_000.tar", "s_001.tar"]
-    assert folder.archives("val") == [], "it is left out"
+    for split in ("val", "test"):
+        with pytest.raises(UserError, match=f"the split {split} of .*e has no archive that is not excluded"):
+            folder.archives(split)
     assert captions(train[1]) == ["10txt", "12txt"]
     assert TarRecords(train[0]).form == "WebDataset of Energon, its sample_loader is not run"
     with pytest.raises(UserError, match="holds the splits train, val; say which is meant, e.g. split: train"):
