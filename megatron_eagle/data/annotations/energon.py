@@ -121,11 +121,14 @@ _QUERY = (
 
 
 def _fits(archive: Path, members: Sequence[Member]) -> bool:
-    """Whether an archive ends behind its last member, and some of its members have their names."""
+    """Whether members leave room for headers, the archive ends behind the last, and some have their names."""
+    ends = [0, *(one.place + -(-one.size // 512) * 512 for one in members)]
+    if any(one.place % 512 or one.place < end + 512 for one, end in zip(members, ends, strict=False)):
+        return False
     try:
         with archive.open("rb") as file:
             last = members[-1]
-            file.seek(last.place + -(-last.size // 512) * 512)
+            file.seek(ends[-1])
             if any(file.read(1024) or b"\1"):
                 return False
             step = max(1, len(members) // _LOOKED_AT)

@@ -318,6 +318,25 @@ def test_energon_index(tmp_path, monkeypatch):
     assert len(captions(archive)) == 4
 
 
+@pytest.mark.parametrize("shift", [-1536, 1])
+def test_an_energon_index_with_wrong_places(tmp_path, shift):
+    """Also between the members whose headers are looked at: a record would have another one's picture."""
+    folder = energon_folder(prepared(tmp_path / "e", n=40))
+    archive = folder.archives("train")[1]
+    whole = folder.members(archive)
+    assert whole == scan(archive, "tar")
+    wrong = whole[7]
+    with sqlite3.connect(tmp_path / "e/.nv-meta/index.sqlite") as index:
+        changed = index.execute(
+            "UPDATE sample_parts SET content_byte_offset = ? "
+            "WHERE content_byte_offset = ? AND tar_file_id = 1",
+            (wrong.place + shift, wrong.place),
+        )
+        assert changed.rowcount == 1
+    index.close()
+    assert folder.members(archive) is None
+
+
 def test_energon_fields(tmp_path):
     """`field_map` says what parts become; the others are of no use."""
     sample_type = {"__module__": "megatron.energon", "__class__": "CaptioningSample"}
