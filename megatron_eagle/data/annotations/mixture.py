@@ -21,7 +21,7 @@ from megatron_eagle.data.annotations.recipes import llama_factory_entries, llava
 from megatron_eagle.data.annotations.records import ANNOTATION_SUFFIXES, SHARD_SUFFIX, TABLE_SUFFIXES
 from megatron_eagle.data.annotations.references import OVERRIDES, read_overrides
 from megatron_eagle.data.annotations.roots import archives_root
-from megatron_eagle.data.media.remote.addresses import is_remote, parse_place
+from megatron_eagle.data.media.remote.addresses import is_remote, parse_place, without_secrets
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
 
@@ -246,7 +246,8 @@ def _files(recipe: Path, where: str, named: str, split: str | None) -> list[Path
     """The annotation files that a name stands for: a file, a folder's, or those that a pattern fits."""
     if "://" in named:
         raise UserError(
-            f"{where}: {named} is no file of this machine; download annotations, media may stay there"
+            f"{where}: {without_secrets(named)} is no file of this machine; download annotations, "
+            "media may stay there"
         )
     path = _find(recipe, named)
     if path.is_dir():

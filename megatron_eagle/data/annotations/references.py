@@ -165,7 +165,8 @@ class References:
         pages = [item] if isinstance(item, dict) else as_list(item)
         if not pages or any(map(_is_pdf, pages)):
             raise Problem(
-                "bad media reference", f"a document is one PDF file or a list of page images, not {item!r}"
+                "bad media reference",
+                f"a document is one PDF file or a list of page images, not {_shown(item)}",
             )
         return tuple(self.image(page) for page in pages)
 
@@ -181,7 +182,7 @@ class References:
     def _name(self, value: object) -> str:
         """A file's name as it is written."""
         if not isinstance(value, str) or not value or "\0" in value:
-            raise Problem("bad media reference", f"expected a file name, not {value!r}")
+            raise Problem("bad media reference", f"expected a file name, not {_shown(value)}")
         value = whole_text(value.removeprefix("file://"))
         if is_remote(value):
             return str(parse_address(value))
@@ -193,6 +194,11 @@ class References:
         return value
 
 
+def _shown(value: object) -> str:
+    """What a message may repeat of something that was not understood: a beginning without secrets."""
+    return without_secrets(repr(value))[:80]
+
+
 def _hint(address: str) -> str:
     return "; remote media are read from https://, not plain http://" if address.startswith("http://") else ""
 
@@ -201,7 +207,7 @@ def _named(item: Mapping[str, Any], keys: tuple[str, ...]) -> object:
     """What an object names under one of these keys; its `url` counts where there is nothing else."""
     found = [item[key] for key in keys if item.get(key) is not None] or [item.get("url")]
     if any(other != found[0] for other in found[1:]):
-        raise Problem("bad media reference", f"{found[0]!r} and {found[1]!r} for one medium")
+        raise Problem("bad media reference", f"{_shown(found[0])} and {_shown(found[1])} for one medium")
     return found[0]
 
 

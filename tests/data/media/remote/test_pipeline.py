@@ -242,6 +242,8 @@ def test_addresses_of_their_own_and_bad_ones(bucket, tmp_path, tokenizer_dir):
         conversation("<image>What?", "A.", image="https://me:secret@host/c.jpg"),
         conversation("<image>What?", "A.", image="../../c.jpg"),
         conversation("<image>What?", "A.", image="s3://media"),
+        conversation("<image>What?", "A.", image={"path": "c.jpg", "image": "https://host/c.jpg?sig=secret"}),
+        conversation("<image>What?", "A.", image={"url": "ftp://me:secret@host/c.jpg"}),
     ]
     store = make(tmp_path / "bucket", tokenizer_dir, "s3://media/set", remote(tmp_path), records)
     assert len(store) == 1
@@ -257,10 +259,13 @@ def test_addresses_of_their_own_and_bad_ones(bucket, tmp_path, tokenizer_dir):
     assert lines[2:] == [
         "bad media reference: '../../c.jpg' is no file below s3://media/set",
         "bad media reference: 's3://media' names no file",
+        "bad media reference: 'https://host/c.jpg?... and 'c.jpg' for one medium",
+        "unsupported media: ftp://...@host/c.jpg is no local file",
     ]
     recipe = tmp_path / "recipe.json"
     for entry, line in (
         ({"annotation": "s3://media/data.jsonl"}, "no file of this machine; download annotations"),
+        ({"annotation": "https://me:pw@host/data.jsonl"}, ": https://...@host/data.jsonl is no file"),
         ({"annotation": "bucket/data.jsonl", "root": "s3://"}, "root: 's3://' names no bucket"),
     ):
         recipe.write_text(json.dumps({"set": entry}))
