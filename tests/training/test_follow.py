@@ -17,6 +17,7 @@ from megatron_eagle.checkpoint import read_train_state
 from megatron_eagle.commands import plan as plan_command
 from megatron_eagle.commands import preview as preview_command
 from megatron_eagle.commands import train as train_command
+from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.store.shards import last_head
 from megatron_eagle.data.store.signs import SignOfLife, growing_folder
@@ -194,12 +195,33 @@ def test_a_resumed_run_reads_what_it_has_read(made, finished, tmp_path):
     state = read_train_state(finished)
     assert state.read is not None and state.read.first_pack + state.read.packs == state.consumed_packs == 36
     file = write_run(made, made / "finished", made / "store", training={"train_iterations": 10})
+    write_packs(made / "store", LENGTH, seed=0)  # for a run that does not follow
     for override, message in (
         ("data.follow.shards_per_window=3", "shards_per_window 2 there, 3 here"),
         ("data.seed=1", "seed 0 there, 1 here"),
+        ("data.follow=null", "has read its data with data.follow, and goes on so"),
     ):
         with pytest.raises(UserError, match=message):
             run_steps(str(file), override)
+    file = write_run(made, tmp_path, made / "store")
+    run_steps(str(file), "data.follow=null", "training.stop_at_iteration=1")
+    with pytest.raises(UserError, match="has read its data without data.follow, and goes on so"):
+        run_steps(str(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "context"])
+def test_ranks_of_one_replica_read_the_same(made, finished, tmp_path, axis):
+    file = write_run(made, tmp_path, made / "store")
+    layout = [f"parallel.{axis}_{'' if axis == 'context' else 'model_'}parallel_size=2"]
+    if axis == "context":
+        layout.append("parallel.context_parallel_layout=contiguous")
+    on_ranks(file, 2, *layout, "training.stop_at_iteration=4")
+    found, expected = steps(tmp_path / "run"), steps(finished)[:4]
+    for name in ("iteration", "samples", "tokens_by_dataset", "first_pack", "data"):
+        assert [step[name] for step in found] == [step[name] for step in expected]
+    for name in ("loss", "grad_norm"):
+        assert [step[name] for step in found] == pytest.approx([step[name] for step in expected], rel=1e-4)
 
 
 def test_preprocessing_that_died_is_told_from_a_slow_one(made, tmp_path):
