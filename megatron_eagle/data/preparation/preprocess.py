@@ -22,16 +22,17 @@ from tqdm import tqdm
 
 from megatron_eagle.data.annotations import unknown_keys
 from megatron_eagle.data.annotations.mixture import Dataset, read_recipe
-from megatron_eagle.data.annotations.records import RecordSource, open_records
+from megatron_eagle.data.annotations.records import open_records
 from megatron_eagle.data.media.remote.files import MediaAccess
 from megatron_eagle.data.media.source import is_inline, member_ref, row_ref
 from megatron_eagle.data.preparation.archives import remove_unpacked, with_archives
 from megatron_eagle.data.preparation.engines import ENGINES, lines_ahead, ray_workers, run_local, run_ray
 from megatron_eagle.data.preparation.journal import Journal
 from megatron_eagle.data.preparation.line_numbers import LineNumbers
-from megatron_eagle.data.preparation.mixed_order import RowNumbers, Takes, match, mixed_takes
-from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, Task
+from megatron_eagle.data.preparation.mixed_order import mixed_takes
+from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings
 from megatron_eagle.data.preparation.publishing import Publisher
+from megatron_eagle.data.preparation.recipe_input import RecipeInput
 from megatron_eagle.data.preparation.reuse import FinishedLines, cache_key, is_current
 from megatron_eagle.data.preparation.summary import LengthCounts
 from megatron_eagle.data.store import media_files
@@ -77,75 +78,6 @@ class Execution:
             raise UserError(f"--engine must be one of {', '.join(ENGINES)}, got {self.engine}")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers must be at least 1, got {self.workers}")
-
-
-@dataclass(frozen=True)
-class _Input:
-    """The records of a recipe, called lines whatever they are, and how often each is taken.
-
-    `takes`: the order of a store that training may follow; None: that of the input.
-    """
-
-    datasets: list[Dataset]
-    records: list[RecordSource]
-    copies: list[np.ndarray]
-    takes: Takes | None = None
-
-    def taken(self) -> LineNumbers:
-        """(data set, 0-based line) of every line that is taken at least once, in order."""
-        if self.takes is not None:
-            return self.takes.new_lines()
-        return LineNumbers.of(map(np.flatnonzero, self.copies))
-
-    def chunks(self, lines: LineNumbers, size: int) -> Iterator[list[Task]]:
-        """Some lines with their bytes, `size` at a time; of all files one is open, where data sets are mixed
-        one of each."""
-        opened: dict[str, int] = {}
-        for start in range(0, len(lines), size):
-            tasks = []
-            for source, line in lines[start : start + size]:
-                dataset = self.datasets[source]
-                group = "" if self.takes is None else dataset.name
-                if opened.setdefault(group, source) != source:
-                    self.records[opened[group]].close()
-                opened[group] = source
-                tasks.append(
-                    Task(
-                        self._raw(source, line),
-                        source,
-                        str(dataset.annotation),
-                        line + 1,
-                        dataset.root,
-                        dataset.overrides,
-                        dataset.conventions,
-                    )
-                )
-            yield tasks
-
-    def _raw(self, source: int, line: int) -> bytes | Problem | None:
-        """A record's bytes, why there are none, or None for one that its worker reads."""
-        records = self.records[source]
-        try:
-            return None if records.in_workers else records.read(line)
-        except Problem as problem:
-            return problem
-
-    def final_rows(self, sources: np.ndarray, lines: np.ndarray) -> np.ndarray | None:
-        """Rows of the store as numbers of the rows with these sources and 1-based lines: a data set once,
-        then what it repeats, and so on.  None if nothing is repeated.
-        """
-        if self.takes is not None:
-            numbers = RowNumbers(self.takes, [len(copies) for copies in self.copies])
-            numbers.add(sources, lines, 0)
-            order = numbers.of(0, len(self.takes), match(self.takes, sources, lines, 0))
-            return order if len(order) > len(sources) else None
-        copies = np.zeros(len(sources), np.int64)
-        passes = []
-        for source in np.unique(sources).tolist():
-            rows = np.flatnonzero(sources == source)
-            copies[rows] = self.copies[source][lines[rows] - 1]
-            passes += [rows[copies[rows] > k] for k in range(copies[rows].max())]
-        return np.concatenate(passes) if passes and copies.max() > 1 else None
 
 
 def preprocess(
@@ -195,7 +127,7 @@ def preprocess(
     records = [open_records(dataset.annotation, archives) for dataset in datasets]
     unknown_keys.check_first(datasets, records)
     copies = [dataset.copies(len(r)) for dataset, r in zip(datasets, records, strict=True)]
-    source = _Input(datasets, records, copies)
+    source = RecipeInput(datasets, records, copies)
     if follow:
         source = replace(source, takes=mixed_takes(manifest.names, copies))
         manifest = replace(manifest, n_takes=len(source.takes or ()))
@@ -277,7 +209,7 @@ def _show(partial: Path, settings: PreprocessSettings, manifest: DataManifest) -
 
 
 def _write_tokens(
-    source: _Input,
+    source: RecipeInput,
     partial: Path,
     journal: Journal,
     settings: PreprocessSettings,
@@ -375,7 +307,7 @@ def _in_order(lines: LineNumbers, tried: Iterator[Outcome], finished: FinishedLi
 
 
 def _write_rest(
-    source: _Input, partial: Path, journal: Journal, settings: PreprocessSettings, manifest: DataManifest
+    source: RecipeInput, partial: Path, journal: Journal, settings: PreprocessSettings, manifest: DataManifest
 ) -> None:
     """Everything but the tokens, from the journal: may be done again and again."""
     if source.takes is None:
