@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote, unquote
 
-from megatron_eagle.data.media import hints
 from megatron_eagle.data.media.archive_index import ArchiveIndex, index_archive
 from megatron_eagle.data.media.archive_scan import archive_kind, plain_name
 from megatron_eagle.data.media.archive_unpack import unpacked_archive
+from megatron_eagle.data.media.hints import of_file
 from megatron_eagle.data.media.remote.addresses import below, is_remote
 from megatron_eagle.errors import UserError
 from megatron_eagle.problems import Problem
@@ -301,7 +301,7 @@ def _opened(file: str, cache: str) -> ArchiveIndex:
     if not kind:
         raise UserError(
             f"{file} is neither a folder nor a tar or zip archive: no media can be relative to it"
-            f"{hints.of_file(file)}"
+            f"{of_file(file)}"
         )
     folder = Path(cache) if cache else None
     if kind not in ("tar", "zip"):

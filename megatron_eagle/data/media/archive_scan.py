@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_eagle.data.media.hints import of_file
 from megatron_eagle.errors import UserError
 
 _MAX_UNPACKED = 1 << 30  # bytes of a compressed member, which is unpacked in memory
@@ -56,6 +57,11 @@ def archive_kind(path: Path) -> str:
     found = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
     is_tar = head[_MARK_AT:].startswith(_MARK) or path.name.lower().endswith(".tar")
     return "tar" if is_tar and not found else found
+
+
+def damaged(archive: Path, what: str) -> UserError:
+    """The line for an archive that cannot be read to its end, `what` being where or why."""
+    return UserError(f"{archive} is damaged or cut off {what}{of_file(str(archive)) or '; fetch it again'}")
 
 
 def scan(path: Path, kind: str) -> list[Member]:
@@ -104,7 +110,7 @@ def _tar_members(path: Path) -> Iterator[Member]:
                         yield _tar_member(member)
                 _check_end(path, file, tar.offset)
         except tarfile.TarError as error:
-            raise UserError(f"{path} is damaged or cut off ({error}); fetch it again") from None
+            raise damaged(path, f"({error})") from None
 
 
 def _tar_member(member: tarfile.TarInfo) -> Member:
@@ -134,7 +140,7 @@ def _check_end(path: Path, file: BinaryIO, end: int) -> None:
             f"whole, add one: head -c 1024 /dev/zero >> {path}"
         )
     if mark != _ZERO[: len(mark)] or len(mark) < 512:
-        raise UserError(f"{path} is damaged or cut off at byte {end}; fetch it again")
+        raise damaged(path, f"at byte {end}")
     if any(file.read(_BEHIND)):
         raise UserError(
             f"{path} has more behind its end mark at byte {end}; join archives with tar --concatenate"
@@ -148,7 +154,7 @@ def _zip_members(path: Path) -> Iterator[Member]:
                 if not member.is_dir():
                     yield _zip_member(member)
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise UserError(f"{path} is damaged or cut off ({error}); fetch it again") from None
+        raise damaged(path, f"({error})") from None
 
 
 def _zip_member(member: zipfile.ZipInfo) -> Member:

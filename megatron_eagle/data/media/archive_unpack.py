@@ -12,7 +12,7 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from megatron_eagle.data.media.archive_scan import archive_kind
+from megatron_eagle.data.media.archive_scan import archive_kind, damaged
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import beside
 
@@ -70,4 +70,4 @@ def _blocks(archive: Path, packing: str) -> Iterator[bytes]:
             while block := stream.read(_BLOCK):
                 yield block
     except UNPACKING_ERRORS as error:
-        raise UserError(f"{archive} is damaged or cut off ({error}); fetch it again") from None
+        raise damaged(archive, f"({error})") from None

@@ -270,11 +270,10 @@ def test_damaged_archives_are_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match="neither a folder nor a tar or zip archive"):
         prepared_root(str(tmp_path / "a.txt"))
-    (tmp_path / "pointer.tar").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    )
+    pointer = tmp_path / "pointer.tar"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(UserError, match="a pointer of git-lfs, not the file itself; run git lfs pull$"):
-        prepared_root(str(tmp_path / "pointer.tar"))
+        prepared_root(str(pointer))
     with pytest.raises(UserError, match="the archive .*/none.tar.gz does not exist"):
         prepared_root(str(tmp_path / "none.tar.gz"))
     with pytest.raises(UserError, match="cannot read .*/none.zip"):
