@@ -12,7 +12,9 @@ class LineNumbers(Sequence[tuple[int, int]]):
     """Pairs of a file's number and a line of it, both from 0."""
 
     def __init__(self, sources: np.ndarray, lines: np.ndarray) -> None:
-        self._sources, self._lines = sources.astype(np.int32), lines.astype(np.int64)
+        # A part of them is a view: parts are taken for every few lines.
+        self._sources = sources.astype(np.int32, copy=False)
+        self._lines = lines.astype(np.int64, copy=False)
 
     @classmethod
     def of(cls, lines: Iterable[np.ndarray]) -> "LineNumbers":
