@@ -1,6 +1,7 @@
 """What a medium is told by, and what every kind of address offers."""
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,3 +69,14 @@ def content_fingerprint(file: BinaryIO, size: int) -> int:
         file.seek(start)
         digest.update(file.read(_HASHED_BYTES))
     return int.from_bytes(digest.digest(), signed=True)
+
+
+def open_value(value: bytes, path: str) -> BinaryIO:
+    """A medium that is in memory as a whole.
+
+    Raises:
+        Problem: it is empty.
+    """
+    if not value:
+        raise Problem("empty file", path)
+    return io.BytesIO(value)

@@ -8,7 +8,12 @@ from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 from weakref import WeakValueDictionary
 
-from megatron_eagle.data.media.addresses.base import FileMetadata, content_fingerprint, file_status
+from megatron_eagle.data.media.addresses.base import (
+    FileMetadata,
+    content_fingerprint,
+    file_status,
+    open_value,
+)
 from megatron_eagle.problems import Problem
 
 _SCHEME = "lmdb://"
@@ -40,13 +45,11 @@ class Databases:
             Problem: also for a pickle: reading one runs what it says.
         """
         value = _value(path)
-        if not value:
-            raise Problem("empty file", path)
-        if value[0] == 0x80 and value[-1:] == b".":  # the PROTO opcode of protocol 2 and above, and STOP
+        if value[:1] == b"\x80" and value[-1:] == b".":  # the PROTO opcode of protocol 2 and above, and STOP
             raise Problem(
                 "unsafe media", f"{path} is a Python pickle, which is never read; store the picture file"
             )
-        return io.BytesIO(value)
+        return open_value(value, path)
 
 
 def _split(path: str) -> tuple[str, str]:

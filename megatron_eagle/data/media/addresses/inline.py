@@ -9,7 +9,7 @@ import io
 import re
 from typing import BinaryIO
 
-from megatron_eagle.data.media.addresses.base import FileMetadata, content_fingerprint
+from megatron_eagle.data.media.addresses.base import FileMetadata, content_fingerprint, open_value
 from megatron_eagle.problems import Problem
 
 MOST_CHARACTERS = 1 << 25  # of an address: a picture of 24 MB
@@ -57,9 +57,7 @@ class Inline:
     def open(self, path: str) -> BinaryIO:
         """The picture."""
         content = _content(path)
-        if not content:
-            raise Problem("empty file", path)
-        return io.BytesIO(content)
+        return open_value(content, path)
 
 
 def _content(path: str) -> bytes:

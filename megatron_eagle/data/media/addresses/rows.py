@@ -19,7 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_eagle.data.media.addresses.base import FileMetadata, content_fingerprint, file_status
+from megatron_eagle.data.media.addresses.base import (
+    FileMetadata,
+    content_fingerprint,
+    file_status,
+    open_value,
+)
 from megatron_eagle.problems import Problem
 
 _VALUE = re.compile(r"parquet://(?P<file>.+)\?row=(?P<row>\d+)&value=(?P<value>[^?&]+)", re.DOTALL)
@@ -183,9 +188,7 @@ class RowValues:
     def open(self, path: str) -> BinaryIO:
         """The value."""
         _, value = _value(path)
-        if not value:
-            raise Problem("empty file", path)
-        return io.BytesIO(value)
+        return open_value(value, path)
 
 
 def _value(path: str) -> tuple[RowRef, bytes]:
