@@ -21,6 +21,9 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_eagle2_5_vl.Eagle2_5_VLConfig",
     "AutoModel": _MODEL_CLASS,
     "AutoModelForCausalLM": _MODEL_CLASS,
+    "AutoModelForImageTextToText": _MODEL_CLASS,
+    "AutoModelForMultimodalLM": _MODEL_CLASS,
+    "AutoModelForVision2Seq": _MODEL_CLASS,  # its name in transformers 4
 }
 _PROCESSOR = "Eagle2_5_VLProcessor"
 _PROCESSOR_MAP = {
@@ -118,6 +121,7 @@ def _copy_tokenizer(folder: Path, config: EagleConfig, metadata: HfMetadata) -> 
     settings.pop("chat_template", None)  # it is in its own file
     _raise_lengths(settings, config)
     settings["processor_class"] = _PROCESSOR
+    settings["padding_side"] = "left"  # for generation: every row of a batch ends where its answer starts
     _write_json(folder / "tokenizer_config.json", settings)
     return ids
 

@@ -6,7 +6,7 @@ equal tiles out. Shapes: n tiles, S tile side in pixels.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -41,6 +41,19 @@ def to_pixels(image: Any) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
+class ImageProcessorSettings(TypedDict, total=False):
+    """What `from_pretrained` takes beside the folder; transformers 5 asks for it."""
+
+    size: dict[str, int]
+    rescale_factor: float
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+    min_dynamic_tiles: int
+    max_dynamic_tiles: int
+    use_thumbnail: bool
+    tiling: str
+
+
 class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
     """Cuts pictures into tiles and resizes video frames, one tile each.
 
@@ -53,6 +66,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values"]
+    valid_kwargs = ImageProcessorSettings
 
     def __init__(
         self,

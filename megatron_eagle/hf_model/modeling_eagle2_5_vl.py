@@ -9,9 +9,10 @@ import copy
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, SiglipVisionModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from .configuration_eagle2_5_vl import Eagle2_5_VLConfig
 from .pixel_shuffle import pixel_shuffle
@@ -89,10 +90,24 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Visual features of tiles in [-1, 1]: [n, 3, S, S] -> [n, k, h]."""
-        pixel_values = pixel_values.to(device=self.device, dtype=self.dtype)
-        features = self.vision_model(pixel_values=pixel_values).last_hidden_state  # [n, (S/p)^2, c]
-        tokens: torch.Tensor = self.mlp1(pixel_shuffle(features, self.config.shuffle_factor))
-        return tokens
+        return self._encode(pixel_values)[1]
+
+    def get_image_features(self, pixel_values: torch.Tensor, **_kwargs: Any) -> Any:
+        """Visual features under transformers' name: [n, k, h].
+
+        In transformers 5 they are `pooler_output`, and `last_hidden_state` is the encoder's [n, (S/p)^2, c].
+        """
+        hidden, tokens = self._encode(pixel_values)
+        if int(transformers.__version__.split(".")[0]) < 5:
+            return tokens
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=tokens)
+
+    def _encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Offloaded weights are on "meta" until they are needed; accelerate then moves the inputs.
+        device = pixel_values.device if self.device.type == "meta" else self.device
+        pixels = pixel_values.to(device=device, dtype=self.dtype)
+        hidden: torch.Tensor = self.vision_model(pixel_values=pixels).last_hidden_state
+        return hidden, self.mlp1(pixel_shuffle(hidden, self.config.shuffle_factor))
 
     def merge_features(
         self,
@@ -166,6 +181,17 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         )
         return output
 
+    def prepare_inputs_for_generation(
+        self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' own; pictures go in with the prompt, also an assistant's, and not again."""
+        whole: Any = self
+        inputs: dict[str, Any] = GenerationMixin.prepare_inputs_for_generation(whole, *args, **kwargs)
+        cache = inputs.get("past_key_values")
+        if cache is None or not cache.get_seq_length():
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
     @torch.no_grad()
     def generate(  # type: ignore[override]  # the processor's output by name
         self,
@@ -180,7 +206,8 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         """Generate from the processor's output; returns only the new ids, [b, new tokens].
 
         Defaults come from the checkpoint's generation_config.json (stop at `<|im_end|>`);
-        `generate_kwargs` are those of transformers' `generate`.
+        `generate_kwargs` are those of transformers' `generate`. An `assistant_model` with the same
+        vocabulary sees the pictures if it is an Eagle 2.5, and the text alone if it is a language model.
         """
         generation_config = copy.deepcopy(generation_config or self.generation_config)
         rest = generation_config.update(
@@ -188,6 +215,23 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         )  # what is no setting: streamer, logits_processor, ...
         if input_ids is None:
             raise ValueError("generate needs input_ids")
+        assistant = rest.get("assistant_model")
+        if assistant is not None or generation_config.prompt_lookup_num_tokens is not None:
+            # Who guesses the next tokens is asked with all ids that there are: embeddings will not do.
+            if visual_features is not None:
+                raise ValueError("assisted generation takes pixel_values, not visual_features")
+            if assistant is not None:
+                rest["assistant_model"] = _Assistant(assistant)
+            whole: Any = self
+            output = GenerationMixin.generate(
+                whole,
+                input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                generation_config=generation_config,
+                **rest,
+            )
+            return _without_prompt(output, input_ids.shape[1])
         language: Any = self.language_model
         new: torch.Tensor = language.generate(
             inputs_embeds=self.merge_features(input_ids, pixel_values, visual_features=visual_features),
@@ -196,3 +240,29 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
             **rest,
         )
         return new
+
+
+class _Assistant:
+    """An assistant as transformers asks it: its `generate` returns the prompt, too."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if isinstance(self._model, Eagle2_5_VLForConditionalGeneration):
+            kwargs["pixel_values"] = pixel_values
+        return GenerationMixin.generate(self._model, input_ids, **kwargs)
+
+
+def _without_prompt(output: Any, length: int) -> torch.Tensor:
+    """What `generate` returned, ids or an object that holds them, without the prompt."""
+    if isinstance(output, torch.Tensor):
+        return output[:, length:]
+    output.sequences = output.sequences[:, length:]
+    whole: torch.Tensor = output  # `generate` says so, too
+    return whole

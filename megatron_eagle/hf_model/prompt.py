@@ -6,14 +6,23 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 
 # Every turn is `<|im_start|>{role}\n{content}<|im_end|>\n`, content stripped. A media item becomes
-# `<image-k>` or `<video-k>` (global counters, from 1), unless some text of the conversation places it.
+# `<image-k>` or `<video-k>` (global counters, from 1), unless some text of the conversation places it. What
+# an item is says its type, or the key that it has; keys without a value are not there (`content.read_part`).
 _TEMPLATE = """\
+{%- macro has(value) -%}{%- if value is defined and value is not none -%}yes{%- endif -%}{%- endmacro -%}
+{%- macro kind(item) -%}
+{%- if has(item['type']) -%}{{- item['type'] | replace('_url', '') -}}
+{%- elif has(item['image']) or has(item['image_url']) -%}image
+{%- elif has(item['video']) or has(item['video_url']) -%}video
+{%- elif has(item['text']) -%}text
+{%- endif -%}
+{%- endmacro -%}
 {%- set ns = namespace(images=0, videos=0, all='', turn='') -%}
 {%- for message in messages -%}
 {%- if message['content'] is string -%}{%- set ns.all = ns.all ~ message['content'] -%}
-{%- else -%}
+{%- elif has(message['content']) -%}
 {%- for item in message['content'] -%}
-{%- if 'text' in item -%}{%- set ns.all = ns.all ~ item['text'] -%}{%- endif -%}
+{%- if kind(item) == 'text' -%}{%- set ns.all = ns.all ~ item['text'] -%}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
@@ -23,17 +32,17 @@ _TEMPLATE = """\
 {%- endif -%}
 {%- set ns.turn = '' -%}
 {%- if message['content'] is string -%}{%- set ns.turn = message['content'] -%}
-{%- else -%}
+{%- elif has(message['content']) -%}
 {%- for item in message['content'] -%}
-{%- if 'image' in item or 'image_url' in item or item['type'] == 'image' -%}
+{%- if kind(item) == 'image' -%}
 {%- set ns.images = ns.images + 1 -%}
 {%- set tag = '<image-' ~ ns.images ~ '>' -%}
 {%- if tag not in ns.all -%}{%- set ns.turn = ns.turn ~ tag -%}{%- endif -%}
-{%- elif 'video' in item or item['type'] == 'video' -%}
+{%- elif kind(item) == 'video' -%}
 {%- set ns.videos = ns.videos + 1 -%}
 {%- set tag = '<video-' ~ ns.videos ~ '>' -%}
 {%- if tag not in ns.all -%}{%- set ns.turn = ns.turn ~ tag -%}{%- endif -%}
-{%- elif 'text' in item -%}{%- set ns.turn = ns.turn ~ item['text'] -%}
+{%- elif kind(item) == 'text' -%}{%- set ns.turn = ns.turn ~ item['text'] -%}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}

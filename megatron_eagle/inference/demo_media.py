@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.grids import select_grid
-from megatron_eagle.hf_model.processing_eagle2_5_vl import load_image, load_video
+from megatron_eagle.hf_model.media_files import load_image, load_video
 from megatron_eagle.inference.generate import Request, Sampling, pages_of, video_item
 from megatron_eagle.inference.pages import page_pictures
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf_model.processing_eagle2_5_vl import load_image, load_video
+from megatron_eagle.hf_model.media_files import load_image, load_video
 from megatron_eagle.hf_model.prompt import frame_label
 from megatron_eagle.inference.generate import OnText, Request, Sampling, video_item
 

@@ -28,6 +28,7 @@ from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.text import template
 from megatron_eagle.data.text.tokenizer import load_tokenizer
+from megatron_eagle.hf_model import media_files as their_media
 from megatron_eagle.hf_model import processing_eagle2_5_vl as their_text
 from megatron_eagle.hf_model import tiles
 from megatron_eagle.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
@@ -272,7 +273,7 @@ DATA = {
         lambda f: SamplingSettings().max_tiles,
         lambda f: Eagle2_5_VLConfig().max_dynamic_tiles,
     ),
-    "frames per second, unless told": (lambda f: SamplingSettings().fps, lambda f: their_text.DEFAULT_FPS),
+    "frames per second, unless told": (lambda f: SamplingSettings().fps, lambda f: their_media.DEFAULT_FPS),
     "special tokens": (_special, _their_special),
     "system prompt of the hf template": (
         lambda f: template._SYSTEM_PROMPT["hf"],
@@ -297,7 +298,7 @@ DIFFERENT = {
     # The paper's numbers for training, the released processor's for answers.
     "frames of a video": (
         lambda f: [SamplingSettings().min_frames, SamplingSettings().max_frames],
-        lambda f: [their_text.DEFAULT_MIN_FRAMES, their_text.DEFAULT_MAX_FRAMES],
+        lambda f: [their_media.DEFAULT_MIN_FRAMES, their_media.DEFAULT_MAX_FRAMES],
     ),
 }
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.convert.media import write_picture, write_video
+from tests.convert.use_export import CHECKS
 from tests.inference.test_quick_start import PROGRAMS, brief, table  # noqa: F401
 from tests.paths import REPO
 
@@ -45,6 +46,12 @@ def test_the_same_model_in_both(exported, tmp_path):
     assert not shown.all()
     torch.testing.assert_close(old["logits"][shown], new["logits"][shown], rtol=1e-5, atol=1e-5)
     assert run(OLD, "-c", "import transformers; print(transformers.__version__)").startswith("4.51.")
+
+
+def test_what_people_do_with_an_export(exported, tmp_path):
+    write_picture(tmp_path / "p.png", 200, 130)
+    done = run(OLD, str(REPO / "tests" / "convert" / "use_export.py"), str(exported), str(tmp_path))
+    assert done.split() == list(CHECKS)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

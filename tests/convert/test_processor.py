@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from megatron_eagle.hf_model.processing_eagle2_5_vl import frame_count, load_image, load_video
+from megatron_eagle.hf_model.media_files import frame_count, load_image, load_video
 from tests.convert.hf_folder import TILE, TOKENS_PER_TILE
 from tests.convert.media import write_picture, write_video
 

@@ -27,6 +27,7 @@ from tests.convert.hf_folder import (
     write_hf_folder,
     write_tokenizer,
 )
+from tests.convert.use_export import AUTO_CLASSES
 from tests.paths import REPO
 
 
@@ -75,7 +76,7 @@ def test_config_is_the_sources_with_every_spelling(source, exported):
     assert ours["loss_version"] == theirs["loss_version"] == "of-the-source"
     for kind in ("tiles", "patch"):
         assert (ours[f"min_dynamic_{kind}"], ours[f"max_dynamic_{kind}"]) == (1, 6)
-    assert ours["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert ours["auto_map"].keys() == {"AutoConfig", "AutoModelForVision2Seq", *AUTO_CLASSES}
     assert ours["architectures"] == ["Eagle2_5_VLForConditionalGeneration"]
     assert ours["text_config"]["architectures"] == ["Qwen2ForCausalLM"]
     assert ours["text_config"]["rope_theta"] == 3e6  # transformers 4.51 reads no rope_parameters

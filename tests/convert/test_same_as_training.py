@@ -15,8 +15,8 @@ from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.sampling.probe import probe_video
 from megatron_eagle.hf_model.clips import spread
 from megatron_eagle.hf_model.grids import select_grid
-from megatron_eagle.hf_model.processing_eagle2_5_vl import load_image as hf_load_image
-from megatron_eagle.hf_model.processing_eagle2_5_vl import load_video
+from megatron_eagle.hf_model.media_files import load_image as hf_load_image
+from megatron_eagle.hf_model.media_files import load_video
 from megatron_eagle.hf_model.tiles import image_tiles, normalize
 from tests.convert.hf_folder import TILE
 from tests.convert.media import write_picture, write_video

@@ -187,7 +187,7 @@ def test_program(name, table):
 
 def test_metadata_in_another_encoding_does_not_stop_a_video(tmp_path, brief):
     """A title in Latin-1, as old cameras write it."""
-    from megatron_eagle.hf_model.processing_eagle2_5_vl import load_video
+    from megatron_eagle.hf_model.media_files import load_video
 
     path = write_video(tmp_path / "v.mkv", title="Caf@")
     data = (tmp_path / "v.mkv").read_bytes()

@@ -13,7 +13,7 @@ from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.sampling.probe import probe_video
 from megatron_eagle.hf_model.clips import choose_frames, spread, uneven_times
-from megatron_eagle.hf_model.processing_eagle2_5_vl import load_video
+from megatron_eagle.hf_model.media_files import load_video
 from megatron_eagle.problems import Problem
 from tests.data.helpers import conversation, make_image, make_video
 
