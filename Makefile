@@ -9,7 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.complete
 # Where exports are tried with the oldest transformers that they are made for.
 OLD := .venv-transformers-4.51
-ALL := test test-slow test-old-transformers coverage parity-mutants test-soak
+# The newest Megatron-Core, over the other packages of .venv.
+MEGATRON := .venv-megatron-0.19.2
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+ALL := test test-slow test-old-transformers test-megatron coverage parity-mutants test-soak
 STAMPED = $(BIN)/python -m tests.stamps run $@
 PYTEST = $(BIN)/python -m pytest
 # On both cores; tests/conftest.py says which tests stay together.
@@ -17,7 +20,7 @@ BOTH = -n 2
 export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-slow test-old-transformers test-soak coverage docs readme parity parity-mutants \
+.PHONY: demo test test-all test-slow test-old-transformers test-megatron test-soak coverage docs readme parity parity-mutants \
 	lint format env clean
 
 demo: env
@@ -30,10 +33,17 @@ test-all: env
 	$(BIN)/python -m tests.stamps all $(ALL)
 
 test-slow: env
-	$(STAMPED) $(PYTEST) $(BOTH) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py
+	$(STAMPED) $(PYTEST) $(BOTH) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py \
+		--ignore tests/compatibility/test_other_megatron.py
 
 test-old-transformers: env $(OLD)/.complete
 	$(STAMPED) $(PYTEST) tests/convert/test_old_transformers.py
+
+# What trains, saves and converts, with the newest Megatron-Core; and each version's checkpoints in the other.
+test-megatron: env $(MEGATRON)/.complete
+	$(STAMPED) sh -c '$(MEGATRON)/bin/python -m pytest $(BOTH) -m "not slow and not gpu" tests/model tests/parallel \
+		tests/checkpoint tests/training tests/convert tests/runtime tests/compatibility && \
+		$(MEGATRON)/bin/python -m pytest tests/compatibility/test_other_megatron.py'
 
 test-soak: env
 	$(STAMPED) $(PYTEST) -m "soak and not gpu"
@@ -94,5 +104,14 @@ $(OLD)/.complete: Makefile
 		transformers==4.51.3 numpy==2.3.5 pillow==13.0.0 av==18.1.0
 	touch $@
 
+# Its wheels declare Python 3.12 and run on 3.11. All else is read from .venv, behind what is installed here.
+$(MEGATRON)/.complete: Makefile $(STAMP)
+	rm -rf $(MEGATRON)
+	$(BIN)/python -m venv $(MEGATRON)
+	$(MEGATRON)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --ignore-installed \
+		--ignore-requires-python megatron-core==0.19.2
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" > "$$($(MEGATRON)/bin/python -c '$(SITE)')/venv.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLD) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD) $(MEGATRON) runs build *.egg-info .pytest_cache .ruff_cache

@@ -20,6 +20,7 @@ setup(
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: GPU :: NVIDIA CUDA :: 12",
+        "Environment :: GPU :: NVIDIA CUDA :: 13",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
@@ -46,9 +47,9 @@ setup(
         "megatron_eagle.eagle_video.prompts": ["*.txt"],
     },
     install_requires=[
-        "torch",
+        "torch>=2.7",  # the first whose Triton is 3.3, the oldest that the kernels are written for
         "numpy",
-        "megatron-core==0.16.1",
+        "megatron-core>=0.16.1,<0.20",  # `make test-megatron` runs the newest of them
         "einops",  # megatron-core imports it without declaring it
         "psutil",  # without it megatron-core's checkpoint save hangs
         "transformers>=4.51",
@@ -67,14 +68,16 @@ setup(
         "media": ["lmdb", "simplejpeg", "pillow-heif"],  # databases, the warnings of libjpeg, HEIC
         "remote": ["s3fs", "gcsfs", "huggingface_hub", "aiohttp", "fsspec", "yarl"],  # media elsewhere
         "dali": ["nvidia-dali-cuda120==2.4.0"],
+        "dali-cuda13": ["nvidia-dali-cuda130==2.4.0"],
         "gpu": [
-            "transformer-engine[pytorch]",
-            "flash-attn",
+            "transformer-engine[pytorch]>=1.10",
+            "flash-attn>=2.7",
             "nvidia-cudnn-frontend",
+            "triton>=3.3",
         ],  # Apex: see the Dockerfile
         "demo": ["scikit-image==0.26.0", "matplotlib"],
         "serve": ["fastapi", "starlette", "pydantic", "uvicorn", "python-multipart"],  # the demo page
-        "monitor": ["wandb", "nvidia-resiliency-ext==0.4.1"],  # metrics elsewhere, straggler detection
+        "monitor": ["wandb", "nvidia-resiliency-ext>=0.4.1,<0.8"],  # metrics elsewhere, straggler detection
         "cluster": ["faiss-cpu", "ray==2.60.0"],  # selection and preprocessing on many machines
         "dev": [
             "pytest",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -170,18 +170,18 @@ class ProductFreeMLP(MLP):
         return out
 
 
-def without_product(mlp: ModuleSpec, group: ProcessGroup) -> type[ProductFreeMLP]:
-    """`mlp` as a `ProductFreeMLP` over the tensor parallel `group`.
+def mlp_module(kind: type[MLP], submodules: MLPSubmodules, group: ProcessGroup) -> type[MLP]:
+    """`kind` with these parts over the tensor parallel `group`.
 
-    A class, because Megatron hands the group to specifications of its own MLP alone, and warns about any
-    other specification in every layer.
+    A class, because each version of Megatron-Core hands other things to specifications of its own MLP, and
+    warns about those of other versions or of other MLPs in every layer; a class it calls as it is.
     """
 
-    class ProductFree(ProductFreeMLP):
-        def __init__(self, config: TransformerConfig) -> None:
-            super().__init__(config, mlp.submodules, tp_group=group)
+    class OverGroup(kind):
+        def __init__(self, config: TransformerConfig, **_: Any) -> None:
+            super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
 
-    return ProductFree
+    return OverGroup
 
 
 def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelConfig) -> LayerClasses:

@@ -20,11 +20,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from eagle_kernels.activation_offload import HostStore
 from megatron_eagle.context_parallel.backends import choose_attention
-from megatron_eagle.model.layers import LayerClasses, without_product
+from megatron_eagle.model.layers import LayerClasses, ProductFreeMLP, mlp_module
 from megatron_eagle.model.offload import offloaded_specs
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.rotary import RotaryAttention
@@ -183,9 +184,12 @@ def _layer(
     norm: Callable[..., Any] | ModuleSpec,
     core_attention: ModuleSpec | type[MegatronModule],
     mask: AttnMaskType,
+    group: ProcessGroup,
+    mlp: type[MLP] = MLP,
     activation: ModuleSpec | None = None,
 ) -> ModuleSpec:
     column, row = classes.column_parallel_linear, classes.row_parallel_linear
+    parts = MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask},
@@ -204,10 +208,7 @@ def _layer(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation),
-            ),
+            mlp=mlp_module(mlp, parts, group),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -228,9 +229,8 @@ def language_block(
     attention = choose_attention(classes.attention, config.params_dtype, config.kv_channels)
     own = {"attention": attention, "ring": mesh.ring, "kernels": classes.kernels}
     core = ModuleSpec(module=RotaryAttention, params=own)
-    layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, classes.swiglu)
-    if recompute.swiglu:
-        layer.submodules.mlp = without_product(layer.submodules.mlp, mesh.tp.group)
+    mlp = ProductFreeMLP if recompute.swiglu else MLP
+    layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, mesh.tp.group, mlp, classes.swiglu)
     layers = [layer] * get_num_layers_to_build(config, chunk)
     if recompute.language == "offload":
         in_flight = mesh.config.forwards_in_flight(mesh.pp.rank)
@@ -238,7 +238,9 @@ def language_block(
     return TransformerBlockSubmodules(layers, layer_norm=classes.rms_norm)
 
 
-def vision_block(config: TransformerConfig, classes: LayerClasses) -> TransformerBlockSubmodules:
-    """All layers of the vision encoder."""
-    layer = _layer(classes, classes.layer_norm, BidirectionalAttention, AttnMaskType.no_mask)
+def vision_block(
+    config: TransformerConfig, classes: LayerClasses, group: ProcessGroup
+) -> TransformerBlockSubmodules:
+    """All layers of the vision encoder, over its tensor parallel `group`."""
+    layer = _layer(classes, classes.layer_norm, BidirectionalAttention, AttnMaskType.no_mask, group)
     return TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=classes.layer_norm)

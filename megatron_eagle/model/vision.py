@@ -31,7 +31,9 @@ class VisionModel(MegatronModule):
             vision.num_channels, vision.hidden_size, vision.patch_size, vision.patch_size, dtype=dtype
         )
         self.position_embedding = torch.nn.Embedding(vision.num_patches, vision.hidden_size, dtype=dtype)
-        self.encoder = TransformerBlock(config, vision_block(config, classes), pg_collection=groups)
+        self.encoder = TransformerBlock(
+            config, vision_block(config, classes, groups.tp), pg_collection=groups
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[n, channels, S, S] in [-1, 1] -> [n, p, h] after the final norm, patches row-major."""

@@ -1,4 +1,4 @@
-"""Run Megatron-Core 0.16.1 on CPU with gloo. The only file that patches torch or Megatron.
+"""Run Megatron-Core (0.16.1 to 0.19.2) on CPU with gloo. The only file that patches torch or Megatron.
 
 Megatron allocates with `device="cuda"`, moves tensors with `.cuda()` and keeps its random states on
 the GPU. `megatron_on_cpu()` redirects exactly those calls while it is entered, and restores
@@ -183,7 +183,7 @@ def megatron_on_cpu() -> Iterator[None]:
 def fix_torch_adam_in_distributed_optimizer() -> None:
     """Let Megatron's distributed optimizer save and load `torch.optim.AdamW` state. Safe to call twice.
 
-    Only acts where neither TransformerEngine nor Apex is installed, on a CPU or a GPU: Megatron 0.16.1 then
+    Only acts where neither TransformerEngine nor Apex is installed, on a CPU or a GPU: Megatron then
     falls back to torch's Adam, whose state differs from the fused ones in ways its checkpointing overlooks:
 
     * `state_dict` needs the state before the first step, and that a rank owns at least one element;

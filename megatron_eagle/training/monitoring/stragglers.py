@@ -7,7 +7,7 @@ is an event. Its in-job and in-process restarts are not used: see docs/training.
 
 import importlib
 import importlib.util
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -40,6 +40,20 @@ class StragglerConfig(Ranged):
             )
 
 
+# Where releases of the library have the detector: 0.6 and 0.7; 0.4.
+_PLACES = ("nvidia_resiliency_ext.attribution.straggler", "nvidia_resiliency_ext.straggler")
+
+
+def _find_detector() -> Any:
+    for place in _PLACES:
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(place).Detector
+    raise AgreedError(
+        "resilience.stragglers: this nvidia-resiliency-ext has its straggler detection elsewhere than 0.4 to "
+        "0.7; install one of those, or leave this section out"
+    )
+
+
 # Phases of a step that are timed, and whether the CUDA kernels that it launches are timed one by one.
 _TIMED = {"data": False, "forward and backward": True}
 
@@ -48,7 +62,8 @@ class Stragglers(Observer):
     """Times phases of the step while it is open; does nothing without a configuration.
 
     Raises:
-        AgreedError: when it is entered on a machine without CUDA's CUPTI, which times kernels.
+        AgreedError: when it is entered on a machine without CUDA's CUPTI, which times kernels, or with a
+            release of the library that has no detector where this one looks.
     """
 
     def __init__(self, config: StragglerConfig | None) -> None:
@@ -65,7 +80,7 @@ class Stragglers(Observer):
                     f"resilience.stragglers: nvidia-resiliency-ext cannot time kernels here ({error}): it "
                     "needs CUDA's CUPTI; leave this section out"
                 ) from None
-            self._detector = importlib.import_module("nvidia_resiliency_ext.straggler").Detector
+            self._detector = _find_detector()
             self._detector.initialize(
                 gather_on_rank0=True,
                 profiling_interval=self._config.every,

@@ -52,13 +52,19 @@ class Detector:
         cls.calls.append("shutdown")
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    package, straggler = ModuleType("nvidia_resiliency_ext"), ModuleType("nvidia_resiliency_ext.straggler")
-    package.__spec__, straggler.Detector = SimpleNamespace(name=package.__name__), Detector
-    for module in (package, straggler, ModuleType("nvrx_cupti_module")):
+@pytest.fixture(params=["attribution.straggler", "straggler"])
+def installed(request, monkeypatch):
+    """The library, with its detector where 0.6 and 0.7 have it, and where 0.4 has."""
+    names = ["nvidia_resiliency_ext"]
+    for part in request.param.split("."):
+        names.append(f"{names[-1]}.{part}")
+    package, *_, straggler = modules = [ModuleType(name) for name in names]
+    package.__spec__, package.__path__ = SimpleNamespace(name=package.__name__), []
+    straggler.Detector = Detector
+    for module in (*modules, ModuleType("nvrx_cupti_module")):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(Detector, "calls", [])
+    return straggler.__name__
 
 
 def test_stragglers_are_events(installed, tmp_path):
@@ -86,6 +92,10 @@ def test_what_is_missing_is_one_line(installed, tmp_path, monkeypatch):
     with pytest.raises(AgreedError, match="cannot time kernels here .*: it needs CUDA's CUPTI"):
         train_rank(str(file), 1, [section])
     assert Detector.calls == [] and not read_metrics(tmp_path / "run" / "logs" / "metrics.jsonl")
+    monkeypatch.setitem(sys.modules, "nvrx_cupti_module", ModuleType("nvrx_cupti_module"))
+    monkeypatch.setitem(sys.modules, installed, None)
+    with pytest.raises(AgreedError, match="has its straggler detection elsewhere than 0.4 to 0.7"):
+        train_rank(str(file), 1, [section])
     monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
     with pytest.raises(UserError, match="nvidia-resiliency-ext is not installed; `pip install"):
         load_run_config(file, [section])
