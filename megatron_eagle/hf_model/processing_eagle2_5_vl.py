@@ -12,7 +12,7 @@ The written prompt equals the `hf` template variant of training, token by token.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,7 @@ from .prompt import (
     IMG_CONTEXT,
     IMG_END,
     IMG_START,
-    frame_label,
-    image_label,
-    video_label,
+    PromptMedium,
 )
 
 _PLACEHOLDER = re.compile(r"<(image|video)-(\d+)>")
@@ -185,15 +183,83 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
             raise TypeError(f"the processor does not know {', '.join(sorted(kwargs))}")
         texts = [text] if isinstance(text, str) else list(text)
         videos = _with_metadata([] if videos is None else videos, videos_kwargs)
-        media = _Media(self, _flat(images), videos, tiling, frame_tiles)
-        rows = [self._encode(media.expand(one)) for one in texts]
-        media.check_all_used()
+        shown: dict[str, list[tuple[PromptMedium, BatchFeature]]] = {
+            "image": [self.show(image, tiling) for image in _flat(images)],
+            "video": [self.show(video, frame_tiles=frame_tiles) for video in videos],
+        }
+        used, rows, tiles = {"image": 0, "video": 0}, [], []
+        for one in texts:
+            rest = {kind: [said for said, _ in items[used[kind] :]] for kind, items in shown.items()}
+            written, order = self.place(one, rest)
+            rows.append(self.encode(written))
+            tiles += [shown[kind][used[kind] + number][1] for kind, number in order]
+            for kind, _ in order:
+                used[kind] += 1
+        for kind, items in shown.items():
+            if used[kind] != len(items):
+                raise ValueError(f"{len(items)} {kind}s were given and the prompts use {used[kind]}")
         padded: dict[str, Any] = {"padding": padding, "max_length": max_length}
         padded |= {"pad_to_multiple_of": pad_to_multiple_of, "padding_side": padding_side}
         # transformers 4 advises to pad while tokenizing, which rows of ids cannot.
         getattr(self.tokenizer, "deprecation_warnings", {})["Asking-to-pad-a-fast-tokenizer"] = True
         data = dict(self.tokenizer.pad({"input_ids": rows}, **padded))
-        return BatchFeature({**data, **media.tensors()}, tensor_type=return_tensors)
+        for name in ("pixel_values", "image_sizes") if tiles else ():
+            data[name] = torch.cat([part[name] for part in tiles])
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def show(
+        self, item: Any, tiling: Mapping[str, Any] | None = None, frame_tiles: int | None = None
+    ) -> tuple[PromptMedium, BatchFeature]:
+        """What a prompt says of a picture or a video (`VideoFrames`), and its tiles from the image processor.
+
+        Args:
+            tiling: `images_kwargs` of a call.
+            frame_tiles: cuts the frames of a video as pictures are; otherwise a frame is one tile.
+        """
+        if not isinstance(item, VideoFrames):
+            data = self.image_processor(images=[item], **(tiling or {}))
+            return PromptMedium((len(data["pixel_values"]),)), data
+        if frame_tiles is None:
+            data = self.image_processor(videos=[item])
+            counts = [1] * len(item)
+        else:
+            data = self.image_processor(images=list(item), max_dynamic_tiles=frame_tiles)
+            counts = data["num_tiles"].tolist()
+        return PromptMedium(tuple(counts), item.fps, tuple(item.timestamps)), data
+
+    def place(
+        self, text: str, media: Mapping[str, Sequence[PromptMedium]]
+    ) -> tuple[str, list[tuple[str, int]]]:
+        """A prompt with labels and image tokens where its placeholders were.
+
+        Args:
+            media: the images and videos (keys `image`, `video`) that it may show.
+
+        Returns:
+            The prompt, and the media that it shows in reading order: kind, and place in `media` from 0.
+
+        Raises:
+            ValueError: a placeholder without its medium, used twice, or left out before another.
+        """
+        order: list[tuple[str, int]] = []
+
+        def written(match: re.Match[str]) -> str:
+            kind, number = match.group(1), int(match.group(2))
+            if not 1 <= number <= len(media[kind]):
+                raise ValueError(
+                    f"the prompt asks for {match.group()}, there are {len(media[kind])} {kind}s for it"
+                )
+            if (kind, number - 1) in order:
+                raise ValueError(f"the prompt uses {match.group()} twice")
+            order.append((kind, number - 1))
+            return media[kind][number - 1].write(number, self.tokens_per_tile)
+
+        text = _PLACEHOLDER.sub(written, text)
+        for kind in media:
+            numbers = sorted(place + 1 for own, place in order if own == kind)
+            if numbers != list(range(1, len(numbers) + 1)):
+                raise ValueError(f"the prompt's {kind}s are numbered {numbers}: number them 1, 2, ...")
+        return text, order
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> Any:
         """The tokenizer's `batch_decode`."""
@@ -207,30 +273,31 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
-    def _shielded(self, conversation: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A copy in which typed special tokens, and media names outside the user's turns, stay text."""
+    def shield(self, text: str, role: str) -> str:
+        """`text` of a turn of `role`, in which special tokens, and media names outside the user's turns, stay
+        text when `encode` reads them."""
+        text = text.replace(_SHIELD, "")
         special = self._special_tokens()
+        for pattern in (special,) if role == "user" else (special, _PLACEHOLDER):
+            text = pattern.sub(lambda match: match.group()[0] + _SHIELD + match.group()[1:], text)
+        return text
 
-        def shield(text: str, role: str) -> str:
-            text = text.replace(_SHIELD, "")
-            for pattern in (special,) if role == "user" else (special, _PLACEHOLDER):
-                text = pattern.sub(lambda match: match.group()[0] + _SHIELD + match.group()[1:], text)
-            return text
-
+    def _shielded(self, conversation: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         result = []
         for message in conversation:
             role, content = message["role"], message["content"]
             if isinstance(content, str):
-                content = shield(content, role)
+                content = self.shield(content, role)
             else:
                 content = [
-                    {**part, "text": shield(part["text"], role)} if part["type"] == "text" else part
+                    {**part, "text": self.shield(part["text"], role)} if part["type"] == "text" else part
                     for part in content
                 ]
             result.append({**message, "content": content})
         return result
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, in which shielded text is text."""
         if _SHIELD not in text:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         ids: list[int] = []
@@ -244,83 +311,6 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
                 ids.append(self.tokenizer.convert_tokens_to_ids(match.group()))
                 end = match.end()
         return ids
-
-
-class _Media:
-    """Pictures and videos of a batch, consumed prompt by prompt; collects tiles in reading order."""
-
-    def __init__(
-        self,
-        processor: "Eagle2_5_VLProcessor",
-        images: Iterable[Any],
-        videos: Iterable[VideoFrames],
-        tiling: dict[str, Any],
-        frame_tiles: int | None,
-    ) -> None:
-        self.processor, self.tiling, self.frame_tiles = processor, tiling, frame_tiles
-        self.media: dict[str, list[Any]] = {"image": list(images), "video": list(videos)}
-        self.used = {"image": 0, "video": 0}  # by the prompts before the current one
-        self.tiles: list[torch.Tensor] = []
-        self.sizes: list[torch.Tensor] = []
-
-    def expand(self, text: str) -> str:
-        """`text` with each placeholder replaced by labels and image tokens."""
-        seen: dict[str, set[int]] = {"image": set(), "video": set()}
-
-        def written(match: re.Match[str]) -> str:
-            kind, number = match.group(1), int(match.group(2))
-            left = len(self.media[kind]) - self.used[kind]
-            if not 1 <= number <= left:
-                raise ValueError(f"the prompt asks for {match.group()}, there are {left} {kind}s for it")
-            if number in seen[kind]:
-                raise ValueError(f"the prompt uses {match.group()} twice")
-            seen[kind].add(number)
-            item = self.media[kind][self.used[kind] + number - 1]
-            return self._image(item, number) if kind == "image" else self._video(item, number)
-
-        text = _PLACEHOLDER.sub(written, text)
-        for kind, numbers in seen.items():
-            if numbers != set(range(1, len(numbers) + 1)):
-                raise ValueError(
-                    f"the prompt's {kind}s are numbered {sorted(numbers)}: number them 1, 2, ..."
-                )
-            self.used[kind] += len(numbers)
-        return text
-
-    def _tokens(self, n_tiles: int) -> str:
-        p = self.processor
-        return f"{p.image_start_token}{p.image_token * (n_tiles * p.tokens_per_tile)}{p.image_end_token}"
-
-    def _image(self, image: Any, number: int) -> str:
-        data = self.processor.image_processor(images=[image], **self.tiling)
-        self.tiles.append(data["pixel_values"])
-        self.sizes.append(data["image_sizes"])
-        return f"{image_label(number)}{self._tokens(len(data['pixel_values']))}"
-
-    def _video(self, video: VideoFrames, number: int) -> str:
-        if self.frame_tiles is None:
-            data = self.processor.image_processor(videos=[video])
-            counts = [1] * len(video)
-        else:
-            data = self.processor.image_processor(images=list(video), max_dynamic_tiles=self.frame_tiles)
-            counts = data["num_tiles"].tolist()
-        self.tiles.append(data["pixel_values"])
-        self.sizes.append(data["image_sizes"])
-        frames = "".join(
-            f"{frame_label(i, t)}{self._tokens(n)}"
-            for i, (t, n) in enumerate(zip(video.timestamps, counts, strict=True), start=1)
-        )
-        return video_label(number, video.fps) + frames
-
-    def check_all_used(self) -> None:
-        for kind, items in self.media.items():
-            if self.used[kind] != len(items):
-                raise ValueError(f"{len(items)} {kind}s were given and the prompts use {self.used[kind]}")
-
-    def tensors(self) -> dict[str, Any]:
-        if not self.tiles:
-            return {}
-        return {"pixel_values": torch.cat(self.tiles), "image_sizes": torch.cat(self.sizes)}
 
 
 def _is_batch(conversations: Any) -> bool:

@@ -1,5 +1,7 @@
 """What a prompt says, in training (its `hf` variant) and in every export: tokens, labels, chat template."""
 
+from dataclasses import dataclass
+
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -71,3 +73,29 @@ def video_label(number: int, fps: float) -> str:
 def frame_label(number: int, time: float) -> str:
     """What stands before frame `number`, from 1, shown at `time` seconds."""
     return f"Frame {number} sample at {time:.2f}s: "
+
+
+@dataclass(frozen=True)
+class PromptMedium:
+    """What a prompt says of a picture or a video.
+
+    Attributes:
+        tiles: of the picture, or of each frame.
+        fps: of a video, as sampled.
+        times: of its frames, in seconds.
+    """
+
+    tiles: tuple[int, ...]
+    fps: float | None = None
+    times: tuple[float, ...] = ()
+
+    def write(self, number: int, tokens_per_tile: int) -> str:
+        """Labels and image tokens of picture or video `number`, from 1."""
+        tokens = [f"{IMG_START}{IMG_CONTEXT * (count * tokens_per_tile)}{IMG_END}" for count in self.tiles]
+        if self.fps is None:
+            return image_label(number) + "".join(tokens)
+        frames = [
+            frame_label(i, time) + own
+            for i, (time, own) in enumerate(zip(self.times, tokens, strict=True), 1)
+        ]
+        return video_label(number, self.fps) + "".join(frames)
