@@ -101,7 +101,7 @@ $(OLD)/.complete: Makefile
 	$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(OLD)/bin/python -m pip --disable-pip-version-check install --quiet \
-		transformers==4.51.3 numpy==2.3.5 pillow==13.0.0 av==18.1.0
+		transformers==4.51.3 accelerate==1.15.0 numpy==2.3.5 pillow==13.0.0 av==18.1.0
 	touch $@
 
 # Its wheels declare Python 3.12 and run on 3.11. All else is read from .venv, behind what is installed here.

@@ -83,6 +83,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "accelerate",  # exports with weights on a disk
             "playwright",  # drives a Chromium that is installed already
             "liger-kernel==0.8.5",  # a peer that tests and benchmarks compare with
             "faiss-cpu",

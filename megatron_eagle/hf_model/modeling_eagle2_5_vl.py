@@ -73,6 +73,11 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
             state_dict = {prefix + k if k in short else k: tensor for k, tensor in tensors.items()}
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
+    @property
+    def base_model(self) -> Any:
+        """All but the output layer, as trainers call it that have a loss of their own (TRL)."""
+        return _Backbone(self)
+
     def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()
 
@@ -106,7 +111,13 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         # Offloaded weights are on "meta" until they are needed; accelerate then moves the inputs.
         device = pixel_values.device if self.device.type == "meta" else self.device
         pixels = pixel_values.to(device=device, dtype=self.dtype)
-        hidden: torch.Tensor = self.vision_model(pixel_values=pixels).last_hidden_state
+        # Without the encoder's pooling head, which nothing reads and accelerate cannot bring from a disk.
+        encoder = getattr(
+            self.vision_model, "vision_model", self.vision_model
+        )  # a level less in transformers 5
+        embeddings = encoder.embeddings(pixels)
+        hidden: torch.Tensor = encoder.encoder(inputs_embeds=embeddings).last_hidden_state
+        hidden = encoder.post_layernorm(hidden)
         return hidden, self.mlp1(pixel_shuffle(hidden, self.config.shuffle_factor))
 
     def merge_features(
@@ -240,6 +251,29 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
             **rest,
         )
         return new
+
+
+class _Backbone:
+    """Pictures and text to hidden states. No module: its weights would have a second name."""
+
+    def __init__(self, model: Eagle2_5_VLForConditionalGeneration) -> None:
+        self._model = model
+        self._tp_plan, self._pp_plan = model._tp_plan, model._pp_plan  # transformers 5 asks
+
+    def __call__(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_sizes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("the model needs input_ids or inputs_embeds")
+            inputs_embeds = self._model.merge_features(input_ids, pixel_values, image_flags)
+        return self._model.get_decoder()(inputs_embeds=inputs_embeds, **kwargs)
 
 
 class _Assistant:

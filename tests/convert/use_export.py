@@ -6,12 +6,13 @@ use_export.py H FOLDER
 
 import base64
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoModel, AutoProcessor
 
 NEW = int(transformers.__version__.split(".")[0]) >= 5
 AUTO_CLASSES = ["AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"]
@@ -125,7 +126,7 @@ def check_an_assistant_sees_the_pictures(folder, files):
     processor, model = load_processor(folder), load_model(folder)
     seen = []
     other = load_model(folder)
-    other.vision_model.register_forward_hook(lambda *_: seen.append(1))
+    other.mlp1.register_forward_hook(lambda *_: seen.append(1))
     inputs = ask(processor, {"image": str(files / "p.png")})
     model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=-1, assistant_model=other)
     assert len(seen) == 1  # with the prompt, and not again
@@ -136,6 +137,24 @@ def check_image_features(folder, files):
     pixels = ask(load_processor(folder), {"image": str(files / "p.png")})["pixel_values"]
     found = model.get_image_features(pixel_values=pixels)
     assert torch.equal(found.pooler_output if NEW else found, model.extract_feature(pixels))
+
+
+def check_weights_on_disk(folder, files):
+    """accelerate brings a layer when it is needed; until then the model has no device."""
+    inputs = ask(load_processor(folder), {"image": str(files / "p.png")})
+    places = {"vision_model": "disk", "mlp1": "cpu", "language_model": "disk"}
+    if not NEW:  # its generation takes the embedding's device for all
+        del places["language_model"]
+        here = {f"language_model.{name}": "cpu" for name in ("model.embed_tokens", "model.norm", "lm_head")}
+        places |= {**here, "language_model.model.rotary_emb": "cpu", "language_model.model.layers": "disk"}
+    with tempfile.TemporaryDirectory() as room:
+        away = AutoModel.from_pretrained(
+            folder, trust_remote_code=True, device_map=places, offload_folder=room
+        ).eval()
+        assert away.device.type == "meta"
+        options = {"max_new_tokens": 5, "do_sample": False}
+        expected = load_model(folder).generate(**inputs, **options)
+        assert torch.equal(away.generate(**inputs, **options), expected)
 
 
 class _Vision(torch.nn.Module):
