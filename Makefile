@@ -12,7 +12,9 @@ OLD := .venv-transformers-4.51
 # The newest Megatron-Core, over the other packages of .venv.
 MEGATRON := .venv-megatron-0.19.2
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
-ALL := test test-slow test-old-transformers test-megatron coverage parity-mutants test-soak
+# What else reads an export: trainers and servers, each in an environment of its own.
+TRL := .venv-trl-1.16
+ALL := test test-slow test-old-transformers test-megatron test-serving coverage parity-mutants test-soak
 STAMPED = $(BIN)/python -m tests.stamps run $@
 PYTEST = $(BIN)/python -m pytest
 # On both cores; tests/conftest.py says which tests stay together.
@@ -20,7 +22,8 @@ BOTH = -n 2
 export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all test-slow test-old-transformers test-megatron test-soak coverage docs readme parity parity-mutants \
+.PHONY: demo test test-all test-slow test-old-transformers test-megatron test-serving \
+	test-soak coverage docs readme parity parity-mutants \
 	lint format env clean
 
 demo: env
@@ -34,10 +37,13 @@ test-all: env
 
 test-slow: env
 	$(STAMPED) $(PYTEST) $(BOTH) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py \
-		--ignore tests/compatibility/test_other_megatron.py
+		--ignore tests/compatibility/test_other_megatron.py --ignore tests/convert/test_trl.py
 
 test-old-transformers: env $(OLD)/.complete
 	$(STAMPED) $(PYTEST) tests/convert/test_old_transformers.py
+
+test-serving: env $(TRL)/.complete
+	$(STAMPED) $(PYTEST) tests/convert/test_trl.py
 
 # What trains, saves and converts, with the newest Megatron-Core; and each version's checkpoints in the other.
 test-megatron: env $(MEGATRON)/.complete
@@ -113,5 +119,15 @@ $(MEGATRON)/.complete: Makefile $(STAMP)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" > "$$($(MEGATRON)/bin/python -c '$(SITE)')/venv.pth"
 	touch $@
 
+$(TRL)/.complete: Makefile
+	@echo "[env] TRL: 1.6 GB, 1-2 minutes"
+	rm -rf $(TRL)
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip --disable-pip-version-check install --quiet \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(TRL)/bin/python -m pip --disable-pip-version-check install --quiet \
+		transformers==5.23.0 trl==1.16.0 accelerate==1.15.0 pillow==13.0.0 av==18.1.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLD) $(MEGATRON) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD) $(MEGATRON) $(TRL) runs build *.egg-info .pytest_cache .ruff_cache
