@@ -88,7 +88,7 @@ def run_cell(store: str, parallel: dict) -> dict:
         result = run_packs(wrapped, mesh, models, batch.microbatches)
         result["packs"] = [
             {
-                "first_sample": pack.first_sample,
+                "first_sample": pack.samples[0].number,
                 "loss_weights": pack.loss_weights,
                 "first_tile": None if pack.plan.tiles is None else pack.plan.tiles.start,
                 "tiles": pack.pixel_values,

@@ -8,7 +8,7 @@ import torch
 
 from megatron_eagle.data.loading.identity import DataIdentity
 from megatron_eagle.data.loading.loader import DataConfig
-from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, TokenPack
+from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, PackedSample, TokenPack
 from megatron_eagle.data.store.reader import DataManifest
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.model.presets import preset
@@ -89,6 +89,7 @@ class SyntheticLoader:
 
     def _loaded(self, consumed_packs: int, i: int, total: float) -> LoadedPack[InputPlan]:
         tokens, pixels = self._pack(consumed_packs + i)
+        tokens = replace(tokens, samples=[replace(sample, number=i) for sample in tokens.samples])
         tokens.loss_weights.div_(total)
         plan = self._plan(tokens)
         mine = None if plan.tiles is None else pixels[plan.tiles.start : plan.tiles.stop]
@@ -123,6 +124,6 @@ class SyntheticLoader:
             position_ids=torch.cat([torch.arange(40), torch.arange(LENGTH - 40)]),
             document_bounds=[0, 40, LENGTH],
             n_tiles=tiles,
-            sample_rows=[position],
+            samples=[PackedSample(0, position, 0, 40)],
         )
         return tokens, pixels

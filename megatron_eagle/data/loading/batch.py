@@ -4,12 +4,14 @@ Shapes: s tokens of a pack.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_eagle.data.loading.loss_weights import answer_weights
-from megatron_eagle.data.loading.packs import TokenPack
+from megatron_eagle.data.loading.packs import PackedSample, TokenPack
 from megatron_eagle.data.packing.index import Packs
 from megatron_eagle.data.store.reader import Rows, StoredSample
 from megatron_eagle.errors import UserError
@@ -31,30 +33,29 @@ def sample_weight(sample: StoredSample, weighting: str, multi_turn: bool) -> flo
 
 
 def token_weights(
-    samples: Sequence[StoredSample],
+    store: Rows,
+    samples: Sequence[PackedSample],
     length: int,
     *,
     weighting: str,
     multi_turn: bool,
     total: float,
     left_out: Collection[int] = (),
-) -> torch.Tensor:
-    """Loss weights of a pack of these samples, float32 [s].
+) -> Tensor:
+    """Loss weights of a pack with these samples, float32 [s].
 
     Args:
         total: the normaliser of the global batch; 0: no token has a weight.
-        left_out: places of samples whose tokens have none.
+        left_out: numbers of samples whose tokens have none.
     """
     weights = np.zeros(length, np.float64)
-    start = 0
-    for place, sample in enumerate(samples):
-        end = start + sample.n_tokens
-        if place not in left_out and total:
+    for packed in samples:
+        if packed.number not in left_out and total:
             # A position predicts the token after it, so its weight is that token's; a document's first is not
             # predicted.
+            sample = store[packed.row]
             table = answer_weights(sample.answer_lengths, weighting, multi_turn)
-            weights[start : end - 1] = table[sample.answers[1:]] / total
-        start = end
+            weights[packed.start : packed.end - 1] = table[sample.answers[1:]] / total
     return torch.from_numpy(weights.astype(np.float32))
 
 
@@ -68,10 +69,11 @@ def assemble(
     first_sample: int = 0,
     length: int | None = None,
 ) -> TokenPack:
-    """The tokens of a pack.
+    """The tokens of a pack of the index.
 
     Args:
         total: the normaliser of the global batch.
+        first_sample: number of the first row among the samples of the global batch.
         length: tokens of the pack; None: the store's.
 
     Raises:
@@ -80,10 +82,11 @@ def assemble(
     length = length or store.length
     ids = np.full(length, store.manifest.pad_token_id, np.int64)
     positions, groups = np.zeros(length, np.int64), np.zeros(length, np.int64)
-    bounds = [0]
+    bounds, packed = [0], []
     samples = [store[row] for row in rows]
-    for sample in samples:
+    for number, (row, sample) in enumerate(zip(rows, samples, strict=True), first_sample):
         start, end = bounds[-1], bounds[-1] + sample.n_tokens
+        packed.append(PackedSample(number, row, start, end))
         ids[start:end] = sample.ids
         positions[start:end] = np.arange(sample.n_tokens)
         groups[start:end] = sample.dataset
@@ -101,14 +104,39 @@ def assemble(
     return TokenPack(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(np.append(ids[1:], 0)),
-        loss_weights=token_weights(samples, length, weighting=weighting, multi_turn=multi_turn, total=total),
+        loss_weights=token_weights(
+            store, packed, length, weighting=weighting, multi_turn=multi_turn, total=total
+        ),
         group_ids=torch.from_numpy(groups),
         position_ids=torch.from_numpy(positions),
         document_bounds=bounds,
         n_tiles=n_tiles,
-        sample_rows=list(rows),
+        samples=packed,
         n_frames=sum(sample.n_frames for sample in samples),
         frames_wanted=sum(sample.frames_wanted for sample in samples),
         tiles_wanted=sum(sample.tiles_wanted for sample in samples),
-        first_sample=first_sample,
+    )
+
+
+def join(packs: Sequence[TokenPack]) -> TokenPack:
+    """Packs end to end, as one. No document of one sees another's: their bounds stay."""
+    if len(packs) == 1:
+        return packs[0]
+    bounds, samples = [0], []
+    for pack in packs:
+        start = bounds[-1]
+        bounds += [start + bound for bound in pack.document_bounds[1:]]
+        samples += [replace(s, start=start + s.start, end=start + s.end) for s in pack.samples]
+    return TokenPack(
+        input_ids=torch.cat([pack.input_ids for pack in packs]),
+        labels=torch.cat([pack.labels for pack in packs]),
+        loss_weights=torch.cat([pack.loss_weights for pack in packs]),
+        group_ids=torch.cat([pack.group_ids for pack in packs]),
+        position_ids=torch.cat([pack.position_ids for pack in packs]),
+        document_bounds=bounds,
+        n_tiles=sum(pack.n_tiles for pack in packs),
+        samples=samples,
+        n_frames=sum(pack.n_frames for pack in packs),
+        frames_wanted=sum(pack.frames_wanted for pack in packs),
+        tiles_wanted=sum(pack.tiles_wanted for pack in packs),
     )

@@ -18,7 +18,7 @@ from typing import Annotated, Generic, Literal, TypedDict
 import numpy as np
 import torch
 
-from megatron_eagle.data.loading.batch import assemble, normalizer, sample_weight, token_weights
+from megatron_eagle.data.loading.batch import assemble, join, normalizer, sample_weight, token_weights
 from megatron_eagle.data.loading.follow import FollowConfig, FollowedPacks, Read
 from megatron_eagle.data.loading.identity import DataIdentity, identify
 from megatron_eagle.data.loading.loss_weights import LOSS_WEIGHTINGS
@@ -36,7 +36,7 @@ from megatron_eagle.data.loading.prefetch import Prefetcher
 from megatron_eagle.data.media.decoder import MediaDecoder
 from megatron_eagle.data.media.remote.files import MediaAccess
 from megatron_eagle.data.media.remote.settings import RemoteSettings
-from megatron_eagle.data.packing.balance import assign, pack_costs
+from megatron_eagle.data.packing.balance import deal, pack_costs
 from megatron_eagle.data.packing.index import PackIndex, read_packs
 from megatron_eagle.data.store.reader import DataManifest, Rows, SampleStore
 from megatron_eagle.data.store.shards import ShardStore, store_folder
@@ -276,7 +276,8 @@ class PackLoader(Generic[P]):
         read.
         """
         _, row = self.samples(batch.first_pack)[number]
-        [pack], failures = self._media.read([self._planned([row], batch.total, number, length)])
+        tokens = self._assemble([row], batch.total, number, length)
+        [pack], failures = self._media.read([self._planned(tokens)])
         return pack, failures
 
     def n_samples(self, consumed_packs: int) -> int:
@@ -296,10 +297,11 @@ class PackLoader(Generic[P]):
         microbatches = []
         for pack in batch.microbatches:
             weights = token_weights(
-                [self._store[row] for row in pack.sample_rows],
-                self._store.length,
+                self._store,
+                pack.samples,
+                len(pack.input_ids),
                 total=total,
-                left_out={number - pack.first_sample for number in samples},
+                left_out=samples,
                 **self._weighting,
             )
             microbatches.append(replace(pack, loss_weights=self._pinned(weights)))
@@ -309,11 +311,11 @@ class PackLoader(Generic[P]):
     def _permute(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._config.seed, epoch]).permutation(len(self._index))
 
-    def _own(self, packs: np.ndarray) -> np.ndarray:
-        """Places of this rank's packs in a global batch."""
+    def _own(self, packs: np.ndarray) -> list[np.ndarray]:
+        """This rank's microbatches: the places of their packs in a global batch."""
         patches = self._index.column("n_tiles", packs) * self.manifest.patches_per_tile
         costs = pack_costs(self._index.column("sum_squares", packs), patches, self._patch_cost)
-        return assign(costs, self._size)[self._rank]
+        return deal(costs, self._size)[self._rank]
 
     def _prepare(self, consumed_packs: int) -> PlannedBatch[P]:
         self.need(consumed_packs)
@@ -322,23 +324,32 @@ class PackLoader(Generic[P]):
         counts = self._index.column("n_samples", packs)
         first_samples = counts.cumsum() - counts
         planned = [
-            self._planned(self._index.rows(int(packs[i])), total, int(first_samples[i]))
-            for i in self._own(packs)
+            self._planned(
+                join(
+                    [
+                        self._assemble(self._index.rows(int(packs[i])), total, int(first_samples[i]))
+                        for i in places
+                    ]
+                )
+            )
+            for places in self._own(packs)
         ]
         tiles = sum(len(pack.plan.tiles or ()) for pack in planned)
         nbytes = sum(pack.nbytes for pack in planned) + tiles * 3 * self.manifest.tile_size**2
         return PlannedBatch(consumed_packs, planned, total, nbytes)
 
-    def _planned(
+    def _assemble(
         self, rows: list[int], total: float, first_sample: int, length: int | None = None
-    ) -> PlannedPack[P]:
-        tokens = assemble(
+    ) -> TokenPack:
+        return assemble(
             self._store, rows, total=total, first_sample=first_sample, length=length, **self._weighting
         )
+
+    def _planned(self, tokens: TokenPack) -> PlannedPack[P]:
         try:
             plan = self._plan(tokens)
         except UserError as error:
-            raise UserError(f"the pack of store rows {rows}: {error}") from None
+            raise UserError(f"the pack of store rows {tokens.sample_rows}: {error}") from None
         tokens = tokens.pin_memory() if self._pin_memory else tokens
         return PlannedPack(**vars(tokens), plan=plan)
 

@@ -132,12 +132,12 @@ class MediaReader:
         if not tiles:
             return
         start = 0
-        for number, row in enumerate(pack.sample_rows, pack.first_sample):
-            for place, medium in enumerate(media_of_row(self._store, row)):
+        for sample in pack.samples:
+            for place, medium in enumerate(media_of_row(self._store, sample.row)):
                 first, last = max(start, tiles.start), min(start + medium.n_tiles, tiles.stop)
                 if first < last:
                     places = slice(first - tiles.start, last - tiles.start)
-                    yield _OwnTiles(number, medium, place, range(first - start, last - start), places)
+                    yield _OwnTiles(sample.number, medium, place, range(first - start, last - start), places)
                 start += medium.n_tiles
 
 

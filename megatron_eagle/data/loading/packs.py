@@ -1,7 +1,8 @@
 """A pack on its way to the model, a type for each phase: its tokens, planned for a rank, loaded with pixels.
 
-Each is frozen and filled in one place: tokens by `batch.assemble`, plans by the loader, pixels by the media
-reader. A later phase has all of an earlier one and shares its tensors.
+Packs of the index that ranks share as one sequence lie end to end in one pack here. Each is frozen and filled
+in one place: tokens by `batch.assemble` and `join`, plans by the loader, pixels by the media reader. A later
+phase has all of an earlier one and shares its tensors.
 
 Shapes: s tokens of a pack, n tiles, S tile size in pixels.
 """
@@ -34,18 +35,33 @@ P = TypeVar("P", bound=RankPlan, covariant=True)
 Q = TypeVar("Q", bound=RankPlan)  # of who takes such packs back
 
 
+@dataclass(frozen=True)
+class PackedSample:
+    """A sample in a pack: one of its documents."""
+
+    number: int
+    """Among the samples of the global batch."""
+    row: int
+    """Of the store."""
+    start: int
+    """Its first token in the pack."""
+    end: int
+    """The token after its last."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TokenPack:
     """A pack of exactly s tokens, as host tensors.
 
     `loss_weights[i]` is the weight of predicting `labels[i]`, already divided by the global batch's
-    normaliser; it is 0 across document bounds and in the padding, which is a document of its own at the end.
+    normaliser; it is 0 across document bounds and in the padding, which is a document of its own wherever a
+    pack of the index ends with some.
     """
 
     input_ids: Tensor
     """int64 [s]."""
     labels: Tensor
-    """int64 [s]: the next token, 0 at the end."""
+    """int64 [s]: the next token, 0 at the end of a pack of the index."""
     loss_weights: Tensor
     """float32 [s]."""
     group_ids: Tensor
@@ -57,16 +73,19 @@ class TokenPack:
     """0, ..., s."""
     n_tiles: int
     """Of the whole pack."""
-    sample_rows: Sequence[int]
-    """Store rows of the documents, without the padding."""
+    samples: Sequence[PackedSample]
+    """In the order of their tokens; without the padding."""
     n_frames: int = 0
     """Of the tiles, those that are frames; the others are of pictures and pages."""
     frames_wanted: int = 0
     """Frames without a token limit."""
     tiles_wanted: int = 0
     """Tiles of pictures and pages without a token limit."""
-    first_sample: int = 0
-    """Number of the first document among the samples of the global batch."""
+
+    @property
+    def sample_rows(self) -> list[int]:
+        """Store rows of the samples."""
+        return [sample.row for sample in self.samples]
 
     @property
     def nbytes(self) -> int:

@@ -29,10 +29,10 @@ def count_datasets(batches: Sequence[TokenPack], datasets: int) -> Tensor:
     sums = np.zeros((2, datasets))
     for batch in batches:
         weights, groups = batch.loss_weights.double().numpy(), batch.group_ids.numpy()
-        bounds = np.array(batch.document_bounds[: len(batch.sample_rows) + 1])
-        kept = np.add.reduceat(weights, bounds[:-1]) > 0  # a sample that is left out has no weight
         sums[0] += np.bincount(groups, weights, datasets)
-        sums[1] += np.bincount(groups[bounds[:-1]], np.diff(bounds) * kept, datasets)
+        for sample in batch.samples:
+            if weights[sample.start : sample.end].sum() > 0:  # a sample that is left out has no weight
+                sums[1, groups[sample.start]] += sample.end - sample.start
     return torch.from_numpy(sums)
 
 

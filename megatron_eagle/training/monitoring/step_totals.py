@@ -66,13 +66,7 @@ def count_totals(
     Args:
         exchanges: of the keys of each pack, where ranks exchange any.
     """
-    lengths = [
-        end - start
-        for batch in batches
-        for start, end, _ in zip(
-            batch.document_bounds, batch.document_bounds[1:], batch.sample_rows, strict=False
-        )  # the padding at the end has no row
-    ]
+    lengths = [sample.end - sample.start for batch in batches for sample in batch.samples]
     n_tiles, n_frames, frames_wanted, tiles_wanted = (
         sum(getattr(batch, name) for batch in batches)
         for name in ("n_tiles", "n_frames", "frames_wanted", "tiles_wanted")

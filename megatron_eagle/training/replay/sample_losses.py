@@ -41,10 +41,10 @@ def sample_losses(
     """
     by_sample = []
     for pack in microbatches:
-        bounds = torch.tensor(pack.document_bounds)
-        numbers = torch.arange(len(bounds) - 1) + pack.first_sample
-        numbers[len(pack.sample_rows) :] = 0  # padding
-        by_sample.append(replace(pack, group_ids=numbers.repeat_interleave(bounds.diff())))
+        numbers = torch.zeros_like(pack.group_ids)
+        for sample in pack.samples:
+            numbers[sample.start : sample.end] = sample.number
+        by_sample.append(replace(pack, group_ids=numbers))
     with torch.no_grad():
         losses = run_schedule(
             models,
@@ -76,17 +76,15 @@ def backward_each(
     """
     multiple = pack_multiple(mesh.config)
     for pack in batch.microbatches:
-        for number in range(pack.first_sample, pack.first_sample + len(pack.sample_rows)):
-            if number in left_out:
+        for sample in pack.samples:
+            if sample.number in left_out:
                 continue
-            place = number - pack.first_sample
-            n_tokens = pack.document_bounds[place + 1] - pack.document_bounds[place]
-            length = -(-n_tokens // multiple) * multiple
+            length = -(-(sample.end - sample.start) // multiple) * multiple
             for model in models:
                 model.zero_grad_buffer()
-            alone, failures = loader.alone(batch, number, length)
+            alone, failures = loader.alone(batch, sample.number, length)
             run_schedule(models, mesh, [alone], partial(build_batch, device), length=length)
-            yield number, failures
+            yield sample.number, failures
 
 
 def gradient_norm(models: Sequence[DistributedDataParallel], mesh: Mesh) -> float:

@@ -1,12 +1,14 @@
 """One global order whatever the layout, one integer of state, weights that add up to one."""
 
 import threading
+from dataclasses import astuple
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
+from megatron_eagle.data.loading.batch import join
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.data.loading.loss_weights import LOSS_WEIGHTINGS
 from megatron_eagle.data.loading.packs import no_tiles
@@ -53,6 +55,11 @@ def loader(path, *, gbs=4, rank=0, size=1, decode=False, prefetch=False, **confi
     )
 
 
+def values(pack):
+    """What a pack is, without its plan, for `assert_close`."""
+    return {**vars(pack), "plan": None, "samples": [astuple(sample) for sample in pack.samples]}
+
+
 def shared_rows(path, consumed, size, gbs):
     """The packs of a global batch as lists of rows, in global order, put together from all ranks."""
     ranks = [loader(path, gbs=gbs, rank=r, size=size).step(consumed).microbatches for r in range(size)]
@@ -87,7 +94,7 @@ def test_state_is_the_number_of_consumed_packs(path):
     first, second, third = (straight.step(c).microbatches for c in (0, 4, 8))
     resumed = loader(path).step(8).microbatches
     for a, b in zip(third, resumed, strict=True):
-        torch.testing.assert_close({**vars(a), "plan": None}, {**vars(b), "plan": None})
+        torch.testing.assert_close(values(a), values(b))
     assert first[0].sample_rows != second[0].sample_rows
     assert loader(path, seed=1).step(0).microbatches[0].sample_rows != first[0].sample_rows
 
@@ -195,12 +202,28 @@ def test_prefetch_follows_a_jump(path):
     ahead = loader(path, decode=True, prefetch=True)
     for position in (0, 4, 16, 20, 8):
         found, expected = ahead.step(position), loader(path, decode=True).step(position)
-        packs = [{**vars(pack), "plan": None} for pack in found.microbatches]
-        others = [{**vars(pack), "plan": None} for pack in expected.microbatches]
+        packs, others = ([values(pack) for pack in batch.microbatches] for batch in (found, expected))
         torch.testing.assert_close(packs, others, rtol=0, atol=0)
         held = [value.nbytes for pack in packs for value in pack.values() if isinstance(value, torch.Tensor)]
         assert ahead._prepare(position).nbytes == sum(held)
     ahead.close()
+
+
+def test_packs_end_to_end_keep_their_documents(path):
+    """Joined tensors are those of the packs, and samples stand where their tokens are, numbers and all."""
+    store, packs = SampleStore(path), loader(path).step(0).microbatches
+    assert join(packs[:1]) is packs[0]
+    joined = join([packs[2], packs[0]])  # no neighbours: both padding and numbers lie between
+    assert joined.document_bounds == sorted(set(joined.document_bounds)) and LENGTH in joined.document_bounds
+    assert joined.document_bounds[-1] == 2 * LENGTH == len(joined.input_ids)
+    for name in ("input_ids", "labels", "loss_weights", "group_ids", "position_ids"):
+        assert torch.equal(getattr(joined, name), torch.cat([getattr(packs[i], name) for i in (2, 0)]))
+    assert [s.number for s in joined.samples] == [s.number for i in (2, 0) for s in packs[i].samples]
+    for sample in joined.samples:
+        assert {sample.start, sample.end} <= set(joined.document_bounds)
+        assert joined.input_ids[sample.start : sample.end].tolist() == store[sample.row].ids.tolist()
+    assert joined.n_tiles == packs[2].n_tiles + packs[0].n_tiles > 0
+    assert joined.tiles_wanted == packs[2].tiles_wanted + packs[0].tiles_wanted > 0
 
 
 def test_an_error_of_the_plan_names_the_rows(path):
@@ -270,10 +293,10 @@ def test_weights_without_some_samples(path):
         power = {"square": -0.5, "token": 0, "sample": -1}[weighting]
         expected = torch.zeros(4, LENGTH, dtype=torch.float64)
         for weights, pack in zip(expected, batch.microbatches, strict=True):
-            for number, (row, start) in enumerate(zip(pack.sample_rows, pack.document_bounds, strict=False)):
-                supervised = torch.from_numpy(store[row].answers[1:] > 0)
-                if pack.first_sample + number not in left_out:
-                    weights[start : start + len(supervised)] = supervised * float(supervised.sum()) ** power
+            for sample in pack.samples:
+                supervised = torch.from_numpy(store[sample.row].answers[1:] > 0)
+                if sample.number not in left_out:
+                    weights[sample.start : sample.end - 1] = supervised * float(supervised.sum()) ** power
         expected /= expected.sum()
         found = torch.stack([pack.loss_weights for pack in batch.microbatches])
         torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=0)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_eagle.data.loading.loader import DataConfig
-from megatron_eagle.data.packing.balance import assign, pack_costs
+from megatron_eagle.data.packing.balance import assign, deal, pack_costs
 from megatron_eagle.data.packing.best_fit import pack_rows
 from megatron_eagle.data.packing.index import read_packs, write_packs
 from megatron_eagle.data.store.reader import SampleStore
@@ -69,6 +69,52 @@ def test_assignment_gives_every_pack_to_one_rank(costs, size):
     assert len(parts) == size
     assert {len(part) for part in parts} == {len(costs) // size}
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(costs)))
+
+
+def spread(costs: np.ndarray, size: int) -> list[np.ndarray]:
+    """As `assign`, from its words: to the rank that has least, of equals the first."""
+    ranks, loads = [[] for _ in range(size)], np.zeros(size)
+    for position in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        open_ranks = [rank for rank in range(size) if len(ranks[rank]) < len(costs) // size]
+        rank = min(open_ranks, key=lambda rank: loads[rank])
+        ranks[rank].append(position)
+        loads[rank] += costs[position]
+    return [np.sort(rank) for rank in ranks]
+
+
+@given(st.lists(st.integers(0, 9), min_size=4, max_size=40), st.sampled_from([1, 2, 4]))
+def test_one_pack_a_sequence_is_what_assign_does(costs, size):
+    costs = np.array(costs[: len(costs) // size * size], np.float64)
+    expected = [rank.tolist() for rank in spread(costs, size)]
+    assert [rank.tolist() for rank in assign(costs, size)] == expected
+    assert [[int(place) for [place] in group] for group in deal(costs, size)] == expected
+
+
+@given(
+    st.lists(st.floats(0, 1e9), min_size=12, max_size=48), st.sampled_from([1, 2, 3]), st.sampled_from([2, 4])
+)
+def test_every_group_gets_as_many_sequences_of_as_many_packs(costs, groups, packs):
+    costs = np.array(costs[: len(costs) // 24 * 24] or costs[:12] * 2)
+    found = deal(costs, groups, packs)
+    places = [place for group in found for sequence in group for place in sequence.tolist()]
+    assert {len(group) for group in found} == {len(costs) // groups // packs}
+    assert {len(sequence) for group in found for sequence in group} == {packs}
+    assert sorted(places) == list(range(len(costs)))
+    for group in found:
+        assert all((np.diff(sequence) > 0).all() for sequence in group), "in the global order"
+        assert [sequence[0] for sequence in group] == sorted(sequence[0] for sequence in group)
+
+
+def test_sequences_of_several_packs_differ_less():
+    """The costliest rank over the mean of a step: the more packs share their ranks, the less it is."""
+    costs, worst = np.random.default_rng(0).lognormal(0, 1, (200, 16)), []
+    for packs in (1, 2, 4, 8):
+        busiest = [
+            max(sum(step[sequence].sum() for sequence in group) for group in deal(step, 16 // packs, packs))
+            for step in costs
+        ]
+        worst.append(np.mean(np.array(busiest) / packs / costs.mean(1)))
+    assert worst == sorted(worst, reverse=True) and worst[-1] < 1.1 < worst[0], worst
 
 
 def test_seed_decides_the_composition():

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from megatron_eagle.data.loading.packs import TokenPack
+from megatron_eagle.data.loading.packs import PackedSample, TokenPack
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import training_flops
 from megatron_eagle.model.presets import preset
@@ -134,7 +134,10 @@ def batch(lengths: list[int], length: int, **counts) -> TokenPack:
         group_ids=empty,
         position_ids=empty,
         document_bounds=bounds,
-        sample_rows=range(len(lengths)),
+        samples=[
+            PackedSample(i, i, start, start + n)
+            for i, (start, n) in enumerate(zip(bounds, lengths, strict=False))
+        ],
         **counts,
     )
 

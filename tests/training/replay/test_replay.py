@@ -175,10 +175,9 @@ def gradients(run: str, iteration: int) -> dict:
             own = grads()
             total = total + own
             assert norms[number] == pytest.approx(own.norm().item(), rel=1e-9)
-            [pack] = [p for p in batch.microbatches if 0 <= number - p.first_sample < len(p.sample_rows)]
-            start, end = pack.document_bounds[number - pack.first_sample :][:2]
+            [(pack, sample)] = [(p, s) for p in batch.microbatches for s in p.samples if s.number == number]
             weights = torch.zeros_like(pack.loss_weights)
-            weights[start:end] = pack.loss_weights[start:end]
+            weights[sample.start : sample.end] = pack.loss_weights[sample.start : sample.end]
             in_pack = backward([replace(pack, loss_weights=weights)])
             worst = max(worst, ((in_pack - own).abs().max() / own.abs().max()).item())
         loader.close()
