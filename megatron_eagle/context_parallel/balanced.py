@@ -6,9 +6,11 @@ another rank. The pack is cut into small chunks and these are handed out from th
 halved, and one half takes a window of the list of chunks (cyclic, of exactly its number of tokens). Slid
 along the list, some window comes within about a chunk of half the work; of all windows the one is taken
 that leaves the least work on the busier half, foreign keys included. So short documents stay on one rank,
-longer ones inside the smallest halving that balances, and a rank has few runs. Chunks that are too large
+longer ones inside the smallest halving that balances, and a rank has few runs. PackChunks that are too large
 for that to balance are dealt out longest-processing-time first, within the smallest group of ranks that it
 helps: the heaviest chunk to the rank that has the least work so far and still has room.
+
+Where ranks are on several nodes, `node_placement.py` divides the pack over those first.
 """
 
 import heapq
@@ -28,7 +30,8 @@ class PairCosts:
     """What costs time beside attention, in query-key pairs (of a model: `model.flops.pair_costs`)."""
 
     token: int  # all other work of a token
-    key: int  # a key from another rank
+    key: int  # a key from another rank of the same node
+    far_key: int  # a key from another node
 
 
 def causal_area(tokens: np.ndarray, document_bounds: Sequence[int]) -> np.ndarray:
@@ -50,47 +53,74 @@ def balanced(
     Args:
         chunk_size: divides length / size. Smaller: better balance, same number of runs.
     """
-    starts = np.arange(0, length + 1, chunk_size)
-    work = np.diff(causal_area(starts, document_bounds)) + costs.token * chunk_size
-    bounds = np.asarray(document_bounds)
-    # Keys that a chunk needs from other ranks if it is separated from the chunk before it.
-    foreign = starts[:-1] - bounds[np.searchsorted(bounds, starts[:-1], side="right") - 1]
-    cuts = costs.key * foreign
-    limit = work.sum() / size * (1 + TOLERANCE)
-    placed = _bisect(np.arange(len(work)), size, work, cuts, limit)
-    ranges = (np.stack([starts[chunks], starts[chunks + 1]], axis=1) for chunks in placed)
-    return SequenceLayout(length, tuple(merge_adjacent(own) for own in ranges))
+    pack = PackChunks.of(length, size, document_bounds, chunk_size, costs)
+    return pack.layout(pack.bisect(np.arange(len(pack.work)), size))
 
 
-def _bisect(
-    chunks: np.ndarray, size: int, work: np.ndarray, cuts: np.ndarray, limit: float
-) -> list[np.ndarray]:
-    """Divide `chunks` (ascending) over `size` ranks of which none should have more work than `limit`.
+@dataclass(frozen=True, eq=False)
+class PackChunks:
+    """A pack in chunks of equal size."""
 
-    `cuts` is what each chunk costs more where it is separated from the one before it.
-    """
-    if size == 1:
-        return [chunks]
-    half = size // 2
-    count, width = len(chunks), len(chunks) // size * half
-    own = work[chunks]
-    sums = np.concatenate([[0], own, own]).cumsum()
-    window = sums[width : width + count] - sums[:count]
-    busier = np.maximum(window / half, (sums[count] - window) / (size - half))
-    # Where neighbours in the list are not neighbours in the pack, the cut costs nothing more.
-    cut = cuts[chunks] * (np.diff(chunks, prepend=-2) == 1)
-    first = int(np.argmin(busier + cut + np.roll(cut, -width)))
-    inside = np.zeros(count, dtype=bool)
-    inside[np.arange(first, first + width) % count] = True
-    halves = [(chunks[inside], half), (chunks[~inside], size - half)]
-    halves.sort(key=lambda part: part[0][0])  # neighbouring ranks hold neighbouring tokens
-    placed = [held for part, ranks in halves for held in _bisect(part, ranks, work, cuts, limit)]
-    heaviest = max(work[held].sum() for held in placed)
-    if heaviest > limit:
-        dealt = _longest_processing_time(chunks, size, own)
-        if max(work[held].sum() for held in dealt) < heaviest:
-            return dealt
-    return placed
+    starts: np.ndarray  # int [chunks + 1]: first token of each, and the pack's length
+    document: np.ndarray  # int [chunks]: of the first token of each
+    foreign: np.ndarray  # int [chunks]: keys that each needs from others if parted from the one before it
+    work: np.ndarray  # int [chunks], in query-key pairs
+    costs: PairCosts
+    limit: float  # more work no rank should have
+
+    @classmethod
+    def of(
+        cls, length: int, size: int, document_bounds: Sequence[int], chunk_size: int, costs: PairCosts
+    ) -> "PackChunks":
+        """Cut a pack for `size` ranks."""
+        starts, bounds = np.arange(0, length + 1, chunk_size), np.asarray(document_bounds)
+        document = np.searchsorted(bounds, starts[:-1], side="right") - 1
+        work = np.diff(causal_area(starts, document_bounds)) + costs.token * chunk_size
+        limit = work.sum() / size * (1 + TOLERANCE)
+        return cls(starts, document, starts[:-1] - bounds[document], work, costs, limit)
+
+    def layout(self, placed: Sequence[np.ndarray]) -> SequenceLayout:
+        """That in which each rank holds the chunks [n] (ascending) of its place."""
+        ranges = (np.stack([self.starts[held], self.starts[held + 1]], axis=1) for held in placed)
+        return SequenceLayout(int(self.starts[-1]), tuple(merge_adjacent(own) for own in ranges))
+
+    def heaviest(self, placed: Sequence[np.ndarray]) -> int:
+        """The work of the busiest rank."""
+        return max(int(self.work[held].sum()) for held in placed)
+
+    def bisect(self, chunks: np.ndarray, size: int) -> list[np.ndarray]:
+        """Divide `chunks` (ascending) over `size` ranks of which none should have more than the limit."""
+        if size == 1:
+            return [chunks]
+        halves = self.halve(chunks, size, size // 2, self.costs.key)
+        placed = [held for part, ranks in halves for held in self.bisect(part, ranks)]
+        heaviest = self.heaviest(placed)
+        if heaviest > self.limit:
+            dealt = _longest_processing_time(chunks, size, self.work[chunks])
+            if self.heaviest(dealt) < heaviest:
+                return dealt
+        return placed
+
+    def halve(self, chunks: np.ndarray, size: int, half: int, key: int) -> list[tuple[np.ndarray, int]]:
+        """The best window of a list of chunks for `half` of `size` ranks or nodes: both parts, and how many
+        have each, the one with the first token first.
+
+        Args:
+            key: what one more foreign key costs.
+        """
+        count, width = len(chunks), len(chunks) // size * half
+        own = self.work[chunks]
+        sums = np.concatenate([[0], own, own]).cumsum()
+        window = sums[width : width + count] - sums[:count]
+        busier = np.maximum(window / half, (sums[count] - window) / (size - half))
+        # Where neighbours in the list are not neighbours in the pack, the cut costs nothing more.
+        cut = key * self.foreign[chunks] * (np.diff(chunks, prepend=-2) == 1)
+        first = int(np.argmin(busier + cut + np.roll(cut, -width)))
+        inside = np.zeros(count, dtype=bool)
+        inside[np.arange(first, first + width) % count] = True
+        halves = [(chunks[inside], half), (chunks[~inside], size - half)]
+        # Neighbouring ranks hold neighbouring tokens.
+        return sorted(halves, key=lambda part: int(part[0].min()))
 
 
 def _longest_processing_time(chunks: np.ndarray, size: int, work: np.ndarray) -> list[np.ndarray]:

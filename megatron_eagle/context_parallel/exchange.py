@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.key_order import KeyOrder
-from megatron_eagle.context_parallel.layout import Segment, SequenceLayout
+from megatron_eagle.context_parallel.layout import Segment, SequenceLayout, expand
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,22 +60,35 @@ class Traffic:
     """What all ranks of a layout need of a pack."""
 
     needed: np.ndarray  # bool [size, length]: whether the rank's queries see the token's key
-    received: np.ndarray  # int [size]: keys of other ranks that it needs
-    sent: np.ndarray  # int [size]: keys that it must send, counted once per receiver
+    keys: np.ndarray  # int [size, size]: keys that a rank (first) needs of those that another (second) holds
+
+    @property
+    def received(self) -> np.ndarray:
+        """int [size]: keys of other ranks that each needs."""
+        return np.asarray(self.keys.sum(axis=1) - self.keys.diagonal())
+
+    @property
+    def sent(self) -> np.ndarray:
+        """int [size]: keys that each must send, counted once per receiver."""
+        return np.asarray(self.keys.sum(axis=0) - self.keys.diagonal())
+
+    def from_nodes(self, node: int) -> "Traffic":
+        """Of keys that come from another node alone; `node` adjacent ranks are on one."""
+        nodes = np.arange(len(self.keys)) // node
+        return replace(self, keys=self.keys * (nodes[:, None] != nodes))
 
 
 def measure_traffic(layout: SequenceLayout, document_bounds: Sequence[int]) -> Traffic:
-    """Mark the keys that each rank needs."""
+    """Mark and count the keys that each rank needs."""
     needed = np.zeros((layout.size, layout.length), dtype=bool)
+    keys = np.zeros((layout.size, layout.size), dtype=np.int64)
     for rank in range(layout.size):
         table = layout.segment_table(rank, document_bounds)
-        change = np.zeros(layout.length + 1, dtype=np.int32)
-        np.add.at(change, table[:, 2], 1)
-        np.add.at(change, table[:, 3], -1)
-        needed[rank] = change.cumsum()[:-1] > 0
-    share = layout.length // layout.size
-    readers = needed.sum(axis=0)[layout.rank_major_order.numpy()].reshape(layout.size, share)
-    return Traffic(needed, needed.sum(axis=1) - share, readers.sum(axis=1) - share)
+        last = np.append(table[1:, 2] != table[:-1, 2], True)  # of each document
+        first, end = table[last, 2], table[last, 3]
+        needed[rank, expand(np.stack([first, end], axis=1))] = True
+        keys[rank] = (layout.held_before(end) - layout.held_before(first)).sum(axis=0)
+    return Traffic(needed, keys)
 
 
 def plan_exchange(

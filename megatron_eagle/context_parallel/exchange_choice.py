@@ -2,8 +2,9 @@
 
 `parallel.context_parallel_comm` says so for all packs, or leaves it to `auto`, which estimates all three for
 each pack and takes the quickest that fits. The estimate is in whole numbers of query-key pairs and reads
-nothing but the pack's documents and `ASSUMED`: every rank comes to the same choice without asking another.
-That is also why there is a fixed bound of memory in the table, and not what is left on some rank.
+nothing but the pack's documents, `ASSUMED` and the configuration: every rank comes to the same choice without
+asking another. That is also why the memory for keys is a setting (`context_parallel_key_gb`), and not what is
+left on some rank.
 
 What is compared, of the rank that has most: attention, in steps of a ring that all wait for the slowest rank;
 and what of the transfer attention cannot hide. Of gathered keys that is the first head group's, of a ring
@@ -39,7 +40,6 @@ class Assumed:
     )
     memory: float = 3e12  # byte/s of a device's memory
     step: float = 30e-6  # s of a ring's step for launches, forward and backward
-    key_bytes: float = 4e9  # memory that gathered keys and their gradients may take
 
 
 ASSUMED = Assumed()
@@ -49,7 +49,9 @@ ASSUMED = Assumed()
 class ExchangeCosts:
     """Of a layer (`model.flops.exchange_costs`), in query-key pairs of a rank's heads."""
 
-    key: int  # a key from another rank, forward and backward
+    key: int  # a key from another rank of the node, forward and backward
+    far_key: int  # a key from another node
+    node: int  # adjacent ranks, of those that exchange keys, that are on one node
     step: int  # a step of a ring
     merge: int  # a query whose outputs, and gradients, of one more step are added up
     head_groups: int  # in which gathered keys travel, one after the other
@@ -92,43 +94,41 @@ def estimate(
     share = layout.length // layout.size
     pairs = pairs_by_block(layout, document_bounds)
     attention = int(pairs.sum(axis=1).max())
+    slowest = costs.key if layout.size <= costs.node else costs.far_key  # of links that all keys take
 
-    def gathered(keys: float) -> int:
-        transfer = round(keys * costs.key)
+    def gathered(transfer: int) -> int:
         first = transfer // costs.head_groups
         return attention + first + max(transfer - first - attention, 0)
 
     ranks = np.arange(layout.size)
-    last = last_readers(readers(traffic, layout.rank_major_order.numpy()))
+    last = last_readers(readers(traffic))
     ring = 0
     for step in range(max(last) + 1):
         busiest = int(pairs[ranks, (ranks - step) % layout.size].max())
-        travelling = share * costs.key if step < max(last) else 0
+        travelling = share * slowest if step < max(last) else 0
         ring += max(busiest, travelling) + costs.step + (share * costs.merge if step else 0)
-    busiest_link = int(max(traffic.received.max(), traffic.sent.max()))
+    far = traffic.from_nodes(costs.node)
+    messages = [
+        int((costs.key * (all_keys - far_keys) + costs.far_key * far_keys).max())
+        for all_keys, far_keys in ((traffic.received, far.received), (traffic.sent, far.sent))
+    ]
     return {
-        "gather": gathered(layout.length - share),
-        "ranges": gathered(busiest_link / ASSUMED.messages),
+        "gather": gathered((layout.length - share) * slowest),
+        "ranges": gathered(round(max(messages) / ASSUMED.messages)),
         "ring": ring,
     }
 
 
 def pairs_by_block(layout: SequenceLayout, document_bounds: Sequence[int]) -> np.ndarray:
     """int64 [size, size]: query-key pairs of a rank's queries with the keys that another (second) holds."""
-    size, order = layout.size, layout.rank_major_order.numpy()
-    found = np.empty((size, size), dtype=np.int64)
-    for rank in range(size):
+    found = np.empty((layout.size, layout.size), dtype=np.int64)
+    for rank in range(layout.size):
         table = layout.segment_table(rank, document_bounds)
         rows, first, end = table[:, 1] - table[:, 0], table[:, 2], table[:, 3]
-        # Queries that see a key: all of a segment's those before them, and of the queries' own tokens each
-        # one fewer than the token before.
-        change = np.zeros(layout.length + 1, dtype=np.int64)
-        np.add.at(change, first, rows)
-        np.add.at(change, end, -rows)
-        seen_by = change.cumsum()[:-1]
-        own = layout.token_index(rank).numpy()
-        seen_by[own] -= own - np.repeat(end - rows, rows)
-        found[rank] = seen_by[order].reshape(size, -1).sum(axis=1)
+        # All of a segment's queries see the keys before them, and of the segment's own, one more each.
+        before = layout.held_before(end - rows) - layout.held_before(first)
+        found[rank] = (rows[:, None] * before).sum(axis=0)
+        found[rank, rank] += (rows * (rows + 1) // 2).sum()
     return found
 
 

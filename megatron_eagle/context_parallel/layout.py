@@ -71,6 +71,25 @@ class SequenceLayout:
         """Token held by row i of the rank-major gathered sequence: int64 [length]."""
         return torch.from_numpy(expand(np.concatenate(self.ranges)))
 
+    def held_before(self, tokens: np.ndarray) -> np.ndarray:
+        """Of the tokens before each of `tokens` [n], those that each rank holds: int64 [n, size]."""
+        starts, owners, held = self._runs
+        run = np.searchsorted(starts, tokens, side="right") - 1
+        found: np.ndarray = held[run]
+        found[np.arange(len(run)), owners[run]] += tokens - starts[run]
+        return found
+
+    @cached_property
+    def _runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All ranges in the order of tokens: their starts [n] and ranks [n], and what each rank holds before
+        them [n, size]."""
+        ranges = np.concatenate(self.ranges)
+        order = np.argsort(ranges[:, 0])
+        owners = np.repeat(np.arange(self.size), [len(own) for own in self.ranges])[order]
+        held = np.zeros((len(ranges) + 1, self.size), dtype=np.int64)
+        held[np.arange(1, len(ranges) + 1), owners] = (ranges[:, 1] - ranges[:, 0])[order]
+        return ranges[order, 0], owners, held.cumsum(axis=0)[:-1]
+
     def segment_table(self, rank: int, document_bounds: Sequence[int]) -> np.ndarray:
         """The fields of `segments` as columns: int64 [n, 4]."""
         bounds, ranges = np.asarray(document_bounds), self.ranges[rank]

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_eagle.context_parallel import layout as layouts
 from megatron_eagle.context_parallel.balanced import PairCosts, balanced
 from megatron_eagle.context_parallel.layout import SequenceLayout
+from megatron_eagle.context_parallel.node_placement import balanced_over_nodes
 from megatron_eagle.errors import UserError
 
 LayoutName = Literal["contiguous", "zigzag", "zigzag_per_document", "balanced"]
@@ -31,6 +32,7 @@ def plan_layout(
     chunk_size: int | None = None,
     *,
     costs: PairCosts,
+    node: int | None = None,
 ) -> SequenceLayout:
     """Divide a pack over `size` ranks.
 
@@ -40,6 +42,7 @@ def plan_layout(
         document_bounds: 0, the ends of all documents but the last, and `length`.
         chunk_size: of `balanced`; null chooses.
         costs: of the model, for `balanced`.
+        node: adjacent ranks that are on one node, for `balanced`; None: all are.
 
     Raises:
         UserError: a length or a chunk size that does not divide, or documents that do not fill the pack.
@@ -57,7 +60,10 @@ def plan_layout(
         return layouts.zigzag(length, size)
     if name == "zigzag_per_document":
         return layouts.zigzag_per_document(length, size, document_bounds)
-    return balanced(length, size, document_bounds, chunk_size or default_chunk_size(length // size), costs)
+    chunk_size = chunk_size or default_chunk_size(length // size)
+    if node is None or node >= size:
+        return balanced(length, size, document_bounds, chunk_size, costs)
+    return balanced_over_nodes(length, size, document_bounds, chunk_size, costs, node)
 
 
 def default_chunk_size(share: int) -> int:

@@ -69,16 +69,14 @@ class RingExchange:
         )
 
 
-def readers(traffic: Traffic, order: np.ndarray, node: int = 1) -> np.ndarray:
+def readers(traffic: Traffic, node: int = 1) -> np.ndarray:
     """bool [n, n]: whether a rank of one node (first) sees a key that another (second) holds.
 
     Args:
-        order: `rank_major_order` of the layout.
         node: ranks of a node, adjacent.
     """
-    size = len(traffic.needed)
-    by_owner = traffic.needed[:, order].reshape(size, size, -1).any(axis=2)
-    nodes = by_owner.reshape(size // node, node, size // node, node)
+    size = len(traffic.keys)
+    nodes = (traffic.keys > 0).reshape(size // node, node, size // node, node)
     return np.asarray(nodes.any(axis=(1, 3)))
 
 
@@ -96,7 +94,7 @@ def plan_ring(
         traffic: `measure_traffic` of the same, where it is known.
     """
     traffic = traffic or measure_traffic(layout, document_bounds)
-    reads = readers(traffic, layout.rank_major_order.numpy(), node)
+    reads = readers(traffic, node)
     size, own = len(reads), rank // node
     nearest, farthest = _distances(reads, min), last_readers(reads)
     table = layout.segment_table(rank, document_bounds)

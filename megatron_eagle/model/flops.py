@@ -102,15 +102,21 @@ def patch_cost(eagle: EagleConfig) -> float:
 def pair_costs(eagle: EagleConfig) -> PairCosts:
     """What `balanced` weighs beside attention, forward and backward, in query-key pairs.
 
-    A key from another rank counts as far as attention does not hide it: its first head group.
+    A key from another rank counts as far as attention does not hide it: its first head group. One from
+    another node is a message of its own (`ranges`).
     """
     text = eagle.text
     h, queries = text.hidden_size, text.num_attention_heads * text.head_dim
     kv = text.num_key_value_heads * text.head_dim
     weights = h * (queries + 2 * kv) + queries * h + 3 * h * text.intermediate_size
+
+    def key(link: float) -> int:
+        return max(1, round(_key_bytes(text.head_dim) / link / _pair_seconds(queries)))
+
     return PairCosts(
         token=max(1, round(6 * weights / ASSUMED.dense / _pair_seconds(queries))),
-        key=max(1, round(_key_bytes(text.head_dim) / ASSUMED.node / _pair_seconds(queries))),
+        key=key(ASSUMED.node),
+        far_key=key(ASSUMED.network * ASSUMED.messages),
     )
 
 
@@ -119,17 +125,21 @@ def exchange_costs(eagle: EagleConfig, parallel: ParallelConfig, ranks_per_node:
     shapes, d = LocalShapes(eagle, parallel), eagle.text.head_dim
     kv_heads, queries = shapes.attention_kv_heads, shapes.attention_heads * d
     pair = _pair_seconds(queries)
-    inside = shapes.tp * shapes.cp <= ranks_per_node
-    link = ASSUMED.node if inside else ASSUMED.network
+
+    def key(link: float) -> int:
+        return max(1, round(kv_heads * _key_bytes(d) / link / pair))
+
     # Of a head group: keys of two in bf16, and fp32 gradients of one in four copies (`memory_model`).
     held = 2 * d * (2 * 2 + 4 * 4)
     return ExchangeCosts(
-        key=max(1, round(kv_heads * _key_bytes(d) / link / pair)),
+        key=key(ASSUMED.node),
+        far_key=key(ASSUMED.network),
+        node=parallel.key_ranks_per_node(ranks_per_node),
         step=round(ASSUMED.step / pair),
         # Output and dq of one step in bf16, added to sums in fp32.
         merge=round(2 * (2 + 4 + 4) * queries / ASSUMED.memory / pair),
         head_groups=kv_heads,
-        most_keys=int(ASSUMED.key_bytes / held),
+        most_keys=int(1e9 * parallel.context_parallel_key_gb / held),
     )
 
 

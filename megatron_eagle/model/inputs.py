@@ -107,6 +107,7 @@ def plan_input(
         document_bounds,
         mesh.config.context_parallel_chunk_size,
         costs=pair_costs(eagle),
+        node=mesh.config.key_ranks_per_node(mesh.ranks_per_node),
     )
     layout = key_layout.cut_each(ulysses)
     if num_tiles is None:

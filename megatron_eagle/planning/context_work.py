@@ -64,9 +64,9 @@ def _count(
     if multiple > 1:
         bounds = tuple(pad_documents(bounds[-1], bounds, multiple, multiple)[0])
     length = bounds[-1]
-    layout = plan_layout(name, length, size, bounds, chunk_size, costs=costs)
+    layout = plan_layout(name, length, size, bounds, chunk_size, costs=costs, node=exchange.node)
     traffic = measure_traffic(layout, bounds)
-    rounds = max(last_readers(readers(traffic, layout.rank_major_order.numpy())))
+    rounds = max(last_readers(readers(traffic)))
     foreign = {
         "none": 0,
         "ranges": int(max(traffic.received.max(), traffic.sent.max())),

@@ -61,6 +61,9 @@ class ParallelConfig(Ranged):
     # alone, or round a ring; auto takes for each pack what it estimates to be the quickest. Megatron's
     # cp_comm_type words are taken, too.
     context_parallel_comm: ContextParallelComm = "auto"
+    # Memory that gathered keys and their gradients may take on a GPU under auto, in GB of 10^9 bytes: packs
+    # that need more go round the ring.
+    context_parallel_key_gb: Annotated[float, Range(0, 10_000)] = 4.0
     # Of a ring: so many adjacent ranks, those of a node say, gather each block among them, and blocks go
     # round the nodes.
     ring_node_size: Annotated[int, Range(1, 1024)] = 1
@@ -97,6 +100,20 @@ class ParallelConfig(Ranged):
         if self.ulysses_parallel_size == 1:
             return None
         return [self.ulysses_parallel_size, self.context_parallel_size // self.ulysses_parallel_size]
+
+    def key_ranks_per_node(self, ranks_per_node: int) -> int:
+        """Adjacent ranks on one node, of those that exchange keys; 1 where nodes begin anywhere among them.
+
+        Args:
+            ranks_per_node: of all ranks.
+        """
+        inner = self.tensor_model_parallel_size * self.ulysses_parallel_size
+        group = self.tensor_model_parallel_size * self.context_parallel_size
+        if group <= ranks_per_node:
+            return group // inner
+        if group % ranks_per_node or ranks_per_node % inner:
+            return 1
+        return ranks_per_node // inner
 
     @property
     def num_model_chunks(self) -> int:

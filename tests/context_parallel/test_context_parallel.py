@@ -26,8 +26,8 @@ PACKS = {
     "one token each": [*range(25)],  # gradients of queries and keys are 0
     "uneven length": [0, 37, 38, 88],  # eleven tokens to each of eight chunks
 }
-COSTS = PairCosts(token=16384, key=64)
-EXCHANGE_COSTS = ExchangeCosts(key=1, step=1, merge=1, head_groups=2, most_keys=1000)
+COSTS = PairCosts(token=16384, key=64, far_key=1024)
+EXCHANGE_COSTS = ExchangeCosts(key=1, far_key=1, node=8, step=1, merge=1, head_groups=2, most_keys=1000)
 EXCHANGES = ("gather", "ranges", "ring")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 

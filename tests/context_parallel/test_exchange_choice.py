@@ -19,7 +19,7 @@ from megatron_eagle.model.flops import exchange_costs
 from megatron_eagle.model.presets import preset
 from megatron_eagle.runtime.parallel import ParallelConfig
 
-COSTS = PairCosts(token=16384, key=64)
+COSTS = PairCosts(token=16384, key=64, far_key=1024)
 MODEL = preset("eagle2.5-8b").complete()
 WHOLE = [0, 131072]
 CHAT = [*range(0, 131072, 1024), 131072]
@@ -69,7 +69,7 @@ def test_auto_takes_what_suits_the_pack_and_the_links():
 
 
 def test_gathered_keys_have_a_bound():
-    few = ExchangeCosts(key=0, step=10**9, merge=1, head_groups=4, most_keys=1000)
+    few = ExchangeCosts(key=0, far_key=0, node=4, step=10**9, merge=1, head_groups=4, most_keys=1000)
     layout = plan_layout("zigzag", 4096, 4, [0, 4096], costs=COSTS)
     traffic = measure_traffic(layout, [0, 4096])
     assert [kept_keys(kind, layout, traffic) for kind in ("gather", "ranges", "ring")] == [4096, 4096, 2048]
@@ -80,7 +80,7 @@ def test_gathered_keys_have_a_bound():
 def test_estimates_are_whole_numbers():
     """So that all ranks have the same. By hand, for one document over two ranks of zigzag."""
     layout = plan_layout("zigzag", 8, 2, [0, 8], costs=COSTS)
-    costs = ExchangeCosts(key=7, step=100, merge=3, head_groups=2, most_keys=8)
+    costs = ExchangeCosts(key=7, far_key=9, node=2, step=100, merge=3, head_groups=2, most_keys=8)
     found = estimate(layout, [0, 8], measure_traffic(layout, [0, 8]), costs)
     assert pairs_by_block(layout, [0, 8]).tolist() == [[10, 8], [8, 10]]
     assert found == {
@@ -104,3 +104,54 @@ def test_a_choice_takes_milliseconds():
         choose_exchange(layout, bounds, traffic, "auto", costs)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.06
+
+
+def test_keys_are_counted_by_where_they_come_from():
+    """Two nodes of two ranks: of one document's keys, all before a rank's own, and those of other nodes."""
+    layout = plan_layout("contiguous", 64, 4, [0, 48, 64], costs=COSTS)
+    traffic = measure_traffic(layout, [0, 48, 64])
+    assert traffic.keys.tolist() == [[16, 0, 0, 0], [16, 16, 0, 0], [16, 16, 16, 0], [0, 0, 0, 16]]
+    far = traffic.from_nodes(2)
+    assert (far.received.tolist(), far.sent.tolist()) == ([0, 0, 32, 0], [16, 16, 0, 0])
+
+
+@pytest.mark.parametrize("name", LAYOUT_NAMES)
+def test_keys_are_those_that_are_needed(name):
+    generator = np.random.default_rng(1)
+    bounds = [0, *sorted(generator.choice(np.arange(1, 960), 20, replace=False).tolist()), 960]
+    layout = plan_layout(name, 960, 6, bounds, costs=COSTS)
+    traffic = measure_traffic(layout, bounds)
+    held = traffic.needed[:, layout.rank_major_order.numpy()].reshape(6, 6, -1).sum(axis=2)
+    assert np.array_equal(traffic.keys, held)
+
+
+def test_keys_of_other_nodes_cost_the_network():
+    """The same pack and layout; only what is sent across differs."""
+    layout = plan_layout("contiguous", 64, 4, [0, 32, 48, 64], costs=COSTS)
+    traffic, found = measure_traffic(layout, [0, 32, 48, 64]), {}
+    for node in (4, 2, 1):
+        costs = ExchangeCosts(1000, far_key=5000, node=node, step=1, merge=1, head_groups=2, most_keys=64)
+        found[node] = estimate(layout, [0, 32, 48, 64], traffic, costs)
+    assert found[4]["ranges"] == found[2]["ranges"] < found[1]["ranges"]  # keys of one document stay inside
+    assert found[4]["gather"] < found[2]["gather"] == found[1]["gather"]
+    assert found[4]["ring"] < found[2]["ring"] == found[1]["ring"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks_per_node", "node"),
+    [
+        ((1, 16, 1), 8, 8),
+        ((2, 16, 2), 8, 2),
+        ((1, 4, 1), 8, 4),
+        ((1, 4, 4), 8, 1),
+        ((4, 16, 2), 8, 1),
+        ((1, 12, 1), 8, 1),  # the second group begins in the middle of a node
+        ((8, 4, 2), 8, 1),
+    ],
+)
+def test_ranks_of_a_node_that_exchange_keys(sizes, ranks_per_node, node):
+    tensor, context, ulysses = sizes
+    config = ParallelConfig(
+        tensor_model_parallel_size=tensor, context_parallel_size=context, ulysses_parallel_size=ulysses
+    )
+    assert config.key_ranks_per_node(ranks_per_node) == node

@@ -15,7 +15,7 @@ from megatron_eagle.context_parallel.layout import SequenceLayout, expand, merge
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout, sequence_multiple
 from megatron_eagle.errors import UserError
 
-COSTS = PairCosts(token=16384, key=64)
+COSTS = PairCosts(token=16384, key=64, far_key=1024)
 
 
 def visible_pairs(layout: SequenceLayout, bounds: list[int]) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_balanced_keeps_within_five_percent(size, seed):
     generator, length, bounds = random.Random(seed), 16384, [0]
     while bounds[-1] < length:
         bounds.append(min(length, bounds[-1] + max(1, int(generator.lognormvariate(6, 1.5)))))
-    layout = balanced(length, size, bounds, chunk_size=16, costs=PairCosts(2048, key=64))
+    layout = balanced(length, size, bounds, chunk_size=16, costs=PairCosts(2048, key=64, far_key=1024))
     loads = [area + 2048 * length // size for area in work(layout, bounds)]
     assert max(loads) <= 1.05 * sum(loads) / size
 
@@ -101,7 +101,7 @@ def test_chunks_too_large_for_windows_are_dealt_by_weight(monkeypatch):
 )
 def test_ranks_that_cannot_be_halved_equally(size, bounds, runs):
     """Windows balance in few runs; only where they do not, as in the last case, are chunks dealt out."""
-    layout = balanced(bounds[-1], size, bounds, chunk_size=16, costs=PairCosts(64, key=64))
+    layout = balanced(bounds[-1], size, bounds, chunk_size=16, costs=PairCosts(64, key=64, far_key=1024))
     loads = [area + 64 * bounds[-1] // size for area in work(layout, bounds)]
     assert max(loads) <= 1.04 * sum(loads) / size
     assert sum(len(layout.segments(rank, bounds)) for rank in range(size)) == runs
