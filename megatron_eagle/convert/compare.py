@@ -11,6 +11,7 @@ from megatron_eagle.checkpoint import has_checkpoint, read_lora_config, read_mod
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
 from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.mapping import MappedTensor, ModelMapping
+from megatron_eagle.convert.redundant import leave_out_redundant
 from megatron_eagle.convert.shards import HfWeights
 from megatron_eagle.errors import UserError
 
@@ -71,7 +72,9 @@ def open_tensors(path: str | Path) -> HfWeights | CheckpointTensors:
         return CheckpointTensors(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected a Hugging Face folder or a checkpoint")
-    return HfWeights(path)
+    weights = HfWeights(path)
+    leave_out_redundant(weights)
+    return weights
 
 
 def differences(

@@ -58,6 +58,7 @@ def write_config(
 ) -> None:
     """config.json: the source's with this model's sizes on top, and the code files it points to."""
     source, own = _public(metadata.json("config.json")), config.to_hf()
+    source.setdefault("text_config", source.pop("llm_config", {}))  # its older name
     merged = {**source, **own, **{key: source[key] for key in _SOURCE_WINS if key in source}}
     for part in ("vision_config", "text_config"):
         merged[part] = {**source.get(part, {}), **own[part]}

@@ -9,6 +9,7 @@ from megatron_eagle.convert.checkpoint_files import pieces_of, write_checkpoint
 from megatron_eagle.convert.hf_metadata import write_hf_metadata
 from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.pickled import open_weights
+from megatron_eagle.convert.redundant import leave_out_redundant
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.tiles import MEAN, STD
@@ -41,6 +42,7 @@ def import_hf(hf: str | Path, checkpoint: str | Path, *, allow_pickle: bool = Fa
     config = EagleConfig.from_hf(hf_config)
     _check_normalisation(source / "preprocessor_config.json")
     weights = open_weights(source, allow_pickle=allow_pickle)
+    leave_out_redundant(weights)
     # transformers builds the pooling head unless told otherwise: without it there it would stay random.
     has_head = hf_config["vision_config"].get("vision_use_head", True)
     plan = ModelMapping(config, has_head=has_head)

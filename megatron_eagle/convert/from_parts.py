@@ -21,6 +21,7 @@ from megatron_eagle.convert.export_files import IMAGE_TOKENS, token_ids
 from megatron_eagle.convert.hf_metadata import TOKENIZER_FILES, write_tensors
 from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.pickled import open_weights
+from megatron_eagle.convert.redundant import leave_out_redundant
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.prompt import IMG_CONTEXT
@@ -100,6 +101,8 @@ class _Source:
         self.language, self.vision = (
             open_weights(folder, allow_pickle=parts.allow_pickle) for folder in (parts.language, parts.vision)
         )
+        for weights in (self.language, self.vision):
+            leave_out_redundant(weights)
         text = TextConfig.from_hf(read_json(parts.language / "config.json"))
         self.known_rows = self._known_rows(text.vocab_size)
         text = replace(text, vocab_size=max(self.ids.values()) + 1)

@@ -78,10 +78,7 @@ def write_hf_metadata(
     for name in _SOURCE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if (source / HF_INDEX).is_file():
-        shutil.copyfile(source / HF_INDEX, folder / HF_INDEX)
-    else:
-        (folder / HF_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights.weight_map}))
+    (folder / HF_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights.weight_map}))
     (folder / _DTYPES).write_text(json.dumps(weights.dtypes, indent=1, sort_keys=True))
     write_tensors(checkpoint, {name: weights.read(name) for name in names})
 

@@ -7,12 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.convert.shards import DTYPES, HF_INDEX, SINGLE, HfWeights, read_json
+from megatron_eagle.convert.shards import (
+    DTYPES,
+    FREQUENCIES,
+    HF_INDEX,
+    POSITIONS,
+    READABLE,
+    SINGLE,
+    HfWeights,
+    read_json,
+)
 from megatron_eagle.errors import UserError
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in READABLE.items()}
 
 
 class PickledWeights:
@@ -69,13 +78,18 @@ class PickledWeights:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path}: damaged, or more than tensors, which is not read: {reason}") from None
         tensors = isinstance(held, dict) and all(isinstance(t, Tensor) for t in held.values())
-        if not tensors or any(tensor.dtype not in _NAMES for tensor in held.values()):
+        if not tensors or not all(_is_read(name, tensor) for name, tensor in held.items()):
             raise UserError(f"{path}: holds more than tensors of the types {', '.join(DTYPES)}")
         return dict(held)
 
     def read(self, name: str) -> Tensor:
         """One tensor, in its own type, in memory of its own."""
         return self._load(self._files[name])[name].clone(memory_format=torch.contiguous_format)
+
+
+def _is_read(name: str, tensor: Tensor) -> bool:
+    table = name.endswith((POSITIONS, FREQUENCIES))
+    return tensor.dtype in (READABLE if table else DTYPES).values()
 
 
 def open_weights(folder: str | Path, *, allow_pickle: bool = False) -> HfWeights | PickledWeights:

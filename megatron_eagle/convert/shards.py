@@ -22,6 +22,9 @@ SHARD_BYTES = 5_000_000_000
 
 # safetensors' names of the types a checkpoint may hold.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Tables that a configuration gives (`redundant`), by the ends of their names; they may be whole numbers.
+POSITIONS, FREQUENCIES = ".position_ids", ".rotary_emb.inv_freq"
+READABLE = DTYPES | {"I64": torch.int64}
 _ORDER = ("F32", "BF16", "F16")
 
 
@@ -110,13 +113,14 @@ class HfWeights:
             self.shapes[tensor] = tuple(view.get_shape())
             self.dtypes[tensor] = view.get_dtype()
             self._starts[tensor] = 8 + header_bytes + header[tensor]["data_offsets"][0]
-            if self.dtypes[tensor] not in DTYPES:
+            table = tensor.endswith((POSITIONS, FREQUENCIES))
+            if self.dtypes[tensor] not in (READABLE if table else DTYPES):
                 raise UserError(f"{path}: {tensor} is {self.dtypes[tensor]}; supported: {', '.join(DTYPES)}")
 
     def read(self, name: str) -> Tensor:
         """One tensor, in its own type. It is read, not mapped: pages of a mapped file count as memory."""
         path = self.folder / self.weight_map[name]
-        tensor = torch.empty(self.shapes[name], dtype=DTYPES[self.dtypes[name]])
+        tensor = torch.empty(self.shapes[name], dtype=READABLE[self.dtypes[name]])
         left = _bytes_of(tensor)
         with open(path, "rb", buffering=0) as file:
             file.seek(self._starts[name])

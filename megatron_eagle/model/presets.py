@@ -208,7 +208,9 @@ class EagleConfig(ModelSection):
                 use_pixel_shuffle=True,
                 mlp_connector_layers=2,
             )
-            text = dict(hf["text_config"])
+            text = dict(
+                hf["text_config"] if "text_config" in hf or "llm_config" not in hf else hf["llm_config"]
+            )
             text.setdefault("tie_word_embeddings", hf.get("tie_word_embeddings", False))
             own = {
                 "vision": to_dict(VisionConfig.from_hf(hf["vision_config"])),
@@ -316,6 +318,18 @@ PRESETS: dict[str, ModelSection] = {
         image_token_index=151667,
     ),
 }
+# The published 1B: Qwen2.5-0.5B behind the same encoder.
+PRESETS["eagle2.5-1b"] = copy.deepcopy(PRESETS["eagle2.5-8b"])
+PRESETS["eagle2.5-1b"].text = TextSection(
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    vocab_size=151674,
+    tie_word_embeddings=True,
+    max_position_embeddings=32768,
+)
 # Real widths at cut depth: what one GPU can train, for measuring kernels and memory. 1.1 B parameters.
 PRESETS["eagle2.5-1b-proxy"] = copy.deepcopy(PRESETS["eagle2.5-8b"])
 PRESETS["eagle2.5-1b-proxy"].vision.num_hidden_layers = 4

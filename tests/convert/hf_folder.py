@@ -48,16 +48,16 @@ def write_hf_folder(folder: Path, *, vision: dict | None = None, text: dict | No
     tokenizer = write_tokenizer(folder)
     torch.manual_seed(0)
     config = Eagle2_5_VLConfig(
-        vision_config=dict(
-            image_size=TILE,
-            patch_size=16,
-            hidden_size=32,
-            intermediate_size=56,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            layer_norm_eps=3e-6,
+        vision_config={
+            "image_size": TILE,
+            "patch_size": 16,
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "layer_norm_eps": 3e-6,
             **(vision or {}),
-        ),
+        },
         text_config={
             "hidden_size": 48,
             "intermediate_size": 80,
