@@ -276,6 +276,23 @@ def _add_product(total: Tensor, grad: Tensor, chunk: Tensor) -> None:
         total.addmm_(grad.t().float(), chunk.float())
 
 
+def why_not_fused(device: torch.device) -> str | None:
+    """Why the gradient of a bf16 weight cannot be summed in fp32 on `device` as here, or None if it can.
+
+    A product of matrices of a size that no kernel refuses, tried once before the first step.
+    """
+    grad, chunk = (torch.ones(16, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
+    total = torch.ones(16, 16, dtype=torch.float32, device=device)
+    try:
+        _add_product(total, grad, chunk)
+        if (total == 17).all():
+            return None
+        reason = "it does not add to what is there"
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+    return f"torch {torch.__version__} does not add a bf16 product to fp32 (addmm with out_dtype): {reason}"
+
+
 def _statistics(logits: Tensor, labels: Tensor, real_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [c, V], overwritten if fp32 -> (exp(logits - maximum) fp32 [c, V], maximum, its sum over V, the
     label's logit or 0, fp32 [c] each)."""

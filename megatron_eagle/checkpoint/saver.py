@@ -35,7 +35,8 @@ class CheckpointConfig(Ranged):
     share of the checkpoint, which is 14 bytes for each parameter that it updates (bf16; without data
     parallelism) and is reported with the first save.
     `keep_last` deletes older ones after a save (null: none). `verify` reads a checkpoint twice on loading:
-    first to compare every file with its manifest.
+    first to compare every file with its manifest. Without `save` nothing is saved, not even the last
+    iteration: for measurements, whose states of 100 GB and more nobody wants.
     """
 
     path: str
@@ -44,6 +45,12 @@ class CheckpointConfig(Ranged):
     async_save: bool = False
     keep_last: Annotated[int, Range(1, 10**6)] | None = None
     verify: bool = True
+    save: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.save and (self.save_interval is not None or self.async_save):
+            raise ValueError("save is false: leave out save_interval and async_save, which are for saves")
 
 
 class CheckpointSaver:

@@ -4,14 +4,12 @@ The aten operators are called instead of `varlen_attn` because backward must be 
 Causal is bottom-right in them, as in flash-attn since 2.1.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.varlen import fill_unseen, varlen_shape
+from megatron_eagle.runtime.determinism import strictly_deterministic
 
 _COMMON = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
 _FORWARD = [*_COMMON, "return_debug_mask", "scale"]
@@ -61,7 +59,7 @@ class TorchVarlenAttention:
         shape = varlen_shape(segments, q.device)
         # Without dropout the random state is not read.
         state, unused = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in (2, 0))
-        with _really_deterministic():
+        with strictly_deterministic():
             grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
                 grad_out.contiguous(),
                 q,
@@ -78,17 +76,3 @@ class TorchVarlenAttention:
             )
         fill_unseen(segments, grad_q)
         return grad_q, grad_k, grad_v
-
-
-@contextlib.contextmanager
-def _really_deterministic() -> Iterator[None]:
-    """Where deterministic algorithms are asked for with warnings only, this kernel would warn and not be."""
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if not (torch.are_deterministic_algorithms_enabled() and warn_only):
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from eagle_kernels.dispatch import Implementation, explain
 from eagle_kernels.layer_norm import layer_norm
+from eagle_kernels.linear_cross_entropy import why_not_fused
 from eagle_kernels.rms_norm import rms_norm
 from eagle_kernels.swiglu import forget_product, swiglu
 from megatron_eagle.context_parallel.backends import AttentionName, unfit
@@ -32,8 +33,9 @@ from megatron_eagle.runtime.parallel import ParallelConfig
 class LayersConfig:
     """Who computes what.
 
-    `linear` and `norm`: auto takes Transformer Engine on a GPU that has it, else the local ones, which are
-    Megatron's linear layers and this project's norms. `apex` is its fused LayerNorm, in the encoder only.
+    `linear`: auto takes Transformer Engine on a GPU that has it, else Megatron's own. `norm`: auto takes this
+    project's everywhere, which round as transformers' do; those of Transformer Engine round otherwise and are
+    taken only by name. `apex` is its fused LayerNorm, in the encoder only.
     `kernels`: the form of this project's own norms, SwiGLU, rotation and loss; auto: Triton on a GPU, for
     sizes that it takes, else eager.
     `loss`: fused never holds the logits of a whole sequence (`eagle_kernels.linear_cross_entropy`), plain is
@@ -211,10 +213,15 @@ def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelCo
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 
         layer = FusedLayerNorm
-    fused = config.loss == "fused" or (config.loss == "auto" and on_gpu)
+    no_fused = why_not_fused(torch.device("cuda")) if on_gpu and config.loss != "plain" else None
+    if config.loss == "fused" and no_fused:
+        raise UserError(f"layers.loss fused: {no_fused}; choose auto or plain")
+    fused = config.loss == "fused" or (config.loss == "auto" and on_gpu and no_fused is None)
     if config.loss_into_main_grad and not fused:
         raise UserError("layers.loss_into_main_grad needs layers.loss fused; set it, or leave this out")
     reason += f", kernels: {kernels_reason}, loss: {'fused' if fused else 'plain'}"
+    if no_fused:
+        reason += f" (auto: {no_fused})"
     return LayerClasses(
         column,
         row,
@@ -235,15 +242,17 @@ def _choose_library(config: LayersConfig) -> tuple[str, str, str]:
         UserError: one that is not here.
     """
     no_engine, no_apex = why_not_library("transformer_engine.pytorch"), why_not_library("apex.normalization")
-    best = "local" if no_engine else "transformer_engine"
-    linear, norm = (best if choice == "auto" else choice for choice in (config.linear, config.norm))
+    linear = config.linear
+    if linear == "auto":
+        linear = "local" if no_engine else "transformer_engine"
+    norm = "local" if config.norm == "auto" else config.norm
     for name, choice in (("linear", linear), ("norm", norm)):
         missing = {"transformer_engine": no_engine, "apex": no_apex}.get(choice)
         if missing:
             raise UserError(f"layers.{name} {choice}: {missing}; choose another or leave it at auto")
     reason = f"linear layers: {linear}, norms: {norm}"
-    if no_engine and "auto" in (config.linear, config.norm):
-        reason += f" (auto, without Transformer Engine: {no_engine})"
+    if no_engine and config.linear == "auto":
+        reason += f" (linear layers: auto, without Transformer Engine: {no_engine})"
     return linear, norm, reason
 
 

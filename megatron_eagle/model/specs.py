@@ -30,6 +30,7 @@ from megatron_eagle.model.offload import offloaded_specs
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.rotary import RotaryAttention
 from megatron_eagle.model.shapes import LocalShapes
+from megatron_eagle.model.vision_attention import BidirectionalAttention
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig
 
@@ -162,21 +163,6 @@ def connector_config(eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.
         num_attention_heads=eagle.text.num_attention_heads,
         **_common(LocalShapes(eagle, parallel).vision_ranks, dtype),
     )
-
-
-class BidirectionalAttention(MegatronModule):
-    """The encoder's core attention: every patch of a tile sees every other (Megatron's own is causal)."""
-
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__(config=config)
-        self.scale = config.kv_channels**-0.5  # transformers' form; torch's own default is 1 / sqrt(d)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-    ) -> Tensor:
-        """[patches, tiles, heads, d] each -> [patches, tiles, heads * d]."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, scale=self.scale).permute(2, 0, 1, 3).flatten(2)
 
 
 def _layer(

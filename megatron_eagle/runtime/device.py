@@ -11,6 +11,7 @@ import torch
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.megatron_cpu import megatron_on_cpu
+from megatron_eagle.runtime.rendezvous import check_rendezvous, explained_rendezvous
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def process_group(device: Device, *, timeout_minutes: float = 30) -> Iterator[No
     Leaves an already initialised group alone, so that a caller's group survives.
 
     Raises:
-        UserError: processes that torchrun has started again where they would hang.
+        UserError: processes that torchrun has started again where they would hang, or that do not find each
+            other.
     """
     if torch.distributed.is_initialized():
         yield
@@ -76,7 +78,10 @@ def process_group(device: Device, *, timeout_minutes: float = 30) -> Iterator[No
     if "RANK" not in os.environ:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # missing in torch's __all__
         options |= {"store": store, "rank": 0, "world_size": 1}
-    torch.distributed.init_process_group(**options)
+    else:
+        check_rendezvous(os.environ)
+    with explained_rendezvous(timeout_minutes):
+        torch.distributed.init_process_group(**options)
     try:
         yield
     finally:

@@ -63,6 +63,8 @@ class TrainingConfig(Ranged):
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16 keeps fp32 main parameters in the optimizer
     # Of fresh parameters; the data order has its own (data.seed).
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
+    # The same bits in every run of the same layout on the same GPUs; what that takes: docs/training.md.
+    deterministic: bool = True
     stop_at_iteration: Annotated[int, Range(1, 10**9)] | None = None
 
     def __post_init__(self) -> None:

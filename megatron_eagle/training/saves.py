@@ -14,7 +14,7 @@ class Saves(Observer):
     def __init__(self, run: Run, tell: Observer) -> None:
         """`tell` hears how each save ended; also those of another thread, in this one."""
         state, checkpoint = run.state, run.config.checkpoint
-        self._run, self._interval = run, checkpoint.save_interval
+        self._run, self._interval, self._saves = run, checkpoint.save_interval, checkpoint.save
         self._saver = CheckpointSaver(checkpoint, tell.message, state.iteration if run.resumed else None)
 
     def __enter__(self) -> Self:
@@ -29,12 +29,12 @@ class Saves(Observer):
 
     def between_steps(self, step: Step, tell: Observer) -> None:
         last = step.is_last or step.told_to_stop
-        if not last and (self._interval is None or step.iteration % self._interval):
+        if not self._saves or not last and (self._interval is None or step.iteration % self._interval):
             return
         self._save(step.iteration, tell, must_succeed=last)
 
     def told_to_stop(self, iteration: int, tell: Observer) -> None:
-        if iteration and self.saved() != iteration:
+        if self._saves and iteration and self.saved() != iteration:
             self._save(iteration, tell, must_succeed=True)
 
     def _save(self, iteration: int, tell: Observer, *, must_succeed: bool) -> None:

@@ -63,6 +63,11 @@ def load_stages(
             if previous is not None and not configs and starts:
                 _check_finished(previous, name, runs[previous])
             before = configs[-1] if configs else None
+            if before is not None and not before.checkpoint.save:
+                raise UserError(
+                    f"{path}: stage {name} starts from what {previous} saves, and checkpoint.save is false "
+                    "there: set it to true, or run one stage with --stage"
+                )
             configs.append(complete_run_config(run, world_size=world_size, before=before))
         previous = name
     return configs

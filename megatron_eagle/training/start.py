@@ -19,7 +19,7 @@ from megatron_eagle.training.run_config import RunConfig
 def start_ranks(config: RunConfig) -> Iterator[tuple[Device, Mesh]]:
     """Device and groups of this rank for a run; at the end they are what they were. Collective."""
     device = detect_device()
-    set_deterministic(config.training.seed)
+    set_deterministic(config.training.seed, algorithms=config.training.deterministic)
     with (
         device.context(),
         process_group(device),

@@ -46,7 +46,10 @@ class Trainer:
                 tell.step_ended(step, tell)
                 tell.between_steps(step, tell)
                 if step.told_to_stop and not step.is_last:
-                    raise Preempted(f"stopped by a signal after iteration {state.iteration}, which is saved")
+                    kept = (
+                        "which is" if self._run.config.checkpoint.save else "with checkpoint.save=false: not"
+                    )
+                    raise Preempted(f"stopped by a signal after iteration {state.iteration}, {kept} saved")
 
     def _wait_for_data(self, iteration: int, tell: Observer) -> None:
         """Return when the next batch can be read. Collective.

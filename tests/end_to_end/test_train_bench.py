@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +142,20 @@ def test_the_gpu_part_is_ready(benchmarks, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="train_gpu needs a CUDA device"):
             gpu.run()
+
+
+def test_no_row_of_the_gpu_part_saves(benchmarks, tmp_path, monkeypatch):
+    started = []
+
+    def run(command, **_):
+        started.append(command)
+        return SimpleNamespace(stderr="CUDA out of memory", returncode=1)
+
+    monkeypatch.setattr(benchmarks["gpu"].subprocess, "run", run)
+    monkeypatch.setattr(benchmarks["gpu"], "read_steps", lambda _: [])
+    found = benchmarks["gpu"]._measure(tmp_path / "run.yaml", tmp_path / "row", {"layers.loss": "plain"})
+    assert set(found.values()) == {"out of memory"}
+    assert {"checkpoint.save=false", "layers.loss=plain"} <= set(started[0])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from eagle_kernels import linear_cross_entropy
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import layers
 from megatron_eagle.model.layers import LayersConfig, check_layers, choose_layers
@@ -29,6 +30,60 @@ def test_without_a_gpu():
     for config in (LayersConfig(linear="transformer_engine"), LayersConfig(norm="apex")):
         with pytest.raises(UserError, match="there is no CUDA device; choose another"):
             choose_layers(config, EAGLE, ONE)
+
+
+def test_transformer_engine_rounds_only_where_it_is_asked_for(monkeypatch):
+    """Its norms compute in another order than this project's, whose bits are those of transformers."""
+    pytest.importorskip("megatron.core.extensions.transformer_engine", exc_type=ImportError)
+    monkeypatch.setattr(layers, "why_not_library", lambda module: None)
+    classes = choose_layers(LayersConfig(), EAGLE, ONE)
+    assert classes.rms_norm.module is layers.RMSNorm and classes.layer_norm.module is layers.LayerNorm
+    assert "linear layers: transformer_engine, norms: local" in classes.reason
+    asked = choose_layers(LayersConfig(norm="transformer_engine"), EAGLE, ONE)
+    assert asked.rms_norm is asked.layer_norm is not classes.rms_norm
+
+
+def test_sums_in_fp32_are_tried_before_the_first_step(monkeypatch):
+    """Where torch's `addmm` takes no out_dtype, a step would end in its TypeError: then the loss is plain."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert linear_cross_entropy.why_not_fused(cpu) is None
+    monkeypatch.setattr(
+        layers, "why_not_fused", lambda device: "torch 2.7 does not add" if device == gpu else None
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    classes = choose_layers(LayersConfig("local", kernels="eager"), EAGLE, ONE)
+    assert classes.fused_loss is None and "loss: plain (auto: torch 2.7 does not add)" in classes.reason
+    with pytest.raises(UserError, match="layers.loss fused: torch 2.7 does not add; choose auto or plain"):
+        choose_layers(LayersConfig("local", loss="fused", kernels="eager"), EAGLE, ONE)
+    with pytest.raises(UserError, match="loss_into_main_grad needs layers.loss fused"):
+        choose_layers(LayersConfig("local", loss_into_main_grad=True, kernels="eager"), EAGLE, ONE)
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        (
+            TypeError("addmm() got an unexpected keyword argument 'out_dtype'\nmore"),
+            "keyword argument 'out_dtype'",
+        ),
+        (RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"), "CUBLAS_STATUS_NOT_SUPPORTED"),
+        (None, "it does not add to what is there"),
+    ],
+)
+def test_a_torch_that_does_not_sum_in_fp32(failing, said, monkeypatch):
+    def add_product(total, grad, chunk):
+        if failing is not None:
+            raise failing
+
+    monkeypatch.setattr(linear_cross_entropy, "_add_product", add_product)
+    reason = linear_cross_entropy.why_not_fused(torch.device("cpu"))
+    assert reason.endswith(said) and "\n" not in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_this_gpu_sums_in_fp32():
+    assert linear_cross_entropy.why_not_fused(torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ ALLOWED = {
     "random state of Python": _SEEDS,
     "deterministic algorithms": _ONCE,
     "environment CUBLAS_WORKSPACE_CONFIG": _ONCE,
+    "environment NVTE_ALLOW_NONDETERMINISTIC_ALGO": _ONCE,
     "environment NVTE_FLASH_ATTN": _TRANSFORMER_ENGINE,
     "environment NVTE_FUSED_ATTN": _TRANSFORMER_ENGINE,
     "environment NVTE_UNFUSED_ATTN": _TRANSFORMER_ENGINE,

@@ -196,6 +196,15 @@ def test_a_mistake_in_the_last_stage_is_found_before_the_first_starts(file):
         load_stages(file, world_size=2)
 
 
+def test_a_stage_needs_what_the_one_before_saves(file):
+    with pytest.raises(
+        UserError, match="stage all starts from what align saves, and checkpoint.save is false"
+    ):
+        load_stages(file, ["checkpoint.save=false"], world_size=2)
+    (alone,) = load_stages(file, ["checkpoint.save=false"], stage="align", world_size=2)
+    assert not alone.checkpoint.save
+
+
 def test_the_published_stages_load(tmp_path, monkeypatch):
     """On 64 processes, with nothing of their data but manifests."""
     monkeypatch.chdir(tmp_path)

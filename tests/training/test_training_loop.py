@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from megatron_eagle.checkpoint import saver
+from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.run_config import load_run_config
@@ -180,6 +181,17 @@ def _logs_apart(config: str, folders: list[str]) -> str:
     with pytest.raises(AgreedError) as refused:
         train_rank(config, 2, [f"logging.path={here}", "training.stop_at_iteration=1"])
     return str(refused.value)
+
+
+def test_a_run_that_saves_nothing(job):
+    """As `bench.py train_gpu` starts it, whose states would be 1 TB; its steps are the same."""
+    steps = job("checkpoint.save=false", "training.stop_at_iteration=2")
+    assert [path.name for path in sorted(job.root.iterdir())] == ["hf", "logs"]
+    shutil.rmtree(job.root)
+    assert values(job("training.stop_at_iteration=2")) == values(steps)
+    assert (job.root / "latest_checkpointed_iteration.txt").exists()
+    with pytest.raises(UserError, match="checkpoint.*save is false: leave out save_interval and async_save"):
+        job("checkpoint.save=false", "checkpoint.save_interval=2")
 
 
 def test_what_one_rank_cannot_write_ends_the_run_on_all(tmp_path):
