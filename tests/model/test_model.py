@@ -29,7 +29,7 @@ def test_a_section_wins_over_its_preset():
     section = expand_preset({"preset": "tiny", "text": {"num_hidden_layers": 2}})
     eagle = from_dict(ModelSection, section, where="model")
     assert (eagle.text.num_hidden_layers, eagle.text.hidden_size) == (2, 64)
-    with pytest.raises(UserError, match="choose one of tiny, eagle2.5-8b, eagle2.5-1b-proxy"):
+    with pytest.raises(UserError, match="choose one of tiny, eagle2.5-8b, eagle2.5-1b, eagle2.5-1b-proxy"):
         expand_preset({"preset": "huge"})
     for wrong in ({"preset": ["tiny"]}, {"hf": 5}):
         with pytest.raises(UserError, match=r"model.\w+: expected text, got"):
