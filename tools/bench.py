@@ -23,6 +23,7 @@ BENCHMARKS = (
     "packing",
     "prefill",
     "preprocess",
+    "rehearsal",
     "selection",
     "store",
     "tiles",

@@ -25,7 +25,7 @@ from megatron_eagle.config import save_yaml
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.monitoring.metrics import METRICS_FILE, read_steps
 
-LENGTHS = (8192, 32768, 65536)
+LENGTHS, LARGE = (8192, 32768), (65536,)
 LAYERS, SKIP, STEPS = 6, 3, 10
 TILE, PATCH = 448, 14
 ALL = {
@@ -46,8 +46,8 @@ FEATURES = {
 }
 
 
-def run() -> Report:
-    """All features at all lengths.
+def run(large: bool = False) -> Report:
+    """All features at all lengths, or at the `large` one, which nothing else goes with.
 
     Raises:
         UserError: there is no GPU.
@@ -55,7 +55,7 @@ def run() -> Report:
     if not torch.cuda.is_available():
         raise UserError("train_gpu needs a CUDA device; `bench.py train` measures on a CPU")
     rows = []
-    for length in LENGTHS:
+    for length in LARGE if large else LENGTHS:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             store = make_store(root, length=length, tile=TILE, patch=PATCH, samples=length // 64)
@@ -65,7 +65,7 @@ def run() -> Report:
                 progress(f"{length} tokens: {name}")
                 rows.append({"tokens": length, "features": name, **_measure(config, root / name, changes)})
     title = f"Eagle2.5-8B with {LAYERS} + {LAYERS} layers, one pack a step, {torch.cuda.get_device_name()}"
-    return Report(title, rows)
+    return Report(title, rows, "--large" if large else "")
 
 
 def settings(store: Path, length: int) -> dict[str, Any]:
