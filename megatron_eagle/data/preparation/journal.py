@@ -8,7 +8,7 @@ on after its last entry, and what it had written beyond is cut off.
 import fcntl
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_eagle.data.store.media_files import Position
-from megatron_eagle.data.store.reader import SCHEMA
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, sync
 from megatron_eagle.problems import LedgerEntry
@@ -53,16 +52,20 @@ class Journal:
         self.media: Position = tuple(heads[-1].get("media", (0, 0))) if heads else (0, 0)
         """How far the store's own media files count (see `store.media_files`)."""
 
-    def rows(self, length: int) -> pa.Table:
-        """The rows of one length so far, memory mapped."""
-        files = (pa.memory_map(str(path / f"{length}.arrow")) for path in self._entries)
-        return pa.concat_tables(
-            [SCHEMA.empty_table(), *(pa.ipc.open_file(file).read_all() for file in files)]
-        )
+    def tables(self, length: int) -> Iterator[pa.Table]:
+        """The rows of one length so far, an entry at a time."""
+        for path in self._entries:
+            with pa.OSFile(str(path / f"{length}.arrow"), "rb") as file:
+                yield pa.ipc.open_file(file).read_all()
+
+    def column(self, length: int, name: str) -> np.ndarray:
+        """A number of each of these rows: int64."""
+        parts = [np.asarray(table[name]).astype(np.int64) for table in self.tables(length)]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def n_tokens(self, length: int) -> int:
         """Tokens of one length so far."""
-        return int(np.asarray(self.rows(length)["n_tokens"]).sum(dtype=np.int64))
+        return int(self.column(length, "n_tokens").sum())
 
     def commit(
         self, n_lines: int, dropped: list[LedgerEntry], rows: Mapping[int, pa.Table], media: Position = (0, 0)

@@ -316,11 +316,11 @@ def _write_rest(
     n_lines = sum(map(len, source.copies))
     not_taken = sum(int((count == 0).sum()) for count in source.copies)
     for length in settings.lengths:
-        rows = journal.rows(length)
-        order = source.final_rows(np.asarray(rows["source"]), np.asarray(rows["line"]))
-        write_tables(partial / str(length), rows, order)
-        n_final = len(rows) if order is None else len(order)
-        counts = LengthCounts.of(rows, n_lines, not_taken, n_final, journal.dropped, length)
+        order = source.final_rows(journal.column(length, "source"), journal.column(length, "line"))
+        write_tables(partial / str(length), journal.tables(length), order)
+        counts = LengthCounts.of(journal.tables(length), journal.dropped, length)
+        counts.input, counts.not_taken = n_lines, not_taken
+        counts.rows = counts.kept if order is None else len(order)
         manifest.counts[str(length)] = asdict(counts)
     write_ledger(partial / "dropped.jsonl", journal.dropped)
     manifest.files.update(_file_hashes(partial))

@@ -1,6 +1,6 @@
 """Makes the shards of a store visible to readers as soon as their lines are done and safely recorded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ class Publisher:
     ):
         self._journal, self._takes = journal, takes
         self._lengths = {
-            length: _Length(folder / str(length), journal.rows(length), RowNumbers(takes, n_lines))
+            length: _Length(folder / str(length), journal.tables(length), RowNumbers(takes, n_lines))
             for length in lengths
         }
         self._shard_rows = shard_rows
@@ -60,12 +60,13 @@ class Publisher:
 class _Length:
     """The shards of one length."""
 
-    def __init__(self, folder: Path, rows: pa.Table, numbers: RowNumbers):
+    def __init__(self, folder: Path, tables: Iterable[pa.Table], numbers: RowNumbers):
         self._folder, self._numbers = folder, numbers
         self._head = last_head(folder)
         self._n_rows = 0
         self._waiting = SCHEMA.empty_table()
-        self.add(rows)
+        for table in tables:
+            self.add(table)
         self._waiting = self._waiting.slice(self._head.end.first_sample)
 
     @property

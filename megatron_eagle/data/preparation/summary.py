@@ -1,6 +1,7 @@
 """The counts of a preprocessing run, and the table that its last screen shows."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,17 +38,14 @@ class LengthCounts:
     supervised_tokens: int = 0
 
     @classmethod
-    def of(
-        cls,
-        samples: pa.Table,
-        n_lines: int,
-        not_taken: int,
-        n_rows: int,
-        ledger: list[LedgerEntry],
-        length: int,
-    ) -> "LengthCounts":
+    def of(cls, tables: Iterable[pa.Table], ledger: list[LedgerEntry], length: int) -> "LengthCounts":
         """Count the kept samples (`store.reader.SampleColumns`) and what the ledger holds of this length."""
+        counts = cls(dropped=dict(sorted(count_kinds(ledger, length).items())))
+        for samples in tables:
+            counts._add(samples)
+        return counts
 
+    def _add(self, samples: pa.Table) -> None:
         def column(name: str) -> np.ndarray:
             return np.asarray(samples[name]).astype(np.int64)
 
@@ -55,24 +53,18 @@ class LengthCounts:
         pages = pc.list_value_length(pc.struct_field(documents, "pages"))
         frames, frames_wanted = column("n_frames"), column("frames_wanted")
         tiles, tiles_wanted = column("n_tiles") - frames, column("tiles_wanted")
-        return cls(
-            input=n_lines,
-            not_taken=not_taken,
-            kept=len(samples),
-            rows=n_rows,
-            dropped=dict(sorted(count_kinds(ledger, length).items())),
-            lost_frames=int((frames < frames_wanted).sum()),
-            lost_tiles=int((tiles < tiles_wanted).sum()),
-            frames_wanted=int(frames_wanted.sum()),
-            frames_kept=int(frames.sum()),
-            tiles_wanted=int(tiles_wanted.sum()),
-            tiles_kept=int(tiles.sum()),
-            pages_wanted=pc.sum(pc.struct_field(documents, "n_pages")).as_py() or 0,
-            pages_kept=pc.sum(pages).as_py() or 0,
-            text_tokens=int(column("n_text").sum()),
-            visual_tokens=int(column("n_visual").sum()),
-            supervised_tokens=int(column("n_supervised").sum()),
-        )
+        self.kept += len(samples)
+        self.lost_frames += int((frames < frames_wanted).sum())
+        self.lost_tiles += int((tiles < tiles_wanted).sum())
+        self.frames_wanted += int(frames_wanted.sum())
+        self.frames_kept += int(frames.sum())
+        self.tiles_wanted += int(tiles_wanted.sum())
+        self.tiles_kept += int(tiles.sum())
+        self.pages_wanted += pc.sum(pc.struct_field(documents, "n_pages")).as_py() or 0
+        self.pages_kept += pc.sum(pages).as_py() or 0
+        self.text_tokens += int(column("n_text").sum())
+        self.visual_tokens += int(column("n_visual").sum())
+        self.supervised_tokens += int(column("n_supervised").sum())
 
 
 def format_summary(counts: dict[str, dict[str, Any]]) -> str:

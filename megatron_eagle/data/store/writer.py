@@ -1,5 +1,7 @@
 """Writing a token store: tokens as they come, then, from the rows of all samples, its tables and indexes."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,32 +45,52 @@ class StoreWriter:
         self._answers.close()
 
 
-def write_tables(folder: Path, rows: pa.Table, order: np.ndarray | None = None) -> None:
-    """Write samples.arrow and the indexes of the token files, whose sequences are those of `rows`.
+def write_tables(folder: Path, tables: Iterable[pa.Table], order: np.ndarray | None = None) -> None:
+    """Write samples.arrow and the indexes of the token files, whose sequences are the rows of `tables`.
 
-    The same rows give the same bytes, however they are chunked.
+    The same rows give the same bytes, however they are divided into tables.  A batch of them is in memory,
+    and a few numbers of each.
 
     Args:
-        order: the rows of the store as numbers of `rows`, repetitions included; None: as they are.
+        order: the rows of the store as numbers of these rows, repetitions included; None: as they are.
     """
     path = folder / "samples.arrow"
-    _write_batches(path, rows, None)
+    lengths = [np.zeros(0, np.int32)]
+    with _new_file(path) as out:
+        for batch in _batches(tables):
+            lengths.append(np.asarray(batch["n_tokens"]).astype(np.int32))
+            out.write_table(batch)
     if order is not None:
         repeated = path.with_suffix(".new")
-        _write_batches(repeated, pa.ipc.open_file(pa.memory_map(str(path))).read_all(), order)
+        with _new_file(repeated) as out:
+            for start in range(0, len(order), BATCH_ROWS):
+                # Mapped anew each time: pages that have been read count as this process's memory.
+                with pa.memory_map(str(path)) as file:
+                    rows = pa.ipc.open_file(file).read_all()
+                    out.write_table(rows.take(order[start : start + BATCH_ROWS]).combine_chunks())
         repeated.replace(path)
-    lengths = np.asarray(rows["n_tokens"]).astype(np.int32)
     for name, dtype in (("tokens", np.int32), ("answers", np.uint16)):
-        write_token_index(folder / name, dtype, lengths, order)
+        write_token_index(folder / name, dtype, np.concatenate(lengths), order)
 
 
-def _write_batches(path: Path, rows: pa.Table, order: np.ndarray | None) -> None:
-    n = len(rows) if order is None else len(order)
+@contextmanager
+def _new_file(path: Path) -> Iterator[pa.RecordBatchFileWriter]:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as out:
-        for start in range(0, n, BATCH_ROWS):
-            if order is None:
-                batch = rows.slice(start, BATCH_ROWS).combine_chunks()
-                batch = batch.take(np.arange(len(batch)))  # as if it had never been in several pieces
-            else:
-                batch = rows.take(order[start : start + BATCH_ROWS]).combine_chunks()
-            out.write_table(batch)
+        yield out
+
+
+def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The rows in tables of `BATCH_ROWS`, the last with the rest, each as if it had never been in pieces."""
+    waiting = SCHEMA.empty_table()
+    for table in tables:
+        waiting = pa.concat_tables([waiting, table])
+        while len(waiting) >= BATCH_ROWS:
+            yield _whole(waiting.slice(0, BATCH_ROWS))
+            waiting = waiting.slice(BATCH_ROWS)
+    if len(waiting):
+        yield _whole(waiting)
+
+
+def _whole(rows: pa.Table) -> pa.Table:
+    rows = rows.combine_chunks()
+    return rows.take(np.arange(len(rows)))
