@@ -22,6 +22,7 @@ LAYOUT_NAMES: tuple[str, ...] = get_args(LayoutName)
 # Tokens of a chunk of `balanced` unless set, but not fewer than so many chunks a rank. Smaller chunks balance
 # no better at 128K tokens, for a cut wastes part of an attention kernel's tile.
 CHUNK_SIZE, CHUNKS_PER_RANK = 64, 16
+MOST_TOKENS = 2**31 - 1  # of a sequence: attention kernels count positions in int32
 
 
 def plan_layout(
@@ -95,9 +96,9 @@ def check_documents(length: int, document_bounds: Sequence[int]) -> None:
     Raises:
         UserError: bounds that do not run from 0 to `length`, an empty document, or positions beyond int32.
     """
-    if length >= 2**31:
+    if length > MOST_TOKENS:
         raise UserError(
-            f"a pack of {length} tokens: attention kernels count positions in int32, at most {2**31 - 1}"
+            f"a pack of {length} tokens: attention kernels count positions in int32, at most {MOST_TOKENS}"
         )
     bounds = np.asarray(document_bounds)
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length:

@@ -27,6 +27,11 @@ def check_te_attention(parallel: ParallelConfig) -> None:
     Raises:
         UserError: a layout that it cannot work with, and the setting that it can.
     """
+    if parallel.packs > 1:
+        raise UserError(
+            f"layers.attention te cannot divide {parallel.packs} packs over one group: set "
+            "data.packs_per_sequence=1, or choose another attention"
+        )
     if parallel.context_parallel_size == 1:
         return
     needed = {

@@ -1,6 +1,8 @@
 """Which parallel layouts a model and a sequence length allow, checked before any process group exists."""
 
-from megatron_eagle.context_parallel.planning import sequence_multiple
+import math
+
+from megatron_eagle.context_parallel.planning import MOST_TOKENS, sequence_multiple
 from megatron_eagle.context_parallel.ulysses import divides_heads
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
@@ -8,12 +10,12 @@ from megatron_eagle.model.shapes import LocalShapes
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
-def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: int) -> None:
+def check_layout(eagle: EagleConfig, parallel: ParallelConfig, length: int) -> None:
     """Check sizes that a layout divides.
 
     Args:
         eagle: with its vocabulary, which may be the data's.
-        sequence_length: tokens of a pack (`data.length`).
+        length: tokens of a pack (`data.length`), of which `parallel.packs` lie end to end.
     Raises:
         UserError: the first rule that does not hold, its values, and legal ones.
     """
@@ -46,11 +48,22 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
     _check_stages(text.num_hidden_layers, parallel)
     if parallel.pad_documents:
         _check_padding(parallel)
-    multiple = pack_multiple(parallel)
-    if sequence_length % multiple:
-        nearest = max(round(sequence_length / multiple), 1) * multiple
+    if parallel.packs > 1 and parallel.vision_sharding == "none":
         raise UserError(
-            f"data.length {sequence_length} must be a multiple of {multiple} for context_parallel_size {cp}"
+            "parallel.vision_sharding none lets every rank encode the tiles of all the packs of "
+            f"data.packs_per_sequence {parallel.packs}: choose cp or cp_tp, or 1 pack"
+        )
+    if parallel.packs * length > MOST_TOKENS:
+        raise UserError(
+            f"data.packs_per_sequence {parallel.packs} x data.length {length}: attention kernels count "
+            f"positions in int32, at most {MOST_TOKENS // length} packs"
+        )
+    multiple = pack_multiple(parallel)
+    multiple //= math.gcd(multiple, parallel.packs)
+    if length % multiple:
+        nearest = max(round(length / multiple), 1) * multiple
+        raise UserError(
+            f"data.length {length} must be a multiple of {multiple} for {parallel.shown_context}"
             f"{_shown_layout(parallel)}"
             f"{f' with sequence parallelism over {tp}' if parallel.sequence_parallel else ''}: "
             f"the nearest is {nearest}"
@@ -58,7 +71,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, sequence_length: 
 
 
 def pack_multiple(parallel: ParallelConfig) -> int:
-    """What the length of a pack must be a multiple of."""
+    """What the length of a sequence must be a multiple of."""
     ulysses = parallel.ulysses_parallel_size
     return sequence_multiple(
         parallel.context_parallel_layout,

@@ -21,6 +21,7 @@ from megatron_eagle.runtime.ring_groups import RingGroups, make_ring_groups
 VisionSharding = Literal["none", "cp", "cp_tp"]
 KeyComm = Literal["auto", "gather", "ranges", "ring"]
 ContextParallelComm = Literal["auto", "gather", "ranges", "ring", "p2p", "all_gather", "a2a", "a2a+p2p"]
+_MOST_RANKS = 1024  # of an axis
 # Megatron's words (cp_comm_type) in this project's. Heads are divided by ulysses_parallel_size, whatever the
 # word.
 _KEY_COMM: dict[ContextParallelComm, KeyComm] = {
@@ -83,6 +84,31 @@ class ParallelConfig(Ranged):
             self.ulysses_parallel_size = self.context_parallel_size
 
     @property
+    def packs(self) -> int:
+        """Packs that the context parallel ranks hold end to end."""
+        return 1
+
+    def joined(self, packs: int) -> "ParallelConfig":
+        """The layout whose groups take `packs` packs as one sequence: so many times as many context parallel
+        ranks.
+
+        Raises:
+            UserError: more than there may be.
+        """
+        if packs == 1:
+            return self
+        one = self.context_parallel_size
+        if packs * one > _MOST_RANKS:
+            raise UserError(
+                f"data.packs_per_sequence {packs} x parallel.context_parallel_size {one} = {packs * one} "
+                f"context parallel ranks: at most {_MOST_RANKS}"
+            )
+        values = vars(self) | {"context_parallel_size": packs * one}
+        if self.context_parallel_comm == "a2a" and self.ulysses_parallel_size == one:
+            values["ulysses_parallel_size"] = packs * one
+        return _JoinedLayout(**values, packs=packs)
+
+    @property
     def key_comm(self) -> KeyComm:
         """`context_parallel_comm` in this project's words."""
         return _KEY_COMM[self.context_parallel_comm]
@@ -141,7 +167,7 @@ class ParallelConfig(Ranged):
         if self.context_parallel_size % self.ulysses_parallel_size:
             raise UserError(
                 f"parallel.ulysses_parallel_size {self.ulysses_parallel_size} does not divide "
-                f"context_parallel_size {self.context_parallel_size}: choose one of its divisors"
+                f"{self.shown_context}: choose one of its divisors"
             )
         self._check_key_comm()
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
@@ -154,13 +180,24 @@ class ParallelConfig(Ranged):
                 "parallel.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1: "
                 "remove it or add pipeline stages"
             )
-        if world_size % self.model_parallel_size:
+        replica = self.model_parallel_size // self.packs
+        sizes = (
+            f"tensor {self.tensor_model_parallel_size} x pipeline {self.pipeline_model_parallel_size} x "
+            f"context {self.context_parallel_size // self.packs}"
+        )
+        if world_size % replica:
             raise UserError(
-                f"{world_size} processes cannot hold tensor {self.tensor_model_parallel_size} x pipeline "
-                f"{self.pipeline_model_parallel_size} x context {self.context_parallel_size} = "
-                f"{self.model_parallel_size}: start a multiple of {self.model_parallel_size} processes"
+                f"{world_size} processes cannot hold {sizes} = {replica}: start a multiple of {replica} "
+                "processes"
             )
-        return world_size // self.model_parallel_size
+        replicas = world_size // replica
+        if replicas % self.packs:
+            legal = [str(n) for n in range(1, replicas + 1) if replicas % n == 0]
+            raise UserError(
+                f"data.packs_per_sequence {self.packs} does not divide {replicas}, the data parallel size of "
+                f"{world_size} processes with 1: choose {' or '.join(legal)}"
+            )
+        return replicas // self.packs
 
     def _check_key_comm(self) -> None:
         word, ulysses, size = (
@@ -189,8 +226,23 @@ class ParallelConfig(Ranged):
             legal = max(n for n in range(1, node + 1) if keys % n == 0)
             raise UserError(
                 f"parallel.ring_node_size {node} does not divide the {keys} ranks that exchange keys "
-                f"(context_parallel_size {size} / ulysses_parallel_size {ulysses}): the nearest is {legal}"
+                f"({self.shown_context} / ulysses_parallel_size {ulysses}): the nearest is {legal}"
             )
+
+    @property
+    def shown_context(self) -> str:
+        """The context parallel ranks in the words of a run's settings."""
+        if self.packs == 1:
+            return f"context_parallel_size {self.context_parallel_size}"
+        one = self.context_parallel_size // self.packs
+        return f"data.packs_per_sequence {self.packs} x context_parallel_size {one}"
+
+
+@dataclass
+class _JoinedLayout(ParallelConfig):
+    """No section of a run's file: made by `ParallelConfig.joined`."""
+
+    packs: int = 1
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ class BatchResult:
 
 def _exchanges_keys(config: RunConfig) -> bool:
     """Whether ranks do, in a way that is chosen here and not in Transformer Engine."""
-    parallel = config.parallel
-    several = parallel.context_parallel_size > parallel.ulysses_parallel_size
+    layout = config.layout
+    several = layout.context_parallel_size > layout.ulysses_parallel_size
     return several and config.layers.attention != "te"
 
 
@@ -76,7 +76,7 @@ def run_packs(
         run.mesh,
         packs,
         partial(build_batch, run.device.torch_device),
-        length=run.config.data.length,
+        length=run.config.data.sequence_length,
         groups=datasets,
         forward_only=forward_only,
     )

@@ -33,7 +33,7 @@ def check_runs(configs: Sequence[RunConfig], processes: int) -> list[str]:
 
 def _check(config: RunConfig, processes: int) -> list[str]:
     check_new_logs(config)
-    data, training, parallel = config.data, config.training, config.parallel
+    data, training, parallel = config.data, config.training, config.layout
     read = _data(config)
     if config.evaluation is not None:
         held_out = read_packs(SampleStore(config.evaluation.data, data.length))
@@ -47,6 +47,8 @@ def _check(config: RunConfig, processes: int) -> list[str]:
         "DP": parallel.data_parallel_size(processes),
     }
     layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one process"
+    if data.packs_per_sequence > 1:
+        layout += f", {data.packs_per_sequence} packs a sequence"
     summary = (
         f"{layout}; {training.train_iterations} iterations of {training.global_batch_size} x {data.length} "
         f"tokens, {read}"

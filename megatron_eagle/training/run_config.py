@@ -105,22 +105,32 @@ class RunFile:
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    @property
+    def layout(self) -> ParallelConfig:
+        """What groups and models are built for: `parallel` says the ranks of one pack, this of a sequence.
+
+        Raises:
+            UserError: more ranks than a context parallel group may have.
+        """
+        return self.parallel.joined(self.data.packs_per_sequence)
+
     def check(self, model: EagleConfig, world_size: int) -> None:
         """Check the sections, with `model`, against each other and against the number of processes.
 
         Raises:
             UserError: they do not fit; with the rule, the value and the nearest legal one.
         """
-        data_parallel_size = self.parallel.data_parallel_size(world_size)
+        layout = self.layout
+        data_parallel_size = layout.data_parallel_size(world_size)
         model.validate()
         self.logging.check(world_size)
         if self.resilience.stragglers is not None:
             self.resilience.stragglers.check()
-        check_layout(model, self.parallel, self.data.length)
+        check_layout(model, layout, self.data.length)
         if self.layers.attention == "te":
-            check_te_attention(self.parallel)
-        check_layers(self.layers, self.training.dtype, model, self.parallel)
-        _check_batch(self.training.global_batch_size, data_parallel_size, self.parallel)
+            check_te_attention(layout)
+        check_layers(self.layers, self.training.dtype, model, layout)
+        _check_batch(self.training.global_batch_size, data_parallel_size, layout)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
         if warmup >= self.training.train_iterations:
             raise UserError(
@@ -262,14 +272,16 @@ def _source_model(checkpoint: Any, before: RunConfig | None) -> dict[str, Any] |
 
 
 def _check_batch(batch: int, data_parallel_size: int, parallel: ParallelConfig) -> None:
-    if batch % data_parallel_size:
+    at_once = data_parallel_size * parallel.packs
+    if batch % at_once:
+        several = f" x data.packs_per_sequence {parallel.packs}" if parallel.packs > 1 else ""
         raise UserError(
             f"training.global_batch_size is {batch}: must be a multiple of the data parallel size "
-            f"{data_parallel_size}{_nearest(batch, data_parallel_size)}"
+            f"{data_parallel_size}{several}{_nearest(batch, at_once)}"
         )
     stages = parallel.pipeline_model_parallel_size
-    if parallel.num_model_chunks > 1 and (batch // data_parallel_size) % stages:
-        step = data_parallel_size * stages
+    if parallel.num_model_chunks > 1 and (batch // at_once) % stages:
+        step = at_once * stages
         raise UserError(
             f"training.global_batch_size is {batch}: with virtual pipeline stages every data parallel rank "
             f"needs a multiple of {stages} microbatches (pipeline_model_parallel_size){_nearest(batch, step)}"

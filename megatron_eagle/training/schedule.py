@@ -70,7 +70,7 @@ def run_schedule(
 
     Args:
         build: called once a microbatch, when its first model chunk needs it.
-        length: tokens of each pack.
+        length: tokens of each microbatch.
         groups: how many losses by group there are.
 
     Returns:

@@ -211,7 +211,7 @@ def choose_libraries(config: RunConfig) -> tuple[str, str]:
     Raises:
         UserError: something that is asked for is not here.
     """
-    layers, head_dim = choose_layers(config.layers, config.model, config.parallel), config.model.text.head_dim
+    layers, head_dim = choose_layers(config.layers, config.model, config.layout), config.model.text.head_dim
     attention = choose_attention(config.layers.attention, config.training.dtype, head_dim)
     return layers.reason, attention.reason
 

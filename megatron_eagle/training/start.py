@@ -23,7 +23,7 @@ def start_ranks(config: RunConfig) -> Iterator[tuple[Device, Mesh]]:
     with (
         device.context(),
         process_group(device),
-        model_parallel(config.parallel, seed=config.training.seed) as mesh,
+        model_parallel(config.layout, seed=config.training.seed) as mesh,
     ):
         yield device, mesh
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_eagle.data.loading.batch import join
+from megatron_eagle.data.loading.packs import TokenPack
 from megatron_eagle.model.eagle import EagleModel, ModelInput, build_model
 from megatron_eagle.model.initialization import global_name, initialize_parameters, is_gated
 from megatron_eagle.model.inputs import make_input
@@ -39,6 +41,12 @@ class Layout:
     name: str
     world_size: int
     parallel: dict = field(default_factory=dict)
+    packs: int = 1  # in each sequence
+
+    @property
+    def config(self) -> ParallelConfig:
+        """What its groups are built for."""
+        return ParallelConfig(**self.parallel).joined(self.packs)
 
     def __str__(self) -> str:
         return self.name
@@ -103,6 +111,32 @@ def global_batch(eagle: EagleConfig) -> list[dict]:
     return batch
 
 
+def in_sequences(batch: list[dict], packs: int) -> list[dict]:
+    """The batch in sequences of several packs: twice, at half the weight, and the second time backwards. Loss
+    and gradients stay, and packs meet others."""
+    if packs == 1:
+        return batch
+    twice = [pack | {"loss_weights": pack["loss_weights"] / 2} for pack in (*batch, *batch[::-1])]
+    return [_end_to_end(twice[i : i + packs]) for i in range(0, len(twice), packs)]
+
+
+def _end_to_end(packs: list[dict]) -> dict:
+    tensors = "input_ids", "position_ids", "document_bounds", "labels", "loss_weights"
+    whole = join(
+        [
+            TokenPack(
+                **{name: pack[name] for name in tensors},
+                group_ids=torch.zeros_like(pack["labels"]),
+                n_tiles=len(pack["pixel_values"]),
+                samples=[],
+            )
+            for pack in packs
+        ]
+    )
+    pixels = torch.cat([pack["pixel_values"] for pack in packs])
+    return {name: getattr(whole, name) for name in tensors} | {"pixel_values": pixels}
+
+
 def with_targets(pack: dict) -> dict:
     """A pack as `make_input` takes it; all its tokens are in one group."""
     labels, weights = pack["labels"], pack["loss_weights"]
@@ -128,10 +162,11 @@ def run(
     layers: LayersConfig | None = None,
 ) -> dict:
     """On one rank: this rank's part of the loss and of the gradients of the global batch."""
-    with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
+    with model_parallel(layout.config) as mesh:
         models = build_model(eagle, mesh, torch.device("cpu"), dtype, recompute, layers)
         initialize_parameters(models, seed=1)
-        return forward_backward(models, eagle, mesh, global_batch(eagle))
+        batch = in_sequences(global_batch(eagle), layout.packs)
+        return forward_backward(models, eagle, mesh, batch)
 
 
 def run_schedule(wrapped: list, eagle: EagleConfig, mesh: Mesh, batch: list[dict]) -> float:
@@ -288,7 +323,23 @@ LAYOUTS += [
     ),
 ]
 
+# Several packs a sequence. At least two microbatches a group; one pack has no picture.
+SEQUENCES = [
+    Layout(f"{packs} packs a sequence, {name}", world_size, parallel, packs)
+    for packs, name, world_size, parallel in [
+        (2, "CP1 x DP2", 4, {}),
+        (2, "CP2", 4, _CP2),
+        (2, "CP1 x PP2", 4, _PP2),
+        (2, "Ulysses 2 x ring 2", 4, _CP2 | _U2 | _RING),
+        (2, "CP2 x DP2", 8, _CP2),
+        (4, "CP2", 8, _CP2),
+        (2, "TP2+SP x CP2, cp_tp", 8, _TP2 | _SP | _CP2 | {"vision_sharding": "cp_tp"}),
+        (2, "PP2 x CP2", 8, _PP2 | _CP2),
+        (2, "PP2 x VPP2 x CP1 x DP2", 8, _PP2 | _VPP2),
+    ]
+]
+
 
 def cell(name: str) -> Layout:
     """The layout of the table with this name, or the one process."""
-    return next(layout for layout in (*LAYOUTS, ONE_PROCESS) if layout.name == name)
+    return next(layout for layout in (*LAYOUTS, *SEQUENCES, ONE_PROCESS) if layout.name == name)

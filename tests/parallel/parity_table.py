@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 
-from tests.parallel.cases import LAYOUTS, ONE_PROCESS, combine, run, tiny_model
+from tests.parallel.cases import LAYOUTS, ONE_PROCESS, SEQUENCES, combine, run, tiny_model
 from tests.parallel.harness import launch
 from tests.parallel.test_parity import TOLERANCE
 from tests.paths import REPO
@@ -18,7 +18,7 @@ def measure():
     """One row per layout, as it is finished."""
     eagle = tiny_model()
     reference = combine(launch(run, 1, ONE_PROCESS, eagle))
-    for layout in LAYOUTS:
+    for layout in (*LAYOUTS, *SEQUENCES):
         start = time.perf_counter()
         errors = combine(launch(run, layout.world_size, layout, eagle)).errors(reference)
         seconds = time.perf_counter() - start

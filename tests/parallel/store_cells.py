@@ -70,39 +70,47 @@ def run_cells(store: str, cells: list[dict]) -> list[dict]:
     return [run_cell(store, parallel) for parallel in cells]
 
 
-def run_cell(store: str, parallel: dict) -> dict:
-    """On each rank: forward and backward of the first global batch, with failed media left out.
+def run_cell(store: str, parallel: dict, packs: int = 1) -> dict:
+    """On each rank: forward and backward of the first global batch, `packs` packs in each microbatch, with
+    failed media left out.
 
-    Beside what `cases.collect` gives: `packs`, per pack of this rank its place in the global batch, its loss
-    weights, the first of its decoded tiles and these tiles; `decoded`, tiles asked for by file; `failed`.
+    Beside what `cases.collect` gives: `packs`, per microbatch of this rank the loss weights of its packs by
+    the number of their first sample, the first of its decoded tiles and these tiles; `decoded`, tiles asked
+    for by file; `failed`, by path where their samples begin in this rank's microbatches.
     """
     eagle, decoded = model_for(store), Counter()
-    with model_parallel(ParallelConfig(**parallel)) as mesh:
+    with model_parallel(ParallelConfig(**parallel).joined(packs)) as mesh:
         models = build_model(eagle, mesh, CPU)
         initialize_parameters(models, seed=1)
         wrapped = wrap_models(models)
-        loader = open_loader(store, mesh.dp.rank, mesh.dp.size, partial(plan_batch, eagle, mesh, False))
+        plan = partial(plan_batch, eagle, mesh, False)
+        loader = open_loader(store, mesh.dp.rank, mesh.dp.size, plan, packs_per_sequence=packs)
         with patch.object(Medium, "load", _counting(decoded)):
             batch, failed = next_batch(loader, 0, "skip", host_group())
         loader.close()
         result = run_packs(wrapped, mesh, models, batch.microbatches)
         result["packs"] = [
             {
-                "first_sample": pack.samples[0].number,
-                "loss_weights": pack.loss_weights,
+                "loss_weights": {
+                    min(s.number for s in pack.samples if s.start // LENGTH == place): weights
+                    for place, weights in enumerate(pack.loss_weights.split(LENGTH))
+                },
                 "first_tile": None if pack.plan.tiles is None else pack.plan.tiles.start,
                 "tiles": pack.pixel_values,
             }
             for pack in batch.microbatches
         ]
-        return result | {"decoded": dict(decoded), "failed": [medium.path for medium in failed.values()]}
+        starts = {s.number: s.start for pack in batch.microbatches for s in pack.samples}
+        lost = {medium.path: starts.get(number) for number, medium in failed.items()}
+        return result | {"decoded": dict(decoded), "failed": lost}
 
 
 def run_packs(wrapped: list, mesh: Mesh, models: list, packs: list) -> dict:
     """Forward and backward of planned packs."""
     for model in wrapped:
         model.zero_grad_buffer()
-    part = run_schedule(wrapped, mesh, packs, partial(build_batch, CPU), length=LENGTH)
+    length = len(packs[0].input_ids)
+    part = run_schedule(wrapped, mesh, packs, partial(build_batch, CPU), length=length)
     return collect(mesh, models, wrapped, part.item())
 
 

@@ -33,6 +33,7 @@ CELLS = {
     "tp2-sp-cp2-fused": [TP2, SP, CP2, "parallel.vision_sharding=cp_tp", FUSED],
     "pp2-vpp2-dp2-lora": [PP2, VPP2, "lora.rank=2", PLAIN],
     "ulysses2-cp2": [CP4, U2, PLAIN],
+    "packs2-cp2": [CP2, "data.packs_per_sequence=2", PLAIN],
 }
 MORE_CELLS = {
     "tp4-sp": ["parallel.tensor_model_parallel_size=4", SP, FUSED],
@@ -49,6 +50,10 @@ MORE_CELLS = {
     "dp4-overlapped": ["parallel.overlap_grad_reduce=true", FUSED],
     "tp2-sp-pp2-vpp2-lora": [TP2, SP, PP2, VPP2, "lora.rank=2", FUSED],
     "tp2-ulysses2": [TP2, CP2, U2, FUSED],
+    "packs2-dp2": ["data.packs_per_sequence=2", FUSED],
+    "packs4-lora": ["data.packs_per_sequence=4", "lora.rank=2", FUSED],
+    "packs2-pp2": ["data.packs_per_sequence=2", PP2, FUSED],
+    "packs2-tp2-sp": ["data.packs_per_sequence=2", TP2, SP, FUSED],
 }
 
 

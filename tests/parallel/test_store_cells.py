@@ -1,15 +1,28 @@
 """What ranks decode and what they leave out, against one process that decodes everything."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from megatron_eagle.data.loading import loader as loader_module
+from megatron_eagle.data.loading.batch import join
 from megatron_eagle.data.loading.loader import PackLoader
+from megatron_eagle.data.loading.packs import TokenPack
 from megatron_eagle.model.inputs import InputPlan
 from tests.parallel.cases import Outcome, combine
 from tests.parallel.harness import launch
-from tests.parallel.store_cells import BAD, open_loader, run_cell, run_cells, run_reference, write_store
+from tests.parallel.store_cells import (
+    BAD,
+    LENGTH,
+    PACKS,
+    open_loader,
+    run_cell,
+    run_cells,
+    run_reference,
+    write_store,
+)
 
 TOLERANCE = 1e-5  # max |g - ref| / max |ref| per tensor, fp32
 TP2_CP2 = {"tensor_model_parallel_size": 2, "context_parallel_size": 2}
@@ -18,10 +31,21 @@ SHARINGS = [
     for mode in ("none", "cp", "cp_tp")
     for sequence_parallel in (False, True)
 ]
+# Processes, sizes and packs a sequence.
 LAYOUTS = {
-    "DP2": {},
-    "CP2": {"context_parallel_size": 2},
-    "PP2": {"pipeline_model_parallel_size": 2},
+    "DP2": (2, {}, 1),
+    "CP2": (2, {"context_parallel_size": 2}, 1),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}, 1),
+    "2 packs a sequence": (2, {}, 2),
+    "2 packs a sequence, CP2, ring": (
+        4,
+        {"context_parallel_size": 2, "context_parallel_comm": "ring", "context_parallel_layout": "zigzag"},
+        2,
+    ),
+}
+MORE_LAYOUTS = {
+    "2 packs a sequence, PP2": (4, {"pipeline_model_parallel_size": 2}, 2),
+    "4 packs a sequence": (4, {}, 4),
 }
 
 
@@ -84,21 +108,27 @@ def test_tiles_of_another_rank_are_noticed(store, references):
     assert worst(results, references[None])[0] > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_LAYOUTS)])
 def test_a_medium_that_one_rank_misses(broken, references, name):
     """Loss and gradients are those of a batch in which its sample never had weight; weights bit for bit."""
-    results = launch(run_cell, 2, str(broken), LAYOUTS[name])
-    assert all(result["failed"] == [str(broken.parent / BAD)] for result in results)
+    processes, parallel, packs = (LAYOUTS | MORE_LAYOUTS)[name]
+    results = launch(run_cell, processes, str(broken), parallel, packs)
+    assert all(result["failed"].keys() == {str(broken.parent / BAD)} for result in results)
+    if packs > 1:
+        assert all(result["failed"][str(broken.parent / BAD)] >= LENGTH for result in results), (
+            "in a later pack"
+        )
     if name == "PP2":
         assert results[0]["decoded"] and not results[1]["decoded"], "only the first stage reads media"
-    found = {pack["first_sample"]: pack["loss_weights"] for result in results for pack in result["packs"]}
+    sequences = [pack["loss_weights"] for result in results for pack in result["packs"]]
+    found = {first: weights for weights in sequences for first, weights in weights.items()}
     expected = [pack["loss_weights"] for pack in references[BAD]["packs"]]
     assert torch.equal(torch.stack([found[first] for first in sorted(found)]), torch.stack(expected))
     assert worst(results, references[BAD])[0] <= TOLERANCE
     assert worst(results, references[None])[0] > 100 * TOLERANCE, "the sample matters"
 
 
-def _run_forgetful(store: str, parallel: dict) -> dict:
+def _run_forgetful(store: str, parallel: dict, packs: int) -> dict:
     """Only the ranks that missed the medium know of it."""
     leave_out = PackLoader.leave_out
 
@@ -106,13 +136,59 @@ def _run_forgetful(store: str, parallel: dict) -> dict:
         return leave_out(self, batch, set(batch.failures)) if batch.failures else batch
 
     with patch.object(PackLoader, "leave_out", own_only):
-        return run_cell(store, parallel)
+        return run_cell(store, parallel, packs)
 
 
 @pytest.mark.parametrize("name", ["DP2", "PP2"])
 def test_a_rank_that_is_not_told_is_noticed(broken, references, name):
-    results = launch(_run_forgetful, 2, str(broken), LAYOUTS[name])
+    results = launch(_run_forgetful, 2, str(broken), *LAYOUTS[name][1:])
     assert worst(results, references[BAD])[0] > 100 * TOLERANCE
+
+
+def _without_bounds(packs: list[TokenPack]) -> TokenPack:
+    """The last document of each pack goes on in the next one."""
+    whole = join(packs)
+    kept = [b for b in whole.document_bounds if b % LENGTH or b in (0, len(whole.input_ids))]
+    return replace(whole, document_bounds=kept)
+
+
+def _with_shifted_numbers(packs: list[TokenPack]) -> TokenPack:
+    """Samples of a later pack go by the number of the one before them."""
+    whole = join(packs)
+    shifted = [replace(s, number=s.number - (s.start >= LENGTH)) for s in whole.samples]
+    return replace(whole, samples=shifted)
+
+
+def _with_own_normalizer(packs: list[TokenPack]) -> TokenPack:
+    """The weights of each microbatch add up to its share of all microbatches."""
+    whole = join(packs)
+    weights = whole.loss_weights
+    return replace(whole, loss_weights=weights / weights.sum() * len(packs) / PACKS)
+
+
+JOINS = {
+    "documents that go on": _without_bounds,
+    "shifted numbers": _with_shifted_numbers,
+    "weights by microbatch": _with_own_normalizer,
+}
+
+
+def _run_joined(store: str, how: str) -> dict:
+    """Two packs a sequence, joined in a wrong way; "" for the right one."""
+    with patch.object(loader_module, "join", JOINS.get(how, join)):
+        return run_cell(store, {}, 2)
+
+
+@pytest.mark.parametrize("how", ["", *JOINS])
+def test_packs_that_are_joined_in_a_wrong_way_are_noticed(store, broken, references, how):
+    whole = how == "weights by microbatch"  # where samples are left out, weights are formed anew
+    if whole:
+        (broken.parent / "away").rename(broken.parent / BAD)
+    results = launch(_run_joined, 2, str(store), how)
+    if whole:
+        (broken.parent / BAD).rename(broken.parent / "away")
+    error = worst(results, references[None if whole else BAD])[0]
+    assert error > 100 * TOLERANCE if how else error <= TOLERANCE
 
 
 def test_left_out_is_never_having_been_there(broken, references):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_eagle.data.loading.batch import join
 from megatron_eagle.data.loading.identity import DataIdentity
 from megatron_eagle.data.loading.loader import DataConfig
 from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, PackedSample, TokenPack
@@ -62,6 +63,7 @@ class SyntheticLoader:
         self._broken = Path(config.path).name == "broken"
         self._batch, self._plan = global_batch_size, plan
         self._rank, self._share = data_parallel_rank, global_batch_size // data_parallel_size
+        self._packs = config.packs_per_sequence
         self.decoder, self.datasets = "media: made up", DATASETS
         self.identity = lambda first_pack: DataIdentity(
             config.path, LENGTH, config.seed, "square", False, "made", "up"
@@ -71,7 +73,7 @@ class SyntheticLoader:
         total = sum(float(self.weights(consumed_packs + i).sum()) for i in range(self._batch))
         if self._broken and consumed_packs == 2 * self._batch:
             total = float("nan")
-        mine = range(self._rank * self._share, (self._rank + 1) * self._share)
+        mine = range(self._rank * self._share, (self._rank + 1) * self._share, self._packs)
         return GlobalBatch(consumed_packs, [self._loaded(consumed_packs, i, total) for i in mine], total)
 
     def n_samples(self, consumed_packs: int) -> int:
@@ -81,16 +83,23 @@ class SyntheticLoader:
         kept = [i for i in range(self._batch) if i not in samples]
         total = sum(float(self.weights(batch.first_pack + i).sum()) for i in kept)
         packs = []
-        for i, pack in enumerate(batch.microbatches, self._rank * self._share):
-            weights = self.weights(batch.first_pack + i)
-            weights = weights / total if i in kept else torch.zeros_like(weights)
-            packs.append(replace(pack, loss_weights=weights))
+        for pack in batch.microbatches:
+            weights = [
+                self.weights(batch.first_pack + sample.number) * (sample.number in kept)
+                for sample in pack.samples
+            ]
+            packs.append(replace(pack, loss_weights=torch.cat(weights) / (total or 1)))
         return replace(batch, microbatches=packs, total=total)
 
-    def _loaded(self, consumed_packs: int, i: int, total: float) -> LoadedPack[InputPlan]:
-        tokens, pixels = self._pack(consumed_packs + i)
-        tokens = replace(tokens, samples=[replace(sample, number=i) for sample in tokens.samples])
-        tokens.loss_weights.div_(total)
+    def _loaded(self, consumed_packs: int, first: int, total: float) -> LoadedPack[InputPlan]:
+        packs, tiles = [], []
+        for number in range(first, first + self._packs):
+            tokens, pixels = self._pack(consumed_packs + number)
+            tokens.loss_weights.div_(total)
+            samples = [replace(sample, number=number) for sample in tokens.samples]
+            packs.append(replace(tokens, samples=samples))
+            tiles.append(pixels)
+        tokens, pixels = join(packs), torch.cat(tiles)
         plan = self._plan(tokens)
         mine = None if plan.tiles is None else pixels[plan.tiles.start : plan.tiles.stop]
         return LoadedPack(**vars(tokens), plan=plan, pixel_values=mine)

@@ -59,6 +59,9 @@ class DataConfig(Ranged):
 
     path: str  # folder of the token store; also while it is made
     length: Annotated[int, Range(1, 2**31 - 1)]  # tokens per pack; the store has packs of it
+    # A microbatch is so many packs, end to end, over so many times context_parallel_size ranks: their work is
+    # then more equal. Order, global batches and loss do not depend on it.
+    packs_per_sequence: Annotated[int, Range(1, 1024)] = 1
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     loss_weighting: str = "square"
     multi_turn: bool = False
@@ -78,6 +81,11 @@ class DataConfig(Ranged):
             raise UserError(f"data.loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}")
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens of a microbatch."""
+        return self.length * self.packs_per_sequence
+
+    @property
     def folder(self) -> Path:
         """Where the store lies now."""
         return Path(self.path) if self.follow is None else store_folder(self.path)
@@ -94,11 +102,11 @@ class _Weighting(TypedDict):
 
 
 class PackLoader(Generic[P]):
-    """The batches of one data-parallel rank.
+    """The batches of one data-parallel rank, `packs_per_sequence` packs end to end in each microbatch.
 
     Pack number p of the run is that at place p % n of a permutation of the n packs, seeded by (seed, p //
     n): an epoch holds every pack once.  A store that is followed has an order of its own (see `follow`).  The
-    packs of a global batch are shared among the ranks by cost (see `balance.assign`), equally many each; a
+    packs of a global batch are shared among the ranks by cost (see `balance.deal`), equally many each; a
     rank keeps those it gets in their global order.
 
     `plan` derives from a pack's tokens what this rank does with it, and so which tiles it decodes; it runs in
@@ -120,10 +128,14 @@ class PackLoader(Generic[P]):
         patch_cost: float = 0.0,
         device: str | torch.device = "cpu",
     ):
-        if global_batch_size < 1 or global_batch_size % data_parallel_size:
+        at_once = data_parallel_size * config.packs_per_sequence
+        if global_batch_size < 1 or global_batch_size % at_once:
+            several = (
+                f" x {config.packs_per_sequence} packs a sequence" if at_once > data_parallel_size else ""
+            )
             raise UserError(
                 f"the global batch size {global_batch_size} must be a multiple of the data-parallel size "
-                f"{data_parallel_size}"
+                f"{data_parallel_size}{several}"
             )
         self._config = config
         self._store, self._index = open_packs(config)
@@ -315,7 +327,7 @@ class PackLoader(Generic[P]):
         """This rank's microbatches: the places of their packs in a global batch."""
         patches = self._index.column("n_tiles", packs) * self.manifest.patches_per_tile
         costs = pack_costs(self._index.column("sum_squares", packs), patches, self._patch_cost)
-        return deal(costs, self._size)[self._rank]
+        return deal(costs, self._size, self._config.packs_per_sequence)[self._rank]
 
     def _prepare(self, consumed_packs: int) -> PlannedBatch[P]:
         self.need(consumed_packs)

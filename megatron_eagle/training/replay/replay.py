@@ -158,7 +158,7 @@ def prepare(
         weights = AskedWeights(**vars(found), config=_settings(run, found, step, overrides, world_size))
         data = weights.config.data
     loader = PackLoader(
-        replace(data, decoder="exact"),
+        replace(data, decoder="exact", packs_per_sequence=1),
         global_batch_size=step.packs,
         data_parallel_rank=0,
         data_parallel_size=1,
@@ -193,7 +193,9 @@ def measure_losses(prepared: Replay) -> Replay:
                 start_models(config, mesh, device, source, load=True, iteration=iteration),
                 across_replicas=False,
             )
-            losses, norms = _ask(prepared, config.data.length, models, mesh, loader, device.torch_device)
+            losses, norms = _ask(
+                prepared, config.data.sequence_length, models, mesh, loader, device.torch_device
+            )
         finally:
             loader.close()
     samples = [
@@ -372,6 +374,8 @@ def _settings(
     values["data"] = (base.get("data") or {}) | {"path": step.data.path}
     values = apply_overrides(values, overrides)
     values["data"] = _as_read(values["data"], step)
+    if world_size == 1:
+        values["data"].pop("packs_per_sequence", None)
     if values.get("parallel"):
         values["parallel"].pop("virtual_pipeline_model_parallel_size", None)
     return complete_run_config(values, world_size=world_size)

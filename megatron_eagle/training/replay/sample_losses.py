@@ -37,7 +37,7 @@ def sample_losses(
 ) -> list[float]:
     """The loss of every sample of the global batch, by its number; 0 for those without weight. Collective.
 
-    `microbatches` are this rank's packs, of `length` tokens.
+    `microbatches` are this rank's, of `length` tokens.
     """
     by_sample = []
     for pack in microbatches:

@@ -102,9 +102,10 @@ def look_at_once(monkeypatch):
     monkeypatch.setattr(follow_module, "LOOK_SECONDS", 0.0)
 
 
-def loader(path, k, *, gbs=8, rank=0, size=1, prefetch=False, plan=every_tile):
+def loader(path, k, *, gbs=8, rank=0, size=1, prefetch=False, plan=every_tile, packs=1):
+    follow = FollowConfig(k)
     return PackLoader(
-        DataConfig(str(path), LENGTH, seed=SEED, prefetch=prefetch, follow=FollowConfig(k)),
+        DataConfig(str(path), LENGTH, seed=SEED, prefetch=prefetch, follow=follow, packs_per_sequence=packs),
         global_batch_size=gbs,
         data_parallel_rank=rank,
         data_parallel_size=size,
@@ -146,9 +147,11 @@ STEPS, BATCH = 8, 8  # two epochs of 32 or more packs
     sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4),
     resumes=st.sets(st.integers(0, STEPS)),
     speed=st.lists(st.integers(0, 4), min_size=1, max_size=6),
+    packs=st.sampled_from([1, 2]),
 )
-def test_followed_is_finished(store, tmp_path_factory, k, sizes, resumes, speed):
-    """Over window sizes, data-parallel sizes, points of resume and speeds of preprocessing."""
+def test_followed_is_finished(store, tmp_path_factory, k, sizes, resumes, speed, packs):
+    """Over window sizes, data-parallel sizes, packs of a sequence, points of resume and speeds of
+    preprocessing."""
     growing = Growing(store, tmp_path_factory.mktemp("growing"))
     finished = {}
     there, turns, read, size = 0, 0, None, 0
@@ -156,7 +159,10 @@ def test_followed_is_finished(store, tmp_path_factory, k, sizes, resumes, speed)
         first = BATCH * step
         if step in resumes or not size:
             size = sizes[step % len(sizes)]
-            ranks = [loader(growing.path, k, rank=rank, size=size, plan=no_tiles) for rank in range(size)]
+            ranks = [
+                loader(growing.path, k, rank=rank, size=size, plan=no_tiles, packs=packs)
+                for rank in range(size)
+            ]
             for rank in ranks if read else ():
                 rank.go_on(*read)
         while not all([rank.followed.reach(first + BATCH) for rank in ranks]):
@@ -170,7 +176,7 @@ def test_followed_is_finished(store, tmp_path_factory, k, sizes, resumes, speed)
                 growing.finish()
         for rank, reader in enumerate(ranks):
             if (rank, size) not in finished:
-                finished[rank, size] = loader(store, k, rank=rank, size=size, plan=no_tiles)
+                finished[rank, size] = loader(store, k, rank=rank, size=size, plan=no_tiles, packs=packs)
             same(reader.step(first), finished[rank, size].step(first))
         read = ranks[0].identity(first), first, BATCH
         assert read[0].difference(finished[0, size].identity(first)) is None

@@ -60,18 +60,31 @@ def values(pack):
     return {**vars(pack), "plan": None, "samples": [astuple(sample) for sample in pack.samples]}
 
 
-def shared_rows(path, consumed, size, gbs):
-    """The packs of a global batch as lists of rows, in global order, put together from all ranks."""
-    ranks = [loader(path, gbs=gbs, rank=r, size=size).step(consumed).microbatches for r in range(size)]
-    assert {len(batches) for batches in ranks} == {gbs // size}
+def shared_rows(path, consumed, size, gbs, k=1):
+    """The packs of a global batch as lists of rows, in global order, put together from all ranks, of which
+    each has `k` packs in a microbatch."""
+    ranks = [
+        loader(path, gbs=gbs, rank=r, size=size, packs_per_sequence=k).step(consumed).microbatches
+        for r in range(size)
+    ]
+    assert {len(batches) for batches in ranks} == {gbs // size // k}
     reader = loader(path, gbs=gbs)
     packs = [reader._index.rows(int(pack)) for pack in reader.packs(consumed)]
-    shared = [batch.sample_rows for batches in ranks for batch in batches]
-    assert sorted(shared) == sorted(packs)
-    for batches in ranks:  # each rank keeps the global order
-        remaining = iter(packs)
-        assert all(batch.sample_rows in remaining for batch in batches)
+    parts = [[rows_of_packs(batch) for batch in batches] for batches in ranks]
+    assert sorted(rows for batches in parts for part in batches for rows in part) == sorted(packs)
+    for batches in parts:  # each rank keeps the global order, and so does each microbatch
+        for order in ([part[0] for part in batches], *batches):
+            remaining = iter(packs)
+            assert all(rows in remaining for rows in order)
     return packs
+
+
+def rows_of_packs(batch):
+    """Rows of each pack of the index that a microbatch holds."""
+    parts = [[] for _ in range(len(batch.input_ids) // LENGTH)]
+    for sample in batch.samples:
+        parts[sample.start // LENGTH].append(sample.row)
+    return parts
 
 
 def test_the_global_order_does_not_depend_on_the_layout(path):
@@ -87,6 +100,26 @@ def test_the_global_order_does_not_depend_on_the_layout(path):
     for epoch in (sequence[:n], sequence[n : 2 * n]):
         assert sorted(row for rows in epoch for row in rows) == list(range(24))
     assert sequence[:n] != sequence[n : 2 * n]
+
+
+def test_packs_of_a_sequence_leave_batches_and_weights(path):
+    """Which packs a global batch has, and what each of them is, does not depend on how many lie end to end; a
+    run may go on with others."""
+    alone = loader(path, gbs=8)
+    for consumed, size, k in ((0, 2, 2), (8, 1, 4), (16, 1, 8), (24, 4, 2)):
+        shared_rows(path, consumed, size, 8, k)
+        expected = {pack.samples[0].number: pack for pack in alone.step(consumed).microbatches}
+        for rank in range(size):
+            batch = loader(path, gbs=8, rank=rank, size=size, packs_per_sequence=k).step(consumed)
+            for sequence in batch.microbatches:
+                numbers = [[s.number for s in sequence.samples if s.start // LENGTH == i] for i in range(k)]
+                whole = join([expected[own[0]] for own in numbers])
+                assert [s.number for s in whole.samples] == [number for own in numbers for number in own]
+                torch.testing.assert_close(
+                    values(sequence), {**values(whole), "plan": None, "pixel_values": None}, rtol=0, atol=0
+                )
+    with pytest.raises(UserError, match="a multiple of the data-parallel size 2 x 3 packs a sequence"):
+        loader(path, gbs=8, size=2, packs_per_sequence=3)
 
 
 def test_state_is_the_number_of_consumed_packs(path):
@@ -282,16 +315,17 @@ def test_memory_is_flat(path):
     assert max(resident[200:]) < max(resident[50:150]) + 10 * 2**20
 
 
-def test_weights_without_some_samples(path):
+@pytest.mark.parametrize("k", [1, 2])
+def test_weights_without_some_samples(path, k):
     """As from the definition, for every weighting; a batch of which nothing is left weighs nothing."""
     store, rng = SampleStore(path), np.random.default_rng(0)
     for weighting in LOSS_WEIGHTINGS:
-        reader = loader(path, gbs=4, loss_weighting=weighting)
+        reader = loader(path, gbs=4, loss_weighting=weighting, packs_per_sequence=k)
         batch = reader.step(4)
         left_out = set(rng.choice(reader.n_samples(4), 3, replace=False).tolist())
         batch = reader.leave_out(batch, left_out)
         power = {"square": -0.5, "token": 0, "sample": -1}[weighting]
-        expected = torch.zeros(4, LENGTH, dtype=torch.float64)
+        expected = torch.zeros(4 // k, k * LENGTH, dtype=torch.float64)
         for weights, pack in zip(expected, batch.microbatches, strict=True):
             for sample in pack.samples:
                 supervised = torch.from_numpy(store[sample.row].answers[1:] > 0)

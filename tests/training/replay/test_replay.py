@@ -215,8 +215,9 @@ def test_layouts(run, replays):
     cells = [
         (2, run, overrides(TP2 | SP | CP2, "layers.loss=fused")),
         (3, run, overrides(PP2 | VPP2)),
+        (2, run, overrides(CP2, "data.packs_per_sequence=2")),
     ]
-    for found, iteration in zip(ask_once(run, *cells, world_size=4), (2, 3), strict=True):
+    for found, iteration in zip(ask_once(run, *cells, world_size=4), (2, 3, 2), strict=True):
         check_equal(found, replays[iteration])
 
 
