@@ -58,6 +58,25 @@ class ExchangeCosts:
     most_keys: int  # that may be gathered
 
 
+@dataclass(frozen=True)
+class KeyUse:
+    """What the keys of a pack amount to over all ranks; times in query-key pairs, of the busiest rank."""
+
+    kind: Kind
+    keys: int  # that ranks read, their own among them
+    foreign: int  # of these, other ranks'
+    pairs: int  # time of attention, estimated
+    exposed: int  # of this, the wait for keys
+
+
+@dataclass(frozen=True, order=True)
+class Estimate:
+    """Of an exchange, in query-key pairs that take as long."""
+
+    pairs: int  # attention with it
+    exposed: int  # of these, transfer that attention does not hide
+
+
 def choose_exchange(
     layout: SequenceLayout,
     document_bounds: Sequence[int],
@@ -71,10 +90,15 @@ def choose_exchange(
         return "none"
     if comm != "auto":
         return comm
-    estimates = estimate(layout, document_bounds, traffic, costs)
+    return _quickest(estimate(layout, document_bounds, traffic, costs), layout, traffic, costs)
+
+
+def _quickest(
+    estimates: dict[Kind, Estimate], layout: SequenceLayout, traffic: Traffic, costs: ExchangeCosts
+) -> Kind:
     fitting = {
-        kind: pairs
-        for kind, pairs in estimates.items()
+        kind: found
+        for kind, found in estimates.items()
         if kind == "ring" or kept_keys(kind, layout, traffic) <= costs.most_keys
     }
     return min(fitting, key=lambda kind: fitting[kind])
@@ -89,24 +113,26 @@ def kept_keys(kind: Kind, layout: SequenceLayout, traffic: Traffic) -> int:
 
 def estimate(
     layout: SequenceLayout, document_bounds: Sequence[int], traffic: Traffic, costs: ExchangeCosts
-) -> dict[Kind, int]:
-    """Query-key pairs that each exchange takes as long as."""
+) -> dict[Kind, Estimate]:
+    """What each exchange takes."""
     share = layout.length // layout.size
     pairs = pairs_by_block(layout, document_bounds)
     attention = int(pairs.sum(axis=1).max())
     slowest = costs.key if layout.size <= costs.node else costs.far_key  # of links that all keys take
 
-    def gathered(transfer: int) -> int:
+    def gathered(transfer: int) -> Estimate:
         first = transfer // costs.head_groups
-        return attention + first + max(transfer - first - attention, 0)
+        exposed = first + max(transfer - first - attention, 0)
+        return Estimate(attention + exposed, exposed)
 
     ranks = np.arange(layout.size)
     last = last_readers(readers(traffic))
-    ring = 0
+    ring = exposed = 0
     for step in range(max(last) + 1):
         busiest = int(pairs[ranks, (ranks - step) % layout.size].max())
         travelling = share * slowest if step < max(last) else 0
         ring += max(busiest, travelling) + costs.step + (share * costs.merge if step else 0)
+        exposed += max(travelling - busiest, 0)
     far = traffic.from_nodes(costs.node)
     messages = [
         int((costs.key * (all_keys - far_keys) + costs.far_key * far_keys).max())
@@ -115,7 +141,7 @@ def estimate(
     return {
         "gather": gathered((layout.length - share) * slowest),
         "ranges": gathered(round(max(messages) / ASSUMED.messages)),
-        "ring": ring,
+        "ring": Estimate(ring, exposed),
     }
 
 
@@ -139,15 +165,24 @@ def plan_keys(
     comm: KeyComm,
     costs: ExchangeCosts,
     node: int = 1,
-) -> KeyExchange:
-    """The part of `rank` of the group that holds `layout` in the exchange that is chosen for a pack.
+) -> tuple[KeyUse, KeyExchange]:
+    """What the keys of a pack amount to in the exchange that is chosen for it, and the part of `rank` of the
+    group that holds `layout`.
 
     Args:
         document_bounds: 0, the ends of all documents but the last, and the pack's length.
         node: adjacent ranks that gather what goes round the ring.
     """
     traffic = measure_traffic(layout, document_bounds)
-    kind = choose_exchange(layout, document_bounds, traffic, comm, costs)
+    foreign = int(traffic.received.sum())
+    if foreign:
+        estimates = estimate(layout, document_bounds, traffic, costs)
+        kind: Kind = comm if comm != "auto" else _quickest(estimates, layout, traffic, costs)
+        found = estimates[kind]
+    else:
+        busiest = int(pairs_by_block(layout, document_bounds).sum(axis=1).max())
+        kind, found = "none", Estimate(busiest, 0)
+    use = KeyUse(kind, layout.length + foreign, foreign, found.pairs, found.exposed)
     if kind == "ring":
-        return plan_ring(layout, rank, document_bounds, node, traffic)
-    return plan_exchange(layout, rank, document_bounds, kind, traffic)
+        return use, plan_ring(layout, rank, document_bounds, node, traffic)
+    return use, plan_exchange(layout, rank, document_bounds, kind, traffic)

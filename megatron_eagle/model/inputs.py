@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.attention import PackedSequence
-from megatron_eagle.context_parallel.exchange_choice import KeyExchange, plan_keys
+from megatron_eagle.context_parallel.exchange_choice import KeyExchange, KeyUse, plan_keys
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.padding import pad_documents
 from megatron_eagle.context_parallel.planning import plan_layout
@@ -35,6 +35,7 @@ class InputPlan:
     document_bounds: Tensor  # int32, padding counted
     longest_document: int
     layout: SequenceLayout
+    keys: KeyUse
     exchange: KeyExchange
     vision: "VisionPlan | None"  # None: not the first stage
 
@@ -116,19 +117,21 @@ def plan_input(
         image = (input_ids == eagle.image_token_index)[source] & (source >= 0)
         _check_tiles(eagle, image, num_tiles)
         vision = _plan_vision(layout, image, num_tiles, eagle.tokens_per_tile, mesh)
+    keys, exchange = plan_keys(
+        key_layout,
+        mesh.cp.rank // ulysses,
+        document_bounds,
+        mesh.config.key_comm,
+        exchange_costs(eagle, mesh.config, mesh.ranks_per_node),
+        mesh.config.ring_node_size,
+    )
     return InputPlan(
         token_index=source[layout.token_index(mesh.cp.rank)],
         document_bounds=torch.tensor(document_bounds, dtype=torch.int32),
         longest_document=max(map(sub, document_bounds[1:], document_bounds)),
         layout=layout,
-        exchange=plan_keys(
-            key_layout,
-            mesh.cp.rank // ulysses,
-            document_bounds,
-            mesh.config.key_comm,
-            exchange_costs(eagle, mesh.config, mesh.ranks_per_node),
-            mesh.config.ring_node_size,
-        ),
+        keys=keys,
+        exchange=exchange,
         vision=vision,
     )
 

@@ -53,7 +53,7 @@ def forward_backward(run: Run, packs: Sequence[TrainingPack], stop: Collection[s
             length,
             trainable=run.config.optimizer.trainable,
             adapters=run.config.lora is not None,
-            exchanges=[pack.plan.exchange.kind for pack in packs] if _exchanges_keys(run.config) else (),
+            keys=[pack.plan.keys for pack in packs] if _exchanges_keys(run.config) else (),
         )
     stops = torch.tensor([len(stop)], dtype=torch.float64)
     sums = torch.cat([losses, torch.cat([counts.flatten(), stops, totals]).to(losses.device)])

@@ -72,7 +72,7 @@ def attend_everywhere(ulysses: int, node: int, dtype: torch.dtype) -> dict[str, 
             bounds = PACKS[pack]
             key_layout = plan_for(name, size // ulysses, bounds)
             index = key_layout.cut_each(ulysses).token_index(mesh.cp.rank)
-            keys = plan_keys(key_layout, mesh.cp.rank // ulysses, bounds, exchange, EXCHANGE_COSTS, node)
+            _, keys = plan_keys(key_layout, mesh.cp.rank // ulysses, bounds, exchange, EXCHANGE_COSTS, node)
             *inputs, grad = (x[index] for x in pack_tensors(bounds[-1], dtype))
             runs = []
             for _ in range(2):

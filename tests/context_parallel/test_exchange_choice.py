@@ -1,6 +1,7 @@
 """How a pack's keys travel: what `auto` counts, and what it takes where."""
 
 import time
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ import pytest
 from megatron_eagle.context_parallel.balanced import PairCosts
 from megatron_eagle.context_parallel.exchange import measure_traffic
 from megatron_eagle.context_parallel.exchange_choice import (
+    Estimate,
     ExchangeCosts,
+    KeyUse,
     choose_exchange,
     estimate,
     kept_keys,
     pairs_by_block,
+    plan_keys,
 )
 from megatron_eagle.context_parallel.planning import LAYOUT_NAMES, plan_layout
 from megatron_eagle.model.flops import exchange_costs
@@ -84,11 +88,23 @@ def test_estimates_are_whole_numbers():
     found = estimate(layout, [0, 8], measure_traffic(layout, [0, 8]), costs)
     assert pairs_by_block(layout, [0, 8]).tolist() == [[10, 8], [8, 10]]
     assert found == {
-        "gather": 18 + 14,  # half of four keys' 28; the other half is hidden
-        "ranges": 18 + 28 + (28 - 18),  # messages take twice as long, and are not all hidden
-        "ring": 28 + 8 + 2 * 100 + 4 * 3,  # the transfer takes longer than the first step
+        "gather": Estimate(18 + 14, 14),  # half of four keys' 28; the other half is hidden
+        "ranges": Estimate(18 + 28 + (28 - 18), 38),  # messages take twice as long, and are not all hidden
+        "ring": Estimate(28 + 8 + 2 * 100 + 4 * 3, 28 - 10),  # the transfer takes longer than the first step
     }
-    assert all(type(pairs) is int for pairs in found.values())
+    assert all(type(number) is int for each in found.values() for number in astuple(each))
+
+
+def test_what_the_keys_of_a_pack_amount_to():
+    """Of zigzag, one rank sees four keys of the other, and that two; none where documents end with ranks."""
+    costs = ExchangeCosts(key=7, far_key=7, node=2, step=100, merge=3, head_groups=2, most_keys=8)
+    layout = plan_layout("zigzag", 8, 2, [0, 8], costs=COSTS)
+    for rank in (0, 1):
+        use, exchange = plan_keys(layout, rank, [0, 8], "auto", costs)
+        assert use == KeyUse("gather", 14, 6, 32, 14) and exchange.kind == "gather"
+        assert plan_keys(layout, rank, [0, 8], "ring", costs)[0] == KeyUse("ring", 14, 6, 248, 18)
+    apart = plan_layout("contiguous", 8, 2, [0, 4, 8], costs=COSTS)
+    assert plan_keys(apart, 0, [0, 4, 8], "ring", costs)[0] == KeyUse("none", 8, 0, 10, 0)
 
 
 def test_a_choice_takes_milliseconds():

@@ -1,5 +1,6 @@
 """Every parallel layout against one process: the loss and all parameter gradients."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -16,6 +17,7 @@ from tests.mutants.mutant import Mutant
 from tests.parallel.cases import (
     LAYOUTS,
     ONE_PROCESS,
+    SEQUENCES,
     Layout,
     Outcome,
     cell,
@@ -44,6 +46,19 @@ def reference() -> Outcome:
 def test_layout_equals_one_process(layout, reference):
     errors = outcome(layout).errors(reference)
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(each, marks=pytest.mark.slow if each.world_size > 4 else ()) for each in SEQUENCES],
+    ids=str,
+)
+def test_several_packs_a_sequence_equal_one_process_and_one_pack(layout, reference):
+    found = outcome(layout)
+    errors = found.errors(reference)
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+    alone = replace(layout, packs=1, world_size=layout.world_size // layout.packs)
+    assert found.worst(outcome(alone))[0] <= TOLERANCE
 
 
 def test_every_gradient_of_the_reference_is_alive(reference):

@@ -138,7 +138,7 @@ def simulate(name: LayoutName, size: int, bounds: Sequence[int]) -> Outcome:
         tiles=sum(tiles) / size,
         exact=float((sizes * (sizes + 1) // 2).sum()) / size,
         ring=_ring_area(layout, bounds),
-        ring_keys=estimate(layout, bounds, traffic, costs)["ring"],
+        ring_keys=estimate(layout, bounds, traffic, costs)["ring"].pairs,
         kind=kind,
         foreign={"none": 0, "ranges": busiest_link, "gather": gathered, "ring": gathered}[kind],
         gathered=gathered,

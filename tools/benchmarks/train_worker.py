@@ -161,7 +161,7 @@ def main() -> None:
     config = complete_run_config(job["config"])
     probe: Pairs | Split
     if job["mode"] == "pairs":
-        probe = pairs = Pairs(config.data.length)
+        probe = pairs = Pairs(config.data.sequence_length)
         open_loader: OpenLoader = partial(PairedLoader, pairs)
         timed: AbstractContextManager[None] = nullcontext()
     else:

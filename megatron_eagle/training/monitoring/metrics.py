@@ -47,6 +47,8 @@ class StepMetrics:
     tokens_by_length: dict[str, float] = field(default_factory=dict)
     # Share of the packs whose keys travel so between context parallel ranks (exchange_choice.py).
     packs_by_exchange: dict[str, float] = field(default_factory=dict)
+    foreign_keys: float | None = None  # share of the keys that attention reads which other ranks hold
+    exposed_transfer: float | None = None  # share of attention's time that waits for keys, as estimated there
     # By data set of the mixture (monitoring/dataset_losses.py): share x loss adds up to `loss`. None where
     # the step keeps no sample of it.
     loss_by_dataset: dict[str, float | None] = field(default_factory=dict)

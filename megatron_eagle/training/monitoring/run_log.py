@@ -230,6 +230,8 @@ def progress_line(metrics: StepMetrics) -> str:
     if metrics.packs_by_exchange:
         shares = metrics.packs_by_exchange.items()
         shown.append(f"keys {' + '.join(f'{kind} {share:.0%}' for kind, share in shares)}")
+        if metrics.foreign_keys is not None and metrics.exposed_transfer is not None:
+            shown[-1] += f" ({metrics.foreign_keys:.0%} foreign, {metrics.exposed_transfer:.0%} exposed)"
     if metrics.mfu is not None:
         shown.append(f"MFU {metrics.mfu:.1%}")
         if metrics.mfu_vision is not None:

@@ -113,6 +113,8 @@ class StepMeter(Observer):
             samples_by_length=_shares(totals.samples_by_length),
             tokens_by_length=_shares(totals.tokens_by_length),
             packs_by_exchange=_shares(totals.packs_by_exchange),
+            foreign_keys=totals.foreign_keys / totals.keys if totals.keys else None,
+            exposed_transfer=totals.exposed_pairs / totals.attention_pairs if totals.keys else None,
             loss_by_dataset=step.datasets.loss,
             share_by_dataset=step.datasets.share,
             tokens_by_dataset=step.datasets.tokens,

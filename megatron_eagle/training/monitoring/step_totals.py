@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_eagle.context_parallel.exchange_choice import EXCHANGE_KINDS, Kind
+from megatron_eagle.context_parallel.exchange_choice import EXCHANGE_KINDS, KeyUse
 from megatron_eagle.data.loading.packs import TokenPack
 from megatron_eagle.model.flops import training_flops
 from megatron_eagle.model.presets import EagleConfig
@@ -23,6 +23,10 @@ _SINGLE = (
     "frames_wanted",
     "tiles",
     "tiles_wanted",
+    "keys",
+    "foreign_keys",
+    "attention_pairs",
+    "exposed_pairs",
 )
 
 
@@ -38,6 +42,10 @@ class StepTotals:
     frames_wanted: int  # without a token limit, as tiles_wanted
     tiles: int
     tiles_wanted: int
+    keys: int  # that ranks' attention reads, as those below 0 where nobody exchanges keys
+    foreign_keys: int  # of these, other ranks'
+    attention_pairs: int  # its time, estimated
+    exposed_pairs: int  # of this, the wait for keys
     samples_by_length: dict[str, int]  # by the upper end of the bucket of lengths
     tokens_by_length: dict[str, int]
     # By how their keys travel (context_parallel/exchange_choice.py); none where nobody exchanges keys.
@@ -59,12 +67,12 @@ def count_totals(
     *,
     trainable: Collection[str],
     adapters: bool,
-    exchanges: Sequence[Kind] = (),
+    keys: Sequence[KeyUse] = (),
 ) -> torch.Tensor:
     """fp64 vector of the totals of `batches`, packs of `length` tokens; `read_totals` names its sum.
 
     Args:
-        exchanges: of the keys of each pack, where ranks exchange any.
+        keys: of each pack, where ranks exchange any.
     """
     lengths = [sample.end - sample.start for batch in batches for sample in batch.samples]
     n_tiles, n_frames, frames_wanted, tiles_wanted = (
@@ -88,6 +96,10 @@ def count_totals(
         "frames_wanted": frames_wanted,
         "tiles": n_tiles - n_frames,
         "tiles_wanted": tiles_wanted,
+        "keys": sum(use.keys for use in keys),
+        "foreign_keys": sum(use.foreign for use in keys),
+        "attention_pairs": sum(use.pairs for use in keys),
+        "exposed_pairs": sum(use.exposed for use in keys),
     }
     ends = torch.tensor(buckets(length))
     place = torch.bucketize(torch.tensor(lengths, dtype=torch.long), ends)
@@ -95,7 +107,8 @@ def count_totals(
         torch.bincount(place, minlength=len(ends)).double(),
         torch.bincount(place, weights=torch.tensor(lengths).double(), minlength=len(ends)),
     ]
-    numbers = [single[name] for name in _SINGLE] + [exchanges.count(kind) for kind in EXCHANGE_KINDS]
+    kinds = [use.kind for use in keys]
+    numbers = [single[name] for name in _SINGLE] + [kinds.count(kind) for kind in EXCHANGE_KINDS]
     return torch.cat([torch.tensor(numbers, dtype=torch.float64), *by_length])
 
 

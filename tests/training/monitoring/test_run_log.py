@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from megatron_eagle.context_parallel.exchange_choice import KeyUse
 from megatron_eagle.data.loading.packs import PackedSample, TokenPack
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import training_flops
@@ -37,6 +38,8 @@ STEP = StepMetrics(
     samples_by_length={"512": 0.5, "1024": 0.5},
     tokens_by_length={"512": 0.2, "1024": 0.8},
     packs_by_exchange={"gather": 0.75, "ring": 0.25},
+    foreign_keys=0.5,
+    exposed_transfer=0.02,
     loss_by_dataset={"a": 2.5, "b c/d": 1.0, "absent": None},
     share_by_dataset={"a": 0.5, "b c/d": 0.5, "absent": None},
     tokens_by_dataset={"a": 700, "b c/d": 50, "absent": None},
@@ -81,7 +84,8 @@ def test_tensorboard_has_the_names_of_the_file(tmp_path):
 def test_the_progress_line():
     assert progress_line(STEP) == (
         "loss 2.0000, grad norm 1.500, lr 1.00e-04, 2,000 tokens/s, 0.50 s (0.12 data), packing 75.0%, "
-        "keys gather 75% + ring 25%, MFU 50.0% (10.0% vision), GPU 70.5 GiB, host 4.2 GiB"
+        "keys gather 75% + ring 25% (50% foreign, 2% exposed), MFU 50.0% (10.0% vision), "
+        "GPU 70.5 GiB, host 4.2 GiB"
     )
     assert progress_line(StepMetrics(1, 2.0, 1.0, 0.1, 8, 1.0, 0.1)) == (
         "loss 2.0000, grad norm 1.000, lr 1.00e-01, 8 tokens/s, 1.00 s (0.00 data)"
@@ -147,15 +151,17 @@ def test_totals_of_ranks_add_up():
     settings = {"trainable": ("vision", "connector", "language"), "adapters": False}
     first = batch([100, 512, 700], 2000, n_tiles=9, n_frames=5, frames_wanted=8, tiles_wanted=6)
     second = batch([2000], 2000, n_tiles=0)
-    kinds = ["ring", "gather"]
+    keys = [KeyUse("ring", 100, 60, 900, 30), KeyUse("gather", 50, 15, 100, 70)]
     parts = [
-        count_totals([pack], eagle, 2000, **settings, exchanges=[kind])
-        for pack, kind in zip((first, second), kinds, strict=True)
+        count_totals([pack], eagle, 2000, **settings, keys=[use])
+        for pack, use in zip((first, second), keys, strict=True)
     ]
     totals = read_totals(sum(parts) + zero_totals(2000), 2000)
-    together = count_totals([first, second], eagle, 2000, **settings, exchanges=kinds)
+    together = count_totals([first, second], eagle, 2000, **settings, keys=keys)
     assert totals == read_totals(together, 2000)
     assert totals.packs_by_exchange == {"gather": 1, "ring": 1}
+    assert (totals.keys, totals.foreign_keys) == (150, 75)
+    assert (totals.attention_pairs, totals.exposed_pairs) == (1000, 100)
     assert (totals.samples, totals.tokens) == (4, 3312)
     assert (totals.frames, totals.frames_wanted, totals.tiles, totals.tiles_wanted) == (5, 8, 4, 6)
     assert totals.samples_by_length == {"512": 2, "1024": 1, "2000": 1}
