@@ -14,6 +14,7 @@ MEGATRON := .venv-megatron-0.19.2
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # What else reads an export: trainers and servers, each in an environment of its own.
 TRL := .venv-trl-1.16
+VLLM := .venv-vllm
 ALL := test test-slow test-old-transformers test-megatron test-serving coverage parity-mutants test-soak
 STAMPED = $(BIN)/python -m tests.stamps run $@
 PYTEST = $(BIN)/python -m pytest
@@ -37,13 +38,13 @@ test-all: env
 
 test-slow: env
 	$(STAMPED) $(PYTEST) $(BOTH) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py \
-		--ignore tests/compatibility/test_other_megatron.py --ignore tests/convert/test_trl.py
+		--ignore tests/compatibility/test_other_megatron.py --ignore tests/convert/test_trl.py --ignore tests/serving
 
 test-old-transformers: env $(OLD)/.complete
 	$(STAMPED) $(PYTEST) tests/convert/test_old_transformers.py
 
-test-serving: env $(TRL)/.complete
-	$(STAMPED) $(PYTEST) tests/convert/test_trl.py
+test-serving: env $(TRL)/.complete $(VLLM)/.complete
+	$(STAMPED) $(PYTEST) tests/convert/test_trl.py tests/serving
 
 # What trains, saves and converts, with the newest Megatron-Core; and each version's checkpoints in the other.
 test-megatron: env $(MEGATRON)/.complete
@@ -129,5 +130,9 @@ $(TRL)/.complete: Makefile
 		transformers==5.23.0 trl==1.16.0 accelerate==1.15.0 pillow==13.0.0 av==18.1.0
 	touch $@
 
+$(VLLM)/.complete: tests/serving/environment.sh
+	tests/serving/environment.sh $(PYTHON) $(VLLM) $(TORCH_INDEX)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLD) $(MEGATRON) $(TRL) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD) $(MEGATRON) $(TRL) $(VLLM) runs build *.egg-info .pytest_cache .ruff_cache

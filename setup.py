@@ -38,7 +38,10 @@ setup(
     # No kernels/__init__.py: a top-level package named `kernels` would be taken by transformers
     # for Hugging Face's `kernels` library.
     package_dir={"eagle_kernels": "kernels/eagle_kernels"},
-    entry_points={"console_scripts": ["megatron-eagle = megatron_eagle.__main__:start"]},
+    entry_points={
+        "console_scripts": ["megatron-eagle = megatron_eagle.__main__:start"],
+        "vllm.general_plugins": ["eagle2_5 = megatron_eagle.hf_model.vllm_plugin:register"],
+    },
     package_data={
         "megatron_eagle": ["py.typed"],
         "eagle_kernels": ["py.typed"],
@@ -77,6 +80,7 @@ setup(
         ],  # Apex: see the Dockerfile
         "demo": ["scikit-image==0.26.0", "matplotlib"],
         "serve": ["fastapi", "starlette", "pydantic", "uvicorn", "python-multipart"],  # the demo page
+        "vllm": ["vllm>=0.32,<0.34"],  # serves exports; a server can also do without this project
         "monitor": ["wandb", "nvidia-resiliency-ext>=0.4.1,<0.8"],  # metrics elsewhere, straggler detection
         "cluster": ["faiss-cpu", "ray==2.60.0"],  # selection and preprocessing on many machines
         "dev": [

@@ -1,18 +1,24 @@
 #!/usr/bin/env bash
-# Serve an exported model with vLLM, OpenAI-compatible:  tools/serve_vllm.sh H [more of vllm serve's options]
-# HOST (127.0.0.1), PORT (8000) and MAX_IMAGES per request (256; a video's frames count) come from the environment.
+# Serve an exported model with vLLM, OpenAI-compatible:  tools/serve_vllm.sh H [--stock] [options of vllm serve]
+# H brings a plugin (H/vllm_plugin): prompts, tiles and frames are those of training. With --stock they are vLLM's own.
+# HOST (127.0.0.1), PORT (8000), MAX_IMAGES (256) and MAX_VIDEOS (8) per request come from the environment; a stock
+# server takes a video as pictures.
 # Prompts with their answers have at most the tokens that the model was trained for (max_position_embeddings of its
 # config.json); --max-model-len may ask for less, and for more only with VLLM_ALLOW_LONG_MAX_MODEL_LEN=1, vLLM's own.
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-[ $# -ge 1 ] || fail "usage: tools/serve_vllm.sh H [options of vllm serve]; H: a folder that convert_hf.py export wrote"
+[ $# -ge 1 ] || fail "usage: tools/serve_vllm.sh H [--stock] [options of vllm serve]; H: a folder that convert_hf.py export wrote"
 model=$1; shift
+stock=
+[ "${1:-}" != --stock ] || { stock=1; shift; }
 for file in config.json configuration_eagle2_5_vl.py tokenizer_config.json chat_template.jinja; do
   [ -f "$model/$file" ] || fail "$model: no $file; name a folder that convert_hf.py export wrote, with a tokenizer"
 done
-command -v vllm >/dev/null || fail "vllm is not installed here (made for 0.33)"
+[ -n "$stock" ] || [ -d "$model/vllm_plugin" ] ||
+  fail "$model: no vllm_plugin; export it again, or serve it with --stock, not as it was trained"
+command -v vllm >/dev/null || fail "vllm is not installed here (made for 0.32 and 0.33)"
 
 trained=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["text_config"]["max_position_embeddings"])' \
   "$model/config.json" 2>/dev/null) || fail "$model/config.json: no max_position_embeddings in its text_config"
@@ -32,9 +38,21 @@ for ((i = 1; i <= $#; i++)); do
   echo "warning: $beyond: answers may be worse" >&2
 done
 
-# String format: vLLM writes its own placeholder <image> where a picture stands, and the folder's template takes the
-# turn as text. In the other format the template would write <image-1>, which vLLM does not know.
+if [ -n "$stock" ]; then
+  export VLLM_PLUGINS=""
+  # String format: vLLM writes its own placeholder <image> where a picture stands, and the folder's template takes the
+  # turn as text. In the other format the template would write <image-1>, which vLLM does not know.
+  ways=(--chat-template-content-format string --interleave-mm-strings
+    --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}}")
+else
+  export PYTHONPATH="$(realpath "$model")/vllm_plugin${PYTHONPATH:+:$PYTHONPATH}" VLLM_MEDIA_CONNECTOR=eagle2_5
+  [ -z "${VLLM_PLUGINS+set}" ] || export VLLM_PLUGINS="$VLLM_PLUGINS,eagle2_5"
+  # Requests may set tiles; the plugin refuses what no prompt can hold.
+  ways=(--tokenizer-mode eagle2_5 --chat-template-content-format openai --trust-request-mm-kwargs
+    --middleware eagle2_5_vllm.settings.ExportSettings
+    --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}, \"video\": ${MAX_VIDEOS:-8}}")
+fi
+
 exec vllm serve "$model" --trust-remote-code --served-model-name eagle2.5 \
   --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
-  --chat-template "$model/chat_template.jinja" --chat-template-content-format string --interleave-mm-strings \
-  --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}}" "${length[@]}" "$@"
+  --chat-template "$model/chat_template.jinja" "${ways[@]}" "${length[@]}" "$@"

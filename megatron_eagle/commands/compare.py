@@ -4,8 +4,8 @@
 
 IN holds requests as for `megatron-eagle generate`, {"prompt", "images", "videos", "documents"} a line. Each
 goes to both; a table shows how far their answers agree. Exits with 1 if fewer than --at-least of them
-(default: all) are equal. A server that preprocesses otherwise, as vLLM does (docs/conversion.md), cannot
-agree everywhere.
+(default: all) are equal. A server that preprocesses otherwise, as vLLM does without the export's plugin
+(docs/conversion.md), cannot agree everywhere.
 """
 
 import argparse

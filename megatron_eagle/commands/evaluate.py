@@ -126,8 +126,8 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> Non
     if published is not None:
         if options.data is None:
             raise UserError("--published needs --data, the folder of the benchmark's files")
-        if options.endpoint and published.frame_tiles:
-            raise UserError(f"{options.published}: frames are tiled, which no server does: use --hf")
+        if published.frame_tiles and options.endpoint and not _cuts_frames(options):
+            raise UserError(f"{options.published}: frames are tiled, by the export's plugin alone: use --hf")
         questions, problems = published.questions(Source(options.data, options.output / "pictures"))
         about |= {"published": options.published, "data": str(options.data.resolve())}
         if not questions:
@@ -165,6 +165,10 @@ def _model(options: argparse.Namespace) -> Answers:
     if options.hf is None:
         return ServedModel(options.endpoint, options.model)
     return ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
+
+
+def _cuts_frames(options: argparse.Namespace) -> bool:
+    return ServedModel(options.endpoint, options.model).cutting is not None
 
 
 def _table(options: argparse.Namespace) -> None:

@@ -36,8 +36,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         raise UserError("give --hf H, --endpoint URL, or both")
     if options.model is not None and options.endpoint is None:
         raise UserError("--model is a name on a server: it needs --endpoint URL")
-    if options.max_tiles is not None and options.endpoint is not None:
-        raise UserError("--max-tiles: tiles are the server's own setting; leave it out")
     check_option(options)
     positive = ("max_new_tokens", "fps", "max_frames", "max_tiles")
     for name in (*positive, "max_megabytes", "max_megapixels", "max_pages", "max_minutes"):
@@ -52,6 +50,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         name = options.hf.resolve().name
     else:
         model = served = ServedModel(options.endpoint, options.model)
+        if options.max_tiles is not None and served.cutting is None:
+            raise UserError("--max-tiles: tiles are the server's own setting; leave it out")
         processor, limit = None, served.read_max_positions()
         if options.hf is not None:
             processor, trained = load_processor(options.hf), read_max_positions(options.hf)

@@ -7,6 +7,7 @@ from typing import Any
 
 import megatron_eagle.hf_model
 from megatron_eagle.convert.hf_metadata import HfMetadata
+from megatron_eagle.convert.plugin_files import write_plugin
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.prompt import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IMG_CONTEXT, IMG_END, IMG_START
@@ -75,6 +76,7 @@ def write_config(
     _write_json(folder / "config.json", merged)
     for name in CODE_FILES:
         shutil.copyfile(_CODE / name, folder / name)
+    write_plugin(folder)
 
 
 def write_processor(folder: Path, config: EagleConfig, metadata: HfMetadata, max_tiles: int | None) -> None:

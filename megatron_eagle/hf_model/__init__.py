@@ -1,1 +1,1 @@
-"""Files shipped with every export; they import only each other, torch, transformers, numpy, Pillow and av."""
+"""Shipped with every export; imports only itself, torch, transformers, numpy, Pillow, av; its plugin: vLLM"""

@@ -1,7 +1,8 @@
 """Answers from a server that speaks OpenAI's chat completions (vLLM and others), with pictures and videos.
 
-The server knows pictures only: a video is sent as its frames, each a picture after its label, as the exported
-processor labels them. Tiling is the server's.
+A server with the export's plugin (`hf_model/vllm_plugin`) takes a video as its file, and cuts pictures as it
+is asked to. Of any other it is known that it takes pictures: a video is sent as its frames, each after its
+label as the exported processor writes it, and tiling is the server's.
 """
 
 import base64
@@ -11,15 +12,17 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import cached_property
 from http.client import HTTPResponse
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from PIL import Image
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.media_files import load_image, load_video
-from megatron_eagle.hf_model.prompt import frame_label
+from megatron_eagle.hf_model.prompt import frame_label, video_label
 from megatron_eagle.inference.generate import OnText, Request, Sampling, video_item
 
 _DEFAULT = Sampling()
@@ -62,15 +65,8 @@ class ServedModel:
         Raises:
             UserError: a picture or video is missing or unreadable, or the server refuses the request.
         """
-        if request.max_tiles or sampling.max_tiles or request.frame_tiles:
-            raise UserError("tiles are the server's own setting; leave out max_tiles and frame_tiles")
-        body = {
-            "model": self.model,
-            "messages": request.conversation(_media(request, sampling)),
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": 0,
-            "stream": on_text is not None,
-        }
+        body = self.body(request, sampling)
+        body["stream"] = on_text is not None
         with self._open("chat/completions", body) as response:
             if on_text is None:
                 reply = _json(response.read(), self.url)
@@ -83,6 +79,58 @@ class ServedModel:
                 on_text(piece)
                 pieces.append(piece)
             return "".join(pieces).strip()
+
+    def body(self, request: Request, sampling: Sampling = _DEFAULT) -> dict[str, Any]:
+        """What is sent to the server for a request.
+
+        Raises:
+            UserError: as `answer`, and for numbers of tiles that only a server with the plugin takes.
+        """
+        max_tiles, frame_tiles = request.max_tiles or sampling.max_tiles, request.frame_tiles
+        if (max_tiles or frame_tiles) and self.cutting is None:
+            raise UserError("tiles are the server's own setting; leave out max_tiles and frame_tiles")
+        tiling: dict[str, Any] = {} if max_tiles is None else {"max_dynamic_tiles": max_tiles}
+        if frame_tiles is not None:
+            tiling["videos_kwargs"] = {"max_dynamic_tiles": frame_tiles}
+        body = {
+            "model": self.model,
+            "messages": request.conversation(self._media(request, sampling, max_tiles)),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": 0,
+        }
+        return {**body, "mm_processor_kwargs": tiling} if tiling else body
+
+    @cached_property
+    def cutting(self) -> dict[str, Any] | None:
+        """How a server with the export's plugin cuts pictures, for `page_pictures`; None: it has none."""
+        try:
+            with self._open("export") as response:
+                settings = _json(response.read(), self.url)
+        except UserError:
+            return None
+        names = ("tile_size", "max_tiles", "tiling")
+        return {name: settings[name] for name in names} if all(name in settings for name in names) else None
+
+    def _media(self, request: Request, sampling: Sampling, max_tiles: int | None) -> list[dict[str, Any]]:
+        """Pictures, pages and videos in OpenAI's form."""
+        content: list[dict[str, Any]] = []
+        try:
+            content += [_picture(load_image(path)) for path in request.images]
+            for path in request.documents:
+                from megatron_eagle.inference.pages import page_pictures  # only documents need pdfium
+
+                cutting = {**(self.cutting or {}), **({} if max_tiles is None else {"max_tiles": max_tiles})}
+                content += [_picture(page) for page in page_pictures(path, **cutting)]
+            for number, video in enumerate(request.videos, 1):
+                item = video_item(video, sampling)
+                options = {k: v for k, v in item.items() if k not in ("type", "video") and v is not None}
+                if self.cutting is None:
+                    content += _frames(number, item["video"], options)
+                else:
+                    content.append(_video(item["video"], options))
+        except ValueError as error:  # the loaders' own messages name the file
+            raise UserError(str(error)) from None
+        return content
 
     def _models(self) -> dict[str, dict[str, Any]]:
         """What the server says of each model, by name."""
@@ -106,25 +154,27 @@ class ServedModel:
             raise UserError(f"{url}: cannot be reached: {getattr(error, 'reason', error)}") from None
 
 
-def _media(request: Request, sampling: Sampling) -> list[dict[str, Any]]:
-    """Pictures, pages and labelled frames in OpenAI's form."""
-    content: list[dict[str, Any]] = []
-    try:
-        content += [_picture(load_image(path)) for path in request.images]
-        for path in request.documents:
-            from megatron_eagle.inference.pages import page_pictures  # only documents need pdfium
-
-            content += [_picture(page) for page in page_pictures(path)]
-        for number, video in enumerate(request.videos, 1):
-            item = video_item(video, sampling)
-            options = {k: v for k, v in item.items() if k not in ("type", "video") and v is not None}
-            frames = load_video(item["video"], **options)
-            content.append(_text(f"Video {number} sampled with {frames.fps:.2f} fps: "))
-            for i, (frame, time) in enumerate(zip(frames, frames.timestamps, strict=True), 1):
-                content += [_text(frame_label(i, time)), _picture(frame)]
-    except ValueError as error:  # the loaders' own messages name the file
-        raise UserError(str(error)) from None
+def _frames(number: int, path: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Video `number`, from 1, as labels and pictures."""
+    frames = load_video(path, **options)
+    content: list[dict[str, Any]] = [_text(video_label(number, frames.fps))]
+    for i, (frame, time) in enumerate(zip(frames, frames.timestamps, strict=True), 1):
+        content += [_text(frame_label(i, time)), _picture(frame)]
     return content
+
+
+def _video(path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A video as its file, and in the URL's fragment how it is sampled."""
+    url = path
+    if not path.startswith(("http://", "https://")):
+        try:
+            data = Path(path.removeprefix("file://")).read_bytes()
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise ValueError(f"video {'not found' if missing else 'cannot be read'}: {path}") from None
+        url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+    fragment = f"#{urlencode(options)}" if options else ""
+    return {"type": "video_url", "video_url": {"url": url + fragment}}
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -50,6 +50,14 @@ def test_a_shipped_file_stands_alone(path):
         assert _imports(SHIPPED / f"{name}.py")[0] <= neighbours, (path.name, name)
 
 
+@pytest.mark.parametrize("path", sorted((SHIPPED / "vllm_plugin").glob("*.py")), ids=lambda path: path.name)
+def test_the_plugin_needs_no_checkout(path):
+    """It knows the export through its processor, and else what is installed beside vLLM."""
+    neighbours, packages = _imports(path)
+    assert packages <= LIBRARIES | {"vllm"} | sys.stdlib_module_names
+    assert all((path.parent / f"{name}.py").is_file() for name in neighbours)
+
+
 def _texts(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """Texts that a program uses: no docstrings, errors, or names of settings, which two sides share."""
     left_out = (ast.Expr, ast.Raise)

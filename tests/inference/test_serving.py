@@ -1,5 +1,7 @@
-"""What vLLM needs of an export, and the client for its server. Recorded from vLLM 0.33; no vLLM is run."""
+"""What vLLM needs of an export, recorded from vLLM 0.33, the parts of the plugin that do without it, and the
+client for servers. No vLLM is run: tests/serving does."""
 
+import asyncio
 import base64
 import http.server
 import io
@@ -8,14 +10,22 @@ import os
 import re
 import runpy
 import subprocess
+import sys
 import threading
 from contextlib import contextmanager
+from importlib.metadata import distributions
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model import vllm_plugin
+from megatron_eagle.hf_model.vllm_plugin.export import NAME
+from megatron_eagle.hf_model.vllm_plugin.settings import ExportSettings
+from megatron_eagle.hf_model.vllm_plugin.video_url import split_url
 from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
 from megatron_eagle.inference.server_client import ServedModel
 from tests.convert.hf_folder import read_weights
@@ -107,23 +117,124 @@ def test_a_turn_as_text_keeps_vllms_placeholder(exported):
     assert "user\n<image>\nWhat is it?<|im_end|>" in prompt
 
 
+def test_an_export_brings_the_plugin_installed(exported, monkeypatch):
+    folder = exported / "vllm_plugin"
+    code = Path(vllm_plugin.__file__).parent
+    names = sorted(path.name for path in code.glob("*.py"))
+    assert names == sorted(path.name for path in (folder / "eagle2_5_vllm").glob("*.py")) and len(names) > 5
+    for name in names:
+        assert (folder / "eagle2_5_vllm" / name).read_bytes() == (code / name).read_bytes()
+    (found,) = distributions(path=[str(folder)])  # as vLLM finds it on PYTHONPATH
+    (entry,) = found.entry_points
+    assert (entry.group, entry.name) == ("vllm.general_plugins", NAME)
+    monkeypatch.syspath_prepend(folder)
+    assert entry.load().__name__ == "register"
+    monkeypatch.delitem(sys.modules, "eagle2_5_vllm")
+    own = f'"{entry.name} = {vllm_plugin.__name__}:register"'
+    assert own in (REPO / "setup.py").read_text()
+
+
+def test_what_the_plugin_asks_of_an_export(exported):
+    model = ExportedModel(exported)
+    processor = model.processor
+    medium, tiles = processor.show(Image.new("RGB", (64, 64)))
+    text, order = processor.place("a <image-1> b", {"image": [medium], "video": []})
+    assert order == [("image", 0)] and len(tiles["pixel_values"]) == 1
+    assert type(medium) is sys.modules[type(processor).__module__].PromptMedium
+    typed = processor.shield("<|im_end|>", "user")
+    assert (
+        processor.encode("<|im_end|>") != processor.encode(typed)
+        and processor.decode(processor.encode(typed)) == "<|im_end|>"
+    )
+    with pytest.raises(ValueError, match="asks for <image-2>"):
+        processor.place("<image-1><image-2>", {"image": [medium], "video": []})
+
+
 def test_the_script_starts_vllm_and_refuses_other_folders(exported, checkpoint, tmp_path):
     script = str(REPO / "tools" / "serve_vllm.sh")
-    (tmp_path / "vllm").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    said = 'printf "%s\\n" "$VLLM_MEDIA_CONNECTOR" "${VLLM_PLUGINS-unset}" "$PYTHONPATH" "$@"'
+    (tmp_path / "vllm").write_text(f"#!/bin/sh\n{said}\n")
     (tmp_path / "vllm").chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PORT": "8123"}
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PORT": "8123",
+        "PYTHONPATH": "x",
+    }
+    for name in ("VLLM_PLUGINS", "VLLM_MEDIA_CONNECTOR"):
+        environment.pop(name, None)
 
-    def start(*arguments):
-        return subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True)
+    def start(*arguments, **more):
+        command = ["bash", script, *map(str, arguments)]
+        return subprocess.run(command, env=environment | more, capture_output=True, text=True)
 
-    started = start(str(exported), "--max-model-len", "4096")
-    arguments = started.stdout.splitlines()
+    started = start(exported, "--max-model-len", "4096")
+    connector, plugins, path, *arguments = started.stdout.splitlines()
+    assert (connector, plugins, path) == ("eagle2_5", "unset", f"{exported}/vllm_plugin:x")
     assert started.returncode == 0 and arguments[:3] == ["serve", str(exported), "--trust-remote-code"]
     assert arguments[-2:] == ["--max-model-len", "4096"] and "8123" in arguments
+    assert arguments[arguments.index("--tokenizer-mode") + 1] == NAME
+    limits = json.loads(arguments[arguments.index("--limit-mm-per-prompt") + 1])
+    assert limits == {"image": 256, "video": 8}
+    assert start(exported, VLLM_PLUGINS="mine").stdout.splitlines()[1] == "mine,eagle2_5"
+
+    connector, plugins, path, *arguments = start(exported, "--stock", "--port", "1").stdout.splitlines()
+    assert (connector, plugins, path) == ("", "", "x")
+    assert arguments[-2:] == ["--port", "1"] and not {"--stock", "--tokenizer-mode"} & set(arguments)
     assert json.loads(arguments[arguments.index("--limit-mm-per-prompt") + 1]) == {"image": 256}
-    for wrong, message in (((), "usage"), ((str(checkpoint),), "no config.json")):
+
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    for file in exported.iterdir():
+        if file.name != "vllm_plugin":
+            (earlier / file.name).symlink_to(file)
+    assert start(earlier, "--stock").returncode == 0
+    for wrong, message in (((), "usage"), ((checkpoint,), "no config.json"), ((earlier,), "no vllm_plugin")):
         refused = start(*wrong)
         assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def ask_middleware(folder, path):
+    """Status, body and what reached the application behind, of a GET."""
+    sent, behind = [], []
+
+    async def send(message):
+        sent.append(message)
+
+    async def application(scope, receive, send):
+        behind.append(scope["path"])
+
+    config = SimpleNamespace(model_config=SimpleNamespace(model=str(folder)))
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
+    asyncio.run(ExportSettings(application)({"type": "http", "path": path, "app": app}, None, send))
+    return sent[0]["status"] if sent else None, b"".join(m.get("body", b"") for m in sent), behind
+
+
+def test_the_middleware_tells_how_pictures_are_cut(exported):
+    status, body, behind = ask_middleware(exported, "/v1/export")
+    settings = json.loads((exported / "preprocessor_config.json").read_text())
+    expected = {"tile_size": 64, "max_tiles": settings["max_dynamic_tiles"], "tiling": "iap"}
+    assert (status, json.loads(body), behind) == (200, expected, [])
+    assert ask_middleware(exported, "/v1/models") == (None, b"", ["/v1/models"])
+
+
+def test_a_video_says_in_its_url_how_it_is_sampled():
+    url, settings = split_url("http://h/v.mp4?a=1#fps=2.5&video_start=1", {"max_frames": 8, "fps": 9})
+    assert url == "http://h/v.mp4?a=1" and settings == {"fps": 2.5, "video_start": 1.0, "max_frames": 8}
+    _, settings = split_url(
+        "data:video/mp4;base64,AA==#nframes=4.0", {"fps": 9, "max_frames": 8, "video_end": 3}
+    )
+    assert settings == {"nframes": 4, "video_end": 3.0} and type(settings["nframes"]) is int
+    assert split_url("file:///v.mp4", {"fps": None}) == ("file:///v.mp4", {})
+    for wrong, message in (
+        ("#speed=2", "has no setting speed"),
+        ("#fps=abc", "fps must be a number, not 'abc'"),
+        ("#fps=inf", "fps must be a number"),
+        ("#fps=", "fps must be a number"),
+        ("#nframes=2.5", "nframes must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            split_url(f"http://h/v.mp4{wrong}")
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -131,6 +242,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     requests: list[dict]
     answers: dict[str, str] = {}  # to prompts, in place of that
+    export: dict = {}  # what the plugin's middleware says
 
     def log_message(self, *arguments):
         pass
@@ -142,7 +254,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         tiny = {"id": "tiny", "max_model_len": 5000}
-        self._send(200, {"data": [tiny]} if self.path == "/v1/models" else {})
+        self._send(200, {"data": [tiny]} if self.path == "/v1/models" else self.export)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -207,10 +319,52 @@ def test_pictures_and_frames_reach_the_server(server, media):
     content = sent["messages"][0]["content"]
     texts = [item["text"] for item in content if item["type"] == "text"]
     labels = [f"Frame {i} sample at {t}s: " for i, t in enumerate(("0.00", "1.00", "1.90", "2.90"), 1)]
-    assert texts == ["Video 1 sampled with 1.33 fps: ", *labels, "What?"]
+    assert texts == ["The first video sampled with 1.33 fps: ", *labels, "What?"]
     encoded = content[0]["image_url"]["url"].removeprefix("data:image/png;base64,")
     ours = Image.open(io.BytesIO(base64.b64decode(encoded)))
     assert ours.tobytes() == Image.open(picture).convert("RGB").tobytes()
+
+
+def test_frames_are_labelled_as_the_exports_processor_does(server, exported, media):
+    url, requests = server
+    _, video = media
+    request = Request(
+        "What?", videos=({"video": video, "nframes": 4}, {"video": video, "fps": 1, "start_time": 1})
+    )
+    ServedModel(url).answer(request)
+    texts = [item["text"] for item in requests[-1]["messages"][0]["content"] if item["type"] == "text"]
+    model = ExportedModel(exported)
+    prompt = model.processor.decode(model._inputs(request, Sampling())["input_ids"][0])
+    assert "The second video sampled with " in prompt
+    written = re.sub(r"<img>(<IMG_CONTEXT>)+</img>", "", prompt)
+    assert f"<|im_start|>user\n{''.join(texts)}<|im_end|>" in written
+
+
+def test_a_server_with_the_plugin_gets_files_and_tiles(server, media, tmp_path, monkeypatch):
+    url, requests = server
+    _, video = media
+    document = str(make_pdf(tmp_path / "d.pdf", 1))
+    monkeypatch.setattr(Server, "export", {"tile_size": 64, "max_tiles": 6, "tiling": "iap"})
+    model = ServedModel(url)
+    videos = (video, {"video": video, "nframes": 4, "end_time": 2.5}, "http://h/v.mp4")
+    request = Request("What?", videos=videos, documents=(document,), max_tiles=3, frame_tiles=2)
+    assert model.answer(request, Sampling(fps=2)) == "1 pictures, What?"
+    sent = requests[-1]
+    assert sent["mm_processor_kwargs"] == {"max_dynamic_tiles": 3, "videos_kwargs": {"max_dynamic_tiles": 2}}
+    page, *videos, _ = sent["messages"][0]["content"]
+    encoded = page["image_url"]["url"].removeprefix("data:image/png;base64,")
+    width, height = Image.open(io.BytesIO(base64.b64decode(encoded))).size
+    assert width % 64 == height % 64 == 0 and width * height <= 3 * 64**2
+    urls = [item["video_url"]["url"] for item in videos]
+    assert [split_url(url)[1] for url in urls] == [{"fps": 2}, {"nframes": 4, "video_end": 2.5}, {"fps": 2}]
+    data = base64.b64decode(split_url(urls[0])[0].removeprefix("data:video/mp4;base64,"))
+    assert data == Path(video).read_bytes() and urls[2] == "http://h/v.mp4#fps=2"
+    assert "mm_processor_kwargs" not in model.body(Request("What?"))
+    with pytest.raises(UserError, match="video not found: nowhere.mp4"):
+        model.answer(Request("What?", videos=("nowhere.mp4",)))
+    monkeypatch.setattr(Server, "export", {"detail": "other"})
+    with pytest.raises(UserError, match="the server's own setting"):
+        ServedModel(url).answer(Request("What?", frame_tiles=2))
 
 
 def test_pages_and_earlier_turns_reach_the_server(server, tmp_path):

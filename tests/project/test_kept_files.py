@@ -312,6 +312,7 @@ IN_PLACE = {
         "convert/export_files._write_json",
         "convert/export_files._write_processor_settings",
         "convert/lora.export_adapter",
+        "convert/plugin_files.write_plugin",
         "convert/shards.write_shards",
         "convert/to_hf.export_hf",
         "data/store/token_file.__init__",

@@ -33,6 +33,10 @@ OF_EXTRAS = {
     "megatron_eagle/inference/demo.py": "serve",
     "megatron_eagle/data/media/dali_graph.py": "dali",
     "megatron_eagle/data/media/dali_runner.py": "dali",
+    **{
+        f"megatron_eagle/hf_model/vllm_plugin/{name}.py": "vllm"
+        for name in ("media", "network", "processing", "renderer")
+    },
 }
 
 

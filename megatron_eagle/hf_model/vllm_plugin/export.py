@@ -1,0 +1,42 @@
+"""The export that is served: its processor, out of its own files."""
+
+import sys
+from typing import Any
+
+NAME = "eagle2_5"  # of the plugin, the tokenizer mode and the media connector
+
+
+def served_processor(model_config: Any) -> Any:
+    """Of vLLM's `model_config`.
+
+    Raises:
+        ValueError: an export of a version whose processor does not know of this plugin.
+    """
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(
+        model_config.model,
+        revision=model_config.revision,
+        trust_remote_code=model_config.trust_remote_code,
+    )
+    if not hasattr(processor, "place"):
+        raise ValueError(f"{model_config.model}: its processor is older than this plugin; export it again")
+    return processor
+
+
+def load_medium(processor: Any, part: dict[str, Any]) -> Any:
+    """The picture or the video of a part of a message.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        images, videos = processor.process_vision_info([{"role": "user", "content": [part]}])
+    except ModuleNotFoundError as error:
+        raise ValueError(f"this server cannot read videos: {error} (pip install av)") from None
+    return (images or videos)[0]
+
+
+def prompt_medium(processor: Any) -> Any:
+    """Its class of what a prompt says of a medium."""
+    return sys.modules[type(processor).__module__].PromptMedium
