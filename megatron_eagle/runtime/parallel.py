@@ -192,10 +192,11 @@ class ParallelConfig(Ranged):
             )
         replicas = world_size // replica
         if replicas % self.packs:
-            legal = [str(n) for n in range(1, replicas + 1) if replicas % n == 0]
+            legal = [n for n in range(1, replicas + 1) if replicas % n == 0]
+            below, above = ([n for n in legal if n < self.packs], [n for n in legal if n > self.packs])
             raise UserError(
                 f"data.packs_per_sequence {self.packs} does not divide {replicas}, the data parallel size of "
-                f"{world_size} processes with 1: choose {' or '.join(legal)}"
+                f"{world_size} processes with 1: choose {' or '.join(map(str, below[-1:] + above[:1]))}"
             )
         return replicas // self.packs
 

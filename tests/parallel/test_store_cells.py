@@ -118,6 +118,9 @@ def test_a_medium_that_one_rank_misses(broken, references, name):
         assert all(result["failed"][str(broken.parent / BAD)] >= LENGTH for result in results), (
             "in a later pack"
         )
+    if packs > 1 and "pipeline_model_parallel_size" not in parallel:
+        shares = [sum(result["decoded"].values()) for result in results]
+        assert max(shares) - min(shares) <= PACKS // packs, "the tiles of each sequence over all ranks"
     if name == "PP2":
         assert results[0]["decoded"] and not results[1]["decoded"], "only the first stage reads media"
     sequences = [pack["loss_weights"] for result in results for pack in result["packs"]]

@@ -113,7 +113,8 @@ RING = "parallel.context_parallel_comm=ring"
 
 # Processes, packs a sequence, further settings, and what the refusal says.
 REFUSED = [
-    (8, 3, [CP2], "does not divide 4, the data parallel size of 8 processes with 1: choose 1 or 2 or 4"),
+    (8, 3, [CP2], "does not divide 4, the data parallel size of 8 processes with 1: choose 2 or 4"),
+    (8, 8, [CP2], "does not divide 4, the data parallel size of 8 processes with 1: choose 4"),
     (3, 2, [CP2], "3 processes cannot hold tensor 1 x pipeline 1 x context 2 = 2: start a multiple of 2"),
     (
         8,

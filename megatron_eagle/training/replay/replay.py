@@ -369,13 +369,12 @@ def _settings(
     values["training"] = training | {"global_batch_size": step.packs}
     # Nothing is saved: `path` only has to be one without a checkpoint.
     values["checkpoint"] = {"path": str(run / "replay"), "load": str(weights.root)}
+    values["data"] = (base.get("data") or {}) | {"path": step.data.path}
     if world_size == 1:
         values.pop("parallel", None)
-    values["data"] = (base.get("data") or {}) | {"path": step.data.path}
+        values["data"].pop("packs_per_sequence", None)
     values = apply_overrides(values, overrides)
     values["data"] = _as_read(values["data"], step)
-    if world_size == 1:
-        values["data"].pop("packs_per_sequence", None)
     if values.get("parallel"):
         values["parallel"].pop("virtual_pipeline_model_parallel_size", None)
     return complete_run_config(values, world_size=world_size)

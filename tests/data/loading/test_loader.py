@@ -231,10 +231,12 @@ def test_media_that_changed_have_failed(tmp_path, tokenizer_dir):
     assert "missing media" in loader(path, gbs=1, decode=True).step(0).failures[0].reason
 
 
-def test_prefetch_follows_a_jump(path):
-    ahead = loader(path, decode=True, prefetch=True)
+@pytest.mark.parametrize("k", [1, 2])
+def test_prefetch_follows_a_jump(path, k):
+    ahead = loader(path, decode=True, prefetch=True, packs_per_sequence=k)
     for position in (0, 4, 16, 20, 8):
-        found, expected = ahead.step(position), loader(path, decode=True).step(position)
+        found = ahead.step(position)
+        expected = loader(path, decode=True, packs_per_sequence=k).step(position)
         packs, others = ([values(pack) for pack in batch.microbatches] for batch in (found, expected))
         torch.testing.assert_close(packs, others, rtol=0, atol=0)
         held = [value.nbytes for pack in packs for value in pack.values() if isinstance(value, torch.Tensor)]
