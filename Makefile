@@ -15,7 +15,9 @@ SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # What else reads an export: trainers and servers, each in an environment of its own.
 TRL := .venv-trl-1.16
 VLLM := .venv-vllm
-ALL := test test-slow test-old-transformers test-megatron test-serving coverage parity-mutants test-soak
+# What writes data sets and spreads work, over the other packages of .venv.
+PEERS := .venv-ray-2.60
+ALL := test test-slow test-old-transformers test-megatron test-serving test-peers coverage parity-mutants test-soak
 STAMPED = $(BIN)/python -m tests.stamps run $@
 PYTEST = $(BIN)/python -m pytest
 # On both cores; tests/conftest.py says which tests stay together.
@@ -24,7 +26,7 @@ export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all test-slow test-old-transformers test-megatron test-serving \
-	test-soak coverage docs readme parity parity-mutants \
+	test-peers test-soak coverage docs readme parity parity-mutants \
 	lint format env clean
 
 demo: env
@@ -38,7 +40,8 @@ test-all: env
 
 test-slow: env
 	$(STAMPED) $(PYTEST) $(BOTH) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py \
-		--ignore tests/compatibility/test_other_megatron.py --ignore tests/convert/test_trl.py --ignore tests/serving
+		--ignore tests/compatibility/test_other_megatron.py --ignore tests/convert/test_trl.py --ignore tests/serving \
+		--ignore tests/data/preparation/test_table_peers.py
 
 test-old-transformers: env $(OLD)/.complete
 	$(STAMPED) $(PYTEST) tests/convert/test_old_transformers.py
@@ -51,6 +54,10 @@ test-megatron: env $(MEGATRON)/.complete
 	$(STAMPED) sh -c '$(MEGATRON)/bin/python -m pytest $(BOTH) -m "not slow and not gpu" tests/model tests/parallel \
 		tests/checkpoint tests/training tests/convert tests/runtime tests/compatibility && \
 		$(MEGATRON)/bin/python -m pytest tests/compatibility/test_other_megatron.py'
+
+# `datasets` writes, Ray on two nodes preprocesses.
+test-peers: env $(PEERS)/.complete
+	$(STAMPED) $(PEERS)/bin/python -m pytest tests/data/preparation/test_table_peers.py
 
 test-soak: env
 	$(STAMPED) $(PYTEST) -m "soak and not gpu"
@@ -134,5 +141,14 @@ $(VLLM)/.complete: tests/serving/environment.sh
 	tests/serving/environment.sh $(PYTHON) $(VLLM) $(TORCH_INDEX)
 	touch $@
 
+$(PEERS)/.complete: Makefile $(STAMP)
+	@echo "[env] Ray and datasets: 0.6 GB"
+	rm -rf $(PEERS)
+	$(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-cpu.txt \
+		ray==2.60.0 datasets==5.2.0
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" > "$$($(PEERS)/bin/python -c '$(SITE)')/venv.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLD) $(MEGATRON) $(TRL) $(VLLM) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD) $(MEGATRON) $(TRL) $(VLLM) $(PEERS) runs build *.egg-info .pytest_cache .ruff_cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_eagle.data.store.reader import read_manifest
+from megatron_eagle.data.store.manifest import read_manifest
 from megatron_eagle.runtime.agreement import raise_together
 
 HF_FOLDER = "hf"

@@ -33,7 +33,7 @@ from megatron_eagle.checkpoint import (
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml, to_dict
 from megatron_eagle.context_parallel.te_attention import check_te_attention
 from megatron_eagle.data.loading.loader import DataConfig
-from megatron_eagle.data.store.reader import read_manifest
+from megatron_eagle.data.store.manifest import read_manifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.layers import LayersConfig, check_layers
 from megatron_eagle.model.layout_rules import check_layout

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_eagle.data.store.reader import DataManifest
+from megatron_eagle.data.store.manifest import DataManifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.run_config import complete_run_config
 from tests.paths import REPO

@@ -10,7 +10,7 @@ from megatron_eagle.data.loading.batch import join
 from megatron_eagle.data.loading.identity import DataIdentity
 from megatron_eagle.data.loading.loader import DataConfig
 from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, PackedSample, TokenPack
-from megatron_eagle.data.store.reader import DataManifest
+from megatron_eagle.data.store.manifest import DataManifest
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.model.presets import preset
 

@@ -12,7 +12,7 @@ import yaml
 from megatron_eagle.checkpoint import load_checkpoint, read_model_config, read_train_state
 from megatron_eagle.config import load_yaml
 from megatron_eagle.data.loading.loader import DataConfig
-from megatron_eagle.data.store.reader import DataManifest
+from megatron_eagle.data.store.manifest import DataManifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel, build_model
 from megatron_eagle.model.presets import preset

@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 from benchmarks.report import REPO, Report, progress
 
+from megatron_eagle.data.store.manifest import DataManifest
 from megatron_eagle.data.store.reader import (
     BATCH_ROWS,
     SCHEMA,
-    DataManifest,
     ImagePlan,
     SampleColumns,
     SampleStore,

@@ -37,17 +37,19 @@ def annotation_files(folder: Path, split: str | None = None) -> list[Path]:
         return saved
     if (energon := energon_folder(folder)) is not None:
         return energon.archives(split)
-    found = _annotations(folder.iterdir())
+    there = list(folder.iterdir())
+    found = _annotations(there)
     if len({_is_table(path) for path in found}) > 1:
         raise UserError(
             f"{folder} holds JSON files and tables; say which are meant, e.g. {folder.name}/*.json"
         )
     if not found:
-        below = _below(folder)
-        found = sorted(filter(_is_table, _annotations(below))) or sorted(filter(_is_shard, below))
+        there = _below(folder)
+        found = sorted(filter(_is_table, _annotations(there))) or sorted(filter(_is_shard, there))
     if not found:
         kinds = ", ".join((*ANNOTATION_SUFFIXES, *TABLE_SUFFIXES, SHARD_SUFFIX))
         raise UserError(f"the folder {folder} holds no {kinds}")
+    _check_told_apart(found, there, folder)
     found = _of_split(found, folder, split)
     _check_complete(found)
     return found
@@ -59,6 +61,26 @@ def _annotations(paths: Iterable[Path]) -> list[Path]:
     archives = {path.with_suffix("") for path in there if _is_shard(path)}
     told = {f"{archive}{suffix}" for archive in archives for suffix in _OF_AN_ARCHIVE}
     return sorted(path for path in there if is_annotation(path) and str(path) not in told)
+
+
+def _check_told_apart(found: list[Path], there: list[Path], folder: Path) -> None:
+    """Let pass a folder whose tables or archives are its records.
+
+    Raises:
+        UserError: it holds tables, and archives that are not those of a table each.
+    """
+    tables = [path for path in found if _is_table(path)]
+    shards = [path for path in there if _is_shard(path)]
+    if tables and shards:
+        one, other = (path.relative_to(folder) for path in (tables[0], min(shards)))
+        raise UserError(
+            f"{folder} holds tables ({one}) and tar archives ({other}), and either may be the records; name "
+            f"those that are: {_pattern(folder, one)} or {_pattern(folder, other)}"
+        )
+
+
+def _pattern(folder: Path, file: Path) -> str:
+    return str(Path(folder.name, file.parent, f"*{file.suffix}"))
 
 
 def _is_table(path: Path) -> bool:

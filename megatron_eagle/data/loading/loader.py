@@ -38,7 +38,8 @@ from megatron_eagle.data.media.remote.files import MediaAccess
 from megatron_eagle.data.media.remote.settings import RemoteSettings
 from megatron_eagle.data.packing.balance import deal, pack_costs
 from megatron_eagle.data.packing.index import PackIndex, read_packs
-from megatron_eagle.data.store.reader import DataManifest, Rows, SampleStore
+from megatron_eagle.data.store.manifest import DataManifest
+from megatron_eagle.data.store.reader import Rows, SampleStore
 from megatron_eagle.data.store.shards import ShardStore, store_folder
 from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged

@@ -23,7 +23,7 @@ from megatron_eagle.files import write_whole
 from megatron_eagle.problems import Problem
 
 _MAPPED = 1 << 23  # bytes from which on an index is mapped
-_FORM = "2"  # of the file
+_FORM = "3"  # of the file
 _SCHEMA = pa.schema(
     [
         ("name", pa.large_binary()),
@@ -31,6 +31,7 @@ _SCHEMA = pa.schema(
         ("size", pa.int64()),
         ("refused", pa.large_binary()),
         ("crc", pa.int64()),
+        ("packed", pa.bool_()),
         ("by_name", pa.int64()),
     ]
 )
@@ -42,7 +43,7 @@ class ArchiveIndex:
     def __init__(self, file: str, kind: str, table: pa.Table):
         self.file, self.kind = file, kind
         columns = {name: table[name].combine_chunks() for name in _SCHEMA.names}
-        self._names, self._refused = columns["name"], columns["refused"]
+        self._names, self._refused, self._packed = (columns[name] for name in ("name", "refused", "packed"))
         self._places, self._sizes, self._crcs, self._by_name = (
             np.asarray(columns[name]) for name in ("place", "size", "crc", "by_name")
         )
@@ -86,11 +87,12 @@ class ArchiveIndex:
         if refused := self.refused(number):
             raise Problem("unsupported media", f"{self.name(number)} in {self.file} is {refused}")
         place, size = int(self._places[number]), self.size(number)
-        if (crc := int(self._crcs[number])) >= 0:
+        if self.kind == "tar":
+            return str(MemberRef("tar", self.file, place, size))
+        crc = int(self._crcs[number])
+        if self._packed[number].as_py():
             return str(MemberRef("unzip", self.file, place, size, crc))
-        if self.kind == "zip":
-            place = _behind_header(self.file, place)
-        return str(MemberRef(self.kind, self.file, place, size))
+        return str(MemberRef("zip", self.file, _behind_header(self.file, place), size, crc))
 
     def _name_at(self, rank: int) -> bytes:
         return bytes(self._names[int(self._by_name[rank])].as_py())
@@ -149,6 +151,7 @@ def _table(members: Sequence[Member]) -> pa.Table:
         [member.size for member in members],
         [member.refused.encode(errors="surrogateescape") for member in members],
         [member.crc for member in members],
+        [member.packed for member in members],
         sorted(range(len(names)), key=names.__getitem__),
     ]
     return pa.Table.from_arrays(

@@ -36,7 +36,8 @@ class Member:
     Attributes:
         place: where its bytes begin in a tar archive; in a zip archive, where its header does.
         refused: why it cannot be read; empty if it can.
-        crc: the CRC-32 of a compressed member's content; -1 for others.
+        crc: the CRC-32 of a zip member's content; -1 in a tar archive, which has none.
+        packed: whether it is compressed.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Member:
     size: int
     refused: str = ""
     crc: int = -1
+    packed: bool = False
 
 
 def archive_kind(path: Path) -> str:
@@ -151,7 +153,7 @@ def _zip_members(path: Path) -> Iterator[Member]:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                if not member.is_dir():
+                if not member.filename.endswith(("/", "\\")):
                     yield _zip_member(member)
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise damaged(path, f"({error})") from None
@@ -169,8 +171,10 @@ def _zip_member(member: zipfile.ZipInfo) -> Member:
         refused = f"compressed by a method that is not read ({member.compress_type}); unpack it"
     elif not packed and member.compress_size != member.file_size:
         refused = "damaged: its two sizes differ"
-    crc = member.CRC if packed else -1
-    return Member(member.filename, member.header_offset, member.file_size, refused, crc)
+    name = member.filename
+    if "/" not in name:
+        name = name.replace("\\", "/")  # as Windows packs them, and as unzip reads them
+    return Member(name, member.header_offset, member.file_size, refused, member.CRC, packed)
 
 
 def tar_header_name(file: BinaryIO, place: int) -> str:

@@ -28,5 +28,5 @@ def of_missing(path: str) -> str:
     plain = path.replace("\\", "/")
     if plain == path:
         return ""
-    there = ": that file is there" if os.path.exists(plain) else ""
-    return f"; its name has backslashes, as on Windows; write /{there}"
+    there = ", that file is there" if os.path.exists(plain) else ""
+    return f"; its name has backslashes, as on Windows; write {plain}{there}"

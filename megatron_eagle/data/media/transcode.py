@@ -22,10 +22,12 @@ from megatron_eagle.errors import FULL_DISK, UserError
 from megatron_eagle.files import beside
 from megatron_eagle.problems import Problem
 
+# Threads of its own, as many as there are cores, would decide whether rows of blocks are coded apart.
+_X265 = "pools=none:log-level=0"
 # Encoder and options.  Without B-frames a frame is decoded when it is shown, so that times need no shifting.
 CODECS = {
     "h264": ("libx264", {"preset": "medium", "bf": "0", "sc_threshold": "0"}),
-    "hevc": ("libx265", {"preset": "medium", "x265-params": "bframes=0:scenecut=0:open-gop=0:log-level=0"}),
+    "hevc": ("libx265", {"preset": "medium", "x265-params": f"bframes=0:scenecut=0:open-gop=0:{_X265}"}),
     "vp9": ("libvpx-vp9", {"b": "0", "deadline": "good", "cpu-used": "4", "lag-in-frames": "0"}),
 }
 AUDIO = ("drop", "copy")

@@ -36,8 +36,8 @@ from megatron_eagle.data.preparation.recipe_input import RecipeInput
 from megatron_eagle.data.preparation.reuse import FinishedLines, cache_key, is_current
 from megatron_eagle.data.preparation.summary import LengthCounts
 from megatron_eagle.data.store import media_files
+from megatron_eagle.data.store.manifest import DataManifest, read_manifest, store_format
 from megatron_eagle.data.store.media_names import FOLDER
-from megatron_eagle.data.store.reader import DataManifest, read_manifest, store_format
 from megatron_eagle.data.store.shards import SHARDS
 from megatron_eagle.data.store.signs import SignOfLife, growing_folder, journal_folder
 from megatron_eagle.data.store.token_file import TokenFileWriter

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
-from megatron_eagle.data.store.reader import SampleStore, read_manifest
+from megatron_eagle.data.store.manifest import read_manifest
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError
 
 KINDS = ("frames", "tiles", "pages")

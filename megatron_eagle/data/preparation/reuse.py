@@ -18,8 +18,9 @@ from megatron_eagle.data.annotations.records import description
 from megatron_eagle.data.media.remote.files import ONLY_LOCAL, MediaAccess
 from megatron_eagle.data.media.source import FileMetadata, file_metadata, fingerprint
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, StoreRow
+from megatron_eagle.data.store.manifest import FORMAT_VERSION, read_manifest
 from megatron_eagle.data.store.media_names import FOLDER, is_own
-from megatron_eagle.data.store.reader import FORMAT_VERSION, SampleColumns, SampleStore, read_manifest
+from megatron_eagle.data.store.reader import SampleColumns, SampleStore
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, read_records
 from megatron_eagle.problems import LedgerEntry, Problem

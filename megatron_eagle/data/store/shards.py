@@ -21,16 +21,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_eagle.data.store.reader import (
-    SCHEMA,
-    DataManifest,
-    Rows,
-    SampleStore,
-    StoredSample,
-    find_media,
-    read_manifest,
-    row_readers,
-)
+from megatron_eagle.data.store.manifest import DataManifest, read_manifest
+from megatron_eagle.data.store.reader import SCHEMA, Rows, SampleStore, StoredSample, find_media, row_readers
 from megatron_eagle.data.store.signs import growing_folder
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import from_record, sync, write_whole

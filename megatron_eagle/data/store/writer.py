@@ -62,12 +62,10 @@ def write_tables(folder: Path, tables: Iterable[pa.Table], order: np.ndarray | N
             out.write_table(batch)
     if order is not None:
         repeated = path.with_suffix(".new")
-        with _new_file(repeated) as out:
+        with _new_file(repeated) as out, pa.OSFile(str(path), "rb") as file:
+            rows = pa.ipc.open_file(file)
             for start in range(0, len(order), BATCH_ROWS):
-                # Mapped anew each time: pages that have been read count as this process's memory.
-                with pa.memory_map(str(path)) as file:
-                    rows = pa.ipc.open_file(file).read_all()
-                    out.write_table(rows.take(order[start : start + BATCH_ROWS]).combine_chunks())
+                out.write_table(_rows(rows, order[start : start + BATCH_ROWS]))
         repeated.replace(path)
     for name, dtype in (("tokens", np.int32), ("answers", np.uint16)):
         write_token_index(folder / name, dtype, np.concatenate(lengths), order)
@@ -89,6 +87,13 @@ def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             waiting = waiting.slice(BATCH_ROWS)
     if len(waiting):
         yield _whole(waiting)
+
+
+def _rows(file: pa.RecordBatchFileReader, numbers: np.ndarray) -> pa.Table:
+    """Some rows of a file of `_batches`, of which it reads the batches that have them."""
+    batches, places = np.unique(numbers // BATCH_ROWS, return_inverse=True)
+    table = pa.Table.from_batches([file.get_batch(batch) for batch in batches.tolist()])
+    return table.take(places * BATCH_ROWS + numbers % BATCH_ROWS).combine_chunks()
 
 
 def _whole(rows: pa.Table) -> pa.Table:

@@ -50,7 +50,14 @@ def test_img2dataset(tmp_path):
     nested = make(tmp_path / "b", *(f"part/{name}" for name in (*shards, "00000.parquet", "00001.parquet")))
     assert names(annotation_files(nested), nested) == [f"part/{name}" for name in shards]
     make(folder, "00002.parquet")  # of no archive
-    assert names(annotation_files(folder), folder) == ["00002.parquet"]
+    with pytest.raises(
+        UserError,
+        match=r"tables \(00002.parquet\) and tar archives \(00000.tar\), .*: a/\*.parquet or a/\*.tar",
+    ):
+        annotation_files(folder)
+    make(nested, "more/x.parquet")
+    with pytest.raises(UserError, match=r"name those that are: b/more/\*.parquet or b/part/\*.tar"):
+        annotation_files(nested)
     make(tmp_path / "c", "images.tar", "images.json")  # media and what is said about them
     assert names(annotation_files(tmp_path / "c"), tmp_path / "c") == ["images.json"]
 

@@ -16,6 +16,7 @@ from megatron_eagle.data.annotations.mixture import read_recipe
 from megatron_eagle.data.annotations.references import References
 from megatron_eagle.data.annotations.roots import archives_of, archives_root, open_root, prepared_root
 from megatron_eagle.data.media import archive_scan
+from megatron_eagle.data.media.addresses import members
 from megatron_eagle.data.media.archive_index import index_archive
 from megatron_eagle.data.media.archive_scan import plain_name
 from megatron_eagle.data.media.source import file_metadata, fingerprint, open_bytes
@@ -96,6 +97,33 @@ def test_odd_names_of_archives(tmp_path):
         archive = make_zip(tmp_path / name, {"a.png": b"A"})
         assert read(prepared_root(str(archive), tmp_path / "cache"), "a.png") == b"A"
         assert archives_of(archives_root([str(archive)])) == [str(archive)]
+
+
+def test_names_that_windows_has_packed(tmp_path):
+    """Backslashes stand for folders where an archive's name has no other mark of one."""
+    files = {"images\\a.png": b"A", "images\\": b"", "b/c\\d.png": b"CD"}
+    root = prepared_root(str(make_zip(tmp_path / "a.zip", files)))
+    assert read(root, "images/a.png") == b"A" and read(root, "b/c\\d.png") == b"CD"
+    assert read(prepared_root(str(make_tar(tmp_path / "a.tar", files))), "images\\a.png") == b"A"
+    assert [open_root(root).exists(name) for name in ("images", "images/", "b/c/d.png")] == [False] * 3
+
+
+@pytest.mark.parametrize("size", [3000, members._CHECKED + 1])
+def test_a_stored_member_is_held_against_its_checksum(tmp_path, size):
+    """A large one when it is probed alone."""
+    archive = make_zip(tmp_path / "a.zip", {"a.png": bytes(size), "b.png": b"B"})
+    root = open_root(prepared_root(str(archive)))
+    address = root.path("a.png")
+    assert fingerprint(address) and len(content(address)) == size
+    with archive.open("r+b") as file:
+        file.seek(size - 100)
+        file.write(b"x")
+    for look in (fingerprint, content)[: 1 if size > members._CHECKED else 2]:
+        with pytest.raises(Problem, match="broken archive: .*do not have the checksum"):
+            look(address)
+    assert content(root.path("b.png")) == b"B"
+    without = address.partition("&crc=")[0]  # as older stores have it
+    assert content(without)[size - 140 :].count(b"x") == 1
 
 
 def test_the_folder_around_everything_is_hinted_at(tmp_path):

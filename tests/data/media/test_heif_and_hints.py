@@ -67,8 +67,9 @@ def test_pointers_and_backslashes_get_a_hint(kind, name, tmp_path, tokenizer_dir
     store = make_store(tmp_path, tokenizer_dir, records)
     lines = [json.loads(line)["reason"] for line in (store / "dropped.jsonl").open()]
     assert lines[0].endswith("; it is a pointer of git-lfs, not the file itself; run git lfs pull")
-    assert lines[1].endswith("; its name has backslashes, as on Windows; write /: that file is there")
-    assert lines[2].endswith("; its name has backslashes, as on Windows; write /")
+    hint = f"; its name has backslashes, as on Windows; write {tmp_path}"
+    assert lines[1].endswith(f"{hint}/sub/{name}, that file is there")
+    assert lines[2].endswith(f"{hint}/none/{name}")
 
 
 def test_pictures_in_their_address_go_into_the_store(tmp_path, tokenizer_dir):

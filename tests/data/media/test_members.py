@@ -88,7 +88,8 @@ def test_names():
     assert member_ref("/a.tar?offset=512&size=7") is None
     packed = MemberRef("unzip", "/a.zip", 0, 7, 5)
     assert str(packed) == "unzip:///a.zip?offset=0&size=7&crc=00000005" and member_ref(str(packed)) == packed
-    assert member_ref("unzip:///a.zip?offset=0&size=7") is member_ref(f"zip{str(packed)[5:]}") is None
+    assert member_ref("unzip:///a.zip?offset=0&size=7") is member_ref(f"tar{str(packed)[5:]}") is None
+    assert member_ref(f"zip{str(packed)[5:]}") == MemberRef("zip", "/a.zip", 0, 7, 5)
     page = PageRef(str(member), 2, 28, 56)
     assert str(page).startswith("pdf://tar:///a b/")
 

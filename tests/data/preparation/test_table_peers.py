@@ -1,6 +1,9 @@
-"""Tables beside what writes and spreads them, `datasets` and Ray on two nodes; where these are installed."""
+"""Sets beside what writes and spreads them, `datasets` and Ray on two nodes; `make test-peers` has these."""
 
+import io
 import json
+import tarfile
+import zipfile
 
 import pytest
 from PIL import Image
@@ -8,7 +11,7 @@ from PIL import Image
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.store.reader import SampleStore
 from tests.data import published_sets
-from tests.data.helpers import contents, make_video, read_media
+from tests.data.helpers import contents, make_video, read_media, write_jsonl
 from tests.data.killed import EXECUTION, settings
 
 pytestmark = pytest.mark.slow
@@ -26,7 +29,7 @@ def picture(number):
 
 def test_what_datasets_writes(tmp_path, tokenizer_dir):
     """Parquet, a saved data set, one of several splits, a shuffled one; a video."""
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="no datasets: make test-peers")
     turn = {key: datasets.Value("string") for key in ("user", "assistant")}
     features = {"images": datasets.Sequence(datasets.Image()), "texts": datasets.Sequence(turn)}
     texts = [{"user": ["What?"], "assistant": [f"Picture {k}."]} for k in range(9)]
@@ -60,11 +63,32 @@ def test_what_datasets_writes(tmp_path, tokenizer_dir):
 
 
 def test_two_nodes_make_the_same_bytes(tmp_path, tokenizer_dir):
-    ray = pytest.importorskip("ray")
+    """Of tables, of a WebDataset, and of lines whose pictures lie in a compressed archive."""
+    ray = pytest.importorskip("ray", reason="no Ray: make test-peers")
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     published_sets.fine_vision(tmp_path / "a", 60, 3)
     published_sets.saved(tmp_path / "b", 10)
-    make(tmp_path, tokenizer_dir, a={"annotation": "a"}, b={"annotation": "b"})
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A colour."}]
+    with tarfile.open(tmp_path / "c.tar", "w") as tar, zipfile.ZipFile(tmp_path / "d.zip", "w", 8) as packed:
+        for k in range(20):
+            for name, content in (
+                (f"{k}.png", published_sets.picture(k)),
+                (f"{k}.json", json.dumps(turns).encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            packed.writestr(f"{k}.png", published_sets.picture(k))
+    write_jsonl(tmp_path / "d.jsonl", [{"image": f"{k}.png", "conversations": turns} for k in range(20)])
+    store = make(
+        tmp_path,
+        tokenizer_dir,
+        a={"annotation": "a"},
+        b={"annotation": "b"},
+        c={"annotation": "c.tar"},
+        d={"annotation": "d.jsonl", "root": "d.zip"},
+    )
+    assert len(store) == 60 + 10 + 20 + 20
     cluster = cluster_utils.Cluster()
     try:
         for _ in range(2):

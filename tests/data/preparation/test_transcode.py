@@ -64,6 +64,17 @@ def test_frames_and_times_are_kept(tmp_path, codec):
     assert [path.name for path in target.parent.iterdir()] == ["copy.mp4"]
 
 
+@pytest.mark.parametrize(
+    "codec, said",
+    [("h264", b" threads=1 lookahead_threads=1 "), ("hevc", b" frame-threads=1 numa-pools=none no-wpp ")],
+)
+def test_nothing_follows_from_the_machines_cores(tmp_path, codec, said):
+    """What the encoders say of themselves in the copy."""
+    source = make_video(tmp_path / "a.mp4", 5)
+    transcode_video(str(source), tmp_path / "b.mp4", TranscodeSettings(size=64, gop=4, codec=codec))
+    assert said in (tmp_path / "b.mp4").read_bytes()
+
+
 def test_no_frame_gets_larger(tmp_path):
     source = make_video(tmp_path / "v.mp4", 5, size=(128, 34))
     transcode_video(str(source), tmp_path / "c.mp4", SMALL)

@@ -4,19 +4,16 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from megatron_eagle.data.store.reader import (
-    BATCH_ROWS,
-    SCHEMA,
-    DataManifest,
-    ImagePlan,
-    SampleColumns,
-    SampleStore,
-)
+from megatron_eagle.data.preparation.journal import Journal
+from megatron_eagle.data.store import writer
+from megatron_eagle.data.store.manifest import DataManifest
+from megatron_eagle.data.store.reader import BATCH_ROWS, SCHEMA, ImagePlan, SampleColumns, SampleStore
 from megatron_eagle.data.store.token_file import TokenFileWriter, write_token_index
 
 N_ROWS = 300_000
@@ -54,10 +51,10 @@ def path(tmp_path_factory):
     rows = [columns(row) for row in range(BATCH_ROWS)]
     lengths = np.array([row.n_tokens for row in rows], np.int32)
     for name, dtype in (("tokens", np.int32), ("answers", np.uint16)):
-        writer = TokenFileWriter(target / name, dtype)
+        tokens = TokenFileWriter(target / name, dtype)
         for n in lengths.tolist():
-            writer.add(np.arange(n).astype(dtype))
-        writer.close()
+            tokens.add(np.arange(n).astype(dtype))
+        tokens.close()
         write_token_index(target / name, dtype, lengths, np.arange(N_ROWS) % BATCH_ROWS)
     batch = pa.RecordBatch.from_pylist([asdict(row) for row in rows], SCHEMA)
     with pa.ipc.new_file(str(target / "samples.arrow"), SCHEMA) as out:
@@ -113,3 +110,32 @@ print(time.process_time() - start, megabytes() - before)
     seconds, megabytes = map(float, done.stdout.split())
     assert seconds < 0.5
     assert megabytes < 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_tables_are_written_in_the_memory_of_a_few_batches(tmp_path, monkeypatch, repeats):
+    """From the entries of a journal, one at a time and not mapped: pages that were read would count."""
+    entries, n = 60, BATCH_ROWS // 2
+    journal = Journal(tmp_path / "journal", "key")
+    entry = pa.Table.from_pylist([asdict(columns(row)) for row in range(n)], SCHEMA)
+    for _ in range(entries):
+        journal.commit(n, [], {8: entry})
+    order = np.tile(np.arange(entries * n), repeats) if repeats > 1 else None
+    before, held = pa.total_allocated_bytes(), []
+
+    def look(value):
+        assert str(tmp_path / "journal") not in Path("/proc/self/maps").read_text()
+        held.append((pa.total_allocated_bytes() - before) / entry.nbytes)
+        return value
+
+    some_rows = writer._rows
+    monkeypatch.setattr(writer, "_rows", lambda *some: look(some_rows(*some)))
+    writer.write_tables(tmp_path, map(look, journal.tables(8)), order)
+    assert len(held) == entries + entries // 2 * repeats * (repeats > 1)
+    assert 1 <= max(held) < 20
+    whole = list(map(look, journal.tables(8)))
+    assert max(held) >= entries, "what is held is seen"
+    with pa.ipc.open_file(str(tmp_path / "samples.arrow")) as file:
+        assert file.num_record_batches == entries // 2 * repeats
+        assert file.read_all().equals(pa.concat_tables(whole * repeats))

@@ -1,16 +1,18 @@
-"""Parts of larger files, read where they lie: `tar://FILE?offset=N&size=M`, likewise `zip://` and `arrow://`.
+"""Parts of larger files, read where they lie: `tar://FILE?offset=N&size=M`, likewise `arrow://`, and
+`zip://FILE?offset=N&size=M&crc=C`.
 
-FILE is as it is; N is where the member's bytes begin in it, M how many there are; in an Arrow file they are a
-value of a column.  What is compressed in a zip archive has no such bytes: `unzip://FILE?offset=N&size=M&crc=C`
-is unpacked in memory whenever it is read; N is where its header begins, C the CRC-32 of what comes out.
+FILE is as it is; N is where the member's bytes begin in it, M how many there are, C their CRC-32; in an Arrow
+file they are a value of a column.  What is compressed in a zip archive has no such bytes: `unzip://` with the
+same is unpacked in memory whenever it is read; N is where its header begins, M and C are of what comes out.
 """
 
 import io
 import os
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from typing import Any, BinaryIO
 
 from megatron_eagle.data.media.addresses.base import FileMetadata, content_fingerprint, file_status
@@ -22,7 +24,9 @@ _MEMBER = re.compile(
     re.DOTALL,
 )
 _OPEN_ARCHIVES = 64  # at a time, beside those that are being read
+_WITH_CRC = {True: ("zip", "unzip"), False: ("tar", "zip", "arrow")}
 _WHOLE = 1 << 20  # bytes up to which a member is read at once
+_CHECKED = 1 << 25  # the same of a member that has a checksum; larger ones are checked when they are probed
 _BUFFER = 1 << 16
 # Of a tar header (POSIX ustar): its length, and where the member's size is in it.
 _HEADER, _SIZE_AT, _SIZE_LENGTH = 512, 124, 12
@@ -33,7 +37,10 @@ _OTHERWISE = 1 << 33  # a size from which on it may stand elsewhere
 
 @dataclass(frozen=True)
 class MemberRef:
-    """`size` bytes from `offset` on of a file; `kind` is tar, zip, arrow, or unzip, which has a `crc`."""
+    """`size` bytes from `offset` on of a file.
+
+    `kind` is tar, arrow, zip or unzip; the last two have a `crc`, but for zip in older stores.
+    """
 
     kind: str
     file: str
@@ -50,7 +57,7 @@ class MemberRef:
 def member_ref(path: str) -> MemberRef | None:
     """The member that `path` names, or None if it names none."""
     match = _MEMBER.fullmatch(path)
-    if match is None or (match["kind"] == "unzip") != (match["crc"] is not None):
+    if match is None or match["kind"] not in _WITH_CRC[match["crc"] is not None]:
         return None
     crc = int(match["crc"], 16) if match["crc"] else None
     return MemberRef(match["kind"], match["file"], int(match["offset"]), int(match["size"]), crc)
@@ -71,7 +78,10 @@ class Members:
     def fingerprint(self, path: str) -> int:
         """That of a file with the same content."""
         member, status = _found(path)
-        with _bytes(_archive(member.file, status), member) as file:
+        archive = _archive(member.file, status)
+        if member.kind == "zip" and member.size > _CHECKED:
+            _check_sum(member, iter(partial(_MemberFile(archive, member).read, _WHOLE), b""))
+        with _bytes(archive, member) as file:
             return content_fingerprint(file, member.size)
 
     def open(self, path: str) -> BinaryIO:
@@ -164,7 +174,21 @@ def _bytes(archive: _Archive, member: MemberRef) -> BinaryIO:
     if member.kind == "unzip":
         return io.BytesIO(_unpacked(archive, member))
     file = _MemberFile(archive, member)
-    return io.BytesIO(file.readall()) if member.size <= _WHOLE else io.BufferedReader(file, _BUFFER)
+    if member.size > (_WHOLE if member.crc is None else _CHECKED):
+        return io.BufferedReader(file, _BUFFER)
+    content = file.readall()
+    _check_sum(member, [content])
+    return io.BytesIO(content)
+
+
+def _check_sum(member: MemberRef, parts: Iterable[bytes]) -> None:
+    """Hold a stored member against its checksum, if it has one.
+
+    Raises:
+        Problem: it is damaged, or not the one that was indexed.
+    """
+    if member.crc is not None and reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0) != member.crc:
+        raise Problem("broken archive", f"{member}: its bytes do not have the checksum that it says")
 
 
 def _unpacked(archive: _Archive, member: MemberRef) -> bytes:

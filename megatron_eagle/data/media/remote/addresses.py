@@ -12,7 +12,7 @@ _REMOTE = re.compile(rf"(?:{'|'.join(SCHEMES)})://", re.IGNORECASE)
 # What a remote file is, what is inside it (a member, a page), and where that is.
 _NAME = re.compile(
     rf"(?P<before>(?:(?:tar|zip|pdf)://)*)(?P<address>(?:{'|'.join(SCHEMES)})://.+?)"
-    r"(?P<after>(?:\?(?:offset|page)=\d+&size=[0-9x]+)*)",
+    r"(?P<after>(?:\?(?:offset|page)=\d+&size=[0-9x]+(?:&crc=[0-9a-f]{8})?)*)",
     re.DOTALL,
 )
 _HUB_KINDS = ("datasets", "models", "spaces", "buckets")  # in front of OWNER/NAME
@@ -67,6 +67,8 @@ def parse_place(text: str) -> RemoteAddress:
     revision = ""
     if scheme == "https":
         place = _web_host(text)
+        if "#" in path:
+            raise ValueError(f"{named} has a #, which ends an address of the web; of a file's name it is %23")
     elif scheme == "hf":
         place, revision, path = _hub_parts(rest)
     if not place or re.search(r"[\s\\@]", place) or (scheme in ("s3", "gs") and _has_password(place)):
@@ -159,6 +161,8 @@ def below(root: str, path: str) -> str:
         Problem: it leads out of its bucket, repository or host.
     """
     folder = parse_place(root)
+    if folder.scheme == "https":
+        path = path.replace("?", "%3F").replace("#", "%23")  # it is the name of a file, not an address
     joined = posixpath.normpath(posixpath.join(folder.path, path))
     if joined.startswith("..") or joined == ".":
         raise Problem("bad media reference", f"{path!r} is no file below {root}")

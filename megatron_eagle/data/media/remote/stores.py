@@ -28,6 +28,10 @@ class BadAnswer(Exception):
     """A store's answer that cannot be right, in words: another try may get a better one."""
 
 
+class NoIdentity(Problem):
+    """A file that could not be told from another one of its size."""
+
+
 class Refusal(Exception):
     """A status that says no: `args[0]`."""
 
@@ -214,16 +218,16 @@ class WebStore:
         """By HEAD, or by the head of a GET where a server does not know that."""
         try:
             with self.answer(str(address), "HEAD") as answer:
-                return _web_identity(answer.headers)
-        except (Refusal, BadAnswer):
+                return _web_identity(answer.headers, address)
+        except (Refusal, BadAnswer, NoIdentity):
             with self.answer(str(address)) as answer:
-                return _web_identity(answer.headers)
+                return _web_identity(answer.headers, address)
 
     @contextmanager
     def open(self, address: RemoteAddress) -> Iterator[OpenFile]:
         """One GET."""
         with self.answer(str(address)) as answer:
-            yield OpenFile(_web_identity(answer.headers), self.pieces(answer))
+            yield OpenFile(_web_identity(answer.headers, address), self.pieces(answer))
 
     @contextmanager
     def answer(
@@ -291,11 +295,18 @@ class WebStore:
             )
 
 
-def _web_identity(headers: Mapping[str, str]) -> Identity:
+def _web_identity(headers: Mapping[str, str], address: RemoteAddress) -> Identity:
     size = headers.get("Content-Length", "")
     if not size.isdigit():
         raise BadAnswer("the server does not say how many bytes it has")
-    return Identity(int(size), headers.get("ETag") or headers.get("Last-Modified") or "")
+    tag = headers.get("ETag") or headers.get("Last-Modified")
+    if not tag:
+        raise NoIdentity(
+            "media without identity",
+            f"{address}: the server gives neither an ETag nor a date, so that another file of that size "
+            "would go unseen; download it, or have the server give one",
+        )
+    return Identity(int(size), tag)
 
 
 class HubStore:

@@ -144,6 +144,7 @@ class Web(Server):
     redirects: dict[str, str] = field(default_factory=dict)
     files_of_certificate: tuple[str, str] | None = None
     knows_head: bool = True
+    knows_tags: bool = True
 
     def certificate(self) -> tuple[str, str] | None:
         """See `Server`."""
@@ -158,7 +159,7 @@ class Web(Server):
         content = self.files.get(path)
         if content is None:
             return Answer(404)
-        tag = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'}
+        tag = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'} if self.knows_tags else {}
         return Answer(200, content, tag | ({"Content-Length": str(len(content))} if method == "HEAD" else {}))
 
 

@@ -145,6 +145,28 @@ def test_a_web_server(web, tmp_path):
         fetch(files, f"{host}/none.jpg")
 
 
+def test_a_web_server_that_names_no_version(web, tmp_path):
+    """A file that only its size tells apart is refused, at once, when it is asked for and when fetched."""
+    web.files["/a.jpg"], web.knows_tags = CONTENT, False
+    files = opened(tmp_path, web.url)
+    for ask in (files.metadata, lambda address: fetch(files, address)):
+        with pytest.raises(Problem, match="media without identity: .*/a.jpg: the server gives neither an"):
+            ask(f"{web.url}/a.jpg")
+    assert [request.split()[0] for request in web.requests] == ["HEAD", "GET", "GET"]
+    web.knows_tags = True
+    assert fetch(files, f"{web.url}/a.jpg") == CONTENT
+
+
+def test_marks_in_the_names_of_web_files(web, tmp_path):
+    """Relative to a root they are of a file's name; an address ends at a #: another file would come."""
+    web.files |= {"/f/a%231%3F.jpg": CONTENT, "/f/a": b"another"}
+    files = opened(tmp_path, web.url)
+    assert fetch(files, below(f"{web.url}/f", "a#1?.jpg")) == CONTENT
+    with pytest.raises(Problem, match="bad media reference: .* has a #, .* of a file's name it is %23"):
+        fetch(files, f"{web.url}/f/a#1?.jpg")
+    assert below("s3://b/f", "a#1?.jpg") == "s3://b/f/a#1?.jpg"
+
+
 def test_redirects_of_a_web_server(web, certificate, tmp_path):
     with Web(files={"/new.jpg": CONTENT}, files_of_certificate=certificate).running() as other:
         web.files["/here.jpg"] = b"here"
