@@ -7,12 +7,17 @@ any other key that nobody knows.
 """
 
 import codecs
+import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_eagle.data.annotations.dialects import tell
 from megatron_eagle.data.annotations.energon import PartField, energon_folder_of
@@ -40,6 +45,8 @@ _MEDIA = frozenset(
 _MAX_TEXT = 1 << 26  # bytes of a part that is read as text
 _NUMBER = re.compile(r"\d+")
 
+_NONE = np.zeros(0, np.int64)
+
 _Parts = dict[str, int]  # of a record, by name: their numbers in the index
 
 
@@ -63,15 +70,17 @@ class TarRecords:
         if self._energon and self._energon.code:
             self.form += ", its sample_loader is not run"
         self._index: ArchiveIndex | None = None
-        self._groups: list[_Parts] = []
-        self._n_records = len(self._load())
+        self._members, self._bounds = _NONE, np.zeros(1, np.int64)
+        self._n_records = len(self._load()) - 1
         if not self._n_records:
             raise UserError(f"{path} holds no record")
-        if all(_suffix(part) in _SHOWN for parts in self._groups for part in parts):
+        if all(_suffix(part) in _SHOWN for i in range(self._n_records) for part in self._parts(i)):
             raise UserError(
                 f"{path} holds media and no texts; where annotations name them, it may be their root"
             )
-        kinds = sorted({_NUMBER.sub("#", part) for parts in self._groups[:100] for part in parts})
+        kinds = sorted(
+            {_NUMBER.sub("#", part) for i in range(min(100, self._n_records)) for part in self._parts(i)}
+        )
         self.layout = f"{path.parent}: {' '.join(kinds)}"
 
     def __len__(self) -> int:
@@ -83,24 +92,29 @@ class TarRecords:
         Raises:
             Problem: its parts cannot be read, or do not belong together.
         """
-        parts = self._load()[number]
+        self._load()
         assert self._index is not None, "as loaded"
-        return json.dumps(_Record(self._index, parts, self._fields).content()).encode()
+        return json.dumps(_Record(self._index, self._parts(number), self._fields).content()).encode()
 
     def close(self) -> None:
         """Let the index go, until it is read again."""
-        self._index, self._groups = None, []
+        self._index, self._members, self._bounds = None, _NONE, np.zeros(1, np.int64)
 
-    def _load(self) -> list[_Parts]:
+    def _load(self) -> np.ndarray:
+        """Where the members of each record begin among those of all, int64 [records + 1]."""
         if self._index is None:
             energon = self._energon
             known = energon.members if energon else None
             self._index = index_archive(self._path, "tar", self._cache, known)
-            groups = _groups(self._index)
-            self._groups = [
-                parts for key, parts in groups.items() if not energon or energon.takes(self._path, key)
-            ]
-        return self._groups
+            takes = partial(energon.takes, self._path) if energon else None
+            self._members, self._bounds = _grouped(self._index, takes)
+        return self._bounds
+
+    def _parts(self, number: int) -> _Parts:
+        """The parts of a record."""
+        assert self._index is not None, "as loaded"
+        members = self._members[slice(*self._bounds[number : number + 2])].tolist()
+        return {_base_and_part(self._index.name(member))[1]: member for member in members}
 
 
 def shard_description(path: Path) -> str:
@@ -113,15 +127,35 @@ def shard_description(path: Path) -> str:
     return repr((energon.fields, excluded))
 
 
-def _groups(index: ArchiveIndex) -> dict[str, _Parts]:
-    """The parts of each record by its base name, in the order of their first parts."""
-    groups: dict[str, _Parts] = {}
+def _grouped(index: ArchiveIndex, takes: Callable[[str], bool] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The members of each record, in the order of the records' first ones, and where each record begins.
+
+    16 bytes a member at most: an archive may have millions.
+
+    Args:
+        takes: whether the record of a base name is one; None: all are.
+    """
+    members, names = array("q"), array("Q")
     for number in range(len(index)):
-        folder, _, name = index.name(number).rpartition("/")
-        base, _, part = name.partition(".")
-        if base and not base.startswith("__") and part:
-            groups.setdefault(f"{folder}/{base}" if folder else base, {})[part] = number
-    return groups
+        base, part = _base_and_part(index.name(number))
+        if part and (takes is None or takes(base)):
+            members.append(number)
+            digest = hashlib.blake2b(base.encode(errors="surrogateescape"), digest_size=8).digest()
+            names.append(int.from_bytes(digest))
+    _, first, record = np.unique(np.array(names, np.uint64), return_index=True, return_inverse=True)
+    order = np.argsort(first[record], kind="stable")  # a record is named by its first member
+    begins = np.flatnonzero(np.diff(first[record][order], prepend=-1))
+    bounds = np.append(begins, len(order))
+    return np.array(members, np.int64)[order], bounds
+
+
+def _base_and_part(name: str) -> tuple[str, str]:
+    """The base name of a member with its folder, and what part it is; nothing for one of no record."""
+    folder, _, file = name.rpartition("/")
+    base, _, part = file.partition(".")
+    if not base or base.startswith("__") or not part:
+        return "", ""
+    return f"{folder}/{base}" if folder else base, part
 
 
 class _Record:

@@ -8,6 +8,12 @@ import numpy as np
 _BLOCK = 4096  # lines that are Python numbers at a time
 
 
+def line_keys(sources: np.ndarray, lines: np.ndarray) -> np.ndarray:
+    """One number for each line of each source, int64."""
+    keys: np.ndarray = (sources.astype(np.int64) << 40) + lines
+    return keys
+
+
 class LineNumbers(Sequence[tuple[int, int]]):
     """Pairs of a file's number and a line of it, both from 0."""
 

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_eagle.data.preparation.line_numbers import LineNumbers
+from megatron_eagle.data.preparation.line_numbers import LineNumbers, line_keys
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,8 @@ def match(lines: Takes, sources: np.ndarray, numbers: np.ndarray, start: int) ->
         sources, numbers: source and 1-based line of the rows from row `start` on, which are in the order of
             the lines; there may be rows of later lines among them.
     """
-    asked = _keys(lines.sources[lines.first], lines.lines[lines.first])
-    has_row = np.isin(asked, _keys(sources, numbers.astype(np.int64) - 1))
+    asked = line_keys(lines.sources[lines.first], lines.lines[lines.first])
+    has_row = np.isin(asked, line_keys(sources, numbers.astype(np.int64) - 1))
     found = np.full(len(asked), -1, np.int64)
     found[has_row] = start + np.arange(int(has_row.sum()))
     return found
-
-
-def _keys(sources: np.ndarray, lines: np.ndarray) -> np.ndarray:
-    """One number for each line of each source."""
-    keys: np.ndarray = (sources.astype(np.int64) << 40) + lines
-    return keys

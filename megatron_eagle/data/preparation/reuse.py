@@ -17,6 +17,7 @@ from megatron_eagle.data.annotations.mixture import Dataset
 from megatron_eagle.data.annotations.records import description
 from megatron_eagle.data.media.remote.files import ONLY_LOCAL, MediaAccess
 from megatron_eagle.data.media.source import FileMetadata, file_metadata, fingerprint
+from megatron_eagle.data.preparation.line_numbers import line_keys
 from megatron_eagle.data.preparation.processor import Outcome, PreprocessSettings, StoreRow
 from megatron_eagle.data.store.manifest import FORMAT_VERSION, read_manifest
 from megatron_eagle.data.store.media_names import FOLDER, is_own
@@ -141,21 +142,29 @@ class FinishedLines:
         }
         """The lines to be tried again."""
         self._stores = {length: SampleStore(folder, length) for length in manifest.lengths}
-        self._rows = {length: _first_rows(store) for length, store in self._stores.items()}
+        self._rows = {length: _FirstRows(store) for length, store in self._stores.items()}
 
     def outcome(self, line: tuple[int, int]) -> Outcome:
         """What became of a line that is not among the failed ones."""
         rows = {}
         for length, store in self._stores.items():
-            if (row := self._rows[length].get(line)) is not None:
+            if (row := self._rows[length].find(*line)) is not None:
                 sample = store[row]
                 columns = SampleColumns(**{f.name: getattr(sample, f.name) for f in fields(SampleColumns)})
                 rows[length] = StoreRow(sample.ids, sample.answers, columns)
         return Outcome(rows, tuple(self._dropped.get(line, ())))
 
 
-def _first_rows(store: SampleStore) -> dict[tuple[int, int], int]:
-    """The row of each line, by source and line from 0; of a line that is repeated the first."""
-    sources, lines = (np.asarray(store.column(name))[::-1].tolist() for name in ("source", "line"))
-    last = len(store) - 1
-    return {(source, line - 1): last - i for i, (source, line) in enumerate(zip(sources, lines, strict=True))}
+class _FirstRows:
+    """The row of each line, of one that is repeated the first: 16 bytes a line."""
+
+    def __init__(self, store: SampleStore):
+        sources, lines = (np.asarray(store.column(name)) for name in ("source", "line"))
+        self._lines, self._rows = np.unique(line_keys(sources, lines.astype(np.int64)), return_index=True)
+
+    def find(self, source: int, line: int) -> int | None:
+        """The row of a line (from 0), or None."""
+        key = line_keys(np.array(source), np.array(line + 1))
+        place = int(np.searchsorted(self._lines, key))
+        found = place < len(self._lines) and self._lines[place] == key
+        return int(self._rows[place]) if found else None
