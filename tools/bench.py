@@ -13,7 +13,6 @@ BENCHMARKS = (
     "activation_offload",
     "attention",
     "checkpoint",
-    "containers",
     "context_parallel",
     "convert",
     "dali",

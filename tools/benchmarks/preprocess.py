@@ -1,24 +1,27 @@
-"""Preprocessing: one process, several, three lengths in one pass, beside the loop that one writes first.
+"""Preprocessing: ways of doing it beside the loop that one writes first; containers beside peers; growth.
 
-The input is made here: pictures of 1280x720, clips of 10 s, and text, in equal parts; tiles of 448 pixels.
+The ways have an input of pictures of 1280x720, clips of 10 s, and text, in equal parts; tiles of 448 pixels.
 The naive loop plans one length: it decodes every picture and cuts it into tiles, decodes every clip from its
 start to its end, takes frames evenly until they fit, and tokenises the whole text again for each try.
+
+The containers have the same pictures (see `containers`), then more and more small ones: what memory does.
+Each run is a process of its own.
 """
 
+import importlib.util
 import json
 import os
-import resource
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from benchmarks.containers import CONTAINERS, PEERS, SIZE, SMALL, pictures
+from benchmarks.own_process import in_own_process
 from benchmarks.report import Report, progress
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -44,12 +47,15 @@ def make_input(folder: Path, count: int) -> None:
         _make_clip(folder / f"{k}.mp4", generator)
     with (folder / "data.jsonl").open("w") as out:
         for k in range(count):
-            media = ({}, {"image": f"{k % PICTURES}.jpg"}, {"video": f"{k % CLIPS}.mp4"})[k % 3]
             question = f"{k}. {SENTENCE * (1 + k % 20)}"
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": SENTENCE}]
-            out.write(json.dumps({"conversations": turns, **media}) + "\n")
+            out.write(json.dumps({"conversations": turns, **_media(k)}) + "\n")
     (folder / "recipe.json").write_text('{"data": {"annotation": "data.jsonl"}}')
     make_tokenizer(folder)
+
+
+def _media(k: int) -> dict[str, str]:
+    return ({}, {"image": f"{k % PICTURES}.jpg"}, {"video": f"{k % CLIPS}.mp4"})[k % 3]
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -80,14 +86,22 @@ def _make_clip(path: Path, generator: np.random.Generator) -> None:
         container.mux(stream.encode())
 
 
-def run_ours(folder: Path, lengths: tuple[int, ...], workers: int) -> None:
-    """One run of this project's preprocessing, from nothing."""
-    settings = PreprocessSettings(str(folder / "tokenizer"), lengths)
+def run_ours(folder: Path, lengths: Sequence[int], workers: int = 1) -> int:
+    """One run of this project's preprocessing, from nothing; how many samples it kept."""
+    settings = PreprocessSettings(str(folder / "tokenizer"), tuple(lengths))
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        preprocess(folder / "recipe.json", folder / "store", settings, Execution(workers, fresh=True))
+        manifest = preprocess(
+            folder / "recipe.json", folder / "store", settings, Execution(workers, fresh=True)
+        )
+    return int(manifest.counts[str(lengths[0])]["kept"])
 
 
-def run_naive(folder: Path) -> None:
+def run_each(folder: Path, lengths: Sequence[int]) -> int:
+    """A run for each length."""
+    return [run_ours(folder, (length,)) for length in lengths][0]
+
+
+def run_naive(folder: Path) -> int:
     """The loop that one writes first, for one length."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     rows = []
@@ -108,6 +122,7 @@ def run_naive(folder: Path) -> None:
             n_frames -= 1
         rows.append(np.array(ids, np.int32))
     np.concatenate(rows).tofile(folder / "naive.bin")
+    return len(rows)
 
 
 def _naive_text(record: dict[str, Any], n_tiles: int, n_frames: int) -> str:
@@ -120,52 +135,93 @@ def _naive_text(record: dict[str, Any], n_tiles: int, n_frames: int) -> str:
 
 
 def run(large: bool = False) -> Report:
-    """Measure every way of doing it on the same input."""
-    count = 600 if large else 120
-    workers = min(4, os.cpu_count() or 1)
-    rows = []
+    """Samples and megabytes per second, and the most memory."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        progress(f"making the media of {count} samples")
-        make_input(folder, count)
-        first, every = LENGTHS[:1], LENGTHS
-        ways: dict[str, tuple[int, int, Callable[[], object]]] = {
-            "ours": (1, 1, lambda: run_ours(folder, first, 1)),
-            f"ours, {workers} workers": (workers, 1, lambda: run_ours(folder, first, workers)),
-            "naive loop": (1, 1, lambda: run_naive(folder)),
-            "ours, one pass": (1, 3, lambda: run_ours(folder, every, 1)),
-            "ours, a pass per length": (1, 3, partial(_run_each, folder, every)),
-        }
-        for way, (processes, lengths, function) in ways.items():
-            progress(way)
-            wall, cpu = _timed(function)
-            rows.append(
-                {
-                    "way": way,
-                    "processes": processes,
-                    "lengths": lengths,
-                    "samples": count,
-                    "wall s": wall,
-                    "CPU s": cpu,
-                    "samples per s": count / wall,
-                }
-            )
-    title = "text, pictures of 1280x720 and clips of 10 s in equal parts, tiles of 448 pixels"
+        rows = _ways(folder, 300 if large else 120)
+        rows += _containers(folder, 1000 if large else 200)
+        rows += _growth(folder, large)
+    title = "a mix of text, pictures and clips in several ways; pictures of 960x640 out of containers; growth"
     return Report(title, rows, "--large" * large)
 
 
-def _run_each(folder: Path, lengths: Sequence[int]) -> None:
-    for length in lengths:
-        run_ours(folder, (length,), 1)
+def _ways(folder: Path, count: int) -> list[dict[str, Any]]:
+    progress(f"making the media of {count} samples")
+    make_input(folder, count)
+    workers = min(4, os.cpu_count() or 1)
+    sizes = [sum((folder / name).stat().st_size for name in _media(k).values()) for k in range(count)]
+    first, every = LENGTHS[:1], LENGTHS
+    ways: dict[str, tuple[int, int, Callable[..., int], tuple[Any, ...]]] = {
+        "ours": (1, 1, run_ours, (folder, first)),
+        f"ours, {workers} workers": (workers, 1, run_ours, (folder, first, workers)),
+        "naive loop": (1, 1, run_naive, (folder,)),
+        "ours, one pass": (1, 3, run_ours, (folder, every)),
+        "ours, a pass per length": (1, 3, run_each, (folder, every)),
+    }
+    return [
+        _row("files, a mix", way, processes, lengths, count, sum(sizes) / 1e6, function, *arguments)
+        for way, (processes, lengths, function, arguments) in ways.items()
+    ]
 
 
-def _timed(function: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds, processes that it started and ended included."""
+def _containers(folder: Path, count: int) -> list[dict[str, Any]]:
+    rows = []
+    megabytes = sum(map(len, pictures(count, SIZE))) / 1e6
+    for container, make in CONTAINERS.items():
+        progress(f"making {container}")
+        entry = make(folder, count, SIZE)
+        (folder / "recipe.json").write_text(json.dumps({"data": entry}))
+        rows.append(_row(container, "ours", 1, 1, count, megabytes, run_ours, folder, (8192,)))
+        name, function = PEERS.get(container, ("", None))
+        if function is not None and importlib.util.find_spec(name):
+            way = f"{name}, decoding only"
+            rows.append(_row(container, way, 1, 1, count, megabytes, function, folder, entry))
+    return rows
 
-    def cpu() -> float:
-        usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
-    wall, before = time.perf_counter(), cpu()
-    function()
-    return time.perf_counter() - wall, cpu() - before
+def _growth(folder: Path, large: bool) -> list[dict[str, Any]]:
+    rows = []
+    for container in ("files", "LMDB", "tar", "parquet"):
+        most = (100_000,) if container == "parquet" else ()
+        for count in (1_000, 10_000, *most) if large else (500, 2_000):
+            with tempfile.TemporaryDirectory(dir=folder) as name:
+                grown = Path(name)
+                (grown / "tokenizer").symlink_to(folder / "tokenizer")
+                progress(f"making {container}")
+                entry = CONTAINERS[container](grown, count, SMALL)
+                (grown / "recipe.json").write_text(json.dumps({"data": entry}))
+                megabytes = sum(map(len, pictures(count, SMALL))) / 1e6
+                what = f"{container}, pictures of 64x48"
+                rows.append(_row(what, "ours", 1, 1, count, megabytes, run_ours, grown, (8192,)))
+    return rows
+
+
+def _row(
+    source: str,
+    way: str,
+    processes: int,
+    lengths: int,
+    count: int,
+    megabytes: float,
+    function: Callable[..., int],
+    *arguments: Any,
+) -> dict[str, Any]:
+    progress(f"{source}: {way}, {count:,} samples")
+    samples, used = in_own_process(function, *arguments)
+    if samples != count:
+        raise RuntimeError(f"{source}: {way} has {samples} samples of {count}")
+    return {
+        "from": source,
+        "way": way,
+        "processes": processes,
+        "lengths": lengths,
+        "samples": count,
+        "MB of media": megabytes,
+        "wall s": used.wall,
+        "CPU s": used.cpu,
+        "samples per s": count / used.wall,
+        "samples per CPU s": count / used.cpu,
+        "MB per CPU s": megabytes / used.cpu,
+        "peak MB": used.peak,
+        "anonymous MB": used.anonymous,
+    }
