@@ -46,6 +46,7 @@ setup(
         "megatron_eagle": ["py.typed"],
         "eagle_kernels": ["py.typed"],
         "megatron_eagle.inference": ["*.html"],
+        "megatron_eagle.rehearsal": ["*.cpp"],
         "megatron_eagle.eagle_video": ["*.yaml"],
         "megatron_eagle.eagle_video.prompts": ["*.txt"],
     },

@@ -40,6 +40,7 @@ def linear_cross_entropy(
     labels: Tensor,
     token_weights: Tensor,
     *,
+    supervised: Tensor | None = None,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     sum_input_gradient: bool = True,
@@ -55,6 +56,8 @@ def linear_cross_entropy(
         weight: [rows, h], this rank's vocabulary rows; ranks hold equally many, in order.
         labels: [t] int64 over the whole vocabulary; read only where the token's weight is not 0.
         token_weights: [t] fp32, the same on every rank of `group`.
+        supervised: int64, places of the tokens with a weight, in order, where the caller knows them and has
+            looked at their labels; None: found here, for which the host waits for the device.
         vocab_size: rows of the whole vocabulary; those beyond are padding and get no probability. None: all.
         group: tensor parallel ranks; None: this rank holds the whole vocabulary.
         sum_input_gradient: sum the gradient of x over `group`. False where x was gathered from sequence
@@ -84,8 +87,9 @@ def linear_cross_entropy(
     triton_runs = use_triton(implementation, x)
     if triton_runs:
         check_width("linear_cross_entropy, rows of the weight", n_rows)
-    supervised = token_weights.nonzero().squeeze(1)
-    _check_labels(labels[supervised], vocab_size)
+    if supervised is None:
+        supervised = token_weights.nonzero().squeeze(1)
+        _check_labels(labels[supervised], vocab_size)
     into_main_grad = into_main_grad and torch.is_grad_enabled() and weight.requires_grad
     if into_main_grad and getattr(getattr(weight, "main_grad", None), "dtype", None) != torch.float32:
         raise ValueError("linear_cross_entropy: into_main_grad needs weight.main_grad in fp32")

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eagle.commands.rehearse import add_rehearse, run_rehearse
 from megatron_eagle.errors import UserError
 
 
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | No
         return _check(arguments)
     if arguments.command == "replay":
         return _replay(arguments)
+    if arguments.command == "rehearse":
+        return run_rehearse(arguments)
     return _run(arguments)
 
 
@@ -55,6 +58,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="where each rank of a run stands, and who is behind")
     status.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
     _add_replay(commands)
+    add_rehearse(commands)
     return parser
 
 

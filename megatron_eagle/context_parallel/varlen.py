@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.layout import Segment
+from megatron_eagle.runtime.device import send_to
 
 
 class VarlenShape(NamedTuple):
@@ -26,8 +27,8 @@ def varlen_shape(segments: tuple[Segment, ...], device: torch.device) -> VarlenS
     """
     cu_q, cu_k = ([0, *(part[end] for part in segments)] for end in (1, 3))
     return VarlenShape(
-        torch.tensor(cu_q, dtype=torch.int32, device=device),
-        torch.tensor(cu_k, dtype=torch.int32, device=device),
+        send_to(device, torch.tensor(cu_q, dtype=torch.int32)),
+        send_to(device, torch.tensor(cu_k, dtype=torch.int32)),
         max(part.q_end - part.q_start for part in segments),
         max(part.k_end - part.k_start for part in segments),
     )

@@ -23,6 +23,7 @@ from megatron_eagle.model.eagle import ModelInput, VisionInput
 from megatron_eagle.model.flops import exchange_costs, pair_costs
 from megatron_eagle.model.language import MaybeTargets, Targets
 from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.runtime.device import send_to
 from megatron_eagle.runtime.parallel import Mesh
 
 
@@ -150,8 +151,9 @@ def build_input(
     Args:
         input_ids, position_ids: [S] int64; positions restart in every document.
         tiles: [i, channels, size, size], the tiles of `plan.tiles`, of any type.
-        targets: of all tokens, on any device; None: for logits.
+        targets: of all tokens, on any device, with labels that `check_labels` has seen; None: for logits.
     """
+    supervised = None if targets is None else _supervised(plan, targets.loss_weights, device)
     plan = plan.to(device)
     padding = plan.token_index < 0
 
@@ -165,7 +167,8 @@ def build_input(
         vision = VisionInput(pixels, plan.vision.share, plan.vision.rows)
     return ModelInput(
         input_ids=local(input_ids)[None],
-        targets=targets and Targets(*map(local, (targets.labels, targets.loss_weights, targets.group_ids))),
+        targets=targets
+        and Targets(local(targets.labels), local(targets.loss_weights), local(targets.group_ids), supervised),
         packed=PackedSequence(
             cu_seqlens_q=plan.document_bounds,
             max_seqlen_q=plan.longest_document,
@@ -208,6 +211,8 @@ def make_input(
         _check_pixels(eagle, pixel_values)
         own = plan.tiles or range(0)
         tiles = pixel_values[own.start : own.stop]
+    if targets is not None:
+        check_labels(eagle, targets.labels, targets.loss_weights)
     return build_input(
         plan,
         device,
@@ -216,6 +221,29 @@ def make_input(
         tiles=tiles,
         targets=targets,
     )
+
+
+def check_labels(eagle: EagleConfig, labels: Tensor, loss_weights: Tensor) -> None:
+    """
+    Raises:
+        UserError: a label with a weight in the loss that is no token of the vocabulary.
+    """
+    rows = eagle.text.vocab_size
+    wrong = labels[(loss_weights != 0) & ((labels < 0) | (labels >= rows))]
+    if wrong.numel():
+        raise UserError(
+            f"{wrong.numel()} labels are outside of the vocabulary's 0..{rows - 1}, the first is "
+            f"{wrong[0].item()}: the data are of another tokenizer, or damaged"
+        )
+
+
+def _supervised(plan: InputPlan, loss_weights: Tensor, device: torch.device) -> Tensor | None:
+    """Places, among this rank's tokens, of those with a weight; None where the host does not know weights."""
+    if loss_weights.device.type != "cpu":
+        return None
+    own = plan.token_index
+    rows = loss_weights[own].masked_fill(own < 0, 0).nonzero().squeeze(1)
+    return send_to(device, rows)
 
 
 def _check_tiles(eagle: EagleConfig, image: Tensor, num_tiles: int) -> None:

@@ -24,6 +24,8 @@ class Targets:
     labels: Tensor  # [s] int64
     loss_weights: Tensor  # [s] fp32
     group_ids: Tensor  # [s] int64: whose losses are summed apart
+    # int64, places of the tokens with a weight, whose labels are of the vocabulary; None: not known yet
+    supervised: Tensor | None = None
 
 
 # With targets a model gives losses, without them logits.
@@ -88,6 +90,7 @@ class LanguageModel(GPTModel):
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
             labels.labels,
             labels.loss_weights,
+            supervised=labels.supervised,
             vocab_size=self.vocab_size,
             group=group,
             sum_input_gradient=not sharded,

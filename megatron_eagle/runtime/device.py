@@ -35,6 +35,11 @@ class Device:
         return contextlib.nullcontext() if self.kind == "cuda" else megatron_on_cpu()
 
 
+def send_to(device: torch.device, host: torch.Tensor) -> torch.Tensor:
+    """A host tensor on `device`. The host does not wait for what the device still has to do before."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
 def detect_device() -> Device:
     """CUDA device LOCAL_RANK if there is one, else the CPU.
 

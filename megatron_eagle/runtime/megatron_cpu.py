@@ -180,6 +180,25 @@ def megatron_on_cpu() -> Iterator[None]:
         yield
 
 
+def use_norm_without_waiting() -> None:
+    """Let Megatron's gradient norm stay on the device until it is whole. Safe to call twice.
+
+    Only acts where neither TransformerEngine nor Apex is installed: Megatron 0.16.1 then falls back to a norm
+    that reads every parameter's from the device, one after the other, in each step.
+    """
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(_chunk: int, _overflow: Tensor, lists: list[list[Tensor]], _each: bool) -> tuple[Tensor, None]:
+    """Of all tensors of the lists together, fp32 [1]; as Apex's function of that name."""
+    norms = [norm for tensors in lists for norm in torch._foreach_norm(tensors)]
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
+
+
 def fix_torch_adam_in_distributed_optimizer() -> None:
     """Let Megatron's distributed optimizer save and load `torch.optim.AdamW` state. Safe to call twice.
 

@@ -17,6 +17,7 @@ from megatron_eagle.data.loading.packs import BatchLoader
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.ranges import Range, Ranged
+from megatron_eagle.runtime.device import send_to
 from megatron_eagle.runtime.parallel import Mesh
 from megatron_eagle.training.monitoring.dataset_losses import DatasetLosses, count_datasets, read_datasets
 from megatron_eagle.training.monitoring.metrics import EvaluationMetrics
@@ -138,7 +139,7 @@ def evaluate(
             if mesh.speaks_for_replica:
                 weights, tokens = count_datasets(batch.microbatches, len(datasets))
                 counts += torch.stack([batch.total * weights, tokens])
-    sums = torch.cat([losses, counts.flatten().to(device)])
+    sums = torch.cat([losses, send_to(device, counts.flatten())])
     torch.distributed.all_reduce(sums)
     loss, *by_dataset = sums.tolist()
     return loss / total if total else None, read_datasets(datasets, by_dataset, total)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_eagle.runtime.device import send_to
 from megatron_eagle.training.monitoring.dataset_losses import DatasetLosses, count_datasets, read_datasets
 from megatron_eagle.training.monitoring.step_totals import StepTotals, count_totals, read_totals, zero_totals
 from megatron_eagle.training.run_config import RunConfig
@@ -56,7 +57,8 @@ def forward_backward(run: Run, packs: Sequence[TrainingPack], stop: Collection[s
             keys=[pack.plan.keys for pack in packs] if _exchanges_keys(run.config) else (),
         )
     stops = torch.tensor([len(stop)], dtype=torch.float64)
-    sums = torch.cat([losses, torch.cat([counts.flatten(), stops, totals]).to(losses.device)])
+    of_host = send_to(losses.device, torch.cat([counts.flatten(), stops, totals]))
+    sums = torch.cat([losses, of_host])
     torch.distributed.all_reduce(sums)
     loss, by_dataset, stops, totals = sums.cpu().split([1, 3 * n, 1, len(totals)])
     return BatchResult(

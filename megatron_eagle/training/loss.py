@@ -43,5 +43,5 @@ def megatron_loss(
     by_group = loss.new_zeros(0, dtype=torch.float64)
     if groups:
         by_group = group_losses(token_losses, targets.loss_weights, targets.group_ids, groups)
-    no_count = torch.tensor(_NO_TOKEN_COUNT, dtype=torch.int, device=loss.device)
+    no_count = loss.new_full((), _NO_TOKEN_COUNT, dtype=torch.int)  # no copy from the host to wait for
     return loss, no_count, (loss.detach(), by_group)

@@ -25,7 +25,10 @@ from megatron_eagle.context_parallel.vision_sharding import sum_encoder_gradient
 from megatron_eagle.model.flops import PARTS
 from megatron_eagle.model.parts import check_parts, mask_old_token_rows, optimizer_overrides
 from megatron_eagle.ranges import Range, Ranged
-from megatron_eagle.runtime.megatron_cpu import fix_torch_adam_in_distributed_optimizer
+from megatron_eagle.runtime.megatron_cpu import (
+    fix_torch_adam_in_distributed_optimizer,
+    use_norm_without_waiting,
+)
 
 
 @dataclass
@@ -126,6 +129,7 @@ def build_optimizer(config: OptimizerConfig, models: Sequence[DistributedDataPar
     Copies the fp32 main parameters from the models: load weights before, or `reload_model_params()` after.
     """
     fix_torch_adam_in_distributed_optimizer()
+    use_norm_without_waiting()
     model_config = models[0].config
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",

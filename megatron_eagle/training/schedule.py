@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, TokenPack
 from megatron_eagle.hf_model.tiles import normalize
 from megatron_eagle.model.eagle import ModelInput
-from megatron_eagle.model.inputs import InputPlan, build_input, plan_input
+from megatron_eagle.model.inputs import InputPlan, build_input, check_labels, plan_input
 from megatron_eagle.model.language import Targets
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh
@@ -29,8 +29,9 @@ def plan_batch(eagle: EagleConfig, mesh: Mesh, pin_memory: bool, pack: TokenPack
     """This rank's share of a pack, in the loader's thread.
 
     Raises:
-        UserError: as `plan_input`.
+        UserError: as `plan_input` and `check_labels`.
     """
+    check_labels(eagle, pack.labels, pack.loss_weights)
     plan = plan_input(
         eagle,
         mesh,

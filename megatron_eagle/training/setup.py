@@ -25,6 +25,7 @@ from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.data.loading.packs import BatchLoader, TokenPack
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import patch_cost
+from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.model.layers import choose_layers
 from megatron_eagle.runtime.agreement import agreed
@@ -40,7 +41,7 @@ from megatron_eagle.training.resilience.policy import LossGuard
 from megatron_eagle.training.resilience.waiting import DataWait
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.schedule import plan_batch
-from megatron_eagle.training.start import start_models, start_ranks
+from megatron_eagle.training.start import Initialize, start_models, start_ranks
 
 
 class OpenLoader(Protocol):
@@ -87,10 +88,18 @@ class Run:
 
 
 @contextmanager
-def open_run(config: RunConfig, open_loader: OpenLoader = PackLoader) -> Iterator[Run]:
+def open_run(
+    config: RunConfig,
+    open_loader: OpenLoader = PackLoader,
+    *,
+    initialize: Initialize = initialize_parameters,
+) -> Iterator[Run]:
     """Build `config` on the processes of this job, resumed where its checkpoint stands. Collective.
 
     At the end, also after an error, the data are closed and groups and device are what they were.
+
+    Args:
+        initialize: gives fresh weights their values.
 
     Raises:
         UserError: unreadable data or checkpoint, a library that is not there, unwritable folders.
@@ -100,7 +109,7 @@ def open_run(config: RunConfig, open_loader: OpenLoader = PackLoader) -> Iterato
             choose_libraries(config)
             check_new_logs(config)
         with open_data(config, mesh, device, open_loader) as (loader, held_out):
-            yield _build(config, mesh, device, loader, held_out)
+            yield _build(config, mesh, device, loader, held_out, initialize)
 
 
 @contextmanager
@@ -130,14 +139,19 @@ def open_data(
 
 
 def _build(
-    config: RunConfig, mesh: Mesh, device: Device, loader: BatchLoader[InputPlan], held_out: HeldOut | None
+    config: RunConfig,
+    mesh: Mesh,
+    device: Device,
+    loader: BatchLoader[InputPlan],
+    held_out: HeldOut | None,
+    initialize: Initialize,
 ) -> Run:
     """Give the model its weights: resumed, from another checkpoint, or fresh."""
     checkpoint = config.checkpoint
     save_hf_folder(checkpoint.path, checkpoint=checkpoint.load, data=config.data.folder)
     resume = has_checkpoint(checkpoint.path)
     source = checkpoint.path if resume else checkpoint.load
-    models = start_models(config, mesh, device, source, load=not resume)
+    models = start_models(config, mesh, device, source, load=not resume, initialize=initialize)
     wrapped = wrap_models(models)
     optimizer = build_optimizer(config.optimizer, wrapped)
     scheduler = build_scheduler(config.optimizer, optimizer, config.training.train_iterations)

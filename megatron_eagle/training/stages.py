@@ -24,6 +24,7 @@ from megatron_eagle.runtime.device import detect_device, process_group
 from megatron_eagle.training.run_config import RunConfig, complete_run_config
 from megatron_eagle.training.train import train
 
+_NO_STAGE = ""  # the name of the one run of a file without stages
 # Overrides of these change where all stages lie, not one stage's setting.
 _COMMON_PATHS = ("checkpoint.path", "checkpoint.load", "logging.path")
 
@@ -42,19 +43,9 @@ def load_stages(
     Raises:
         UserError: a run is not as it must be, a stage does not exist, or its predecessor has not finished.
     """
-    values, overrides = load_yaml(path), list(overrides)
-    sections = values.pop("stages", None)
-    if sections is None:
-        if stage is not None:
-            raise UserError(f"{path}: it has no stages; leave out --stage {stage}")
-        return [complete_run_config(apply_overrides(values, overrides), world_size=world_size)]
-    names = _check_sections(sections, str(path))
-    if stage is not None and stage not in names:
-        guess = nearest(stage, names)
-        hint = f"; did you mean {guess!r}?" if guess else ""
-        raise UserError(f"{path}: there is no stage {stage!r}, only {', '.join(names)}{hint}")
-
-    runs = _resolve(values, dict(zip(names, sections.values(), strict=True)), overrides)
+    runs = _runs(path, overrides, stage)
+    if list(runs) == [_NO_STAGE]:
+        return [complete_run_config(runs[_NO_STAGE], world_size=world_size)]
     configs: list[RunConfig] = []
     previous = None
     for name, run in runs.items():
@@ -71,6 +62,34 @@ def load_stages(
             configs.append(complete_run_config(run, world_size=world_size, before=before))
         previous = name
     return configs
+
+
+def stage_settings(
+    path: str | Path, overrides: Iterable[str] = (), *, stage: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Settings of the file's stages, or of `stage` alone, by name; of a file without stages under "".
+
+    Raises:
+        UserError: a stage does not exist, or an override is wrong.
+    """
+    runs = _runs(path, overrides, stage)
+    return {name: run for name, run in runs.items() if stage is None or name == stage}
+
+
+def _runs(path: str | Path, overrides: Iterable[str], stage: str | None) -> dict[str, dict[str, Any]]:
+    """Settings of all runs that the file stands for, of which `stage` must be one."""
+    values, overrides = load_yaml(path), list(overrides)
+    sections = values.pop("stages", None)
+    if sections is None:
+        if stage is not None:
+            raise UserError(f"{path}: it has no stages; leave out --stage {stage}")
+        return {_NO_STAGE: apply_overrides(values, overrides)}
+    names = _check_sections(sections, str(path))
+    if stage is not None and stage not in names:
+        guess = nearest(stage, names)
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        raise UserError(f"{path}: there is no stage {stage!r}, only {', '.join(names)}{hint}")
+    return _resolve(values, dict(zip(names, sections.values(), strict=True)), overrides)
 
 
 def stage_names(path: str | Path) -> list[str]:

@@ -1,6 +1,6 @@
 """A run's processes: device and groups of this rank, its model, the weights that it starts from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from megatron_eagle.runtime.determinism import set_deterministic
 from megatron_eagle.runtime.device import Device, detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, model_parallel
 from megatron_eagle.training.run_config import RunConfig
+
+Initialize = Callable[[list[EagleModel], int], None]  # sets what the chunks have no weights for, from a seed
 
 
 @contextmanager
@@ -36,6 +38,7 @@ def start_models(
     *,
     load: bool,
     iteration: int | None = None,
+    initialize: Initialize = initialize_parameters,
 ) -> list[EagleModel]:
     """This rank's chunks, with the parts frozen that do not train, and with the run's adapters. Collective.
 
@@ -43,6 +46,7 @@ def start_models(
         source: the checkpoint that they start from; None: fresh weights.
         load: whether its weights are read here, or later with the optimizer's state.
         iteration: of `source`; None: the latest.
+        initialize: gives fresh weights their values.
     Raises:
         UserError: as `build_model` and `load_checkpoint`.
     """
@@ -55,7 +59,7 @@ def start_models(
     if config.lora is not None and has_adapters:
         add_lora(models, config.lora, seed=config.training.seed)
     if source is None:
-        initialize_parameters(models, config.training.seed)
+        initialize(models, config.training.seed)
     elif load:
         load_checkpoint(source, models=models, verify_files=config.checkpoint.verify, iteration=iteration)
     if config.lora is not None and not has_adapters:

@@ -75,8 +75,8 @@ def _describe(file: Path) -> str | None:
         docstring = ast.get_docstring(ast.parse(text))
         return docstring.splitlines()[0].rstrip(".:") if docstring else None
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#!")]
-    # YAML, scripts, Markdown: the first comment or heading.
-    return lines[0].lstrip("# ").rstrip(".") if lines and lines[0].startswith("#") else None
+    # YAML, scripts, Markdown, C++: the first comment or heading.
+    return lines[0].lstrip("#/ ").rstrip(".") if lines and lines[0].startswith(("#", "//")) else None
 
 
 def _order(file: Path) -> tuple:

@@ -305,6 +305,10 @@ CASES = [
 
 # Functions that write a file in its place, and why none of them can lose what was there.
 IN_PLACE = {
+    "between two processes, in a folder that ends with them": {
+        "rehearsal/server._run",
+        "rehearsal/session.run_jobs",
+    },
     "into a folder that gets its name when it is complete": {
         "config.save_yaml",
         "convert/hf_metadata.write_hf_metadata",

@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from megatron_eagle.data.loading.identity import DataIdentity
+from megatron_eagle.runtime.device import send_to
 from megatron_eagle.runtime.gpus import known_gpu
 from megatron_eagle.training.monitoring.metrics import StepMetrics
 from megatron_eagle.training.monitoring.observer import Observer, Step
@@ -71,15 +72,12 @@ class StepMeter(Observer):
         The peak of device memory is counted anew from here.
         """
         device, cuda = self._device, self._device.type == "cuda"
-        most = torch.tensor(
-            [
-                step.data_seconds,
-                psutil.Process().memory_info().rss / _GIB,
-                torch.cuda.max_memory_allocated(device) / _GIB if cuda else 0.0,
-            ],
-            dtype=torch.float64,
-            device=device,
-        )
+        mine = [
+            step.data_seconds,
+            psutil.Process().memory_info().rss / _GIB,
+            torch.cuda.max_memory_allocated(device) / _GIB if cuda else 0.0,
+        ]
+        most = send_to(device, torch.tensor(mine, dtype=torch.float64))
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)

@@ -20,7 +20,7 @@ from megatron_eagle.training.monitoring.observer import Observer
 
 def host_group() -> dist.ProcessGroup | None:
     """A group of all ranks for tensors on the host; None: the default group is one. Collective."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", group_desc="HOST")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,249 @@
+"""Tensors on a GPU that is not there: shapes, types, devices and strides, and no data. The host's stay real.
+
+What the host asks of them is made up: a scalar is one (true), what is copied to the host is zeros. Every such
+question is noted, for on a GPU the host would wait for its answer.
+"""
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_eagle.rehearsal.findings import Findings
+from megatron_eagle.rehearsal.memory import Memory
+from megatron_eagle.rehearsal.messages import Recorder
+from megatron_eagle.rehearsal.work import Kernel, Work, attention_workspace, flops_of, has_workspace, size_of
+
+_aten = torch.ops.aten
+_SMALL = 1 << 20  # elements: the values of such index tensors are remembered
+# Their kernels want one type, while fake ones let others pass.
+_STRICT = {
+    f"aten::{name}"
+    for name in (
+        "mm",
+        "bmm",
+        "addmm",
+        "addmm_",
+        "baddbmm",
+        "dot",
+        "convolution",
+        "index_copy",
+        "index_copy_",
+        "index_add",
+        "index_add_",
+        "index_put_",
+        "scatter_add_",
+    )
+} | {"c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::alltoall_base_"}
+_INDEXING = {_aten.index.Tensor, _aten._unsafe_index.Tensor}
+_INDEX_WRITING = {_aten.index_put_.default, _aten._index_put_impl_.default, _aten.index_put.default}
+
+
+class FakeGpu(TorchDispatchMode):
+    """Entered around all that a rank does. Calls the recorder itself: two modes would cost twice."""
+
+    def __init__(
+        self, findings: Findings, memory: Memory, work: Work, recorder: Recorder, multiprocessors: int
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._findings, self._memory, self._work, self._recorder = findings, memory, work, recorder
+        self._multiprocessors = multiprocessors
+        self._values: dict[int, Tensor] = {}  # of small index tensors, by storage
+        self._pinned: dict[int, weakref.ref[Any]] = {}
+        self._works = 0
+
+    # ---- what the machine around it asks
+    def pin(self, tensor: Tensor) -> Tensor:
+        """A host tensor that copies need not wait for."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._pinned:
+            self._pinned[key] = weakref.ref(storage, lambda _: self._pinned.pop(key, None))
+        return tensor
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """Of a small tensor that the host copied to the device.
+
+        Raises:
+            KeyError: the device computed it.
+        """
+        return self._values[tensor.untyped_storage()._cdata]
+
+    # ---- dispatch
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors((args, tuple(kwargs.values()))))
+        on_gpu = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        if func.namespace == "c10d":
+            return self._communicate(func, args, kwargs, tensors, bool(on_gpu))
+        to_gpu = "device" in kwargs and kwargs["device"] is not None and kwargs["device"].type == "cuda"
+        if not on_gpu and not to_gpu:
+            return self._on_host(func, args, kwargs)
+        moved = self._move(func, args, kwargs)
+        if moved is not None:
+            return moved
+        asked = self._ask(func, args)
+        if asked is not None:
+            return asked
+        if func._schema.name in _STRICT:
+            # With a result type of its own, a product's factors are what must agree.
+            self._check_types(func, list(args[1:3]) if "dtype" in func._overloadname else tensors)
+        out = self._compute(func, args, kwargs, on_gpu)
+        self._account(func, args, out, on_gpu)
+        return out
+
+    def _on_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs.get("pin_memory"):
+            return func(*args, **kwargs)
+        return self.pin(func(*args, **{**kwargs, "pin_memory": False}))
+
+    def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Copies between host and device; None: it is none."""
+        if func is _aten._to_copy.default:
+            source = args[0]
+            target = torch.device(kwargs.get("device") or source.device)
+            if source.device.type == target.type:
+                return None
+            self._copied(source, target.type, source, kwargs.get("non_blocking", False))
+            dtype = kwargs.get("dtype") or source.dtype
+            if target.type == "cpu":
+                return torch.zeros(source.shape, dtype=dtype)
+            with self.fake:
+                out = torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=target)
+            self._memory.see(out)
+            if not source.dtype.is_floating_point and source.numel() <= _SMALL:
+                self._remember(out, source.clone())
+            return out
+        if func is _aten.copy_.default and args[0].device.type != args[1].device.type:
+            target, source = args[:2]
+            if torch.broadcast_shapes(target.shape, source.shape) != target.shape:
+                raise RuntimeError(f"copy_: {tuple(source.shape)} does not fit {tuple(target.shape)}")
+            blocking = not (len(args) > 2 and args[2]) and not kwargs.get("non_blocking", False)
+            host = target if target.device.type == "cpu" else source
+            self._copied(source, target.device.type, host, not blocking)
+            return target
+        return None
+
+    def _copied(self, source: Tensor, to: str, host: Tensor, non_blocking: bool) -> None:
+        way = f"copy {source.device.type} -> {to}"
+        if not non_blocking:
+            self._findings.sync(way)
+        elif host.device.type == "cpu" and to == "cuda" and host.untyped_storage()._cdata not in self._pinned:
+            self._findings.sync(f"{way} of memory that is not pinned")
+
+    def _remember(self, tensor: Tensor, values: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._values[key] = values
+        weakref.finalize(storage, self._values.pop, key, None)
+
+    def _ask(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Answers that depend on data; None: it is no question."""
+        if func is _aten._local_scalar_dense.default:
+            self._findings.sync("a scalar is read")
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func is _aten.nonzero.default:
+            self._findings.sync("nonzero")
+            # Weights are all there, masks mark nothing.
+            rows = args[0].numel() if args[0].dtype.is_floating_point else 0
+            return self._new((rows, args[0].dim()), torch.int64)
+        if func in _INDEXING | _INDEX_WRITING:
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            if masks and func in _INDEXING:
+                self._findings.sync("a boolean mask as index")
+                return self._new((0, *args[0].shape[masks[0].dim() :]), args[0].dtype)
+            if masks:
+                if args[2].numel() != 1:  # one value is filled in without a look
+                    self._findings.sync("a boolean mask as index")
+                return args[0]
+        return None
+
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        with self.fake:
+            out = torch.empty(shape, dtype=dtype, device="cuda:0")
+        self._memory.see(out)
+        return out
+
+    def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], on_gpu: list[Any]) -> Any:
+        try:
+            if on_gpu:
+                return func(*args, **kwargs)
+            with self.fake:
+                return func(*args, **kwargs)
+        except (UnsupportedOperatorException, DynamicOutputShapeException):
+            self._findings.problem(f"{func}: no fake kernel; taken to give what its first argument is")
+            if not on_gpu:
+                raise
+            return self._new(tuple(on_gpu[0].shape), on_gpu[0].dtype)
+
+    def _check_types(self, func: Any, tensors: list[Tensor]) -> None:
+        found = {t.dtype for t in tensors if t.dtype.is_floating_point}
+        if len(found) > 1:
+            self._findings.problem(f"{func}: mixed types {', '.join(sorted(map(str, found)))}")
+
+    def _account(self, func: Any, args: tuple[Any, ...], out: Any, on_gpu: list[Any]) -> None:
+        outputs = [o for o in _tensors((out,)) if isinstance(o, FakeTensor) and o.device.type == "cuda"]
+        for output in outputs:
+            self._memory.see(output)
+        if func.is_view or not outputs:
+            return
+        if has_workspace(func):
+            self._memory.passing(
+                attention_workspace(
+                    func, args, self._multiprocessors, torch.are_deterministic_algorithms_enabled()
+                ),
+                f"workspace of {func._schema.name}",
+            )
+        flops = flops_of(func, args, out, self.values)
+        name = func._schema.name.partition("::")[2]
+        written = 0 if name.startswith(("empty", "new_empty")) else size_of(outputs)
+        if written:
+            read = size_of([t for t in on_gpu if t.device.type == "cuda"])
+            self._work.add(self._findings.phase, Kernel(name, flops, read + written))
+
+    def _communicate(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], fake: bool
+    ) -> Any:
+        self._recorder.see(func, args)
+        name = func._schema.name
+        barrier = name.endswith("barrier")
+        if not fake and not barrier:
+            return func(*args, **kwargs)  # over a group of the host's
+        if name in _STRICT:
+            self._check_types(func, tensors)
+        for tensor in [] if barrier else tensors:
+            if tensor.device.type != "cuda":
+                self._findings.problem(
+                    f"{name}: a tensor on {tensor.device.type} beside others on the device"
+                )
+            if not tensor.is_contiguous():
+                self._findings.problem(f"{name}: a tensor that is not contiguous")
+        self._works += 1
+        work = FakeWork()
+        work.seq_id = self._works
+        self._recorder.knows_work(self._works)
+        returned = [r.type.kind() for r in func._schema.returns]
+        boxed = work.boxed()
+        return boxed if len(returned) == 1 else (args[0], boxed)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    for part in tree:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, list | tuple):
+            yield from _tensors(part)

@@ -1,0 +1,117 @@
+"""A run rehearsed on a number of GPUs: its distinct ranks, and all ranks' messages against each other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.rehearsal.kinds import RankGrid, cut_depth, rehearsed_microbatches
+from megatron_eagle.rehearsal.matching import Mismatch, Trace, match_messages
+from megatron_eagle.rehearsal.packs import PACK_KINDS, MadeUp
+from megatron_eagle.rehearsal.rank import RankReport
+from megatron_eagle.rehearsal.session import Job, run_jobs
+from megatron_eagle.training.run_config import RunConfig
+from megatron_eagle.training.setup import OpenLoader
+
+
+@dataclass(frozen=True)
+class RehearsalPlan:
+    """What is to be rehearsed."""
+
+    config: RunConfig
+    gpu: str
+    grid: RankGrid
+    open_loader: OpenLoader
+    microbatches: int  # rehearsed, of those of a step
+    ranks: tuple[int, ...]  # at full depth
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        gpu: str,
+        gpus: int,
+        *,
+        ranks: Sequence[int] | None = None,
+        microbatches: int | None = None,
+        open_loader: OpenLoader | None = None,
+        pack_classes: int = len(PACK_KINDS),
+    ) -> "RehearsalPlan":
+        """`ranks`: None: the distinct ones. `microbatches`: None: as many as fill the pipeline.
+
+        Raises:
+            UserError: a rank that the job does not have.
+        """
+        grid = RankGrid(config.layout, gpus, pack_classes)
+        count = microbatches or rehearsed_microbatches(config.layout, grid.microbatches(config))
+        for rank in ranks or ():
+            if not 0 <= rank < gpus:
+                raise UserError(f"--ranks: there is no rank {rank}: the job has {gpus}, counted from 0")
+        if ranks is None:
+            # So many replicas that every kind of pack is somebody's.
+            ranks = grid.distinct(grid.replicas[: max(1, -(-pack_classes // count))])
+        return cls(config, gpu, grid, open_loader or MadeUp(config.model), count, tuple(ranks))
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was found."""
+
+    plan: RehearsalPlan
+    reports: list[RankReport]  # of `plan.ranks`
+    speakers: list[RankReport]  # with few layers, of all who say something else than others; may be none
+    mismatch: Mismatch | None
+
+    @property
+    def failures(self) -> list[RankReport]:
+        """Ranks that did not come to their end."""
+        return [report for report in (*self.reports, *self.speakers) if report.failure is not None]
+
+    @property
+    def problems(self) -> int:
+        """Of all kinds together."""
+        found = {(what, where) for report in self.reports for what, where, _ in report.problems}
+        return len(found) + len(self.failures) + (self.mismatch is not None)
+
+
+def rehearse(
+    plan: RehearsalPlan,
+    processes: int,
+    *,
+    messages: bool = True,
+    before: Callable[[], None] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Rehearsal:
+    """Rehearse `plan`.
+
+    Args:
+        processes: at the same time.
+        messages: also match the messages of all ranks, with few layers.
+        before: runs in every rank's process first: for tests.
+        tell: hears a line for each rank that has ended.
+    """
+    grid = plan.grid
+
+    def job(config: RunConfig, rank: int) -> Job:
+        return Job(config, plan.gpu, rank, grid.world_size, plan.open_loader, plan.microbatches, before)
+
+    cut = cut_depth(plan.config)
+    speakers = grid.speakers() if messages else []
+    jobs = [job(plan.config, rank) for rank in plan.ranks] + [job(cut, rank) for rank in speakers]
+
+    def told(number: int, report: RankReport) -> None:
+        how = "stopped" if report.failure else f"peak {report.peak / 1e9:.2f} GB"
+        depth = "" if number < len(plan.ranks) else ", few layers"
+        tell(f"rank {report.rank}{depth}: {how}, {report.seconds:.0f} s")
+
+    reports = run_jobs(jobs, processes, told)
+    full, short = reports[: len(plan.ranks)], reports[len(plan.ranks) :]
+    mismatch = None
+    if short and not any(report.failure for report in short):
+        traces = {report.rank: Trace(report.events, report.families) for report in short}
+        mismatch = match_speakers(grid, traces)
+    return Rehearsal(plan, full, short, mismatch)
+
+
+def match_speakers(grid: RankGrid, traces: dict[int, Trace]) -> Mismatch | None:
+    """Every rank of one replica for each class of packs, by the traces of those that they talk like."""
+    return match_messages({rank: traces[grid.talks_like(rank)] for rank in grid.kept()})

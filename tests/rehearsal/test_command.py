@@ -1,0 +1,75 @@
+"""`train rehearse`: what it prints for a small job, and one line for what cannot be rehearsed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_eagle.commands.train import main
+from megatron_eagle.errors import UserError
+from megatron_eagle.rehearsal import shim
+
+VALUES = {
+    "model": {"preset": "tiny", "text": {"vocab_size": 504}},
+    "data": {"path": "nowhere", "length": 256},
+    "training": {"train_iterations": 10, "global_batch_size": 4},
+    "checkpoint": {"path": "nowhere"},
+    "parallel": {"context_parallel_size": 2},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(VALUES))
+    return str(file)
+
+
+def test_a_small_job(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rehearse", "--config", config, "--gpus", "4", "--gpu", "h200", "--ranks", "0,3"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 x NVIDIA H200" in printed
+    assert "all 4 ranks' collectives and messages meet their other ends" in printed
+    assert "the host waits for the device 0 times a microbatch" in printed
+    assert printed.strip().endswith("0 problems")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu", "h1000"], "--gpu h1000: not a GPU that can be rehearsed: choose a100, "),
+        (["--gpus", "3"], "3 processes cannot hold"),
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--ranks", "0,4"], "there is no rank 4: the job has 4"),
+        (["--ranks", "all"], "expected numbers"),
+        (["--packs", "data"], "nowhere"),
+        (["--packs", "data", "--preset", "tiny"], "--preset is for made-up packs"),
+        (["--stage", "one"], "it has no stages"),
+        (["model={}"], "say which with --preset NAME"),
+        (["parallel.context_parallel_size=3"], "4 processes cannot hold"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_a_line(options: list[str], words: str, config: str) -> None:
+    arguments = ["rehearse", "--config", config, "--gpus", "4", "--gpu", "h100", *options]
+    with pytest.raises(UserError) as error:
+        main(arguments)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="needs a C\\+\\+20 compiler once.*CXX names 'no-such-compiler'"):
+        shim.shim_file()
+    monkeypatch.setenv("CXX", "false")  # one that cannot build it
+    with pytest.raises(UserError, match="false cannot build"):
+        shim.shim_file()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be written .*set XDG_CACHE_HOME"):
+        shim.shim_file()

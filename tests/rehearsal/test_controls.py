@@ -1,0 +1,170 @@
+"""Faults put into the code that is rehearsed, in the ranks' processes: each is found, with its place."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_eagle.rehearsal.packs import MadeUp
+from megatron_eagle.rehearsal.rank import RankReport
+from megatron_eagle.rehearsal.session import Job, run_jobs
+from tests.rehearsal.runs import replace_in, small_run
+
+
+def nothing() -> None:
+    """The code as it is."""
+
+
+def index_on_host() -> None:
+    from megatron_eagle.model import inputs
+
+    original = inputs.InputPlan.to
+
+    def to(self: Any, device: torch.device) -> Any:
+        moved = original(self, device)
+        return replace(moved, vision=replace(moved.vision, rows=self.vision.rows))
+
+    inputs.InputPlan.to = to  # type: ignore[method-assign]
+
+
+def features_of_another_type() -> None:
+    from megatron_eagle.model import eagle
+
+    original = eagle.exchange_features
+    eagle.exchange_features = lambda features, share: original(features, share).float()  # type: ignore
+
+
+def a_feature_less() -> None:
+    from megatron_eagle.context_parallel import attention
+
+    original = attention.CoreAttention.forward
+    attention.CoreAttention.forward = lambda self, *a, **k: original(self, *a, **k)[..., 1:]  # type: ignore
+
+
+def strides_that_a_kernel_does_not_read() -> None:
+    from eagle_kernels import rms_norm
+
+    rms_norm.as_rows = lambda x: x.reshape(-1, x.shape[-1]).t().contiguous().t()
+
+
+def a_look_at_the_loss() -> None:
+    from megatron_eagle.training import schedule
+
+    original = schedule.megatron_loss
+
+    def look(losses: torch.Tensor, *rest: Any) -> Any:
+        if losses.sum().item() < 0:
+            raise ValueError("not a loss")
+        return original(losses, *rest)
+
+    schedule.megatron_loss = look
+
+
+def an_operator_without_a_fake_kernel() -> None:
+    from megatron_eagle.training import schedule
+
+    library = torch.library.Library("rehearsal_test", "FRAGMENT")
+    library.define("unknown(Tensor x) -> Tensor")
+    original = schedule.megatron_loss
+
+    def through(losses: torch.Tensor, *rest: Any) -> Any:
+        with torch.no_grad():
+            torch.ops.rehearsal_test.unknown(losses)
+        return original(losses, *rest)
+
+    schedule.megatron_loss = through
+    an_operator_without_a_fake_kernel.library = library  # type: ignore[attr-defined]  # it must live on
+
+
+def memory_that_nobody_gives_back() -> None:
+    from megatron_eagle.training import schedule
+
+    kept: list[torch.Tensor] = []
+    original = schedule.megatron_loss
+
+    def keep(losses: torch.Tensor, *rest: Any) -> Any:
+        kept.append(torch.empty(100 << 20, dtype=torch.uint8, device=losses.device))
+        return original(losses, *rest)
+
+    schedule.megatron_loss = keep
+
+
+FAULTS = (
+    nothing,
+    index_on_host,
+    features_of_another_type,
+    a_feature_less,
+    strides_that_a_kernel_does_not_read,
+    a_look_at_the_loss,
+    an_operator_without_a_fake_kernel,
+    memory_that_nobody_gives_back,
+)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[Callable[[], None], RankReport]:
+    config = small_run({})
+    config = replace_in(
+        config, model=replace(config.model, text=replace(config.model.text, num_hidden_layers=1))
+    )
+    loader = MadeUp(config.model, ("one document",))
+    jobs = [Job(config, "h100", 0, 1, loader, 1, fault) for fault in FAULTS]
+    return dict(zip(FAULTS, run_jobs(jobs, 2), strict=True))
+
+
+Found = dict[Callable[[], None], RankReport]
+
+
+def syncs(report: RankReport) -> int:
+    return sum(s[4] for s in report.syncs if s[0] == "forward and backward")
+
+
+def test_nothing_is_found_where_nothing_is(found: Found) -> None:
+    report = found[nothing]
+    assert report.failure is None
+    assert not report.problems
+    assert syncs(report) == 1  # the loss, once a step
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (index_on_host, "same device"),
+        (a_feature_less, "same reduction dim"),
+    ],
+)
+def test_what_a_gpu_refuses_stops_the_rank(fault: Callable[[], None], words: str, found: Found) -> None:
+    failure = found[fault].failure
+    assert failure is not None
+    assert words in failure
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "where"),
+    [
+        (features_of_another_type, "mixed types torch.bfloat16, torch.float32", "model/eagle.py"),
+        (strides_that_a_kernel_does_not_read, "has strides", "rms_norm.py"),
+        (an_operator_without_a_fake_kernel, "rehearsal_test.unknown", "megatron/core/pipeline_parallel"),
+    ],
+)
+def test_problems_have_a_place(fault: Callable[[], None], words: str, where: str, found: Found) -> None:
+    report = found[fault]
+    assert report.failure is None, report.failure
+    assert any(words in what and where in place for what, place, _ in report.problems), report.problems
+
+
+def test_a_wait_is_counted_with_its_place(found: Found) -> None:
+    before, after = found[nothing], found[a_look_at_the_loss]
+    assert syncs(after) == syncs(before) + 1
+    new = set(after.syncs) - set(before.syncs)
+    assert [(phase, inside, what) for phase, inside, what, _, _ in new if phase != "evaluation"] == [
+        ("forward and backward", True, "a scalar is read")
+    ]
+
+
+def test_memory_that_stays_is_seen(found: Found) -> None:
+    """Two steps with one pack each; the second's peak holds both."""
+    more = found[memory_that_nobody_gives_back].peaks["optimizer"].nbytes
+    assert more - found[nothing].peaks["optimizer"].nbytes == 2 * (100 << 20)
