@@ -93,11 +93,10 @@ def draw(seed: int) -> tuple[int, list[str], list[str]]:
     )
     settings += extra
     layout["context_parallel_comm"] = pick("auto", "gather", "ranges", "ring")
-    return (
-        tp * pp * cp * dp,
-        settings,
-        [f"parallel.{name}={json.dumps(value)}" for name, value in layout.items()],
-    )
+    packs = pick(1, 2) if cp > 1 and layout["vision_sharding"] != "none" else 1
+    layout["context_parallel_size"] = cp // packs
+    sizes = [f"parallel.{name}={json.dumps(value)}" for name, value in layout.items()]
+    return tp * pp * cp * dp, settings, [*sizes, f"data.packs_per_sequence={packs}"]
 
 
 def train_rank(file: str, overrides: list[str], processes: int) -> None:

@@ -42,7 +42,7 @@ class StepTotals:
     frames_wanted: int  # without a token limit, as tiles_wanted
     tiles: int
     tiles_wanted: int
-    keys: int  # that ranks' attention reads, as those below 0 where nobody exchanges keys
+    keys: int  # that attention of all ranks reads; this and the next three: 0 where nobody exchanges keys
     foreign_keys: int  # of these, other ranks'
     attention_pairs: int  # its time, estimated
     exposed_pairs: int  # of this, the wait for keys
