@@ -67,6 +67,15 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     command.add_argument(
         "--max-tiles", type=int, help="tiles per picture for the exported processor (default: the source's)"
     )
+    command.add_argument("--license", help="the export's, as the Hub names it, for its README.md")
+    command.add_argument(
+        "--scores",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of `megatron-eagle evaluate run --published`, for its README.md",
+    )
     command.add_argument("--adapter", type=Path, help="folder for LoRA adapters, which --hf then leaves out")
     command.add_argument(
         "--no-verify",
@@ -115,9 +124,12 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError("export: name --hf, --adapter or both")
     from megatron_eagle.checkpoint import read_model_config
     from megatron_eagle.convert.lora import export_adapter
+    from megatron_eagle.convert.model_card import CardFacts, Score
     from megatron_eagle.convert.to_hf import export_hf
+    from megatron_eagle.evaluation.summary import read_result
 
     _quiet()
+    scores = [Score(**vars(read_result(folder))) for folder in options.scores]
     merge, verify = options.adapter is None, not options.no_verify
     if not merge:
         files = export_adapter(options.checkpoint, options.adapter, base=options.hf, verify=verify)
@@ -126,7 +138,12 @@ def _export(options: argparse.Namespace) -> None:
         print(f"{options.adapter}: {', '.join(files)}; trained for prompts of up to {positions:,} tokens")
     if options.hf is not None:
         files = export_hf(
-            options.checkpoint, options.hf, max_tiles=options.max_tiles, merge=merge, verify=verify
+            options.checkpoint,
+            options.hf,
+            max_tiles=options.max_tiles,
+            merge=merge,
+            verify=verify,
+            facts=CardFacts(options.license, scores),
         )
         print(f"{options.hf}: {', '.join(files)}")
 

@@ -1,5 +1,6 @@
 """Export: a Megatron checkpoint of any layout becomes a Hugging Face folder that runs by itself."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -16,6 +17,8 @@ from megatron_eagle.convert.export_files import write_config, write_processor
 from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.lora import adapter_names, merged
 from megatron_eagle.convert.mapping import ModelMapping
+from megatron_eagle.convert.model_card import FILE as CARD
+from megatron_eagle.convert.model_card import CardFacts, write_model_card
 from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, write_shards
 from megatron_eagle.convert.whole_model import trained_type
 from megatron_eagle.errors import UserError
@@ -32,6 +35,7 @@ def export_hf(
     max_tiles: int | None = None,
     merge: bool = True,
     verify: bool = True,
+    facts: CardFacts | None = None,
 ) -> list[str]:
     """Write the latest weights in `checkpoint` as a Hugging Face checkpoint into the folder `hf`.
 
@@ -44,6 +48,8 @@ def export_hf(
         merge: add the checkpoint's LoRA adapters, if it has any, to the weights that they adapt. Without it
             the folder is their base (`convert.lora.export_adapter` writes them).
         verify: read the checkpoint twice, first to compare every file with its manifest.
+        facts: what its README.md says beside what the checkpoint knows. One that has been changed by hand
+            since an earlier export stays.
 
     Returns:
         Names of the files written.
@@ -83,8 +89,10 @@ def export_hf(
         tensors = _tensors(weights, plan, dtypes, extra, lora if merge else None)
         kinds = {name: (dtypes[name], shape) for name, shape in plan.hf_shapes.items()}
         write_shards(partial, tensors, weight_map, kinds)
+        name = target.resolve().name
+        write_model_card(partial, name, checkpoint, config, plan.hf_shapes.values(), facts or CardFacts())
         files = sorted(path.name for path in partial.iterdir())
-        record = {"iteration": int(weights.folder.name[5:]), "files": files}
+        record = {"iteration": int(weights.folder.name[5:]), "files": files, "card": _digest(partial)}
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         _publish(partial, target)
     except OSError as error:
@@ -120,12 +128,20 @@ def _check_target(target: Path) -> None:
         raise UserError(f"{target}: is a file; name a folder for the export")
 
 
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / CARD).read_bytes()).hexdigest()
+
+
 def _publish(partial: Path, target: Path) -> None:
     """Put the finished files in place; files of an earlier export go, others in the folder stay."""
     target.mkdir(exist_ok=True)
-    if (target / RECORD).is_file():
-        old = json.loads((target / RECORD).read_text()).get("files", [])
-        for name in (RECORD, *old):
-            (target / Path(name).name).unlink(missing_ok=True)
+    earlier = target / RECORD
+    record = json.loads(earlier.read_text()) if earlier.is_file() else {}
+    old = {Path(name).name for name in record.get("files", [])}
+    if (target / CARD).is_file() and record.get("card") != _digest(target):  # somebody has written there
+        (partial / CARD).unlink()
+        old.discard(CARD)
+    for name in (RECORD, *old):
+        (target / name).unlink(missing_ok=True)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == RECORD):
         os.replace(path, target / path.name)
