@@ -316,6 +316,7 @@ IN_PLACE = {
         "convert/export_files._write_json",
         "convert/export_files._write_processor_settings",
         "convert/lora.export_adapter",
+        "convert/model_card.write_model_card",
         "convert/plugin_files.write_plugin",
         "convert/shards.write_shards",
         "convert/to_hf.export_hf",
