@@ -126,8 +126,8 @@ def _stages(checkpoint: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _training(stages: list[tuple[str, dict[str, Any]]]) -> str:
     rows = []
     for name, run in reversed(stages):
-        if "training" not in run:  # the weights as they were imported
-            rows.append([name, "imported weights", "", "", "", ""])
+        if not {"data", "optimizer"} <= run.keys():  # weights as they were imported or made
+            rows.append([name, "weights to begin with", "", "", "", ""])
             continue
         training, optimizer = run["training"], run["optimizer"]
         trained = optimizer.get("trainable") or ["all"]

@@ -91,7 +91,7 @@ def export_hf(
         write_shards(partial, tensors, weight_map, kinds)
         name = target.resolve().name
         write_model_card(partial, name, checkpoint, config, plan.hf_shapes.values(), facts or CardFacts())
-        files = sorted(path.name for path in partial.iterdir())
+        files = _files(partial)
         record = {"iteration": int(weights.folder.name[5:]), "files": files, "card": _digest(partial)}
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         _publish(partial, target)
@@ -137,11 +137,16 @@ def _publish(partial: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     earlier = target / RECORD
     record = json.loads(earlier.read_text()) if earlier.is_file() else {}
-    old = {Path(name).name for name in record.get("files", [])}
+    old = {name for name in record.get("files", []) if ".." not in Path(name).parts}
     if (target / CARD).is_file() and record.get("card") != _digest(target):  # somebody has written there
         (partial / CARD).unlink()
         old.discard(CARD)
     for name in (RECORD, *old):
-        (target / name).unlink(missing_ok=True)
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == RECORD):
-        os.replace(path, target / path.name)
+        (target / Path(name).relative_to(Path(name).anchor)).unlink(missing_ok=True)
+    for name in sorted(_files(partial), key=lambda name: name == RECORD):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / name, target / name)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
