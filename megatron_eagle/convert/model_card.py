@@ -14,7 +14,7 @@ import yaml
 
 from megatron_eagle.checkpoint import checkpoint_folder, has_checkpoint, read_train_state
 from megatron_eagle.config import load_yaml
-from megatron_eagle.data.store.reader import read_manifest
+from megatron_eagle.data.store.manifest import read_manifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 
