@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     from megatron_eagle.planning.plan_report import as_records, render_plan
     from megatron_eagle.planning.planner import PackShape, file_run, plan_layouts, preset_run
-    from megatron_eagle.planning.step_time import Machine
+    from megatron_eagle.planning.rates import Machine, describe_rates
     from megatron_eagle.runtime.gpus import find_gpu
 
     for name in ("tiles", "gpus_per_node", "top"):
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         packs = PackShape.of_data(config.data)
         if arguments.tiles is not None:
             packs = packs.with_tiles(arguments.tiles)
-    machine = Machine.of(gpu, arguments.gpus_per_node)
+    machine = Machine.of(gpu, arguments.gpus_per_node, config.layers.attention)
     plans = plan_layouts(config, arguments.gpus, memory, packs, machine)
     if arguments.json:
         try:
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             raise UserError(f"{arguments.json}: cannot write here: {error.strerror}") from error
     top = len(plans.legal) if arguments.all else arguments.top
     gpus = f"{arguments.gpus} x {gpu.name} with {memory / 1e9:g} GB"
-    print(render_plan(plans, config, packs, gpus, top=top, refusals=arguments.all))
+    rates = describe_rates(machine, gpu, config.layers.attention)
+    print(render_plan(plans, config, packs, gpus, rates, top=top, refusals=arguments.all))
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -9,10 +9,10 @@ nothing is fitted to a measurement. `tests/planning/test_memory_model.py` compar
 from dataclasses import dataclass
 
 from eagle_kernels.linear_cross_entropy import CHUNK
-from megatron_eagle.context_parallel.planning import plan_layout
-from megatron_eagle.model.flops import pair_costs
+from megatron_eagle.model.parts import NEW_TOKEN_ROWS
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.shapes import PackShapes, StageShapes
+from megatron_eagle.planning.attention_memory import attention_backward, flash_workspace
 from megatron_eagle.planning.memory_shapes import (
     FP32,
     LayerActivations,
@@ -83,7 +83,7 @@ def memory_moments(
 ) -> list[StageMemory]:
     """The moments of a step at which a rank of pipeline stage `stage` may hold most."""
     e, shapes = workload.element_size, PackShapes(eagle, parallel, workload.sequence_length)
-    parameters = count_parameters(shapes, StageShapes.of(shapes, stage))
+    parameters = count_parameters(shapes, StageShapes.of(shapes, stage), workload.lora)
     trained = parameters.trained(workload.trainable)
     shard = -(-trained // (data_parallel_size * shapes.cp))
     states = {
@@ -153,8 +153,9 @@ def _chunks(shapes: PackShapes, workload: Workload, stage: StageShapes) -> list[
     staying, hidden = _staying(workload, stage), shapes.r * shapes.h * e
     layers = staying * language_layer(shapes, workload).kept(policy)
     vision = vision_activations(shapes, workload) if stage.first else 0
-    # The first norm keeps an fp32 copy of what arrived, an offloaded layer none.
-    arrived = staying < stage.chunk_layers or (e < FP32 and policy in ("none", "selective"))
+    # An eager first norm keeps an fp32 copy of what arrived, an offloaded layer none.
+    copied = not workload.fused_kernels and e < FP32 and policy in ("none", "selective")
+    arrived = staying < stage.chunk_layers or copied
     found = []
     for chunk in range(stage.chunks):
         begins = stage.first and chunk == 0
@@ -162,7 +163,7 @@ def _chunks(shapes: PackShapes, workload: Workload, stage: StageShapes) -> list[
         passed = hidden if arrived and not begins else 0
         if not ends and workload.device == "cpu":
             passed += hidden  # what was sent on is freed at once on a GPU
-        final_norm = rms_norm_bytes(shapes.r, shapes.h, e) if ends else 0
+        final_norm = _final_norm(shapes, workload) if ends else 0
         found.append(_Chunk(layers, final_norm, passed, vision if begins else 0))
     return found
 
@@ -174,13 +175,19 @@ def _staying(workload: Workload, stage: StageShapes) -> int:
     return min(workload.recompute.offload_keep_last, stage.chunk_layers)
 
 
+def _final_norm(shapes: PackShapes, workload: Workload) -> int:
+    """The norm before the output layer. What that reads is gathered, and no more kept, by the loss."""
+    return rms_norm_bytes(shapes.r, shapes.h, workload)
+
+
 def _restored(layer: LayerActivations, workload: Workload, stage: StageShapes) -> int:
     """What comes back for a layer's backward. One that kept its input alone is whole again, whose norm in
     fp32 keeps that input."""
     policy = workload.recompute.language
     if policy not in ("full", "offload"):
         return 0
-    whole = layer.total - (layer.input if workload.element_size == FP32 else 0)
+    keeps_input = workload.element_size == FP32 or workload.fused_kernels
+    whole = layer.total - (layer.input if keeps_input else 0)
     if policy == "full":
         return whole
     # Output and statistics are kept, not made again; the layer under way and the one before it are back.
@@ -193,7 +200,7 @@ def _backward_moments(shapes: PackShapes, workload: Workload, number: int) -> li
     stage, layer = StageShapes.of(shapes, number), language_layer(shapes, workload)
     restored = _restored(layer, workload, stage)
     feed_forward = restored + _feed_forward(shapes, workload)
-    attention = restored - layer.mlp + _attention(shapes, workload)
+    attention = restored - layer.mlp + attention_backward(shapes, workload)
     chunks, moments = _chunks(shapes, workload, stage), []
     per_chunk = [(chunk.language, chunk.vision) for chunk in chunks]
     held = in_flight(shapes.parallel, workload.microbatches, number, per_chunk)
@@ -241,8 +248,11 @@ def _fused_loss(shapes: PackShapes, workload: Workload) -> int:
     once more in its own type."""
     e, s, h, rows = workload.element_size, shapes.s, shapes.h, shapes.vocabulary
     chunk = min(CHUNK, s)
-    weight = 0 if workload.loss_into_main_grad else rows * h * FP32
-    own_type = rows * h * e if e < FP32 or workload.loss_into_main_grad else 0
+    trained = (
+        "language" in workload.trainable and workload.lora is None or NEW_TOKEN_ROWS in workload.trainable
+    )
+    weight = rows * h * FP32 if trained and not workload.loss_into_main_grad else 0
+    own_type = rows * h * e if trained and (e < FP32 or workload.loss_into_main_grad) else 0
     work = FP32 if workload.device == "cpu" else e  # bytes of an element between a chunk's two halves
     logits = chunk * rows * (work + (e if workload.device == "cpu" and e < FP32 else 0))
     if shapes.tp > 1:
@@ -259,62 +269,23 @@ def _feed_forward(shapes: PackShapes, workload: Workload) -> int:
     return workload.element_size * (s * f + h * f + s * h + r * h + product)
 
 
-def _attention(shapes: PackShapes, workload: Workload) -> int:
-    """Backward of core attention, while the residual's gradient waits.
-
-    Gradients of q and of the output, and either the score matrices with the fp32 gradients of keys and
-    values, or those gradients stacked. With context parallelism that is so for one KV head at a time,
-    with its gathered keys and values and those of the next head, fp32 gradients of the local ones, and the
-    head's gradients of gathered ones once more stacked and twice in the order of ranks while they are added.
-    Of a ring it is all heads of two blocks, fp32 gradients of three, and fp32 gradients of q.
-    """
-    e, keys = workload.element_size, 2 * shapes.length * shapes.kv
-    held = 2 * shapes.s * shapes.q * e + shapes.r * shapes.h * e
-    scores = _score_matrices(shapes, workload) if workload.device == "cpu" else 0
-    if shapes.cp == shapes.ulysses:
-        keys = keys // shapes.kv_heads * shapes.attention_kv_heads
-        return held + keys * FP32 + max(scores, keys * FP32)
-    if shapes.parallel.key_comm == "ring":
-        block = keys // shapes.kv_heads * shapes.attention_kv_heads * shapes.ulysses // shapes.cp
-        block *= shapes.parallel.ring_node_size
-        return (
-            held + 2 * block * e + 3 * block * FP32 + shapes.s * shapes.q * FP32 + max(scores, block * FP32)
-        )
-    heads, group = shapes.attention_kv_heads, keys // shapes.kv_heads
-    gathered = 2 * group * e + keys // shapes.cp * FP32 + group * FP32
-    return held + gathered + max(scores // heads, 3 * group * FP32)
-
-
-def _score_matrices(shapes: PackShapes, workload: Workload) -> int:
-    """The reference attention's backward, segment after segment: four fp32 matrices [heads, queries, keys]
-    at once (weights, their gradient, two steps of the scores' gradient) and one to three of the segment
-    before, whose names are assigned one after the other."""
-    parallel, heads = shapes.parallel, shapes.attention_heads
-    bounds = [*range(0, shapes.length, workload.longest_document or shapes.length), shapes.length]
-    layout = plan_layout(
-        parallel.context_parallel_layout,
-        shapes.length,
-        shapes.cp // shapes.ulysses,
-        bounds,
-        parallel.context_parallel_chunk_size,
-        costs=pair_costs(shapes.eagle),
-    )
-    worst = 0
-    for rank in range(layout.size):
-        before = 0
-        for part in layout.segments(rank, bounds):
-            size = heads * (part.q_end - part.q_start) * (part.k_end - part.k_start) * FP32
-            worst = max(worst, 3 * before + 2 * size, before + 4 * size)
-            before = size
-    return worst
-
-
 def _vision_layer(shapes: PackShapes, workload: Workload) -> int:
-    """Backward of the encoder's last feed-forward: as `_feed_forward`, the layer restored if not kept."""
-    layer, c, i = vision_layer(shapes, workload), shapes.c, shapes.i
+    """Backward of the encoder's last layer, restored if not kept: its feed-forward, as `_feed_forward`, or
+    on a GPU its attention, with the gradients of the output and of q, k and v and the kernel's workspace."""
+    layer, c, i, e = vision_layer(shapes, workload), shapes.c, shapes.i, workload.element_size
     restored = layer.total - layer.input if workload.recompute.vision == "full" else 0
-    p = shapes.own_tiles(workload.tiles) * shapes.eagle.vision.num_patches
-    return restored + workload.element_size * (p * i + c * i + 2 * p * c)
+    tiles, vision = shapes.own_tiles(workload.tiles), shapes.eagle.vision
+    p = tiles * vision.num_patches
+    feed_forward = restored + e * (p * i + c * i + 2 * p * c)
+    if workload.device == "cpu":
+        return feed_forward
+    heads = vision.num_attention_heads // shapes.vision_ranks
+    kernel = flash_workspace(
+        tokens=p, segments=tiles, heads=heads, kv_heads=heads, keys=p,
+        head=-(-c // vision.num_attention_heads // 8) * 8, workload=workload,
+    )  # fmt: skip
+    gradients = e * (p * c + 4 * p * c // shapes.vision_ranks)
+    return max(feed_forward, restored - layer.mlp + gradients + kernel)
 
 
 def _adam(workload: Workload, largest: int, shard: int) -> int:

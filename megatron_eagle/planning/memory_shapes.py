@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_eagle.model.flops import PARTS
+from megatron_eagle.model.lora import LoraConfig, Target
 from megatron_eagle.model.parts import NEW_TOKEN_ROWS
 from megatron_eagle.model.shapes import LocalShapes, PackShapes, StageShapes
 from megatron_eagle.model.specs import RecomputeConfig
@@ -28,9 +29,8 @@ class Workload:
     precision: Literal["bf16", "fp32"] = "bf16"
     longest_document: int | None = None  # tokens; None: a pack is one document
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
-    # As `optimizer.trainable`. With a frozen language model its activations are an upper bound: weights
-    # without a gradient do not keep their inputs.
-    trainable: Collection[str] = PARTS
+    trainable: Collection[str] = PARTS  # as `optimizer.trainable`
+    lora: LoraConfig | None = None  # adapters train in place of the language model's weights
     # Of `layers`: the fused loss, and whether it adds its weight's gradient to the fp32 buffer at once. All
     # tokens are taken as supervised.
     fused_loss: bool = False
@@ -38,6 +38,25 @@ class Workload:
     # "cpu" counts the reference attention's score matrices and the packs of the step; "cuda" a fused
     # attention kernel, whose memory is linear in the sequence.
     device: Literal["cuda", "cpu"] = "cuda"
+    eager: bool = False  # `layers.kernels`: plain torch's norms and SwiGLU on a GPU, too
+    # Of the GPU: attention takes so many blocks at a time, each with a gradient of q if it is deterministic.
+    multiprocessors: int = 132
+    deterministic: bool = True  # `training.deterministic`
+
+    @property
+    def fused_kernels(self) -> bool:
+        """Whether norms and SwiGLU are this project's Triton kernels."""
+        return self.device == "cuda" and not self.eager
+
+    @property
+    def language_weights(self) -> bool:
+        """Whether the language model's own weights have gradients."""
+        return "language" in self.trainable and self.lora is None
+
+    def keeps(self, *targets: Target) -> bool:
+        """Whether what these linear layers of the language model read waits for the backward of a weight."""
+        adapted = self.lora is not None and any(target in self.lora.target_modules for target in targets)
+        return self.language_weights or adapted
 
     @property
     def element_size(self) -> int:
@@ -54,15 +73,17 @@ class Parameters:
     vision: int
     connector: int
     largest: int  # of one tensor
+    adapters: int = 0  # of LoRA, which train in place of the language model
 
     @property
     def total(self) -> int:
-        return self.language + self.vision + self.connector
+        return self.language + self.vision + self.connector + self.adapters
 
     def trained(self, trainable: Collection[str]) -> int:
         """Elements with a gradient buffer."""
         rows = self.token_rows if NEW_TOKEN_ROWS in trainable else 0
-        parts = {"vision": self.vision, "connector": self.connector, "language": self.language}
+        language = self.adapters or self.language
+        parts = {"vision": self.vision, "connector": self.connector, "language": language}
         return rows + sum(size for part, size in parts.items() if part in trainable)
 
     def vision_and_connector(self, trainable: Collection[str]) -> int:
@@ -70,8 +91,8 @@ class Parameters:
         return self.trained([part for part in trainable if part in ("vision", "connector")])
 
 
-def count_parameters(shapes: LocalShapes, stage: StageShapes) -> Parameters:
-    """Parameters of a rank of a pipeline stage."""
+def count_parameters(shapes: LocalShapes, stage: StageShapes, lora: LoraConfig | None = None) -> Parameters:
+    """Parameters of a rank of a pipeline stage, with adapters on its language layers."""
     eagle, vision, h = shapes.eagle, shapes.eagle.vision, shapes.h
     qkv, fc1 = shapes.q + 2 * shapes.kv, 2 * h * shapes.f
     layer = h * qkv + qkv + shapes.q * h + fc1 + fc1 // 2 + 2 * h
@@ -80,20 +101,40 @@ def count_parameters(shapes: LocalShapes, stage: StageShapes) -> Parameters:
     ends = 1 if stage.first and stage.last and eagle.text.tie_word_embeddings else stage.first + stage.last
     language = stage.layers * layer + ends * vocabulary + (h if stage.last else 0)
     largest = max(fc1, vocabulary if ends else 0)
+    adapters = 0 if lora is None else stage.layers * _adapters(shapes, lora)
     if not stage.first:
-        return Parameters(language, ends * vocabulary, 0, 0, largest)
+        return Parameters(language, ends * vocabulary, 0, 0, largest, adapters)
     t, c, i = shapes.vision_ranks, shapes.c, vision.intermediate_size
     patch = vision.num_channels * vision.patch_size**2 * c + c
     block = (3 * c * c + 3 * c + c * c + c * i + i + i * c) // t + 2 * c + 4 * c
     encoder = patch + vision.num_patches * c + vision.num_hidden_layers * block + 2 * c
     shuffled = c * eagle.shuffle_factor**2
     connector = 2 * shuffled + (shuffled * h + h + h * h) // t + h
-    return Parameters(language, ends * vocabulary, encoder, connector, largest)
+    return Parameters(language, ends * vocabulary, encoder, connector, largest, adapters)
 
 
-def rms_norm_bytes(r: int, h: int, e: int) -> int:
-    """RMSNorm in plain torch: fp32 input (itself in fp32), 1 / deviation, rounded and scaled output."""
-    return r * (h * (FP32 + 2 * e) + FP32)
+def _adapters(shapes: LocalShapes, lora: LoraConfig) -> int:
+    """Elements of one layer's adapters on a tensor parallel rank: A and B of each target."""
+    h, q, kv, f = shapes.h, shapes.q, shapes.kv, shapes.f
+    # In and out features of the rank's share of A and B.
+    features: dict[Target, int] = {
+        "q_proj": h + q,
+        "k_proj": h + kv,
+        "v_proj": h + kv,
+        "o_proj": q + h,
+        "gate_proj": h + f,
+        "up_proj": h + f,
+        "down_proj": f + h,
+    }
+    return lora.rank * sum(features[target] for target in lora.target_modules)
+
+
+def rms_norm_bytes(r: int, h: int, workload: Workload, *, read: bool = True) -> int:
+    """RMSNorm. The Triton kernel keeps its input, 1 / deviation and, where the next layer must (`read`), its
+    output. Plain torch has an fp32 input (itself in fp32) and a rounded beside the scaled output."""
+    e, output = workload.element_size, h * workload.element_size if read else 0
+    inside = h * e if workload.fused_kernels else h * (FP32 + (e if workload.language_weights else 0))
+    return r * (inside + output + FP32)
 
 
 @dataclass(frozen=True)
@@ -129,18 +170,26 @@ class LayerActivations:
 
 
 def language_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
-    """What one language layer keeps for one microbatch."""
+    """What one language layer keeps for one microbatch.
+
+    A linear layer whose weight is frozen keeps nothing; adapters keep what they read and make of it.
+    """
     e, s, r, h, f = workload.element_size, shapes.s, shapes.r, shapes.h, shapes.f
-    q, kv = shapes.q, shapes.kv
-    norm = rms_norm_bytes(r, h, e)
+    q, kv, keeps = shapes.q, shapes.kv, workload.keeps
+    before = rms_norm_bytes(r, h, workload, read=keeps("q_proj", "k_proj", "v_proj"))
+    between = rms_norm_bytes(r, h, workload, read=keeps("gate_proj", "up_proj"))
     statistics = s * shapes.heads * FP32
     # The joint projection (whose slice is v), rotated q and k, the output. (All layers share one table of
     # cosines and sines.)
     attention = s * e * ((q + 2 * kv) + q + kv + q) + statistics
     # Gate and up, silu(gate) where the kernel is the eager one, their product.
-    product = 0 if workload.recompute.swiglu else f
-    mlp = s * e * (2 * f + (f if workload.device == "cpu" else 0) + product)
-    return LayerActivations(norm + attention, norm + mlp, r * h * e, s * e * q, statistics)
+    product = f if keeps("down_proj") and not workload.recompute.swiglu else 0
+    mlp = s * e * (2 * f + (0 if workload.fused_kernels else f) + product)
+    low = 0 if workload.lora is None else s * e * workload.lora.rank
+    targets = () if workload.lora is None else workload.lora.target_modules
+    attention += low * sum(target in ("q_proj", "k_proj", "v_proj", "o_proj") for target in targets)
+    mlp += low * sum(target in ("gate_proj", "up_proj", "down_proj") for target in targets)
+    return LayerActivations(before + attention, between + mlp, r * h * e, s * e * q, statistics)
 
 
 def vision_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
@@ -172,8 +221,9 @@ def vision_activations(shapes: PackShapes, workload: Workload) -> int:
         kept = pixels + vision.num_hidden_layers * layer + p * (c * e + 2 * statistic)  # and the final norm
     tokens, shuffled = tiles * eagle.tokens_per_tile, c * eagle.shuffle_factor**2
     # The connector's norm; before and after its GELU; the features that this rank's tokens received.
-    kept += tokens * (2 * shuffled * e + 2 * statistic)
-    kept += 2 * tokens * h // shapes.vision_ranks * e
+    read = 1 if "connector" in workload.trainable else 0  # its linear layers keep what they read
+    kept += tokens * ((1 + read) * shuffled * e + 2 * statistic)
+    kept += (1 + read) * tokens * h // shapes.vision_ranks * e
     image_tokens = workload.tiles * eagle.tokens_per_tile
     return kept + image_tokens * shapes.r // shapes.length * h * e
 

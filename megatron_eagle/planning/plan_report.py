@@ -17,12 +17,20 @@ _SHORT = ("weight", "grad", "optim", "activ", "vision", "logits", "work")
 
 
 def render_plan(
-    plans: LayoutPlans, config: RunConfig, packs: PackShape, gpus: str, *, top: int, refusals: bool = False
+    plans: LayoutPlans,
+    config: RunConfig,
+    packs: PackShape,
+    gpus: str,
+    rates: str,
+    *,
+    top: int,
+    refusals: bool = False,
 ) -> str:
     """The plan as text, memory in GB of 10^9 bytes.
 
     Args:
         gpus: for which.
+        rates: what they attain.
         top: at most so many layouts are shown: of those that fit, else the smallest.
         refusals: add every reason for which a layout was refused.
     """
@@ -36,7 +44,9 @@ def render_plan(
         f"positions: max_position_embeddings {config.model.text.max_position_embeddings:,}",
         *config.notes,
         f"recompute: language {recompute.language}, vision {recompute.vision}; "
-        f"trained: {', '.join(config.optimizer.trainable)}",
+        f"trained: {', '.join(config.optimizer.trainable)}"
+        + ("" if config.lora is None else f", the language model by adapters of rank {config.lora.rank}"),
+        rates,
         "assumes a fused attention kernel (the reference attention is quadratic in memory), no overlap, and "
         f"the {'plain' if config.layers.loss == 'plain' else 'fused'} loss with every token supervised",
         f"{len(fitting)} layouts fit, {len(plans.legal) - len(fitting)} do not, "

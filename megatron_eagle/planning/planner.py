@@ -21,7 +21,8 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import expand_preset
 from megatron_eagle.planning.memory_model import StageMemory, fullest_stage, offloaded_bytes
 from megatron_eagle.planning.memory_shapes import Workload
-from megatron_eagle.planning.step_time import Machine, StepTime, step_time
+from megatron_eagle.planning.rates import Machine
+from megatron_eagle.planning.step_time import StepTime, step_time
 from megatron_eagle.runtime.parallel import ParallelConfig, VisionSharding
 from megatron_eagle.training.run_config import RunConfig, RunFile, load_run_config, stated_positions
 
@@ -180,8 +181,8 @@ def plan_layouts(
     The sizes in `config.parallel` play no part.
 
     Raises:
-        UserError: less than one GPU, no memory beyond `RESERVED_BYTES`, more tiles than a pack holds, a LoRA
-            run, or no legal layout at all.
+        UserError: less than one GPU, no memory beyond `RESERVED_BYTES`, more tiles than a pack holds, or no
+            legal layout at all.
     """
     if gpus < 1:
         raise UserError(f"--gpus is {gpus}: must be at least 1")
@@ -195,8 +196,6 @@ def plan_layouts(
             f"{packs.tiles} tiles of {config.model.tokens_per_tile} tokens do not fit a pack of "
             f"{config.data.length} tokens: at most {config.data.length // config.model.tokens_per_tile}"
         )
-    if config.lora is not None:
-        raise UserError("the planner counts whole gradients and optimizer states: remove the lora section")
     legal, refused = [], Counter[str]()
     for parallel in _candidates(config, gpus):
         try:
@@ -213,6 +212,27 @@ def plan_layouts(
     return LayoutPlans(sorted(legal, key=lambda plan: plan._order), refused)
 
 
+def run_workload(
+    config: RunConfig, packs: PackShape, microbatches: int, multiprocessors: int = Workload.multiprocessors
+) -> Workload:
+    """What every data parallel rank of a run computes on GPUs in `microbatches` packs."""
+    return Workload(
+        sequence_length=config.data.length,
+        tiles=packs.tiles,
+        microbatches=microbatches,
+        precision=config.training.precision,
+        longest_document=packs.longest_document,
+        recompute=config.recompute,
+        trainable=config.optimizer.trainable,
+        lora=config.lora,
+        fused_loss=config.layers.loss != "plain",  # auto takes it on a GPU
+        loss_into_main_grad=config.layers.loss_into_main_grad,
+        eager=config.layers.kernels == "eager",
+        multiprocessors=multiprocessors,
+        deterministic=config.training.deterministic,
+    )
+
+
 def _plan(
     config: RunConfig,
     parallel: ParallelConfig,
@@ -222,17 +242,8 @@ def _plan(
     machine: Machine,
 ) -> LayoutPlan:
     data_parallel_size = parallel.data_parallel_size(gpus)
-    workload = Workload(
-        sequence_length=config.data.length,
-        tiles=packs.tiles,
-        microbatches=config.training.global_batch_size // data_parallel_size,
-        precision=config.training.precision,
-        longest_document=packs.longest_document,
-        recompute=config.recompute,
-        trainable=config.optimizer.trainable,
-        fused_loss=config.layers.loss != "plain",  # auto takes it on a GPU
-        loss_into_main_grad=config.layers.loss_into_main_grad,
-    )
+    microbatches = config.training.global_batch_size // data_parallel_size
+    workload = run_workload(config, packs, microbatches, machine.multiprocessors)
     memory = fullest_stage(config.model, parallel, data_parallel_size, workload)
     time = step_time(
         config.model,

@@ -1,6 +1,6 @@
-"""How long a training step takes under a layout: FLOPs, bytes and published speeds, nothing overlapped.
+"""How long a training step takes under a layout: FLOPs, bytes and attainable rates, nothing overlapped.
 
-An estimate for ranking layouts, not a promise: kernels reach their published speeds (those of bf16), every
+An estimate for ranking layouts, not a promise: kernels reach the rates of `rates.py` (those of bf16), every
 collective waits for the computation (as the training loop has it now) and latencies are left out. How even
 attention is over context parallel ranks, and which keys travel, is counted (`context_work.py`).
 """
@@ -21,50 +21,14 @@ from megatron_eagle.planning.memory_shapes import (
     language_layer,
     vision_activations,
 )
-from megatron_eagle.runtime.gpus import Gpu
+from megatron_eagle.planning.rates import Machine
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 # Flash attention's backward does five matrix products for the forward's two, one more than the gradients
-# need (it computes the scores again); training_flops counts three times the forward.
-ATTENTION_EXECUTED = 3.5 / 3
+# need (it computes the scores again); training_flops counts twice the forward.
+BACKWARD_EXECUTED = 2.5 / 2
 # A kept activation is written, read by the forward, read by the backward, its gradient written and read.
 ACTIVATION_PASSES = 5
-
-
-# Shares of the peak that kernels reach. Matrix products: 790 of 989 TFLOP/s, as measured on one H200; taken
-# for all. FlashAttention-2: 35 % on Hopper (abstract of the FlashAttention-3 paper, arXiv 2407.08608), 50 to
-# 73 % on Ampere (of the FlashAttention-2 paper, arXiv 2307.08691): the middle, for Ada too. Blackwell counts
-# as Hopper, unmeasured; an H20, whose matrix units are cut, probably reaches more than that of its low peak.
-GEMM_SHARE = 790 / 989
-ATTENTION_SHARE = {"ampere": 0.6, "ada": 0.6, "hopper": 0.35, "blackwell": 0.35}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """GPUs and links, SI units per GPU."""
-
-    peak: float  # dense bf16 FLOP/s of the datasheet; MFU is quoted against it
-    gemm: float  # FLOP/s of bf16 matrix products
-    attention: float  # FLOP/s
-    memory: float  # byte/s
-    link: float  # byte/s in one direction inside of a node
-    network: float = 50e9  # byte/s in one direction: one 400 Gb/s adapter per GPU (HGX H200 reference design)
-    gpus_per_node: int = 8
-
-    @classmethod
-    def of(cls, gpu: Gpu, gpus_per_node: int = 8) -> "Machine":
-        """Nodes of so many `gpu`."""
-        attention = ATTENTION_SHARE[gpu.architecture] * gpu.peak
-        speeds = (gpu.peak, GEMM_SHARE * gpu.peak, attention, gpu.bandwidth, gpu.link)
-        return cls(*speeds, gpus_per_node=gpus_per_node)
-
-    def bandwidth(self, size: int, stride: int) -> float:
-        """Byte/s that a ring over `size` ranks, `stride` apart, passes through each of them.
-
-        Members on one node share its network adapters, one each.
-        """
-        together = max(1, self.gpus_per_node // stride)
-        return self.link if size <= together else min(self.link, self.network * together)
 
 
 @dataclass(frozen=True)
@@ -136,6 +100,7 @@ def step_time(
         sum_squared_lengths=sum_squared_lengths,
         tiles=mean_tiles,
         trainable=workload.trainable,
+        adapters=workload.lora is not None,
     ).total
     gpus = parallel.model_parallel_size * data_parallel_size
     total = sum(parts.values()) + reduction
@@ -163,12 +128,14 @@ def _microbatch(
             sum_squared_lengths=sum_squared_lengths,
             tiles=tiles,
             trainable=trainable,
+            adapters=workload.lora is not None and bool(trainable),
             layers=layers,
         )
 
     step, forward = flops(stage.layers, workload.trainable), flops(stage.layers, ())
     head, head_forward = flops(0, workload.trainable).language_linear, flops(0, ()).language_linear
-    linear, attention = step.language_linear, step.language_attention * ATTENTION_EXECUTED
+    linear, attention = step.language_linear, forward.language_attention
+    attention_backward = (step.language_attention - attention) * BACKWARD_EXECUTED
     vision = step.vision + step.connector
     if not stage.last:
         linear -= head
@@ -183,12 +150,16 @@ def _microbatch(
     kept += vision_activations(shapes, workload) if stage.first else 0
     logits = _logits_bytes(shapes, workload) if stage.last else 0
     # A gradient is written, then added to the fp32 buffer.
-    accumulation = count_parameters(shapes, stage).trained(workload.trainable) * (2 * e + 2 * FP32)
+    accumulation = count_parameters(shapes, stage, workload.lora).trained(workload.trainable) * (
+        2 * e + 2 * FP32
+    )
     traffic = ACTIVATION_PASSES * kept + logits + accumulation
     stages = shapes.parallel.pipeline_model_parallel_size
     return {
         "matrix_products": linear / ranks / machine.gemm,
-        "attention": attention * context.imbalance / ranks / machine.attention,
+        "attention": context.imbalance
+        / ranks
+        * (attention / machine.attention + attention_backward / machine.attention_backward),
         "vision": vision / shapes.vision_ranks / machine.gemm,
         "elementwise": traffic / machine.memory,
         "tensor_parallel": _tensor_bytes(shapes, workload, stage, tiles) / machine.bandwidth(shapes.tp, 1),
@@ -268,7 +239,7 @@ def _finish(
     """Seconds of the gradients' reduction with the weights' gathering, and of Adam, on the fullest stage."""
     tp, e, parallel = shapes.tp, workload.element_size, shapes.parallel
     stages = range(parallel.pipeline_model_parallel_size)
-    counts = [count_parameters(shapes, StageShapes.of(shapes, stage)) for stage in stages]
+    counts = [count_parameters(shapes, StageShapes.of(shapes, stage), workload.lora) for stage in stages]
     largest = max(count.trained(workload.trainable) for count in counts)
     ranks = data_parallel_size * shapes.cp
     seconds = largest * (FP32 + e) * (ranks - 1) / ranks / machine.bandwidth(ranks, tp)
