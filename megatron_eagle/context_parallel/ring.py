@@ -70,7 +70,8 @@ class RingAttention(torch.autograd.Function):
         # Of a block's part: what nobody fills is never read.
         like = torch.empty((len(k), 2, *k.shape[1:]), dtype=torch.float32, device=k.device)
         own: Tensor | None = None  # of this rank's block
-        leaving: Tensor | None = None  # of the block of the step before
+        leaving: Tensor | None = None  # of the block of the step before, or of the one before that
+        finish_sum: Callable[[], Tensor | None] = _nothing  # of the step before, over the node
         blocks = _blocks(k, v, exchange, groups)
         for number, slot in enumerate(exchange.slots):
             step, block = next(blocks, (None, k))
@@ -93,11 +94,13 @@ class RingAttention(torch.autograd.Function):
                 )
                 grad_q[rows] += share_q
                 share, share_rows = fold_gradients(share_k, share_v, step.order), slice(*step.keys)
-            if groups.node is not None and number < len(exchange.steps) and exchange.gathered[number]:
-                share, share_rows = _own_part(share, share_rows, like, groups.node), slice(None)
+            if groups.node is not None:
+                seen = number < len(exchange.steps) and exchange.gathered[number]
+                start = _start_node_sum(share, share_rows, like, groups.node) if seen else _nothing
+                share, share_rows, finish_sum = finish_sum(), slice(None), start
             arrived, home = travelling.wait()
             leaving = _add(arrived, share, share_rows, len(like))
-            if number == 0:
+            if number == exchange.lag - 1:
                 own, leaving = leaving, None
             if home is not None:
                 assert own is not None, "a rank sees its own keys"
@@ -233,17 +236,26 @@ def _start_node_gather(part: Tensor, wanted: bool, group: dist.ProcessGroup) -> 
     return finish
 
 
-def _own_part(share: Tensor | None, rows: slice, like: Tensor, node: dist.ProcessGroup) -> Tensor:
-    """Gradients of `rows` of a node's block -> those of this rank's part of it, summed over the node's ranks.
+def _nothing() -> None:
+    """What a step ends with in which no rank of the node sees the block."""
 
-    Collective over `node`.
-    """
+
+def _start_node_sum(
+    share: Tensor | None, rows: slice, like: Tensor, node: dist.ProcessGroup
+) -> Callable[[], Tensor]:
+    """Begin to sum gradients of `rows` of a node's block over its ranks; the returned function waits, and
+    gives those of this rank's part of it. Collective over `node`."""
     part = torch.empty_like(like)
     whole = _add(None, share, rows, node.size() * len(like))
     if whole is None:  # this rank's queries see nothing of the block
         whole = like.new_zeros((node.size() * len(like), *like.shape[1:]))
-    dist.reduce_scatter_tensor(part, whole, group=node)
-    return part
+    work = dist.reduce_scatter_tensor(part, whole, group=node, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return part
+
+    return finish
 
 
 def _add(total: Tensor | None, share: Tensor | None, rows: slice, length: int) -> Tensor | None:

@@ -10,7 +10,8 @@ after its step, that one adds its own, and the last reader sends them home. A sl
 step is computed; both ends of a message meet in the same slot, so that no order of messages can lock ranks.
 
 In a ring of nodes a block is what the ranks of one node hold together: each sends its own part to its
-counterpart of the next node, where the parts are gathered.
+counterpart of the next node, where the parts are gathered. Gradients are then two slots behind: they are
+summed over the node while the step after theirs is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,8 +42,8 @@ class RingSlot:
 
     sends_keys_to: int | None  # the block of step t
     receives_keys_from: int | None  # the block of step t + 1
-    sends_gradients_to: int | None  # of the block of step t - 1
-    receives_gradients_from: int | None  # of the block of step t, of those who had it before
+    sends_gradients_to: int | None  # of the block of step t - lag
+    receives_gradients_from: int | None  # of the block of step t + 1 - lag, of those who had it before
     receives_own_from: int | None  # of this rank's own block, of all others together
 
 
@@ -51,7 +52,8 @@ class RingExchange:
     """One rank's part in the round of a pack's keys."""
 
     steps: tuple[RingStep | None, ...]  # by step; None: no key of the block is seen
-    slots: tuple[RingSlot, ...]  # by step, and one more for the last gradients
+    slots: tuple[RingSlot, ...]  # by step, and `lag` more for the last gradients
+    lag: int  # slots from a step to that in which its gradients leave
     gathered: tuple[bool, ...]  # by step: whether a rank of the node sees the block
 
     @property
@@ -97,6 +99,7 @@ def plan_ring(
     reads = readers(traffic, node)
     size, own = len(reads), rank // node
     nearest, farthest = _distances(reads, min), last_readers(reads)
+    lag = 1 if node == 1 else 2
     table = layout.segment_table(rank, document_bounds)
     steps: list[RingStep | None] = []
     for step in range(size):
@@ -105,7 +108,8 @@ def plan_ring(
         steps.append(_plan_step(table, held, causal=step == 0))
     return RingExchange(
         tuple(steps),
-        tuple(_plan_slot(own, step, nearest, farthest) for step in range(size + 1)),
+        tuple(_plan_slot(own, step, lag, nearest, farthest) for step in range(size + lag)),
+        lag,
         tuple(bool(reads[own, (own - step) % size]) for step in range(size)),
     )
 
@@ -122,21 +126,21 @@ def _distances(reads: np.ndarray, which: Callable[..., int]) -> list[int]:
     return [which(distances, default=0) for distances in ahead]
 
 
-def _plan_slot(own: int, step: int, nearest: list[int], farthest: list[int]) -> RingSlot:
-    size = len(nearest)
-    had, has, comes = ((own - s) % size for s in (step - 1, step, step + 1))  # blocks
+def _plan_slot(own: int, step: int, lag: int, nearest: list[int], farthest: list[int]) -> RingSlot:
+    size, done = len(nearest), step - lag  # the step whose gradients leave
+    had, meets, has, comes = ((own - s) % size for s in (done, done + 1, step, step + 1))  # blocks
     ahead, behind = (own + 1) % size, (own - 1) % size
-    in_ring, bears = step < size, step > 1  # before the second step nobody has gradients of others' blocks
+    bears = done > 0  # of the first step nobody has gradients of others' blocks
     return RingSlot(
         sends_keys_to=ahead if step < farthest[has] else None,
         receives_keys_from=behind if step + 1 < size and step < farthest[comes] else None,
-        sends_gradients_to=(ahead if step - 1 < farthest[had] else had)
-        if bears and nearest[had] <= step - 1 <= farthest[had]
+        sends_gradients_to=(ahead if done < farthest[had] else had)
+        if bears and nearest[had] <= done <= farthest[had]
         else None,
         receives_gradients_from=behind
-        if bears and in_ring and nearest[has] <= step - 1 < farthest[has]
+        if bears and done + 1 < size and nearest[meets] <= done < farthest[meets]
         else None,
-        receives_own_from=(own + step - 1) % size if bears and step - 1 == farthest[own] else None,
+        receives_own_from=(own + done) % size if bears and done == farthest[own] else None,
     )
 
 

@@ -37,11 +37,12 @@ def plans(layout: SequenceLayout, bounds: list[int], node: int = 1) -> list[Ring
 def check_messages(ring: list[RingExchange]) -> None:
     """Walk through the slots of a ring: whoever receives is sent to, in the same slot; who needs a block has
     it; the gradients of each block come home with one share of every reader."""
-    size = len(ring)
+    size, lag = len(ring), ring[0].lag
     held = [{rank} for rank in range(size)]  # the block with each rank
     leaving: list[set[int]] = [set() for _ in range(size)]  # whose gradients each rank sends next
+    summing = [[set[int]()] * (lag - 1) for _ in range(size)]  # those of a node's ranks, being added up
     home: list[set[int]] = [set() for _ in range(size)]
-    for step in range(size + 1):
+    for step in range(size + lag):
         now, bear = [plan.slots[step] for plan in ring], []
         for rank, slot in enumerate(now):
             behind = (rank - 1) % size
@@ -54,7 +55,8 @@ def check_messages(ring: list[RingExchange]) -> None:
             before = leaving[behind] if slot.receives_gradients_from is not None else set()
             sees = 0 < step < size and ring[rank].gathered[step]
             assert not sees or held[rank] == {(rank - step) % size}
-            bear.append(before | ({rank} if sees else set()))
+            summing[rank].append({rank} if sees else set())
+            bear.append(before | summing[rank].pop(0))
         leaving = bear
         held = [held[s.receives_keys_from] if s.receives_keys_from is not None else set() for s in now]
     for block in range(size):
@@ -122,18 +124,19 @@ def test_zigzag_copies_no_keys():
             assert segment == ((0, half, 0, 2 * half) if whole else (0, 2 * half, 0, half))
 
 
-def attend(name: str, pack: str) -> list[Tensor]:
+def attend(name: str, pack: str, size: int = SIZE, node: int = 1) -> list[Tensor]:
     """On one rank of a ring: its tokens' output, dQ, dK, dV."""
     bounds = PACKS[pack]
-    with model_parallel(ParallelConfig(context_parallel_size=SIZE, context_parallel_comm="ring")) as mesh:
-        layout = plan_for(name, SIZE, bounds)
+    config = ParallelConfig(context_parallel_size=size, context_parallel_comm="ring", ring_node_size=node)
+    with model_parallel(config) as mesh:
+        layout = plan_for(name, size, bounds)
         index = layout.token_index(mesh.cp.rank)
         *inputs, grad = (x[index] for x in pack_tensors(bounds[-1], torch.float32))
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = context_parallel_attention(
             *leaves,
             ReferenceAttention(),
-            plan_ring(layout, mesh.cp.rank, bounds),
+            plan_ring(layout, mesh.cp.rank, bounds, node),
             HEAD_DIM**-0.5,
             mesh.cp.group,
             ring=mesh.ring,
@@ -141,9 +144,9 @@ def attend(name: str, pack: str) -> list[Tensor]:
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def errors(run: Callable, *arguments) -> dict[str, float]:
-    ranks = launch(run, SIZE, *arguments, timeout=60)
-    order = plan_for("zigzag", SIZE, PACKS["off chunk edges"]).rank_major_order.argsort()
+def errors(run: Callable, *arguments, size: int = SIZE) -> dict[str, float]:
+    ranks = launch(run, size, *arguments, timeout=60)
+    order = plan_for("zigzag", size, PACKS["off chunk edges"]).rank_major_order.argsort()
     found = (torch.cat(shares)[order].double() for shares in zip(*ranks, strict=True))
     whole = full_attention(PACKS["off chunk edges"], torch.float32)
     return {
@@ -166,6 +169,11 @@ def _last_gradients_lost(self) -> tuple[Tensor | None, Tensor | None]:
     return arrived, None if home is None else torch.zeros_like(home)
 
 
+def _sum_of_nobody(share, rows, like, node):
+    finish = _start_sum(share, rows, like, node)
+    return lambda: torch.zeros_like(finish())
+
+
 def _nothing_sent(slot, part, group):
     return _start(slot, torch.zeros_like(part) if slot.sends_keys_to is not None else part, group)
 
@@ -183,7 +191,7 @@ class _NeverCausal(ReferenceAttention):
         return super().forward(q, k, v, segments, scale, causal=False)
 
 
-_wait, _start = ring._Gradients.wait, ring._start_keys
+_wait, _start, _start_sum = ring._Gradients.wait, ring._start_keys, ring._start_node_sum
 SABOTAGES = {
     "nothing": (lambda: patch.object(ring, "_start_keys", _start), ()),
     "a dropped send": (lambda: patch.object(ring, "_start_keys", _nothing_sent), ("out", "dq", "dk", "dv")),
@@ -215,3 +223,15 @@ def sabotaged(what: str) -> list[Tensor]:
 def test_every_fault_is_noticed(what):
     noticed = {name for name, error in errors(sabotaged, what).items() if not error <= 1e-5}
     assert noticed == set(SABOTAGES[what][1])
+
+
+def of_nodes(start_sum: str) -> list[Tensor]:
+    with patch.object(ring, "_start_node_sum", globals()[start_sum]):
+        return attend("zigzag", "off chunk edges", 8, 2)
+
+
+@pytest.mark.parametrize(("start_sum", "wrong"), [("_start_sum", set()), ("_sum_of_nobody", {"dk", "dv"})])
+def test_gradients_two_steps_behind_come_home(start_sum, wrong):
+    """Round four nodes of two ranks, each of which adds up a step's gradients during the next one."""
+    found = errors(of_nodes, start_sum, size=8)
+    assert {name for name, error in found.items() if not error <= 1e-5} == wrong
