@@ -13,6 +13,7 @@ BENCHMARKS = (
     "activation_offload",
     "attention",
     "checkpoint",
+    "context_layouts",
     "context_parallel",
     "convert",
     "dali",
