@@ -60,7 +60,7 @@ class EagleModel(MegatronModule):
         classes: LayerClasses,
         store: HostStore,
     ) -> None:
-        config = language_config(eagle, mesh.config, dtype, recompute)
+        config = language_config(eagle, mesh.config, dtype, recompute, classes.options)
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
         self.eagle, self.mesh = eagle, mesh

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eagle_kernels.activation_offload import HostStore
 from eagle_kernels.linear_cross_entropy import linear_cross_entropy
-from megatron_eagle.model.layers import LayerClasses
+from megatron_eagle.model.layers import LayerClasses, ready
 from megatron_eagle.model.presets import TextConfig
 from megatron_eagle.model.rotary import PackedRotaryTable
 from megatron_eagle.model.specs import RecomputeConfig, language_block
@@ -85,6 +85,7 @@ class LanguageModel(GPTModel):
             # Whole before the loss drops tokens, so that all ranks drop the same.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
         tied = self.share_embeddings_and_output_weights
+        ready(self.output_layer)
         losses = linear_cross_entropy(
             hidden_states.squeeze(1),
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,

@@ -4,7 +4,7 @@ All have the same parameter names, so that a checkpoint fits every choice. What 
 offers is looked up by importing it: without Transformer Engine its names in Megatron are mocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from megatron_eagle.context_parallel.backends import AttentionName, unfit
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.shapes import LocalShapes
-from megatron_eagle.runtime.libraries import why_not_library
+from megatron_eagle.runtime.libraries import import_or_none, why_not_library
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
@@ -41,6 +41,9 @@ class LayersConfig:
     `loss`: fused never holds the logits of a whole sequence (`eagle_kernels.linear_cross_entropy`), plain is
     Megatron's; auto: fused on a GPU. `loss_into_main_grad`: the fused loss adds the output weight's gradient
     straight to the fp32 buffer that gradients accumulate in.
+    `gradient_accumulation_fusion`: Apex' kernel adds the language model's weight gradients to the buffer that
+    they accumulate in. `fp8`: Transformer Engine multiplies in 8 bits in the language model's linear layers,
+    with scales as `fp8_recipe` says. `cuda_graph_impl` is refused but for none: packs differ.
     `attention`: kernels of the language model's core attention (context_parallel/backends.py); auto: the
     first that works here, else the reference, which a GPU takes for short documents only.
     """
@@ -50,6 +53,10 @@ class LayersConfig:
     kernels: Implementation = "auto"
     loss: Literal["auto", "fused", "plain"] = "auto"
     loss_into_main_grad: bool = False
+    gradient_accumulation_fusion: bool = False
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
     attention: AttentionName = "auto"
 
 
@@ -105,6 +112,7 @@ class LayerClasses:
     fused_loss: FusedLoss | None  # None: logits, then Megatron's cross-entropy
     kernels: Implementation
     attention: AttentionName
+    options: Mapping[str, Any]  # Megatron's own, of the language model
     reason: str
 
 
@@ -186,6 +194,13 @@ def mlp_module(kind: type[MLP], submodules: MLPSubmodules, group: ProcessGroup) 
     return OverGroup
 
 
+def ready(module: torch.nn.Module) -> None:
+    """What Megatron does before a module's forward, for weights that are read without one: with
+    `parallel.overlap_param_gather` they may still be on their way from the ranks that have updated them."""
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+
+
 def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelConfig) -> LayerClasses:
     """The classes that `config` stands for on this machine, for these sizes.
 
@@ -231,8 +246,44 @@ def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelCo
         FusedLoss(kernels, config.loss_into_main_grad) if fused else None,
         kernels,
         config.attention,
+        _choose_options(config, parallel, linear),
         reason,
     )
+
+
+def _choose_options(config: LayersConfig, parallel: ParallelConfig, linear: str) -> dict[str, Any]:
+    """Megatron's options of the language model's linear layers.
+
+    Raises:
+        UserError: what one needs is not here.
+    """
+    options: dict[str, Any] = {}
+    if config.gradient_accumulation_fusion:
+        missing = why_not_library("fused_weight_gradient_mlp_cuda")
+        if missing:
+            raise UserError(
+                f"layers.gradient_accumulation_fusion: {missing}; it is built with Apex, or leave this out"
+            )
+        options["gradient_accumulation_fusion"] = True
+    if parallel.tp_comm_overlap and linear == "local":
+        raise UserError("parallel.tp_comm_overlap needs Transformer Engine's linear layers; set it to false")
+    if config.fp8 is not None:
+        missing = why_not_fp8(config.fp8_recipe) if linear != "local" else "it needs Transformer Engine"
+        if missing:
+            raise UserError(f"layers.fp8 {config.fp8}, {config.fp8_recipe}: {missing}; leave it out")
+        options |= {"fp8": config.fp8, "fp8_recipe": config.fp8_recipe}
+    return options
+
+
+def why_not_fp8(recipe: str) -> str | None:
+    """Why Transformer Engine cannot multiply by this recipe here, or None if it can."""
+    names = {"mxfp8": "check_mxfp8_support", "blockwise": "check_fp8_block_scaling_support"}
+    for place in ("transformer_engine.pytorch.quantization", "transformer_engine.pytorch.fp8"):
+        check = getattr(import_or_none(place), names.get(recipe, "check_fp8_support"), None)
+        if check is not None:
+            supported, why = check()
+            return None if supported else str(why)
+    return f"this Transformer Engine has no {names.get(recipe, 'check_fp8_support')}"
 
 
 def _choose_library(config: LayersConfig) -> tuple[str, str, str]:

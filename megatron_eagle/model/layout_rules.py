@@ -97,8 +97,13 @@ def _check_padding(parallel: ParallelConfig) -> None:
 
 def _check_stages(layers: int, parallel: ParallelConfig) -> None:
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_model_chunks
-    first = parallel.num_layers_in_first_pipeline_stage
-    if first is None:
+    ends = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+    given = [name for name in ends if getattr(parallel, name) is not None]
+    sizes = [getattr(parallel, name) for name in given]
+    if parallel.pipeline_model_parallel_layout is not None:
+        _check_letters(layers, parallel, given)
+        return
+    if not given:
         if layers % (stages * chunks):
             divisors = [n for n in range(1, layers + 1) if layers % n == 0]
             raise UserError(
@@ -108,17 +113,42 @@ def _check_stages(layers: int, parallel: ParallelConfig) -> None:
             )
         return
     if stages == 1:
-        raise UserError("parallel.num_layers_in_first_pipeline_stage needs pipeline_model_parallel_size > 1")
-    legal = [
-        n
-        for n in range(chunks, layers, chunks)
-        if (layers - n) % ((stages - 1) * chunks) == 0 and layers - n >= (stages - 1) * chunks
-    ]
-    if first not in legal:
+        raise UserError(f"parallel.{given[0]} needs pipeline_model_parallel_size > 1")
+    *others, size = sizes
+    between = stages - len(given)
+
+    def leaves_equal_shares(n: int) -> bool:
+        rest: int = layers - sum(others) - n
+        return rest >= between * chunks and rest % (between * chunks) == 0 if between else rest == 0
+
+    legal = [n for n in range(chunks, layers, chunks) if leaves_equal_shares(n)]
+    if size not in legal or any(other % chunks for other in others):
+        beside = f" beside {given[0]} {others[0]}" if others else ""
         raise UserError(
-            f"parallel.num_layers_in_first_pipeline_stage {first} of {layers} language layers leaves no "
-            f"equal shares for {stages - 1} further stages x {chunks} chunks: choose {_choices(legal)}"
+            f"parallel.{given[-1]} {size} of {layers} language layers{beside} leaves no equal shares for "
+            f"{between} further stages x {chunks} chunks: choose {_choices(legal)}"
         )
+
+
+def _check_letters(layers: int, parallel: ParallelConfig, given: list[str]) -> None:
+    """`pipeline_model_parallel_layout`: one E, then `layers` times t, then one L; no stage without work."""
+    layout, chunks = parallel.pipeline_model_parallel_layout, parallel.stage_layers(layers)
+    assert layout is not None, "it was looked for"
+    what = f"parallel.pipeline_model_parallel_layout {layout!r}"
+    if given:
+        raise UserError(f"{what} says what parallel.{given[0]} says: leave one out")
+    found = sum(map(sum, chunks))
+    if found != layers:
+        raise UserError(f"{what} has {found} layers (t) and the language model has {layers}")
+    if (layout.count("E"), layout.count("L")) != (1, 1) or layout[0] != "E" or layout[-1] != "L":
+        raise UserError(f"{what}: the embedding (E) stands first and the loss (L) last, each once")
+    last = len(chunks) - 1, len(chunks[0]) - 1
+    for chunk in range(len(chunks[0])):
+        for stage, sizes in enumerate(chunks):
+            if sizes[chunk] == 0 and (stage, chunk) not in ((0, 0), last):
+                raise UserError(
+                    f"{what}: part {chunk * len(chunks) + stage + 1} is empty; give it a layer (t)"
+                )
 
 
 def _shown_layout(parallel: ParallelConfig) -> str:

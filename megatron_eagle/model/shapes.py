@@ -134,18 +134,12 @@ class StageShapes:
     """Its first chunk begins with the embedding, after the vision encoder."""
     last: bool
     """Its last chunk ends with the loss."""
+    chunk_layers: int
+    """Of the chunk that has most."""
 
     @classmethod
     def of(cls, shapes: LocalShapes, stage: int) -> "StageShapes":
         """Of the stage with this number."""
         parallel, layers = shapes.parallel, shapes.eagle.text.num_hidden_layers
-        stages, first = parallel.pipeline_model_parallel_size, parallel.num_layers_in_first_pipeline_stage
-        own = layers // stages
-        if first is not None:
-            own = first if stage == 0 else (layers - first) // (stages - 1)
-        return cls(own, parallel.num_model_chunks, stage == 0, stage == stages - 1)
-
-    @property
-    def chunk_layers(self) -> int:
-        """Layers of one chunk."""
-        return self.layers // self.chunks
+        stages, own = parallel.pipeline_model_parallel_size, parallel.stage_layers(layers)[stage]
+        return cls(sum(own), parallel.num_model_chunks, stage == 0, stage == stages - 1, max(own))

@@ -4,7 +4,7 @@ The vision encoder and the connector have their own configurations: one pipeline
 sequence parallelism. They are tensor parallel like the language model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -45,6 +45,8 @@ class RecomputeConfig(Ranged):
     model chunk, whose backward comes first: theirs stay on the device. The encoder has no selective form: its
     attention keeps no score matrix.
 
+    `recompute_modules`: what `selective` computes again, of core_attn and mlp; empty: core_attn.
+
     `swiglu`: the MLP's product silu(gate) * up is computed again in backward instead of kept, beside any
     policy (under `full` and `offload` it matters in the layer under way alone).
     """
@@ -52,6 +54,7 @@ class RecomputeConfig(Ranged):
     language: Literal["none", "selective", "full", "offload"] = "none"  # of the language model
     vision: Literal["none", "full"] = "none"  # of the vision encoder
     offload_keep_last: Annotated[int, Range(0, 1024)] = 2
+    recompute_modules: tuple[str, ...] = ()
     swiglu: bool = False
 
 
@@ -96,12 +99,19 @@ def _common(tensor_model_parallel_size: int, dtype: torch.dtype) -> dict[str, An
 
 
 def language_config(
-    eagle: EagleConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: RecomputeConfig
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    recompute: RecomputeConfig,
+    options: Mapping[str, Any],
 ) -> TransformerConfig:
-    """Qwen2.5 under the whole layout."""
+    """Qwen2.5 under the whole layout. `options` are Megatron's, of `LayerClasses`."""
     text = eagle.text
     interleaved = parallel.num_model_chunks > 1
     on_gpu = torch.cuda.is_available()
+    again = _RECOMPUTE[recompute.language]
+    if recompute.recompute_modules:
+        again = again | {"recompute_modules": list(recompute.recompute_modules)}
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -121,6 +131,8 @@ def language_config(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         context_parallel_size=parallel.context_parallel_size,
         hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes,
         sequence_parallel=parallel.sequence_parallel,
@@ -130,10 +142,11 @@ def language_config(
         # are sent late; both silently.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        batch_p2p_sync=on_gpu,
+        batch_p2p_sync=on_gpu if parallel.batch_p2p_sync is None else parallel.batch_p2p_sync,
         deallocate_pipeline_outputs=on_gpu,
-        **_RECOMPUTE[recompute.language],
-        **_common(parallel.tensor_model_parallel_size, dtype),
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        **again,
+        **_common(parallel.tensor_model_parallel_size, dtype) | {**options},
     )
 
 

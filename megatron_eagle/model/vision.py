@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_eagle.model import presets
-from megatron_eagle.model.layers import LayerClasses
+from megatron_eagle.model.layers import LayerClasses, ready
 from megatron_eagle.model.specs import vision_block
 
 
@@ -39,6 +39,7 @@ class VisionModel(MegatronModule):
         """[n, channels, S, S] in [-1, 1] -> [n, p, h] after the final norm, patches row-major."""
         weight = self.patch_embedding.weight
         patches = self.patch_embedding(pixel_values.to(weight.dtype)).flatten(2)  # [n, h, p]
+        ready(self.position_embedding)
         hidden = patches.permute(2, 0, 1) + self.position_embedding.weight[:, None]  # [p, n, h]
         features: Tensor = self.encoder(hidden.contiguous(), attention_mask=None)
         return features.transpose(0, 1)

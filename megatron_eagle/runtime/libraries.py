@@ -1,6 +1,7 @@
 """Optional libraries for the GPU, found by importing them: without them Megatron has mocks of their names."""
 
 import importlib
+from types import ModuleType
 
 import torch
 
@@ -14,3 +15,11 @@ def why_not_library(module: str) -> str | None:
     except (ImportError, OSError, RuntimeError) as error:
         return f"{module} does not import: {error}"
     return None
+
+
+def import_or_none(module: str) -> ModuleType | None:
+    """The module, if it can be imported."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError):
+        return None

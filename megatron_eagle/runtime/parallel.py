@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -71,13 +72,30 @@ class ParallelConfig(Ranged):
     # Language layers of the first pipeline stage, which also has the vision encoder; null: as many as the
     # others. The other stages share the rest equally.
     num_layers_in_first_pipeline_stage: Annotated[int, Range(1, 1024)] | None = None
+    # Of the last one, which also has the loss; null: as many as the others.
+    num_layers_in_last_pipeline_stage: Annotated[int, Range(1, 1024)] | None = None
+    # Or every stage's own, in Megatron's letters, virtual stages behind each other: "Et|tt|tt|tL" has the
+    # embedding and the vision encoder (E), language layers (t) and the loss (L); "(tt|)*3" is tt|tt|tt|.
+    pipeline_model_parallel_layout: str | None = None
+    # Wait for the device after each message between stages: null on a GPU; not with virtual stages.
+    batch_p2p_sync: bool | None = None
     # Which ranks divide the vision tiles of a pack (context_parallel/vision_sharding.py).
     vision_sharding: VisionSharding = "cp"
     # Reduce gradients over data parallel ranks, bucket by bucket, during the last backward.
     overlap_grad_reduce: bool = False
+    # Gather updated parameters, bucket by bucket, during the next step's first forward.
+    overlap_param_gather: bool = False
+    # With virtual stages: at the same time on all pipeline stages.
+    align_param_gather: bool = False
+    # Transformer Engine sends sequence parallel rows beside the products that need them.
+    tp_comm_overlap: bool = False
+    # Accumulate and reduce gradients in fp32; false: in the type of the parameters.
+    grad_reduce_in_fp32: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pipeline_model_parallel_layout is not None:
+            self._read_layout(self.pipeline_model_parallel_layout)
         if self.virtual_pipeline_model_parallel_size == 1:  # Megatron would take one chunk for interleaving
             self.virtual_pipeline_model_parallel_size = None
         if self.context_parallel_comm == "a2a" and self.ulysses_parallel_size == 1:
@@ -145,6 +163,44 @@ class ParallelConfig(Ranged):
     def num_model_chunks(self) -> int:
         """Chunks of the model on each pipeline rank (virtual pipeline stages)."""
         return self.virtual_pipeline_model_parallel_size or 1
+
+    def stage_layers(self, layers: int) -> list[list[int]]:
+        """How many of the `layers` of the language model each stage has in each of its chunks, where
+        `layout_rules` has found that they can be cut so."""
+        stages, chunks = self.pipeline_model_parallel_size, self.num_model_chunks
+        if self.pipeline_model_parallel_layout is not None:
+            parts = [part.count("t") for part in _unrolled(self.pipeline_model_parallel_layout).split("|")]
+            return [parts[stage::stages] for stage in range(stages)]
+        first, last = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        between = stages - (first is not None) - (last is not None)
+        share = (layers - (first or 0) - (last or 0)) // between if between else 0
+        sizes = [share] * stages
+        if first is not None:
+            sizes[0] = first
+        if last is not None:
+            sizes[-1] = last
+        return [[size // chunks] * chunks for size in sizes]
+
+    def _read_layout(self, layout: str) -> None:
+        unrolled, stages = _unrolled(layout), self.pipeline_model_parallel_size
+        what = f"pipeline_model_parallel_layout is {layout!r}"
+        if others := set(unrolled) - set("EtL|"):
+            raise ValueError(
+                f"{what}: {''.join(sorted(others))!r} stands for nothing "
+                "of this model, which has E, t and L, in stages with | between them"
+            )
+        parts = unrolled.count("|") + 1
+        if parts % stages:
+            raise ValueError(
+                f"{what}: {parts} parts are no multiple of pipeline_model_parallel_size {stages}"
+            )
+        chunks, given = parts // stages, self.virtual_pipeline_model_parallel_size
+        if given not in (None, chunks):
+            raise ValueError(
+                f"{what}: {parts} parts make {chunks} virtual stages of "
+                f"{stages}, and virtual_pipeline_model_parallel_size is {given}: leave it out"
+            )
+        self.virtual_pipeline_model_parallel_size = chunks
 
     def forwards_in_flight(self, stage: int) -> int:
         """Most forwards of model chunks that wait for their backward on a rank of pipeline stage `stage`.
@@ -244,6 +300,13 @@ class _JoinedLayout(ParallelConfig):
     """No section of a run's file: made by `ParallelConfig.joined`."""
 
     packs: int = 1
+
+
+def _unrolled(layout: str) -> str:
+    """Megatron's letters with its repetitions, "(tt|)*3" and "t*3", written out."""
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        layout = re.sub(pattern, lambda found: found[1] * int(found[2]), layout.replace(",", ""))
+    return layout
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_eagle.context_parallel.vision_sharding import sum_encoder_gradients
+from megatron_eagle.errors import UserError
 from megatron_eagle.model.flops import PARTS
 from megatron_eagle.model.parts import check_parts, mask_old_token_rows, optimizer_overrides
 from megatron_eagle.ranges import Range, Ranged
+from megatron_eagle.runtime.libraries import why_not_library
 from megatron_eagle.runtime.megatron_cpu import (
     fix_torch_adam_in_distributed_optimizer,
     use_norm_without_waiting,
@@ -56,6 +58,12 @@ class OptimizerConfig(Ranged):
     adam_eps: Annotated[float, Range(1e-20, 1)] = 1e-8  # added to the root of the squares
     # L2 norm over all parameters; 0 switches clipping off.
     clip_grad: Annotated[float, Range(1e-3, 1e9, or_zero=True)] = 1.0
+    # Transformer Engine's Adam keeps of the fp32 main parameters only what bf16 ones lack, 2 bytes for 4.
+    use_precision_aware_optimizer: bool = False
+    # Megatron's hybrid Adam: states and work are the host's.
+    optimizer_cpu_offload: bool = False
+    # Of them, so much.
+    optimizer_offload_fraction: Annotated[float, Range(0, 1)] = 1.0
     # Parts with gradients, of vision, connector, language; new_token_rows in place of language trains the
     # embedding and output rows from first_new_token on.
     trainable: tuple[str, ...] = PARTS
@@ -70,11 +78,27 @@ class OptimizerConfig(Ranged):
             raise ValueError(f"min_lr is {self.min_lr:g}: must be at most lr {self.lr:g}")
         check_parts(self.trainable, self.lr_multipliers, self.first_new_token)
 
+    @property
+    def needs_fused_adam(self) -> bool:
+        """Megatron's hybrid Adam, too, takes gradients as the precision aware one does."""
+        return self.use_precision_aware_optimizer or self.optimizer_cpu_offload
+
     def warmup_iterations(self, train_iterations: int) -> int:
         """Iterations of linear warm-up in a run of `train_iterations`."""
         if self.lr_warmup_iterations is not None:
             return self.lr_warmup_iterations
         return int(self.lr_warmup_fraction * train_iterations)
+
+
+def check_fused_adam(config: OptimizerConfig) -> None:
+    """
+    Raises:
+        UserError: an option is asked for that only Transformer Engine's Adam has, and it is not here.
+    """
+    missing = why_not_library("transformer_engine.pytorch.optimizers") if config.needs_fused_adam else None
+    if missing:
+        name = "optimizer_cpu_offload" if config.optimizer_cpu_offload else "use_precision_aware_optimizer"
+        raise UserError(f"optimizer.{name} needs Transformer Engine's Adam: {missing}; leave it out")
 
 
 def wrap_models(
@@ -85,14 +109,19 @@ def wrap_models(
     Gradients accumulate in fp32 and are summed, never averaged, over data and context parallel ranks, each
     of which then has its optimizer's shard; with `parallel.overlap_grad_reduce` while the last microbatch's
     backward still runs. Without `across_replicas` each data parallel rank is by itself: gradients are those
-    of its own microbatches, whole on each of its context parallel ranks.
+    of its own microbatches, whole on each of its context parallel ranks. With `parallel.overlap_param_gather`
+    updated parameters are gathered in front of the modules that use them.
     bf16 models are built in bf16 and need no `Float16Module`: it would also round the buffers that must
     stay fp32 (rotary frequencies).
     """
     mesh = models[0].mesh
     overlap = mesh.config.overlap_grad_reduce and across_replicas
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=across_replicas, overlap_grad_reduce=overlap
+        grad_reduce_in_fp32=mesh.config.grad_reduce_in_fp32,
+        use_distributed_optimizer=across_replicas,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=mesh.config.overlap_param_gather and across_replicas,
+        align_param_gather=mesh.config.align_param_gather and across_replicas,
     )
     groups = None  # all data parallel ranks
     if not across_replicas:
@@ -105,7 +134,17 @@ def wrap_models(
         # Without it, every microbatch would start the reduction, not only the last.
         no_sync = [model.no_sync for model in wrapped]
         schedule.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    if config.align_param_gather:
+        schedule.param_sync_func = [model.start_param_sync for model in wrapped]
     return wrapped
+
+
+def gather_parameters(models: Sequence[DistributedDataParallel]) -> None:
+    """Bring every rank's parameters up to date, where `parallel.overlap_param_gather` has left that to the
+    next forward and they are read without one. Collective."""
+    for model in models:
+        if model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)
 
 
 def _finalize_model_grads(
@@ -141,6 +180,9 @@ def build_optimizer(config: OptimizerConfig, models: Sequence[DistributedDataPar
         adam_eps=config.adam_eps,
         clip_grad=config.clip_grad,
         use_distributed_optimizer=True,
+        use_precision_aware_optimizer=config.needs_fused_adam,
+        optimizer_cpu_offload=config.optimizer_cpu_offload,
+        optimizer_offload_fraction=config.optimizer_offload_fraction if config.optimizer_cpu_offload else 0.0,
         bf16=model_config.bf16,
         params_dtype=torch.bfloat16 if model_config.bf16 else torch.float32,
     )

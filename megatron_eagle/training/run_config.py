@@ -39,10 +39,12 @@ from megatron_eagle.model.layers import LayersConfig, check_layers
 from megatron_eagle.model.layout_rules import check_layout
 from megatron_eagle.model.lora import LoraConfig, check_same_lora
 from megatron_eagle.model.presets import EagleConfig, ModelSection, expand_preset
+from megatron_eagle.model.shapes import PackShapes
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.evaluation import EvaluationConfig
+from megatron_eagle.training.megatron_options import check_megatron_options
 from megatron_eagle.training.monitoring.run_log import LoggingConfig
 from megatron_eagle.training.optimizer import OptimizerConfig
 from megatron_eagle.training.resilience.policy import ResilienceConfig
@@ -130,6 +132,10 @@ class RunFile:
         if self.layers.attention == "te":
             check_te_attention(layout)
         check_layers(self.layers, self.training.dtype, model, layout)
+        rows = PackShapes(model, self.parallel, self.data.length).r
+        check_megatron_options(
+            layout, self.recompute, self.layers, self.optimizer, self.training.precision, rows
+        )
         _check_batch(self.training.global_batch_size, data_parallel_size, layout)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
         if warmup >= self.training.train_iterations:

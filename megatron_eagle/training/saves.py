@@ -5,6 +5,7 @@ from typing import Self
 from megatron_eagle.checkpoint import CheckpointSaver
 from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.training.monitoring.observer import Observer, Step
+from megatron_eagle.training.optimizer import gather_parameters
 from megatron_eagle.training.setup import Run
 
 
@@ -47,6 +48,7 @@ class Saves(Observer):
                 raise
             tell.message(f"warning: {error}; training goes on")
             return
+        gather_parameters(run.models)
         self._saver.save(
             run.models, run.optimizer, run.scheduler, run.config, run.state, must_succeed=must_succeed
         )

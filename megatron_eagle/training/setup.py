@@ -34,7 +34,7 @@ from megatron_eagle.runtime.parallel import Mesh
 from megatron_eagle.training.evaluation import HeldOut
 from megatron_eagle.training.monitoring.metrics import EVENTS_FILE, METRICS_FILE
 from megatron_eagle.training.monitoring.step_meter import PeakChoice, choose_peak
-from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, wrap_models
+from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, check_fused_adam, wrap_models
 from megatron_eagle.training.resilience.failed_media import MediaPolicy, host_group
 from megatron_eagle.training.resilience.faults import Faults
 from megatron_eagle.training.resilience.policy import LossGuard
@@ -225,6 +225,7 @@ def choose_libraries(config: RunConfig) -> tuple[str, str]:
     Raises:
         UserError: something that is asked for is not here.
     """
+    check_fused_adam(config.optimizer)
     layers, head_dim = choose_layers(config.layers, config.model, config.layout), config.model.text.head_dim
     attention = choose_attention(config.layers.attention, config.training.dtype, head_dim)
     return layers.reason, attention.reason

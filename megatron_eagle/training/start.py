@@ -12,6 +12,7 @@ from megatron_eagle.model.parts import freeze
 from megatron_eagle.runtime.determinism import set_deterministic
 from megatron_eagle.runtime.device import Device, detect_device, process_group
 from megatron_eagle.runtime.parallel import Mesh, model_parallel
+from megatron_eagle.runtime.tp_overlap import tensor_parallel_buffers
 from megatron_eagle.training.run_config import RunConfig
 
 Initialize = Callable[[list[EagleModel], int], None]  # sets what the chunks have no weights for, from a seed
@@ -26,6 +27,13 @@ def start_ranks(config: RunConfig) -> Iterator[tuple[Device, Mesh]]:
         device.context(),
         process_group(device),
         model_parallel(config.layout, seed=config.training.seed) as mesh,
+        tensor_parallel_buffers(
+            config.layout.tp_comm_overlap,
+            config.data.length // config.parallel.context_parallel_size,
+            config.model.text.hidden_size,
+            mesh.tp.size,
+            config.layers.fp8 is not None,
+        ),
     ):
         yield device, mesh
 

@@ -213,6 +213,40 @@ def test_megatrons_words_are_other_names():
         assert layout.ulysses_parallel_size == (8 if theirs == "a2a" else ulysses)
 
 
+def _letters(layout: str) -> dict:
+    return {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": layout}
+
+
+@pytest.mark.parametrize(
+    ("layout", "more", "message"),
+    [
+        ("E|tm|t|L", {}, "'m' stands for nothing of this model, which has E, t and L"),
+        ("E|tt|L", {}, "3 parts are no multiple of pipeline_model_parallel_size 4"),
+        (
+            "Et|t|t|tL",
+            {"virtual_pipeline_model_parallel_size": 2},
+            "4 parts make 1 virtual stages of 4, .* is 2: leave it out",
+        ),
+    ],
+)
+def test_letters_that_are_no_layout(layout, more, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**_letters(layout), **more)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "stages"),
+    [
+        (_letters("E|(tt|)*6L"), [[0, 2], [2, 2], [2, 2], [2, 0]]),
+        (_letters("Et,t|t*3|t*3|t*4,L"), [[2], [3], [3], [4]]),
+        ({"pipeline_model_parallel_size": 4, "num_layers_in_last_pipeline_stage": 3}, [[3], [3], [3], [3]]),
+        ({"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 2}, [[10], [2]]),
+    ],
+)
+def test_layers_of_every_stage(parallel, stages):
+    assert ParallelConfig(**parallel).stage_layers(12) == stages
+
+
 @pytest.mark.parametrize(
     ("layout", "length", "message"),
     [
@@ -222,6 +256,33 @@ def test_megatrons_words_are_other_names():
             {"pipeline_model_parallel_size": 4, "num_layers_in_first_pipeline_stage": 5},
             128,
             "5 of 28 .*: choose 1, 4, 7, 10",
+        ),
+        (
+            {"pipeline_model_parallel_size": 4, "num_layers_in_last_pipeline_stage": 5},
+            128,
+            "last_pipeline_stage 5 of 28 .* leaves no equal shares for 3 .*: choose 1, 4, 7, 10",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 4,
+                "num_layers_in_first_pipeline_stage": 5,
+                "num_layers_in_last_pipeline_stage": 4,
+            },
+            128,
+            "last_pipeline_stage 4 of 28 .* beside num_layers_in_first_pipeline_stage 5 .*: choose 1, 3, 5",
+        ),
+        (
+            _letters("E|(tttttttttt|)*2t*7L"),
+            128,
+            r"'E\|\(.* has 27 layers \(t\) and the language model has 28",
+        ),
+        (_letters("Et|t*26|tL|"), 128, r"the embedding \(E\) stands first and the loss \(L\) last"),
+        (_letters("Et*14||t*14|L"), 128, "part 2 is empty"),
+        (_letters("E|t*28|t|L"), 128, "has 29 layers"),
+        (
+            _letters("Et*7|t*7|t*7|t*7L") | {"num_layers_in_first_pipeline_stage": 7},
+            128,
+            "says what parallel.num_layers_in_first_pipeline_stage says: leave one out",
         ),
         ({"context_parallel_size": 3}, 128, "data.length 128 .* multiple of 3"),
         (

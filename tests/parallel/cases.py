@@ -254,6 +254,7 @@ _CP2, _CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 _U2, _U8 = {"ulysses_parallel_size": 2}, {"ulysses_parallel_size": 8}
 _RING = {"context_parallel_comm": "ring"}
 _PADDED = {"pad_documents": True}
+_LATE = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 ONE_PROCESS = Layout("one process", 1)
 
 
@@ -276,11 +277,16 @@ LAYOUTS = [
         ("PP2", 2, _PP2),
         ("PP2 x VPP2", 2, _PP2 | _VPP2),
         ("PP4", 4, _PP4),
+        ("PP4 by letters", 4, _PP4 | {"pipeline_model_parallel_layout": "E|tt|tt|L"}),
+        ("PP2 x VPP2 by letters", 2, _PP2 | {"pipeline_model_parallel_layout": "Et|tt|t|L"}),
+        ("PP2, own last", 2, _PP2 | {"num_layers_in_last_pipeline_stage": 1, "batch_p2p_sync": True}),
         ("CP2", 2, _CP2),
         ("CP4", 4, _CP4),
         ("DP2", 2, {}),
         ("DP4 overlapped", 4, {"overlap_grad_reduce": True}),  # one rank has no image at all
         ("DP2 overlapped", 2, {"overlap_grad_reduce": True}),
+        ("DP2 gathered late", 2, _LATE),
+        ("DP2 x PP2 x VPP2 gathered late", 4, _PP2 | _VPP2 | _LATE | {"align_param_gather": True}),
         ("DP2 x CP2 overlapped", 4, _CP2 | {"overlap_grad_reduce": True}),
         ("TP2 x CP2", 4, _TP2 | _CP2),
         ("TP2+SP x CP2", 4, _TP2 | _SP | _CP2),

@@ -137,6 +137,24 @@ def test_recomputation_is_exact(layout, language, vision, reference):
     assert combine(results).worst(reference)[0] <= TOLERANCE
 
 
+def test_the_mlp_computed_again_is_exact(reference):
+    """Megatron's `recompute_modules`, beside core attention, under pipelines and sequence parallelism."""
+    recompute = RecomputeConfig("selective", recompute_modules=("core_attn", "mlp"))
+    for layout in (cell("TP2+SP, none"), cell("PP2 x VPP2 by letters, none")):
+        results = launch(run, layout.world_size, layout, tiny_model(), torch.float32, recompute)
+        assert combine(results).worst(reference)[0] <= TOLERANCE
+
+
+@pytest.mark.parametrize("in_fp32", [True, False])
+def test_gradients_are_summed_in_the_type_that_is_asked_for(in_fp32, reference):
+    """bf16 models over two replicas: sums in bf16 round once more."""
+    layout = Layout("DP2", 2, {"grad_reduce_in_fp32": in_fp32})
+    found = combine(launch(run, 2, layout, tiny_model(), torch.bfloat16))
+    types = {gradient.dtype for gradient in found.gradients.values()}
+    assert types == {torch.float32 if in_fp32 else torch.bfloat16}
+    assert found.worst(reference)[0] < 0.2
+
+
 def _run_with_large_logits(layout: Layout, layers: LayersConfig) -> dict:
     """Logits of several hundred, whose exponentials fp32 cannot hold."""
     eagle = tiny_model()

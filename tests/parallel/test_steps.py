@@ -1,12 +1,26 @@
 """Optimizer steps in every kind of layout: parameters, gradient norms and copies are those of one process."""
 
+from contextlib import ExitStack
+from functools import partial
+from unittest.mock import patch
+
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 
+from megatron_eagle.model import language, vision
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
+from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
-from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
+from megatron_eagle.training import optimizer
+from megatron_eagle.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    build_scheduler,
+    gather_parameters,
+    wrap_models,
+)
 from tests.parallel.cases import (
     Layout,
     Outcome,
@@ -35,23 +49,24 @@ OPTIMIZER = OptimizerConfig(
 TOLERANCE = 3e-4
 
 
-def run_steps(layout: Layout, tied: bool = False) -> dict:
+def run_steps(layout: Layout, tied: bool = False, layers: LayersConfig | None = None) -> dict:
     """On one rank: what `STEPS` steps moved its parameters by, in the place of gradients (`cases.combine`);
     and the gradient norms."""
     eagle = tiny_model(tie_word_embeddings=tied)
     with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
-        models = build_model(eagle, mesh, torch.device("cpu"))
+        models = build_model(eagle, mesh, torch.device("cpu"), layers=layers)
         initialize_parameters(models, seed=1)
         before = {p: p.detach().clone() for model in models for p in model.parameters()}
         wrapped = wrap_models(models)
-        optimizer = build_optimizer(OPTIMIZER, wrapped)
-        scheduler = build_scheduler(OPTIMIZER, optimizer, train_iterations=6)
+        adam = build_optimizer(OPTIMIZER, wrapped)
+        scheduler = build_scheduler(OPTIMIZER, adam, train_iterations=6)
         norms = []
         for _ in range(STEPS):
-            optimizer.zero_grad()
+            adam.zero_grad()
             loss = run_schedule(wrapped, eagle, mesh, global_batch(eagle))
-            norms.append(float(optimizer.step()[1]))
+            norms.append(float(adam.step()[1]))
             scheduler.step(1)
+        gather_parameters(wrapped)
         return {
             "place": (mesh.tp.rank, mesh.dp_cp.rank),
             "loss": loss,
@@ -94,3 +109,42 @@ def test_steps_equal_those_of_one_process(name, tied, one_process):
     assert found_norms == pytest.approx(norms, rel=1e-5)
     errors = found.errors(expected)
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+def run_in_small_buckets(layout: Layout, tied: bool, layers: LayersConfig, sabotaged: bool) -> dict:
+    """`run_steps` with a bucket for each large parameter, as models have them that are not tiny; `sabotaged`
+    where weights are read without a word to Megatron."""
+    small = partial(DistributedDataParallelConfig, bucket_size=1000)
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(optimizer, "DistributedDataParallelConfig", small))
+        if sabotaged:
+            for module in (vision, language):
+                patches.enter_context(patch.object(module, "ready", lambda _: None))
+        return run_steps(layout, tied, layers)
+
+
+def late_steps(name: str, tied: bool, loss: str, sabotaged: bool = False) -> list[dict]:
+    layout = cell(name)
+    return launch(run_in_small_buckets, layout.world_size, layout, tied, LayersConfig(loss=loss), sabotaged)
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "loss"),
+    [
+        ("DP2 gathered late, none", True, "plain"),
+        ("DP2 gathered late, none", False, "fused"),
+        ("DP2 x PP2 x VPP2 gathered late, none", False, "fused"),
+    ],
+)
+def test_parameters_that_are_gathered_late_are_there(name, tied, loss, one_process):
+    expected, norms = one_process[tied]
+    results = late_steps(name, tied, loss)
+    assert results[0]["norms"] == pytest.approx(norms, rel=1e-5)
+    errors = combine(results).errors(expected)
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+def test_a_weight_that_is_read_too_early_is_noticed():
+    """Its bucket is still under way when the next step would send it."""
+    with pytest.raises(RuntimeError, match="start_param_sync"):
+        late_steps("DP2 gathered late, none", False, "fused", sabotaged=True)

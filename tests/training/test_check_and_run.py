@@ -64,6 +64,7 @@ RULES = {
     "parallel.ulysses_parallel_size": "does not divide context_parallel_size 1",
     "parallel.ring_node_size": "is of a ring and context_parallel_comm is auto",
     "parallel.num_layers_in_first_pipeline_stage": "needs pipeline_model_parallel_size > 1",
+    "parallel.num_layers_in_last_pipeline_stage": "needs pipeline_model_parallel_size > 1",
     "optimizer.min_lr": f"must be at most lr {LR}",
     "optimizer.lr_warmup_fraction": "must be below training.train_iterations",
     "optimizer.lr_warmup_iterations": "must be below training.train_iterations",

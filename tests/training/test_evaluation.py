@@ -21,6 +21,7 @@ from megatron_eagle.training.monitoring.metrics import (
 from megatron_eagle.training.monitoring.observer import Observer
 from megatron_eagle.training.run_config import load_run_config
 from megatron_eagle.training.train import standard_observers, train
+from tests.checkpoint.contents import different, read_whole
 from tests.data.helpers import conversation, make_store, make_tokenizer
 from tests.parallel.harness import launch
 from tests.training.synthetic_data import SyntheticLoader, write_manifest
@@ -157,3 +158,26 @@ def test_weights_of_a_real_store_add_up_to_one(tmp_path):
     held_out.close()
     with pytest.raises(UserError, match="and 1 global batches of 500 are asked for"):
         HeldOut(EvaluationConfig(str(store), 1), data, 500, open_loader)
+
+
+def test_parameters_that_are_gathered_late_are_evaluated_and_saved(tmp_path):
+    """In bf16, where a step changes only a rank's own shard of them before they are gathered."""
+    write_run(tmp_path)
+    common = [f"evaluation.data={tmp_path / 'data'}", "evaluation.interval=2", "training.precision=bf16"]
+    common += [
+        "training.stop_at_iteration=4",
+        "checkpoint.save_interval=3",
+        "parallel.overlap_grad_reduce=true",
+    ]
+    found = []
+    for late in ("false", "true"):
+        root = tmp_path / late
+        settings = [f"parallel.overlap_param_gather={late}", f"checkpoint.path={root}"]
+        launch(train_evaluating, 2, str(tmp_path / "run.yaml"), 2, [*common, *settings])
+        records = read_metrics(root / "logs" / "metrics.jsonl")
+        losses = [getattr(record, "evaluation_loss", None) or record.loss for record in records]
+        (root / "latest_checkpointed_iteration.txt").write_text("3")  # saved without an evaluation before
+        found.append((losses, read_whole(root)))
+    (losses, saved), (late_losses, late_saved) = found
+    assert late_losses == losses and len(losses) == 6
+    assert different(saved, late_saved) == []
