@@ -4,6 +4,7 @@ import io
 import json
 import sqlite3
 import tarfile
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import yaml
 
 from megatron_eagle.data.annotations.energon import energon_folder, expanded
 from megatron_eagle.data.annotations.formats import read_sample
-from megatron_eagle.data.annotations.shards import TarRecords
+from megatron_eagle.data.annotations.shards import TarRecords, _grouped
 from megatron_eagle.data.media import archive_index
+from megatron_eagle.data.media.archive_index import index_archive
 from megatron_eagle.data.media.archive_scan import scan
 from megatron_eagle.data.media.source import open_bytes
 from megatron_eagle.errors import UserError
@@ -375,3 +377,24 @@ def test_broken_energon_folders(tmp_path, content, match):
     with pytest.raises(UserError, match=match) as error:
         energon_folder(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_records_are_numbers_and_not_objects(tmp_path):
+    """An archive may have a million: here 500 of two parts, told together though they lie apart."""
+    turns = {"conversations": conversation("Q", "A.")["conversations"]}
+    members = [
+        (f"{k:05d}.{part}", value) for part, value in (("jpg", PNG), ("json", turns)) for k in range(500)
+    ]
+    source = TarRecords(write(tmp_path / "a.tar", members))
+    assert len(source) == 500 and all(b"tar://" in source.read(k) for k in (0, 250, 499))
+    index = index_archive(tmp_path / "a.tar", "tar", None)
+    _grouped(index, None)  # what is made once
+    tracemalloc.start()
+    try:
+        numbers = _grouped(index, None)
+        assert 8 < tracemalloc.get_traced_memory()[0] / len(members) < 48
+        objects = [{f"{k}.jpg": k, f"{k}.json": k} for k in range(500)]
+        assert tracemalloc.get_traced_memory()[0] / len(members) > 100, "objects are seen"
+    finally:
+        tracemalloc.stop()
+    assert len(objects) == len(numbers[1]) - 1
