@@ -10,13 +10,14 @@ from megatron_eagle.context_parallel.attention import CoreAttention
 from megatron_eagle.context_parallel.attention_backend import AttentionBackend
 from megatron_eagle.context_parallel.cudnn_attention import CudnnAttention
 from megatron_eagle.context_parallel.flash_attention import FlashAttention, FlashAttention3
+from megatron_eagle.context_parallel.flash_attention4 import FlashAttention4
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
 from megatron_eagle.context_parallel.te_attention import TransformerEngineAttention
 from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.ring_groups import RingGroups
 
-AttentionName = Literal["auto", "flash3", "flash", "torch_varlen", "cudnn", "te", "reference"]
+AttentionName = Literal["auto", "flash4", "flash3", "flash", "torch_varlen", "cudnn", "te", "reference"]
 
 
 class FastBackend(AttentionBackend, Protocol):
@@ -30,14 +31,18 @@ class FastBackend(AttentionBackend, Protocol):
 
 
 FAST: dict[str, type[FastBackend]] = {
+    "flash4": FlashAttention4,
     "flash3": FlashAttention3,
     "flash": FlashAttention,
     "torch_varlen": TorchVarlenAttention,
     "cudnn": CudnnAttention,
 }
-# What auto tries, best first. cuDNN only if asked for until it has been measured on a GPU, Transformer
-# Engine only to compare with.
+# What auto tries, best first. FlashAttention 4 and cuDNN only if asked for until they have been measured on a
+# GPU, Transformer Engine only to compare with.
 AUTO = ("flash3", "flash", "torch_varlen")
+# FlashAttention 2 where a kernel of the GPU's own age would be quicker: by the paper of FlashAttention 3
+# (arXiv 2407.08608, abstract), forward, on an H100.
+_ON_HOPPER = "FlashAttention 2 takes 1.5 to 2 times as long here as FlashAttention 3 (flash_attn_interface)"
 LONGEST_REFERENCE = 8192  # keys of a segment; more is not taken on a GPU without asking
 
 
@@ -72,12 +77,19 @@ def choose_attention(name: AttentionName, dtype: torch.dtype, head_dim: int) -> 
     for fast, missing in reasons.items():
         if missing is None:
             passed = [f"{other}: {reason}" for other, reason in reasons.items() if reason]
+            if fast != "flash3" and is_hopper():
+                passed.append(_ON_HOPPER)
             return AttentionChoice(FAST[fast](), fast, f"attention: {fast} ({'; '.join(['auto', *passed])})")
     shared = set(reasons.values())
     why = shared.pop() if len(shared) == 1 else "; ".join(f"{fast}: {text}" for fast, text in reasons.items())
     return AttentionChoice(
         ReferenceAttention(LONGEST_REFERENCE), "reference", f"attention: reference (auto; {why})"
     )
+
+
+def is_hopper() -> bool:
+    """Whether the GPU here is of compute capability 9.x."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def why_not_backend(name: str, dtype: torch.dtype, head_dim: int) -> str | None:

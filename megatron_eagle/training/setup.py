@@ -24,7 +24,7 @@ from megatron_eagle.context_parallel.backends import choose_attention
 from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.data.loading.packs import BatchLoader, TokenPack
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.flops import patch_cost
+from megatron_eagle.model.flops import patch_cost, training_flops
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import InputPlan
 from megatron_eagle.model.layers import choose_layers
@@ -228,7 +228,11 @@ def choose_libraries(config: RunConfig) -> tuple[str, str]:
     check_fused_adam(config.optimizer)
     layers, head_dim = choose_layers(config.layers, config.model, config.layout), config.model.text.head_dim
     attention = choose_attention(config.layers.attention, config.training.dtype, head_dim)
-    return layers.reason, attention.reason
+    length = config.data.length
+    flops = training_flops(config.model, tokens=length, sum_squared_lengths=length**2, tiles=0)
+    share = flops.language_attention / (flops.language_attention + flops.language_linear)
+    of_step = f"; of a pack of one document it is {100 * share:.0f} % of the language model's FLOPs"
+    return layers.reason, attention.reason + of_step
 
 
 def logs_folder(config: RunConfig) -> Path:

@@ -83,6 +83,18 @@ def test_auto_takes_the_first_that_works_and_says_why(monkeypatch):
     assert choice.backend.longest_on_gpu == LONGEST_REFERENCE == 8192
 
 
+def test_auto_says_what_flash_attention_2_costs_on_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, costs in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        make_usable(monkeypatch, flash3="no module")
+        reason = choose_attention("auto", torch.bfloat16, 64).reason
+        assert ("1.5 to 2 times as long here as FlashAttention 3" in reason) == costs
+        assert reason.startswith("attention: flash (auto; flash3: no module")
+        make_usable(monkeypatch)
+        assert choose_attention("auto", torch.bfloat16, 64).reason == "attention: flash3 (auto)"
+
+
 def test_long_score_matrices_are_refused_unless_asked_for():
     refuse_long(SEGMENTS, 8192)
     with pytest.raises(UserError, match="attention over 600 keys .* layers.attention reference"):

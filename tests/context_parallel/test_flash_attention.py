@@ -1,4 +1,4 @@
-"""flash-attn 2 and 3: stand-ins with the documented signatures say whether they are called as documented.
+"""flash-attn 2, 3 and 4: stand-ins with the documented signatures say whether they are called as documented.
 
 That shows which argument is which, not that the kernels compute what we think: that takes a GPU
 (`test_attention_backends.py`, `-m gpu`).
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.flash_attention import FlashAttention, FlashAttention3
+from megatron_eagle.context_parallel.flash_attention4 import FlashAttention4
 from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.context_parallel.reference_attention import ReferenceAttention
 
@@ -256,6 +257,89 @@ def test_flash_attention_3_is_called_as_documented(gpu, deterministic, operators
     install(gpu, "flash_attn_interface")
     assert FlashAttention3.why_not() is None
     check_against_reference(FlashAttention3())
+
+
+def _flash_attn_fwd(
+    q,
+    k,
+    v,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    min_seqlen_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    softcap=None,
+    window_size_left=None,
+    window_size_right=None,
+    num_splits=0,
+    return_lse=False,
+):
+    """The arguments of flash-attn-4 4.0.0b36 that have to do with this."""
+    assert num_splits == 1 and return_lse
+    segments = as_segments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return *kernel_forward(q, k, v, segments, softmax_scale, causal), None, None, None
+
+
+def _flash_attn_bwd(
+    q,
+    k,
+    v,
+    out,
+    dout,
+    lse,
+    softmax_scale=None,
+    causal=False,
+    softcap=0.0,
+    window_size_left=None,
+    window_size_right=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    deterministic=False,
+    dq=None,
+    dk=None,
+    dv=None,
+):
+    """As above."""
+    assert deterministic and dout.stride(-1) == 1 and lse.is_contiguous()
+    segments = as_segments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    grads = kernel_backward(dout, q, k, v, out, lse, segments, softmax_scale, causal)
+    fill((dq, dk, dv), grads, lse)
+    return dq, dk, dv
+
+
+def install_flash_attention_4(monkeypatch, **functions) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+    install(monkeypatch, "flash_attn.cute.interface", **functions)
+
+
+def test_flash_attention_4_is_called_as_documented(gpu, deterministic):
+    install_flash_attention_4(gpu, _flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
+    assert FlashAttention4.why_not() == "FlashAttention 4 is for compute capability 10.x (Blackwell)"
+    gpu.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert FlashAttention4.why_not() is None
+    check_against_reference(FlashAttention4())
+
+
+def test_other_versions_of_flash_attention_4_are_refused(gpu):
+    gpu.setattr(torch.cuda, "get_device_capability", lambda: (10, 3))
+    gpu.setitem(sys.modules, "flash_attn.cute.interface", None)
+    assert FlashAttention4.why_not().startswith("flash_attn.cute.interface does not import: ")
+    install_flash_attention_4(gpu, _flash_attn_fwd=_flash_attn_fwd)
+    assert FlashAttention4.why_not() == "this flash_attn.cute has no _flash_attn_bwd"
+    install_flash_attention_4(gpu, _flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=lambda q, k, v: None)
+    assert FlashAttention4.why_not().startswith(
+        "this flash_attn.cute's _flash_attn_bwd takes no causal, cu_seq"
+    )
 
 
 def test_other_versions_of_flash_attention_3_are_refused(gpu, operators):
