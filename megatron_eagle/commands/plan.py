@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     from megatron_eagle.planning.plan_report import as_records, render_plan
     from megatron_eagle.planning.planner import PackShape, file_run, plan_layouts, preset_run
     from megatron_eagle.planning.rates import Machine, describe_rates
+    from megatron_eagle.planning.sequences import render_sequences, sequence_plans, sequence_records
     from megatron_eagle.runtime.gpus import find_gpu
 
     for name in ("tiles", "gpus_per_node", "top"):
@@ -35,9 +36,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             packs = packs.with_tiles(arguments.tiles)
     machine = Machine.of(gpu, arguments.gpus_per_node, config.layers.attention)
     plans = plan_layouts(config, arguments.gpus, memory, packs, machine)
+    sequences = sequence_plans(config, plans.legal[0], arguments.gpus, packs, machine)
     if arguments.json:
         try:
-            records = json.dumps(as_records(plans, config), indent=1)
+            found = as_records(plans, config) | {"packs_per_sequence": sequence_records(sequences)}
+            records = json.dumps(found, indent=1)
             Path(arguments.json).write_text(records + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{arguments.json}: cannot write here: {error.strerror}") from error
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     gpus = f"{arguments.gpus} x {gpu.name} with {memory / 1e9:g} GB"
     rates = describe_rates(machine, gpu, config.layers.attention)
     print(render_plan(plans, config, packs, gpus, rates, top=top, refusals=arguments.all))
+    print(f"\n{render_sequences(sequences)}")
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:

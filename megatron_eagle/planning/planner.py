@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_eagle.config import apply_overrides, from_dict, load_yaml
+from megatron_eagle.context_parallel.ulysses import divides_heads
 from megatron_eagle.data.loading.follow import FollowedPacks
 from megatron_eagle.data.loading.loader import DataConfig, open_packs
 from megatron_eagle.data.packing.index import Packs
@@ -40,6 +41,8 @@ class PackShape:
     longest_document: int  # tokens
     sum_squared_lengths: float  # of a pack's documents, mean over packs
     document_bounds: tuple[tuple[int, ...], ...] = ()  # of typical packs; none: one document each
+    squares: tuple[float, ...] = ()  # of all packs: their documents' squared lengths, summed; none: equal
+    pack_tiles: tuple[int, ...] = ()  # of all packs
 
     @classmethod
     def of_data(cls, data: DataConfig) -> "PackShape":
@@ -55,7 +58,10 @@ class PackShape:
         tiles, squares = (packs.column(name, numbers) for name in ("n_tiles", "sum_squares"))
         lengths = store.column("n_tokens").to_numpy()
         bounds = sample_bounds(lengths, packs, data.length, 8)
-        return cls(int(tiles.max()), float(tiles.mean()), int(lengths.max()), float(squares.mean()), bounds)
+        each = tuple(squares.astype(float).tolist()), tuple(tiles.tolist())
+        return cls(
+            int(tiles.max()), float(tiles.mean()), int(lengths.max()), float(squares.mean()), bounds, *each
+        )
 
     @classmethod
     def assumed(cls, length: int, tokens_per_tile: int, tiles: int | None = None) -> "PackShape":
@@ -65,7 +71,8 @@ class PackShape:
 
     def with_tiles(self, tiles: int) -> "PackShape":
         """The same with `tiles` in every pack."""
-        return replace(self, tiles=tiles, mean_tiles=tiles)
+        each = (tiles,) * len(self.pack_tiles)
+        return replace(self, tiles=tiles, mean_tiles=tiles, pack_tiles=each)
 
 
 def sample_bounds(tokens: np.ndarray, packs: Packs, length: int, count: int) -> tuple[tuple[int, ...], ...]:
@@ -178,7 +185,7 @@ def plan_layouts(
 ) -> LayoutPlans:
     """Try every layout of `gpus` GPUs with `gpu_memory` bytes each for the run `config`.
 
-    The sizes in `config.parallel` play no part.
+    The sizes in `config.parallel` play no part; a sequence is one pack (`sequences.py` has others).
 
     Raises:
         UserError: less than one GPU, no memory beyond `RESERVED_BYTES`, more tiles than a pack holds, or no
@@ -196,6 +203,7 @@ def plan_layouts(
             f"{packs.tiles} tiles of {config.model.tokens_per_tile} tokens do not fit a pack of "
             f"{config.data.length} tokens: at most {config.data.length // config.model.tokens_per_tile}"
         )
+    config = replace(config, data=replace(config.data, packs_per_sequence=1))
     legal, refused = [], Counter[str]()
     for parallel in _candidates(config, gpus):
         try:
@@ -267,12 +275,18 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
     where the layers have no equal shares.
     """
     layers, heads = config.model.text.num_hidden_layers, config.model.text.num_key_value_heads
+    queries = config.model.text.num_attention_heads
     sizes = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for tp in sizes:
         for pp in (n for n in sizes if (gpus // tp) % n == 0 and n <= layers):
             for cp in (n for n in sizes if (gpus // tp // pp) % n == 0):
                 shardings = _shardings(tp, cp)
-                ulysses_sizes = [n for n in sizes if cp % n == 0 and n <= heads]
+                ulysses_sizes = [
+                    n
+                    for n in sizes
+                    if cp % n == 0
+                    and (n <= heads or (heads % tp == 0 and divides_heads(n, queries // tp, heads // tp)))
+                ]
                 for parallel in _variants(config.parallel, layers, tp, pp):
                     for sharding, ulysses in product(shardings, ulysses_sizes):
                         yield replace(

@@ -38,7 +38,7 @@ class Packs:
 def made_up_packs(length: int) -> dict[str, Sequence[Sequence[int]]]:
     """Document bounds of the five kinds of packs, several of each kind that is random."""
     kinds: dict[str, Callable[[random.Random], float]] = {
-        "lognormal, mean 8K": lambda r: r.lognormvariate(math.log(8000) - 0.72, 1.2),
+        "lognormal mean 8K": lambda r: r.lognormvariate(math.log(8000) - 0.72, 1.2),
         "video mix": lambda r: r.uniform(300, 4000) if r.random() < 0.7 else r.uniform(16000, 64000),
         "chat 200-2000": lambda r: r.uniform(200, 2000),
     }

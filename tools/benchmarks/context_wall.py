@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +35,7 @@ from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
 RANKS, TOKENS, REPEATS = 4, 1024, 3
 KINDS = ("one document", "chat 200-2000")
 QUERY_HEADS, KEY_HEADS, HEAD_DIM = 8, 4, 32
+ATTENTION_ALONE = replace(COSTS, token=0)
 # Nothing is chosen here: ways are named.
 NO_CHOICE = ExchangeCosts(key=1, far_key=1, node=RANKS, step=1, merge=1, head_groups=1, most_keys=2**31)
 _ULYSSES_RING = Way("Ulysses 2 x ring", "ring", ulysses=2)
@@ -100,9 +102,8 @@ def _packs_together(each: int) -> dict[str, Any]:
 def _attend(mesh: Mesh, bounds: Sequence[int]) -> tuple[Callable[[], None], int]:
     """A function that does forward and backward of a sequence, and this rank's query-key pairs."""
     ulysses = mesh.config.ulysses_parallel_size
-    key_layout = plan_layout(
-        mesh.config.context_parallel_layout, bounds[-1], mesh.cp.size // ulysses, bounds, costs=COSTS
-    )
+    name, size = mesh.config.context_parallel_layout, mesh.cp.size // ulysses
+    key_layout = plan_layout(name, bounds[-1], size, bounds, costs=ATTENTION_ALONE)
     place = mesh.cp.rank // ulysses
     _, keys = plan_keys(
         key_layout, place, bounds, mesh.config.key_comm, NO_CHOICE, mesh.config.ring_node_size
