@@ -18,7 +18,7 @@ from typing import Any
 from tests.paths import REPO
 
 ENVIRONMENT = REPO / ".venv-vllm"
-STARTED = 300  # seconds
+STARTED = 600  # seconds
 
 
 def train_demo(folder: Path) -> Path:

@@ -251,6 +251,7 @@ def test_bad_requests_are_refused_and_the_server_goes_on(url, prompts):
         (refused(media("video", f"{video}#nframes=40000")), "holds 512 tiles and frames"),
         (refused(media("video", f"{video}#video_start=900")), "no frame between 900 s"),
         (refused(picture, "<image-3>"), "the prompt asks for <image-3>, there are 1 images for it"),
+        (refused(text("no picture"), "<image-1>"), "asks for <image-1>, there are 0 images"),
         (refused(picture, "<image-1> <image-1>"), "uses <image-1> twice"),
         (refused(picture, mm_processor_kwargs={"max_dynamic_tiles": 0}), "at least 1, not 0"),
         (refused(picture, mm_processor_kwargs={"max_dynamic_tiles": 10**9}), "holds 512 tiles"),

@@ -7,6 +7,8 @@ from vllm.renderers.hf import HfRenderer
 
 from .export import served_processor
 
+_TEXTS = ("text", "refusal", "thinking")  # where parts of messages have text
+
 
 class Eagle2_5_VLRenderer(HfRenderer):
     """vLLM's renderer of chat templates, around text that is shielded."""
@@ -25,7 +27,8 @@ class Eagle2_5_VLRenderer(HfRenderer):
         return await super().render_messages_async(self._shielded(messages), params)
 
     def _shielded(self, messages: Any) -> list[dict[str, Any]]:
-        return [{**message, **self._content(message)} for message in messages]
+        with self._in_use:
+            return [{**message, **self._content(message)} for message in messages]
 
     def _content(self, message: Any) -> dict[str, Any]:
         content, role = message.get("content"), message["role"]
@@ -33,19 +36,18 @@ class Eagle2_5_VLRenderer(HfRenderer):
             return {}
         if isinstance(content, str):
             return {"content": self._export.shield(content, role)}
-        parts: list[Any] = []
-        for part in content:
-            if isinstance(part, str):
-                parts.append(self._export.shield(part, role))
-            elif isinstance(part.get("text"), str):
-                parts.append({**part, "text": self._export.shield(part["text"], role)})
-            else:
-                parts.append(part)
-        return {"content": parts}
+        return {"content": [self._shielded_part(part, role) for part in content]}
+
+    def _shielded_part(self, part: Any, role: str) -> Any:
+        if isinstance(part, str):
+            return self._export.shield(part, role)
+        texts = {name: part[name] for name in _TEXTS if isinstance(part.get(name), str)}
+        return {**part, **{name: self._export.shield(text, role) for name, text in texts.items()}}
 
     def _tokenize_prompt(self, prompt: Any, params: Any) -> Any:
         if prompt.get("multi_modal_data") or prompt.get("multi_modal_uuids"):
             # The shields go through to `processing`, which writes and encodes the whole prompt once more.
             return super()._tokenize_prompt(prompt, params)
         with self._in_use:
+            self._export.place(prompt["prompt"], {"image": [], "video": []})  # refuses a placeholder
             return self._build_tokens_prompt(self._export.encode(prompt["prompt"]), prompt)
