@@ -6,7 +6,7 @@ from functools import cache
 
 from megatron_eagle.planning import rates
 from tests.paths import REPO
-from tests.project import commands, configuration, file_map, first_run, floors
+from tests.project import commands, configuration, context_ways, file_map, first_run, floors
 from tests.project.markdown import fill, pages
 
 
@@ -25,6 +25,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "first run": first_run.render,
     "file map": file_map.render,
     "parity table": parity_table,
+    "context ways": context_ways.render,
     "rates": rates.rates_table,
     "configuration": configuration.render,
     "commands": commands.render,
