@@ -8,6 +8,7 @@ Sources: Ring Attention (arXiv 2310.01889), zigzag order and the two-layer group
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,15 +68,15 @@ class RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         exchange, groups = ctx.exchange, ctx.groups
         grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        # Of a block's part: what nobody fills is never read.
-        like = torch.empty((len(k), 2, *k.shape[1:]), dtype=torch.float32, device=k.device)
+        part = (len(k), 2, *k.shape[1:])  # of a block
+        fresh = partial(torch.empty, part, dtype=torch.float32, device=k.device)
         own: Tensor | None = None  # of this rank's block
         leaving: Tensor | None = None  # of the block of the step before, or of the one before that
         finish_sum: Callable[[], Tensor | None] = _nothing  # of the step before, over the node
         blocks = _blocks(k, v, exchange, groups)
         for number, slot in enumerate(exchange.slots):
             step, block = next(blocks, (None, k))
-            travelling = _Gradients(slot, leaving, like, groups.ring)
+            travelling = _Gradients(slot, leaving, fresh, groups.ring)
             share, share_rows = None, slice(None)
             if step is not None:
                 first, last = step.rows
@@ -94,12 +95,13 @@ class RingAttention(torch.autograd.Function):
                 )
                 grad_q[rows] += share_q
                 share, share_rows = fold_gradients(share_k, share_v, step.order), slice(*step.keys)
+                del share_q, share_k, share_v, keys, values  # the next step's are about to exist
             if groups.node is not None:
                 seen = number < len(exchange.steps) and exchange.gathered[number]
-                start = _start_node_sum(share, share_rows, like, groups.node) if seen else _nothing
+                start = _start_node_sum(share, share_rows, fresh, groups.node) if seen else _nothing
                 share, share_rows, finish_sum = finish_sum(), slice(None), start
             arrived, home = travelling.wait()
-            leaving = _add(arrived, share, share_rows, len(like))
+            leaving = _add(arrived, share, share_rows, len(k))
             if number == exchange.lag - 1:
                 own, leaving = leaving, None
             if home is not None:
@@ -190,7 +192,11 @@ class _Gradients:
     """The gradients of keys and values that travel during one step, fp32 [s, 2, ng, d] each."""
 
     def __init__(
-        self, slot: RingSlot, leaving: Tensor | None, like: Tensor, group: dist.ProcessGroup | None
+        self,
+        slot: RingSlot,
+        leaving: Tensor | None,
+        fresh: Callable[[], Tensor],
+        group: dist.ProcessGroup | None,
     ) -> None:
         self._arriving: Tensor | None = None
         self._home: Tensor | None = None
@@ -200,10 +206,10 @@ class _Gradients:
             assert leaving is not None, "a reader of the block has been here"
             messages.append(_message(dist.isend, leaving, slot.sends_gradients_to, group))
         if slot.receives_gradients_from is not None:
-            self._arriving = torch.empty_like(like)
+            self._arriving = fresh()
             messages.append(_message(dist.irecv, self._arriving, slot.receives_gradients_from, group))
         if slot.receives_own_from is not None:
-            self._home = torch.empty_like(like)
+            self._home = fresh()
             messages.append(_message(dist.irecv, self._home, slot.receives_own_from, group))
         if messages:
             self._works = dist.batch_isend_irecv(messages)
@@ -241,14 +247,14 @@ def _nothing() -> None:
 
 
 def _start_node_sum(
-    share: Tensor | None, rows: slice, like: Tensor, node: dist.ProcessGroup
+    share: Tensor | None, rows: slice, fresh: Callable[[], Tensor], node: dist.ProcessGroup
 ) -> Callable[[], Tensor]:
     """Begin to sum gradients of `rows` of a node's block over its ranks; the returned function waits, and
     gives those of this rank's part of it. Collective over `node`."""
-    part = torch.empty_like(like)
-    whole = _add(None, share, rows, node.size() * len(like))
+    part = fresh()
+    whole = _add(None, share, rows, node.size() * len(part))
     if whole is None:  # this rank's queries see nothing of the block
-        whole = like.new_zeros((node.size() * len(like), *like.shape[1:]))
+        whole = part.new_zeros((node.size() * len(part), *part.shape[1:]))
     work = dist.reduce_scatter_tensor(part, whole, group=node, async_op=True)
 
     def finish() -> Tensor:

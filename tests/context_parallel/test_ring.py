@@ -169,8 +169,8 @@ def _last_gradients_lost(self) -> tuple[Tensor | None, Tensor | None]:
     return arrived, None if home is None else torch.zeros_like(home)
 
 
-def _sum_of_nobody(share, rows, like, node):
-    finish = _start_sum(share, rows, like, node)
+def _sum_of_nobody(share, rows, fresh, node):
+    finish = _start_sum(share, rows, fresh, node)
     return lambda: torch.zeros_like(finish())
 
 
