@@ -92,6 +92,8 @@ def _flash(shapes: PackShapes, workload: Workload, keys: _Keys) -> int:
             + tokens * heads * d * FP32
             + 2 * block * e
             + 3 * part * FP32
+            # Round nodes also the gradients that are being summed, and a part on its way.
+            + (block * FP32 + part * e) * (shapes.parallel.ring_node_size > 1)
             + max(kernel, 2 * block * FP32)
         )
     kernel = flash_workspace(
