@@ -21,6 +21,7 @@ BENCHMARKS = (
     "linear_ce",
     "loader",
     "packing",
+    "planner",
     "prefill",
     "preprocess",
     "rehearsal",

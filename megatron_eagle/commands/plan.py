@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megatron_eagle.errors import UserError
 
+_REHEARSED = 3  # layouts of `--rehearse`
+
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run the command."""
@@ -16,6 +18,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     from megatron_eagle.planning.planner import PackShape, file_run, plan_layouts, preset_run
     from megatron_eagle.planning.rates import Machine, describe_rates
     from megatron_eagle.planning.sequences import render_sequences, sequence_plans, sequence_records
+    from megatron_eagle.rehearsal.gpu_types import find_gpu_type
+    from megatron_eagle.rehearsal.of_plan import rehearse_plans
     from megatron_eagle.runtime.gpus import find_gpu
 
     for name in ("tiles", "gpus_per_node", "top"):
@@ -34,6 +38,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         packs = PackShape.of_data(config.data)
         if arguments.tiles is not None:
             packs = packs.with_tiles(arguments.tiles)
+    if arguments.rehearse:
+        find_gpu_type(arguments.gpu)
+        if arguments.tiles is not None:
+            raise UserError("--rehearse takes the data's tiles, or made-up packs: leave out --tiles")
     machine = Machine.of(gpu, arguments.gpus_per_node, config.layers.attention)
     plans = plan_layouts(config, arguments.gpus, memory, packs, machine)
     sequences = sequence_plans(config, plans.legal[0], arguments.gpus, packs, machine)
@@ -49,6 +57,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     rates = describe_rates(machine, gpu, config.layers.attention)
     print(render_plan(plans, config, packs, gpus, rates, top=top, refusals=arguments.all))
     print(f"\n{render_sequences(sequences)}")
+    if arguments.rehearse:
+        print("\nrehearsed:", flush=True)
+        first, data = (plans.fitting or plans.legal)[:_REHEARSED], arguments.config is not None
+        for line in rehearse_plans(first, config, arguments.gpu, arguments.gpus, data=data):
+            print(line, flush=True)
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -73,6 +86,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--top", type=int, default=10, help="layouts to print (10)")
     parser.add_argument(
         "--all", action="store_true", help="print every layout and every reason for a refusal"
+    )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="then rehearse the first three on this CPU (`train rehearse`): their peak memory and step",
     )
     parser.add_argument("--json", metavar="FILE", help="write every layout with all its numbers")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the file's")

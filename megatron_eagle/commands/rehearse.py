@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from megatron_eagle.errors import UserError
 
@@ -32,6 +33,11 @@ def add_rehearse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="of a step (default: 2, or 2 for each stage)",
     )
     add("--no-messages", action="store_true", help="do not match the ranks' messages")
+    add(
+        "--timeline",
+        metavar="FILE",
+        help="predict when everything of a step runs: a trace for Perfetto, a FILE for each stage",
+    )
     add("--processes", type=int, metavar="N", help="at a time (default: the machine's cores)")
     add("overrides", nargs="*", metavar="a.b=c", help="settings in place of the file's")
 
@@ -43,6 +49,7 @@ def run_rehearse(arguments: argparse.Namespace) -> int:
     from megatron_eagle.rehearsal.rehearsal import RehearsalPlan, rehearse
     from megatron_eagle.rehearsal.report import render
     from megatron_eagle.rehearsal.settings import read_runs, read_runs_without_data
+    from megatron_eagle.rehearsal.timeline_report import predict, write_trace
 
     for name in ("gpus", "microbatches", "processes"):
         value = getattr(arguments, name)
@@ -69,10 +76,17 @@ def run_rehearse(arguments: argparse.Namespace) -> int:
             ranks=ranks,
             microbatches=arguments.microbatches,
             open_loader=None if made_up else UnreadPacks,
+            timeline=arguments.timeline is not None,
         )
         processes = arguments.processes or os.cpu_count() or 1
         found = rehearse(plan, processes, messages=not arguments.no_messages, tell=print)
         print(render(name, found))
+        if arguments.timeline is not None and (prediction := predict(found)) is not None:
+            print("\n".join(prediction.lines()))
+            path = Path(arguments.timeline)
+            write_trace(
+                prediction.timelines, path.with_stem(f"{path.stem}-{name}") if len(runs) > 1 else path
+            )
         problems += found.problems
     return 1 if problems else 0
 

@@ -5,7 +5,7 @@ number with its source or "assumed". A GPU that is not in the table attains the 
 architecture that is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_eagle.context_parallel.backends import AttentionName
@@ -104,8 +104,12 @@ RATES = {
         Figure(148, "assumed: no datasheet of NVIDIA's counts them"),
         Figure(1745e12, _BOOK),
         {
+            "flash4": AttentionRate(
+                Figure(1613e12, _FA4), Figure(1613e12 * 516 / 595, "assumed: the ratio of cuDNN on an H100")
+            ),
             "cudnn": AttentionRate(
-                Figure(1613e12 / 1.3, _FA4), Figure(1613e12 / 1.3 * 516 / 595, "assumed: the H100's ratio")
+                Figure(1613e12 / 1.3, _FA4),
+                Figure(1613e12 / 1.3 * 516 / 595, "assumed: its ratio on an H100"),
             ),
             "flash": _both(
                 370e12 * 148 / 132,
@@ -119,6 +123,7 @@ _OF_ARCHITECTURE = {"ampere": "a100", "ada": "l40s", "hopper": "h100", "blackwel
 # Whose kernel a backend runs. Auto: FlashAttention 2, which torch brings.
 _KERNEL: dict[AttentionName, str] = {
     "auto": "flash",
+    "flash4": "flash4",
     "flash3": "flash3",
     "flash": "flash",
     "torch_varlen": "flash",
@@ -169,6 +174,10 @@ class Machine:
             kernel=kernel,
             gpus_per_node=gpus_per_node,
         )
+
+    def ring(self, members: Sequence[int]) -> float:
+        """Byte/s that a ring over these ranks passes through each of them."""
+        return self.bandwidth(len(members), members[1] - members[0])
 
     def bandwidth(self, size: int, stride: int) -> float:
         """Byte/s that a ring over `size` ranks, `stride` apart, passes through each of them.

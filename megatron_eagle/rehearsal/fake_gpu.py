@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_eagle.rehearsal.findings import Findings
 from megatron_eagle.rehearsal.memory import Memory
 from megatron_eagle.rehearsal.messages import Recorder
-from megatron_eagle.rehearsal.work import Kernel, Work, attention_workspace, flops_of, has_workspace, size_of
+from megatron_eagle.rehearsal.work import Kernel, Work, attention_workspace, bytes_of, flops_of, has_workspace
 
 _aten = torch.ops.aten
 _SMALL = 1 << 20  # elements: the values of such index tensors are remembered
@@ -210,10 +210,9 @@ class FakeGpu(TorchDispatchMode):
             )
         flops = flops_of(func, args, out, self.values)
         name = func._schema.name.partition("::")[2]
-        written = 0 if name.startswith(("empty", "new_empty")) else size_of(outputs)
-        if written:
-            read = size_of([t for t in on_gpu if t.device.type == "cuda"])
-            self._work.add(self._findings.phase, Kernel(name, flops, read + written))
+        nbytes = bytes_of(func, [t for t in on_gpu if t.device.type == "cuda"], outputs)
+        if nbytes:
+            self._work.add(self._findings.phase, Kernel(name, flops, nbytes))
 
     def _communicate(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], fake: bool

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.planning.rates import RATES
 from megatron_eagle.runtime.gpus import GPUS, Gpu, find_gpu
 
 
@@ -16,16 +17,15 @@ class GpuType:
     source: str
 
 
-# Streaming multiprocessors as sold, not of the whole die.
-_TYPES = {
-    "a100": ((8, 0), 108, "NVIDIA A100 architecture whitepaper"),
-    "l40s": ((8, 9), 142, "NVIDIA L40S datasheet: 18,176 cores, 128 each"),
-    "h100": ((9, 0), 132, "NVIDIA H100 architecture whitepaper"),
-    "h100-pcie": ((9, 0), 114, "NVIDIA H100 architecture whitepaper"),
-    "h200": ((9, 0), 132, "assumed: the die and the peak of the H100"),
-    "b200": ((10, 0), 148, "assumed: no datasheet of NVIDIA's counts them"),
-}
-GPU_TYPES = {name: GpuType(GPUS[name], *facts) for name, facts in _TYPES.items()}
+_CAPABILITIES = {"ampere": (8, 0), "ada": (8, 9), "hopper": (9, 0), "blackwell": (10, 0)}
+
+
+def _type(name: str) -> GpuType:
+    gpu, count = GPUS[name], RATES[name].multiprocessors
+    return GpuType(gpu, _CAPABILITIES[gpu.architecture], int(count.value), count.source)
+
+
+GPU_TYPES = {name: _type(name) for name in RATES}
 
 
 def find_gpu_type(name: str) -> GpuType:

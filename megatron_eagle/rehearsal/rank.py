@@ -17,6 +17,7 @@ from megatron_eagle.rehearsal.gpu_types import GpuType
 from megatron_eagle.rehearsal.machine import FakeMachine
 from megatron_eagle.rehearsal.memory import Peak
 from megatron_eagle.rehearsal.messages import RankMessage, Wait
+from megatron_eagle.rehearsal.timeline import StepRecord
 from megatron_eagle.training.evaluation import EvaluationConfig
 from megatron_eagle.training.monitoring.observer import Observer
 from megatron_eagle.training.run_config import RunConfig
@@ -45,6 +46,7 @@ class RankReport:
     work: list[tuple[str, str, int, int, int]] = field(default_factory=list)
     events: list[RankMessage | Wait] = field(default_factory=list)  # of the whole run
     families: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    step: StepRecord | None = None  # where a timeline is asked for
 
     @property
     def peak(self) -> int:
@@ -86,17 +88,26 @@ def rehearsed_config(config: RunConfig, folder: str, microbatches: int, data_par
 
 
 def rehearse_rank(
-    config: RunConfig, gpu: GpuType, rank: int, world_size: int, open_loader: OpenLoader, microbatches: int
+    config: RunConfig,
+    gpu: GpuType,
+    rank: int,
+    world_size: int,
+    open_loader: OpenLoader,
+    microbatches: int,
+    *,
+    timeline: bool = False,
 ) -> RankReport:
     """Run `rank` of a job of `world_size`; once in a process, which has loaded the shim.
 
     Args:
         open_loader: of packs.
         microbatches: of a step, for each data parallel rank.
+        timeline: keep all that the step does, in its order.
     """
     os.environ |= {"LOCAL_RANK": "0", "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ["LOCAL_WORLD_SIZE"] = str(min(8, world_size))
     machine, started, failure = FakeMachine(gpu), time.perf_counter(), None
+    follower = None
     data_parallel = config.layout.data_parallel_size(world_size)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "hf").mkdir()  # there is nothing to export
@@ -107,7 +118,8 @@ def rehearse_rank(
                 open_run(run_config, open_loader, initialize=_leave_unset) as run,
             ):
                 _name_parts(machine, run)
-                Trainer(run, without_saves(run, _Follower(machine, run))).train()
+                follower = _Follower(machine, run, timeline)
+                Trainer(run, without_saves(run, follower)).train()
         except Exception:  # of any kind: it is what the rank is rehearsed for
             failure = traceback.format_exc()
     findings, work = machine.findings, machine.work
@@ -123,6 +135,7 @@ def rehearse_rank(
         [(*key, n, work.flops[key], work.nbytes[key]) for key, n in sorted(work.count.items())],
         machine.recorder.events,
         machine.recorder.families,
+        None if follower is None else follower.record(rank),
     )
 
 
@@ -138,8 +151,10 @@ def _leave_unset(_models: list[EagleModel], _seed: int) -> None:
 class _Follower(Observer):
     """Tells the machine where the step is, and forgets all but the last one."""
 
-    def __init__(self, machine: FakeMachine, run: Run) -> None:
-        self._machine, self._run = machine, run
+    def __init__(self, machine: FakeMachine, run: Run, timeline: bool) -> None:
+        self._machine, self._run, self._timeline = machine, run, timeline
+        self._first = self._first_message = 0
+        self._last: tuple[int, int] | None = None  # events and kernels before the evaluation
 
     def step_begins(self, iteration: int) -> None:
         if iteration == STEPS:
@@ -149,8 +164,25 @@ class _Follower(Observer):
             machine.findings.syncs.clear()
             machine.findings.launches.clear()
             machine.work.clear()
+            if self._timeline:
+                recorder = machine.recorder
+                self._first, self._first_message = len(recorder.events), len(recorder.messages)
+                machine.work.events, machine.work.kernels = recorder.events, []
+
+    def record(self, rank: int) -> StepRecord | None:
+        """What the last step did, if that was asked for."""
+        recorder, kernels = self._machine.recorder, self._machine.work.kernels
+        if kernels is None:
+            return None
+        last_event, last_kernel = self._last or (len(recorder.events), len(kernels))
+        step = [(before - self._first, phase, kernel) for before, phase, kernel in kernels[:last_kernel]]
+        events = recorder.events[self._first : last_event]
+        return StepRecord(rank, step, events, self._first_message, recorder.families)
 
     def phase(self, _iteration: int, name: str) -> None:
+        kernels = self._machine.work.kernels
+        if name == "evaluation" and kernels is not None:
+            self._last = len(self._machine.recorder.events), len(kernels)
         self._machine.begin(name)
 
 

@@ -23,6 +23,7 @@ class RehearsalPlan:
     open_loader: OpenLoader
     microbatches: int  # rehearsed, of those of a step
     ranks: tuple[int, ...]  # at full depth
+    timeline: bool = False  # of these
 
     @classmethod
     def of(
@@ -35,6 +36,7 @@ class RehearsalPlan:
         microbatches: int | None = None,
         open_loader: OpenLoader | None = None,
         pack_classes: int = len(PACK_KINDS),
+        timeline: bool = False,
     ) -> "RehearsalPlan":
         """`ranks`: None: the distinct ones. `microbatches`: None: as many as fill the pipeline.
 
@@ -49,7 +51,8 @@ class RehearsalPlan:
         if ranks is None:
             # So many replicas that every kind of pack is somebody's.
             ranks = grid.distinct(grid.replicas[: max(1, -(-pack_classes // count))])
-        return cls(config, gpu, grid, open_loader or MadeUp(config.model), count, tuple(ranks))
+        open_loader = open_loader or MadeUp(config.model)
+        return cls(config, gpu, grid, open_loader, count, tuple(ranks), timeline)
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,14 @@ def rehearse(
     """
     grid = plan.grid
 
-    def job(config: RunConfig, rank: int) -> Job:
-        return Job(config, plan.gpu, rank, grid.world_size, plan.open_loader, plan.microbatches, before)
+    def job(config: RunConfig, rank: int, timeline: bool = False) -> Job:
+        common = plan.gpu, rank, grid.world_size, plan.open_loader, plan.microbatches, before
+        return Job(config, *common, timeline)
 
     cut = cut_depth(plan.config)
     speakers = grid.speakers() if messages else []
-    jobs = [job(plan.config, rank) for rank in plan.ranks] + [job(cut, rank) for rank in speakers]
+    jobs = [job(plan.config, rank, plan.timeline) for rank in plan.ranks]
+    jobs += [job(cut, rank) for rank in speakers]
 
     def told(number: int, report: RankReport) -> None:
         how = "stopped" if report.failure else f"peak {report.peak / 1e9:.2f} GB"

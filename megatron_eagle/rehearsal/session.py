@@ -30,6 +30,7 @@ class Job:
     open_loader: "OpenLoader"
     microbatches: int
     before: Callable[[], None] | None = None  # changes the code that is rehearsed: for tests
+    timeline: bool = False
 
     def run(self) -> "RankReport":
         """In this process, which is used up."""
@@ -40,7 +41,13 @@ class Job:
             self.before()
         gpu = find_gpu_type(self.gpu)
         return rehearse_rank(
-            self.config, gpu, self.rank, self.world_size, self.open_loader, self.microbatches
+            self.config,
+            gpu,
+            self.rank,
+            self.world_size,
+            self.open_loader,
+            self.microbatches,
+            timeline=self.timeline,
         )
 
 

@@ -1,7 +1,7 @@
 """Work of operators by shape: multiplications and additions, and bytes of device memory read and written."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,21 @@ _SDPA_FORWARD = _aten._scaled_dot_product_flash_attention
 _SDPA_BACKWARD = _aten._scaled_dot_product_flash_attention_backward
 
 
+# Operators by what they do to memory; others read what they are given and write what they give.
+_NOTHING = {
+    "_unsafe_view",
+    "alias",
+    "detach",
+    "lift_fresh",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+}
+_SELECTING = {"index_select", "embedding", "gather", "index"}
+_FILLING = {"zero_", "fill_", "zeros", "zeros_like", "new_zeros", "ones", "full", "arange"}
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One operator on the device."""
@@ -28,12 +43,14 @@ class Kernel:
 
 @dataclass
 class Work:
-    """Sums by operator, of the phase under way; `kernels` has them one by one where somebody asks for it."""
+    """Sums by operator, of the phase under way; `kernels` has them one by one where somebody asks for it:
+    how many of `events` came before, the phase, and the kernel."""
 
     flops: Counter[tuple[str, str]] = field(default_factory=Counter)  # by phase and name
     nbytes: Counter[tuple[str, str]] = field(default_factory=Counter)
     count: Counter[tuple[str, str]] = field(default_factory=Counter)
-    kernels: list[Kernel] | None = None
+    events: Sized = ()
+    kernels: list[tuple[int, str, Kernel]] | None = None
 
     def add(self, phase: str, kernel: Kernel) -> None:
         """A kernel has run."""
@@ -42,7 +59,7 @@ class Work:
         self.flops[key] += int(kernel.flops)
         self.nbytes[key] += kernel.nbytes
         if self.kernels is not None:
-            self.kernels.append(kernel)
+            self.kernels.append((len(self.events), phase, kernel))
 
     def clear(self) -> None:
         """From here on anew."""
@@ -53,6 +70,16 @@ class Work:
 def size_of(tensors: Sequence[Tensor]) -> int:
     """Bytes of what is looked at, not of what lies behind it."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def bytes_of(func: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> int:
+    """Bytes that one operator reads and writes: of what it selects from, as much as it gives."""
+    name, out = func._schema.name.partition("::")[2], size_of(written)
+    if name in _NOTHING:
+        return 0
+    if name in _SELECTING:
+        return 2 * out
+    return out if name in _FILLING else size_of(read) + out
 
 
 def flops_of(func: Any, args: tuple[Any, ...], out: Any, bounds: Callable[[Tensor], Tensor]) -> float:

@@ -295,6 +295,8 @@ def test_nothing_fits():
         (("--global-batch-size", "0"), "training.global_batch_size is 0: must lie between 1"),
         (("--top", "0"), "--top is 0"),
         (("--length", "32769", "data.length=32769", "--gpus", "3"), None),
+        (("--rehearse", "--gpu", "l4"), "not a GPU that can be rehearsed: choose a100, l40s, h100"),
+        (("--rehearse", "--tiles", "3"), "--rehearse takes the data's tiles, or made-up packs"),
         (("layers.attention=flash3", "--gpu", "b200"), "no speed is known for it on NVIDIA B200"),
         (("layers.attention=reference",), "choose auto or cudnn or flash or flash3"),
         (("model.preset=tiny",), "takes its vocabulary from data"),
@@ -378,7 +380,7 @@ def test_a_plan_of_adapters(monkeypatch, capsys):
         sizes[lora is None] = parts
     whole, adapted = sizes[True], sizes[False]
     language = count_parameters(
-        PackShapes(EAGLE, layout(tp=4), 32768), StageShapes(28, 1, True, True)
+        PackShapes(EAGLE, layout(tp=4), 32768), StageShapes.of(PackShapes(EAGLE, layout(tp=4), 32768), 0)
     ).language
     assert whole.gradients - adapted.gradients == pytest.approx(4 * language, rel=0.02)
     assert adapted.weights > whole.weights and adapted.activations > 0.95 * whole.activations

@@ -1,5 +1,6 @@
 """`train rehearse`: what it prints for a small job, and one line for what cannot be rehearsed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,23 @@ def config(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_a_small_job(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["rehearse", "--config", config, "--gpus", "4", "--gpu", "h200", "--ranks", "0,3"]) == 0
+def test_a_small_job(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "step.json"
+    words = ["--gpus", "4", "--gpu", "h200", "--ranks", "0,3", "--timeline", str(trace)]
+    assert main(["rehearse", "--config", config, *words]) == 0
     printed = capsys.readouterr().out
     assert "4 x NVIDIA H200" in printed
     assert "all 4 ranks' collectives and messages meet their other ends" in printed
     assert "the host waits for the device 0 times a microbatch" in printed
-    assert printed.strip().endswith("0 problems")
+    assert "0 problems\npredicted: a step of 2 microbatches takes" in printed
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 3}
+    lanes = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"compute", "context parallel"} <= lanes
+    names = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"mm", "_flash_attention_forward", "_flash_attention_backward", "forward_kernel"} <= names
+    phases = {event["args"]["phase"] for event in events if event["ph"] == "X"}
+    assert phases == {"data", "forward and backward", "optimizer"}
 
 
 @pytest.mark.parametrize(
