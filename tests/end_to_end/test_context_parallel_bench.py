@@ -8,8 +8,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.parallel import ParallelConfig
+from tests.data.helpers import make_store, make_tokenizer
 from tests.paths import REPO
 
 with patch.object(sys, "path", [*sys.path, str(REPO / "tools")]):
@@ -37,6 +39,23 @@ def test_balanced_costs_two_percent_at_most(tmp_path):
 def test_a_missing_store_is_named(benchmark, folder):
     with pytest.raises(UserError, match="^absent"):
         benchmark.run(packs=folder)
+
+
+def test_batches_of_a_store(tmp_path, capsys):
+    """Of a store, too; one that has fewer packs than a batch says so and has no row."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    texts = ["a b c " * (4 + 37 * number % 80) for number in range(400)]
+    turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "d"}] for text in texts]
+    store = make_store(tmp_path, tokenizer, [{"conversations": own} for own in turns], (512,))
+    write_packs(store, 512, 0)
+    packs = context_packs.store_packs(str(store / "512"))
+    assert 16 <= len(packs.bounds) < 512
+    rows = context_parallel.batch_rows(packs, 8)
+    assert [row["way"] for row in rows] == ["K = 1", "K = 2", "K = 4", "K = 8", "K = 1"]
+    assert [row["wins"] for row in rows].count("*") == 1 and not rows[-1]["wins"]
+    assert rows[3]["costliest/mean"] < rows[0]["costliest/mean"]
+    assert context_parallel.batch_rows(packs, 512) == []
+    assert "512: left out" in capsys.readouterr().err
 
 
 def test_packs_laid_end_to_end_even_out_whole_batches():

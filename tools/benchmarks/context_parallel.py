@@ -145,7 +145,9 @@ def batch_rows(packs: Packs, data_parallel: int) -> list[dict[str, Any]]:
                 pack=packs.length,
             )
         )
-    min(rows[:-1], key=lambda row: float(row["step"]))["wins"] = "*"
+    compared = [row for row in rows if row["packs"].endswith(" 1 a rank")]
+    if compared:
+        min(compared, key=lambda row: float(row["step"]))["wins"] = "*"
     return rows
 
 
