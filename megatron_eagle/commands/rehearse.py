@@ -56,6 +56,8 @@ def run_rehearse(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: must be at least 1")
     find_gpu_type(arguments.gpu)
+    if arguments.timeline is not None and not Path(arguments.timeline).parent.is_dir():
+        raise UserError(f"--timeline {arguments.timeline}: there is no such folder")
     ranks = _ranks(arguments.ranks)
     made_up = arguments.packs == "made-up"
     if arguments.preset is not None and not made_up:

@@ -211,6 +211,9 @@ def _backward_moments(shapes: PackShapes, workload: Workload, number: int) -> li
             language -= chunk.final_norm
         moments.append(_Moment("feed-forward backward", language, encoder, feed_forward))
         moments.append(_Moment("attention backward", language, encoder, attention))
+        if workload.lora is not None:
+            adapters = restored - layer.mlp + _adapted_feed_forward(shapes, workload)
+            moments.append(_Moment("adapters", language, encoder, adapters))
         if chunk.vision:
             scratch = _vision_layer(shapes, workload)
             moments.append(_Moment("encoder backward", language - chunk.layers, encoder, scratch))
@@ -267,6 +270,13 @@ def _feed_forward(shapes: PackShapes, workload: Workload) -> int:
     s, r, h, f = shapes.s, shapes.r, shapes.h, shapes.f
     product = s * f if workload.recompute.swiglu else 0  # computed again
     return workload.element_size * (s * f + h * f + s * h + r * h + product)
+
+
+def _adapted_feed_forward(shapes: PackShapes, workload: Workload) -> int:
+    """Forward of the first linear layer of an MLP and its adapters: their features of gate and up are made
+    one by one, joined, and added to the layer's own. Under recomputation the output's gradient waits."""
+    norm = rms_norm_bytes(shapes.r, shapes.h, workload)
+    return norm + workload.element_size * (3 * shapes.s * 2 * shapes.f + shapes.r * shapes.h)
 
 
 def _vision_layer(shapes: PackShapes, workload: Workload) -> int:

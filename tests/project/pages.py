@@ -19,6 +19,23 @@ def parity_table() -> str:
     return "\n".join([f"Measured on {card['date']} at commit {card['commit']}.", "", *lines])
 
 
+def planner_table() -> str:
+    """Planned and rehearsed memory, and predicted steps, from the card of `bench.py planner`."""
+    card = json.loads((REPO / "examples" / "cards" / "planner_rehearsed.json").read_text(encoding="utf-8"))
+    names = ["h100", "h200"]
+    head = ["case", "stage", "rehearsed GB", "planned GB", "error %"]
+    head += [f"{what}, {name}" for name in names for what in ("predicted s", "predicted MFU %")]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in card["rows"]:
+        cells = [f"{row['rehearsed']:.2f}", f"{row['planned']:.2f}", f"{row['error %']:+.1f}"]
+        for name in names:
+            for what in ("predicted s", "predicted MFU %"):
+                value = row[f"{what}, {name}"]
+                cells.append(value if isinstance(value, str) else f"{value:.1f}")
+        lines.append(f"| {row['case']} | {row['pipeline stage']} | {' | '.join(cells)} |")
+    return "\n".join([f"Made on {card['date']} at commit {card['commit']}.", "", *lines])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "floors": floors.floors,
     "phases": floors.phases,
@@ -27,6 +44,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "parity table": parity_table,
     "context ways": context_ways.render,
     "rates": rates.rates_table,
+    "planner table": planner_table,
     "configuration": configuration.render,
     "commands": commands.render,
 }

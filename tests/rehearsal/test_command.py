@@ -53,6 +53,7 @@ def test_a_small_job(config: str, capsys: pytest.CaptureFixture[str], tmp_path: 
         (["--gpus", "0"], "--gpus is 0"),
         (["--ranks", "0,4"], "there is no rank 4: the job has 4"),
         (["--ranks", "all"], "expected numbers"),
+        (["--timeline", "/nowhere/step.json"], "--timeline /nowhere/step.json: there is no such folder"),
         (["--packs", "data"], "nowhere"),
         (["--packs", "data", "--preset", "tiny"], "--preset is for made-up packs"),
         (["--stage", "one"], "it has no stages"),
