@@ -142,7 +142,7 @@ def language_config(
         # are sent late; both silently.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        batch_p2p_sync=on_gpu if parallel.batch_p2p_sync is None else parallel.batch_p2p_sync,
+        batch_p2p_sync=parallel.batch_p2p_sync,
         deallocate_pipeline_outputs=on_gpu,
         tp_comm_overlap=parallel.tp_comm_overlap,
         **again,

@@ -101,15 +101,19 @@ def rehearse(
     cut = cut_depth(plan.config)
     speakers = grid.speakers() if messages else []
     jobs = [job(plan.config, rank, plan.timeline) for rank in plan.ranks]
-    jobs += [job(cut, rank) for rank in speakers]
+    shallow = cut != plan.config  # a model of few layers is not rehearsed twice
+    more = [rank for rank in speakers if shallow or rank not in plan.ranks]
+    jobs += [job(cut, rank) for rank in more]
 
     def told(number: int, report: RankReport) -> None:
         how = "stopped" if report.failure else f"peak {report.peak / 1e9:.2f} GB"
-        depth = "" if number < len(plan.ranks) else ", few layers"
+        depth = ", few layers" if shallow and number >= len(plan.ranks) else ""
         tell(f"rank {report.rank}{depth}: {how}, {report.seconds:.0f} s")
 
     reports = run_jobs(jobs, processes, told)
     full, short = reports[: len(plan.ranks)], reports[len(plan.ranks) :]
+    if not shallow:
+        short += [report for report in full if report.rank in speakers]
     mismatch = None
     if short and not any(report.failure for report in short):
         traces = {report.rank: Trace(report.events, report.families) for report in short}

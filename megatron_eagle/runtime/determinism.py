@@ -19,6 +19,8 @@ def set_deterministic(seed: int, *, algorithms: bool = True) -> None:
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(algorithms, warn_only=True)
+    # Or every torch.empty is filled with NaN: tens of gigabytes written in a step, for what nobody reads.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     if algorithms:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -77,8 +77,9 @@ class ParallelConfig(Ranged):
     # Or every stage's own, in Megatron's letters, virtual stages behind each other: "Et|tt|tt|tL" has the
     # embedding and the vision encoder (E), language layers (t) and the loss (L); "(tt|)*3" is tt|tt|tt|.
     pipeline_model_parallel_layout: str | None = None
-    # Wait for the device after each message between stages: null on a GPU; not with virtual stages.
-    batch_p2p_sync: bool | None = None
+    # Wait for the device after each message between stages, as torch before 1.13 needed it; not with virtual
+    # stages.
+    batch_p2p_sync: bool = False
     # Which ranks divide the vision tiles of a pack (context_parallel/vision_sharding.py).
     vision_sharding: VisionSharding = "cp"
     # Reduce gradients over data parallel ranks, bucket by bucket, during the last backward.

@@ -1,7 +1,7 @@
 """Adam through Megatron's distributed optimizer, and the learning-rate schedule."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -156,10 +156,28 @@ def _finalize_model_grads(
     # weights carry the division already.
     finalize_model_grads(models, None, **kwargs)
     # An encoder that tensor parallel ranks hold whole has seen other tiles on each of them.
-    trained = [p for model in models for p in model.parameters() if p.requires_grad]
-    whole = [p.main_grad for p in trained if getattr(p, "sum_over_tensor_parallel", False)]
-    sum_encoder_gradients(whole, models[0].tp_group)
+    sum_encoder_gradients(_encoder_gradients(models), models[0].tp_group)
     mask_old_token_rows(models)
+
+
+def _encoder_gradients(models: Sequence[DistributedDataParallel]) -> Iterator[Tensor]:
+    """Of encoders that tensor parallel ranks hold whole: the part of each gradient that this rank's optimizer
+    reads, flat; the same parts on all tensor parallel ranks."""
+    for model in models:
+        for buffer in model.buffers:
+            for bucket in buffer.buckets:
+                start, end = 0, bucket.grad_data.numel()
+                if model.ddp_config.use_distributed_optimizer:  # the rest was summed elsewhere
+                    share = end // buffer.data_parallel_group.size()
+                    start = share * buffer.data_parallel_group.rank()
+                    end = start + share
+                for parameter in bucket.params_list:
+                    if getattr(parameter, "sum_over_tensor_parallel", False):
+                        gradient = parameter.main_grad.view(-1)
+                        offset = gradient.storage_offset() - bucket.grad_data.storage_offset()
+                        first = max(start - offset, 0)
+                        if (part := gradient[first : max(end - offset, first)]).numel():
+                            yield part
 
 
 def build_optimizer(config: OptimizerConfig, models: Sequence[DistributedDataParallel]) -> MegatronOptimizer:

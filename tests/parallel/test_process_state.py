@@ -37,6 +37,7 @@ ALLOWED = {
     f"{_ADAM}_get_main_param_and_optimizer_states": "as above",
     f"{_ADAM}_set_main_param_and_optimizer_states": "as above",
     f"{_ADAM}_torch_adam_is_fixed": "as above",
+    "megatron.core.optimizer.clip_grads.l2_norm_impl": "use_norm_without_waiting, once a process",
     "megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce()": (
         "whether it has warned about CUDA_DEVICE_MAX_CONNECTIONS"
     ),

@@ -20,6 +20,10 @@ ALLOWED = {
         "megatron_eagle/runtime/determinism.py",
         "torch.backends.cudnn.benchmark",
     ): "torch offers it",
+    (
+        "megatron_eagle/runtime/determinism.py",
+        "torch.utils.deterministic.fill_uninitialized_memory",
+    ): "torch offers it",
     ("tools/benchmarks/step_clock.py", "patch.object(module, attribute, timed)"): (
         "a stopwatch around the communication of the step that is measured, taken off again"
     ),

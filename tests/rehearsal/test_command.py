@@ -9,6 +9,7 @@ import yaml
 from megatron_eagle.commands.train import main
 from megatron_eagle.errors import UserError
 from megatron_eagle.rehearsal import shim
+from tests.parallel.real_runs import write_mixture, write_run
 
 VALUES = {
     "model": {"preset": "tiny", "text": {"vocab_size": 504}},
@@ -85,3 +86,13 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be written .*set XDG_CACHE_HOME"):
         shim.shim_file()
+
+
+@pytest.mark.slow
+def test_the_runs_own_packs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run.yaml", write_mixture(tmp_path / "data"), training={"precision": "bf16"})
+    options = ["--gpus", "2", "--gpu", "h100", "--packs", "data", "--ranks", "1", "--no-messages"]
+    assert main(["rehearse", "--config", str(tmp_path / "run.yaml"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 microbatches" in printed
+    assert "rank 1, which has most" in printed
