@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
@@ -184,7 +185,7 @@ class FakeGpu(TorchDispatchMode):
                 return func(*args, **kwargs)
             with self.fake:
                 return func(*args, **kwargs)
-        except (UnsupportedOperatorException, DynamicOutputShapeException):
+        except (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException):
             self._findings.problem(f"{func}: no fake kernel; taken to give what its first argument is")
             if not on_gpu:
                 raise

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -90,8 +90,3 @@ class Memory:
                 kinds["activations and workspaces"] += extra[1]
                 births[extra[0]] += extra[1]
             peak.by_kind, peak.by_birth = dict(kinds), births.most_common(12)
-
-    @property
-    def by_phase(self) -> Mapping[str, Peak]:
-        """The peaks."""
-        return self.peaks

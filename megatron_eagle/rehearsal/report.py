@@ -175,5 +175,7 @@ def _work(done: list[RankReport]) -> Iterator[str]:
                 by_name[name][place] += value
     total = [sum(values[place] for values in by_name.values()) for place in range(3)]
     yield f"  {total[1] / 1e12:.1f} TFLOP, {total[2] / 1e9:.1f} GB read and written, {total[0]} kernels"
+    launches = ", ".join(f"{count} x {name}" for name, count in sorted(most.launches.items()))
+    yield f"  Triton launches, with the evaluation's: {launches or 'none'}"
     for name, (count, flops, nbytes) in sorted(by_name.items(), key=lambda w: -w[1][2])[:_MOST]:
         yield f"  {flops / 1e12:9.2f} TFLOP {nbytes / 1e9:9.2f} GB  {count} x {name}"
