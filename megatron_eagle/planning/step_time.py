@@ -73,11 +73,12 @@ def step_time(
         sum_squared_lengths: squared lengths of a pack's documents, summed, on average.
         document_bounds: of typical packs; none: one document a pack.
     """
+    gpus = parallel.model_parallel_size * data_parallel_size
     context = context_work(
         parallel,
         document_bounds or [[0, workload.sequence_length]],
         pair_costs(eagle),
-        exchange_costs(eagle, parallel, machine.gpus_per_node),
+        exchange_costs(eagle, parallel, min(machine.gpus_per_node, gpus)),
     )
     average = replace(workload, tiles=round(mean_tiles))
     shapes = PackShapes(eagle, parallel, workload.sequence_length)
@@ -102,7 +103,6 @@ def step_time(
         trainable=workload.trainable,
         adapters=workload.lora is not None,
     ).total
-    gpus = parallel.model_parallel_size * data_parallel_size
     total = sum(parts.values()) + reduction
     mfu = m * data_parallel_size * model_flops / (gpus * machine.peak * total)
     known = workload.precision == "bf16"

@@ -154,7 +154,7 @@ class ParallelConfig(Ranged):
         """
         inner = self.tensor_model_parallel_size * self.ulysses_parallel_size
         group = self.tensor_model_parallel_size * self.context_parallel_size
-        if group <= ranks_per_node:
+        if ranks_per_node % group == 0:
             return group // inner
         if group % ranks_per_node or ranks_per_node % inner:
             return 1

@@ -162,6 +162,8 @@ def test_keys_of_other_nodes_cost_the_network():
         ((1, 4, 4), 8, 1),
         ((4, 16, 2), 8, 1),
         ((1, 12, 1), 8, 1),  # the second group begins in the middle of a node
+        ((1, 6, 1), 8, 1),  # and so it does here, two ranks before a node's end
+        ((1, 6, 1), 12, 6),
         ((8, 4, 2), 8, 1),
     ],
 )
