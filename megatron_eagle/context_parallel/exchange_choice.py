@@ -112,9 +112,17 @@ def kept_keys(kind: Kind, layout: SequenceLayout, traffic: Traffic) -> int:
 
 
 def estimate(
-    layout: SequenceLayout, document_bounds: Sequence[int], traffic: Traffic, costs: ExchangeCosts
+    layout: SequenceLayout,
+    document_bounds: Sequence[int],
+    traffic: Traffic,
+    costs: ExchangeCosts,
+    node: int = 1,
 ) -> dict[Kind, Estimate]:
-    """What each exchange takes."""
+    """What each exchange takes.
+
+    Args:
+        node: adjacent ranks that gather what goes round the ring.
+    """
     share = layout.length // layout.size
     pairs = pairs_by_block(layout, document_bounds)
     attention = int(pairs.sum(axis=1).max())
@@ -125,12 +133,15 @@ def estimate(
         exposed = first + max(transfer - first - attention, 0)
         return Estimate(attention + exposed, exposed)
 
-    ranks = np.arange(layout.size)
-    last = last_readers(readers(traffic))
-    ring = exposed = 0
+    ranks, nodes = np.arange(layout.size), layout.size // node
+    blocks = pairs.reshape(layout.size, nodes, node).sum(axis=2)
+    last = last_readers(readers(traffic, node))
+    # A block is gathered in a node during the step before, as the next one travels; nothing hides the first.
+    gathering = (node - 1) * share * (costs.key if node <= costs.node else costs.far_key)
+    ring = exposed = gathering
     for step in range(max(last) + 1):
-        busiest = int(pairs[ranks, (ranks - step) % layout.size].max())
-        travelling = share * slowest if step < max(last) else 0
+        busiest = int(blocks[ranks, (ranks // node - step) % nodes].max())
+        travelling = max(share * slowest, gathering) if step < max(last) else 0
         ring += max(busiest, travelling) + costs.step + (share * costs.merge if step else 0)
         exposed += max(travelling - busiest, 0)
     far = traffic.from_nodes(costs.node)
@@ -176,7 +187,7 @@ def plan_keys(
     traffic = measure_traffic(layout, document_bounds)
     foreign = int(traffic.received.sum())
     if foreign:
-        estimates = estimate(layout, document_bounds, traffic, costs)
+        estimates = estimate(layout, document_bounds, traffic, costs, node)
         kind: Kind = comm if comm != "auto" else _quickest(estimates, layout, traffic, costs)
         found = estimates[kind]
     else:

@@ -107,6 +107,16 @@ def test_what_the_keys_of_a_pack_amount_to():
     assert plan_keys(apart, 0, [0, 4, 8], "ring", costs)[0] == KeyUse("none", 8, 0, 10, 0)
 
 
+def test_a_ring_of_nodes_is_counted_as_one():
+    """One document over two nodes of two ranks of zigzag: 18 pairs of a rank with its node's block, 16 with
+    the other. Nothing hides the first gathering; the transfer takes longer than the first step."""
+    costs = ExchangeCosts(key=1, far_key=7, node=2, step=100, merge=3, head_groups=2, most_keys=8)
+    layout = plan_layout("zigzag", 16, 4, [0, 16], costs=COSTS)
+    for rank in range(4):
+        use, _ = plan_keys(layout, rank, [0, 16], "ring", costs, 2)
+        assert (use.pairs, use.exposed) == (4 + 28 + 16 + 2 * 100 + 4 * 3, 4 + 28 - 18)
+
+
 def test_a_choice_takes_milliseconds():
     """128K tokens, 500 documents, 16 ranks: below 60 ms of CPU time."""
     generator = np.random.default_rng(0)

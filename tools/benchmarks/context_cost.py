@@ -14,7 +14,6 @@ import numpy as np
 from megatron_eagle.context_parallel.exchange import Traffic, measure_traffic
 from megatron_eagle.context_parallel.exchange_choice import (
     ASSUMED,
-    ExchangeCosts,
     Kind,
     choose_exchange,
     estimate,
@@ -23,7 +22,6 @@ from megatron_eagle.context_parallel.exchange_choice import (
 )
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LayoutName, plan_layout, sequence_multiple
-from megatron_eagle.context_parallel.ring_plan import last_readers, readers
 from megatron_eagle.context_parallel.ulysses import divides_heads
 from megatron_eagle.model.flops import exchange_costs, pair_costs, training_flops
 from megatron_eagle.model.presets import preset
@@ -114,13 +112,10 @@ def cost(parallel: ParallelConfig, bounds: Sequence[int], planned: tuple[Sequenc
     busiest = int(pairs.sum(axis=1).max())
     kind = choose_exchange(layout, bounds, traffic, "auto", costs)
     taken = kind if parallel.key_comm == "auto" or kind == "none" else parallel.key_comm
-    held = layout.length // layout.size
-    if parallel.ring_node_size > 1 and taken == "ring":
-        total = _node_ring(layout, pairs, traffic, costs, parallel.ring_node_size)
-        held *= parallel.ring_node_size
-    else:
-        total = busiest if taken == "none" else estimate(layout, bounds, traffic, costs)[taken].pairs
-        held = kept_keys(taken, layout, traffic)
+    node = parallel.ring_node_size
+    total = busiest if taken == "none" else estimate(layout, bounds, traffic, costs, node)[taken].pairs
+    share = layout.length // layout.size
+    held = share * node if node > 1 and taken == "ring" else kept_keys(taken, layout, traffic)
     heads = max(1, KEY_HEADS // parallel.ulysses_parallel_size) if taken == "ring" else 1
     return Cost(
         pairs=pairs.sum(axis=1),
@@ -136,22 +131,6 @@ def cost(parallel: ParallelConfig, bounds: Sequence[int], planned: tuple[Sequenc
 def _pair_seconds(parallel: ParallelConfig) -> float:
     """Of a layer's attention of one query and one key with a rank's heads, as `model.flops` has it."""
     return 14 * HEAD_DIM * (QUERY_HEADS / parallel.ulysses_parallel_size) / ASSUMED.attention
-
-
-def _node_ring(
-    layout: SequenceLayout, pairs: np.ndarray, traffic: Traffic, costs: ExchangeCosts, node: int
-) -> int:
-    """As `estimate`, of a ring of nodes: the next block travels in parts, and is gathered, during a step."""
-    size, share = layout.size, layout.length // layout.size
-    ranks, blocks = np.arange(size), pairs.reshape(size, size // node, node).sum(axis=2)
-    last = last_readers(readers(traffic, node))
-    gathering = (node - 1) * share * costs.key
-    total = gathering  # of the first block nothing hides it
-    for step in range(max(last) + 1):
-        busiest = int(blocks[ranks, (ranks // node - step) % (size // node)].max())
-        travelling = max(share * costs.far_key, gathering) if step < max(last) else 0
-        total += max(busiest, travelling) + costs.step + (share * costs.merge if step else 0)
-    return total
 
 
 def _head_seconds(parallel: ParallelConfig, length: int) -> float:
