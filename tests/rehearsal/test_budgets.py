@@ -42,7 +42,8 @@ def test_other_layouts(name: str) -> None:
         shares = [elements(report, "sum_encoder_gradients") for report in reports]
         first, second = shares[::2], shares[1::2]
         assert first == second, "tensor parallel ranks sum the same parts"
-        assert 0 < max(first) < 0.75 * sum(first)
+        # The two shards end within the encoder, at no half of it; whole gradients would be alike.
+        assert 0 < min(first) < max(first)
 
 
 def elements(report: RankReport, place: str) -> int:
