@@ -47,6 +47,7 @@ NEEDS = {
 RULES = {
     "data.follow.shards_per_window": "was made without preprocess run --follow",
     "data.follow.dead_after_minutes": "was made without preprocess run --follow",
+    "data.packs_per_sequence": "does not divide 1, the data parallel size",
     "model.vision.image_size": r"must be a multiple of \d+ \(patch_size\)",
     "model.vision.patch_size": r"its patch size is 14|must be a multiple of \d+ \(patch_size\)",
     "model.vision.num_attention_heads": r"must be a multiple of \d+ \(num_attention_heads\)",
