@@ -42,7 +42,17 @@ def context_work(
     name, chunk_size = parallel.context_parallel_layout, parallel.context_parallel_chunk_size
     multiple = 2 * parallel.context_parallel_size if parallel.pad_documents else 1
     counts = [
-        _count(name, size, chunk_size, multiple, tuple(bounds), costs, parallel.key_comm, exchange)
+        _count(
+            name,
+            size,
+            chunk_size,
+            multiple,
+            tuple(bounds),
+            costs,
+            parallel.key_comm,
+            exchange,
+            parallel.ring_node_size,
+        )
         for bounds in packs
     ]
     foreign, busiest, mean = np.mean(counts, axis=0)
@@ -59,6 +69,7 @@ def _count(
     costs: PairCosts,
     comm: KeyComm,
     exchange: ExchangeCosts,
+    ring_node: int,
 ) -> tuple[int, int, float]:
     """Of one pack: foreign keys, and query-key pairs of the busiest rank and on average."""
     if multiple > 1:
@@ -66,12 +77,13 @@ def _count(
     length = bounds[-1]
     layout = plan_layout(name, length, size, bounds, chunk_size, costs=costs, node=exchange.node)
     traffic = measure_traffic(layout, bounds)
-    rounds = max(last_readers(readers(traffic)))
+    rounds = max(last_readers(readers(traffic, ring_node)))
     foreign = {
         "none": 0,
         "ranges": int(max(traffic.received.max(), traffic.sent.max())),
         "gather": length - length // size,
-        "ring": rounds * (length // size),
+        # The blocks of a node are gathered in every round, its own first.
+        "ring": ((rounds + 1) * ring_node - 1) * (length // size),
     }[choose_exchange(layout, bounds, traffic, comm, exchange)]
     work = np.diff(causal_area(np.arange(length + 1), bounds))
     loads = [int(work[expand(own)].sum()) for own in layout.ranges]

@@ -1,5 +1,6 @@
 """Which heads Ulysses gives to which rank, and what it refuses."""
 
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -39,34 +40,40 @@ def test_other_numbers_are_refused(size, queries, keys):
     assert not divides_heads(size, queries, keys)
 
 
-QUERIES, KEYS, TOKENS, SIZE = 14, 2, 3, 4
+TOKENS = 3
 
 
-def there_and_back() -> list[torch.Tensor]:
+def there_and_back(queries: int, keys: int, size: int) -> list[torch.Tensor]:
     """On one rank: tensors of all its heads after both exchanges, and the gradients of k and v."""
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
     q, k, v = (
-        torch.randn(TOKENS, n, 2, generator=generator, requires_grad=True) for n in (QUERIES, KEYS, KEYS)
+        torch.randn(TOKENS, n, 2, generator=generator, requires_grad=True) for n in (queries, keys, keys)
     )
-    with model_parallel(ParallelConfig(context_parallel_size=SIZE, ulysses_parallel_size=SIZE)) as mesh:
+    with model_parallel(ParallelConfig(context_parallel_size=size, ulysses_parallel_size=size)) as mesh:
         group = mesh.groups.hcp[0]
-        mine, keys, values = ulysses.TokensToHeads.apply(q, k, v, group)
-        back = ulysses.HeadsToTokens.apply(mine, QUERIES, KEYS, group)
+        mine, own_keys, values = ulysses.TokensToHeads.apply(q, k, v, group)
+        back = ulysses.HeadsToTokens.apply(mine, queries, keys, group)
         # Every query head of a rank counts its key once.
-        (back.square().sum() + mine.shape[1] * (keys.sum() + 2 * values.sum())).backward()
+        served = mine.shape[1] / own_keys.shape[1]
+        (back.square().sum() + served * (own_keys.sum() + 2 * values.sum())).backward()
     return [q.detach(), back.detach(), q.grad, k.grad, v.grad]
 
 
-def lost_copies() -> list[torch.Tensor]:
+def lost_copies(*sizes: int) -> list[torch.Tensor]:
     first = lambda grads, copies: torch.cat(grads, dim=1)[:, ::copies]  # noqa: E731
     with patch.object(ulysses, "_sum_copies", first):
-        return there_and_back()
+        return there_and_back(*sizes)
 
 
 @pytest.mark.parametrize("run", [there_and_back, lost_copies])
-def test_exchanges_return_what_they_took_and_sum_copies(run):
-    """The seven query heads of a KV head are on two ranks: its gradient is that of all seven."""
-    for q, back, grad_q, grad_k, grad_v in launch(run, SIZE):
+@pytest.mark.parametrize(
+    ("queries", "keys", "size"),
+    [(14, 2, 4)]
+    + [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((28, 4, 8), (8, 2, 8), (32, 8, 16))],
+)
+def test_exchanges_return_what_they_took_and_sum_copies(run, queries, keys, size):
+    """The query heads of a KV head are on several ranks: its gradient is that of all of them."""
+    for q, back, grad_q, grad_k, grad_v in launch(partial(run, queries, keys, size), size):
         assert torch.equal(back, q) and torch.equal(grad_q, 2 * q)
-        whole = torch.full_like(grad_k, 7.0)
+        whole = torch.full_like(grad_k, queries / keys)
         assert torch.equal(grad_k, whole) == torch.equal(grad_v, 2 * whole) == (run is there_and_back)

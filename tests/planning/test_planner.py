@@ -148,6 +148,9 @@ def test_context_parallel_work_is_counted_for_the_packs():
     half = [0, 16384, 32768]  # two ranks each: the ring is one step long
     ring = layout(cp=4, context_parallel_comm="ring", context_parallel_layout="contiguous")
     assert context_work(ring, [half], COSTS, EXCHANGE).remote_keys == 32768 / 4
+    nodes = layout(cp=4, context_parallel_comm="ring", ring_node_size=2)  # a node gathers what goes round
+    assert context_work(nodes, [whole], COSTS, EXCHANGE).remote_keys == 32768 * 3 / 4
+    assert context_work(nodes, [half], COSTS, EXCHANGE).remote_keys == 32768 / 4
     assert context_work(layout(cp=4, ulysses_parallel_size=4), [whole], COSTS, EXCHANGE) == ContextWork(
         0.0, 1.0
     )

@@ -37,12 +37,15 @@ def render() -> str:
             "Whole global batches, four ranks a pack, K packs a sequence:",
             "",
             *_table(
-                ["packs", "K", "costliest / mean", "exposed %", "step", "far keys, % of a pack"],
+                ["packs", "K", "costliest / mean", "exposed %", "step", "far keys, % of a pack", "keys, MB"],
                 (
                     [
                         row["packs"],
                         row["way"].removeprefix("K = "),
-                        *(str(row[name]) for name in ("costliest/mean", "exposed %", "step", "far keys %")),
+                        *(
+                            str(row[name])
+                            for name in ("costliest/mean", "exposed %", "step", "far keys %", "keys MB")
+                        ),
                     ]
                     for row in batches
                 ),
