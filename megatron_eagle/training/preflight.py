@@ -47,8 +47,13 @@ def _check(config: RunConfig, processes: int) -> list[str]:
         "DP": parallel.data_parallel_size(processes),
     }
     layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one process"
+    ulysses = parallel.ulysses_parallel_size
     if data.packs_per_sequence > 1:
         layout += f", {data.packs_per_sequence} packs a sequence"
+    if ulysses > 1:
+        layout += f", heads over {ulysses} ranks"
+    if parallel.key_comm != "auto" and parallel.context_parallel_size > ulysses:
+        layout += f", keys by {parallel.key_comm}"
     summary = (
         f"{layout}; {training.train_iterations} iterations of {training.global_batch_size} x {data.length} "
         f"tokens, {read}"

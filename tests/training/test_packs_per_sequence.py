@@ -168,3 +168,7 @@ def test_the_check_shows_the_whole_group(made):
     config = load_run_config(made / "run.yaml", ["data.packs_per_sequence=2", CP2], world_size=8)
     [line, *_] = check_runs([config], 8)
     assert ": CP4 x DP2, 2 packs a sequence; 3 iterations of 4 x 160 tokens" in line
+    for word, said in (("a2a", "heads over 4 ranks"), ("ring", "keys by ring")):
+        settings = ["data.packs_per_sequence=2", CP2, f"parallel.context_parallel_comm={word}"]
+        config = load_run_config(made / "run.yaml", settings, world_size=8)
+        assert f", 2 packs a sequence, {said}; " in check_runs([config], 8)[0]
