@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -143,3 +144,19 @@ def test_demo_runs():
     measured = {"cpu_seconds": cpu_seconds() - used, "bytes": first_run.size(out)}
     card = first_run.read_card()
     assert not first_run.off(card, "demo", measured, alike=first_run.processor() == card["processor"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a ring", "two packs in one sequence"])
+def test_the_second_half_in_another_way(name, tmp_path, monkeypatch):
+    """All of it, not only the step that the demo itself compares. After `test_demo_runs`."""
+    monkeypatch.chdir(REPO)
+    script = importlib.import_module("run")
+    made, folder = script.OUT / "checkpoint", tmp_path / "checkpoint"
+    shutil.copytree(made, folder, ignore=shutil.ignore_patterns("iter_0000200", "logs"))
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(script.STOP_AT))
+    script.train(*script.ONE_STEP[name], f"checkpoint.path={folder}")
+    expected, found = script.read_losses(made), script.read_losses(folder)
+    assert sorted(found) == list(range(script.STOP_AT + 1, 201))
+    off = max(abs(loss - expected[iteration]) for iteration, loss in found.items())
+    assert off <= script.LOSS_TOLERANCE
