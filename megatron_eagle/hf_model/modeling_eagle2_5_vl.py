@@ -122,7 +122,7 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
 
     def merge_features(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         pixel_values: torch.Tensor | None = None,
         image_flags: torch.Tensor | None = None,
         visual_features: torch.Tensor | None = None,
@@ -139,8 +139,10 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
             [b, s, h].
 
         Raises:
-            ValueError: the number of image tokens and of features differ; both are named.
+            ValueError: the number of image tokens and of features differ; both are named. No input_ids.
         """
+        if input_ids is None:
+            raise ValueError("the model needs input_ids or inputs_embeds")
         embeddings: torch.Tensor = self.get_input_embeddings()(input_ids)
         at_image = input_ids == self.image_token_index
         expected = int(at_image.sum())
@@ -178,8 +180,6 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         `image_sizes` is accepted because the processor returns it; the model does not need it.
         """
         if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("the model needs input_ids or inputs_embeds")
             inputs_embeds = self.merge_features(input_ids, pixel_values, image_flags)
         output: CausalLMOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -270,8 +270,6 @@ class _Backbone:
         **kwargs: Any,
     ) -> Any:
         if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("the model needs input_ids or inputs_embeds")
             inputs_embeds = self._model.merge_features(input_ids, pixel_values, image_flags)
         return self._model.get_decoder()(inputs_embeds=inputs_embeds, **kwargs)
 
