@@ -14,8 +14,8 @@ HF_FOLDER = "hf"
 
 
 def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str | Path) -> None:
-    """Give `root` its `hf/` folder, if it has none: that of `checkpoint`, else the tokenizer and the tile
-    limit of `data`. Grids are chosen as in `data`.
+    """Give `root` its `hf/` folder, if it has none: that of `checkpoint`, else the tokenizer of `data`.
+    Pictures are cut as in `data`.
 
     Collective.
 
@@ -30,22 +30,26 @@ def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str
             partial.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial)
-            add_tiling(partial, read_manifest(data).sampling, checkpoint is None)
+            add_tiling(partial, read_manifest(data).sampling, fresh=checkpoint is None)
             partial.rename(Path(root) / HF_FOLDER)
         except OSError as error:
             problem = f"{root}: cannot give the checkpoint a copy of {source}: {error}"
     raise_together(problem)
 
 
-def add_tiling(folder: Path, sampling: dict[str, Any], with_limit: bool) -> None:
-    """Put how the data's pictures were cut into the settings of the exported processor, where it differs."""
+def add_tiling(folder: Path, sampling: dict[str, Any], *, fresh: bool) -> None:
+    """Put how the data's pictures were cut into the settings of the exported processor, where it differs.
+
+    The most tiles of a picture are the data's where the weights are `fresh`; others may have been trained
+    with more before, so that data raise them and never lower them.
+    """
     settings = folder / "preprocessor_config.json"
     config, stated = (_read(path) for path in (folder / "config.json", settings))
     ours = {"tiling": "iap", "use_thumbnail": True, "min_dynamic_tiles": 1}
-    cut = {**ours, "tiling": sampling.get("tiling", "iap")}
-    if with_limit:
-        cut["max_dynamic_tiles"] = sampling["max_tiles"]
     before = {**ours, **config, **stated}
+    known = 1 if fresh else before.get("max_dynamic_tiles", before.get("max_dynamic_patch", 12))
+    limit = max(known, sampling["max_tiles"])
+    cut = {**ours, "tiling": sampling.get("tiling", "iap"), "max_dynamic_tiles": limit}
     if chosen := {key: value for key, value in cut.items() if before.get(key) != value}:
         settings.write_text(json.dumps(stated | chosen))
 

@@ -1,4 +1,5 @@
-"""Look into data before training on them: samples and packs of a store, problems of annotations, the mix."""
+"""Look into data before training on them: samples and packs of a store, problems of annotations, the mix,
+and what tiles keep of pictures."""
 
 import argparse
 import json
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from megatron_eagle.commands.remote_options import add_remote_options, remote_settings
 from megatron_eagle.data.annotations.mixture import datasets_of
+from megatron_eagle.data.inspection.kept_pixels import LIMITS, TYPICAL, kept_table
 from megatron_eagle.data.inspection.lint import FileReport, problems
 from megatron_eagle.data.inspection.mix import recipe_mix, store_mix
 from megatron_eagle.data.inspection.preview import check_row, describe_row
@@ -22,12 +24,13 @@ from megatron_eagle.data.packing.index import read_packs
 from megatron_eagle.data.store.reader import Rows, SampleStore
 from megatron_eagle.data.store.shards import ShardStore, open_any_rows, store_folder
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.grids import TILINGS
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | None:
     """Run the command; returns its exit status."""
     args = build_parser(prog).parse_args(argv)
-    return {"show": show, "lint": lint, "mix": mix}[args.command](args)
+    return {"show": show, "lint": lint, "mix": mix, "tiles": tiles}[args.command](args)
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -60,6 +63,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add = commands.add_parser("mix", help="what a recipe or a store mixes").add_argument
     add("path", metavar="PATH", help="a recipe, or the folder of a token store")
     add("--length", type=int, help="token limit of a store's plan (default: the longest)")
+    add = commands.add_parser("tiles", help="what share of pictures' pixels their tiles keep").add_argument
+    add("sizes", nargs="*", metavar="WxH", help="pictures, in pixels (default: typical ones)")
+    add("--max-tiles", type=int, nargs="+", default=LIMITS, metavar="N", help="limits to compare")
+    add("--tile-size", type=int, default=448, help="pixels a side of a tile (default %(default)s)")
+    add("--tiling", choices=TILINGS, default="iap", help="how grids are chosen (default %(default)s)")
     return parser
 
 
@@ -130,6 +138,21 @@ def mix(args: argparse.Namespace) -> None:
         print(store_mix(_open(args.path, args.length)))
     else:
         print(recipe_mix(args.path))
+
+
+def tiles(args: argparse.Namespace) -> None:
+    """Print for each picture what the most tiles keep, and their grid."""
+    sizes = {size: _size(size) for size in args.sizes} or TYPICAL
+    if min(*args.max_tiles, args.tile_size) < 1:
+        raise UserError("--max-tiles and --tile-size must be at least 1")
+    print(kept_table(sizes, args.max_tiles, tile_size=args.tile_size, tiling=args.tiling))
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise UserError(f"{text}: expected a picture's width and height in pixels, as 3840x2160")
+    return int(width), int(height)
 
 
 def _open(path: str, length: int | None) -> Rows:

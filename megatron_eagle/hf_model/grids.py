@@ -5,12 +5,14 @@ picture sizes, so nothing here may be simplified algebraically. Training and eve
 """
 
 from functools import lru_cache
+from typing import Any
 
 TILINGS = ("iap", "aspect")
 # Among candidates of equal area the first wins a tie, which happens for (nearly) square pictures.  The order
 # is the one the released model was trained with.  It depends on the largest tile count N, in three groups;
 # each entry below is the order of one area, written as the columns of its candidates (their maximum is the
-# area).  Areas that are not listed, and every N outside `_LISTED`, go by columns ascending.
+# area).  Areas that are not listed, and every N outside `_LISTED` (beyond 36 the release's order is
+# unknown), go by columns ascending.
 _LISTED = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 18, 20, 24, 32, 36))
 _UP_TO_7 = "3 1, 4 1 2, 6 2 1 3, 7 1"
 _UP_TO_20 = (
@@ -46,7 +48,14 @@ def grid_candidates(max_tiles: int, min_tiles: int = 1) -> tuple[tuple[int, int]
 
 @lru_cache(maxsize=65536)
 def select_grid(
-    width: int, height: int, *, tile_size: int, max_tiles: int, min_tiles: int = 1, tiling: str = "iap"
+    width: int,
+    height: int,
+    *,
+    tile_size: int,
+    max_tiles: int,
+    min_tiles: int = 1,
+    tiling: str = "iap",
+    drawn: bool = False,
 ) -> tuple[int, int]:
     """Grid (columns, rows) for a picture of `width` x `height` pixels, with tiles of `tile_size` pixels.
 
@@ -54,12 +63,16 @@ def select_grid(
     `tiling` "aspect", what the paper compares with: the closest aspect ratio, and of several grids with that
     ratio the last whose pixels are less than twice the picture's.
 
+    `drawn` chooses for what will be drawn at the size of its grid, as a page is: among those grids alone that
+    a picture of that very size gets, so that who has only the picture cuts it alike (5 x 5 would get 4 x 4).
+
     Raises:
         ValueError: an empty picture or impossible tile limits.
     """
     if width < 1 or height < 1:
         raise ValueError(f"picture size must be positive, got {width}x{height}")
     aspect = width / height
+    rule: dict[str, Any] = {"max_tiles": max_tiles, "min_tiles": min_tiles, "tiling": tiling}
     best, best_score = (1, 1), float("-inf")
     for columns, rows in grid_candidates(max_tiles, min_tiles):
         target = columns / rows
@@ -70,6 +83,9 @@ def select_grid(
         else:
             score = min(coverage, 0.6) * min(target / aspect, aspect / target)
             better = score > best_score
+        if better and drawn:
+            size = (columns * tile_size, rows * tile_size)
+            better = select_grid(*size, tile_size=tile_size, **rule) == (columns, rows)
         if better:
             best, best_score = (columns, rows), score
     return best
@@ -83,3 +99,10 @@ def has_thumbnail(grid: tuple[int, int]) -> bool:
 def tile_count(grid: tuple[int, int]) -> int:
     """Tiles that a picture with this grid (columns, rows) costs: its cells and the thumbnail."""
     return grid[0] * grid[1] + has_thumbnail(grid)
+
+
+def kept_pixels(width: int, height: int, grid: tuple[int, int], tile_size: int) -> float:
+    """Share, 0 to 1, of a picture's pixels that its cells (columns, rows) have room for; the rest is resized
+    away. A side that is enlarged keeps all of it."""
+    across, down = (cells * tile_size / side for cells, side in zip(grid, (width, height), strict=True))
+    return min(1.0, across) * min(1.0, down)

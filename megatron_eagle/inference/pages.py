@@ -14,8 +14,8 @@ MAX_PIXELS = 100_000_000  # of one picture on a page
 def page_pictures(
     path: str, *, tile_size: int = 448, max_tiles: int = 12, tiling: str = "iap", max_pages: int | None = None
 ) -> list[Image.Image]:
-    """Every page, RGB, of exactly the pixels of its grid of tiles; up to 24 tiles the processor then chooses
-    the same grid, and nothing is resized.
+    """Every page, RGB, of exactly the pixels of its grid of tiles; the processor then chooses the same grid,
+    and nothing is resized.
 
     Raises:
         UserError: no PDF file, damaged, encrypted, or more than `max_pages` pages; the message names it.
@@ -27,7 +27,9 @@ def page_pictures(
         pages = []
         for number, size in enumerate(sizes):
             shape = pixel_size(*size, max_tiles * tile_size**2)
-            columns, rows = select_grid(*shape, tile_size=tile_size, max_tiles=max_tiles, tiling=tiling)
+            columns, rows = select_grid(
+                *shape, tile_size=tile_size, max_tiles=max_tiles, tiling=tiling, drawn=True
+            )
             page = PageRef(path, number, columns * tile_size, rows * tile_size)
             pages.append(draw_page(page, max_pixels=MAX_PIXELS))
         return pages

@@ -11,7 +11,9 @@ from transformers import AutoConfig, PretrainedConfig, Qwen2Config, SiglipVision
 
 from megatron_eagle.checkpoint import read_model_config
 from megatron_eagle.checkpoint.hf_folder import add_tiling
+from megatron_eagle.convert.export_files import write_processor
 from megatron_eagle.convert.from_hf import import_hf
+from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.configuration_eagle2_5_vl import Eagle2_5_VLConfig
@@ -100,7 +102,7 @@ def test_an_export_cuts_pictures_as_the_data_were_cut(checkpoint, tmp_path):
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"use_thumbnail": False, "min_dynamic_tiles": 2})
     )
-    add_tiling(config.parent, {"max_tiles": 9, "tiling": "aspect"}, with_limit=False)
+    add_tiling(config.parent, {"max_tiles": 4, "tiling": "aspect"}, fresh=False)
     export_hf(tmp_path / "checkpoint", tmp_path / "out")
     settings, served = (
         json.loads((tmp_path / "out" / f"{name}.json").read_text())
@@ -109,6 +111,12 @@ def test_an_export_cuts_pictures_as_the_data_were_cut(checkpoint, tmp_path):
     expected = {"use_thumbnail": True, "min_dynamic_tiles": 1, "max_dynamic_tiles": 6}
     assert settings.items() >= {**expected, "tiling": "aspect"}.items()
     assert served.items() >= {**expected, "min_dynamic_patch": 1, "max_dynamic_patch": 6}.items()
+    model = read_model_config(tmp_path / "checkpoint")
+    # More tiles than the source's are what the model is trained with now; fewer only of fresh weights.
+    for data, fresh, limit in ((48, False, 48), (9, False, 48), (9, True, 9)):
+        add_tiling(config.parent, {"max_tiles": data, "tiling": "aspect"}, fresh=fresh)
+        write_processor(tmp_path / "out", model, HfMetadata(tmp_path / "checkpoint"), None)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["max_dynamic_patch"] == limit
 
 
 @pytest.mark.parametrize("k", range(1, 50))

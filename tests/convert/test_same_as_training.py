@@ -13,14 +13,16 @@ from megatron_eagle.data.preparation.processor import PreprocessSettings, Sample
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.sampling.probe import probe_video
+from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.hf_model.clips import spread
-from megatron_eagle.hf_model.grids import select_grid
+from megatron_eagle.hf_model.grids import select_grid, tile_count
 from megatron_eagle.hf_model.media_files import load_image as hf_load_image
 from megatron_eagle.hf_model.media_files import load_video
 from megatron_eagle.hf_model.tiles import image_tiles, normalize
+from megatron_eagle.inference.pages import page_pictures
 from tests.convert.hf_folder import TILE
 from tests.convert.media import write_picture, write_video
-from tests.data.helpers import load_frames
+from tests.data.helpers import conversation, load_frames, make_pdf, make_store, read_media
 from tests.paths import MEDIA, need_media
 
 N_FRAMES = 6
@@ -131,3 +133,43 @@ def test_videos_are_equal_bit_for_bit(hf, tmp_path):
 @pytest.mark.parametrize("name", ["decord_rot90.mov", "decord_unordered.mov", "lf_2.avi", "tc_av1.mkv"])
 def test_odd_videos_are_equal_bit_for_bit(hf, name):
     assert_same_video(hf, str(MEDIA / "video" / name))
+
+
+SIZES = {"4k": (549, 309), "tall": (190, 900)}  # in tiles as 3840 x 2160 in 448 pixels
+
+
+@pytest.mark.parametrize(("name", "limit"), [("4k", 48), ("tall", 40)])
+def test_large_pictures_are_equal_up_to_48_tiles(hf, source, tmp_path, name, limit):
+    """Store and training, and the exported processor: the same grid, ids and pixels."""
+    path = write_picture(tmp_path / "p.png", *SIZES[name])
+    sampling = {"tile_size": TILE, "max_tiles": limit}
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": path}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "It."}]},
+    ]
+    record = conversation("<image>What?", "It.", image="p.png")
+    settings = {"patch_size": 16, "template": "hf", "sampling": sampling}
+    store = SampleStore(make_store(tmp_path, source, [record], (1000,), **settings))
+    row, (tiles,) = store[0], read_media(store, 0)
+    text = hf.apply_chat_template(messages)
+    images, _ = hf.process_vision_info(messages)
+    ours = hf(text=text, images=images, images_kwargs={"max_dynamic_tiles": limit}, return_tensors="pt")
+    assert torch.equal(ours["pixel_values"], tiles)
+    assert ours["input_ids"][0].tolist() == row.ids.tolist()
+    grid = select_grid(*SIZES[name], tile_size=TILE, max_tiles=limit)
+    assert len(tiles) == tile_count(grid) > 30
+    other = hf.image_processor(images=images, max_dynamic_tiles=6)["pixel_values"]
+    assert other.shape != tiles.shape
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (595, 842)])
+def test_pages_are_equal_up_to_48_tiles(hf, source, tmp_path, shape):
+    """A square page at its 6 x 6 tiles would be cut into 5 x 5: it is drawn otherwise."""
+    make_pdf(tmp_path / "a.pdf", size=shape)
+    record = conversation("<document>", "x", document="a.pdf")
+    sampling = {"tile_size": TILE, "max_tiles": 48}
+    store = make_store(tmp_path, source, [record], (1000,), sampling=sampling, patch_size=16)
+    tiles = torch.cat(read_media(SampleStore(store), 0))
+    pages = page_pictures(str(tmp_path / "a.pdf"), tile_size=TILE, max_tiles=48)
+    ours = hf.image_processor(images=pages, max_dynamic_tiles=48)["pixel_values"]
+    assert torch.equal(ours, tiles) and len(ours) > 24

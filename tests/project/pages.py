@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 
+from megatron_eagle.data.inspection.kept_pixels import TYPICAL, kept_table
 from megatron_eagle.planning import rates
 from tests.paths import REPO
 from tests.project import commands, configuration, context_ways, file_map, first_run, floors
@@ -45,6 +46,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "context ways": context_ways.render,
     "rates": rates.rates_table,
     "planner table": planner_table,
+    "kept pixels": lambda: kept_table(TYPICAL),
     "configuration": configuration.render,
     "commands": commands.render,
 }

@@ -18,7 +18,8 @@ from megatron_eagle.hf_model.clips import choose_frames, spread
 from megatron_eagle.hf_model.grids import TILINGS, select_grid, tile_count
 from megatron_eagle.problems import Problem
 
-TILE_LIMITS = (12, 8, 6, 4, 2, 1)
+# The paper's from 12 down; above, every third or half less, where the release's order of grids is known.
+TILE_LIMITS = (36, 24, 16, 12, 8, 6, 4, 2, 1)
 Count = Callable[[Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[int]]], int]
 """Exact token count of the finished sample, given the tiles of each image, the frames of each video and the
 tiles of each shown page of each document."""
@@ -45,11 +46,13 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class ImageDemand:
-    """A picture's size in pixels and the tile limit of its own."""
+    """A picture's size in pixels and the tile limit of its own; `drawn` if it will be drawn at the size of
+    its grid, as a page is."""
 
     width: int
     height: int
     max_tiles: int
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,8 +197,14 @@ def _tiles(grids: Sequence[Grid]) -> list[int]:
 
 
 def _grids(images: Sequence[ImageDemand], tile_limit: int, settings: SamplingSettings) -> tuple[Grid, ...]:
-    rule = {"tile_size": settings.tile_size, "tiling": settings.tiling}
     return tuple(
-        select_grid(image.width, image.height, max_tiles=min(tile_limit, image.max_tiles), **rule)
+        select_grid(
+            image.width,
+            image.height,
+            tile_size=settings.tile_size,
+            max_tiles=min(tile_limit, image.max_tiles),
+            tiling=settings.tiling,
+            drawn=image.drawn,
+        )
         for image in images
     )

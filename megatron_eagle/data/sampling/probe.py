@@ -50,7 +50,7 @@ class PageMetadata:
         """What the page asks of the sampler: as many pixels as the tiles that it may have."""
         tile = settings.tile_size**2
         max_tiles = max(1, min(settings.max_tiles, self.max_pixels // tile))
-        return ImageDemand(*pixel_size(self.width, self.height, max_tiles * tile), max_tiles)
+        return ImageDemand(*pixel_size(self.width, self.height, max_tiles * tile), max_tiles, drawn=True)
 
     def name(self, grid: tuple[int, int], tile_size: int) -> str:
         """The page, drawn at the size of its grid."""

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_eagle.commands.preview import main
 from megatron_eagle.data.inspection.preview_html import decision, pack_page, sample_page, sample_section
 from megatron_eagle.data.packing.index import read_packs, write_packs
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.data.text.tokenizer import load_tokenizer
+from megatron_eagle.errors import UserError
 from tests.data.helpers import (
     call_tool,
     conversation,
@@ -236,3 +238,14 @@ def test_lint_and_mix(path, tmp_path):
     assert sum(int(line[3]) for line in histogram) == 4
     assert sum(float(line[5]) for line in histogram) == pytest.approx(100, abs=0.05)
     assert len(histogram) == len([store.length // 2**k for k in range(8)])
+
+
+def test_tiles_from_the_command_line(capsys):
+    main(["tiles", "3840x2160", "100x448", "--max-tiles", "1", "48"])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| 3840x2160 | 2 % (1 x 1) | 100 % (9 x 5) |",
+        "| 100x448 | 100 % (1 x 1) | 100 % (2 x 9) |",
+    ]
+    for wrong, said in ((["4K"], "4K: expected a picture's width"), (["--max-tiles", "0"], "at least 1")):
+        with pytest.raises(UserError, match=said):
+            main(["tiles", *wrong])

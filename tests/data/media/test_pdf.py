@@ -117,13 +117,15 @@ def test_pages_that_do_not_fit_are_given_up(tmp_path, tokenizer_dir):
 
 
 @pytest.mark.parametrize("shape", [(595, 842), (842, 595), (612, 792), (400, 400), (1920, 1080), (100, 3000)])
-@pytest.mark.parametrize("max_tiles", [1, 4, 6, 12, 24])
+@pytest.mark.parametrize("max_tiles", [1, 4, 6, 12, 24, 27, 36, 48])
 def test_the_grid_of_a_page(shape, max_tiles):
     """It uses the tiles that it may have, and a picture of that very size would get the same grid."""
     size = pixel_size(*shape, max_tiles * 448**2)
     assert abs(size[0] / size[1] - shape[0] / shape[1]) < 0.01 * shape[0] / shape[1]
-    columns, rows = select_grid(*size, tile_size=448, max_tiles=max_tiles)
+    columns, rows = select_grid(*size, tile_size=448, max_tiles=max_tiles, drawn=True)
     assert columns * rows >= 0.5 * max_tiles
+    if shape != (400, 400) or max_tiles < 27:  # only large squares would be cut otherwise
+        assert (columns, rows) == select_grid(*size, tile_size=448, max_tiles=max_tiles)
     drawn_at = (columns * 448, rows * 448)
     assert select_grid(*drawn_at, tile_size=448, max_tiles=max_tiles) == (columns, rows)
 

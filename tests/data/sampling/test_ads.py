@@ -116,6 +116,16 @@ def test_a_document_gives_up_pages_before_anything_else():
     assert one_each.pages == ((0,), (0,))
 
 
+def test_a_large_picture_gives_up_tiles_step_by_step():
+    """4K with up to 48 tiles: nothing between 48 and 12 would keep 29 % where 58 % fit."""
+    picture, count, settings = ImageDemand(3840, 2160, 48), counter(100), SamplingSettings(max_tiles=48)
+
+    def grid(limit):
+        return plan_media([picture], [], count, limit, settings).grids[0]
+
+    assert [grid(limit) for limit in (16_384, 11_000, 7_000, 4_000)] == [(9, 5), (7, 4), (6, 4), (4, 3)]
+
+
 def test_documents_share_by_what_they_have():
     plan = plan_media([], [], counter(0), 264 * 12, SETTINGS, [[PAGE] * 30, [PAGE] * 10])
     assert [len(pages) for pages in plan.pages] == [9, 3]
@@ -126,13 +136,15 @@ def test_documents_share_by_what_they_have():
 @given(
     text=st.integers(0, 3000),
     images=st.lists(
-        st.builds(ImageDemand, st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 14)), max_size=4
+        st.builds(ImageDemand, st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 50)), max_size=4
     ),
     videos=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 30)), max_size=3),
     documents=st.lists(st.integers(1, 12), max_size=2),
     limit=st.integers(256, 16384),
+    most=st.sampled_from([12, 36, 48]),
 )
-def test_properties(text, images, videos, documents, limit):
+def test_properties(text, images, videos, documents, limit, most):
+    settings = SamplingSettings(max_tiles=most)
     demands = [video(*v) for v in videos]
     documents = [[PAGE] * n for n in documents]
     count = counter(text)
@@ -140,9 +152,9 @@ def test_properties(text, images, videos, documents, limit):
     fewest = [w.frames(min(w.minimum, w.wanted)) for w in demands]
     if count(single, fewest, [[1]] * len(documents)) > limit:
         with pytest.raises(Problem):
-            plan_media(images, demands, count, limit, SETTINGS, documents)
+            plan_media(images, demands, count, limit, settings, documents)
         return
-    plan = plan_media(images, demands, count, limit, SETTINGS, documents)
+    plan = plan_media(images, demands, count, limit, settings, documents)
     tiles = [tile_count(grid) for grid in plan.grids]
     page_tiles = [[tile_count(grid) for grid in grids] for grids in plan.page_grids]
     assert plan.n_tokens == count(tiles, plan.frames, page_tiles) <= limit
@@ -164,7 +176,7 @@ def test_properties(text, images, videos, documents, limit):
         i = min(unfilled, key=lambda i: Fraction(len(plan.frames[i]), demands[i].wanted))
         more = [range(len(f) + (i == j)) for j, f in enumerate(plan.frames)]
         assert count(single, more, single_pages) > limit
-    for t in TILE_LIMITS:
+    for t in (most, *(t for t in TILE_LIMITS if t < most)):
         grids = [select_grid(m.width, m.height, tile_size=448, max_tiles=min(t, m.max_tiles)) for m in images]
         page_grids = [
             [select_grid(PAGE.width, PAGE.height, tile_size=448, max_tiles=t)] * len(pages)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron_eagle.hf_model.grids import grid_candidates, select_grid, tile_count
+from megatron_eagle.hf_model.grids import grid_candidates, kept_pixels, select_grid, tile_count
 from tests.paths import SPEC, need_spec
 
 
@@ -41,6 +41,29 @@ def test_all_listed_cases_are_bit_exact():
 def test_candidate_order_is_the_listed_one():
     for max_tiles, listed in json.loads((SPEC / "iap_candidate_order.json").read_text()).items():
         assert [list(grid) for grid in grid_candidates(int(max_tiles))] == listed
+
+
+def test_beyond_36_tiles_columns_ascend():
+    """What the release would do there is unknown; the choice is written down, and stays."""
+    for limit in (37, 40, 48):
+        grids = grid_candidates(limit)
+        assert list(grids) == sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0]))
+        assert max(columns * rows for columns, rows in grids) == limit
+    released = grid_candidates(36)
+    assert list(released) != sorted(released, key=lambda grid: (grid[0] * grid[1], grid[0]))
+
+
+@pytest.mark.parametrize(
+    ("limit", "grid", "kept"), [(1, (1, 1), 2), (12, (4, 3), 29), (24, (6, 4), 58), (48, (9, 5), 100)]
+)
+def test_what_is_kept_of_4k(limit, grid, kept):
+    assert select_grid(3840, 2160, tile_size=448, max_tiles=limit) == grid
+    assert round(100 * kept_pixels(3840, 2160, grid, 448)) == kept
+
+
+def test_an_enlarged_side_keeps_no_more_than_it_has():
+    assert kept_pixels(448, 896, (2, 1), 448) == 0.5
+    assert kept_pixels(10, 10, (1, 1), 448) == 1.0
 
 
 @pytest.mark.parametrize(
