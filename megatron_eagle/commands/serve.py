@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         raise UserError("--model is a name on a server: it needs --endpoint URL")
     check_option(options)
     positive = ("max_new_tokens", "fps", "max_frames", "max_tiles")
-    for name in (*positive, "max_megabytes", "max_megapixels", "max_pages", "max_minutes"):
+    limited = ("max_megabytes", "max_megapixels", "max_question_megapixels", "max_pages", "max_minutes")
+    for name in (*positive, *limited):
         if (value := getattr(options, name)) is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value} is not positive")
 
@@ -47,12 +48,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     if options.endpoint is None:
         model = exported = ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
         processor, limit = exported.processor, exported.max_positions
+        refused = None if options.allow_long_prompts else limit
         name = options.hf.resolve().name
     else:
         model = served = ServedModel(options.endpoint, options.model)
         if options.max_tiles is not None and served.cutting is None:
             raise UserError("--max-tiles: tiles are the server's own setting; leave it out")
         processor, limit = None, served.read_max_positions()
+        refused = limit if served.cutting else None  # others may count otherwise, and refuse by themselves
         if options.hf is not None:
             processor, trained = load_processor(options.hf), read_max_positions(options.hf)
             warn_of_server(limit, trained)
@@ -62,10 +65,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     limits = Limits(
         megabytes=options.max_megabytes,
         pixels=options.max_megapixels * 10**6,
+        question_pixels=options.max_question_megapixels * 10**6,
         pages=options.max_pages,
         seconds=options.max_minutes * 60,
     )
-    demo = Demo(model, Viewer(processor, sampling, limits), {"model": name, "token_limit": limit})
+    demo = Demo(model, Viewer(processor, sampling, limits), {"model": name, "token_limit": limit}, refused)
     local = options.host in LOCAL
     if not local:
         print(
@@ -99,12 +103,15 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--max-frames", type=int, metavar="N", help="per video (default 256)")
     parser.add_argument("--max-tiles", type=int, metavar="N", help="per picture (default: the model's)")
     limits = Limits()
-    for name, default in (
-        ("megabytes", limits.megabytes),
-        ("megapixels", limits.pixels // 10**6),
-        ("pages", limits.pages),
-        ("minutes", limits.seconds // 60),
+    for name, default, what in (
+        ("megabytes", limits.megabytes, "of an upload"),
+        ("megapixels", limits.pixels // 10**6, "of a picture"),
+        ("question-megapixels", limits.question_pixels // 10**6, "of all that a question shows: 4 MB each"),
+        ("pages", limits.pages, "of a document"),
+        ("minutes", limits.seconds // 60, "of a video"),
     ):
-        parser.add_argument(f"--max-{name}", type=int, default=default, metavar="N", help="of an upload")
+        parser.add_argument(
+            f"--max-{name}", type=int, default=default, metavar="N", help=f"{what} (%(default)s)"
+        )
     add_option(parser)
     return parser

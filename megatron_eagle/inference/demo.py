@@ -1,17 +1,20 @@
 """The demo page's server: uploads, what a model sees of them, and one streamed answer at a time.
 
-Uploads lie in a temporary folder under names made here, and are deleted with it. Answers stream as lines of
-JSON: {"prompt": ...} once, {"text": ...} often, and last {"done"}, {"stopped"} or {"error": ...}.
+Uploads lie in a temporary folder under names made here, and are deleted with it. A question is refused with
+one line, {"error": ...}, or its answer streams as lines of JSON: {"answer": its name}, {"prompt": tokens} if
+they are known, {"text": ...} often, and last {"done"}, {"stopped"} or {"error": ...}.
 """
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
 import re
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,15 +29,18 @@ from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.inference.demo_media import Shown, Viewer, request_of
-from megatron_eagle.inference.generate import Answers, ExportedModel, first_line
+from megatron_eagle.inference.demo_media import Seen, Shown, Viewer, request_of
+from megatron_eagle.inference.generate import Answers, first_line
+from megatron_eagle.inference.generate import Request as Question
 
 MAX_UPLOADS = 32  # kept; the oldest goes
 _PAGE = Path(__file__).with_name("demo.html")
+# Nothing from outside, and no script but the page's own: not what a file's name or an answer may hold.
 _POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'sha256-{}'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_SCRIPT = re.compile("<script>(.*)</script>", re.DOTALL)
 _log = logging.getLogger("uvicorn.error")
 
 LimitedText = Annotated[str, Field(max_length=100_000)]
@@ -48,19 +54,75 @@ class DemoQuestion(BaseModel):
     turns: Annotated[list[tuple[LimitedText, LimitedText]], Field(max_length=64)] = []
 
 
+class Busy(UserError):
+    """Another answer is being made."""
+
+
 class _Stopped(Exception):
     """Ends an answer from inside."""
 
 
-class Demo:
-    """Uploads and the one answer that is being made."""
+class _Answer:
+    """An answer that is being made; who knows its name may stop it."""
 
-    def __init__(self, model: Answers, viewer: Viewer, about: dict[str, Any]) -> None:
-        self.model, self.viewer, self.about = model, viewer, about
-        self.uploads: dict[str, tuple[Path, Shown]] = {}
+    def __init__(self, counted: tuple[int, int] | None) -> None:
+        self.name, self.counted = uuid.uuid4().hex, counted
+        self._stopped = threading.Event()
+        self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def stop(self) -> None:
+        """End it at its next token."""
+        self._stopped.set()
+
+    def check(self) -> None:
+        """For the thread that makes it.
+
+        Raises:
+            _Stopped: it is not wanted any more.
+        """
+        if self._stopped.is_set():
+            raise _Stopped
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """Send an event from the thread that makes it."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:
+            _log.info("an answer went on after the server's end")
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """All events of it; leaving the iterator stops it."""
+        try:
+            yield {"answer": self.name}
+            if self.counted:
+                yield {"prompt": dict(zip(("visual", "text"), self.counted, strict=True))}
+            while True:
+                event = await self._events.get()
+                yield event
+                if "text" not in event:
+                    return
+        finally:
+            self.stop()
+
+
+class Demo:
+    """Uploads and the one answer that is being made.
+
+    Args:
+        about: what the page shows of the model.
+        prompt_limit: tokens; longer prompts are refused. None: the model's own word counts.
+    """
+
+    def __init__(
+        self, model: Answers, viewer: Viewer, about: dict[str, Any], prompt_limit: int | None = None
+    ) -> None:
+        self.model, self.viewer, self.about, self.prompt_limit = model, viewer, about, prompt_limit
+        self.uploads: dict[str, tuple[Path, Seen]] = {}
         self.folder: Path | None = None  # while the server runs
+        self._decoding = threading.Lock()  # a picture takes many times its file: one is read at a time
         self._answering = threading.Lock()
-        self._stop = threading.Event()
+        self._running: _Answer | None = None
 
     async def receive(self, request: Request) -> tuple[str, Shown]:
         """Keep the body of a request, if it is within the limits.
@@ -81,73 +143,82 @@ class Demo:
                     file.write(part)
             if not size:
                 raise UserError("the file is empty")
-            shown = await run_in_threadpool(self.viewer.look, path)
+            seen = await run_in_threadpool(self._look, path)
         except BaseException:
             path.unlink()
             raise
-        self.uploads[name] = path, shown
+        self.uploads[name] = path, seen
         while len(self.uploads) > MAX_UPLOADS:
             self.forget(next(iter(self.uploads)))
-        return name, shown
+        return name, seen.shown
+
+    def _look(self, path: Path) -> Seen:
+        with self._decoding:
+            try:
+                return self.viewer.look(path)
+            except UserError:
+                raise
+            except Exception as error:  # a decoder's own, or out of memory: the page says so
+                _log.exception("an upload failed")
+                raise UserError(f"the file cannot be read: {_in_a_line(error)}") from None
 
     def forget(self, name: str) -> None:
         """Delete an upload, if it is there."""
         if name in self.uploads:
             self.uploads.pop(name)[0].unlink()
 
-    def stop(self) -> None:
-        """End the running answer at its next token."""
-        self._stop.set()
+    def stop(self, name: str | None = None) -> None:
+        """End the answer of this name, or whichever is being made, at its next token."""
+        answer = self._running
+        if answer is not None and name in (None, answer.name):
+            answer.stop()
 
-    async def answer(self, question: DemoQuestion) -> AsyncIterator[dict[str, Any]]:
-        """Events of one answer; leaving the iterator stops it."""
+    async def ask(self, question: DemoQuestion) -> _Answer:
+        """Begin an answer.
+
+        Raises:
+            UserError: an upload is gone, the prompt does not fit it, or is longer than the limit.
+            Busy: another one is being made.
+        """
+        missing = [name for name in question.media if name not in self.uploads]
+        if missing:
+            raise UserError("an upload is gone: remove it and upload it again")
+        uploads = [self.uploads[name] for name in question.media]
+        media = [(seen.shown.kind, str(path)) for path, seen in uploads]
+        request = request_of(question.prompt, media, tuple(question.turns))
+        counted = await run_in_threadpool(self._counted, [seen for _, seen in uploads], request)
         if not self._answering.acquire(blocking=False):
-            yield {"error": "another answer is being made: wait for its end, or stop it"}
-            return
-        self._stop = stopped = threading.Event()
-        events: asyncio.Queue[Any] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        thread = threading.Thread(
-            target=self._work,
-            args=(question, stopped, lambda event: loop.call_soon_threadsafe(events.put_nowait, event)),
-            daemon=True,  # a model that computes does not keep the server from ending
-        )
-        thread.start()
-        try:
-            while True:
-                event = await events.get()
-                yield event
-                if "text" not in event and "prompt" not in event:
-                    return
-        finally:
-            stopped.set()
+            raise Busy("another answer is being made: ask again when it has ended")
+        self._running = answer = _Answer(counted)
+        # A model that computes does not keep the server from ending.
+        threading.Thread(target=self._work, args=(request, answer), daemon=True).start()
+        return answer
 
-    def _work(
-        self, question: DemoQuestion, stopped: threading.Event, emit: Callable[[dict[str, Any]], None]
-    ) -> None:
-        def check() -> None:
-            if stopped.is_set():
-                raise _Stopped
+    def _counted(self, seen: list[Seen], request: Question) -> tuple[int, int] | None:
+        self.viewer.check_memory("all uploads", sum(one.pixels for one in seen))
+        counted = self.viewer.count(seen, request)
+        if counted and self.prompt_limit and sum(counted) > self.prompt_limit:
+            raise UserError(
+                f"the prompt has {sum(counted):,} tokens, {counted[0]:,} of them visual, and the limit is "
+                f"{self.prompt_limit:,}: remove an upload, or begin a new chat"
+            )
+        return counted
 
+    def _work(self, request: Question, answer: _Answer) -> None:
         def on_text(text: str) -> None:
-            check()
+            answer.check()
             if text:
-                emit({"text": text})
+                answer.emit({"text": text})
 
-        def on_prompt(visual: int, tokens: int) -> None:
-            check()
-            emit({"prompt": {"visual": visual, "text": tokens - visual}})
+        def on_read() -> None:
+            reading.close()
+            answer.check()
 
         try:
-            missing = [name for name in question.media if name not in self.uploads]
-            if missing:
-                raise UserError("an upload is gone: upload it again")
-            media = [
-                (shown.kind, str(path)) for path, shown in (self.uploads[name] for name in question.media)
-            ]
-            request = request_of(question.prompt, media, tuple(question.turns))
-            counted = {"on_prompt": on_prompt} if isinstance(self.model, ExportedModel) else {}
-            self.model.answer(request, self.viewer.sampling, on_text=on_text, **counted)
+            with ExitStack() as reading:
+                reading.enter_context(self._decoding)
+                answer.check()
+                self.model.answer(request, self.viewer.sampling, on_text=on_text, on_read=on_read)
             event: dict[str, Any] = {"done": True}
         except _Stopped:
             event = {"stopped": True}
@@ -155,16 +226,18 @@ class Demo:
             event = {"error": self.clean(str(error))}
         except Exception as error:  # out of memory, for one: the page says so, the server goes on
             _log.exception("an answer failed")
-            event = {"error": self.clean(f"{type(error).__name__}: {first_line(error)}")}
+            event = {"error": self.clean(_in_a_line(error))}
+        self._running = None
         self._answering.release()
-        try:
-            emit(event)
-        except RuntimeError:  # the server has ended
-            _log.info("an answer ended after the server")
+        answer.emit(event)
 
     def clean(self, message: str) -> str:
         """A message without the paths of uploads."""
         return re.sub(rf"{re.escape(str(self.folder))}/[0-9a-f]*", "the file", message)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def make_app(demo: Demo, local: bool) -> FastAPI:
@@ -181,9 +254,13 @@ def make_app(demo: Demo, local: bool) -> FastAPI:
     _refuse_strangers(app, local)
     _answer_refusals(app, demo)
 
+    html = _PAGE.read_text(encoding="utf-8")
+    digest = hashlib.sha256(_SCRIPT.findall(html)[0].encode()).digest()
+    policy = {"Content-Security-Policy": _POLICY.format(base64.b64encode(digest).decode())}
+
     @app.get("/")
     async def page() -> HTMLResponse:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _POLICY})
+        return HTMLResponse(html, headers=policy)
 
     @app.get("/about")
     async def about() -> dict[str, Any]:
@@ -202,15 +279,17 @@ def make_app(demo: Demo, local: bool) -> FastAPI:
 
     @app.post("/ask")
     async def ask(question: DemoQuestion) -> StreamingResponse:
+        answer = await demo.ask(question)
+
         async def lines() -> AsyncIterator[str]:
-            async for event in demo.answer(question):
+            async for event in answer.events():
                 yield json.dumps(event) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
-    @app.post("/stop")
-    async def stop() -> dict[str, Any]:
-        demo.stop()
+    @app.post("/stop/{name}")
+    async def stop(name: str) -> dict[str, Any]:
+        demo.stop(name)
         return {}
 
     return app
@@ -235,8 +314,12 @@ def _answer_refusals(app: FastAPI, demo: Demo) -> None:
 
     @app.exception_handler(UserError)
     async def refused(request: Request, error: UserError) -> Response:
-        return JSONResponse({"error": demo.clean(str(error))}, 400)
+        return JSONResponse({"error": demo.clean(str(error))}, 409 if isinstance(error, Busy) else 400)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return JSONResponse({"error": f"the question is malformed: {error.errors()[0]['msg']}"}, 400)
+        first = error.errors()[0]
+        if first["type"] == "too_long" and first["loc"][1:] == ("turns",):
+            return JSONResponse({"error": "the conversation has too many turns: begin a new chat"}, 400)
+        where = ".".join(map(str, first["loc"][1:])) or "body"
+        return JSONResponse({"error": f"the question is malformed: {where}: {first['msg']}"}, 400)

@@ -13,13 +13,17 @@ import av
 from PIL import Image
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf_model.grids import select_grid
-from megatron_eagle.hf_model.media_files import load_image, load_video
+from megatron_eagle.hf_model.grids import has_thumbnail, select_grid
+from megatron_eagle.hf_model.media_files import frame_count, load_image, load_video
+from megatron_eagle.hf_model.pictures import open_picture
+from megatron_eagle.hf_model.prompt import PromptMedium
 from megatron_eagle.inference.generate import Request, Sampling, pages_of, video_item
 from megatron_eagle.inference.pages import page_pictures
 
 _THUMBNAIL = 168  # pixels, longer side
 _HEAD = 1024  # bytes in which a kind of file is recognised
+_VIDEO_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free")
+_PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Limits:
 
     megabytes: int = 200
     pixels: int = 50_000_000  # of a picture
-    frame_pixels: int = 9_000_000  # all frames that a video is sampled at are in memory at once
+    question_pixels: int = 1_000_000_000  # of all that a question shows: they are in memory at once
     pages: int = 64
     seconds: int = 3600
 
@@ -41,20 +45,35 @@ class Limits:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A frame, tile or page: a small picture as a data URL, and what it is."""
+    """A frame, tile or page: a small picture as a data URL, what it is, and the grid of a page."""
 
     picture: str
     label: str
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An upload as the model sees it; `visual_tokens` is None where a server does the tiling."""
+    """An upload as the model sees it; `visual_tokens` is None where a server does the tiling.
+
+    `grid` (columns, rows) is a picture's: the first of the pieces are its tiles, row by row.
+    """
 
     kind: str  # image, video or document
     summary: str
     pieces: list[Thumbnail]
     visual_tokens: int | None
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is shown of an upload, what a prompt says of it (`parts`, one of each page; none where a server
+    does the tiling), and its pixels, which an answer holds in memory."""
+
+    shown: Shown
+    parts: tuple[PromptMedium, ...]
+    pixels: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class Viewer:
     sampling: Sampling
     limits: Limits
 
-    def look(self, path: Path) -> Shown:
+    def look(self, path: Path) -> Seen:
         """What is in a file, within the limits of the page.
 
         Raises:
@@ -79,62 +98,121 @@ class Viewer:
         except ValueError as error:  # the loaders' own messages
             raise UserError(str(error)) from None
 
-    def _image(self, path: str) -> Shown:
-        with Image.open(path) as opened:  # reads no pixels yet
+    def count(self, seen: list[Seen], request: Request) -> tuple[int, int] | None:
+        """Visual tokens of a question's prompt and all others, without reading the uploads again.
+
+        Args:
+            seen: the uploads of `request`.
+
+        Returns:
+            None where a server does the tiling.
+
+        Raises:
+            UserError: the prompt names pictures or videos that are not there.
+        """
+        if self.processor is None:
+            return None
+        order = ("image", "document", "video")
+        ordered = [(kind, part) for kind in order for s in seen if s.shown.kind == kind for part in s.parts]
+        parts = {
+            "image": [part for kind, part in ordered if kind != "video"],
+            "video": [part for kind, part in ordered if kind == "video"],
+        }
+        items = [{"type": kind, kind: "an upload"} for kind, own in parts.items() for _ in own]
+        try:
+            text = self.processor.apply_chat_template(request.conversation(items), add_generation_prompt=True)
+            written, _ = self.processor.place(text, parts)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        visual = sum(sum(part.tiles) for _, part in ordered) * self.processor.tokens_per_tile
+        return visual, len(self.processor.encode(written)) - visual
+
+    def _image(self, path: str) -> Seen:
+        with open_picture(path) as opened:  # reads no pixels yet
             _check_pixels("the picture", *opened.size, self.limits.pixels)
         image = load_image(path)
-        size = f"{image.width} x {image.height} pixels"
+        size, pixels = f"{image.width} x {image.height} pixels", image.width * image.height
         if self.processor is None:
-            return Shown("image", f"{size}, tiles: the server's choice", [_piece(image, "whole")], None)
-        columns, rows = self._grid(image)
+            piece = _piece(image, "the picture")
+            return Seen(Shown("image", f"{size}, tiles: the server's choice", [piece], None), (), pixels)
+        grid = self._grid(image)
+        columns, rows = grid
         cut = self.processor.image_processor.tile_image(image, max_dynamic_tiles=self.sampling.max_tiles)
-        tiles = [Image.fromarray(tile.permute(1, 2, 0).numpy()) for tile in cut]
-        labels = [f"row {k // columns + 1}, column {k % columns + 1}" for k in range(columns * rows)]
+        labels = [f"row {row + 1}, column {column + 1}" for row in range(rows) for column in range(columns)]
+        summary = f"{size}, {columns} x {rows} tile{'s' if len(labels) > 1 else ''}"
+        if len(cut) > len(labels):
+            labels, summary = [*labels, "thumbnail: the whole picture"], f"{summary} and the thumbnail"
         pieces = [
-            _piece(t, label) for t, label in zip(tiles, [*labels, "whole"][-len(tiles) :], strict=False)
+            _piece(Image.fromarray(tile.permute(1, 2, 0).numpy()), label)
+            for tile, label in zip(cut, labels, strict=True)
         ]
-        summary = f"{size}, {columns} x {rows} tiles{' and the whole' if len(tiles) > len(labels) else ''}"
-        return Shown("image", summary, pieces, len(tiles) * self.processor.tokens_per_tile)
+        shown = Shown("image", summary, pieces, len(cut) * self.processor.tokens_per_tile, grid)
+        return Seen(shown, (PromptMedium((len(cut),)),), pixels)
 
-    def _video(self, path: str) -> Shown:
+    def _video(self, path: str) -> Seen:
+        item = video_item(path, self.sampling)
+        options = {k: v for k, v in item.items() if k not in ("type", "video") and v is not None}
         with av.open(path, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UserError("the video has no picture in it")
             codec = container.streams.video[0].codec_context
-            _check_pixels("a frame", codec.width, codec.height, self.limits.frame_pixels)
+            pixels = codec.width * codec.height
+            known = container.duration is not None
             seconds = (container.duration or 0) / av.time_base
         if seconds > self.limits.seconds:
             raise UserError(
                 f"the video takes {seconds / 60:.1f} minutes, limit {self.limits.seconds / 60:g}: "
                 "cut it, or raise --max-minutes"
             )
-        item = video_item(path, self.sampling)
-        options = {k: v for k, v in item.items() if k not in ("type", "video") and v is not None}
+        most = frame_count(2**31, seconds if known else self.limits.seconds, **options)
+        self.check_memory(f"{most} frames of {codec.width} x {codec.height} pixels", most * pixels)
         frames = load_video(path, **options)
         pieces = [_piece(f, f"{time:.2f} s") for f, time in zip(frames, frames.timestamps, strict=True)]
-        known = self.processor is not None
-        tokens = len(frames) * self.processor.tokens_per_tile if known else None
-        return Shown("video", f"{len(frames)} frames, {frames.fps:.2f} a second", pieces, tokens)
+        summary = f"{len(frames)} frames, {frames.fps:.2f} a second"
+        pixels *= len(frames)
+        if self.processor is None:
+            return Seen(Shown("video", summary, pieces, None), (), pixels)
+        tokens = len(frames) * self.processor.tokens_per_tile
+        part = PromptMedium((1,) * len(frames), frames.fps, tuple(frames.timestamps))
+        return Seen(Shown("video", summary, pieces, tokens), (part,), pixels)
 
-    def _document(self, path: str) -> Shown:
+    def _document(self, path: str) -> Seen:
         if self.processor is None:
             pages = page_pictures(path, max_pages=self.limits.pages)
             pieces = [_piece(page, f"page {k}") for k, page in enumerate(pages, 1)]
-            return Shown("document", f"{len(pages)} pages, tiles: the server's choice", pieces, None)
-        pieces, tiles = [], 0
-        for k, page in enumerate(pages_of(self.processor, path, self._max_tiles, self.limits.pages), 1):
-            columns, rows = self._grid(page)
-            pieces.append(_piece(page, f"page {k}: {columns} x {rows} tiles"))
-            tiles += columns * rows + self._has_whole(columns * rows)
-        summary = f"{len(pieces)} pages, {tiles} tiles"
-        return Shown("document", summary, pieces, tiles * self.processor.tokens_per_tile)
+            summary, tokens, parts = f"{_pages(len(pages))}, tiles: the server's choice", None, ()
+        else:
+            pages = pages_of(self.processor, path, self._max_tiles, self.limits.pages)
+            grids = [self._grid(page) for page in pages]
+            pieces = [
+                _piece(page, f"page {k}: {grid[0]} x {grid[1]} tiles", grid)
+                for k, (page, grid) in enumerate(zip(pages, grids, strict=True), 1)
+            ]
+            counts = [columns * rows + self._has_whole((columns, rows)) for columns, rows in grids]
+            parts = tuple(PromptMedium((count,)) for count in counts)
+            summary = f"{_pages(len(pages))}, {sum(counts)} tiles with the thumbnail of each page"
+            tokens = sum(counts) * self.processor.tokens_per_tile
+        pixels = sum(page.width * page.height for page in pages)
+        return Seen(Shown("document", summary, pieces, tokens), parts, pixels)
+
+    def check_memory(self, what: str, pixels: int) -> None:
+        """Refuse what would take too much memory.
+
+        Raises:
+            UserError: `what` has more pixels than may be in memory at once.
+        """
+        if pixels > (limit := self.limits.question_pixels):
+            raise UserError(
+                f"{what} are {pixels / 1e6:,.1f} megapixels at once, limit {limit / 1e6:,g}: show less, or "
+                "raise --max-question-megapixels"
+            )
 
     @property
     def _max_tiles(self) -> int:
         return self.sampling.max_tiles or self.processor.image_processor.max_dynamic_tiles
 
-    def _has_whole(self, cells: int) -> bool:
-        return cells > 1 and self.processor.image_processor.use_thumbnail
+    def _has_whole(self, grid: tuple[int, int]) -> bool:
+        return has_thumbnail(grid) and self.processor.image_processor.use_thumbnail
 
     def _grid(self, image: Image.Image) -> tuple[int, int]:
         images = self.processor.image_processor
@@ -149,6 +227,10 @@ def _check_pixels(what: str, width: int, height: int, limit: int) -> None:
         raise UserError(f"{what} has {width} x {height} pixels, limit {limit / 1e6:g} megapixels")
 
 
+def _pages(count: int) -> str:
+    return f"{count} page{'s' if count > 1 else ''}"
+
+
 def request_of(prompt: str, media: list[tuple[str, str]], turns: tuple[tuple[str, str], ...]) -> Request:
     """A question on uploads, given as (kind, path)."""
     paths = {kind: tuple(p for k, p in media if k == kind) for kind in ("image", "video", "document")}
@@ -160,30 +242,28 @@ def _kind(path: Path) -> str:
         head = file.read(_HEAD)
     if b"%PDF-" in head:
         return "document"
-    brand = head[4:12]
-    riff = head[8:12] if head[:4] == b"RIFF" else b""
-    if brand in (b"ftypavif", b"ftypheic"):
-        return "image"
-    if (
-        brand[:4] in (b"ftyp", b"moov", b"mdat", b"wide", b"free")
-        or head[:4] == b"\x1a\x45\xdf\xa3"
-        or riff == b"AVI "
-    ):
+    box, brand = head[4:8], head[8:12]
+    riff = brand if head[:4] == b"RIFF" else b""
+    video = box in _VIDEO_BOXES or head[:4] == b"\x1a\x45\xdf\xa3" or riff == b"AVI "
+    if video and not (box == b"ftyp" and brand in _PICTURE_BRANDS):
         return "video"
     try:
-        Image.open(path).close()
-    except (OSError, SyntaxError, ValueError):
+        open_picture(path).close()
+    except Image.DecompressionBombError:
+        raise UserError("the picture has too many pixels") from None
+    except (Image.UnidentifiedImageError, SyntaxError, ValueError):
         raise UserError(
             "neither a picture (JPEG, PNG, WebP, ...), a video (MP4, MOV, MKV, WebM, AVI) nor a PDF file"
         ) from None
-    except Image.DecompressionBombError:
-        raise UserError("the picture has too many pixels") from None
+    except OSError as error:
+        raise UserError(f"the picture cannot be read: {error}") from None
     return "image"
 
 
-def _piece(image: Image.Image, label: str) -> Thumbnail:
+def _piece(image: Image.Image, label: str, grid: tuple[int, int] | None = None) -> Thumbnail:
     small = image.copy()
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=75)
-    return Thumbnail(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", label)
+    picture = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Thumbnail(picture, label, grid)

@@ -29,6 +29,7 @@ _VIDEO_KEYS = {
 
 
 OnText = Callable[[str], None]
+OnRead = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,15 @@ class Answers(Protocol):
     """What answers requests: an exported model here, or a server."""
 
     def answer(
-        self, request: Request, sampling: Sampling = Sampling(), *, on_text: OnText | None = None
+        self,
+        request: Request,
+        sampling: Sampling = Sampling(),
+        *,
+        on_text: OnText | None = None,
+        on_read: OnRead | None = None,
     ) -> str:
-        """The answer; its pieces go to `on_text` while it is generated, which may raise to end it."""
+        """The answer; its pieces go to `on_text` while it is generated. `on_read` is called before, when the
+        media are read. Both may raise to end it."""
 
 
 class ExportedModel:
@@ -136,20 +143,17 @@ class ExportedModel:
         sampling: Sampling = Sampling(),
         *,
         on_text: OnText | None = None,
-        on_prompt: Callable[[int, int], None] | None = None,
+        on_read: OnRead | None = None,
     ) -> str:
         """The answer, greedily decoded; its pieces go to `on_text` while it is generated.
-
-        `on_prompt` is told the prompt's visual tokens and all its tokens before that.
 
         Raises:
             UserError: a picture, video or document is missing or unreadable, or does not fit the prompt, or
                 the prompt is longer than the model was trained for.
         """
         inputs = self._inputs(request, sampling)
-        ids = inputs["input_ids"]
-        if on_prompt is not None:
-            on_prompt(int((ids == self.model.config.image_token_index).sum()), ids.shape[1])
+        if on_read is not None:
+            on_read()
         streamer = None if on_text is None else _streamer(self.processor.tokenizer, on_text)
         answer = self.generate(inputs, sampling.max_new_tokens, streamer)
         return str(self.processor.decode(answer[0], skip_special_tokens=True)).strip()

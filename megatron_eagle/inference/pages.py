@@ -23,7 +23,7 @@ def page_pictures(
     try:
         sizes = page_sizes(path)
         if max_pages is not None and len(sizes) > max_pages:
-            raise UserError(f"{path} has {len(sizes)} pages, the limit is {max_pages}")
+            raise UserError(f"{path} has {len(sizes)} pages, the limit is {max_pages} (--max-pages)")
         pages = []
         for number, size in enumerate(sizes):
             shape = pixel_size(*size, max_tiles * tile_size**2)

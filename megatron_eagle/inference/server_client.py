@@ -23,7 +23,7 @@ from PIL import Image
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.media_files import load_image, load_video
 from megatron_eagle.hf_model.prompt import frame_label, video_label
-from megatron_eagle.inference.generate import OnText, Request, Sampling, video_item
+from megatron_eagle.inference.generate import OnRead, OnText, Request, Sampling, video_item
 
 _DEFAULT = Sampling()
 _TIMEOUT = 600  # seconds without a byte from the server
@@ -58,7 +58,12 @@ class ServedModel:
         return limit if isinstance(limit, int) else None
 
     def answer(
-        self, request: Request, sampling: Sampling = _DEFAULT, *, on_text: OnText | None = None
+        self,
+        request: Request,
+        sampling: Sampling = _DEFAULT,
+        *,
+        on_text: OnText | None = None,
+        on_read: OnRead | None = None,
     ) -> str:
         """The answer, greedily decoded; its pieces go to `on_text` while it is generated.
 
@@ -67,6 +72,8 @@ class ServedModel:
         """
         body = self.body(request, sampling)
         body["stream"] = on_text is not None
+        if on_read is not None:
+            on_read()
         with self._open("chat/completions", body) as response:
             if on_text is None:
                 reply = _json(response.read(), self.url)

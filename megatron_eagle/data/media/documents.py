@@ -40,7 +40,10 @@ def page_sizes(path: str) -> list[tuple[float, float]]:
         if not 1 <= n_pages <= MAX_PAGES:
             kind = "too many pages" if n_pages else "unreadable document"
             raise Problem(kind, f"{path} has {n_pages} pages, the limit is {MAX_PAGES}")
-        sizes = [document.get_page_size(number) for number in range(n_pages)]
+        sizes = []
+        for number in range(n_pages):
+            with _naming(path, number):
+                sizes.append(document.get_page_size(number))
     if not all(0 < side < math.inf for size in sizes for side in size):
         raise Problem("unreadable document", f"{path} has a page without an area")
     return sizes
@@ -122,10 +125,20 @@ def _check_whole(path: str) -> None:
         raise Problem("truncated document", f"{path} lacks the mark at its end")
 
 
+@contextmanager
+def _naming(path: str, number: int) -> Iterator[None]:
+    """Says which page a failure is about."""
+    try:
+        yield
+    except pypdfium2.PdfiumError as error:
+        raise Problem("unreadable document", f"page {number + 1} of {path}: {error}") from None
+
+
 def _open_page(document: pypdfium2.PdfDocument, path: str, number: int, max_pixels: int) -> pypdfium2.PdfPage:
     if number >= len(document):
         raise Problem("unreadable document", f"{path} has {len(document)} pages, no page {number + 1}")
-    page = document[number]
+    with _naming(path, number):
+        page = document[number]
     for picture in page.get_objects(filter=[pdfium.FPDF_PAGEOBJ_IMAGE]):
         width, height = picture.get_px_size()
         if width * height > max_pixels:  # is decoded whole, however small it is drawn
