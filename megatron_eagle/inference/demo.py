@@ -14,6 +14,7 @@ import re
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -120,7 +121,10 @@ class Demo:
         self.model, self.viewer, self.about, self.prompt_limit = model, viewer, about, prompt_limit
         self.uploads: dict[str, tuple[Path, Seen]] = {}
         self.folder: Path | None = None  # while the server runs
-        self._decoding = threading.Lock()  # a picture takes many times its file: one is read at a time
+        # A picture takes many times its file: one is decoded at a time. Uploads all in one thread, since each
+        # thread's heap keeps what a decoder gives back.
+        self._decoding = threading.Lock()
+        self._reader = ThreadPoolExecutor(1)
         self._answering = threading.Lock()
         self._running: _Answer | None = None
 
@@ -143,7 +147,7 @@ class Demo:
                     file.write(part)
             if not size:
                 raise UserError("the file is empty")
-            seen = await run_in_threadpool(self._look, path)
+            seen = await asyncio.get_running_loop().run_in_executor(self._reader, self._look, path)
         except BaseException:
             path.unlink()
             raise
@@ -168,10 +172,15 @@ class Demo:
             self.uploads.pop(name)[0].unlink()
 
     def stop(self, name: str | None = None) -> None:
-        """End the answer of this name, or whichever is being made, at its next token."""
+        """End the answer of this name (None: any) at its next token, if it is being made."""
         answer = self._running
         if answer is not None and name in (None, answer.name):
             answer.stop()
+
+    def close(self) -> None:
+        """End with the server: the answer at its next token, and uploads that wait to be read."""
+        self.stop()
+        self._reader.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, question: DemoQuestion) -> _Answer:
         """Begin an answer.
@@ -248,7 +257,7 @@ def make_app(demo: Demo, local: bool) -> FastAPI:
         with TemporaryDirectory(prefix="eagle-demo-", ignore_cleanup_errors=True) as folder:
             demo.folder = Path(folder)
             yield
-            demo.stop()
+            demo.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     _refuse_strangers(app, local)

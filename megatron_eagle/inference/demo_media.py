@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import av
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.grids import has_thumbnail, select_grid
@@ -177,10 +177,12 @@ class Viewer:
         return Seen(Shown("video", summary, pieces, tokens), (part,), pixels)
 
     def _document(self, path: str) -> Seen:
+        parts: tuple[PromptMedium, ...] = ()
+        tokens = None
         if self.processor is None:
             pages = page_pictures(path, max_pages=self.limits.pages)
             pieces = [_piece(page, f"page {k}") for k, page in enumerate(pages, 1)]
-            summary, tokens, parts = f"{_pages(len(pages))}, tiles: the server's choice", None, ()
+            summary = f"{_pages(len(pages))}, tiles: the server's choice"
         else:
             pages = pages_of(self.processor, path, self._max_tiles, self.limits.pages)
             grids = [self._grid(page) for page in pages]
@@ -251,7 +253,7 @@ def _kind(path: Path) -> str:
         open_picture(path).close()
     except Image.DecompressionBombError:
         raise UserError("the picture has too many pixels") from None
-    except (Image.UnidentifiedImageError, SyntaxError, ValueError):
+    except (UnidentifiedImageError, SyntaxError, ValueError):
         raise UserError(
             "neither a picture (JPEG, PNG, WebP, ...), a video (MP4, MOV, MKV, WebM, AVI) nor a PDF file"
         ) from None

@@ -309,18 +309,21 @@ def test_one_file_is_decoded_at_a_time(slow, media, monkeypatch):
 
 
 def test_the_page_knows_the_servers_limit_and_the_models(exported, monkeypatch, capsys):
-    """The served 5,000 tokens go beyond the 4,096 of the export."""
+    """The served 5,000 tokens go beyond the 4,096 of the export. A server without the plugin may count
+    otherwise: it refuses by itself."""
     shown = []
     monkeypatch.setattr(
-        "megatron_eagle.commands.serve.make_app", lambda demo, local: shown.append(demo.about)
+        "megatron_eagle.commands.serve.make_app",
+        lambda demo, local: shown.append((demo.about["token_limit"], demo.prompt_limit)),
     )
     monkeypatch.setattr(uvicorn.Server, "run", lambda server: None)
     with protocol_server() as (url, _):
-        for folder in ((), ("--hf", str(exported))):
-            monkeypatch.setattr("sys.argv", ["serve_demo.py", "--endpoint", url, *folder])
+        own, there = ("--hf", str(exported)), ("--endpoint", url)
+        for options in (there, (*there, *own), own, (*own, "--allow-long-prompts")):
+            monkeypatch.setattr("sys.argv", ["serve_demo.py", *options])
             with pytest.raises(SystemExit):
                 runpy.run_path(str(TOOL), run_name="__main__")
-    assert [about["token_limit"] for about in shown] == [5000, 4096]
+    assert shown == [(5000, None), (4096, None), (4096, 4096), (4096, None)]
     assert capsys.readouterr().err.count("which the server takes, go beyond the 4,096 that") == 1
 
 
