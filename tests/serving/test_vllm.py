@@ -259,8 +259,9 @@ def test_bad_requests_are_refused_and_the_server_goes_on(url, prompts):
         (refused(picture, mm_processor_kwargs={"tiles": 3}), "mm_processor_kwargs has no tiles"),
         (refused(picture, mm_processor_kwargs={"images_kwargs": 3}), "must be objects"),
         (refused(media("video", video), media_io_kwargs={"video": {"rate": 4}}), "has no setting rate"),
+        (refused(media("image", "file:///etc/hostname")), "Cannot load local files"),
+        (refused(media("video", "http://127.0.0.1:9/a.mp4#fps=1")), "127.0.0.1:9/a.mp4 cannot be fetched: "),
     ):
         assert said.startswith("400: ") and message in said
-    assert "Cannot load local files" in refused(media("image", "file:///etc/hostname"))
     messages = user(prompts.picture(0), text("What is shown in this picture?"))
     assert ask(url, prompts.theirs(messages)) == prompts.ours(messages)

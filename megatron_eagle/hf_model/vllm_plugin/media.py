@@ -1,10 +1,12 @@
 """Files of requests, undecoded: the export's own code reads them, vLLM only fetches them."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from vllm import envs
 from vllm.multimodal.media import MediaConnector, MediaIO
 
@@ -36,6 +38,16 @@ class UndecodedFile(MediaIO[dict[str, Any]]):
 class FileConnector(MediaConnector):
     """vLLM's, with its rules of what may be fetched, for pictures and videos as files."""
 
+    def load_from_url(self, url: str, *arguments: Any, **options: Any) -> Any:
+        """vLLM's."""
+        with _fetching(url):
+            return super().load_from_url(url, *arguments, **options)
+
+    async def load_from_url_async(self, url: str, *arguments: Any, **options: Any) -> Any:
+        """vLLM's."""
+        with _fetching(url):
+            return await super().load_from_url_async(url, *arguments, **options)
+
     def fetch_image(self, image_url: str, **_: Any) -> Any:
         """A picture."""
         return self.load_from_url(
@@ -61,3 +73,13 @@ class FileConnector(MediaConnector):
     def _video(self, url: str) -> tuple[str, UndecodedFile]:
         url, settings = split_url(url, self.media_io_kwargs.get("video"))
         return url, UndecodedFile("video", settings)
+
+
+@contextmanager
+def _fetching(url: str) -> Iterator[None]:
+    """What cannot be fetched is the request's fault (400), not the server's (500, as of vLLM)."""
+    try:
+        yield
+    except (OSError, RuntimeError, aiohttp.ClientError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{url[:200]} cannot be fetched: {said}") from error
