@@ -53,6 +53,7 @@ else
     --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}, \"video\": ${MAX_VIDEOS:-8}}")
 fi
 
+PYTHONPATH="$model/vllm_plugin" python3 -m eagle2_5_vllm.certificate "$model" >&2 || true # green, red, or of other files
 exec vllm serve "$model" --trust-remote-code --served-model-name eagle2.5 \
   --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
   --chat-template "$model/chat_template.jinja" "${ways[@]}" "${length[@]}" "$@"

@@ -12,6 +12,7 @@ Comparisons, which exit with 1 if something differs:
 
 %(prog)s verify --hf H --checkpoint C     every tensor bit for bit, and logits on prompts with media
 %(prog)s diff A B                         A, B: Hugging Face folders or checkpoints
+%(prog)s certify --hf H --checkpoint C    what training, processor, transformers and a server (--endpoint) see
 
 Of a checkpoint with LoRA adapters:
 
@@ -24,6 +25,7 @@ An adapter belongs to the model that the run started from.
 
 import argparse
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +37,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | No
     """Run the command; returns its exit status."""
     options = build_parser(prog).parse_args(argv)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is worth compiling
-    run = {"import": _import, "export": _export, "verify": _verify, "diff": _diff}[options.command]
+    run = {"import": _import, "export": _export, "verify": _verify, "diff": _diff, "certify": _certify}[
+        options.command
+    ]
     return run(options)
 
 
@@ -96,6 +100,18 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     command.add_argument("first", type=Path)
     command.add_argument("second", type=Path)
     command.add_argument("--limit", type=int, default=20, help="tensors to list (default 20)")
+
+    text = (
+        "compare what every path makes of samples, up to logits, and write certificate.json into the export"
+    )
+    command = add("certify", text, checkpoint=False)
+    command.add_argument("--hf", type=Path, required=True, help="exported folder")
+    command.add_argument("--checkpoint", type=Path, help="of the export: its logits are compared too")
+    command.add_argument("--endpoint", metavar="URL", help="vLLM that serves the export with its plugin")
+    command.add_argument("--store", type=Path, metavar="D", help="packed token store (default: made samples)")
+    command.add_argument("--samples", type=int, default=16, metavar="N", help="of the store (default 16)")
+    command.add_argument("--logits", type=float, default=1e-4, help="most in transformers (default 1e-4)")
+    command.add_argument("--logprobs", type=float, default=1e-3, help="most in vLLM (default 1e-3)")
     return parser
 
 
@@ -177,6 +193,21 @@ def _verify(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     _quiet()
     return int(_print_differences(options.first, options.second, options.limit) > 0)
+
+
+def _certify(options: argparse.Namespace) -> int:
+    if options.samples < 1:
+        raise UserError(f"--samples {options.samples}: expected at least 1")
+    from megatron_eagle.certify.certifying import CertifySettings, certify
+    from megatron_eagle.certify.report import report
+    from megatron_eagle.convert.to_hf import note_certificate
+
+    _quiet()
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    certificate = certify(CertifySettings(**given, command=[Path(sys.argv[0]).name, *sys.argv[1:]]))
+    print(report(certificate))
+    note_certificate(options.hf)
+    return int(not certificate.green)
 
 
 def _print_differences(first: Path, second: Path, limit: int) -> int:

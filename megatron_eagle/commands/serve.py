@@ -14,6 +14,7 @@ from pathlib import Path
 import uvicorn
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.vllm_plugin.certificate import certificate_line
 from megatron_eagle.inference.demo import Demo, make_app
 from megatron_eagle.inference.demo_media import Limits, Viewer
 from megatron_eagle.inference.generate import (
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             limit = min(limit or trained, trained)
         name = f"{served.model} at {options.endpoint}"
     sampling = Sampling(options.fps, options.max_frames, options.max_tiles, options.max_new_tokens)
+    if options.hf is not None and (line := certificate_line(options.hf)):
+        print(f"{options.hf}: {line}", file=sys.stderr)
     limits = Limits(
         megabytes=options.max_megabytes,
         pixels=options.max_megapixels * 10**6,

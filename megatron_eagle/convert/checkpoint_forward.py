@@ -50,12 +50,18 @@ def many_logits(
     prompts: Sequence[tuple[Tensor, Tensor | None]],
     *,
     allow_long_prompts: bool = False,
+    first_positions: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """`logits` of several prompts (input_ids, pixel_values), with the model loaded once."""
+    """`logits` of several prompts (input_ids, pixel_values), with the model loaded once.
+
+    Args:
+        first_positions: of each prompt's first token; default: 0.
+    """
     config = read_model_config(checkpoint)
     vision = config.vision
     empty = torch.zeros(0, vision.num_channels, vision.image_size, vision.image_size)
     rows = [_one_sequence(ids, config) for ids, _ in prompts]
+    starts = first_positions or [0] * len(rows)
     for row in rows:
         new_tokens(len(row), 1, config.text.max_position_embeddings, allow=allow_long_prompts)
     result = []
@@ -66,12 +72,12 @@ def many_logits(
                 mesh,
                 device.torch_device,
                 input_ids=ids,
-                position_ids=torch.arange(len(ids)),
+                position_ids=torch.arange(start, start + len(ids)),
                 document_bounds=[0, len(ids)],
                 pixel_values=(empty if pixels is None else pixels).detach().float(),
                 targets=None,
             )
-            for ids, (_, pixels) in zip(rows, prompts, strict=True)
+            for ids, (_, pixels), start in zip(rows, prompts, starts, strict=True)
         ]
         load_checkpoint(checkpoint, models=[model])
         model.eval()

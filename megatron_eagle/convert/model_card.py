@@ -16,9 +16,13 @@ from megatron_eagle.checkpoint import checkpoint_folder, has_checkpoint, read_tr
 from megatron_eagle.config import load_yaml
 from megatron_eagle.data.store.manifest import read_manifest
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import write_whole
+from megatron_eagle.hf_model.vllm_plugin.certificate import certificate_line
 from megatron_eagle.model.presets import EagleConfig
 
 FILE = "README.md"
+_CERTIFICATE = "## Is it served as it was trained?\n\n"
+_UNCERTIFIED = "Not certified yet (`megatron-eagle convert certify`)."
 _MOST_STAGES = 20  # a circle of checkpoints ends
 
 
@@ -69,9 +73,28 @@ def write_model_card(
         "## Training\n\n" + _training(stages),
         "## Data\n\n" + _data(stages),
         "## Evaluation\n\n" + _evaluation(facts.scores),
+        _CERTIFICATE.strip() + "\n\n" + _UNCERTIFIED,
         "## Licence\n\n" + _licence(facts),
     ]
     (folder / FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def rewrite_certificate(folder: Path) -> None:
+    """Say in the card of an export what its certificate says, in place of what it said before.
+
+    A folder without a card, or with one that has no such section, stays as it is.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    start = text.find(_CERTIFICATE)
+    if start < 0:
+        return
+    end = text.find("\n## ", start + 1)
+    note = certificate_line(folder) or _UNCERTIFIED
+    text = f"{text[:start]}{_CERTIFICATE}{note}\n{'' if end < 0 else text[end:]}"
+    write_whole(path, text)
 
 
 def _model(config: EagleConfig, parameters: int) -> str:

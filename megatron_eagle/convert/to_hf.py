@@ -18,10 +18,12 @@ from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.lora import adapter_names, merged
 from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.convert.model_card import FILE as CARD
-from megatron_eagle.convert.model_card import CardFacts, write_model_card
+from megatron_eagle.convert.model_card import CardFacts, rewrite_certificate, write_model_card
 from megatron_eagle.convert.shards import DTYPES, plan_shards, tensor_bytes, write_shards
 from megatron_eagle.convert.whole_model import trained_type
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import write_whole
+from megatron_eagle.hf_model.vllm_plugin.certificate import CERTIFICATE
 from megatron_eagle.model.lora import LoraConfig
 
 # Names an exported folder's own files, so that a later export may replace them and nothing else.
@@ -128,6 +130,15 @@ def _check_target(target: Path) -> None:
         raise UserError(f"{target}: is a file; name a folder for the export")
 
 
+def note_certificate(folder: Path) -> None:
+    """Let the card of an export say what its certificate says; a card that was as we wrote it stays one."""
+    record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+    ours = (folder / CARD).is_file() and record.get("card") == _digest(folder)
+    rewrite_certificate(folder)
+    if ours:
+        write_whole(folder / RECORD, json.dumps(record | {"card": _digest(folder)}, indent=1) + "\n")
+
+
 def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / CARD).read_bytes()).hexdigest()
 
@@ -141,7 +152,7 @@ def _publish(partial: Path, target: Path) -> None:
     if (target / CARD).is_file() and record.get("card") != _digest(target):  # somebody has written there
         (partial / CARD).unlink()
         old.discard(CARD)
-    for name in (RECORD, *old):
+    for name in (RECORD, CERTIFICATE, *old):  # a certificate is of the files that it was made with
         (target / Path(name).relative_to(Path(name).anchor)).unlink(missing_ok=True)
     for name in sorted(_files(partial), key=lambda name: name == RECORD):
         (target / name).parent.mkdir(parents=True, exist_ok=True)

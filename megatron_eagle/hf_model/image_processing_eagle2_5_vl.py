@@ -92,6 +92,23 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
         self.use_thumbnail = use_thumbnail
         self.tiling = tiling
 
+    def grid(
+        self,
+        width: int,
+        height: int,
+        min_dynamic_tiles: int | None = None,
+        max_dynamic_tiles: int | None = None,
+    ) -> tuple[int, int]:
+        """Columns and rows in which a picture of so many pixels is cut."""
+        return select_grid(
+            width,
+            height,
+            tile_size=self.size["height"],
+            max_tiles=self.max_dynamic_tiles if max_dynamic_tiles is None else max_dynamic_tiles,
+            min_tiles=self.min_dynamic_tiles if min_dynamic_tiles is None else min_dynamic_tiles,
+            tiling=self.tiling,
+        )
+
     def tile_image(
         self,
         image: Any,
@@ -101,14 +118,7 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
     ) -> torch.Tensor:
         """uint8 tiles [n, 3, S, S] of one picture, row-major, the thumbnail last."""
         pixels, side = to_pixels(image), self.size["height"]
-        grid = select_grid(
-            pixels.shape[1],
-            pixels.shape[0],
-            tile_size=side,
-            max_tiles=self.max_dynamic_tiles if max_dynamic_tiles is None else max_dynamic_tiles,
-            min_tiles=self.min_dynamic_tiles if min_dynamic_tiles is None else min_dynamic_tiles,
-            tiling=self.tiling,
-        )
+        grid = self.grid(pixels.shape[1], pixels.shape[0], min_dynamic_tiles, max_dynamic_tiles)
         wanted = self.use_thumbnail if use_thumbnail is None else use_thumbnail
         return image_tiles(pixels, grid, side, use_thumbnail=wanted)
 

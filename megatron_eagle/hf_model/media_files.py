@@ -27,12 +27,18 @@ FRAME_MULTIPLE = 2  # sampled frame counts are even, as in the released processo
 
 
 class VideoFrames(list[Any]):
-    """Frames of one video (PIL RGB) with `fps` as sampled and `timestamps` in seconds, one per frame."""
+    """Frames of one video (PIL RGB) with `fps` as sampled and `timestamps` in seconds, one per frame.
 
-    def __init__(self, frames: Iterable[Any], fps: float, timestamps: list[float]) -> None:
+    `numbers` are theirs in the file, from 0 in presentation order; None where they come from none.
+    """
+
+    def __init__(
+        self, frames: Iterable[Any], fps: float, timestamps: list[float], numbers: Iterable[int] | None = None
+    ) -> None:
         super().__init__(frames)
         self.fps = fps
         self.timestamps = timestamps
+        self.numbers = None if numbers is None else list(numbers)
 
 
 def load_image(source: Any) -> Image.Image:
@@ -165,9 +171,8 @@ def load_video(
         frames = _decode(opened, [stamps[i] for i in wanted], keyframes)
     except av.error.FFmpegError as error:
         raise ValueError(f"video cannot be read: {name} ({error.strerror})") from None
-    return VideoFrames(
-        [frames[stamps[i]] for i in wanted], float(n / duration), [float(times[i]) for i in wanted]
-    )
+    shown = [frames[stamps[i]] for i in wanted]
+    return VideoFrames(shown, float(n / duration), [float(times[i]) for i in wanted], wanted)
 
 
 def video_of_part(item: Mapping[str, Any]) -> VideoFrames:

@@ -111,12 +111,29 @@ class ServedModel:
     def cutting(self) -> dict[str, Any] | None:
         """How a server with the export's plugin cuts pictures, for `page_pictures`; None: it has none."""
         try:
-            with self._open("export") as response:
-                settings = _json(response.read(), self.url)
+            settings = self.get("export")
         except UserError:
             return None
         names = ("tile_size", "max_tiles", "tiling")
         return {name: settings[name] for name in names} if all(name in settings for name in names) else None
+
+    def get(self, path: str) -> dict[str, Any]:
+        """What the server says at a path below its URL.
+
+        Raises:
+            UserError: it says nothing, or no object.
+        """
+        with self._open(path) as response:
+            return _json(response.read(), self.url)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The reply to a request.
+
+        Raises:
+            UserError: the server refuses it, or replies no object.
+        """
+        with self._open(path, body) as response:
+            return _json(response.read(), self.url)
 
     def _media(self, request: Request, sampling: Sampling, max_tiles: int | None) -> list[dict[str, Any]]:
         """Pictures, pages and videos in OpenAI's form."""
@@ -141,8 +158,7 @@ class ServedModel:
 
     def _models(self) -> dict[str, dict[str, Any]]:
         """What the server says of each model, by name."""
-        with self._open("models") as response:
-            entries = _json(response.read(), self.url).get("data") or []
+        entries = self.get("models").get("data") or []
         return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
 
     def _open(self, path: str, body: dict[str, Any] | None = None) -> HTTPResponse:

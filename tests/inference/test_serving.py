@@ -204,7 +204,7 @@ def ask_middleware(folder, path):
     async def application(scope, receive, send):
         behind.append(scope["path"])
 
-    config = SimpleNamespace(model_config=SimpleNamespace(model=str(folder)))
+    config = SimpleNamespace(model_config=SimpleNamespace(model=str(folder), dtype="torch.float32"))
     app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
     asyncio.run(ExportSettings(application)({"type": "http", "path": path, "app": app}, None, send))
     return sent[0]["status"] if sent else None, b"".join(m.get("body", b"") for m in sent), behind
@@ -214,6 +214,7 @@ def test_the_middleware_tells_how_pictures_are_cut(exported):
     status, body, behind = ask_middleware(exported, "/v1/export")
     settings = json.loads((exported / "preprocessor_config.json").read_text())
     expected = {"tile_size": 64, "max_tiles": settings["max_dynamic_tiles"], "tiling": "iap"}
+    expected |= {"dtype": "float32", "vllm": None}  # it is not installed here
     assert (status, json.loads(body), behind) == (200, expected, [])
     assert ask_middleware(exported, "/v1/models") == (None, b"", ["/v1/models"])
 

@@ -309,6 +309,10 @@ IN_PLACE = {
         "rehearsal/server._run",
         "rehearsal/session.run_jobs",
     },
+    "into a folder that ends with the process": {
+        "certify/made_samples._clip",
+        "certify/made_samples.make_store",
+    },
     "into a folder that gets its name when it is complete": {
         "config.save_yaml",
         "convert/hf_metadata.write_hf_metadata",

@@ -79,6 +79,11 @@ class Template:
         self._ids = {name: tokenizer.token_id(name) for name in (IM_START, IM_END, IMG_START, IMG_END)}
         self.image_token_id = tokenizer.token_id(IMG_CONTEXT)
 
+    @property
+    def default_system(self) -> str:
+        """What the system's turn says where a sample has none."""
+        return _SYSTEM_PROMPT[self.variant]
+
     def pieces(
         self,
         sample: Sample,
@@ -91,7 +96,7 @@ class Template:
         """
         turns = sample.turns
         if turns[0].role != SYSTEM:
-            turns = (Turn(SYSTEM, (_SYSTEM_PROMPT[self.variant],)), *turns)
+            turns = (Turn(SYSTEM, (self.default_system,)), *turns)
         answer = 0
         text = ""  # what has been written since the last special token
         for turn in turns:
@@ -118,9 +123,9 @@ class Template:
                         text = "\n" if self.variant == "train" else ""
                 else:
                     video = videos[part.index]
-                    text += self._video_header(part.index, video)
+                    text += self.video_header(part.index, video)
                     for number, time in enumerate(video.times, 1):
-                        yield Text(text + self._frame_label(number, time))
+                        yield Text(text + self.frame_label(number, time))
                         yield from self._block(1)
                         text = ""
                     text = "\n" if self.variant == "train" else ""
@@ -150,14 +155,16 @@ class Template:
         first = len(sample.images) + sum(map(len, documents[: part.index])) + 1
         yield from enumerate(documents[part.index], first)
 
-    def _video_header(self, index: int, video: ShownVideo) -> str:
+    def video_header(self, index: int, video: ShownVideo) -> str:
+        """What stands before the frames of video `index`, from 0."""
         fps = float(len(video.times) / video.duration)
         if self.variant == "hf":
             return prompt.video_label(index + 1, fps)
         seconds = float(video.duration)
         return f"The {prompt.ordinal(index + 1)} video of {seconds:.2f} seconds at {fps:.2f} fps: "
 
-    def _frame_label(self, number: int, time: float) -> str:
+    def frame_label(self, number: int, time: float) -> str:
+        """What stands before frame `number`, from 1, shown at `time` seconds."""
         return prompt.frame_label(number, time) if self.variant == "hf" else f"Frame {number}: "
 
     def count(

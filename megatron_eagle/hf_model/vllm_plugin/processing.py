@@ -28,6 +28,7 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
 from .export import NAME, load_medium, prompt_medium, served_processor
+from .seen import SEEN, describe_medium
 
 _KINDS = ("image", "video")
 _TILING = ("min_dynamic_tiles", "max_dynamic_tiles", "use_thumbnail")
@@ -117,17 +118,19 @@ class Eagle2_5_VLProcessingInfo(BaseProcessingInfo):
         longest = prompt_medium(export)((1,), 1.0, (99999.99,)).write(1, export.tokens_per_tile)
         return len(export.encode(longest))
 
-    def read_tiling(self, asked: Mapping[str, object]) -> tuple[dict[str, Any], int | None]:
-        """How a request wants pictures cut, and into how many tiles a frame (None: one, as in training).
+    def read_tiling(self, asked: Mapping[str, object]) -> tuple[dict[str, Any], int | None, Any]:
+        """How a request wants pictures cut, into how many tiles a frame (None: one, as in training), and the
+        number under which it asks what was made of its media (None: it does not; see `seen`).
 
         Args:
             asked: `mm_processor_kwargs`: `min_dynamic_tiles`, `max_dynamic_tiles` and `use_thumbnail`, or
-                those in `images_kwargs`; `max_dynamic_tiles` in `videos_kwargs`.
+                those in `images_kwargs`; `max_dynamic_tiles` in `videos_kwargs`; `seen`.
 
         Raises:
             ValueError: another name, or a value that is none.
         """
         merged: dict[str, Any] = self.ctx.get_merged_mm_kwargs(asked)
+        seen = merged.pop("seen", None)
         scopes = {name: merged.pop(name, None) or {} for name in ("images_kwargs", "videos_kwargs")}
         if not all(isinstance(scope, dict) for scope in scopes.values()):
             raise ValueError(f"{' and '.join(scopes)} must be objects")
@@ -141,7 +144,7 @@ class Eagle2_5_VLProcessingInfo(BaseProcessingInfo):
                 raise ValueError(f"use_thumbnail must be true or false, not {value!r}")
             if name != "use_thumbnail":
                 self.check_count(name, value)
-        return images, videos.get("max_dynamic_tiles")
+        return images, videos.get("max_dynamic_tiles"), seen
 
     def check_count(self, name: str, count: Any) -> None:
         """Refuse what no prompt can hold before it is decoded.
@@ -185,14 +188,19 @@ class Eagle2_5_VLMultiModalProcessor(BaseMultiModalProcessor[Eagle2_5_VLProcessi
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         export = self.info.get_hf_processor()
-        tiling, frame_tiles = self.info.read_tiling(hf_kwargs)
+        tiling, frame_tiles, seen = self.info.read_tiling(hf_kwargs)
         data: dict[str, Any] = {}
+        facts = []
         for kind in _KINDS:
             shown = []
             for part in mm_items.get(kind, ()):
                 for name in {"nframes", "max_frames"} & part.keys():
                     self.info.check_count(name, part[name])
-                shown.append(export.show(load_medium(export, part), tiling, frame_tiles))
+                item = load_medium(export, part)
+                shown.append(export.show(item, tiling, frame_tiles))
+                if seen is not None:
+                    said, tiles = shown[-1]
+                    facts.append(describe_medium(export, item, said, tiles["pixel_values"], tiling))
             if shown:
                 media = [medium for medium, _ in shown]
                 data[f"{kind}_pixels"] = torch.cat([tiles["pixel_values"] for _, tiles in shown])
@@ -203,6 +211,8 @@ class Eagle2_5_VLMultiModalProcessor(BaseMultiModalProcessor[Eagle2_5_VLProcessi
                 times = [time for medium in media for time in medium.times]
                 data["video_times"] = torch.tensor(times, dtype=torch.float64)
                 data["video_fps"] = torch.tensor([medium.fps for medium in media], dtype=torch.float64)
+        if seen is not None:
+            SEEN.keep(seen, facts)
         return BatchFeature(data)
 
     def _get_mm_fields_config(

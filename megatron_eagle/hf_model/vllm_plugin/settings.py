@@ -1,12 +1,20 @@
-"""`GET /v1/export`: how the served export cuts pictures, for clients that draw pages of the right size.
+"""What a client may ask of the served export; `vllm serve --middleware` takes the class.
 
-Its answer also tells them that this plugin serves: videos may be sent as files, tiles asked for.
-`vllm serve --middleware` takes its class.
+`/v1/export`              how it cuts pictures, for clients that draw pages of the right size; it tells them
+                          too that this plugin serves: videos may be sent as files, tiles asked for
+`/v1/export/files`        SHA-256 of its files
+`/v1/export/seen/NUMBER`  what was made of the media of the request that bore this number (`seen`), once
 """
 
+import asyncio
 import json
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .certificate import file_digests
+from .seen import SEEN
 
 PATH = "/v1/export"
 
@@ -16,18 +24,41 @@ class ExportSettings:
 
     def __init__(self, app: Any) -> None:
         self._app = app
+        self._digests = lru_cache(maxsize=1)(file_digests)  # of weights too, once
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer `PATH`, and pass everything else on."""
-        if scope["type"] != "http" or scope["path"] != PATH:
+        """Answer `PATH` and what is below it, and pass everything else on."""
+        if scope["type"] != "http" or not f"{scope['path']}/".startswith(f"{PATH}/"):
             await self._app(scope, receive, send)
             return
-        body = json.dumps(_settings(Path(scope["app"].state.vllm_config.model_config.model))).encode()
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        reply = await self._reply(
+            scope["path"].removeprefix(PATH), scope["app"].state.vllm_config.model_config
+        )
+        body = json.dumps({"error": {"message": "nothing here"}} if reply is None else reply).encode()
+        status = 404 if reply is None else 200
+        await send({"type": "http.response.start", "status": status, "headers": _HEADERS})
         await send({"type": "http.response.body", "body": body})
+
+    async def _reply(self, below: str, model_config: Any) -> Any:
+        """None: there is no such thing."""
+        folder = Path(model_config.model)
+        if below == "":
+            dtype = str(model_config.dtype).removeprefix("torch.")
+            return _settings(folder) | {"dtype": dtype, "vllm": _version()}
+        if below == "/files":
+            return await asyncio.to_thread(self._digests, folder)
+        media = SEEN.take(below.removeprefix("/seen/"))
+        return None if media is None else {"media": media}
 
 
 _HEADERS = [(b"content-type", b"application/json")]
+
+
+def _version() -> str | None:
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
