@@ -195,12 +195,16 @@ class Demo:
         uploads = [self.uploads[name] for name in question.media]
         media = [(seen.shown.kind, str(path)) for path, seen in uploads]
         request = request_of(question.prompt, media, tuple(question.turns))
-        counted = await run_in_threadpool(self._counted, [seen for _, seen in uploads], request)
         if not self._answering.acquire(blocking=False):
             raise Busy("another answer is being made: ask again when it has ended")
-        self._running = answer = _Answer(counted)
-        # A model that computes does not keep the server from ending.
-        threading.Thread(target=self._work, args=(request, answer), daemon=True).start()
+        try:  # no other answer uses the tokenizer, which is not for two threads
+            counted = await run_in_threadpool(self._counted, [seen for _, seen in uploads], request)
+            self._running = answer = _Answer(counted)
+            # A model that computes does not keep the server from ending.
+            threading.Thread(target=self._work, args=(request, answer), daemon=True).start()
+        except BaseException:
+            self._answering.release()
+            raise
         return answer
 
     def _counted(self, seen: list[Seen], request: Question) -> tuple[int, int] | None:

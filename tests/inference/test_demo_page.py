@@ -410,11 +410,13 @@ def test_bad_options_are_one_line(monkeypatch, capsys, arguments, message):
     assert exit.value.code == 2 and message in error and error.count("\n") == 1
 
 
-# What a browser's own drop makes: a list of files.
+# What a browser's own drop or paste makes: a list of files.
 DROP = """([target, name, type]) => {
-    const data = new DataTransfer(), event = {bubbles: true, cancelable: true, dataTransfer: data};
+    const data = new DataTransfer(), event = {bubbles: true, cancelable: true};
     data.items.add(new File(["no picture"], name, {type: "image/png"}));
-    document.querySelector(target).dispatchEvent(new DragEvent(type, event));
+    document.querySelector(target).dispatchEvent(type === "paste" ?
+        new ClipboardEvent(type, {clipboardData: data, ...event}) :
+        new DragEvent(type, {dataTransfer: data, ...event}));
 }"""
 
 
@@ -477,6 +479,8 @@ def test_the_page_in_a_browser(live, media, browser, monkeypatch, tmp_path):
     page.evaluate(DROP, ["#chat", name, "drop"])
     expect(page.locator("#upload-error")).to_contain_text(f"{name}: neither a picture")
     expect(page.locator("#veil")).to_be_hidden()
+    page.evaluate(DROP, ["#prompt", "image.png", "paste"])
+    expect(page.locator("#upload-error")).to_contain_text("image.png: neither a picture")
     bad = tmp_path / "notes.txt"
     bad.write_text("no picture")
     page.set_input_files("#file", [str(bad), str(make_pdf(tmp_path / "long.pdf", 5)), str(bad)])
