@@ -81,7 +81,7 @@ setup(
         ],  # Apex: see the Dockerfile
         "demo": ["scikit-image==0.26.0", "matplotlib"],
         "serve": ["fastapi", "starlette", "pydantic", "uvicorn", "python-multipart"],  # the demo page
-        "vllm": ["vllm>=0.32,<0.34"],  # serves exports; a server can also do without this project
+        "vllm": ["vllm>=0.32,<0.34", "aiohttp"],  # serves exports; a server can also do without this project
         "monitor": ["wandb", "nvidia-resiliency-ext>=0.4.1,<0.8"],  # metrics elsewhere, straggler detection
         "cluster": ["faiss-cpu", "ray==2.60.0"],  # selection and preprocessing on many machines
         "dev": [
