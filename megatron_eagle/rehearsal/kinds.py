@@ -4,12 +4,13 @@ Ranks are numbered in Megatron's order: tensor, context, data, pipeline parallel
 Data parallel ranks differ by their packs; tensor parallel ones by being the first, or by their tiles.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_eagle.model.presets import EagleConfig
-from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.runtime.parallel import ParallelConfig, unrolled_layout
 from megatron_eagle.training.run_config import RunConfig
 
 
@@ -96,14 +97,19 @@ def rehearsed_microbatches(parallel: ParallelConfig, microbatches: int) -> int:
 
 
 def cut_depth(config: RunConfig) -> RunConfig:
-    """The run with few layers: two in each chunk of its pipeline, two in the encoder."""
+    """The run with few layers: two in each chunk of its pipeline, or fewer as its stages' letters say, and
+    two in the encoder."""
     parallel, model = config.parallel, config.model
-    first = parallel.num_layers_in_first_pipeline_stage
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.num_model_chunks
     each = 2 * chunks
     layers = each * stages
-    if first is not None:
+    if parallel.pipeline_model_parallel_layout is not None:
+        letters = re.sub("t{3,}", "tt", unrolled_layout(parallel.pipeline_model_parallel_layout))
+        parallel, layers = replace(parallel, pipeline_model_parallel_layout=letters), letters.count("t")
+    if parallel.num_layers_in_first_pipeline_stage is not None:
         parallel = replace(parallel, num_layers_in_first_pipeline_stage=each)
+    if parallel.num_layers_in_last_pipeline_stage is not None:
+        parallel = replace(parallel, num_layers_in_last_pipeline_stage=each)
     if layers >= model.text.num_hidden_layers:
         layers, parallel = model.text.num_hidden_layers, config.parallel
     cut: EagleConfig = replace(

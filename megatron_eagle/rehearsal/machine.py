@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -142,25 +143,34 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
 
 
 def _fake_groups() -> list[Patch]:
-    """Groups that no other process is in: a collective returns at once, an object is everyone's."""
+    """Groups that no other process is in: a collective returns at once, an object is everyone's.
+
+    Wrapped, so that the recorder finds torch's signatures.
+    """
     new_group = dist.new_group
 
     def new_fake_group(ranks: Sequence[int] | None = None, *_: Any, **options: Any) -> Any:
         kept = {k: v for k, v in options.items() if k in ("use_local_synchronization", "group_desc")}
         return new_group(ranks, backend="fake", **kept)
 
+    @wraps(dist.all_gather_object)
     def all_gather_object(out: list[Any], value: Any, *_: Any, **__: Any) -> None:
         out[:] = [value] * len(out)
 
+    @wraps(dist.gather_object)
     def gather_object(value: Any, out: list[Any] | None = None, *_: Any, **__: Any) -> None:
         if out is not None:
             out[:] = [value] * len(out)
+
+    @wraps(dist.broadcast_object_list)
+    def broadcast_object_list(*_: Any, **__: Any) -> None:
+        pass
 
     return [
         (dist, "new_group", new_fake_group),
         (dist, "all_gather_object", all_gather_object),
         (dist, "gather_object", gather_object),
-        (dist, "broadcast_object_list", lambda *_, **__: None),
+        (dist, "broadcast_object_list", broadcast_object_list),
     ]
 
 

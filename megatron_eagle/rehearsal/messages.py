@@ -4,6 +4,7 @@ The same recorder listens in a rehearsal and in a run on gloo, at the one door t
 torch's `c10d` operators. Objects that are pickled are one message each, without a size.
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ _NAMES = {
     "recv_": RECEIVE,
 }
 _GROUP_TYPE = "__torch__.torch.classes.c10d.ProcessGroup"
+_OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class RankMessage:
     op: str
     tensors: tuple[tuple[str, tuple[int, ...]], ...]  # type and shape: what is received, then what is sent
     peer: int | None = None  # the other end's place in the group, or the root's
+    reduction: str | None = None  # of a collective that reduces: SUM, AVG, MAX, ...
     splits: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # rows received and sent, by rank
     batch: int | None = None  # of `batch_isend_irecv`: they go together
     phase: str = ""
@@ -55,7 +58,7 @@ class RankMessage:
     @property
     def what(self) -> tuple[Any, ...]:
         """All but where it comes from."""
-        return self.group, self.nth, self.op, self.tensors, self.peer, self.splits
+        return self.group, self.nth, self.op, self.tensors, self.peer, self.reduction, self.splits
 
     @property
     def nbytes(self) -> int:
@@ -67,11 +70,13 @@ class RankMessage:
         return max(sum(sizes[:half]), sum(sizes[half:]))
 
     def __str__(self) -> str:
-        peer = "" if self.peer is None else f" with {self.peer}"
+        between = "with" if self.op in (SEND, RECEIVE) else "root"
+        peer = "" if self.peer is None else f" {between} {self.peer}"
+        reduction = "" if self.reduction is None else f" {self.reduction}"
         tensors = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in self.tensors[:3])
         splits = "" if self.splits is None else f" rows {list(self.splits[0])} <- {list(self.splits[1])}"
         more = f" and {len(self.tensors) - 3} more" if len(self.tensors) > 3 else ""
-        return f"{self.op}{peer} {tensors}{more}{splits}"
+        return f"{self.op}{reduction}{peer} {tensors}{more}{splits}"
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,7 @@ class Recorder(TorchDispatchMode):
             _NAMES[name],
             tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors),
             next((named[key] for key in ("dst", "src", "root_rank") if key in named), None),
+            _reduction(named["reduce_op"]) if "reduce_op" in named else None,
             splits,
             self._batch,
             self.phase,
@@ -170,10 +176,11 @@ class Recorder(TorchDispatchMode):
         finally:
             self._quiet.now = False
 
-    def _note_object(self, op: str, group: dist.ProcessGroup | None) -> None:
+    def _note_object(self, op: str, arguments: dict[str, Any]) -> None:
+        group: dist.ProcessGroup | None = arguments["group"]
         name = "" if group is None else group.group_name
         whose = self._groups.get(name, (WORLD, 0))
-        message = RankMessage(*whose, op, (), phase=self.phase, place=place(2))
+        message = RankMessage(*whose, op, (), _root(arguments), phase=self.phase, place=place(2))
         self.events.append(Wait(self.note(message)))
 
     def patches(self) -> list[Patch]:
@@ -199,12 +206,14 @@ class Recorder(TorchDispatchMode):
             finally:
                 self._batch = None
 
-        def recorded_object(op: str, place_of_group: int) -> Callable[..., Any]:
+        def recorded_object(op: str) -> Callable[..., Any]:
             function = getattr(dist, op)
+            signature = inspect.signature(function)
 
             def call(*args: Any, **kwargs: Any) -> Any:
-                group = args[place_of_group] if len(args) > place_of_group else kwargs.get("group")
-                self._note_object(op, group)
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                self._note_object(op, bound.arguments)
                 with self._silence():
                     return function(*args, **kwargs)
 
@@ -213,10 +222,26 @@ class Recorder(TorchDispatchMode):
         return [
             (dist, "new_group", recorded_new_group),
             (dist, "batch_isend_irecv", recorded_batch),
-            (dist, "all_gather_object", recorded_object("all_gather_object", 2)),
-            (dist, "gather_object", recorded_object("gather_object", 3)),
-            (dist, "broadcast_object_list", recorded_object("broadcast_object_list", 2)),
+            *((dist, op, recorded_object(op)) for op in _OBJECTS),
         ]
+
+
+def _reduction(op: Any) -> str:
+    """The name of a `c10d.ReduceOp`, as operators take it."""
+    name: str = dist.ReduceOp.RedOpType(op._get_method("op")()).name
+    return name
+
+
+def _root(arguments: dict[str, Any]) -> int | None:
+    """The root's place in its group, of a collective of objects; None: it has none."""
+    for end in ("src", "dst"):
+        if end in arguments:
+            place_in_group, rank = arguments[f"group_{end}"], arguments[end] or 0
+            if place_in_group is not None:
+                return int(place_in_group)
+            group = arguments["group"]
+            return int(rank) if group is None else dist.get_group_rank(group, rank)
+    return None
 
 
 def _flat(argument: Any) -> Iterator[Tensor]:

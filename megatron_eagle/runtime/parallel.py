@@ -170,7 +170,9 @@ class ParallelConfig(Ranged):
         `layout_rules` has found that they can be cut so."""
         stages, chunks = self.pipeline_model_parallel_size, self.num_model_chunks
         if self.pipeline_model_parallel_layout is not None:
-            parts = [part.count("t") for part in _unrolled(self.pipeline_model_parallel_layout).split("|")]
+            parts = [
+                part.count("t") for part in unrolled_layout(self.pipeline_model_parallel_layout).split("|")
+            ]
             return [parts[stage::stages] for stage in range(stages)]
         first, last = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
         between = stages - (first is not None) - (last is not None)
@@ -183,7 +185,7 @@ class ParallelConfig(Ranged):
         return [[size // chunks] * chunks for size in sizes]
 
     def _read_layout(self, layout: str) -> None:
-        unrolled, stages = _unrolled(layout), self.pipeline_model_parallel_size
+        unrolled, stages = unrolled_layout(layout), self.pipeline_model_parallel_size
         what = f"pipeline_model_parallel_layout is {layout!r}"
         if others := set(unrolled) - set("EtL|"):
             raise ValueError(
@@ -303,7 +305,7 @@ class _JoinedLayout(ParallelConfig):
     packs: int = 1
 
 
-def _unrolled(layout: str) -> str:
+def unrolled_layout(layout: str) -> str:
     """Megatron's letters with its repetitions, "(tt|)*3" and "t*3", written out."""
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         layout = re.sub(pattern, lambda found: found[1] * int(found[2]), layout.replace(",", ""))

@@ -42,6 +42,8 @@ class Layout:
     world_size: int
     parallel: dict = field(default_factory=dict)
     packs: int = 1  # in each sequence
+    recompute: RecomputeConfig | None = None
+    text: dict = field(default_factory=dict)  # of the language model, where it is not `tiny_model`'s
 
     @property
     def config(self) -> ParallelConfig:
@@ -163,6 +165,7 @@ def run(
 ) -> dict:
     """On one rank: this rank's part of the loss and of the gradients of the global batch."""
     with model_parallel(layout.config) as mesh:
+        recompute = recompute or layout.recompute
         models = build_model(eagle, mesh, torch.device("cpu"), dtype, recompute, layers)
         initialize_parameters(models, seed=1)
         batch = in_sequences(global_batch(eagle), layout.packs)
@@ -345,7 +348,31 @@ SEQUENCES = [
     ]
 ]
 
+_CP4_U4 = {"context_parallel_size": 4, "ulysses_parallel_size": 4}
+_MLP = RecomputeConfig("selective", recompute_modules=("core_attn", "mlp"))
+_SEVEN_FOR_EACH = {"num_key_value_heads": 2, "num_attention_heads": 14, "hidden_size": 14 * 8}
+
+# What is no layout: Megatron's other options, and other heads. fp32 gradients are summed in fp32 either way.
+VARIANTS = [
+    Layout("TP2+SP, MLP computed again", 2, _TP2 | _SP, recompute=_MLP),
+    Layout(
+        "PP2 x VPP2 by letters, MLP computed again",
+        2,
+        _PP2 | {"pipeline_model_parallel_layout": "Et|tt|t|L"},
+        recompute=_MLP,
+    ),
+    Layout(
+        "DP2 x CP2 gathered late, sums in the type of the parameters",
+        4,
+        _CP2 | _LATE | {"grad_reduce_in_fp32": False},
+    ),
+    # Two ranks have each KV head. Of seven query heads one has four and the other three.
+    Layout("Ulysses 4 of 8 query and 2 KV heads", 4, _CP4_U4, text={"num_key_value_heads": 2}),
+    Layout("Ulysses 4 of 14 query and 2 KV heads", 4, _CP4_U4, text=_SEVEN_FOR_EACH),
+]
+TABLE = (*LAYOUTS, *SEQUENCES, *VARIANTS)
+
 
 def cell(name: str) -> Layout:
     """The layout of the table with this name, or the one process."""
-    return next(layout for layout in (*LAYOUTS, *SEQUENCES, ONE_PROCESS) if layout.name == name)
+    return next(layout for layout in (*TABLE, ONE_PROCESS) if layout.name == name)

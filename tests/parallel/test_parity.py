@@ -18,6 +18,7 @@ from tests.parallel.cases import (
     LAYOUTS,
     ONE_PROCESS,
     SEQUENCES,
+    VARIANTS,
     Layout,
     Outcome,
     cell,
@@ -29,7 +30,6 @@ from tests.parallel.cases import (
 )
 from tests.parallel.harness import launch
 
-SEVEN_FOR_EACH = {"num_key_value_heads": 2, "num_attention_heads": 14, "hidden_size": 14 * 8}
 TOLERANCE = 1e-5  # max |g - ref| / max |ref| per tensor, fp32
 
 
@@ -59,6 +59,12 @@ def test_several_packs_a_sequence_equal_one_process_and_one_pack(layout, referen
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
     alone = replace(layout, packs=1, world_size=layout.world_size // layout.packs)
     assert found.worst(outcome(alone))[0] <= TOLERANCE
+
+
+@pytest.mark.parametrize("layout", VARIANTS, ids=str)
+def test_options_and_heads_equal_one_process(layout, reference):
+    expected = outcome(ONE_PROCESS, **layout.text) if layout.text else reference
+    assert outcome(layout, **layout.text).worst(expected)[0] <= TOLERANCE
 
 
 def test_every_gradient_of_the_reference_is_alive(reference):
@@ -135,14 +141,6 @@ def test_recomputation_is_exact(layout, language, vision, reference):
     recompute = RecomputeConfig(language, vision)
     results = launch(run, cell(layout).world_size, cell(layout), tiny_model(), torch.float32, recompute)
     assert combine(results).worst(reference)[0] <= TOLERANCE
-
-
-def test_the_mlp_computed_again_is_exact(reference):
-    """Megatron's `recompute_modules`, beside core attention, under pipelines and sequence parallelism."""
-    recompute = RecomputeConfig("selective", recompute_modules=("core_attn", "mlp"))
-    for layout in (cell("TP2+SP, none"), cell("PP2 x VPP2 by letters, none")):
-        results = launch(run, layout.world_size, layout, tiny_model(), torch.float32, recompute)
-        assert combine(results).worst(reference)[0] <= TOLERANCE
 
 
 @pytest.mark.parametrize("in_fp32", [True, False])
@@ -226,13 +224,6 @@ def test_as_many_microbatches_as_stages():
         combine(launch(_few_packs, at.world_size, at)) for at in (cell("PP2 x VPP2, none"), ONE_PROCESS)
     )
     assert found.worst(expected)[0] <= TOLERANCE
-
-
-@pytest.mark.parametrize("heads", [{"num_key_value_heads": 2}, SEVEN_FOR_EACH], ids=["8 of 2", "14 of 2"])
-def test_ulysses_beyond_the_kv_heads(heads):
-    """Two ranks have each KV head; of seven query heads one has four and the other three."""
-    layout = Layout("", 4, {"context_parallel_size": 4, "ulysses_parallel_size": 4})
-    assert outcome(layout, **heads).worst(outcome(ONE_PROCESS, **heads))[0] <= TOLERANCE
 
 
 def test_tied_embeddings_across_the_pipeline():

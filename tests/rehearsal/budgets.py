@@ -1,6 +1,6 @@
 """What small runs may tell each other, and how often a host may wait: `budgets.yaml`, made by
 
-    python -m tests.rehearsal.budgets [LAYOUT ...]
+    python -m tests.rehearsal.budgets [CELL ...]
 
 A line in it that is new or gone is a change of what a step costs: it is looked at, and committed.
 """
@@ -14,7 +14,8 @@ import yaml
 
 from megatron_eagle.rehearsal.messages import RankMessage
 from megatron_eagle.rehearsal.rank import RankReport
-from tests.parallel.cases import cell
+from tests.rehearsal.cells import CELLS, Cell
+from tests.rehearsal.runs import rehearsed
 
 FILE = Path(__file__).with_name("budgets.yaml")
 SYNCS = {"once a microbatch": 0, "once a step": 4}
@@ -46,17 +47,15 @@ def read() -> dict[str, dict[str, int]]:
 
 
 def main(names: Sequence[str]) -> None:
-    """Write the budgets of these layouts anew."""
-    from tests.rehearsal.runs import rehearsed, small_run
-
+    """Write the budgets of these cells anew; of all, without a name."""
     budgets = read() if FILE.exists() else {}
-    for name in names:
-        layout = cell(name)
-        budgets[name] = told(rehearsed(small_run(layout.parallel), layout.world_size))
-    ordered = {name: budgets[name] for name in LAYOUTS if name in budgets}
+    cells = {str(each): each for each in (Cell(LAYOUTS[0]), *CELLS)}
+    for name in names or cells:
+        budgets[name] = told(rehearsed(cells[name].config, cells[name].world_size))
+    ordered = {name: budgets[name] for name in cells if name in budgets}
     text = yaml.safe_dump(ordered, sort_keys=False, width=200)
     FILE.write_text(f"# Messages of small runs: see budgets.py\n{text}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or LAYOUTS)
+    main(sys.argv[1:])

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_eagle.rehearsal.matching import Trace, match_messages
 from megatron_eagle.rehearsal.packs import MadeUp
 from megatron_eagle.rehearsal.rank import RankReport
 from megatron_eagle.rehearsal.session import Job, run_jobs
+from megatron_eagle.training.run_config import RunConfig
 from tests.rehearsal.runs import replace_in, small_run
 
 
@@ -91,6 +93,18 @@ def memory_that_nobody_gives_back() -> None:
     schedule.megatron_loss = keep
 
 
+def the_largest_loss() -> None:
+    """Where losses, in fp64, are to be summed."""
+    original, largest = torch.distributed.all_reduce, torch.distributed.ReduceOp.MAX
+
+    def all_reduce(x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        if x.dtype == torch.float64:
+            return original(x, largest)
+        return original(x, *rest, **named)
+
+    torch.distributed.all_reduce = all_reduce
+
+
 FAULTS = (
     nothing,
     index_on_host,
@@ -103,12 +117,16 @@ FAULTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[Callable[[], None], RankReport]:
+def _one_layer() -> RunConfig:
     config = small_run({})
-    config = replace_in(
+    return replace_in(
         config, model=replace(config.model, text=replace(config.model.text, num_hidden_layers=1))
     )
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[Callable[[], None], RankReport]:
+    config = _one_layer()
     loader = MadeUp(config.model, ("one document",))
     jobs = [Job(config, "h100", 0, 1, loader, 1, fault) for fault in FAULTS]
     return dict(zip(FAULTS, run_jobs(jobs, 2), strict=True))
@@ -168,3 +186,17 @@ def test_memory_that_stays_is_seen(found: Found) -> None:
     """Two steps with one pack each; the second's peak holds both."""
     more = found[memory_that_nobody_gives_back].peaks["optimizer"].nbytes
     assert more - found[nothing].peaks["optimizer"].nbytes == 2 * (100 << 20)
+
+
+@pytest.mark.slow
+def test_a_rank_whose_code_reduces_otherwise_is_named() -> None:
+    config = _one_layer()
+    loader = MadeUp(config.model, ("one document",))
+    befores = nothing, nothing, the_largest_loss
+    jobs = [Job(config, "h100", min(n, 1), 2, loader, 1, before) for n, before in enumerate(befores)]
+    first, second, other = (Trace(report.events, report.families) for report in run_jobs(jobs, 2))
+    assert match_messages({0: first, 1: second}) is None
+    mismatch = str(match_messages({0: first, 1: other}))
+    assert "rank 0: all_reduce SUM float64" in mismatch
+    assert "rank 1: all_reduce MAX float64" in mismatch
+    assert "training/forward_backward.py" in mismatch

@@ -7,26 +7,13 @@ from megatron_eagle.rehearsal.matching import Trace
 from megatron_eagle.rehearsal.packs import PACK_KINDS
 from megatron_eagle.rehearsal.rank import RankReport
 from megatron_eagle.rehearsal.rehearsal import match_speakers
+from megatron_eagle.rehearsal.report import sync_counts
 from tests.parallel.cases import cell
+from tests.rehearsal.budgets import SYNCS, read, told
+from tests.rehearsal.cells import CELLS, Cell
 from tests.rehearsal.conftest import RING
 from tests.rehearsal.runs import recorded, rehearsed, said, small_run
-
-LAYOUTS = [
-    ("TP2+SP, cp_tp", {}),
-    ("TP2+SP x CP2, cp_tp", {}),
-    ("PP4, none", {}),
-    ("PP2 x VPP2, none", {}),
-    ("DP4 overlapped, none", {}),
-    ("DP2 x CP2 overlapped, cp", {}),
-    ("CP2 with padded documents, zigzag_per_document", {}),
-    ("CP4, balanced", {"context_parallel_comm": "ranges"}),
-    ("CP4, cp", {"context_parallel_comm": "gather", "context_parallel_layout": "zigzag"}),
-    ("Ring 4, zigzag_per_document", {}),
-    ("TP2+SP x ring 2, balanced", {}),
-    ("TP2+SP x Ulysses 2 x CP2, balanced", {}),
-    ("Ulysses 2 x gather 2 x ring 2, balanced", {}),
-    ("TP2+SP x PP2 x VPP2 x CP2, cp", {}),
-]
+from tests.rehearsal.test_budgets import MEND
 
 
 def differences(reports: list[RankReport], heard: list[list]) -> list[str]:
@@ -53,14 +40,20 @@ def test_one_layout(reports: list[RankReport]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "changes"), LAYOUTS, ids=str)
-def test_layouts(name: str, changes: dict) -> None:
-    layout = cell(name)
-    config = small_run(layout.parallel | changes)
-    reports = rehearsed(config, layout.world_size)
-    assert differences(reports, recorded(config, layout.world_size)) == []
+@pytest.mark.parametrize("each", CELLS, ids=str)
+def test_cells(each: Cell) -> None:
+    """Rehearsed once: the same messages as on gloo, those of the budget, and they find each other."""
+    config = each.config
+    reports = rehearsed(config, each.world_size)
+    heard = recorded(config, each.world_size)
+    assert differences(reports, heard) == []
+    assert told(reports) == read()[str(each)], MEND
+    assert not [problem for report in reports for problem in report.problems]
+    # That option waits after every message between stages, which is what it is for.
+    waits = 2 if config.parallel.batch_p2p_sync else SYNCS["once a microbatch"]
+    assert sync_counts(reports)[1] <= waits
 
-    grid = RankGrid(config.layout, layout.world_size, len(PACK_KINDS))
+    grid = RankGrid(config.layout, each.world_size, len(PACK_KINDS))
     traces = {report.rank: Trace(report.events, report.families) for report in reports}
     assert match_speakers(grid, traces) is None
 

@@ -4,9 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_eagle.rehearsal.matching import Mismatch, Trace, match_messages
-from megatron_eagle.rehearsal.messages import RECEIVE, SEND, RankMessage, Wait
+from megatron_eagle.rehearsal.messages import RECEIVE, SEND, RankMessage, Recorder, Wait
+from megatron_eagle.rehearsal.patches import applied
 
 Traces = dict[int, Trace]
 
@@ -75,6 +79,20 @@ def another_type(traces: Traces) -> Traces:
     return traces | {0: changed(trace, place, tensors=tuple(("bfloat16", shape) for _, shape in tensors))}
 
 
+def another_reduction(traces: Traces) -> Traces:
+    """As if one rank took the largest gradient norm where the others add them."""
+    trace = traces[2]
+    place = find(trace, "all_reduce", "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP")
+    assert trace.events[place].reduction == "SUM"  # type: ignore[union-attr]
+    return traces | {2: changed(trace, place, reduction="MAX")}
+
+
+def another_scaling(traces: Traces) -> Traces:
+    trace = traces[3]
+    place = find(trace, "reduce_scatter_coalesced")
+    return traces | {3: changed(trace, place, reduction="AVG")}
+
+
 def a_rank_without_pictures_skips_its_exchange(traces: Traces) -> Traces:
     trace = traces[0]
     for _ in range(2):  # forward and backward of a microbatch
@@ -125,6 +143,8 @@ FAULTS: dict[Callable[[Traces], Traces], str] = {
     another_order: "WORLD",
     another_shape: "reduce_scatter_coalesced",
     another_type: "bfloat16",
+    another_reduction: "all_reduce MAX float32",
+    another_scaling: "reduce_scatter_coalesced AVG",
     a_rank_without_pictures_skips_its_exchange: "exchange_features",
     other_rows: "awaits other rows",
     a_receive_that_nobody_sends: "PIPELINE",
@@ -166,6 +186,15 @@ def message(op: str, peer: int, batch: int | None = None) -> RankMessage:
     return RankMessage("a", 0, op, (("float32", (4,)),), peer, batch=batch, place="x.py:2 g")
 
 
+@pytest.mark.parametrize("op", ["broadcast", "reduce", "gather_object", "broadcast_object_list"])
+def test_ranks_name_different_roots(op: str) -> None:
+    one, other = (told(RankMessage("a", 0, op, (), root, place="x.py:1 f"), Wait(0)) for root in (0, 1))
+    assert match_messages({0: one, 1: one}) is None
+    found = str(match_messages({0: one, 1: other}))
+    assert "do not do the same" in found
+    assert f"{op} root 0" in found and f"{op} root 1" in found
+
+
 def test_two_groups_crosswise_wait_for_each_other() -> None:
     """Each group's own order is right, and both ranks wait."""
     one = told(gather("a"), Wait(0), gather("b"), Wait(1))
@@ -201,3 +230,37 @@ def test_a_thousand_ranks() -> None:
     traces[777] = without(traces[777], 20)
     found = str(match_messages(traces))
     assert "rank 777" in found
+
+
+# ---- what is listened to
+
+
+def test_reductions_and_roots_are_heard() -> None:
+    """Of torch's own calls, in a group whose ranks are numbered otherwise than the job's."""
+    recorder = Recorder()
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    try:
+        with applied(recorder.patches()), recorder:
+            group, x = dist.new_group([1, 3]), torch.zeros(2)
+            dist.all_reduce(x)
+            dist.all_reduce(x, dist.ReduceOp.MAX, group)
+            dist.reduce_scatter_tensor(x[:1], x, dist.ReduceOp.AVG, group)
+            dist.broadcast(x, 3, group)
+            dist.reduce(x, 1, dist.ReduceOp.MIN, group)
+            dist.all_gather_object([None, None], 1, group)
+            dist.gather_object(1, None, 1, group)
+            dist.broadcast_object_list([1], 3)
+            dist.broadcast_object_list([1], group=group, group_src=1)
+    finally:
+        dist.destroy_process_group()
+    assert [(m.op, m.reduction, m.peer) for m in recorder.messages] == [
+        ("all_reduce", "SUM", None),
+        ("all_reduce", "MAX", None),
+        ("reduce_scatter", "AVG", None),
+        ("broadcast", None, 1),
+        ("reduce", "MIN", 0),
+        ("all_gather_object", None, None),
+        ("gather_object", None, 0),
+        ("broadcast_object_list", None, 3),
+        ("broadcast_object_list", None, 1),
+    ]

@@ -1,0 +1,35 @@
+"""What is rehearsed with few layers is a run that starts."""
+
+import pytest
+
+from megatron_eagle.planning.planner import preset_run
+from megatron_eagle.rehearsal.kinds import cut_depth
+
+PP4 = "parallel.pipeline_model_parallel_size=4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ([], [[2]]),
+        ([PP4], [[2]] * 4),
+        ([PP4, "parallel.virtual_pipeline_model_parallel_size=7"], [[1] * 7] * 4),
+        ([PP4, "parallel.num_layers_in_first_pipeline_stage=4"], [[2]] * 4),
+        ([PP4, "parallel.num_layers_in_last_pipeline_stage=1"], [[2]] * 4),
+        ([PP4, "parallel.pipeline_model_parallel_layout=Et*5|t*9|t*9|t*5L"], [[2]] * 4),
+        (
+            [PP4, "parallel.pipeline_model_parallel_layout=Et|(ttttt|)*5tt|L"],
+            [[1, 2], [2, 2], [2, 2], [2, 0]],
+        ),
+    ],
+    ids=str,
+)
+def test_runs_of_few_layers_are_legal(settings: list[str], stages: list[list[int]]) -> None:
+    config = preset_run("eagle2.5-8b", 32768, 4, ["model.text.vocab_size=151674", *settings])
+    config.validate(4)
+    cut = cut_depth(config)
+    cut.validate(4)
+    layers = cut.model.text.num_hidden_layers
+    assert cut.parallel.stage_layers(layers) == stages
+    assert layers == sum(map(sum, stages)) and cut.model.vision.num_hidden_layers == 2
+    assert cut_depth(cut) == cut
