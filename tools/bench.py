@@ -25,6 +25,7 @@ BENCHMARKS = (
     "prefill",
     "preprocess",
     "rehearsal",
+    "rehearsal_sweep",
     "selection",
     "store",
     "tiles",
@@ -46,10 +47,12 @@ def main() -> None:
     parser.add_argument("--packs", metavar="DIR", help="a store's length folder, instead of made-up packs")
     parser.add_argument("--clips", metavar="DIR", help="where videos are kept, instead of making them anew")
     parser.add_argument("--plot", metavar="FILE", help="draw the numbers, as PNG")
+    parser.add_argument("--kept", metavar="DIR", help="where cases that are done are kept and found again")
+    parser.add_argument("--case", metavar="TEXT", help="only cases with this in their names")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where, if there is a choice (cpu)")
     arguments = parser.parse_args()
     run = importlib.import_module(f"benchmarks.{arguments.name}").run
-    names = ("large", "packs", "clips", "plot", "device")
+    names = ("large", "packs", "clips", "plot", "kept", "case", "device")
     options = {name: value for name in names if (value := getattr(arguments, name))}
     for name in options.keys() - inspect.signature(run).parameters.keys():
         raise UserError(f"{arguments.name} takes no --{name}; leave it out")

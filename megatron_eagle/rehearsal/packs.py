@@ -86,6 +86,16 @@ class MadeUp:
     eagle: EagleConfig
     kinds: tuple[str, ...] = PACK_KINDS
 
+    def packs(self, config: DataConfig, rank: int, number: int) -> list[TokenPack]:
+        """Those of microbatch `number` of a data parallel rank: of kind rank + number, and the next ones."""
+        first = rank + number
+        return [
+            made_up_pack(
+                self.eagle, config.length, self.kinds[(first + place) % len(self.kinds)], number + place
+            )
+            for place in range(config.packs_per_sequence)
+        ]
+
     def __call__(
         self,
         config: DataConfig,
@@ -114,8 +124,7 @@ class _MadeUpPacks:
         plan: Callable[[TokenPack], InputPlan],
         pinned: bool,
     ) -> None:
-        self._made_up, self._length, self._rank, self._count = made_up, config.length, rank, count
-        self._joined = config.packs_per_sequence
+        self._made_up, self._config, self._rank, self._count = made_up, config, rank, count
         self._plan, self._pinned = plan, pinned
         self._loaded: list[LoadedPack[InputPlan]] = []
         self._total = 1.0
@@ -146,14 +155,8 @@ class _MadeUpPacks:
         pass
 
     def _load(self, number: int) -> LoadedPack[InputPlan]:
-        eagle, kinds = self._made_up.eagle, self._made_up.kinds
-        first = self._rank + number
-        tokens = join(
-            [
-                made_up_pack(eagle, self._length, kinds[(first + place) % len(kinds)], number + place)
-                for place in range(self._joined)
-            ]
-        )
+        eagle = self._made_up.eagle
+        tokens = join(self._made_up.packs(self._config, self._rank, number))
         tokens = replace(tokens, loss_weights=tokens.loss_weights / self._count)
         plan = self._plan(tokens)
         pixels = None

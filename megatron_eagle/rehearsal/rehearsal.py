@@ -65,14 +65,20 @@ class Rehearsal:
     mismatch: Mismatch | None
 
     @property
+    def everyone(self) -> list[RankReport]:
+        """Of both kinds, each once: a model of few layers is rehearsed for both."""
+        own = {id(report) for report in self.reports}
+        return [*self.reports, *(report for report in self.speakers if id(report) not in own)]
+
+    @property
     def failures(self) -> list[RankReport]:
         """Ranks that did not come to their end."""
-        return [report for report in (*self.reports, *self.speakers) if report.failure is not None]
+        return [report for report in self.everyone if report.failure is not None]
 
     @property
     def problems(self) -> int:
         """Of all kinds together."""
-        found = {(what, where) for report in self.reports for what, where, _ in report.problems}
+        found = {(what, where) for report in self.everyone for what, where, _ in report.problems}
         return len(found) + len(self.failures) + (self.mismatch is not None)
 
 

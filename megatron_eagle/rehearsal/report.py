@@ -1,7 +1,7 @@
 """What a rehearsal found, in words for who will start the job."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_eagle.planning.planner import RESERVED_BYTES
 from megatron_eagle.rehearsal.gpu_types import find_gpu_type
@@ -16,7 +16,7 @@ _MOST = 12  # lines of a kind
 
 def render(name: str, rehearsal: Rehearsal) -> str:
     """The report of one run."""
-    lines = [*_head(name, rehearsal), *_stopped(rehearsal), *_problems(rehearsal), *_messages(rehearsal)]
+    lines = [*_head(name, rehearsal), *problem_lines(rehearsal), *_messages(rehearsal)]
     done = [report for report in rehearsal.reports if report.failure is None]
     if done:
         lines += [*_memory(rehearsal, done), *_syncs(done), *_traffic(done), *_work(done)]
@@ -54,14 +54,19 @@ def _head(name: str, rehearsal: Rehearsal) -> Iterator[str]:
     )
 
 
+def problem_lines(rehearsal: Rehearsal) -> list[str]:
+    """What is to be mended, with its places."""
+    wrong = [] if rehearsal.mismatch is None else [f"MISMATCH: {rehearsal.mismatch}"]
+    return [*_stopped(rehearsal), *_problems(rehearsal), *wrong]
+
+
 def _stopped(rehearsal: Rehearsal) -> Iterator[str]:
     seen: set[str] = set()
     for report in rehearsal.failures:
         assert report.failure is not None
         last = report.failure.strip().splitlines()[-1]
         if last not in seen:
-            yield f"STOPPED at rank {report.rank}: {last}"
-            yield "  " + "\n  ".join(_own_lines(report.failure))
+            yield "\n  ".join((f"STOPPED at rank {report.rank}: {last}", *_own_lines(report.failure)))
         seen.add(last)
 
 
@@ -74,7 +79,7 @@ def _own_lines(trace: str) -> list[str]:
 
 def _problems(rehearsal: Rehearsal) -> Iterator[str]:
     found: Counter[tuple[str, str]] = Counter()
-    for report in rehearsal.reports:
+    for report in rehearsal.everyone:
         for what, where, count in report.problems:
             found[what, where] += count
     for (what, where), count in found.most_common():
@@ -84,8 +89,8 @@ def _problems(rehearsal: Rehearsal) -> Iterator[str]:
 def _messages(rehearsal: Rehearsal) -> Iterator[str]:
     grid = rehearsal.plan.grid
     if rehearsal.mismatch is not None:
-        yield f"MISMATCH: {rehearsal.mismatch}"
-    elif rehearsal.speakers and not any(report.failure for report in rehearsal.speakers):
+        return
+    if rehearsal.speakers and not any(report.failure for report in rehearsal.speakers):
         count = sum(len(_own(report)) for report in rehearsal.speakers)
         whose = f"all {grid.world_size} ranks'"
         if rehearsal.plan.open_loader is UnreadPacks and len(grid.replicas) < grid.sizes.dp:
@@ -125,17 +130,22 @@ def _memory(rehearsal: Rehearsal, done: list[RankReport]) -> Iterator[str]:
 def _syncs(done: list[RankReport]) -> Iterator[str]:
     per_step, per_microbatch = sync_counts(done)
     yield f"the host waits for the device {per_microbatch:g} times a microbatch and {per_step} times a step:"
+    for (phase, inside, what, where), count in sync_places(done)[:_MOST]:
+        yield f"  {count} x {what}, {phase}{', in the schedule' if inside else ''}\n    at {where}"
+
+
+def sync_places(reports: Sequence[RankReport]) -> list[tuple[tuple[str, bool, str, str], int]]:
+    """(phase, whether in the schedule, what, where) and how often on the rank with most; most first."""
     most: dict[tuple[str, bool, str, str], int] = {}
-    for report in done:
+    for report in reports:
         for phase, inside, what, where, count in report.syncs:
             if phase != "start":
                 key = phase, inside, what, where
                 most[key] = max(most.get(key, 0), count)
-    for (phase, inside, what, where), count in sorted(most.items(), key=lambda s: -s[1])[:_MOST]:
-        yield f"  {count} x {what}, {phase}{', in the schedule' if inside else ''}\n    at {where}"
+    return sorted(most.items(), key=lambda sync: -sync[1])
 
 
-def sync_counts(reports: list[RankReport]) -> tuple[int, float]:
+def sync_counts(reports: Sequence[RankReport]) -> tuple[int, float]:
     """Host syncs of the rank with most: of a step outside the schedule, and of a microbatch in it."""
     outside, inside = [0], [0.0]
     for report in reports:
@@ -149,17 +159,20 @@ def _own(report: RankReport) -> list[RankMessage]:
     return [event for event in report.events if isinstance(event, RankMessage)]
 
 
+def traffic(report: RankReport) -> dict[tuple[str, str], tuple[int, int]]:
+    """How many messages of a rank's steps and evaluation, and their bytes, by group and operation."""
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for message in _own(report):
+        key = message.group, message.op
+        count, nbytes = found.get(key, (0, 0))
+        found[key] = count + 1, nbytes + message.nbytes
+    return found
+
+
 def _traffic(done: list[RankReport]) -> Iterator[str]:
     """Of the rank that moves most, the last step."""
     yield "messages of the rehearsed steps, of the rank that moves most:"
-    sums: dict[int, dict[tuple[str, str], list[int]]] = {}
-    for report in done:
-        by_op: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-        for message in _own(report):
-            entry = by_op[message.group, message.op]
-            entry[0] += 1
-            entry[1] += message.nbytes
-        sums[report.rank] = by_op
+    sums = {report.rank: traffic(report) for report in done}
     rank = max(sums, key=lambda number: sum(nbytes for _, nbytes in sums[number].values()))
     for (group, op), (count, nbytes) in sorted(sums[rank].items(), key=lambda found: -found[1][1])[:_MOST]:
         yield f"  {nbytes / 1e9:9.3f} GB in {count} x {op}, {group}"

@@ -71,10 +71,14 @@ def run_jobs(
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "jobs").write_bytes(pickle.dumps(list(jobs)))
         command = [sys.executable, "-m", "megatron_eagle.rehearsal.server", folder, str(processes)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        ) as server:
-            assert server.stdout is not None and server.stderr is not None
+        errors = Path(folder, "errors")  # a file: a pipe that nobody reads yet would fill and stop the ranks
+        with (
+            errors.open("w") as into,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=into, text=True, env=environment
+            ) as server,
+        ):
+            assert server.stdout is not None
             try:
                 for line in server.stdout:
                     number = int(line)
@@ -82,9 +86,9 @@ def run_jobs(
                     if file.exists():
                         reports[number] = pickle.loads(file.read_bytes())
                         tell(number, reports[number])
-                said = server.stderr.read()
             finally:
                 server.kill()
+        said = errors.read_text(errors="replace")
     if len(reports) < len(jobs):
         missing = next(job for number, job in enumerate(jobs) if number not in reports)
         last = (said.strip() or "killed, by the system's memory perhaps").splitlines()[-1]

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_eagle.planning import attention_memory
 from megatron_eagle.planning.memory_shapes import Workload
+from megatron_eagle.rehearsal import formula
 from tests.paths import REPO
 
 TOLERANCE = 0.03
@@ -70,14 +71,14 @@ def of_case(name):
     ids=str,
 )
 def test_what_was_left_out_before_would_be_seen(case, changes, planner, monkeypatch):
-    run_workload = planner.run_workload
+    run_workload = formula.run_workload
 
     def wrong(*args):
         return replace(run_workload(*args), **changes)
 
     row = of_case(case)
     assert abs(error(planner, row)) < TOLERANCE
-    monkeypatch.setattr(planner, "run_workload", wrong)
+    monkeypatch.setattr(formula, "run_workload", wrong)
     assert abs(error(planner, row)) > TOLERANCE
 
 

@@ -10,10 +10,8 @@ from typing import Any
 from benchmarks.report import REPO, Report, progress
 
 from megatron_eagle.model.flops import training_flops
-from megatron_eagle.planning.memory_model import peak_memory
-from megatron_eagle.planning.planner import PackShape, run_workload
 from megatron_eagle.planning.rates import Machine
-from megatron_eagle.rehearsal.gpu_types import GPU_TYPES
+from megatron_eagle.rehearsal.formula import sequence_memory
 from megatron_eagle.rehearsal.memory import Peak
 from megatron_eagle.rehearsal.packs import MadeUp, made_up_pack
 from megatron_eagle.rehearsal.session import Job, run_jobs
@@ -110,12 +108,8 @@ def read_case(stage: str, overrides: list[str]) -> RunConfig:
 
 def planned(config: RunConfig, stage: int, microbatches: int) -> dict[str, Any]:
     """The planner's parts of a pipeline stage's peak in GB, as `rehearsed` names them, and its moment."""
-    pack = made_up_pack(config.model, config.data.length, KIND, 0)
-    document = pack.document_bounds[1]
-    packs = PackShape(pack.n_tiles, pack.n_tiles, document, float(document) ** 2)
-    workload = run_workload(config, packs, microbatches, GPU_TYPES[GPU].multiprocessors)
-    replicas = config.layout.data_parallel_size(GPUS)
-    memory = peak_memory(config.model, config.layout, replicas, workload, stage)
+    packs = MadeUp(config.model, (KIND,)).packs(config.data, 0, 0)
+    memory = sequence_memory(config, GPU, GPUS, stage, microbatches, packs)
     passing = memory.activations + memory.vision + memory.logits + memory.workspace
     return {
         "weights": memory.weights / 1e9,

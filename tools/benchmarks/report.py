@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,8 @@ class Report:
     rows: Sequence[Mapping[str, Any]]
     flags: str = ""
     """Flags of the command line, beside the name, that made this report."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What a card also has, and a table has no place for."""
 
     def table(self) -> str:
         """Aligned plain text."""
@@ -35,7 +37,7 @@ class Report:
         """The report with what is needed to repeat it."""
         command = f"python tools/bench.py {name} {self.flags}".rstrip()
         head = card_head(name, self.title, command, f"Python {platform.python_version()}")
-        return head | {"rows": self.rows}
+        return head | {"rows": self.rows} | self.details
 
 
 def card_head(name: str, title: str, command: str, machine: str) -> dict[str, str]:
