@@ -37,7 +37,7 @@ class Report:
         """The report with what is needed to repeat it."""
         command = f"python tools/bench.py {name} {self.flags}".rstrip()
         head = card_head(name, self.title, command, f"Python {platform.python_version()}")
-        return head | {"rows": self.rows} | self.details
+        return {**head, "rows": self.rows, **self.details}
 
 
 def card_head(name: str, title: str, command: str, machine: str) -> dict[str, str]:
