@@ -46,6 +46,7 @@ if [ -n "$stock" ]; then
     --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}}")
 else
   export PYTHONPATH="$(realpath "$model")/vllm_plugin${PYTHONPATH:+:$PYTHONPATH}" VLLM_MEDIA_CONNECTOR=eagle2_5
+  [ ! -f "$model/certificate.json" ] || python3 -m eagle2_5_vllm.certificate "$model" >&2
   [ -z "${VLLM_PLUGINS+set}" ] || export VLLM_PLUGINS="$VLLM_PLUGINS,eagle2_5"
   # Requests may set tiles; the plugin refuses what no prompt can hold.
   ways=(--tokenizer-mode eagle2_5 --chat-template-content-format openai --trust-request-mm-kwargs
@@ -53,7 +54,6 @@ else
     --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}, \"video\": ${MAX_VIDEOS:-8}}")
 fi
 
-PYTHONPATH="$model/vllm_plugin" python3 -m eagle2_5_vllm.certificate "$model" >&2 || true # green, red, or of other files
 exec vllm serve "$model" --trust-remote-code --served-model-name eagle2.5 \
   --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
   --chat-template "$model/chat_template.jinja" "${ways[@]}" "${length[@]}" "$@"

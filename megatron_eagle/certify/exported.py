@@ -48,10 +48,14 @@ class TransformersModel:
     def logits(self, ids: Sequence[int], pixels: Tensor | None, first_position: int = 0) -> Tensor:
         """[s, vocabulary] fp32 on the CPU."""
         device = self.model.device
+        places = None  # its own, for which it makes no mask
+        if first_position:
+            places = torch.arange(first_position, first_position + len(ids), device=device)[None]
         found = self.model(
             input_ids=torch.tensor([list(ids)], device=device),
             pixel_values=None if pixels is None else pixels.to(device),
-            position_ids=torch.arange(first_position, first_position + len(ids), device=device)[None],
+            position_ids=places,
+            use_cache=False,
         )
         logits: Tensor = found.logits[0].float().cpu()
         return logits

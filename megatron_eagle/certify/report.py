@@ -7,9 +7,9 @@ def report(certificate: Certificate) -> str:
     """The text."""
     content, results = certificate.content, certificate.results
     width = max([len("sample"), *(len(result.name) for result in results)])
-    lines = [f"{'sample':{width}}  {'tokens':>7}  {'':28}first difference"]
+    lines = [f"{'sample':{width}}  {'tokens':>7}  {'':30}first difference"]
     lines += [
-        f"{result.name:{width}}  {result.tokens:>7,}  {_numbers(result):28}{result.first or 'none'}"
+        f"{result.name:{width}}  {result.tokens:>7,}  {_numbers(result):30}{result.first or 'none'}"
         for result in results
     ]
     lines += [f"{path}: {what}" for path, what in content["paths"].items()]

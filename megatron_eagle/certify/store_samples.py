@@ -6,6 +6,7 @@ that were chosen.
 """
 
 import io
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -123,17 +124,18 @@ class AskedOfStore:
         """
         n_packs = self._loader.packs_per_epoch
         wanted = len(self.store) if count is None else min(count, len(self.store))
-        packs = min(n_packs, wanted)
-        left = wanted
+        n_read = min(n_packs, wanted)
+        places = [i * n_packs // n_read for i in range(n_read)]
+        sizes = [self._loader.n_samples(place) for place in places]
+        each = next(n for n in itertools.count(1) if sum(min(size, n) for size in sizes) >= wanted)
         try:
-            for i in range(packs):
-                batch = self._loader.step(i * n_packs // packs)
+            for place in places:
+                batch = self._loader.step(place)
                 for failed in batch.failures.values():
                     raise UserError(f"{failed.source}: {failed.reason}")
-                pack = batch.microbatches[0]
-                share = -(-left // (packs - i))
-                for sample in pack.samples[:share]:
-                    left -= 1
+                (pack,) = batch.microbatches
+                for sample in pack.samples[: min(each, wanted)]:
+                    wanted -= 1
                     yield self._question(pack, sample)
         finally:
             self._loader.close()

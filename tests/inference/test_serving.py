@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,7 +24,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model import vllm_plugin
+from megatron_eagle.hf_model.vllm_plugin.certificate import file_digests
 from megatron_eagle.hf_model.vllm_plugin.export import NAME
+from megatron_eagle.hf_model.vllm_plugin.seen import SEEN, SeenMedia
 from megatron_eagle.hf_model.vllm_plugin.settings import ExportSettings
 from megatron_eagle.hf_model.vllm_plugin.video_url import split_url
 from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
@@ -177,6 +180,13 @@ def test_the_script_starts_vllm_and_refuses_other_folders(exported, checkpoint, 
     limits = json.loads(arguments[arguments.index("--limit-mm-per-prompt") + 1])
     assert limits == {"image": 256, "video": 8}
     assert start(exported, VLLM_PLUGINS="mine").stdout.splitlines()[1] == "mine,eagle2_5"
+    certified = shutil.copytree(exported, tmp_path / "certified")
+    found = {"green": True, "date": "today", "files": file_digests(certified)}
+    (certified / "certificate.json").write_text(json.dumps(found))
+    assert start(certified).stderr == f"{certified}: certificate.json of today is green\n"
+    (certified / "config.json").write_text((certified / "config.json").read_text() + " ")
+    assert "of other files (config.json changed since)" in start(certified).stderr
+    assert start(exported).stderr == start(certified, "--stock").stderr == ""
 
     connector, plugins, path, *arguments = start(exported, "--stock", "--port", "1").stdout.splitlines()
     assert (connector, plugins, path) == ("", "", "x")
@@ -217,6 +227,25 @@ def test_the_middleware_tells_how_pictures_are_cut(exported):
     expected |= {"dtype": "float32", "vllm": None}  # it is not installed here
     assert (status, json.loads(body), behind) == (200, expected, [])
     assert ask_middleware(exported, "/v1/models") == (None, b"", ["/v1/models"])
+    assert ask_middleware(exported, "/v1/exports") == (None, b"", ["/v1/exports"])
+    _, body, _ = ask_middleware(exported, "/v1/export/files")
+    assert json.loads(body) == file_digests(exported)
+
+
+def test_the_middleware_tells_what_was_seen_once(exported):
+    number = "5" * 32
+    path = f"/v1/export/seen/{number}"
+    assert ask_middleware(exported, path)[0] == 404
+    SEEN.keep(number, [{"kind": "picture"}])
+    assert json.loads(ask_middleware(exported, path)[1]) == {"media": [{"kind": "picture"}]}
+    assert ask_middleware(exported, path)[0] == 404
+    for wrong in (5, "5" * 31, "../" * 8):
+        with pytest.raises(ValueError, match="32 hexadecimal digits"):
+            SEEN.keep(wrong, [])
+    kept = SeenMedia()
+    for i in range(70):  # those of whom nobody asks do not add up
+        kept.keep(f"{i:032x}", [])
+    assert kept.take(f"{5:032x}") is None and kept.take(f"{6:032x}") == []
 
 
 def test_a_video_says_in_its_url_how_it_is_sampled():

@@ -39,8 +39,9 @@ def train_demo(folder: Path) -> Path:
 
 
 @contextmanager
-def running(export: Path, log: Path, *options: str) -> Iterator[str]:
-    """URL of a server of `export`, which ends with the block; `options` are `serve_vllm.sh`'s."""
+def running(export: Path, log: Path, *options: str, length: int = 2048) -> Iterator[str]:
+    """URL of a server of `export`, which ends with the block; `options` are `serve_vllm.sh`'s, `length` the
+    tokens of a prompt with its answer, also beyond those that the model was trained for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,9 +55,10 @@ def running(export: Path, log: Path, *options: str) -> Iterator[str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     }
     script = str(REPO / "tools" / "serve_vllm.sh")
-    settings = ("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager")
+    settings = ("--dtype", "float32", "--max-model-len", str(length), "--enforce-eager")
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as said:
         process = subprocess.Popen(

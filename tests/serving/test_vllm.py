@@ -12,18 +12,13 @@ from megatron_eagle.commands import compare
 from megatron_eagle.inference.batch import read_requests
 from megatron_eagle.inference.generate import ExportedModel, Sampling
 from megatron_eagle.inference.server_client import ServedModel
-from tests.serving.server import ENVIRONMENT, ask, running, train_demo
+from tests.serving.server import ENVIRONMENT, ask, running
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ENVIRONMENT / ".complete").exists(), reason="no vLLM: make test-serving"),
 ]
 SHORT = Sampling(max_new_tokens=40)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    return train_demo(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,13 @@ from .processing import (
 class Eagle2_5_VL(Eagle2_5_VLForConditionalGeneration):
     """Features of pictures and videos alike."""
 
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        # Its table of positions has as many rows as this says; what is beyond is read from other memory.
+        text = vllm_config.model_config.hf_config.text_config
+        longest = vllm_config.model_config.max_model_len
+        text.max_position_embeddings = max(text.max_position_embeddings, longest)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str:
         """As the export's template writes it."""
