@@ -54,7 +54,7 @@ def test_a_shipped_file_stands_alone(path):
 def test_the_plugin_needs_no_checkout(path):
     """It knows the export through its processor, and else what is installed beside vLLM."""
     neighbours, packages = _imports(path)
-    assert packages <= LIBRARIES | {"vllm"} | sys.stdlib_module_names
+    assert packages <= LIBRARIES | {"vllm", "aiohttp"} | sys.stdlib_module_names  # which vLLM brings
     assert all((path.parent / f"{name}.py").is_file() for name in neighbours)
 
 

@@ -25,6 +25,7 @@ class ExportSettings:
     def __init__(self, app: Any) -> None:
         self._app = app
         self._digests = lru_cache(maxsize=1)(file_digests)  # of weights too, once
+        self._hashing = asyncio.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer `PATH` and what is below it, and pass everything else on."""
@@ -46,7 +47,8 @@ class ExportSettings:
             dtype = str(model_config.dtype).removeprefix("torch.")
             return _settings(folder) | {"dtype": dtype, "vllm": _version()}
         if below == "/files":
-            return await asyncio.to_thread(self._digests, folder)
+            async with self._hashing:
+                return await asyncio.to_thread(self._digests, folder)
         media = SEEN.take(below.removeprefix("/seen/"))
         return None if media is None else {"media": media}
 
