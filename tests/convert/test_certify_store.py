@@ -106,6 +106,7 @@ def refused(*options) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("store", ["hf"], indirect=True)
 def test_bad_input(store, exported, tmp_path):
     assert "no such folder" in refused("--hf", tmp_path / "none")
     assert "--samples 0" in refused("--hf", exported, "--samples", 0)
