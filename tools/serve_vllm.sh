@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Serve an exported model with vLLM, OpenAI-compatible:  tools/serve_vllm.sh H [--stock] [options of vllm serve]
 # H brings a plugin (H/vllm_plugin): prompts, tiles and frames are those of training. With --stock they are vLLM's own.
-# HOST (127.0.0.1), PORT (8000), MAX_IMAGES (256) and MAX_VIDEOS (8) per request come from the environment; a stock
-# server takes a video as pictures.
+# From the environment: HOST (127.0.0.1), PORT (8000); MAX_IMAGES (512) and MAX_VIDEOS (8) of a request, where a stock
+# server takes a video as pictures; MAX_FRAMES of a video (the processor's 256) and MAX_TILES of a picture (the
+# export's), for which memory is kept and which a request gets that asks for nothing else.
 # Prompts with their answers have at most the tokens that the model was trained for (max_position_embeddings of its
 # config.json); --max-model-len may ask for less, and for more only with VLLM_ALLOW_LONG_MAX_MODEL_LEN=1, vLLM's own.
 set -euo pipefail
@@ -19,6 +20,12 @@ done
 [ -n "$stock" ] || [ -d "$model/vllm_plugin" ] ||
   fail "$model: no vllm_plugin; export it again, or serve it with --stock, not as it was trained"
 command -v vllm >/dev/null || fail "vllm is not installed here (made for 0.32 and 0.33)"
+
+for name in MAX_IMAGES MAX_VIDEOS MAX_FRAMES MAX_TILES; do
+  [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: expected a whole number of at least 1"
+done
+[ -z "$stock" ] || [ -z "${MAX_FRAMES:-}${MAX_TILES:-}" ] ||
+  fail "MAX_FRAMES and MAX_TILES: a stock server cuts pictures by its own rule and takes frames as pictures (MAX_IMAGES)"
 
 trained=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["text_config"]["max_position_embeddings"])' \
   "$model/config.json" 2>/dev/null) || fail "$model/config.json: no max_position_embeddings in its text_config"
@@ -43,7 +50,7 @@ if [ -n "$stock" ]; then
   # String format: vLLM writes its own placeholder <image> where a picture stands, and the folder's template takes the
   # turn as text. In the other format the template would write <image-1>, which vLLM does not know.
   ways=(--chat-template-content-format string --interleave-mm-strings
-    --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}}")
+    --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-512}}")
 else
   export PYTHONPATH="$(realpath "$model")/vllm_plugin${PYTHONPATH:+:$PYTHONPATH}" VLLM_MEDIA_CONNECTOR=eagle2_5
   [ ! -f "$model/certificate.json" ] || python3 -m eagle2_5_vllm.certificate "$model" >&2
@@ -51,7 +58,10 @@ else
   # Requests may set tiles; the plugin refuses what no prompt can hold.
   ways=(--tokenizer-mode eagle2_5 --chat-template-content-format openai --trust-request-mm-kwargs
     --middleware eagle2_5_vllm.settings.ExportSettings
-    --limit-mm-per-prompt "{\"image\": ${MAX_IMAGES:-256}, \"video\": ${MAX_VIDEOS:-8}}")
+    --limit-mm-per-prompt
+    "{\"image\": ${MAX_IMAGES:-512}, \"video\": {\"count\": ${MAX_VIDEOS:-8}, \"num_frames\": ${MAX_FRAMES:-256}}}")
+  [ -z "${MAX_FRAMES:-}" ] || ways+=(--media-io-kwargs "{\"video\": {\"max_frames\": $MAX_FRAMES}}")
+  [ -z "${MAX_TILES:-}" ] || ways+=(--mm-processor-kwargs "{\"max_dynamic_tiles\": $MAX_TILES}")
 fi
 
 exec vllm serve "$model" --trust-remote-code --served-model-name eagle2.5 \

@@ -178,7 +178,17 @@ def test_the_script_starts_vllm_and_refuses_other_folders(exported, checkpoint, 
     assert arguments[-2:] == ["--max-model-len", "4096"] and "8123" in arguments
     assert arguments[arguments.index("--tokenizer-mode") + 1] == NAME
     limits = json.loads(arguments[arguments.index("--limit-mm-per-prompt") + 1])
-    assert limits == {"image": 256, "video": 8}
+    assert limits == {"image": 512, "video": {"count": 8, "num_frames": 256}}
+    assert not {"--media-io-kwargs", "--mm-processor-kwargs"} & set(arguments)
+    arguments = start(exported, MAX_FRAMES="512", MAX_TILES="48").stdout.splitlines()
+    asked = [
+        arguments[arguments.index(f"--{name}") + 1] for name in ("media-io-kwargs", "mm-processor-kwargs")
+    ]
+    assert list(map(json.loads, asked)) == [{"video": {"max_frames": 512}}, {"max_dynamic_tiles": 48}]
+    assert '"num_frames": 512' in arguments[arguments.index("--limit-mm-per-prompt") + 1]
+    for stock, value, message in (((), "many", "MAX_FRAMES=many: expected"), (("--stock",), "9", "a stock")):
+        refused = start(exported, *stock, MAX_FRAMES=value)
+        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
     assert start(exported, VLLM_PLUGINS="mine").stdout.splitlines()[1] == "mine,eagle2_5"
     certified = shutil.copytree(exported, tmp_path / "certified")
     found = {"green": True, "date": "today", "files": file_digests(certified)}
@@ -191,7 +201,7 @@ def test_the_script_starts_vllm_and_refuses_other_folders(exported, checkpoint, 
     connector, plugins, path, *arguments = start(exported, "--stock", "--port", "1").stdout.splitlines()
     assert (connector, plugins, path) == ("", "", "x")
     assert arguments[-2:] == ["--port", "1"] and not {"--stock", "--tokenizer-mode"} & set(arguments)
-    assert json.loads(arguments[arguments.index("--limit-mm-per-prompt") + 1]) == {"image": 256}
+    assert json.loads(arguments[arguments.index("--limit-mm-per-prompt") + 1]) == {"image": 512}
 
     earlier = tmp_path / "earlier"
     earlier.mkdir()
@@ -204,7 +214,7 @@ def test_the_script_starts_vllm_and_refuses_other_folders(exported, checkpoint, 
         assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
 
 
-def ask_middleware(folder, path):
+def ask_middleware(folder, path, **asked):
     """Status, body and what reached the application behind, of a GET."""
     sent, behind = [], []
 
@@ -214,7 +224,13 @@ def ask_middleware(folder, path):
     async def application(scope, receive, send):
         behind.append(scope["path"])
 
-    config = SimpleNamespace(model_config=SimpleNamespace(model=str(folder), dtype="torch.float32"))
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=str(folder),
+            dtype="torch.float32",
+            multimodal_config=SimpleNamespace(mm_processor_kwargs=asked or None),
+        )
+    )
     app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
     asyncio.run(ExportSettings(application)({"type": "http", "path": path, "app": app}, None, send))
     return sent[0]["status"] if sent else None, b"".join(m.get("body", b"") for m in sent), behind
@@ -226,6 +242,8 @@ def test_the_middleware_tells_how_pictures_are_cut(exported):
     expected = {"tile_size": 64, "max_tiles": settings["max_dynamic_tiles"], "tiling": "iap"}
     expected |= {"dtype": "float32", "vllm": None}  # it is not installed here
     assert (status, json.loads(body), behind) == (200, expected, [])
+    _, body, _ = ask_middleware(exported, "/v1/export", max_dynamic_tiles=48)  # as the server was started
+    assert json.loads(body) == {**expected, "max_tiles": 48}
     assert ask_middleware(exported, "/v1/models") == (None, b"", ["/v1/models"])
     assert ask_middleware(exported, "/v1/exports") == (None, b"", ["/v1/exports"])
     _, body, _ = ask_middleware(exported, "/v1/export/files")

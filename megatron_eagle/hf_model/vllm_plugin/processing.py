@@ -95,15 +95,17 @@ class Eagle2_5_VLProcessingInfo(BaseProcessingInfo):
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """Of the largest picture and the longest video."""
         export = self.get_hf_processor()
-        image = len(export.encode(export.show(self.largest_image())[0].write(100, export.tokens_per_tile)))
+        shown, _ = export.show(self.largest_image(), self.read_tiling({})[0])
+        image = len(export.encode(shown.write(100, export.tokens_per_tile)))
         video = self.most_frames(seq_len) * self._tokens_per_frame()
         return {"image": min(image, seq_len), "video": min(video, seq_len)}
 
     def largest_image(self) -> Image.Image:
-        """A picture that gets as many tiles as the export allows."""
+        """A picture that gets as many tiles as the server allows: --mm-processor-kwargs, or the export."""
         images = self.get_hf_processor().image_processor
+        tiles = self.read_tiling({})[0].get("max_dynamic_tiles", images.max_dynamic_tiles)
         side = images.size["height"]
-        return Image.new("RGB", (side * images.max_dynamic_tiles, side), "white")
+        return Image.new("RGB", (side * tiles, side), "white")
 
     def most_frames(self, seq_len: int) -> int:
         """Frames of a video that memory is kept for: 256, the processor's own limit, or `num_frames` of
@@ -156,7 +158,9 @@ class Eagle2_5_VLProcessingInfo(BaseProcessingInfo):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}")
         if count > limit:
-            raise ValueError(f"{name} is {count}; a prompt of this server holds {limit} tiles and frames")
+            raise ValueError(
+                f"{name} is {count}; a prompt of this server holds {limit} tiles and frames (--max-model-len)"
+            )
 
 
 class Eagle2_5_VLDummyInputs(BaseDummyInputsBuilder[Eagle2_5_VLProcessingInfo]):

@@ -45,7 +45,7 @@ class ExportSettings:
         folder = Path(model_config.model)
         if below == "":
             dtype = str(model_config.dtype).removeprefix("torch.")
-            return _settings(folder) | {"dtype": dtype, "vllm": _version()}
+            return _settings(model_config) | {"dtype": dtype, "vllm": _version()}
         if below == "/files":
             async with self._hashing:
                 return await asyncio.to_thread(self._digests, folder)
@@ -63,8 +63,11 @@ def _version() -> str | None:
         return None
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+def _settings(model: Any) -> dict[str, Any]:
+    """Of vLLM's `model_config`: the export's, or what the server was started with."""
+    settings = json.loads((Path(model.model) / "preprocessor_config.json").read_text(encoding="utf-8"))
+    asked = model.multimodal_config.mm_processor_kwargs or {}
+    settings |= {**asked, **(asked.get("images_kwargs") or {})}
     return {
         "tile_size": settings["size"]["height"],
         "max_tiles": settings["max_dynamic_tiles"],
