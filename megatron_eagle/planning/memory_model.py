@@ -33,7 +33,7 @@ class StageMemory:
     stage: int
     moment: str
     weights: int
-    gradients: int  # fp32 buffer, whole on every data parallel rank
+    gradients: int  # buffer, of `grad_reduce_in_fp32`'s type, whole on every data parallel rank
     optimizer: int  # Adam's moments and, of a bf16 model, fp32 main parameters: shared over data x context
     host: int = 0  # tensors of offloaded layers, counted where that is the same memory
     activations: int = 0  # of the language layers, all microbatches in flight
@@ -86,10 +86,11 @@ def memory_moments(
     parameters = count_parameters(shapes, StageShapes.of(shapes, stage), workload.lora)
     trained = parameters.trained(workload.trainable)
     shard = -(-trained // (data_parallel_size * shapes.cp))
+    gradient = FP32 if parallel.grad_reduce_in_fp32 else e
     states = {
         "stage": stage,
         "weights": parameters.total * e,
-        "gradients": trained * FP32,
+        "gradients": trained * gradient,
         "optimizer": shard * (2 if e == FP32 else 3) * FP32,
         "host": offloaded_bytes(eagle, parallel, workload, stage) if workload.device == "cpu" else 0,
     }
@@ -105,11 +106,15 @@ def memory_moments(
         )
         for moment in _backward_moments(shapes, workload, stage)
     ]
-    after = {"optimizer step": _adam(workload, min(parameters.largest, shard), shard)}
+    # Of gradients in another type the optimizer makes its own.
+    own = shard * FP32 if gradient < FP32 else 0
+    after = {"optimizer step": own + _adam(workload, min(parameters.largest, shard), shard)}
     if workload.device == "cpu":
-        after["sum of gradients"] = trained * FP32  # gloo's reduce-scatter copies the buffer
+        after["sum of gradients"] = trained * gradient  # gloo's reduce-scatter copies the buffer
     if parallel.vision_sharding == "cp_tp" and shapes.tp > 1:
-        after["sum of the encoder's gradients"] = parameters.vision_and_connector(workload.trainable) * FP32
+        # Those of the shard, of the rank whose shard is the encoder's: joined for one message.
+        encoder = parameters.vision_and_connector(workload.trainable)
+        after["sum of the encoder's gradients"] = min(encoder, shard) * gradient
     for name, workspace in after.items():
         moments.append(StageMemory(**states, moment=name, vision=host, workspace=workspace + buffer))
     return moments

@@ -3,7 +3,7 @@
 Each rank computes on one stream. A kernel takes its FLOPs at the rate of its kind or its bytes at the
 memory's, whichever is longer. A message begins when it is issued and those before it in its group have
 ended; what waits for it, waits. Ranks of a pipeline meet at their messages; all other groups are taken to
-arrive together, for their ranks do the same. Copies from and to the host have lanes of their own.
+arrive together, for their ranks do the same. Copies from and to the host take no time.
 
 A prediction: rates are those of `planning/rates.py`, hosts are never slow, clocks never differ.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_eagle.planning.rates import Machine
-from megatron_eagle.rehearsal.messages import RECEIVE, SEND, RankMessage, Wait
+from megatron_eagle.rehearsal.messages import RECEIVE, SEND, WORLD, RankMessage, Wait
 from megatron_eagle.rehearsal.work import Kernel
 
 KERNEL_SECONDS = 4e-6  # the shortest kernel, with its launch; assumed
@@ -133,8 +133,10 @@ def kernel_kind(kernel: Kernel, phase: str) -> str:
 def message_seconds(message: RankMessage, members: Sequence[int], rank: int, machine: Machine) -> float:
     """Alone on its links, as a ring; a message between two at the speed of the way between them."""
     size = len(members)
-    if size < 2 or not message.tensors:
+    if size < 2:
         return 0.0
+    if not message.tensors:  # an object's few bytes, or a barrier
+        return MESSAGE_SECONDS
     if message.op in (SEND, RECEIVE) and message.peer is not None:
         members = sorted({members[message.peer], rank})
         return MESSAGE_SECONDS + message.nbytes / machine.ring(members)
@@ -156,6 +158,8 @@ class _Rank:
         self._ends: dict[int, float] = {}  # of messages, by number
         self._messages: dict[int, tuple[RankMessage, float]] = {}  # when each was begun
         self._awaited: dict[int, tuple[int, int]] = {}  # of a stage that is rehearsed, its so-many-th
+        members = (member for groups in record.families.values() for group in groups for member in group)
+        self._world = 1 + max(members, default=record.rank)
         self._groups = {name: _own(groups, record.rank) for name, groups in record.families.items()}
         self._sent: dict[int, list[float]] = defaultdict(list)  # ends of what went to a rank, in order
         self._received: Counter[int] = Counter()
@@ -240,6 +244,8 @@ class _Rank:
             self.timeline.slices.append(Slice(lane, name, lane, start, seconds, message.phase))
 
     def _members(self, message: RankMessage) -> tuple[int, ...]:
+        if message.group == WORLD:
+            return tuple(range(self._world))
         groups = self._groups.get(message.group, [])
         return groups[message.nth] if message.nth < len(groups) else ()
 

@@ -1,5 +1,6 @@
 """Faults put into the code that is rehearsed, in the ranks' processes: each is found, with its place."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -105,8 +106,15 @@ def the_largest_loss() -> None:
     torch.distributed.all_reduce = all_reduce
 
 
+def much_on_stderr() -> None:
+    """More than a pipe holds."""
+    sys.stderr.write("a warning\n" * 20_000)
+    sys.stderr.flush()
+
+
 FAULTS = (
     nothing,
+    much_on_stderr,
     index_on_host,
     features_of_another_type,
     a_feature_less,
@@ -171,6 +179,11 @@ def test_problems_have_a_place(fault: Callable[[], None], words: str, where: str
     report = found[fault]
     assert report.failure is None, report.failure
     assert any(words in what and where in place for what, place, _ in report.problems), report.problems
+
+
+def test_what_a_rank_says_stops_nobody(found: Found) -> None:
+    assert found[much_on_stderr].failure is None
+    assert found[much_on_stderr].peak == found[nothing].peak
 
 
 def test_a_wait_is_counted_with_its_place(found: Found) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.planning.rates import Machine
-from megatron_eagle.rehearsal.messages import RECEIVE, SEND, RankMessage, Wait
+from megatron_eagle.rehearsal.messages import RECEIVE, SEND, WORLD, RankMessage, Wait
 from megatron_eagle.rehearsal.timeline import (
     COMPUTE,
     KERNEL_SECONDS,
@@ -72,6 +72,16 @@ def test_a_message_takes_its_bytes_over_the_slowest_link():
     assert seconds("all_gather", TP, apart) == pytest.approx(MACHINE.link / MACHINE.network / 2)
     assert seconds(SEND, PIPELINE, (0, 1, 2, 3), peer=2) == pytest.approx(1)
     assert message_seconds(message(), (0,), 0, MACHINE) == 0  # nobody to talk to
+    barrier = RankMessage(DATA, 0, "barrier", ())
+    assert message_seconds(barrier, (0, 1), 0, MACHINE) == MESSAGE_SECONDS
+
+
+def test_the_world_is_all_ranks_of_its_groups():
+    """It is no group that anybody makes."""
+    summed = message("all_reduce", WORLD)
+    (timeline,) = timelines([record(summed, Wait(0))], MACHINE)
+    assert timeline.end == pytest.approx(message_seconds(summed, tuple(range(16)), 0, MACHINE))
+    assert timeline.end > 1
 
 
 def test_messages_hide_behind_what_does_not_wait_for_them():
