@@ -321,8 +321,10 @@ def _gradient(
 ) -> Tensor:
     """`_statistics`' first result, in place -> weighted gradient of the loss for the logits."""
     work.mul_((torch.exp(maximum - lse) * token_weights)[:, None])
-    mine = ((labels >= 0) & (labels < real_rows)).nonzero().squeeze(1)
-    work[mine, labels[mine]] -= token_weights[mine]
+    if real_rows:
+        mine = (labels >= 0) & (labels < real_rows)  # no list of them: the host would wait for its length
+        tokens = torch.arange(len(labels), device=labels.device)
+        work[tokens, labels * mine] -= torch.where(mine, token_weights, 0.0)
     return work
 
 

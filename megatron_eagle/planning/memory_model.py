@@ -156,7 +156,7 @@ def _chunks(shapes: PackShapes, workload: Workload, stage: StageShapes) -> list[
     """What a forward leaves in each chunk of a stage."""
     e, policy = workload.element_size, workload.recompute.language
     staying, hidden = _staying(workload, stage), shapes.r * shapes.h * e
-    layers = staying * language_layer(shapes, workload).kept(policy)
+    layers = staying * language_layer(shapes, workload).kept(policy, workload.computed_again)
     vision = vision_activations(shapes, workload) if stage.first else 0
     # An eager first norm keeps an fp32 copy of what arrived, an offloaded layer none.
     copied = not workload.fused_kernels and e < FP32 and policy in ("none", "selective")
@@ -189,6 +189,8 @@ def _restored(layer: LayerActivations, workload: Workload, stage: StageShapes) -
     """What comes back for a layer's backward. One that kept its input alone is whole again, whose norm in
     fp32 keeps that input."""
     policy = workload.recompute.language
+    if policy == "selective" and "mlp" in workload.computed_again:
+        return layer.feed_forward
     if policy not in ("full", "offload"):
         return 0
     keeps_input = workload.element_size == FP32 or workload.fused_kernels

@@ -49,6 +49,15 @@ class Workload:
         return self.device == "cuda" and not self.eager
 
     @property
+    def computed_again(self) -> Collection[str]:
+        """Of core_attn and mlp, what backward computes again in every language layer."""
+        if self.recompute.language == "full":
+            return "core_attn", "mlp"
+        if self.recompute.language == "selective":
+            return self.recompute.recompute_modules or ("core_attn",)
+        return ("mlp",) if self.recompute.language == "offload" else ()
+
+    @property
     def language_weights(self) -> bool:
         """Whether the language model's own weights have gradients."""
         return "language" in self.trainable and self.lora is None
@@ -146,6 +155,7 @@ class LayerActivations:
     input: int  # the layer's input, which full recomputation keeps alone
     output: int  # of core attention, which offload keeps beside the input and the statistics
     statistics: int  # log-sum-exp of the softmax
+    feed_forward: int  # of `mlp`, what computing the MLP again brings back
 
     @property
     def total(self) -> int:
@@ -156,17 +166,24 @@ class LayerActivations:
         """Bytes that an offloaded layer moves to host memory."""
         return self.input + self.output + self.statistics
 
-    def kept(self, recompute: Literal["none", "selective", "full", "offload"]) -> int:
+    def kept(
+        self, recompute: Literal["none", "selective", "full", "offload"], modules: Collection[str] = ()
+    ) -> int:
         """Bytes that wait on the device for the layer's backward; under `offload`, if it stays there.
 
         Core attention keeps q, k, v and its output, and the projections around it keep them anyway:
         recomputing it saves the statistics alone.
+
+        Args:
+            modules: what `selective` computes again.
         """
         if recompute == "full":
             return self.input
         if recompute == "offload":
             return self.offloaded
-        return self.total - (self.statistics if recompute == "selective" else 0)
+        again = modules if recompute == "selective" else ()
+        saved = {"core_attn": self.statistics, "mlp": self.feed_forward}
+        return self.total - sum(saved[module] for module in again)
 
 
 def language_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
@@ -177,7 +194,9 @@ def language_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
     e, s, r, h, f = workload.element_size, shapes.s, shapes.r, shapes.h, shapes.f
     q, kv, keeps = shapes.q, shapes.kv, workload.keeps
     before = rms_norm_bytes(r, h, workload, read=keeps("q_proj", "k_proj", "v_proj"))
-    between = rms_norm_bytes(r, h, workload, read=keeps("gate_proj", "up_proj"))
+    # An MLP that is computed again keeps what it reads.
+    again = workload.recompute.language == "selective" and "mlp" in workload.computed_again
+    between = rms_norm_bytes(r, h, workload, read=again or keeps("gate_proj", "up_proj"))
     statistics = s * shapes.heads * FP32
     # The joint projection (whose slice is v), rotated q and k, the output. (All layers share one table of
     # cosines and sines.)
@@ -189,7 +208,7 @@ def language_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
     targets = () if workload.lora is None else workload.lora.target_modules
     attention += low * sum(target in ("q_proj", "k_proj", "v_proj", "o_proj") for target in targets)
     mlp += low * sum(target in ("gate_proj", "up_proj", "down_proj") for target in targets)
-    return LayerActivations(before + attention, between + mlp, r * h * e, s * e * q, statistics)
+    return LayerActivations(before + attention, between + mlp, r * h * e, s * e * q, statistics, mlp)
 
 
 def vision_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
@@ -200,7 +219,7 @@ def vision_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
     statistics = p * vision.num_attention_heads // t * FP32
     attention = p * e * (3 * c // t + c // t) + statistics  # joint projection, output
     mlp = p * e * 2 * i  # before and after the GELU
-    return LayerActivations(norm + attention, norm + mlp, p * c * e, p * e * c // t, statistics)
+    return LayerActivations(norm + attention, norm + mlp, p * c * e, p * e * c // t, statistics, mlp)
 
 
 def vision_activations(shapes: PackShapes, workload: Workload) -> int:

@@ -141,7 +141,10 @@ def _microbatch(
         linear -= head
     if workload.recompute.language in ("full", "offload"):
         linear += forward.language_linear - head_forward
-    if workload.recompute.language in ("selective", "full"):
+    elif "mlp" in workload.computed_again:
+        mlp, others = 3 * shapes.f, 2 * (shapes.q + shapes.kv)
+        linear += (forward.language_linear - head_forward) * mlp / (mlp + others)
+    if "core_attn" in workload.computed_again:
         attention += forward.language_attention
     if workload.recompute.vision == "full":
         vision += forward.vision
@@ -212,13 +215,15 @@ def _context_seconds(
     """Keys and values from other ranks forward and again backward, their fp32 gradients back; Ulysses' heads
     both ways; image features."""
     tp, cp, ulysses = shapes.tp, shapes.cp, shapes.ulysses
-    e, policy, layers = workload.element_size, workload.recompute.language, stage.layers
-    times = 3 if policy in ("selective", "full") else 2  # backward, and a second forward, take keys again
+    e, layers = workload.element_size, stage.layers
+    again = "core_attn" in workload.computed_again
+    times = 3 if again else 2  # backward, and a second forward, take keys again
     kv = shapes.attention_kv_heads * shapes.eagle.text.head_dim
     keys = layers * context.remote_keys * 2 * kv * (times * e + FP32)
     seconds = keys / machine.bandwidth(cp // ulysses, tp * ulysses)
     tokens = shapes.s * (ulysses - 1) / ulysses
-    ways = 2 if policy == "none" else 3  # any second run of a layer trades heads again
+    # A second run of attention trades heads again, one of the layer around it too.
+    ways = 3 if again or workload.recompute.language == "offload" else 2
     seconds += layers * ways * tokens * 2 * (shapes.q + kv * ulysses) * e / machine.bandwidth(ulysses, tp)
     if stage.first and shapes.parallel.vision_sharding != "none":
         features = workload.tiles * shapes.eagle.tokens_per_tile * shapes.h * e

@@ -129,8 +129,7 @@ class _Play:
             self._post(rank, key, unit, message)
 
     def _post(self, rank: _Rank, key: Group, unit: _Unit, message: RankMessage) -> None:
-        assert message.peer is not None
-        peer = _whole(rank, message)[message.peer]
+        peer = _peer(rank, message)
         here = rank.number
         ends = (key, here, peer) if message.op == SEND else (key, peer, here)
         own, other = (self._sent, self._awaited) if message.op == SEND else (self._awaited, self._sent)
@@ -183,11 +182,7 @@ class _Play:
         rank = min((r for r in self._ranks.values() if not r.is_done), key=lambda r: r.next)
         message = _waits_for(rank)
         key = rank.groups[message.group, message.nth]
-        if message.op in (SEND, RECEIVE):
-            assert message.peer is not None
-            others = [_whole(rank, message)[message.peer]]
-        else:
-            others = list(key[1])
+        others = [_peer(rank, message)] if message.op in (SEND, RECEIVE) else list(key[1])
         details = [_said(rank, message)]
         for number in others:
             other = self._ranks.get(number)
@@ -234,15 +229,17 @@ def _groups(number: int, trace: Trace, everyone: tuple[int, ...]) -> dict[tuple[
     return found
 
 
-def _whole(rank: _Rank, message: RankMessage) -> tuple[int, ...]:
-    """Members of a message's group: between two ranks all of them are played."""
-    return rank.groups[message.group, message.nth][1]
+def _peer(rank: _Rank, message: RankMessage) -> int:
+    """The other end's rank of the job. In the world it is its number there, of whom not all are played."""
+    assert message.peer is not None
+    if message.group == WORLD:
+        return message.peer
+    return rank.groups[message.group, message.nth][1][message.peer]
 
 
 def _queue(rank: _Rank, key: Group, message: RankMessage) -> object:
     if message.op in (SEND, RECEIVE) and message.batch is None:
-        assert message.peer is not None
-        return key, frozenset((rank.number, key[1][message.peer]))
+        return key, frozenset((rank.number, _peer(rank, message)))
     return key
 
 

@@ -1,11 +1,12 @@
 """A run rehearsed on a number of GPUs: its distinct ranks, and all ranks' messages against each other."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.rehearsal.kinds import RankGrid, cut_depth, rehearsed_microbatches
 from megatron_eagle.rehearsal.matching import Mismatch, Trace, match_messages
+from megatron_eagle.rehearsal.messages import RECEIVE, SEND, WORLD, RankMessage, Wait
 from megatron_eagle.rehearsal.packs import PACK_KINDS, MadeUp
 from megatron_eagle.rehearsal.rank import RankReport
 from megatron_eagle.rehearsal.session import Job, run_jobs
@@ -129,4 +130,20 @@ def rehearse(
 
 def match_speakers(grid: RankGrid, traces: dict[int, Trace]) -> Mismatch | None:
     """Every rank of one replica for each class of packs, by the traces of those that they talk like."""
-    return match_messages({rank: traces[grid.talks_like(rank)] for rank in grid.kept()})
+    return match_messages({rank: _trace(grid, traces, rank) for rank in grid.kept()})
+
+
+def _trace(grid: RankGrid, traces: dict[int, Trace], rank: int) -> Trace:
+    """What `rank` says: in the world, ranks have numbers of the job, which are others from its place."""
+    like = grid.talks_like(rank)
+    trace = traces[like]
+    if like == rank:
+        return trace
+    return Trace([_moved(event, rank - like) for event in trace.events], trace.families)
+
+
+def _moved(event: RankMessage | Wait, by: int) -> RankMessage | Wait:
+    if isinstance(event, Wait) or event.group != WORLD or event.op not in (SEND, RECEIVE):
+        return event
+    assert event.peer is not None
+    return replace(event, peer=event.peer + by)

@@ -1,5 +1,6 @@
 """No wait of the host within a microbatch, few in a step, and no message without a line in the budget."""
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -9,7 +10,7 @@ from megatron_eagle.rehearsal.rank import RankReport
 from megatron_eagle.rehearsal.report import sync_counts
 from tests.parallel.cases import cell
 from tests.rehearsal.budgets import LAYOUTS, SYNCS, read, told
-from tests.rehearsal.runs import rehearsed, small_run
+from tests.rehearsal.runs import rehearsed, replace_in, small_run
 
 MEND = "look at what is new; if it is meant: python -m tests.rehearsal.budgets"
 
@@ -44,6 +45,15 @@ def test_other_layouts(name: str) -> None:
         assert first == second, "tensor parallel ranks sum the same parts"
         # The two shards end within the encoder, at no half of it; whole gradients would be alike.
         assert 0 < min(first) < max(first)
+
+
+@pytest.mark.slow
+def test_plain_torchs_kernels_do_not_wait_either() -> None:
+    """Norms, SwiGLU and loss without Triton."""
+    config = small_run({})
+    config = replace_in(config, layers=replace(config.layers, kernels="eager"))
+    step, microbatch = sync_counts(rehearsed(config, 1))
+    assert microbatch == SYNCS["once a microbatch"] and 0 < step <= SYNCS["once a step"]
 
 
 def elements(report: RankReport, place: str) -> int:

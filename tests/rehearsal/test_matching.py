@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_eagle.rehearsal.kinds import RankGrid
 from megatron_eagle.rehearsal.matching import Mismatch, Trace, match_messages
-from megatron_eagle.rehearsal.messages import RECEIVE, SEND, RankMessage, Recorder, Wait
+from megatron_eagle.rehearsal.messages import RECEIVE, SEND, WORLD, RankMessage, Recorder, Wait
 from megatron_eagle.rehearsal.patches import applied
+from megatron_eagle.rehearsal.rehearsal import match_speakers
+from megatron_eagle.runtime.parallel import ParallelConfig
 
 Traces = dict[int, Trace]
 
@@ -230,6 +233,24 @@ def test_a_thousand_ranks() -> None:
     traces[777] = without(traces[777], 20)
     found = str(match_messages(traces))
     assert "rank 777" in found
+
+
+def test_numbers_of_the_job_between_two_ranks() -> None:
+    """Megatron's two stages talk over the world, of which one replica in four is played; tensor parallel
+    ranks between the first and the last talk like the last."""
+    grid = RankGrid(ParallelConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=2), 32, 1)
+    assert grid.speakers() == [0, 3, 16, 19] and len(grid.kept()) == 8
+
+    def one(op: str, peer: int) -> Trace:
+        tensor = (("bfloat16", (8,)),)
+        return Trace([RankMessage(WORLD, 0, op, tensor, peer), Wait(0)], {})
+
+    traces = {rank: one(SEND, rank + 16) for rank in (0, 3)} | {
+        rank: one(RECEIVE, rank - 16) for rank in (16, 19)
+    }
+    assert match_speakers(grid, traces) is None
+    traces[19] = one(RECEIVE, 2)  # of another rank
+    assert "nobody can go on" in str(match_speakers(grid, traces))
 
 
 # ---- what is listened to

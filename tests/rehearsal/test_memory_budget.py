@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.planning.memory_model import memory_moments
 from megatron_eagle.planning.planner import preset_run
 from megatron_eagle.rehearsal.formula import rank_memory, sequence_workload
@@ -94,6 +95,20 @@ def test_every_rank_is_within_the_formula(name: str) -> None:
     shares = {report.rank: share(report, planned(config, gpus, report.rank)) for report in reports}
     assert all(value <= 1 + MEMORY for value in shares.values()), shares
     assert max(shares.values()) > 1 - MEMORY, "the formula is that of the fullest"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [("mlp",), ("core_attn", "mlp")], ids=str)
+def test_an_mlp_that_is_computed_again(modules: tuple[str, ...]) -> None:
+    layout = cell("TP2+SP x CP2, cp_tp")
+    config = wide_run(layout)
+    text = replace(config.model.text, num_hidden_layers=8)
+    recompute = RecomputeConfig(language="selective", recompute_modules=modules)
+    config = replace_in(config, model=replace(config.model, text=text), recompute=recompute)
+    (report,) = rehearsed(config, layout.world_size, (0, None))
+    assert abs(share(report, planned(config, layout.world_size, 0)) - 1) < MEMORY
+    kept = replace_in(config, recompute=RecomputeConfig(language="selective"))
+    assert share(report, planned(kept, layout.world_size, 0)) < 1 - MEMORY
 
 
 @pytest.mark.slow

@@ -103,6 +103,16 @@ def test_a_case_that_is_done_is_kept(
     assert len(ran) == 2
 
 
+def test_a_wait_in_every_microbatch_is_a_problem(sweep: ModuleType) -> None:
+    for case in sweep.CASES:
+        if case.gpu == "l40s" or case.config.parallel.batch_p2p_sync:
+            found = reported(case.plan(), 1)
+            found.reports[0].syncs.append(("forward and backward", True, "nonzero", "loss.py:1 f", 1))
+            problems = sweep.describe(case, found, 1.0)["problems"]
+            asked = case.config.parallel.batch_p2p_sync
+            assert problems == ([] if asked else ["the host waits 1 times a microbatch"])
+
+
 def test_too_much_memory_is_a_problem(sweep: ModuleType) -> None:
     case = next(case for case in sweep.CASES if case.gpu == "l40s")
     plan, found = case.plan(), []

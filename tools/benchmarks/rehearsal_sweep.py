@@ -7,7 +7,7 @@ TEXT` takes only those with these words in their names.
 
 The formula is the planner's memory of the rehearsed ranks' packs. In a pipeline it takes all packs for the
 largest of them, so that the rehearsed peak may be well below it; above it by more than 3 % is a problem, and
-so is what the GPU has no memory for.
+so are what the GPU has no memory for and a host that waits within a microbatch.
 """
 
 import hashlib
@@ -97,8 +97,10 @@ def describe(case: Case, found: Rehearsal, seconds: float) -> dict[str, Any]:
     reports = [report for report in found.reports if report.failure is None]
     grid, formulas = found.plan.grid, {report.rank: _formula(case, report) for report in reports}
     most = max(reports, key=lambda report: report.peak, default=RankReport(0, 1, 0.0))
-    problems = [*problem_lines(found), *_too_much(case, reports, formulas)]
     step, microbatch = sync_counts(found.everyone)
+    problems = [*problem_lines(found), *_too_much(case, reports, formulas)]
+    if microbatch and not case.config.parallel.batch_p2p_sync:  # which asks for it
+        problems.append(f"the host waits {microbatch:g} times a microbatch")
     row = {
         "case": case.name,
         "layout": layout_words(case.config.layout, case.gpus),
@@ -120,7 +122,7 @@ def describe(case: Case, found: Rehearsal, seconds: float) -> dict[str, Any]:
         "problems": problems,
         "waits of the host": [
             {"phase": phase, "in the schedule": inside, "what": what, "where": where, "times": count}
-            for (phase, inside, what, where), count in sync_places(reports)
+            for (phase, inside, what, where), count in sync_places(found.everyone)
         ],
         "messages": _by_group(max(reports, key=_sent)) if reports else {},
     }
