@@ -29,8 +29,9 @@ def planner():
 
 
 def planned(planner, row):
-    config = planner.read_case(*planner.CASES[row["case"]])
-    return planner.planned(config, row["pipeline stage"], row["microbatches"])
+    gpus = planner.gpus_of(row["case"])
+    config = planner.read_case(*planner.CASES[row["case"]], gpus)
+    return planner.planned(config, row["pipeline stage"], row["microbatches"], gpus)
 
 
 def error(planner, row):

@@ -1,8 +1,8 @@
 """The planner's memory beside the rehearsed peak, by part, and predicted steps: progressive.yaml and others.
 
-Every row is a rank of Eagle2.5-8B on 64 GPUs at full depth, in packs of one long document, half of it tiles.
-`tests/planning/test_rehearsed_peaks.py` holds the formula to the card. Seconds and MFU are predicted from the
-rehearsed step (`rehearsal/timeline.py`) on H100 and H200, where one stage is the whole model.
+Every row is a rank of Eagle2.5-8B at full depth, on 64 GPUs unless it says so, in packs of one long document,
+half of it tiles. `tests/planning/test_rehearsed_peaks.py` holds the formula to the card. Seconds and MFU are
+predicted from the rehearsed step (`rehearsal/timeline.py`) on H100 and H200, where one stage is the whole model.
 """
 
 from typing import Any
@@ -22,6 +22,8 @@ from megatron_eagle.training.run_config import RunConfig
 
 FILE = REPO / "examples" / "eagle2.5-8b" / "progressive.yaml"
 PRESET, GPUS, GPU, KIND = "eagle2.5-8b", 64, "h100", "one document"
+ENCODER = "encoder and connector, packs of 1K on 4 GPUs"  # fullest where their gradients are summed
+FEWER = {ENCODER: 4}  # GPUs of a case
 PREDICTED = ("h100", "h200")  # of the same die: what is rehearsed for one holds for both
 _PP4 = "parallel={pipeline_model_parallel_size: 4, context_parallel_size: 4, vision_sharding: cp}"
 _CP8 = "parallel={context_parallel_size: 8, %s, vision_sharding: cp}"
@@ -69,6 +71,15 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ["lora={rank: 64, alpha: 32}", "recompute={language: full, vision: full}"],
     ),
     "frozen language model": ("stage2_32k", ["optimizer.trainable=[vision, connector]"]),
+    ENCODER: (
+        "stage2_32k",
+        [
+            "parallel={tensor_model_parallel_size: 2, vision_sharding: cp_tp}",
+            "optimizer.trainable=[vision, connector]",
+            "recompute={language: full, vision: full}",
+            "data.length=1024",
+        ],
+    ),
     "new rows and connector": (
         "stage2_32k",
         ["optimizer.trainable=[new_token_rows, connector]", "optimizer.first_new_token=151669"],
@@ -80,10 +91,10 @@ def run() -> Report:
     """Rehearse the first and the last stage of every case, two ranks at a time."""
     places = []
     for name, (stage, overrides) in CASES.items():
-        config = read_case(stage, overrides)
+        config = read_case(stage, overrides, gpus_of(name))
         stages = config.layout.pipeline_model_parallel_size
         places += [(name, config, number) for number in sorted({0, stages - 1})]
-    jobs = [_job(config, number) for _, config, number in places]
+    jobs = [_job(config, number, gpus_of(name)) for name, config, number in places]
 
     def told(number: int, _: Any) -> None:
         progress(f"{places[number][0]}, stage {places[number][2]}")
@@ -95,21 +106,26 @@ def run() -> Report:
             raise RuntimeError(f"{name}: {report.failure}")
         peak = max(report.peaks.values(), key=lambda peak: peak.nbytes)
         row = _row(name, config, number, job.microbatches, peak)
-        rows.append(row | predicted(config, job.microbatches, report.step))
+        rows.append(row | predicted(config, job.microbatches, report.step, gpus_of(name)))
     worst = max(abs(row["error %"]) for row in rows)
     title = f"planned and rehearsed peak memory of {PRESET} on {GPUS} {GPU}, GB; at most {worst:.1f} % apart"
     return Report(title, rows)
 
 
-def read_case(stage: str, overrides: list[str]) -> RunConfig:
+def gpus_of(name: str) -> int:
+    """Of a case."""
+    return FEWER.get(name, GPUS)
+
+
+def read_case(stage: str, overrides: list[str], gpus: int = GPUS) -> RunConfig:
     """The run of a case."""
-    return read_runs_without_data(str(FILE), overrides, stage=stage, gpus=GPUS, preset=PRESET)[stage]
+    return read_runs_without_data(str(FILE), overrides, stage=stage, gpus=gpus, preset=PRESET)[stage]
 
 
-def planned(config: RunConfig, stage: int, microbatches: int) -> dict[str, Any]:
+def planned(config: RunConfig, stage: int, microbatches: int, gpus: int = GPUS) -> dict[str, Any]:
     """The planner's parts of a pipeline stage's peak in GB, as `rehearsed` names them, and its moment."""
     packs = MadeUp(config.model, (KIND,)).packs(config.data, 0, 0)
-    memory = sequence_memory(config, GPU, GPUS, stage, microbatches, packs)
+    memory = sequence_memory(config, GPU, gpus, stage, microbatches, packs)
     passing = memory.activations + memory.vision + memory.logits + memory.workspace
     return {
         "weights": memory.weights / 1e9,
@@ -131,7 +147,9 @@ def rehearsed(peak: Peak) -> dict[str, float]:
     return {name: sum(peak.by_kind.get(kind, 0) for kind in parts) / 1e9 for name, parts in kinds.items()}
 
 
-def predicted(config: RunConfig, rehearsed: int, step: StepRecord | None) -> dict[str, float | str]:
+def predicted(
+    config: RunConfig, rehearsed: int, step: StepRecord | None, gpus: int = GPUS
+) -> dict[str, float | str]:
     """Seconds of a whole step and MFU in percent on each type in `PREDICTED`; "-" for part of a pipeline."""
     pack = made_up_pack(config.model, config.data.length, KIND, 0)
     count = config.training.global_batch_size
@@ -149,23 +167,23 @@ def predicted(config: RunConfig, rehearsed: int, step: StepRecord | None) -> dic
         mfu: float | str = "-"
         if step is not None:
             machine = Machine.of(find_gpu(name), attention=config.layers.attention)
-            microbatches = count // config.layout.data_parallel_size(GPUS)
+            microbatches = count // config.layout.data_parallel_size(gpus)
             seconds = whole_step(timelines([step], machine), rehearsed, microbatches)
-            mfu = 100 * model / (GPUS * machine.peak * seconds)
+            mfu = 100 * model / (gpus * machine.peak * seconds)
         found |= {f"predicted s, {name}": seconds, f"predicted MFU %, {name}": mfu}
     return found
 
 
-def _job(config: RunConfig, stage: int) -> Job:
+def _job(config: RunConfig, stage: int, gpus: int) -> Job:
     stages = config.layout.pipeline_model_parallel_size
-    per_replica = config.training.global_batch_size // config.layout.data_parallel_size(GPUS)
+    per_replica = config.training.global_batch_size // config.layout.data_parallel_size(gpus)
     count = min(per_replica, 2 * stages) if stages > 1 else 1
     loader = MadeUp(config.model, (KIND,))
-    return Job(config, GPU, stage * GPUS // stages, GPUS, loader, count, timeline=stages == 1)
+    return Job(config, GPU, stage * gpus // stages, gpus, loader, count, timeline=stages == 1)
 
 
 def _row(name: str, config: RunConfig, stage: int, microbatches: int, peak: Peak) -> dict[str, Any]:
-    parts, plan = rehearsed(peak), planned(config, stage, microbatches)
+    parts, plan = rehearsed(peak), planned(config, stage, microbatches, gpus_of(name))
     moment = plan.pop("moment")
     total = sum(plan.values())
     return {
