@@ -37,6 +37,22 @@ def planner_table() -> str:
     return "\n".join([f"Made on {card['date']} at commit {card['commit']}.", "", *lines])
 
 
+def rehearsal_table() -> str:
+    """What was rehearsed, from the card of `bench.py rehearsal_sweep`."""
+    card = json.loads((REPO / "examples" / "cards" / "rehearsal.json").read_text(encoding="utf-8"))
+    head = ["case", "layout", "GPUs", "tokens", "ranks run", "with few layers", "matched", "problems"]
+    head += ["peak GB", "formula GB", "waits a microbatch", "a step"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|" + "---:|" * (len(head) - 3)]
+    for row in card["rows"]:
+        names = ("ranks as they are", "of them run", "ranks matched", "problems")
+        cells = [row["case"], row["layout"], f"{row['gpus']:,} {row['gpu']}", f"{row['tokens']:,}"]
+        cells += [f"{row[name]:,}" for name in names]
+        cells += [f"{row['peak GB']:.2f}", f"{row['formula GB']:.2f}"]
+        cells += [f"{row['waits a microbatch']:g}", str(row["waits a step"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([f"Made on {card['date']} at commit {card['commit']}.", "", *lines])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "floors": floors.floors,
     "phases": floors.phases,
@@ -46,6 +62,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "context ways": context_ways.render,
     "rates": rates.rates_table,
     "planner table": planner_table,
+    "rehearsal table": rehearsal_table,
     "kept pixels": lambda: kept_table(TYPICAL),
     "configuration": configuration.render,
     "commands": commands.render,

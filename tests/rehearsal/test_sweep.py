@@ -1,5 +1,6 @@
 """`bench.py rehearsal_sweep`: what it covers, what is a problem, and that it goes on where it was."""
 
+import json
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.rehearsal.formula import MARGIN
 from megatron_eagle.rehearsal.memory import Peak
 from megatron_eagle.rehearsal.rank import RankReport
 from megatron_eagle.rehearsal.rehearsal import Rehearsal, RehearsalPlan
@@ -17,6 +19,7 @@ from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.stages import stage_settings
 from tests.paths import REPO
+from tests.rehearsal.budgets import SYNCS
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,20 @@ def test_what_else_the_cases_have(runs: list[RunConfig]) -> None:
     assert any(run.lora for run in runs)
     assert any("language" not in run.optimizer.trainable for run in runs)
     assert (4, 2**20) in {(run.data.packs_per_sequence, run.data.sequence_length) for run in runs}
+
+
+def test_the_card(sweep: ModuleType) -> None:
+    card = json.loads((REPO / "examples" / "cards" / "rehearsal.json").read_text(encoding="utf-8"))
+    rows = {row["case"]: row for row in card["rows"]}
+    assert list(rows) == [case.name for case in sweep.CASES]
+    for case in sweep.CASES:
+        row = rows[case.name]
+        assert (row["gpus"], row["gpu"], row["ranks matched"]) == (case.gpus, case.gpu, case.gpus)
+        assert row["problems"] == 0 and card["problems"][case.name] == []
+        assert 0 < row["peak GB"] <= (1 + MARGIN) * row["formula GB"]
+        assert row["waits a microbatch"] == 0 or case.config.parallel.batch_p2p_sync
+        assert row["waits a step"] <= SYNCS["once a step"]
+        assert card["waits of the host"][case.name] and card["messages"][case.name]
 
 
 def reported(plan: RehearsalPlan, nbytes: int) -> Rehearsal:

@@ -2,7 +2,7 @@
 
 Every row is a rank of Eagle2.5-8B at full depth, on 64 GPUs unless it says so, in packs of one long document,
 half of it tiles. `tests/planning/test_rehearsed_peaks.py` holds the formula to the card. Seconds and MFU are
-predicted from the rehearsed step (`rehearsal/timeline.py`) on H100 and H200, where one stage is the whole model.
+predicted from the rehearsed step (`rehearsal/timeline.py`) on H100 and H200, where one stage is all.
 """
 
 from typing import Any
