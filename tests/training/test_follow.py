@@ -120,17 +120,13 @@ def waits(run: Path, ranks: int = 2) -> bool:
     return len(beats) == ranks and all(beat.phase == "waiting for data" for beat in beats)
 
 
-def run_steps(file: str, *overrides: str) -> None:
-    """On each rank."""
-    train(load_run_config(file, overrides))
+def run_steps(file: str, n: int, *overrides: str) -> None:
+    """On each of n ranks."""
+    train(load_run_config(file, overrides, world_size=n))
 
 
 def on_ranks(file: Path, n: int, *overrides: str) -> None:
-    os.environ["WORLD_SIZE"] = str(n)  # as the ranks' is
-    try:
-        launch(run_steps, n, str(file), *overrides)
-    finally:
-        del os.environ["WORLD_SIZE"]
+    launch(run_steps, n, str(file), n, *overrides)
 
 
 def steps(run: Path) -> list[dict]:
