@@ -69,7 +69,6 @@ def test_no_other_handle_is_opened_late():
         ("eagle_video/features.py", "features"),  # a second map of the same file does no harm
         ("data/store/reader.py", "_open_batch"),  # views of a map; twice does no harm
         ("data/store/shards.py", "_open_shard"),  # the same
-        ("inference/server_client.py", "cutting"),  # a server asked twice says the same
     }
     found = set()
     for path in (REPO / "megatron_eagle").rglob("*.py"):
