@@ -4,7 +4,6 @@ training's data path -> the exported processor -> the export in transformers -> 
 endpoint; and other kits' messages, where a kit is installed.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -35,6 +34,7 @@ from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.errors import UserError
 from megatron_eagle.files import write_whole
 from megatron_eagle.hf_model.vllm_plugin.certificate import CERTIFICATE, file_digests
+from megatron_eagle.hf_model.vllm_plugin.seen import tensor_hash
 from megatron_eagle.inference.generate import load_processor
 
 PATHS = ("processor", "transformers", "vllm")  # beside "training", with which they are compared
@@ -201,7 +201,7 @@ class _Run:
             result.not_compared.append(f"transformers' logits with training's: {why}")
         else:
             self._number(result, "transformers", "logits", apart(ours, logits), self.settings.logits)
-        result.hashes["transformers"] = {"logits": _tensor_hash(logits)}
+        result.hashes["transformers"] = {"logits": tensor_hash(logits)}
         self._ask(result, question, view, logits)
         for kit, found in kit_views(self.processor, question).items():
             self._compare(result, kit, view, found)
@@ -288,7 +288,3 @@ def _content(
             for result in results
         ],
     }
-
-
-def _tensor_hash(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

@@ -45,8 +45,13 @@ def medium_facts(
         "fps": None if fps is None else round(fps, 6),
         "grids": [list(grid) for grid in grids],
         "tiles": list(tiles),
-        "pixels": hashlib.sha256(pixels.float().contiguous().numpy().tobytes()).hexdigest(),
+        "pixels": tensor_hash(pixels),
     }
+
+
+def tensor_hash(tensor: Any) -> str:
+    """SHA-256 of a tensor's values in fp32, bit by bit."""
+    return hashlib.sha256(tensor.float().contiguous().numpy().tobytes()).hexdigest()
 
 
 class SeenMedia:
