@@ -198,11 +198,11 @@ def test_a_resumed_run_reads_what_it_has_read(made, finished, tmp_path):
         ("data.follow=null", "has read its data with data.follow, and goes on so"),
     ):
         with pytest.raises(UserError, match=message):
-            run_steps(str(file), override)
+            run_steps(str(file), 1, override)
     file = write_run(made, tmp_path, made / "store")
-    run_steps(str(file), "data.follow=null", "training.stop_at_iteration=1")
+    run_steps(str(file), 1, "data.follow=null", "training.stop_at_iteration=1")
     with pytest.raises(UserError, match="has read its data without data.follow, and goes on so"):
-        run_steps(str(file))
+        run_steps(str(file), 1)
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_preprocessing_that_died_is_told_from_a_slow_one(made, tmp_path):
     with pytest.raises(
         UserError, match="window 1 of .* no sign of life .*start the same preprocess"
     ) as error:
-        run_steps(str(file), "data.follow.dead_after_minutes=0.02")
+        run_steps(str(file), 1, "data.follow.dead_after_minutes=0.02")
     assert "\n" not in str(error.value)
 
 
@@ -247,7 +247,7 @@ def test_preprocessing_that_is_slow_is_waited_for(made, tmp_path):
     stop = threading.Timer(4, os.kill, (os.getpid(), signal.SIGTERM))
     stop.start()
     with pytest.raises(Exception, match="stopped by a signal while it waited for data, after iteration 0"):
-        run_steps(str(file), "data.follow.dead_after_minutes=0.02")
+        run_steps(str(file), 1, "data.follow.dead_after_minutes=0.02")
     end.set()
     sign.join()
 
@@ -291,7 +291,11 @@ class Torchrun:
         ]
 
     def kill(self) -> None:
+        """The ranks too: torchrun gives each a session of its own, and they would write on into the run."""
+        ranks = self.ranks()
         os.killpg(self.process.pid, signal.SIGKILL)
+        for rank in ranks:
+            rank.kill()
         self.process.wait()
 
 
