@@ -151,30 +151,14 @@ class CheckpointWeights:
         Raises:
             UserError: a file is missing or damaged, or does not hold all of it.
         """
-        key, layer = key_of(name)
-        shape = self.shapes[key]
-        start = (0,) * len(shape) if layer is None else (layer, *[0] * (len(shape) - 1))
-        size = shape if layer is None else (1, *shape[1:])
-        result, found = None, 0
-        for offset, extent, file in self._chunks[key]:
-            low = [max(a, b) for a, b in zip(start, offset, strict=True)]
-            ends = zip(start, size, offset, extent, strict=True)
-            high = [min(a + n, b + m) for a, n, b, m in ends]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            chunk = self._read_chunk(key, file, extent)
-            if extent == size and offset == start:
-                result, found = chunk, chunk.numel()
-                break
-            if result is None:
-                result = torch.empty(size, dtype=self._types[key])
-            box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-            part = chunk[_shifted(box, offset)]
-            result[_shifted(box, start)] = part
-            found += part.numel()
-        if result is None or found != result.numel():
+        key, _ = key_of(name)
+        chunks = [
+            (o, size, partial(self._read_chunk, key, file, size)) for o, size, file in self._chunks[key]
+        ]
+        result = put_together(name, self.shapes[key], chunks)
+        if result is None:
             raise UserError(f"{self.folder}: its files do not hold all of {name}; copy the checkpoint again")
-        return result if layer is None else result[0]
+        return result
 
     def _read_chunk(self, key: str, file: Any, size: tuple[int, ...]) -> Tensor:
         name = getattr(file, "relative_path", "")
@@ -194,6 +178,42 @@ class CheckpointWeights:
         if tuple(tensor.shape) != size or tensor.dtype != self._types[key]:
             raise UserError(f"{path}: damaged, {key} has another shape or type than the index says")
         return tensor
+
+
+def put_together(
+    name: str,
+    shape: tuple[int, ...],
+    chunks: Iterable[tuple[tuple[int, ...], tuple[int, ...], Callable[[], Tensor]]],
+) -> Tensor | None:
+    """The model's parameter `name` out of those chunks of its key that hold some of it; None: not all of it.
+
+    Args:
+        shape: of the key's whole tensor.
+        chunks: offset, size and reader of each. Only a chunk that is needed is read, one at a time.
+    """
+    _, layer = key_of(name)
+    start = (0,) * len(shape) if layer is None else (layer, *[0] * (len(shape) - 1))
+    size = shape if layer is None else (1, *shape[1:])
+    result, found = None, 0
+    for offset, extent, read in chunks:
+        low = [max(a, b) for a, b in zip(start, offset, strict=True)]
+        ends = zip(start, size, offset, extent, strict=True)
+        high = [min(a + n, b + m) for a, n, b, m in ends]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            continue
+        chunk = read()
+        if extent == size and offset == start:
+            result, found = chunk, chunk.numel()
+            break
+        if result is None:
+            result = chunk.new_empty(size)
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        part = chunk[_shifted(box, offset)]
+        result[_shifted(box, start)] = part
+        found += part.numel()
+    if result is None or found != result.numel():
+        return None
+    return result if layer is None else result[0]
 
 
 def _shifted(box: tuple[slice, ...], origin: tuple[int, ...]) -> tuple[slice, ...]:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -37,18 +37,25 @@ _BESIDE = {
 }
 
 
+class WeightReader(Protocol):
+    """Where parameters come from, whole, by the model's names for them."""
+
+    def read(self, name: str) -> Tensor: ...
+
+
 def merged(
-    tensors: Iterable[tuple[str, Tensor]], weights: CheckpointWeights, model: EagleConfig, config: LoraConfig
+    tensors: Iterable[tuple[str, Tensor]], weights: WeightReader, model: EagleConfig, config: LoraConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """HF tensors of the base, with each adapted one W replaced by W + alpha / rank * B A, in fp32."""
     factors = {f"{module}.weight": pair for module, pair in _by_module(model, config).items()}
+    odd = factors.keys() - ModelMapping(model, has_head=False).hf_shapes.keys()
+    if odd:  # the table of names and the adapters have drifted apart: a fault of this code
+        raise AssertionError(f"no Hugging Face tensor for the adapters of {sorted(odd)}")
     for name, tensor in tensors:
         if name in factors:
-            a, b = (weights.read(factor).float() for factor in factors.pop(name))
+            a, b = (weights.read(factor).float() for factor in factors[name])
             tensor = tensor.float() + config.scale * (b @ a)
         yield name, tensor
-    if factors:  # the table of names and the adapters have drifted apart: a fault of this code
-        raise AssertionError(f"no Hugging Face tensor for the adapters of {sorted(factors)}")
 
 
 def adapter_names(model: EagleConfig, config: LoraConfig) -> list[str]:

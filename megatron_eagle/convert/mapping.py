@@ -225,10 +225,19 @@ class ModelMapping:
         empty = [torch.empty(shape, device="meta") for shape in entry.hf.values()]
         return [tuple(block.shape) for block in entry.layout.join(empty, self)]
 
-    def to_hf(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The HF tensors of the model (not those that pass through) from a reader of the model's tensors."""
+    def to_hf(
+        self, read: Callable[[str], Tensor], names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The HF tensors of the model (not those that pass through) from a reader of the model's tensors.
+
+        `names`: these alone (None: all); what none of them is made of is not read.
+        """
         for entry in self.entries:
-            yield from zip(entry.hf, entry.layout.split(read(entry.model), self), strict=True)
+            if names is not None and not any(name in names for name in entry.hf):
+                continue
+            for name, tensor in zip(entry.hf, entry.layout.split(read(entry.model), self), strict=True):
+                if names is None or name in names:
+                    yield name, tensor
 
 
 def _listed(names: Collection[str], limit: int = 12) -> str:

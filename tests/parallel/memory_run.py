@@ -62,7 +62,7 @@ def measure_step(
             _step(eagle, mesh, wrapped, optimizer, packs)
             with record_function(_STEP):
                 _step(eagle, mesh, wrapped, optimizer, packs)
-        return _read(profiler) | {"parameters": parameters}
+        return held_during(profiler, _STEP) | {"parameters": parameters}
 
 
 def made_up_pack(eagle: EagleConfig, length: int, tiles: int, seed: int, document: int | None = None) -> dict:
@@ -100,9 +100,10 @@ def _step(eagle: EagleConfig, mesh: Mesh, models: list, optimizer, packs: list[d
     optimizer.step()
 
 
-def _read(profiler: profile) -> dict:
+def held_during(profiler: profile, name: str) -> dict:
+    """`before` the profiled function `name` and at its `peak`: bytes held."""
     events = profiler.profiler.kineto_results.events()
-    (step,) = [event for event in events if event.name() == _STEP]
+    (step,) = [event for event in events if event.name() == name]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held, before, peak = 0, 0, 0
     for time, change in changes:
