@@ -17,7 +17,7 @@ TRL := .venv-trl-1.16
 VLLM := .venv-vllm
 # What writes data sets and spreads work, over the other packages of .venv.
 PEERS := .venv-ray-2.60
-ALL := test test-slow test-old-transformers test-megatron test-serving test-peers test-rehearsal coverage parity-mutants test-soak
+ALL := test test-slow test-old-transformers test-megatron test-serving test-peers test-rehearsal test-slurm coverage parity-mutants test-soak
 STAMPED = $(BIN)/python -m tests.stamps run $@
 PYTEST = $(BIN)/python -m pytest
 # On both cores; tests/conftest.py says which tests stay together.
@@ -26,7 +26,7 @@ export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all test-slow test-old-transformers test-megatron test-serving \
-	test-peers test-rehearsal test-soak coverage docs readme parity parity-mutants \
+	test-peers test-rehearsal test-slurm test-soak coverage docs readme parity parity-mutants \
 	lint format env clean
 
 demo: env
@@ -41,11 +41,15 @@ test-all: env
 test-slow: env
 	$(STAMPED) $(PYTEST) $(BOTH) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py \
 		--ignore tests/compatibility/test_other_megatron.py --ignore tests/convert/test_trl.py --ignore tests/serving \
-		--ignore tests/data/preparation/test_table_peers.py --ignore tests/rehearsal
+		--ignore tests/data/preparation/test_table_peers.py --ignore tests/rehearsal --ignore tests/cluster
 
 # Rehearsed messages of more layouts against gloo runs, and their budgets.
 test-rehearsal: env
 	$(STAMPED) $(PYTEST) tests/rehearsal -m "slow and not gpu"
+
+# Jobs on a real Slurm, which it starts. Without one it says what to install, and leaves no stamp.
+test-slurm: env
+	@if $(BIN)/python -m tests.cluster.slurm; then $(STAMPED) $(PYTEST) tests/cluster -m "not soak and not gpu"; fi
 
 test-old-transformers: env $(OLD)/.complete
 	$(STAMPED) $(PYTEST) tests/convert/test_old_transformers.py
