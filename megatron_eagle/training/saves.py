@@ -41,6 +41,7 @@ class Saves(Observer):
     def _save(self, iteration: int, tell: Observer, *, must_succeed: bool) -> None:
         tell.phase(iteration, "save")
         run = self._run
+        run.owner.check()
         try:
             run.faults.before_save(iteration)
         except AgreedError as error:

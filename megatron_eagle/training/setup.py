@@ -37,6 +37,7 @@ from megatron_eagle.training.monitoring.step_meter import PeakChoice, choose_pea
 from megatron_eagle.training.optimizer import build_optimizer, build_scheduler, check_fused_adam, wrap_models
 from megatron_eagle.training.resilience.failed_media import MediaPolicy, host_group
 from megatron_eagle.training.resilience.faults import Faults
+from megatron_eagle.training.resilience.owner import Ownership
 from megatron_eagle.training.resilience.policy import LossGuard
 from megatron_eagle.training.resilience.waiting import DataWait
 from megatron_eagle.training.run_config import RunConfig
@@ -79,6 +80,7 @@ class Run:
     media: MediaPolicy
     faults: Faults
     peak: PeakChoice
+    owner: Ownership  # of the folder
     waiting: DataWait | None = None  # for data that are still being made
 
     @property
@@ -102,14 +104,17 @@ def open_run(
         initialize: gives fresh weights their values.
 
     Raises:
-        UserError: unreadable data or checkpoint, a library that is not there, unwritable folders.
+        UserError: unreadable data or checkpoint, a library that is not there, unwritable folders, a
+            folder that another run writes into.
     """
-    with start_ranks(config) as (device, mesh):
-        with agreed():  # what one node lacks is said once, before anything is built
+    with start_ranks(config) as (device, mesh), ExitStack() as held:
+        owner = Ownership(config.checkpoint.path, active=torch.distributed.get_rank() == 0)
+        with agreed():  # what one node lacks is said once, before anything is built or written
             choose_libraries(config)
             check_new_logs(config)
+            held.enter_context(owner)
         with open_data(config, mesh, device, open_loader) as (loader, held_out):
-            yield _build(config, mesh, device, loader, held_out, initialize)
+            yield _build(config, mesh, device, loader, held_out, initialize, owner)
 
 
 @contextmanager
@@ -145,6 +150,7 @@ def _build(
     loader: BatchLoader[InputPlan],
     held_out: HeldOut | None,
     initialize: Initialize,
+    owner: Ownership,
 ) -> Run:
     """Give the model its weights: resumed, from another checkpoint, or fresh."""
     checkpoint = config.checkpoint
@@ -184,6 +190,7 @@ def _build(
         media=MediaPolicy(config.data.on_media_error, group),
         faults=Faults.from_environment(torch.distributed.get_rank()),
         peak=choose_peak(config.logging.peak_tflops, config.training.precision, device.torch_device),
+        owner=owner,
         waiting=_waiting(config, loader, group),
     )
 

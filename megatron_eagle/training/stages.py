@@ -21,6 +21,7 @@ from megatron_eagle.checkpoint import TrainState, has_checkpoint, read_train_sta
 from megatron_eagle.config import apply_overrides, load_yaml, nearest
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.device import detect_device, process_group
+from megatron_eagle.runtime.launcher import end_with_launcher
 from megatron_eagle.training.run_config import RunConfig, complete_run_config
 from megatron_eagle.training.train import train
 
@@ -119,7 +120,8 @@ def train_stages(
     while len(configs) > 1 and _finished(configs[0].checkpoint.path, configs[0].training.train_iterations):
         configs = configs[1:]
     device = detect_device()
-    with process_group(device):  # one for all stages: the launcher's rendezvous serves once
+    # One group for all stages: the launcher's rendezvous serves once.
+    with end_with_launcher(), process_group(device):
         for config in configs:
             state = train(config)
             gc.collect()  # wrapped models hold themselves in circles: their memory belongs to the next stage

@@ -1,0 +1,34 @@
+"""Two jobs on one run folder: the second is refused by name, and the first does not notice."""
+
+import json
+import re
+
+import pytest
+
+from tests.cluster.conftest import TRAIN
+
+pytestmark = pytest.mark.slow
+ONE_NODE = ("--gpus-per-node=0", "--nodes=1")
+
+
+def test_the_second_of_two_jobs_is_refused(slurm, config, tmp_path):
+    metrics = tmp_path / "run" / "logs" / "metrics.jsonl"
+    first = slurm.submit(TRAIN, str(config), options=ONE_NODE)
+    slurm.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, first)
+    second = slurm.submit(TRAIN, str(config), options=ONE_NODE, environment={"MAX_RESTARTS": "0"})
+    slurm.wait(second, "FAILED")
+    refused = (
+        rf"^(.*: )?error: {tmp_path / 'run'}: another run writes here \(job {first}, process \d+ on n\d, "
+    )
+    assert len(re.findall(refused, slurm.output(second), re.M)) == 1, slurm.output(second)
+    owner = json.loads((tmp_path / "run" / "owner.json").read_text())
+    assert owner["job"] == f"tests/{first}"
+    iterations = len(metrics.read_text().splitlines())
+    slurm.wait_until(lambda: len(metrics.read_text().splitlines()) > iterations, first)
+    slurm.call("scancel", "--batch", "--signal=USR1", str(first))
+    slurm.wait_for_requeue(first)
+    # The job goes on with its own folder; what it does not find it would repeat.
+    before = len(metrics.read_text().splitlines())
+    slurm.wait_until(lambda: len(metrics.read_text().splitlines()) > before, first)
+    numbers = [json.loads(line)["iteration"] for line in metrics.read_text().splitlines()]
+    assert numbers == list(range(1, len(numbers) + 1))
