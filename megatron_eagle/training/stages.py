@@ -14,6 +14,7 @@ import gc
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.device import detect_device, process_group
 from megatron_eagle.runtime.launcher import end_with_launcher
 from megatron_eagle.training.run_config import RunConfig, complete_run_config
-from megatron_eagle.training.train import train
+from megatron_eagle.training.train import starting, train
 
 _NO_STAGE = ""  # the name of the one run of a file without stages
 # Overrides of these change where all stages lie, not one stage's setting.
@@ -120,8 +121,9 @@ def train_stages(
     while len(configs) > 1 and _finished(configs[0].checkpoint.path, configs[0].training.train_iterations):
         configs = configs[1:]
     device = detect_device()
-    # One group for all stages: the launcher's rendezvous serves once.
-    with end_with_launcher(), process_group(device):
+    with end_with_launcher(), ExitStack() as opened:
+        with starting(configs[0]):
+            opened.enter_context(process_group(device))  # one for all stages: the rendezvous serves once
         for config in configs:
             state = train(config)
             gc.collect()  # wrapped models hold themselves in circles: their memory belongs to the next stage

@@ -1,6 +1,8 @@
 """Run, or resume, one configuration: what is built, who looks on, and the steps."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 
 from megatron_eagle.checkpoint import TrainState
 from megatron_eagle.data.loading.loader import PackLoader
+from megatron_eagle.errors import UserError
 from megatron_eagle.training.evaluation import Evaluation
 from megatron_eagle.training.forward_backward import run_packs
 from megatron_eagle.training.monitoring.heartbeat import Heartbeat
@@ -16,10 +19,11 @@ from megatron_eagle.training.monitoring.profiler import StepProfiler
 from megatron_eagle.training.monitoring.run_log import RunLog
 from megatron_eagle.training.monitoring.step_meter import StepMeter
 from megatron_eagle.training.monitoring.stragglers import Stragglers
+from megatron_eagle.training.resilience.faults import Faults
 from megatron_eagle.training.resilience.policy import stop_signals
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.saves import Saves
-from megatron_eagle.training.setup import OpenLoader, Run, choose_libraries, open_run
+from megatron_eagle.training.setup import OpenLoader, Run, choose_libraries, logs_folder, open_run
 from megatron_eagle.training.trainer import Trainer
 
 
@@ -30,7 +34,6 @@ def standard_observers(run: Run) -> list[Observer]:
     step's numbers, and an evaluation is logged before a save that may end the run.
     """
     config, rank, state = run.config, torch.distributed.get_rank(), run.state
-    resilience = config.resilience
     log = RunLog(
         config.logging,
         run.logs,
@@ -38,15 +41,9 @@ def standard_observers(run: Run) -> list[Observer]:
         iteration=state.iteration,
         last_iteration=config.training.last_iteration,
     )
-    heart = Heartbeat(
-        run.logs,
-        rank,
-        seconds=resilience.heartbeat_seconds,
-        hang_seconds=60 * resilience.hang_minutes,
-        abort=resilience.abort_on_hang,
-    )
+    heart = _heartbeat(config, rank)
     profiler = StepProfiler(config.logging.profile, run.logs, rank, run.models[0].config)
-    observers: list[Observer] = [log, heart, profiler, Stragglers(resilience.stragglers)]
+    observers: list[Observer] = [log, heart, profiler, Stragglers(config.resilience.stragglers)]
     if config.evaluation is not None and run.held_out is not None:
         forward = partial(run_packs, run, datasets=len(run.held_out.datasets), forward_only=True)
         device = run.device.torch_device
@@ -81,11 +78,39 @@ def train(
         UserError: unreadable data or checkpoint, unwritable folders, a loss that its policy does not accept.
         Preempted: after a stop signal, when the checkpoint is saved.
     """
-    with open_run(config, open_loader) as run:
-        observers = observe(run)
+    with ExitStack() as opened:
+        with starting(config):
+            run = opened.enter_context(open_run(config, open_loader))
+            observers = observe(run)
         with stop_signals() as stop:
             Trainer(run, observers, stop).train(notes(run))
         return run.state
+
+
+@contextmanager
+def starting(config: RunConfig) -> Iterator[None]:
+    """This rank's heartbeat while its run is not there yet: where it meets the others and is built.
+
+    Where nothing can be written it does not beat; the run itself, which knows the other ranks, will say so.
+    """
+    known = torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if known else int(os.environ.get("RANK", "0"))
+    with ExitStack() as opened:
+        with suppress(UserError):
+            opened.enter_context(_heartbeat(config, rank))
+        Faults.from_environment(rank).at_start()
+        yield
+
+
+def _heartbeat(config: RunConfig, rank: int) -> Heartbeat:
+    resilience = config.resilience
+    return Heartbeat(
+        logs_folder(config),
+        rank,
+        seconds=resilience.heartbeat_seconds,
+        hang_seconds=60 * resilience.hang_minutes,
+        abort=resilience.abort_on_hang,
+    )
 
 
 def notes(run: Run) -> Iterator[str]:

@@ -92,6 +92,7 @@ class Trainer:
         loss = run.faults.loss(number, found.loss)
 
         tell.phase(number, "optimizer")
+        run.faults.before_update(number)
         grad_norm, verdict = None, guard.judge("loss", loss) if batch.total else guard.skip(_NO_WEIGHT)
         if verdict == GO:
             grad_norm, verdict = self._update()

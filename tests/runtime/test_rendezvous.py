@@ -1,7 +1,10 @@
 """Processes of several nodes that would not find each other are told why, instead of waiting."""
 
 import multiprocessing
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.runtime import rendezvous
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.rendezvous import check_rendezvous
+from tests.paths import REPO
 
 TWO_NODES = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "node-0"}
 
@@ -102,3 +106,30 @@ def test_errors_of_other_kinds_stay_what_they_are():
     with pytest.raises(RuntimeError, match="^invalid$"), rendezvous.explained_rendezvous(1):
         raise RuntimeError("invalid")
     assert issubclass(torch.distributed.DistStoreError, RuntimeError)
+
+
+RESTARTED = """
+import os, torch
+from megatron_eagle.runtime.device import Device, process_group
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+if not again and os.environ["RANK"] == "1":
+    os._exit(137)
+with process_group(Device("cpu")):
+    torch.distributed.all_reduce(torch.ones(1))
+assert again
+"""
+
+
+def test_processes_that_are_started_again_meet(tmp_path):
+    """One is killed where the others wait for it; torchrun starts all again, and they do not look for it."""
+    (tmp_path / "rank.py").write_text(RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    known = {"PYTHONPATH": str(REPO), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*torchrun, "--max-restarts=1", str(tmp_path / "rank.py")],
+        env=os.environ | known,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr

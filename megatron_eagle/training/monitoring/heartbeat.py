@@ -6,6 +6,7 @@
 
 The training thread only leaves a note in memory; the thread writes it every few seconds, also while the
 training thread waits in a collective. A rank whose process is gone or stopped is known by a file that ages.
+It begins before the ranks meet, which is where a restarted job would wait for one that does not come.
 """
 
 import faulthandler
@@ -28,7 +29,8 @@ HEARTBEATS, REPORT = "heartbeat", "hang.txt"
 # Of a job that ended itself because it hung (EX_SOFTWARE of sysexits.h).
 EXIT_HANG = 70
 # The order of a step's phases: who is in an earlier one keeps the others waiting.
-PHASES = ("waiting for data", "data", "forward and backward", "optimizer", "evaluation", "save", "ended")
+STARTING, WAITING = "starting", "waiting for data"
+PHASES = (STARTING, WAITING, "data", "forward and backward", "optimizer", "evaluation", "save", "ended")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Heartbeat(Observer):
         self._folder, self._logs, self._rank = logs / HEARTBEATS, logs, rank
         self._seconds = min(seconds, hang_seconds / 4)
         self._hang_seconds, self._abort = hang_seconds, abort
-        self._note = (0, PHASES[0], time.time())
+        self._note = (0, STARTING, time.time())
         self._reported: float | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)

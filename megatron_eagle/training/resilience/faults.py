@@ -1,7 +1,10 @@
 """Faults on purpose. FOR TESTS ONLY: nothing here happens unless the environment asks for it.
 
 `MEGATRON_EAGLE_TEST_FAULTS` holds a JSON list of faults, each at the start of an iteration (1-based):
-    {"kind": "kill", "rank": 1, "iteration": 5}      the process ends as by kill -9
+    {"kind": "kill", "rank": 1, "iteration": 5}      the process ends as by kill -9, in the step's first half
+    {"kind": "kill_late", "rank": 1, "iteration": 5}     ... in its second half, before the optimizer
+    {"kind": "kill_save", "rank": 1, "iteration": 5}     ... while the others save
+    {"kind": "kill_start", "rank": 1, "iteration": 2}    ... before it meets the others, in restart 2
     {"kind": "stall", "rank": 1, "iteration": 5}     the process stands still, for 3600 s or "seconds"
     {"kind": "nan", "iteration": 5}                  the loss of this iteration counts as NaN, on all ranks
     {"kind": "spike", "iteration": 5}                ... as a hundred times what it is
@@ -34,10 +37,17 @@ class Faults:
 
     def before_step(self, iteration: int) -> None:
         """Where the process is killed or stands still."""
-        if self._due("kill", iteration):
-            os._exit(137)
+        self._kill("kill", iteration)
         if fault := self._due("stall", iteration):
             time.sleep(fault.get("seconds", 3600))
+
+    def at_start(self) -> None:
+        """Where the process is killed before it has met the others."""
+        self._kill("kill_start", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+
+    def before_update(self, iteration: int) -> None:
+        """Where the process is killed with its gradients."""
+        self._kill("kill_late", iteration)
 
     def bad_media(self, iteration: int) -> list[int]:
         """Numbers of the samples of the global batch whose media this rank is not to read."""
@@ -45,7 +55,8 @@ class Faults:
         return [] if fault is None else fault["samples"]
 
     def before_save(self, iteration: int) -> None:
-        """Where the disk is slow or full."""
+        """Where the disk is slow or full, and the process is killed."""
+        self._kill("kill_save", iteration)
         if fault := self._due("slow_save", None):
             time.sleep(fault["seconds"])
         if self._due("failed_save", iteration):
@@ -56,6 +67,10 @@ class Faults:
         if self._due("nan", iteration):
             return float("nan")
         return 100 * loss if self._due("spike", iteration) else loss
+
+    def _kill(self, kind: str, iteration: int) -> None:
+        if self._due(kind, iteration):
+            os._exit(137)
 
     def _due(self, kind: str, iteration: int | None) -> dict[str, Any] | None:
         for fault in self._faults:

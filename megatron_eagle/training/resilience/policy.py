@@ -36,7 +36,8 @@ class ResilienceConfig(Ranged):
     max_consecutive_skips: Annotated[int, Range(1, 10**6)] = 10
     # Between two writes of a rank's heartbeat file; 0: no heartbeat.
     heartbeat_seconds: Annotated[float, Range(0.1, 3600, or_zero=True)] = 10.0
-    hang_minutes: Annotated[float, Range(0.01, 100_000)] = 20.0  # above the longest step, save and evaluation
+    # Above the longest start, step, save and evaluation.
+    hang_minutes: Annotated[float, Range(0.01, 100_000)] = 20.0
     abort_on_hang: bool = False
     # Slow ranks by name, with nvidia-resiliency-ext; null: none.
     stragglers: StragglerConfig | None = None

@@ -16,10 +16,9 @@ from megatron_eagle.data.loading.follow import LOOK_SECONDS, FollowedPacks
 from megatron_eagle.data.store.signs import Watch
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import raise_together
-from megatron_eagle.training.monitoring.heartbeat import PHASES
+from megatron_eagle.training.monitoring.heartbeat import WAITING
 from megatron_eagle.training.monitoring.observer import Observer
 
-WAITING = PHASES[0]
 _SAY_SECONDS = 600.0  # between two lines that say that it still waits
 
 

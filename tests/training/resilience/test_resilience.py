@@ -2,10 +2,12 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +21,18 @@ import torch
 from megatron_eagle.checkpoint import checkpoint_folder, read_train_state, saving
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
-from megatron_eagle.training.monitoring.heartbeat import Beat, Heartbeat, describe_beats, read_beats
+from megatron_eagle.training.monitoring.heartbeat import (
+    EXIT_HANG,
+    Beat,
+    Heartbeat,
+    describe_beats,
+    read_beats,
+)
 from megatron_eagle.training.monitoring.metrics import read_events, read_metrics, read_steps
 from megatron_eagle.training.resilience import faults
 from megatron_eagle.training.resilience.policy import LossGuard, Preempted, ResilienceConfig, stop_signals
 from megatron_eagle.training.run_config import load_run_config
+from megatron_eagle.training.stages import load_stages, train_stages
 from megatron_eagle.training.train import train
 from tests.data.helpers import contents
 from tests.parallel.harness import launch
@@ -154,6 +163,28 @@ def test_a_stalled_rank_is_named_with_its_step(run):
     assert "before_step" in (run.logs / "heartbeat" / "rank_00001.stack").read_text()
     assert [(b.rank, b.phase) for b in read_beats(run.logs)] == [(0, "ended"), (1, "ended")]
     assert len(run.metrics()) == 3, "the run went on"
+
+
+def start_alone(config: str, port: int) -> None:
+    """The first of two ranks, whose second does not come."""
+    meeting = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    settings = ["resilience.hang_minutes=0.01", "resilience.abort_on_hang=true"]
+    with patch.dict(os.environ, meeting):
+        train_stages(load_stages(config, settings))
+
+
+def test_a_rank_that_waits_for_the_others_to_start_is_named_and_ends(run):
+    """Before any of the run is there; torch would wait for half an hour."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = multiprocessing.get_context("fork").Process(target=start_alone, args=(run.config, port))
+    process.start()
+    process.join(60)
+    assert process.exitcode == EXIT_HANG
+    assert "(pid " in (report := (run.logs / "hang.txt").read_text())
+    assert "in iteration 0, starting, for" in report
+    assert "process_group" in (run.logs / "heartbeat" / "rank_00000.stack").read_text()
 
 
 def test_who_keeps_the_others_waiting(tmp_path):
