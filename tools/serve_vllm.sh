@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Serve an exported model with vLLM, OpenAI-compatible:  tools/serve_vllm.sh H [--stock] [options of vllm serve]
+# Serve an exported model with vLLM, OpenAI-compatible:  tools/serve_vllm.sh H [--stock | --follow C] [options of vllm serve]
 # H brings a plugin (H/vllm_plugin): prompts, tiles and frames are those of training. With --stock they are vLLM's own.
+# With --follow, H is made of the newest checkpoint in C and again of each one that a run finishes there; the running
+# server loads it between two answers. $MEGATRON_EAGLE (megatron-eagle) is the command in the training's environment.
 # From the environment: HOST (127.0.0.1), PORT (8000); MAX_IMAGES (512) and MAX_VIDEOS (8) of a request, where a stock
 # server takes a video as pictures; MAX_FRAMES of a video (the processor's 256) and MAX_TILES of a picture (the
 # export's), for which memory is kept and which a request gets that asks for nothing else.
@@ -10,10 +12,21 @@ set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-[ $# -ge 1 ] || fail "usage: tools/serve_vllm.sh H [--stock] [options of vllm serve]; H: a folder that convert_hf.py export wrote"
+[ $# -ge 1 ] || fail "usage: tools/serve_vllm.sh H [--stock | --follow C] [options of vllm serve]; H: a folder that convert_hf.py export wrote"
 model=$1; shift
 stock=
 [ "${1:-}" != --stock ] || { stock=1; shift; }
+followed=
+if [ "${1:-}" = --follow ]; then
+  [ -z "$stock" ] || fail "--follow: a stock server takes no new weights; leave --stock out"
+  [ $# -ge 2 ] || fail "--follow: name the run's checkpoint folder"
+  followed=$2; shift 2
+  [[ " $*" != *" --port"* && " $*" != *" --host"* ]] || fail "--follow: set HOST and PORT in the environment"
+  eagle=${MEGATRON_EAGLE:-megatron-eagle}
+  command -v "$eagle" >/dev/null ||
+    fail "$eagle: not found; --follow exports with it: name the training environment's in MEGATRON_EAGLE"
+  "$eagle" convert follow --checkpoint "$followed" --hf "$model" --once
+fi
 for file in config.json configuration_eagle2_5_vl.py tokenizer_config.json chat_template.jinja; do
   [ -f "$model/$file" ] || fail "$model: no $file; name a folder that convert_hf.py export wrote, with a tokenizer"
 done
@@ -64,6 +77,18 @@ else
   [ -z "${MAX_TILES:-}" ] || ways+=(--mm-processor-kwargs "{\"max_dynamic_tiles\": $MAX_TILES}")
 fi
 
-exec vllm serve "$model" --trust-remote-code --served-model-name eagle2.5 \
+serve=(vllm serve "$model" --trust-remote-code --served-model-name eagle2.5 \
   --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
-  --chat-template "$model/chat_template.jinja" "${ways[@]}" "${length[@]}" "$@"
+  --chat-template "$model/chat_template.jinja" "${ways[@]}" "${length[@]}" "$@")
+[ -n "$followed" ] || exec "${serve[@]}"
+
+# Both know the secret, and end together.
+EAGLE_RELOAD_SECRET=$(python3 -c 'import secrets; print(secrets.token_hex())'); export EAGLE_RELOAD_SECRET
+near=${HOST:-127.0.0.1}; [ "$near" != 0.0.0.0 ] || near=127.0.0.1
+"${serve[@]}" --middleware eagle2_5_vllm.reload.Reloading \
+  --worker-extension-cls eagle2_5_vllm.reload_worker.ReloadWorker & server=$!
+"$eagle" convert follow --checkpoint "$followed" --hf "$model" \
+  --endpoint "http://$near:${PORT:-8000}" & follower=$!
+trap 'kill $server $follower 2>/dev/null || true; wait' EXIT
+trap 'exit 143' TERM; trap 'exit 130' INT
+wait -n

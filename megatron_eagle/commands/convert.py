@@ -14,6 +14,10 @@ Comparisons, which exit with 1 if something differs:
 %(prog)s diff A B                         A, B: Hugging Face folders or checkpoints
 %(prog)s certify --hf H --checkpoint C    what training, processor, transformers and a server (--endpoint) see
 
+Of a run that goes on:
+
+%(prog)s follow --checkpoint C --hf H     each finished checkpoint becomes the export, and a server's
+
 Of a checkpoint with LoRA adapters:
 
 %(prog)s export --checkpoint C --hf H               H: the model with its adapters merged
@@ -28,6 +32,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_eagle.errors import UserError
@@ -37,9 +42,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | No
     """Run the command; returns its exit status."""
     options = build_parser(prog).parse_args(argv)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is worth compiling
-    run = {"import": _import, "export": _export, "verify": _verify, "diff": _diff, "certify": _certify}[
-        options.command
-    ]
+    run = {
+        "import": _import,
+        "export": _export,
+        "follow": _follow,
+        "verify": _verify,
+        "diff": _diff,
+        "certify": _certify,
+    }[options.command]
     return run(options)
 
 
@@ -86,6 +96,17 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         action="store_true",
         help="do not compare the checkpoint's files with its manifest first",
     )
+
+    command = add("follow", "export each finished checkpoint of a run, and let a server load it")
+    command.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="vLLM that `tools/serve_vllm.sh H --follow C` started, which calls this",
+    )
+    command.add_argument(
+        "--every", type=float, default=10, metavar="SECONDS", help="between looks (default 10)"
+    )
+    command.add_argument("--once", action="store_true", help="end when there is an export; wait for one")
 
     command = add("verify", "compare a checkpoint with a Hugging Face folder: tensors and logits")
     command.add_argument("--tensors-only", action="store_true", help="no logits")
@@ -162,6 +183,28 @@ def _export(options: argparse.Namespace) -> None:
             facts=CardFacts(options.license, scores),
         )
         print(f"{options.hf}: {', '.join(files)}")
+
+
+def _follow(options: argparse.Namespace) -> None:
+    if options.hf is None:
+        raise UserError("follow: name --hf, the export's folder")
+    if not options.every > 0:
+        raise UserError(f"--every {options.every:g}: expected seconds above 0")
+    from megatron_eagle.convert.follow import Server, follow
+    from megatron_eagle.hf_model.vllm_plugin.reload import SECRET
+
+    _quiet()
+    server = None
+    if options.endpoint is not None:
+        if not os.environ.get(SECRET):
+            raise UserError(
+                f"--endpoint: {SECRET} is not set; tools/serve_vllm.sh H --follow C sets it for both"
+            )
+        server = Server(options.endpoint, os.environ[SECRET])
+    say = partial(print, flush=True)
+    for _ in follow(options.checkpoint, options.hf, server, every=options.every, say=say):
+        if options.once:
+            return
 
 
 def _verify(options: argparse.Namespace) -> int:

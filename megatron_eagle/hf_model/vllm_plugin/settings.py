@@ -24,7 +24,8 @@ class ExportSettings:
 
     def __init__(self, app: Any) -> None:
         self._app = app
-        self._digests = lru_cache(maxsize=1)(file_digests)  # of weights too, once
+        # Of weights too, once for each export (`reload` serves several, one after the other).
+        self._digests = lru_cache(maxsize=1)(lambda folder, written: file_digests(folder))  # noqa: ARG005
         self._hashing = asyncio.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -48,7 +49,8 @@ class ExportSettings:
             return _settings(model_config) | {"dtype": dtype, "vllm": _version()}
         if below == "/files":
             async with self._hashing:
-                return await asyncio.to_thread(self._digests, folder)
+                written = (folder / "config.json").stat().st_mtime_ns
+                return await asyncio.to_thread(self._digests, folder, written)
         media = SEEN.take(below.removeprefix("/seen/"))
         return None if media is None else {"media": media}
 
