@@ -49,6 +49,12 @@ def new_tokens(prompt: int, asked: int, limit: int, *, allow: bool) -> int:
     return min(asked, limit - prompt + 1)
 
 
+def warn_of_lowered(limit: int) -> None:
+    """Say that prompts show fewer frames or tiles than they may, as many as fit into `limit` tokens."""
+    text = f"as many as fit into {limit:,} tokens with the answer, here and in prompts to come"
+    print(f"note: fewer frames or tiles than asked for: {text}; {_OPTION} shows all", file=sys.stderr)
+
+
 def warn_of_server(served: int | None, trained: int) -> None:
     """Warn of a server that takes prompts of up to `served` tokens (None: unknown) beyond the `trained`."""
     if served is not None and served > trained:

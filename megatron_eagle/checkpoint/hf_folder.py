@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_eagle.data.store.manifest import read_manifest
+from megatron_eagle.hf_model.media_files import DEFAULT_MAX_FRAMES
 from megatron_eagle.runtime.agreement import raise_together
 
 HF_FOLDER = "hf"
@@ -15,7 +16,7 @@ HF_FOLDER = "hf"
 
 def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str | Path) -> None:
     """Give `root` its `hf/` folder, if it has none: that of `checkpoint`, else the tokenizer of `data`.
-    Pictures are cut as in `data`.
+    Pictures are cut and videos sampled as in `data`.
 
     Collective.
 
@@ -30,7 +31,10 @@ def save_hf_folder(root: str | Path, *, checkpoint: str | Path | None, data: str
             partial.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial)
-            add_tiling(partial, read_manifest(data).sampling, fresh=checkpoint is None)
+            manifest, fresh = read_manifest(data), checkpoint is None
+            add_tiling(partial, manifest.sampling, fresh=fresh)
+            if any(counts.get("frames_kept") for counts in manifest.counts.values()):
+                add_frames(partial, manifest.sampling["max_frames"], fresh=fresh)
             partial.rename(Path(root) / HF_FOLDER)
         except OSError as error:
             problem = f"{root}: cannot give the checkpoint a copy of {source}: {error}"
@@ -52,6 +56,15 @@ def add_tiling(folder: Path, sampling: dict[str, Any], *, fresh: bool) -> None:
     cut = {**ours, "tiling": sampling.get("tiling", "iap"), "max_dynamic_tiles": limit}
     if chosen := {key: value for key, value in cut.items() if before.get(key) != value}:
         settings.write_text(json.dumps(stated | chosen))
+
+
+def add_frames(folder: Path, most: int, *, fresh: bool) -> None:
+    """Put how many frames of a video the data show at `most` into the settings of the exported processor; as
+    with tiles, data never lower what weights that are not `fresh` may have been trained with."""
+    path = folder / "processor_config.json"
+    stated = _read(path)
+    known = 1 if fresh else stated.get("max_frames", DEFAULT_MAX_FRAMES)
+    path.write_text(json.dumps({**stated, "max_frames": max(known, most)}))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from megatron_eagle.convert.hf_metadata import HfMetadata
 from megatron_eagle.convert.plugin_files import write_plugin
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.media_files import DEFAULT_MAX_FRAMES
 from megatron_eagle.hf_model.prompt import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IMG_CONTEXT, IMG_END, IMG_START
 from megatron_eagle.hf_model.tiles import MEAN, RESCALE_FACTOR, STD
 from megatron_eagle.model.presets import EagleConfig
@@ -189,6 +190,7 @@ def _write_processor_settings(
             "processor_class": _PROCESSOR,
             "auto_map": _PROCESSOR_MAP,
             "tokens_per_tile": config.tokens_per_tile,
+            "max_frames": metadata.json("processor_config.json").get("max_frames", DEFAULT_MAX_FRAMES),
         },
     )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")

@@ -1,6 +1,7 @@
 """`C/hf`: what an export needs and training does not touch, beside a Megatron checkpoint in the folder C.
 
-    tokenizer files, config.json, generation_config.json, preprocessor_config.json   as the source has them
+    tokenizer files, config.json, generation_config.json, preprocessor_config.json, processor_config.json
+                                   as the source has them
     model.safetensors.index.json   the source's shards: tensor -> file
     dtypes.json                    the source's types: tensor -> "F32", "BF16" or "F16"
     carried.safetensors            tensors of the source that the model does not have (the pooling head)
@@ -31,7 +32,13 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_SOURCE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "preprocessor_config.json")
+_SOURCE_FILES = (
+    *TOKENIZER_FILES,
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 _DTYPES = "dtypes.json"
 _TENSORS = "carried.safetensors"
 

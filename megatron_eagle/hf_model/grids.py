@@ -25,6 +25,14 @@ _UP_TO_36 = (
     "9 27 3 1, 1 7 14 2 4 28, 29 1, 3 15 1 2 10 5 30 6, 8 1 4 32 16 2, 1 33 3 11, 34 17 2 1, 35 1 7 5, "
     "4 6 3 18 12 36 1 9 2"
 )
+# Limits of tiles that are tried where a picture's own has no room: the paper's from 12 down; above, every
+# third or half less, where the release's order of grids is known.
+_LOWER_LIMITS = (36, 24, 16, 12, 8, 6, 4, 2, 1)
+
+
+def tile_limits(most: int) -> list[int]:
+    """`most` tiles and the lower limits, downward."""
+    return [most, *(limit for limit in _LOWER_LIMITS if limit < most)]
 
 
 @lru_cache(maxsize=64)

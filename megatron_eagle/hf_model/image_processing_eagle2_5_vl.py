@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils.generic import TensorType
 
-from .grids import select_grid
+from .grids import has_thumbnail, select_grid
 from .pictures import to_rgb
 from .tiles import MEAN, RESCALE_FACTOR, STD, image_tiles, normalize, resize
 
@@ -108,6 +108,19 @@ class Eagle2_5_VLImageProcessor(ImageProcessingMixin):
             min_tiles=self.min_dynamic_tiles if min_dynamic_tiles is None else min_dynamic_tiles,
             tiling=self.tiling,
         )
+
+    def count_tiles(
+        self,
+        width: int,
+        height: int,
+        min_dynamic_tiles: int | None = None,
+        max_dynamic_tiles: int | None = None,
+        use_thumbnail: bool | None = None,
+    ) -> int:
+        """Tiles of a picture of so many pixels, as `tile_image` cuts it."""
+        grid = self.grid(width, height, min_dynamic_tiles, max_dynamic_tiles)
+        whole = self.use_thumbnail if use_thumbnail is None else use_thumbnail
+        return grid[0] * grid[1] + (whole and has_thumbnail(grid))
 
     def tile_image(
         self,

@@ -10,8 +10,11 @@ import bisect
 import io
 import os
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -121,23 +124,47 @@ def frame_count(
     return max(wanted, min(FRAME_MULTIPLE, available))
 
 
-def load_video(
-    source: Any, video_start: float | None = None, video_end: float | None = None, **sampling: Any
-) -> VideoFrames:
-    """Exact frames of a video file, in presentation order, by PyAV.
+@dataclass(frozen=True)
+class VideoClip:
+    """What a video file may show: its frames from `first` to `last`, which are numbers from 0.
 
-    Args:
-        source: a file's bytes, a path, `file://`, `http(s)://` or a `data:` URL.
-        video_start, video_end: clip in seconds; frames with start <= t < end are used.
-        sampling: `fps`, `nframes`, `min_frames`, `max_frames`, see `frame_count`.
-
-    Returns:
-        Frames at `linspace(first, last, n).round()`, or where the rate varies those nearest to evenly
-        spaced times; `fps` is n over the clip's duration.
-
-    Raises:
-        ValueError: the video is missing, unreadable, or has no frame in the clip; the message names it.
+    Attributes:
+        stamps: presentation time of every frame of the file, in units of `unit` seconds.
+        keyframes: those of its key frames.
+        duration: of the clip, in seconds.
+        available: its frames.
+        opened: the file, opened anew.
     """
+
+    stamps: list[int]
+    keyframes: list[int]
+    unit: Fraction
+    first: int
+    last: int
+    duration: Fraction
+    available: int
+    opened: Callable[[], Any]
+
+    @cached_property
+    def _uneven(self) -> np.ndarray | None:
+        return uneven_times(self.stamps[self.first : self.last + 1])
+
+    def numbers(self, n: int) -> tuple[int, ...]:
+        """The `n` frames that are shown: at `linspace(first, last, n).round()`, or where the rate varies
+        those nearest to evenly spaced times."""
+        return choose_frames(self.first, self.last, n, self._uneven)
+
+    def times(self, numbers: Iterable[int]) -> list[float]:
+        """In seconds."""
+        return [float(self.stamps[number] * self.unit) for number in numbers]
+
+    def fps(self, n: int) -> float:
+        """Of `n` frames: those over the clip's duration."""
+        return float(n / self.duration)
+
+
+def read_clip(source: Any, video_start: float | None = None, video_end: float | None = None) -> VideoClip:
+    """A clip of a video; nothing is decoded. Arguments and errors are those of `load_video`."""
     import av  # only videos need it
 
     name = _shown(source)
@@ -152,43 +179,78 @@ def load_video(
         # Titles and the like may be in any encoding: they are not worth failing for.
         return av.open(_path(source) if data is None else io.BytesIO(data), metadata_errors="replace")
 
-    try:
+    with _naming(name):
         stamps, keyframes, unit, last_duration = _frame_table(opened)
-        if not stamps:
-            raise ValueError(f"video has no frames: {name}")
-        times = [stamp * unit for stamp in stamps]
-        end = times[0] + shown_seconds(len(times), times[-1] - times[0], last_duration * unit)
-        asked = [None if t is None else Fraction(str(t)) for t in (video_start, video_end)]
-        start, stop = clip_bounds(times[0], end, *asked)
-        inside = [i for i, t in enumerate(times) if start <= t and (video_end is None or t < stop)]
-        if not inside:
-            begin, until = (t if own is None else own for own, t in zip(asked, (start, stop), strict=True))
-            raise ValueError(f"video has no frame between {float(begin):g} s and {float(until):g} s: {name}")
-        duration = stop - start
-        n = frame_count(len(inside), float(duration), **sampling)
-        first, last = inside[0], inside[-1]
-        wanted = choose_frames(first, last, n, uneven_times(stamps[first : last + 1]))
-        frames = _decode(opened, [stamps[i] for i in wanted], keyframes)
+    if not stamps:
+        raise ValueError(f"video has no frames: {name}")
+    times = [stamp * unit for stamp in stamps]
+    end = times[0] + shown_seconds(len(times), times[-1] - times[0], last_duration * unit)
+    asked = [None if t is None else Fraction(str(t)) for t in (video_start, video_end)]
+    start, stop = clip_bounds(times[0], end, *asked)
+    inside = [i for i, t in enumerate(times) if start <= t and (video_end is None or t < stop)]
+    if not inside:
+        begin, until = (t if own is None else own for own, t in zip(asked, (start, stop), strict=True))
+        raise ValueError(f"video has no frame between {float(begin):g} s and {float(until):g} s: {name}")
+    return VideoClip(stamps, keyframes, unit, inside[0], inside[-1], stop - start, len(inside), opened)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What the decoder says, with the name of the file."""
+    import av
+
+    try:
+        yield
     except av.error.FFmpegError as error:
         raise ValueError(f"video cannot be read: {name} ({error.strerror})") from None
-    shown = [frames[stamps[i]] for i in wanted]
-    return VideoFrames(shown, float(n / duration), [float(times[i]) for i in wanted], wanted)
 
 
-def video_of_part(item: Mapping[str, Any]) -> VideoFrames:
+def load_video(
+    source: Any, video_start: float | None = None, video_end: float | None = None, **sampling: Any
+) -> VideoFrames:
+    """Exact frames of a video file, in presentation order, by PyAV.
+
+    Args:
+        source: a file's bytes, a path, `file://`, `http(s)://` or a `data:` URL.
+        video_start, video_end: clip in seconds; frames with start <= t < end are used.
+        sampling: `fps`, `nframes`, `min_frames`, `max_frames`, see `frame_count`.
+
+    Returns:
+        The frames that `VideoClip.numbers` names.
+
+    Raises:
+        ValueError: the video is missing, unreadable, or has no frame in the clip; the message names it.
+    """
+    clip = read_clip(source, video_start, video_end)
+    wanted = clip.numbers(frame_count(clip.available, float(clip.duration), **sampling))
+    with _naming(_shown(source)):
+        frames = _decode(clip.opened, [clip.stamps[i] for i in wanted], clip.keyframes)
+    shown = [frames[clip.stamps[i]] for i in wanted]
+    return VideoFrames(shown, clip.fps(len(wanted)), clip.times(wanted), wanted)
+
+
+def video_settings(item: Mapping[str, Any], most: int = DEFAULT_MAX_FRAMES) -> dict[str, Any]:
+    """What a message's part says of how its video is sampled; `most` frames where it says nothing of them."""
+    names = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
+    settings = {name: item[name] for name in names if item.get(name) is not None}
+    return settings if "nframes" in settings else {"max_frames": most, **settings}
+
+
+def video_of_part(item: Mapping[str, Any], most: int = DEFAULT_MAX_FRAMES) -> VideoFrames:
     """What a message's part shows: a file, or pictures that are frames at its `fps`, sampled as they are.
+
+    Args:
+        most: frames of a file, where the part does not say how many.
 
     Raises:
         ValueError: as `load_video` and `load_image`.
     """
-    source = item["video"]
-    names = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
-    options = {name: item[name] for name in names if item.get(name) is not None}
+    source, settings = item["video"], video_settings(item, most)
     if not isinstance(source, (list, tuple)):
-        return load_video(source, **options)
+        return load_video(source, **settings)
     if not source:
         raise ValueError("a video given as a list of pictures is empty")
-    fps = float(options.get("fps", DEFAULT_FPS))  # of the list as it is: nothing is sampled
+    fps = float(settings.get("fps", DEFAULT_FPS))  # of the list as it is: nothing is sampled
     return VideoFrames([load_image(frame) for frame in source], fps, [i / fps for i in range(len(source))])
 
 

@@ -21,7 +21,8 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .clips import clip_bounds  # noqa: F401  # transformers 4.51 copies the files that this one names
 from .content import read_conversation
-from .media_files import DEFAULT_FPS, VideoFrames, load_image, video_of_part
+from .grids import select_grid  # noqa: F401  # as clips
+from .media_files import DEFAULT_FPS, DEFAULT_MAX_FRAMES, VideoFrames, load_image, video_of_part
 from .pictures import to_rgb  # noqa: F401  # as clips
 from .prompt import (
     CHAT_TEMPLATE,
@@ -30,6 +31,7 @@ from .prompt import (
     IMG_START,
     PromptMedium,
 )
+from .room import Fitted, fit, prompt_room
 
 _PLACEHOLDER = re.compile(r"<(image|video)-(\d+)>")
 _TILING = ("min_dynamic_tiles", "max_dynamic_tiles", "use_thumbnail")
@@ -45,13 +47,14 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         tokenizer: any tokenizer with `<img>`, `</img>` and `<IMG_CONTEXT>` as single tokens.
         chat_template: Jinja template; the one of this file when None.
         tokens_per_tile: visual tokens of one tile (256 for 448 pixels and patch 14).
+        max_frames: of a video that does not say how many.
     """
 
     if int(transformers.__version__.split(".")[0]) < 5:  # 5.x reads the signature of __init__ instead
         attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
-        valid_kwargs = ["chat_template", "tokens_per_tile"]
+        valid_kwargs = ["chat_template", "tokens_per_tile", "max_frames"]
 
     def __init__(
         self,
@@ -59,11 +62,12 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
         tokens_per_tile: int = 256,
+        max_frames: int = DEFAULT_MAX_FRAMES,
     ) -> None:
         chat_template = chat_template or CHAT_TEMPLATE
         # transformers' has no types
         super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
-        self.tokens_per_tile = tokens_per_tile
+        self.tokens_per_tile, self.max_frames = tokens_per_tile, max_frames
         self.image_token, self.image_start_token, self.image_end_token = IMG_CONTEXT, IMG_START, IMG_END
         vocabulary = tokenizer.get_vocab()
         for token in (self.image_token, self.image_start_token, self.image_end_token):
@@ -131,7 +135,7 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
                     if part.get("image") is not None:
                         images.append(load_image(part["image"]))
                     elif part.get("video") is not None:
-                        videos.append(video_of_part(part))
+                        videos.append(video_of_part(part, self.max_frames))
         result = (images or None, videos or None)
         if not return_video_kwargs:
             return result
@@ -227,13 +231,39 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
             counts = data["num_tiles"].tolist()
         return PromptMedium(tuple(counts), item.fps, tuple(item.timestamps)), data
 
+    def fit(
+        self,
+        text: str,
+        images: Sequence[Any],
+        videos: Sequence[Mapping[str, Any]],
+        length: int,
+        answer: int | None = None,
+        tiling: Mapping[str, Any] | None = None,
+        frame_tiles: int | None = None,
+    ) -> Fitted:
+        """Limits of frames and tiles with which a prompt and its answer have at most `length` tokens, as far
+        as limits can be lowered (`room`). It is for who knows the length: nothing here asks for it by itself.
+
+        Args:
+            text: what `apply_chat_template` gave.
+            images, videos: sources of pictures, and parts of messages, in the order of their numbers.
+            answer: tokens that it may have.
+            tiling: `images_kwargs` of the call.
+            frame_tiles: `max_dynamic_tiles` of its `videos_kwargs`.
+        """
+        return fit(self, text, images, videos, prompt_room(length, answer), tiling, frame_tiles)
+
     def place(
-        self, text: str, media: Mapping[str, Sequence[PromptMedium]]
+        self,
+        text: str,
+        media: Mapping[str, Sequence[PromptMedium]],
+        tokens_per_tile: int | None = None,
     ) -> tuple[str, list[tuple[str, int]]]:
         """A prompt with labels and image tokens where its placeholders were.
 
         Args:
             media: the images and videos (keys `image`, `video`) that it may show.
+            tokens_per_tile: others than the processor's.
 
         Returns:
             The prompt, and the media that it shows in reading order: kind, and place in `media` from 0.
@@ -242,6 +272,7 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
             ValueError: a placeholder without its medium, used twice, or left out before another.
         """
         order: list[tuple[str, int]] = []
+        of_tile = self.tokens_per_tile if tokens_per_tile is None else tokens_per_tile
 
         def written(match: re.Match[str]) -> str:
             kind, number = match.group(1), int(match.group(2))
@@ -252,7 +283,7 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
             if (kind, number - 1) in order:
                 raise ValueError(f"the prompt uses {match.group()} twice")
             order.append((kind, number - 1))
-            return media[kind][number - 1].write(number, self.tokens_per_tile)
+            return media[kind][number - 1].write(number, of_tile)
 
         text = _PLACEHOLDER.sub(written, text)
         for kind in media:

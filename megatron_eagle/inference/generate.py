@@ -16,7 +16,7 @@ import torch
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.inference.prefill import prefill
-from megatron_eagle.positions import new_tokens
+from megatron_eagle.positions import new_tokens, warn_of_lowered
 
 # Tokens. PyTorch's attention builds a mask of piece x prompt: longer pieces cost more than they save.
 PREFILL_CHUNK = 2048
@@ -116,8 +116,9 @@ class Answers(Protocol):
 class ExportedModel:
     """An exported model and its processor, on the GPU if there is one.
 
-    Prompts of more than `prefill_chunk` tokens go through the model in pieces of as many (`prefill`). Prompts
-    beyond `max_positions` are refused, and answers end there, unless `allow_long_prompts`.
+    Prompts of more than `prefill_chunk` tokens go through the model in pieces of as many (`prefill`). They
+    show as many frames and tiles as fit into `max_positions` (the processor's `fit`); what is longer even so
+    is refused, and answers end there, unless `allow_long_prompts`.
 
     Raises:
         UserError: the folder is missing, no export, or cannot be loaded.
@@ -127,7 +128,7 @@ class ExportedModel:
         self, folder: str | Path, prefill_chunk: int = PREFILL_CHUNK, *, allow_long_prompts: bool = False
     ) -> None:
         self.folder, self.prefill_chunk = Path(folder), prefill_chunk
-        self.allow_long_prompts = allow_long_prompts
+        self.allow_long_prompts, self._told = allow_long_prompts, False
         self.processor = load_processor(self.folder)
         self.model = _load(self.folder, "AutoModel", torch_dtype="auto").eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,20 +185,41 @@ class ExportedModel:
     def _inputs(self, request: Request, sampling: Sampling) -> Any:
         max_tiles = request.max_tiles or sampling.max_tiles
         processor = self.processor
-        media: list[dict[str, Any]] = [{"type": "image", "image": path} for path in request.images]
+        images: list[Any] = list(request.images)
         for path in request.documents:
-            media += [{"type": "image", "image": page} for page in pages_of(processor, path, max_tiles)]
-        media += [video_item(video, sampling) for video in request.videos]
-        messages = request.conversation(media)
+            images += pages_of(processor, path, max_tiles)
+        videos = [video_item(video, sampling) for video in request.videos]
         tiling = {} if max_tiles is None else {"max_dynamic_tiles": max_tiles}
-        frames = {} if request.frame_tiles is None else {"max_dynamic_tiles": request.frame_tiles}
+        frame_tiles = request.frame_tiles
+
+        def conversation() -> list[dict[str, Any]]:
+            return request.conversation([*({"type": "image", "image": image} for image in images), *videos])
+
         try:
-            text = processor.apply_chat_template(messages, add_generation_prompt=True)
-            images, videos = processor.process_vision_info(messages)
+            text = processor.apply_chat_template(conversation(), add_generation_prompt=True)
+            if not self.allow_long_prompts and hasattr(processor, "fit"):  # an older export has none
+                answer, length = sampling.max_new_tokens, self.max_positions
+                fitted = processor.fit(text, images, videos, length, answer, tiling, frame_tiles)
+                videos, tiling, frame_tiles = fitted.videos, fitted.tiling, fitted.frame_tiles
+                self._tell(fitted)
+            images_shown, videos_shown = processor.process_vision_info(conversation())
+            frames = {} if frame_tiles is None else {"max_dynamic_tiles": frame_tiles}
             settings = {"images_kwargs": tiling, "videos_kwargs": frames, "return_tensors": "pt"}
-            return processor(text=[text], images=images, videos=videos, **settings)
+            return processor(text=[text], images=images_shown, videos=videos_shown, **settings)
         except ValueError as error:  # the processor's own messages name the file or the placeholder
             raise UserError(str(error)) from None
+
+    def _tell(self, fitted: Any) -> None:
+        """Say once that prompts show less than was asked for; refuse what does not fit even so.
+
+        Raises:
+            UserError: as `new_tokens`, before anything is decoded.
+        """
+        if fitted.tokens is not None:
+            new_tokens(fitted.tokens, 0, self.max_positions, allow=False)
+        if fitted.lowered and not self._told:
+            self._told = True
+            warn_of_lowered(self.max_positions)
 
 
 def load_processor(folder: Path) -> Any:

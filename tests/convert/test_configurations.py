@@ -7,10 +7,10 @@ import shutil
 from dataclasses import fields
 
 import pytest
-from transformers import AutoConfig, PretrainedConfig, Qwen2Config, SiglipVisionConfig
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig, Qwen2Config, SiglipVisionConfig
 
 from megatron_eagle.checkpoint import read_model_config
-from megatron_eagle.checkpoint.hf_folder import add_tiling
+from megatron_eagle.checkpoint.hf_folder import add_frames, add_tiling
 from megatron_eagle.convert.export_files import write_processor
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.hf_metadata import HfMetadata
@@ -117,6 +117,20 @@ def test_an_export_cuts_pictures_as_the_data_were_cut(checkpoint, tmp_path):
         add_tiling(config.parent, {"max_tiles": data, "tiling": "aspect"}, fresh=fresh)
         write_processor(tmp_path / "out", model, HfMetadata(tmp_path / "checkpoint"), None)
         assert json.loads((tmp_path / "out" / "config.json").read_text())["max_dynamic_patch"] == limit
+
+
+def test_an_export_shows_as_many_frames_as_the_data(checkpoint, exported, tmp_path):
+    """The processor's 256 unless data showed more; what an export says stays through another import."""
+    assert json.loads((exported / "processor_config.json").read_text())["max_frames"] == 256
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    for data, fresh, limit in ((64, False, 256), (512, False, 512), (64, False, 512), (64, True, 64)):
+        add_frames(tmp_path / "checkpoint" / "hf", data, fresh=fresh)
+        export_hf(tmp_path / "checkpoint", tmp_path / "out", verify=False)
+        processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+        assert processor.max_frames == limit
+    import_hf(tmp_path / "out", tmp_path / "again")
+    export_hf(tmp_path / "again", tmp_path / "last")
+    assert json.loads((tmp_path / "last" / "processor_config.json").read_text())["max_frames"] == 64
 
 
 @pytest.mark.parametrize("k", range(1, 50))

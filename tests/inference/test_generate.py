@@ -100,6 +100,25 @@ def test_pictures_videos_and_their_sampling_reach_the_model(model, picture, vide
     assert own["pixel_values"].shape[0] == 8
 
 
+def test_a_long_video_shows_as_many_frames_as_fit(exported, video, monkeypatch, capsys):
+    """Said once. What is demanded is refused before it is decoded; long prompts show all where allowed."""
+    monkeypatch.setattr(ExportedModel, "max_positions", 200)
+    model, sampling = ExportedModel(exported), Sampling(fps=10, max_frames=5000, max_new_tokens=20)
+    request = Request("What happens?", (), (video,))
+    shown = model._inputs(request, sampling)
+    assert 100 < shown["input_ids"].shape[1] <= 180 and 4 <= len(shown["pixel_values"]) < 30
+    assert model.answer(request, sampling) == model.answer(request, sampling)
+    said = capsys.readouterr().err
+    assert said.count("note: fewer frames or tiles than asked for: as many as fit into 200 tokens") == 1
+    demanded = Request("What happens?", (), ({"video": video, "nframes": 30},))
+    monkeypatch.setattr(model.processor, "process_vision_info", None)
+    with pytest.raises(UserError, match="the prompt has [0-9]+ tokens and the model was trained for 200"):
+        model.answer(demanded, sampling)
+    monkeypatch.undo()
+    whole = ExportedModel(exported, allow_long_prompts=True)._inputs(request, sampling)
+    assert len(whole["pixel_values"]) == 30
+
+
 def test_pages_of_a_document_are_the_pictures_of_training(model, picture, tmp_path):
     """Pages are numbered after the pictures, drawn at the size of their grid, and not resized again."""
     path = str(make_pdf(tmp_path / "d.pdf", 2))

@@ -330,6 +330,7 @@ IN_PLACE = {
         "data/preparation/journal.commit",
         "checkpoint/files._hashed",
         "checkpoint/index.write_checkpoint_index",
+        "checkpoint/hf_folder.add_frames",
         "checkpoint/hf_folder.add_tiling",
         "checkpoint/saving.complete_folder",
         "checkpoint/manifest.write_manifest",
@@ -353,7 +354,7 @@ IN_PLACE = {
     "what one command prints": {
         "evaluation/bridge.write_bridge",
         "commands/compare.main",
-        "commands/plan.main",
+        "commands/plan._write",
         "commands/preview.show",
     },
 }

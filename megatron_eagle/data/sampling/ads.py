@@ -15,11 +15,9 @@ from fractions import Fraction
 import numpy as np
 
 from megatron_eagle.hf_model.clips import choose_frames, spread
-from megatron_eagle.hf_model.grids import TILINGS, select_grid, tile_count
+from megatron_eagle.hf_model.grids import TILINGS, select_grid, tile_count, tile_limits
 from megatron_eagle.problems import Problem
 
-# The paper's from 12 down; above, every third or half less, where the release's order of grids is known.
-TILE_LIMITS = (36, 24, 16, 12, 8, 6, 4, 2, 1)
 Count = Callable[[Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[int]]], int]
 """Exact token count of the finished sample, given the tiles of each image, the frames of each video and the
 tiles of each shown page of each document."""
@@ -139,8 +137,7 @@ def plan_media(
     )
     frames = _frames(videos, n_frames)
     shown = [[document[page] for page in p] for document, p in zip(documents, pages, strict=True)]
-    limits = sorted({settings.max_tiles, *(t for t in TILE_LIMITS if t < settings.max_tiles)})[::-1]
-    for tile_limit in limits:
+    for tile_limit in tile_limits(settings.max_tiles):
         grids = _grids(images, tile_limit, settings)
         page_grids = tuple(_grids(demands, tile_limit, settings) for demands in shown)
         n_tokens = count(_tiles(grids), frames, [_tiles(g) for g in page_grids])

@@ -1,9 +1,12 @@
 """The export that is served: its processor, out of its own files."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 NAME = "eagle2_5"  # of the plugin, the tokenizer mode and the media connector
+ANSWER = "answer_tokens"  # from the renderer to the processor, in a request's mm_processor_kwargs
 
 
 def served_processor(model_config: Any) -> Any:
@@ -19,7 +22,7 @@ def served_processor(model_config: Any) -> Any:
         revision=model_config.revision,
         trust_remote_code=model_config.trust_remote_code,
     )
-    if not hasattr(processor, "place"):
+    if not hasattr(processor, "fit"):
         raise ValueError(f"{model_config.model}: its processor is older than this plugin; export it again")
     return processor
 
@@ -30,11 +33,22 @@ def load_medium(processor: Any, part: dict[str, Any]) -> Any:
     Raises:
         ValueError: it cannot be read.
     """
-    try:
+    with reading():
         images, videos = processor.process_vision_info([{"role": "user", "content": [part]}])
+    return (images or videos)[0]
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """What a server lacks for videos is said in a line.
+
+    Raises:
+        ValueError: it lacks it.
+    """
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise ValueError(f"this server cannot read videos: {error} (pip install av)") from None
-    return (images or videos)[0]
 
 
 def prompt_medium(processor: Any) -> Any:

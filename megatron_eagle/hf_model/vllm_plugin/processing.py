@@ -6,7 +6,7 @@ is not: a cached item gets the label of the place where it stands.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,23 @@ from vllm import envs
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.media import MediaWithBytes
-from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
+from vllm.multimodal.parse import MultiModalDataItems, MultiModalDataParser, ProcessorBatchItems
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
+    ProcessorInputs,
     PromptReplacement,
     PromptUpdateDetails,
 )
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
-from .export import NAME, load_medium, prompt_medium, served_processor
+from .export import ANSWER, NAME, load_medium, prompt_medium, reading, served_processor
 from .seen import SEEN, describe_medium
 
 _KINDS = ("image", "video")
 _TILING = ("min_dynamic_tiles", "max_dynamic_tiles", "use_thumbnail")
-_logger = init_logger(__name__)
+_logger = init_logger(f"vllm.{__name__}")  # below vLLM's own, whose handlers it has
 
 
 class MediaParts(ProcessorBatchItems[dict[str, Any]]):
@@ -108,11 +109,11 @@ class Eagle2_5_VLProcessingInfo(BaseProcessingInfo):
         return Image.new("RGB", (side * tiles, side), "white")
 
     def most_frames(self, seq_len: int) -> int:
-        """Frames of a video that memory is kept for: 256, the processor's own limit, or `num_frames` of
+        """Frames of a video that memory is kept for: the processor's own limit, or `num_frames` of
         --limit-mm-per-prompt, as far as they fit into a prompt."""
         limits = self.ctx.get_mm_config().limit_per_prompt.get("video")
-        wanted = getattr(limits, "num_frames", None) or 256
-        return max(2, min(wanted, seq_len // self._tokens_per_frame()) // 2 * 2)
+        wanted = getattr(limits, "num_frames", None) or self.get_hf_processor().max_frames
+        return max(2, min(int(wanted), seq_len // self._tokens_per_frame()) // 2 * 2)
 
     def _tokens_per_frame(self) -> int:
         """With the longest label."""
@@ -131,7 +132,8 @@ class Eagle2_5_VLProcessingInfo(BaseProcessingInfo):
         Raises:
             ValueError: another name, or a value that is none.
         """
-        merged: dict[str, Any] = self.ctx.get_merged_mm_kwargs(asked)
+        # Not `get_merged_mm_kwargs`, which drops what stands beside a scope that has the same name.
+        merged: dict[str, Any] = dict(self.ctx.get_mm_config().merge_mm_processor_kwargs(asked))
         seen = merged.pop("seen", None)
         scopes = {name: merged.pop(name, None) or {} for name in ("images_kwargs", "videos_kwargs")}
         if not all(isinstance(scope, dict) for scope in scopes.values()):
@@ -145,22 +147,67 @@ class Eagle2_5_VLProcessingInfo(BaseProcessingInfo):
             if name == "use_thumbnail" and not isinstance(value, bool):
                 raise ValueError(f"use_thumbnail must be true or false, not {value!r}")
             if name != "use_thumbnail":
-                self.check_count(name, value)
+                self.check_count(name, value, limited=name.startswith("min"))
         return images, videos.get("max_dynamic_tiles"), seen
 
-    def check_count(self, name: str, count: Any) -> None:
-        """Refuse what no prompt can hold before it is decoded.
+    def check_count(self, name: str, count: Any, *, limited: bool) -> None:
+        """Refuse a number of tiles or frames that is none, or, where it is `limited`, one that no prompt can
+        hold: what a request demands, not what it sets as a limit.
 
         Raises:
-            ValueError: a number of tiles or frames that is none, or beyond the server's length.
+            ValueError: it is such a number.
         """
         limit = self.ctx.model_config.max_model_len // self.get_hf_processor().tokens_per_tile
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}")
-        if count > limit:
+        if limited and count > limit:
             raise ValueError(
                 f"{name} is {count}; a prompt of this server holds {limit} tiles and frames (--max-model-len)"
             )
+
+    def fitted(self, inputs: ProcessorInputs) -> ProcessorInputs:
+        """A request with limits of frames and tiles that a prompt of this server holds, by the export's own
+        rule (its processor's `fit`); unchanged where only a cache knows its media.
+
+        Raises:
+            ValueError: a number of frames that is none, or that no prompt can hold.
+        """
+        asked = dict(inputs.hf_processor_mm_kwargs)
+        if ANSWER not in asked:  # no request: vLLM measures its memory
+            return inputs
+        answer, items = asked.pop(ANSWER), inputs.mm_data_items
+        parts = {kind: list(items[kind].data) if kind in items else [] for kind in _KINDS}
+        for part in parts["video"]:
+            for name in {"nframes", "max_frames"} & (part or {}).keys():
+                self.check_count(name, part[name], limited=name == "nframes")
+        if any(part is None for own in parts.values() for part in own):
+            return replace(inputs, hf_processor_mm_kwargs=asked)
+        export, length = self.get_hf_processor(), self.ctx.model_config.max_model_len
+        tiling, frame_tiles, _ = self.read_tiling(asked)
+        text, pictures = self.text_of(inputs.prompt), [part["image"] for part in parts["image"]]
+        with reading():
+            fitted = export.fit(text, pictures, parts["video"], length, answer or None, tiling, frame_tiles)
+        if fitted.lowered:
+            _logger.warning_once(
+                "Prompts show fewer frames or tiles than requests ask for: as many as %d tokens hold",
+                length,
+                scope="process",
+            )
+        if fitted.tiling != tiling:
+            asked["images_kwargs"] = fitted.tiling
+        if fitted.frame_tiles != frame_tiles:
+            asked["videos_kwargs"] = {"max_dynamic_tiles": fitted.frame_tiles}
+        if fitted.videos == parts["video"]:
+            return replace(inputs, hf_processor_mm_kwargs=asked)
+        # Under a client's own names for its videos others may be cached.
+        names = {**(inputs.mm_uuid_items or {}), "video": [None] * len(fitted.videos)}
+        shown = MultiModalDataItems({**items, "video": MediaParts(fitted.videos, "video")})
+        return replace(inputs, hf_processor_mm_kwargs=asked, mm_data_items=shown, mm_uuid_items=names)
+
+    def text_of(self, prompt: list[int]) -> str:
+        """A prompt with its placeholders."""
+        tokenizer = self.get_hf_processor().tokenizer
+        return str(tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class Eagle2_5_VLDummyInputs(BaseDummyInputsBuilder[Eagle2_5_VLProcessingInfo]):
@@ -190,6 +237,10 @@ class _Written(PromptUpdateDetails):
 class Eagle2_5_VLMultiModalProcessor(BaseMultiModalProcessor[Eagle2_5_VLProcessingInfo]):
     """Cuts the items that no cache has, and writes the prompt of all."""
 
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """vLLM's, of as many frames and tiles as fit."""
+        return super().apply(self.info.fitted(inputs), timing_ctx)
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         export = self.info.get_hf_processor()
         tiling, frame_tiles, seen = self.info.read_tiling(hf_kwargs)
@@ -198,8 +249,6 @@ class Eagle2_5_VLMultiModalProcessor(BaseMultiModalProcessor[Eagle2_5_VLProcessi
         for kind in _KINDS:
             shown = []
             for part in mm_items.get(kind, ()):
-                for name in {"nframes", "max_frames"} & part.keys():
-                    self.info.check_count(name, part[name])
                 item = load_medium(export, part)
                 shown.append(export.show(item, tiling, frame_tiles))
                 if seen is not None:
@@ -258,10 +307,7 @@ class Eagle2_5_VLMultiModalProcessor(BaseMultiModalProcessor[Eagle2_5_VLProcessi
             kind: [update.content.medium for (update,) in mm_res.prompt_updates.get(kind, ())]
             for kind in _KINDS
         }
-        text = tokenizer.decode(
-            mm_res.prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        text, order = export.place(text, media)
+        text, order = export.place(self.info.text_of(mm_res.prompt_ids), media)
         for kind, own in media.items():
             used = sum(shown == kind for shown, _ in order)
             if used != len(own):

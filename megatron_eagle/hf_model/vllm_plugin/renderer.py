@@ -5,9 +5,17 @@ from typing import Any
 
 from vllm.renderers.hf import HfRenderer
 
-from .export import served_processor
+from .export import ANSWER, served_processor
 
 _TEXTS = ("text", "refusal", "thinking")  # where parts of messages have text
+
+
+def _with_answer(prompt: Any, options: Any) -> Any:
+    """The processor makes room for the answer; 0 tokens: the request does not say how many it may have."""
+    if not prompt.get("multi_modal_data"):
+        return prompt
+    answer = getattr(options.get("tok_params"), "max_output_tokens", 0)
+    return {**prompt, "mm_processor_kwargs": {**(prompt.get("mm_processor_kwargs") or {}), ANSWER: answer}}
 
 
 class Eagle2_5_VLRenderer(HfRenderer):
@@ -25,6 +33,14 @@ class Eagle2_5_VLRenderer(HfRenderer):
     async def render_messages_async(self, messages: Any, params: Any) -> Any:
         """vLLM's, of shielded text."""
         return await super().render_messages_async(self._shielded(messages), params)
+
+    def process_for_engine(self, prompt: Any, *arguments: Any, **options: Any) -> Any:
+        """vLLM's, of a prompt that says how long its answer may be."""
+        return super().process_for_engine(_with_answer(prompt, options), *arguments, **options)
+
+    async def process_for_engine_async(self, prompt: Any, *arguments: Any, **options: Any) -> Any:
+        """vLLM's, of a prompt that says how long its answer may be."""
+        return await super().process_for_engine_async(_with_answer(prompt, options), *arguments, **options)
 
     def _shielded(self, messages: Any) -> list[dict[str, Any]]:
         with self._in_use:

@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_eagle.data.sampling.ads import (
-    TILE_LIMITS,
     ImageDemand,
     SamplingSettings,
     VideoDemand,
     plan_media,
     wanted_frames,
 )
-from megatron_eagle.hf_model.grids import select_grid, tile_count
+from megatron_eagle.hf_model.grids import select_grid, tile_count, tile_limits
 from megatron_eagle.problems import Problem
 
 SETTINGS = SamplingSettings()
@@ -176,7 +175,7 @@ def test_properties(text, images, videos, documents, limit, most):
         i = min(unfilled, key=lambda i: Fraction(len(plan.frames[i]), demands[i].wanted))
         more = [range(len(f) + (i == j)) for j, f in enumerate(plan.frames)]
         assert count(single, more, single_pages) > limit
-    for t in (most, *(t for t in TILE_LIMITS if t < most)):
+    for t in tile_limits(most):
         grids = [select_grid(m.width, m.height, tile_size=448, max_tiles=min(t, m.max_tiles)) for m in images]
         page_grids = [
             [select_grid(PAGE.width, PAGE.height, tile_size=448, max_tiles=t)] * len(pages)
