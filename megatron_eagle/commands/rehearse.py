@@ -56,8 +56,11 @@ def run_rehearse(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: must be at least 1")
     find_gpu_type(arguments.gpu)
-    if arguments.timeline is not None and not Path(arguments.timeline).parent.is_dir():
-        raise UserError(f"--timeline {arguments.timeline}: there is no such folder")
+    if arguments.timeline is not None:
+        if not Path(arguments.timeline).parent.is_dir():
+            raise UserError(f"--timeline {arguments.timeline}: there is no such folder")
+        if Path(arguments.timeline).is_dir():
+            raise UserError(f"--timeline {arguments.timeline}: is a folder; name a file")
     ranks = _ranks(arguments.ranks)
     made_up = arguments.packs == "made-up"
     if arguments.preset is not None and not made_up:
@@ -69,9 +72,8 @@ def run_rehearse(arguments: argparse.Namespace) -> int:
         )
     else:
         runs = read_runs(arguments.config, arguments.overrides, **common)
-    problems = 0
-    for name, config in runs.items():
-        plan = RehearsalPlan.of(
+    plans = {
+        name: RehearsalPlan.of(
             config,
             arguments.gpu,
             arguments.gpus,
@@ -80,6 +82,10 @@ def run_rehearse(arguments: argparse.Namespace) -> int:
             open_loader=None if made_up else UnreadPacks,
             timeline=arguments.timeline is not None,
         )
+        for name, config in runs.items()
+    }
+    problems = 0
+    for name, plan in plans.items():
         processes = arguments.processes or os.cpu_count() or 1
         found = rehearse(plan, processes, messages=not arguments.no_messages, tell=print)
         print(render(name, found))

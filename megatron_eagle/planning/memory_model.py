@@ -224,6 +224,10 @@ def _backward_moments(shapes: PackShapes, workload: Workload, number: int) -> li
         if chunk.vision:
             scratch = _vision_layer(shapes, workload)
             moments.append(_Moment("encoder backward", language - chunk.layers, encoder, scratch))
+    if stage.first and "vision" not in workload.trainable:
+        others = max(language for language, _ in held) - chunks[0].language
+        encoder = held[0][1] - chunks[0].vision
+        moments.append(_Moment("encoder forward", others, encoder, _frozen_encoder(shapes, workload)))
     return moments
 
 
@@ -303,6 +307,18 @@ def _vision_layer(shapes: PackShapes, workload: Workload) -> int:
     )  # fmt: skip
     gradients = e * (p * c + 4 * p * c // shapes.vision_ranks)
     return max(feed_forward, restored - layer.mlp + gradients + kernel)
+
+
+def _frozen_encoder(shapes: PackShapes, workload: Workload) -> int:
+    """Forward of an encoder that keeps nothing, beside the tokens' embeddings: pixels in fp32, patches as
+    they come out of the convolution, with positions, and contiguous. In a layer its input, the sum after
+    attention and the second norm, and either what is before and after the GELU, or the MLP's output, that
+    with its bias, and the sum."""
+    e, vision, c, i = workload.element_size, shapes.eagle.vision, shapes.c, shapes.i
+    tiles = shapes.own_tiles(workload.tiles)
+    patches = tiles * vision.num_patches * e
+    pixels = tiles * vision.num_channels * vision.image_size**2 * FP32
+    return shapes.r * shapes.h * e + pixels + patches * (6 * c + max(3 * c, 2 * i))
 
 
 def _adam(workload: Workload, largest: int, shard: int) -> int:

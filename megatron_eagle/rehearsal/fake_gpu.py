@@ -46,6 +46,8 @@ _STRICT = {
         "scatter_add_",
     )
 } | {"c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::alltoall_base_"}
+_NO_FAKE_KERNEL = (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException)
+_NUMBERS = {"BoolType": True, "IntType": 1, "FloatType": 1.0}
 _INDEXING = {_aten.index.Tensor, _aten._unsafe_index.Tensor}
 _INDEX_WRITING = {_aten.index_put_.default, _aten._index_put_impl_.default, _aten.index_put.default}
 
@@ -185,11 +187,23 @@ class FakeGpu(TorchDispatchMode):
                 return func(*args, **kwargs)
             with self.fake:
                 return func(*args, **kwargs)
-        except (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException):
-            self._findings.problem(f"{func}: no fake kernel; taken to give what its first argument is")
+        except RuntimeError as error:
+            # What `torch.library.custom_op` defines says so without a class of its own.
+            if not isinstance(error, _NO_FAKE_KERNEL) and "no fake impl registered" not in str(error):
+                raise
+            self._findings.problem(f"{func}: no fake kernel; taken to give tensors like its first argument")
             if not on_gpu:
                 raise
-            return self._new(tuple(on_gpu[0].shape), on_gpu[0].dtype)
+            given = [self._stand_in(returned.type, on_gpu[0]) for returned in func._schema.returns]
+            return given[0] if len(given) == 1 else tuple(given)
+
+    def _stand_in(self, kind: Any, like: Tensor) -> Any:
+        """For a result of this type in an operator's schema; None for what is neither tensor nor number."""
+        if kind.kind() == "TensorType":
+            return self._new(tuple(like.shape), like.dtype)
+        if kind.kind() == "ListType":
+            return [self._stand_in(kind.getElementType(), like)]
+        return _NUMBERS.get(kind.kind())
 
     def _check_types(self, func: Any, tensors: list[Tensor]) -> None:
         found = {t.dtype for t in tensors if t.dtype.is_floating_point}

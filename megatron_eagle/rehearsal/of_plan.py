@@ -47,8 +47,8 @@ def rehearse_plans(
         found = rehearse(job, os.cpu_count() or 1, messages=False, tell=tell)
         words = f"{number}: {layout_words(run.layout, gpus)}"
         if found.failures:
-            failure = (found.failures[0].failure or "").strip().splitlines()[-1]
-            yield f"{words}: stopped at rank {found.failures[0].rank}: {failure}"
+            first = found.failures[0]
+            yield f"{words}: stopped at rank {first.rank}: {first.stopped_by}"
             continue
         peak = max(report.peak for report in found.reports) / 1e9
         prediction = predict(found)

@@ -36,7 +36,7 @@ class RankReport:
     rank: int
     microbatches: int
     seconds: float
-    failure: str | None = None  # a traceback
+    failure: str | None = None  # a traceback, or why there is none
     peaks: dict[str, Peak] = field(default_factory=dict)  # by phase
     # (phase, whether once a microbatch, what, where, how often)
     syncs: list[tuple[str, bool, str, str, int]] = field(default_factory=list)
@@ -47,6 +47,11 @@ class RankReport:
     events: list[RankMessage | Wait] = field(default_factory=list)  # of the whole run
     families: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
     step: StepRecord | None = None  # where a timeline is asked for
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The failure in a line."""
+        return None if self.failure is None else self.failure.strip().splitlines()[-1]
 
     @property
     def peak(self) -> int:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.planning.rates import Machine
+from megatron_eagle.rehearsal.gpu_types import find_gpu_type
 from megatron_eagle.rehearsal.kinds import RankGrid, cut_depth, rehearsed_microbatches
 from megatron_eagle.rehearsal.matching import Mismatch, Trace, match_messages
 from megatron_eagle.rehearsal.messages import RECEIVE, SEND, WORLD, RankMessage, Wait
@@ -42,10 +44,15 @@ class RehearsalPlan:
         """`ranks`: None: the distinct ones. `microbatches`: None: as many as fill the pipeline.
 
         Raises:
-            UserError: a rank that the job does not have.
+            UserError: a rank or microbatches that the job does not have, or a timeline of attention for which
+                no speed is known.
         """
         grid = RankGrid(config.layout, gpus, pack_classes)
-        count = microbatches or rehearsed_microbatches(config.layout, grid.microbatches(config))
+        of_step = grid.microbatches(config)
+        count = microbatches or rehearsed_microbatches(config.layout, of_step)
+        _check_microbatches(count, of_step, config)
+        if timeline:
+            Machine.of(find_gpu_type(gpu).gpu, attention=config.layers.attention)
         for rank in ranks or ():
             if not 0 <= rank < gpus:
                 raise UserError(f"--ranks: there is no rank {rank}: the job has {gpus}, counted from 0")
@@ -53,7 +60,20 @@ class RehearsalPlan:
             # So many replicas that every kind of pack is somebody's.
             ranks = grid.distinct(grid.replicas[: max(1, -(-pack_classes // count))])
         open_loader = open_loader or MadeUp(config.model)
-        return cls(config, gpu, grid, open_loader, count, tuple(ranks), timeline)
+        return cls(config, gpu, grid, open_loader, count, tuple(dict.fromkeys(ranks)), timeline)
+
+
+def _check_microbatches(count: int, of_step: int, config: RunConfig) -> None:
+    stages = config.layout.pipeline_model_parallel_size
+    if count > of_step:
+        raise UserError(
+            f"--microbatches is {count}: a step of this run has {of_step} on a data parallel rank"
+        )
+    if config.layout.num_model_chunks > 1 and count % stages:
+        raise UserError(
+            f"--microbatches is {count}: with virtual pipeline stages it must be a multiple of {stages} "
+            "(pipeline_model_parallel_size)"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,9 +98,10 @@ class Rehearsal:
 
     @property
     def problems(self) -> int:
-        """Of all kinds together."""
+        """Of all kinds together, each once: ranks that stop for the same reason have one."""
         found = {(what, where) for report in self.everyone for what, where, _ in report.problems}
-        return len(found) + len(self.failures) + (self.mismatch is not None)
+        stopped = {report.stopped_by for report in self.failures}
+        return len(found) + len(stopped) + (self.mismatch is not None)
 
 
 def rehearse(

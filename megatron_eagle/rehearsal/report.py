@@ -61,13 +61,13 @@ def problem_lines(rehearsal: Rehearsal) -> list[str]:
 
 
 def _stopped(rehearsal: Rehearsal) -> Iterator[str]:
-    seen: set[str] = set()
+    seen: set[str | None] = set()
     for report in rehearsal.failures:
         assert report.failure is not None
-        last = report.failure.strip().splitlines()[-1]
-        if last not in seen:
-            yield "\n  ".join((f"STOPPED at rank {report.rank}: {last}", *_own_lines(report.failure)))
-        seen.add(last)
+        why = report.stopped_by
+        if why not in seen:
+            yield "\n  ".join((f"STOPPED at rank {report.rank}: {why}", *_own_lines(report.failure)))
+        seen.add(why)
 
 
 def _own_lines(trace: str) -> list[str]:

@@ -2,8 +2,8 @@
 
     python -m megatron_eagle.rehearsal.server FOLDER PROCESSES
 
-Reads `FOLDER/jobs`, writes a report `FOLDER/N` for the N-th job, and a line with N when it is there. Started
-by `session.py`; both files are pickles of these two processes alone.
+Reads `FOLDER/jobs`, writes a report `FOLDER/N` for the N-th job, and a line with N and the exit status of its
+process when that has ended. Started by `session.py`; both files are pickles of these two processes alone.
 """
 
 import os
@@ -31,8 +31,8 @@ def serve(folder: Path, processes: int) -> None:
             if child == 0:
                 _run(job, folder / str(number))
             running[child] = number
-        child, _ = os.wait()
-        print(running.pop(child), flush=True)
+        child, status = os.wait()
+        print(running.pop(child), os.waitstatus_to_exitcode(status), flush=True)
 
 
 def _run(job: "Job", file: Path) -> None:  # type: ignore[name-defined]  # noqa: F821

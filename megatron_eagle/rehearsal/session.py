@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,7 @@ def run_jobs(
         processes: at the same time.
         tell: hears of each job that has ended, by its number.
     Raises:
-        UserError: no compiler, or a process that was killed.
+        UserError: no compiler, or the process of all ranks has ended; a rank that was killed is a report.
     """
     shim_file()  # said here, in one line, if it cannot be built
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
@@ -81,16 +82,34 @@ def run_jobs(
             assert server.stdout is not None
             try:
                 for line in server.stdout:
-                    number = int(line)
+                    number, status = map(int, line.split())
                     file = Path(folder, str(number))
                     if file.exists():
-                        reports[number] = pickle.loads(file.read_bytes())
-                        tell(number, reports[number])
+                        report = pickle.loads(file.read_bytes())
+                    else:
+                        report = _lost(jobs[number], status, errors)
+                    reports[number] = report
+                    tell(number, report)
+                server.wait()
             finally:
                 server.kill()
         said = errors.read_text(errors="replace")
     if len(reports) < len(jobs):
-        missing = next(job for number, job in enumerate(jobs) if number not in reports)
-        last = (said.strip() or "killed, by the system's memory perhaps").splitlines()[-1]
-        raise UserError(f"rehearse: rank {missing.rank} gave no report: {last}")
+        last = (said.strip() or "it said nothing").splitlines()[-1]
+        raise UserError(
+            f"rehearse: the process of all ranks has ended with status {server.returncode}: {last}"
+        )
     return [reports[number] for number in range(len(jobs))]
+
+
+def _lost(job: Job, status: int, errors: Path) -> "RankReport":
+    """Of a rank whose process has ended without one."""
+    from megatron_eagle.rehearsal.rank import RankReport
+
+    if status < 0:
+        name = signal.Signals(-status).name
+        why = f"killed by {name}; if the machine's memory was full, --processes with fewer takes less"
+    else:
+        last = errors.read_text(errors="replace").strip().rpartition("\n")[2]
+        why = f"ended with status {status}: {last}"
+    return RankReport(job.rank, job.microbatches, 0.0, why)

@@ -1,6 +1,7 @@
 """The run that is rehearsed: from its file, with its data or, where these are not there yet, without."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_eagle.config import from_dict
 from megatron_eagle.errors import UserError
@@ -43,6 +44,7 @@ def read_runs_without_data(
         values.setdefault("checkpoint", {"path": "nowhere"})
         values.setdefault("data", {}).setdefault("path", "nowhere")
         run = from_dict(RunFile, values)
+        run.data = replace(run.data, follow=None)  # made-up packs are there
         rows = run.model.text.vocab_size
         if rows is None:
             raise UserError(f"{path}: the vocabulary is that of the data: add model.text.vocab_size=N")

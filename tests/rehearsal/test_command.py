@@ -18,6 +18,7 @@ VALUES = {
     "checkpoint": {"path": "nowhere"},
     "parallel": {"context_parallel_size": 2},
 }
+PIPELINE = "{pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 2}"
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def config(tmp_path: Path) -> str:
 
 def test_a_small_job(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     trace = tmp_path / "step.json"
-    words = ["--gpus", "4", "--gpu", "h200", "--ranks", "0,3", "--timeline", str(trace)]
+    words = ["--gpus", "4", "--gpu", "h200", "--ranks", "0,3,3", "--timeline", str(trace)]
+    words.append("data.follow={shards_per_window: 1}")  # of data that are not there
     assert main(["rehearse", "--config", config, *words]) == 0
     printed = capsys.readouterr().out
     assert "4 x NVIDIA H200" in printed
@@ -55,6 +57,16 @@ def test_a_small_job(config: str, capsys: pytest.CaptureFixture[str], tmp_path: 
         (["--ranks", "0,4"], "there is no rank 4: the job has 4"),
         (["--ranks", "all"], "expected numbers"),
         (["--timeline", "/nowhere/step.json"], "--timeline /nowhere/step.json: there is no such folder"),
+        (["--timeline", "/"], "--timeline /: is a folder"),
+        (
+            ["--timeline", "step.json", "layers.attention=flash4"],
+            "flash4: no speed is known for it on NVIDIA H100",
+        ),
+        (["--microbatches", "3"], "--microbatches is 3: a step of this run has 2"),
+        (
+            ["--microbatches", "1", f"parallel={PIPELINE}"],
+            "--microbatches is 1: with virtual pipeline stages it must be a multiple of 2",
+        ),
         (["--packs", "data"], "nowhere"),
         (["--packs", "data", "--preset", "tiny"], "--preset is for made-up packs"),
         (["--stage", "one"], "it has no stages"),

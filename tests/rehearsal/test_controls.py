@@ -1,5 +1,7 @@
 """Faults put into the code that is rehearsed, in the ranks' processes: each is found, with its place."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,11 +72,20 @@ def an_operator_without_a_fake_kernel() -> None:
 
     library = torch.library.Library("rehearsal_test", "FRAGMENT")
     library.define("unknown(Tensor x) -> Tensor")
+    library.define("several(Tensor x) -> (Tensor, Tensor[], int)")
+
+    @torch.library.custom_op("rehearsal_test::python", mutates_args=())
+    def python(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
     original = schedule.megatron_loss
 
     def through(losses: torch.Tensor, *rest: Any) -> Any:
         with torch.no_grad():
             torch.ops.rehearsal_test.unknown(losses)
+            python(losses)
+            one, (other,), count = torch.ops.rehearsal_test.several(losses)
+            one[:count].add_(other[:count])
         return original(losses, *rest)
 
     schedule.megatron_loss = through
@@ -112,8 +123,15 @@ def much_on_stderr() -> None:
     sys.stderr.flush()
 
 
+def killed() -> None:
+    """As the system does when memory is full, while others talk."""
+    sys.stderr.write("a warning\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 FAULTS = (
     nothing,
+    killed,
     much_on_stderr,
     index_on_host,
     features_of_another_type,
@@ -173,6 +191,8 @@ def test_what_a_gpu_refuses_stops_the_rank(fault: Callable[[], None], words: str
         (features_of_another_type, "mixed types torch.bfloat16, torch.float32", "model/eagle.py"),
         (strides_that_a_kernel_does_not_read, "has strides", "rms_norm.py"),
         (an_operator_without_a_fake_kernel, "rehearsal_test.unknown", "megatron/core/pipeline_parallel"),
+        (an_operator_without_a_fake_kernel, "rehearsal_test.python", "megatron/core/pipeline_parallel"),
+        (an_operator_without_a_fake_kernel, "rehearsal_test.several", "megatron/core/pipeline_parallel"),
     ],
 )
 def test_problems_have_a_place(fault: Callable[[], None], words: str, where: str, found: Found) -> None:
@@ -184,6 +204,12 @@ def test_problems_have_a_place(fault: Callable[[], None], words: str, where: str
 def test_what_a_rank_says_stops_nobody(found: Found) -> None:
     assert found[much_on_stderr].failure is None
     assert found[much_on_stderr].peak == found[nothing].peak
+
+
+def test_a_rank_that_is_killed_is_one_that_stops(found: Found) -> None:
+    """The others have their reports."""
+    assert "killed by SIGKILL" in (found[killed].stopped_by or "")
+    assert found[killed].rank == 0
 
 
 def test_a_wait_is_counted_with_its_place(found: Found) -> None:

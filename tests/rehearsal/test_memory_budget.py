@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.planning.memory_model import memory_moments
 from megatron_eagle.planning.planner import preset_run
@@ -109,6 +110,34 @@ def test_an_mlp_that_is_computed_again(modules: tuple[str, ...]) -> None:
     assert abs(share(report, planned(config, layout.world_size, 0)) - 1) < MEMORY
     kept = replace_in(config, recompute=RecomputeConfig(language="selective"))
     assert share(report, planned(kept, layout.world_size, 0)) < 1 - MEMORY
+
+
+def lora_run(tp: int, **optimizer: Any) -> tuple[RunConfig, MadeUp, dict[str, int]]:
+    """Adapters, whose layers wait in host memory; every rank encodes all of as many tiles as fit."""
+    sizes = {"tensor_model_parallel_size": tp, "context_parallel_size": 4, "vision_sharding": "none"}
+    layout = Layout("", 4 * tp, sizes)
+    config = wide_run(layout, lora=LoraConfig(), recompute=RecomputeConfig(language="offload"))
+    config = replace_in(config, optimizer=replace(config.optimizer, **optimizer))
+    loader = MadeUp(config.model, ("most tiles",))
+    workload = sequence_workload(config, GPU, 1, loader.packs(config.data, 0, 0))
+    moments = memory_moments(config.model, config.layout, 1, workload, 0)
+    return config, loader, {moment.moment: moment.total for moment in moments}
+
+
+def test_a_frozen_encoder_may_be_the_fullest_moment() -> None:
+    frozen = lora_run(2, trainable=("language",))[2]
+    assert max(frozen, key=lambda moment: frozen[moment]) == "encoder forward"
+    assert "encoder forward" not in lora_run(2)[2]  # where it trains its backward has more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_frozen_encoder_goes_forward(tp: int) -> None:
+    config, loader, moments = lora_run(tp, trainable=("language",))
+    (report,) = run_jobs([Job(config, GPU, 0, 4 * tp, loader, 1)], 1)
+    assert report.failure is None, report.failure
+    assert report.peak == pytest.approx(moments["encoder forward"], rel=5e-3)
+    assert report.peak == pytest.approx(max(moments.values()), rel=5e-3)
 
 
 @pytest.mark.slow
