@@ -1,15 +1,35 @@
 """The reference attention backend: plain torch, any device, one segment at a time, softmax in fp32.
 
-Memory is quadratic in the longest segment. It is the twin against which fast backends are checked, and on a
-GPU takes the place of none of them unnoticed: long segments are refused unless it was asked for.
+Long segments are read in blocks of query rows, so that memory grows with their length and time with its
+square. It is the twin against which fast backends are checked, and on a GPU takes the place of none of them
+unnoticed: long segments are refused unless it was asked for.
 Letters: q query rows, k key rows, g KV heads, r queries per KV head, d head size.
 """
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.errors import UserError
+
+BLOCK_SCORES = 2**24  # scores of a head in memory at a time, if a segment has more: 64 MB
+
+
+def row_blocks(segments: Iterable[Segment], causal: bool) -> Iterator[Segment]:
+    """The segments, in their order, the large ones as blocks of their rows; of causal ones with the keys that
+    the block's last row sees."""
+    for part in segments:
+        rows, keys = part.q_end - part.q_start, part.k_end - part.k_start
+        block = rows if rows * keys <= BLOCK_SCORES else max(1, BLOCK_SCORES // keys)
+        if block == rows:
+            yield part
+            continue
+        for start in range(part.q_start, part.q_end, block):
+            end = min(start + block, part.q_end)
+            unseen = part.q_end - end if causal else 0
+            yield Segment(start, end, part.k_start, part.k_end - unseen)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
@@ -30,7 +50,7 @@ def refuse_long(segments: tuple[Segment, ...], longest: int) -> None:
     keys = max(part.k_end - part.k_start for part in segments)
     if keys > longest:
         raise UserError(
-            f"attention over {keys} keys with score matrices in memory, for want of a fast backend: install "
+            f"attention over {keys} keys in plain torch, which is slow, for want of a fast backend: install "
             f"flash-attn, or ask for it with layers.attention reference (limit without asking: {longest})"
         )
 
@@ -53,7 +73,7 @@ class ReferenceAttention:
         grouped = q.unflatten(1, (k.shape[1], -1))  # [s, g, r, d]
         out = torch.empty_like(grouped)
         lse = torch.empty((*grouped.shape[1:3], q.shape[0]), dtype=torch.float32, device=q.device)
-        for part in segments:
+        for part in row_blocks(segments, causal):
             rows, keys = slice(part.q_start, part.q_end), slice(part.k_start, part.k_end)
             scores = _scores(grouped[rows], k[keys], scale, causal)
             lse[..., rows] = scores.logsumexp(-1)
@@ -79,7 +99,7 @@ class ReferenceAttention:
         grad_q = torch.empty_like(q_)
         grad_k = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
         grad_v = torch.zeros_like(grad_k)
-        for part in segments:
+        for part in row_blocks(segments, causal):
             rows, keys = slice(part.q_start, part.q_end), slice(part.k_start, part.k_end)
             weights = torch.exp(_scores(q_[rows], k[keys], scale, causal) - lse[..., rows, None])
             grad = grad_[rows].float()

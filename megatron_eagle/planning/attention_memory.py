@@ -13,6 +13,7 @@ from megatron_eagle.context_parallel.balanced import PairCosts
 from megatron_eagle.context_parallel.exchange import measure_traffic
 from megatron_eagle.context_parallel.layout import SequenceLayout
 from megatron_eagle.context_parallel.planning import LayoutName, plan_layout
+from megatron_eagle.context_parallel.reference_attention import row_blocks
 from megatron_eagle.model.flops import pair_costs
 from megatron_eagle.model.shapes import PackShapes
 from megatron_eagle.planning.memory_shapes import FP32, Workload
@@ -165,15 +166,15 @@ def _eager(shapes: PackShapes, workload: Workload) -> int:
 
 
 def _score_matrices(shapes: PackShapes, workload: Workload) -> int:
-    """The reference attention's backward, segment after segment: four fp32 matrices [heads, queries, keys]
-    at once (weights, their gradient, two steps of the scores' gradient) and one to three of the segment
+    """The reference attention's backward, block after block of rows: four fp32 matrices [heads, queries,
+    keys] at once (weights, their gradient, two steps of the scores' gradient) and one to three of the block
     before, whose names are assigned one after the other."""
     heads, bounds = shapes.attention_heads, _bounds(shapes, workload)
     layout = _plan(*_layout_of(shapes), bounds)
     worst = 0
     for rank in range(layout.size):
         before = 0
-        for part in layout.segments(rank, bounds):
+        for part in row_blocks(layout.segments(rank, bounds), causal=True):
             size = heads * (part.q_end - part.q_start) * (part.k_end - part.k_start) * FP32
             worst = max(worst, 3 * before + 2 * size, before + 4 * size)
             before = size

@@ -47,7 +47,7 @@ def render_plan(
         f"trained: {', '.join(config.optimizer.trainable)}"
         + ("" if config.lora is None else f", the language model by adapters of rank {config.lora.rank}"),
         rates,
-        "assumes a fused attention kernel (the reference attention is quadratic in memory), no overlap, and "
+        "assumes a fused attention kernel (on a GPU the reference attention is no choice), no overlap, and "
         f"the {'plain' if config.layers.loss == 'plain' else 'fused'} loss with every token supervised",
         f"{len(fitting)} layouts fit, {len(plans.legal) - len(fitting)} do not, "
         f"{plans.refused.total()} refused",

@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
+from megatron_eagle.context_parallel import reference_attention
 from megatron_eagle.context_parallel.backends import (
     AUTO,
     FAST,
@@ -15,7 +16,7 @@ from megatron_eagle.context_parallel.backends import (
     why_not_backend,
 )
 from megatron_eagle.context_parallel.layout import Segment
-from megatron_eagle.context_parallel.reference_attention import ReferenceAttention, refuse_long
+from megatron_eagle.context_parallel.reference_attention import ReferenceAttention, refuse_long, row_blocks
 from megatron_eagle.context_parallel.torch_attention import TorchVarlenAttention
 from megatron_eagle.context_parallel.varlen import varlen_shape
 from megatron_eagle.errors import UserError
@@ -95,7 +96,7 @@ def test_auto_says_what_flash_attention_2_costs_on_hopper(monkeypatch):
         assert choose_attention("auto", torch.bfloat16, 64).reason == "attention: flash3 (auto)"
 
 
-def test_long_score_matrices_are_refused_unless_asked_for():
+def test_long_segments_are_refused_on_a_gpu_unless_asked_for():
     refuse_long(SEGMENTS, 8192)
     with pytest.raises(UserError, match="attention over 600 keys .* layers.attention reference"):
         refuse_long(SEGMENTS, 512)
@@ -151,6 +152,24 @@ def test_equals_the_reference(name, segments, causal, deterministic):
         found, wanted = found[~unseen], wanted[~unseen]
         assert ((found - wanted).norm() / wanted.norm()).item() < 5e-3
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "two runs differ"
+
+
+@pytest.mark.parametrize(("segments", "causal"), [(SEGMENTS, True), (BLOCK, False)])
+def test_blocks_of_rows_compute_what_whole_segments_do(segments, causal, monkeypatch):
+    torch.manual_seed(0)
+    q, grad = (torch.randn(160, 6, 16) for _ in range(2))
+    k, v = (torch.randn(901, 2, 16) for _ in range(2))
+    results = []
+    for scores in (reference_attention.BLOCK_SCORES, 5000):
+        monkeypatch.setattr(reference_attention, "BLOCK_SCORES", scores)
+        blocks = list(row_blocks(segments, causal))
+        out, lse = ReferenceAttention().forward(q, k, v, segments, 0.25, causal)
+        grads = ReferenceAttention().backward(grad, q, k, v, out, lse, segments, 0.25, causal)
+        results.append([out, lse, *grads])
+    assert max((b.q_end - b.q_start) * (b.k_end - b.k_start) for b in blocks) <= 5000
+    assert len(blocks) > 2 * len(segments)
+    for whole, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_every_backend_can_be_asked_for():
