@@ -52,6 +52,7 @@ class CertifySettings:
         endpoint: of a server with the plugin; None: none is asked.
         store, samples: so many samples of a token store; None: samples are made.
         logits, logprobs: how far they may be apart, in transformers and in vLLM.
+        timeout: seconds without a byte from the server; None: by its length.
     """
 
     hf: Path
@@ -61,6 +62,7 @@ class CertifySettings:
     samples: int = 16
     logits: float = 1e-4
     logprobs: float = 1e-3
+    timeout: float | None = None
     command: Sequence[str] = ()
 
 
@@ -107,7 +109,9 @@ def certify(settings: CertifySettings) -> Certificate:
     if not hasattr(processor.image_processor, "grid"):
         raise UserError(f"{settings.hf}: its processor is older than `certify`: export the model again")
     digests = file_digests(settings.hf)
-    server = None if settings.endpoint is None else CertifiedServer(settings.endpoint, settings.hf, digests)
+    server = None
+    if settings.endpoint is not None:
+        server = CertifiedServer(settings.endpoint, settings.hf, digests, settings.timeout)
     model = TransformersModel(settings.hf)
     longest = max(model.max_positions, (server and server.max_positions or 1) - 1)
     with tempfile.TemporaryDirectory() as folder:

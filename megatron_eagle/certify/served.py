@@ -27,8 +27,14 @@ class CertifiedServer:
         UserError: it cannot be reached, is a stock vLLM or another program, or serves another export.
     """
 
-    def __init__(self, endpoint: str, folder: Path, digests: dict[str, str] | None = None) -> None:
-        self._served = served = ServedModel(endpoint)
+    def __init__(
+        self,
+        endpoint: str,
+        folder: Path,
+        digests: dict[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self._served = served = ServedModel(endpoint, timeout=timeout)
         if served.cutting is None:
             raise UserError(
                 f"{endpoint}: no vLLM with an export's plugin (no GET /v1/export): start it by "

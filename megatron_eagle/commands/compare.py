@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_eagle.commands.server_options import add_timeout
 from megatron_eagle.errors import UserError
 from megatron_eagle.inference.batch import read_requests
 from megatron_eagle.inference.generate import ExportedModel, Sampling
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if not requests:
         raise UserError(f"{options.jsonl}: has no requests")
 
-    served = ServedModel(options.endpoint, options.model)
+    served = ServedModel(options.endpoint, options.model, options.timeout)
     exported = ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
     warn_of_server(served.read_max_positions(), exported.max_positions)
     sampling = Sampling(options.fps, options.max_frames, None, options.max_new_tokens)
@@ -64,10 +65,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="OUT", help="both answers to each request, as JSONL")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--fps", type=float, help="frames per second of video (default 2)")
-    parser.add_argument("--max-frames", type=int, metavar="N", help="per video (default 256)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="per video (default: the model's)")
     parser.add_argument(
         "--at-least", type=float, default=1.0, metavar="SHARE", help="of equal answers (%(default)s)"
     )
+    add_timeout(parser)
     add_option(parser)
     return parser
 

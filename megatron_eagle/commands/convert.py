@@ -35,6 +35,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from megatron_eagle.commands.server_options import add_timeout
 from megatron_eagle.errors import UserError
 
 
@@ -80,6 +81,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     command = add("export", "make a Hugging Face folder from a checkpoint")
     command.add_argument(
         "--max-tiles", type=int, help="tiles per picture for the exported processor (default: the source's)"
+    )
+    command.add_argument(
+        "--max-frames", type=int, help="of a video, likewise (default: the data's, or the source's, or 256)"
     )
     command.add_argument("--license", help="the export's, as the Hub names it, for its README.md")
     command.add_argument(
@@ -133,6 +137,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     command.add_argument("--samples", type=int, default=16, metavar="N", help="of the store (default 16)")
     command.add_argument("--logits", type=float, default=1e-4, help="most in transformers (default 1e-4)")
     command.add_argument("--logprobs", type=float, default=1e-3, help="most in vLLM (default 1e-3)")
+    add_timeout(command)
     return parser
 
 
@@ -178,6 +183,7 @@ def _export(options: argparse.Namespace) -> None:
             options.checkpoint,
             options.hf,
             max_tiles=options.max_tiles,
+            max_frames=options.max_frames,
             merge=merge,
             verify=verify,
             facts=CardFacts(options.license, scores),

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_eagle.commands.server_options import add_timeout
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import read_benchmark
 from megatron_eagle.evaluation.bridge import KITS, write_bridge
@@ -69,10 +70,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
             "--judge", metavar="URL", help="endpoint of the model that compares free answers"
         )
         command.add_argument("--judge-model", metavar="NAME", help="at that endpoint (default: its first)")
+        add_timeout(command)
         add_option(command)
         if name == "run":
             command.add_argument(
-                "--max-frames", type=int, help="per video (default: the benchmark's, or 256)"
+                "--max-frames", type=int, help="per video (default: the benchmark's, or the model's)"
             )
         else:
             command.add_argument("--frames", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
@@ -84,6 +86,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     command.add_argument("--model", metavar="NAME", help="at the endpoint (default: its first)")
     command.add_argument("--tasks", nargs="+", required=True, metavar="T", help="as the kit names them")
     command.add_argument("--output", type=Path, required=True, metavar="O")
+    command.add_argument("--max-frames", type=int, default=256, help="per video (default %(default)s)")
     return parser
 
 
@@ -98,7 +101,7 @@ def _list(_: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     published = BENCHMARKS.get(options.published)
-    default = published.max_frames if published else 256
+    default = published.max_frames if published else None  # the model's own
     _evaluate(options, options.output, default if options.max_frames is None else options.max_frames)
 
 
@@ -114,7 +117,7 @@ def _frames(options: argparse.Namespace) -> None:
     print(f"drawn in {options.output / 'frames.png'}")
 
 
-def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> None:
+def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None) -> None:
     values = {"fps": options.fps, "max-frames": max_frames, "max-new-tokens": options.max_new_tokens}
     values |= {"max-tiles": options.max_tiles, "limit": options.limit}
     for name, value in values.items():
@@ -138,7 +141,11 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> Non
         digest = hashlib.sha256(options.benchmark.read_bytes()).hexdigest()
         about |= {"benchmark": str(options.benchmark), "sha256": digest}
     sampling = Sampling(options.fps, max_frames, options.max_tiles, options.max_new_tokens)
-    judge = make_judge(ServedModel(options.judge, options.judge_model)) if options.judge else None
+    judge = (
+        make_judge(ServedModel(options.judge, options.judge_model, options.timeout))
+        if options.judge
+        else None
+    )
     about |= {"judge": options.judge_model or options.judge} if options.judge else {}
     questions = questions[: options.limit]  # not in `about`: a run with more questions goes on
     progress = partial(tqdm, unit="question")
@@ -163,7 +170,7 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int) -> Non
 
 def _model(options: argparse.Namespace) -> Answers:
     if options.hf is None:
-        return ServedModel(options.endpoint, options.model)
+        return ServedModel(options.endpoint, options.model, options.timeout)
     return ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
 
 
@@ -177,5 +184,8 @@ def _table(options: argparse.Namespace) -> None:
 
 def _bridge(options: argparse.Namespace) -> None:
     model = options.model or ServedModel(options.endpoint).model
-    print(write_bridge(options.kit, options.endpoint, model, options.tasks, options.output), end="")
+    if options.max_frames <= 0:
+        raise UserError(f"--max-frames must be positive, not {options.max_frames}")
+    given = (options.kit, options.endpoint, model, options.tasks, options.output, options.max_frames)
+    print(write_bridge(*given), end="")
     print(f"# written to {options.output / 'evaluate.sh'}")

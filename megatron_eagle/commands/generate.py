@@ -24,9 +24,11 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
+from megatron_eagle.commands.server_options import add_timeout
 from megatron_eagle.errors import UserError
 from megatron_eagle.inference.batch import answer_file
 from megatron_eagle.inference.generate import PREFILL_CHUNK, Answers, ExportedModel, Request, Sampling
+from megatron_eagle.inference.server_client import ServedModel
 from megatron_eagle.positions import add_option, check_option
 
 
@@ -74,7 +76,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="OUT", help="answers for --jsonl")
     parser.add_argument("--max-new-tokens", type=_positive(int), default=512, metavar="N")
     parser.add_argument("--fps", type=_positive(float), help="frames per second of video (default 2)")
-    parser.add_argument("--max-frames", type=_positive(int), metavar="N", help="per video (default 256)")
+    parser.add_argument(
+        "--max-frames", type=_positive(int), metavar="N", help="per video (default: the model's)"
+    )
     parser.add_argument(
         "--max-tiles", type=_positive(int), metavar="N", help="per picture (default: the model's)"
     )
@@ -85,6 +89,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of the prompt that are in the model at a time (%(default)s)",
     )
+    add_timeout(parser)
     add_option(parser)
     return parser
 
@@ -93,9 +98,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def _model(options: argparse.Namespace) -> Iterator[Answers]:
     """What answers. Megatron is imported for a checkpoint only, and only for its export."""
     if options.endpoint is not None:
-        from megatron_eagle.inference.server_client import ServedModel
-
-        yield ServedModel(options.endpoint, options.model)
+        yield ServedModel(options.endpoint, options.model, options.timeout)
     elif options.checkpoint is not None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing here is worth compiling
         from megatron_eagle.convert.to_hf import export_hf

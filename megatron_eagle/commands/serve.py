@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from megatron_eagle.commands.server_options import add_timeout
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.vllm_plugin.certificate import certificate_line
 from megatron_eagle.inference.demo import Demo, make_app
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         refused = None if options.allow_long_prompts else limit
         name = options.hf.resolve().name
     else:
-        model = served = ServedModel(options.endpoint, options.model)
+        model = served = ServedModel(options.endpoint, options.model, options.timeout)
         if options.max_tiles is not None and served.cutting is None:
             raise UserError("--max-tiles: tiles are the server's own setting; leave it out")
         processor, limit = None, served.read_max_positions()
@@ -103,18 +104,19 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=7860, help="0: any free one (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer")
     parser.add_argument("--fps", type=float, help="frames per second of video (default 2)")
-    parser.add_argument("--max-frames", type=int, metavar="N", help="per video (default 256)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="per video (default: the model's)")
     parser.add_argument("--max-tiles", type=int, metavar="N", help="per picture (default: the model's)")
     limits = Limits()
     for name, default, what in (
         ("megabytes", limits.megabytes, "of an upload"),
         ("megapixels", limits.pixels // 10**6, "of a picture"),
-        ("question-megapixels", limits.question_pixels // 10**6, "of all that a question shows: 4 MB each"),
+        ("question-megapixels", limits.question_pixels // 10**6, "that a question takes at once: 4 MB each"),
         ("pages", limits.pages, "of a document"),
         ("minutes", limits.seconds // 60, "of a video"),
     ):
         parser.add_argument(
             f"--max-{name}", type=int, default=default, metavar="N", help=f"{what} (%(default)s)"
         )
+    add_timeout(parser)
     add_option(parser)
     return parser

@@ -80,7 +80,13 @@ def write_config(
     write_plugin(folder)
 
 
-def write_processor(folder: Path, config: EagleConfig, metadata: HfMetadata, max_tiles: int | None) -> None:
+def write_processor(
+    folder: Path,
+    config: EagleConfig,
+    metadata: HfMetadata,
+    max_tiles: int | None = None,
+    max_frames: int | None = None,
+) -> None:
     """Tokenizer, chat template, processor and generation settings; only the last without a tokenizer.
 
     Raises:
@@ -94,7 +100,7 @@ def write_processor(folder: Path, config: EagleConfig, metadata: HfMetadata, max
             generation["eos_token_id"] = ids[IM_END]
         generation["pad_token_id"] = ids.get(END_OF_TEXT, ids[IM_END])
         generation.pop("bos_token_id", None)  # Qwen writes none; a wrong one would be put before a prompt
-        _write_processor_settings(folder, config, metadata, max_tiles)
+        _write_processor_settings(folder, config, metadata, max_tiles, max_frames)
     if generation:
         _write_json(folder / "generation_config.json", generation)
 
@@ -156,7 +162,11 @@ def token_ids(folder: Path) -> dict[str, int]:
 
 
 def _write_processor_settings(
-    folder: Path, config: EagleConfig, metadata: HfMetadata, max_tiles: int | None
+    folder: Path,
+    config: EagleConfig,
+    metadata: HfMetadata,
+    max_tiles: int | None,
+    max_frames: int | None,
 ) -> None:
     side = config.vision.image_size
     exported, source = read_json(folder / "config.json"), metadata.json("preprocessor_config.json")
@@ -184,13 +194,14 @@ def _write_processor_settings(
     for end in ("min", "max"):  # vLLM's names
         exported[f"{end}_dynamic_patch"] = cutting[f"{end}_dynamic_tiles"]
     _write_json(folder / "config.json", exported)
+    frames = metadata.json("processor_config.json").get("max_frames", DEFAULT_MAX_FRAMES)
     _write_json(
         folder / "processor_config.json",
         {
             "processor_class": _PROCESSOR,
             "auto_map": _PROCESSOR_MAP,
             "tokens_per_tile": config.tokens_per_tile,
-            "max_frames": metadata.json("processor_config.json").get("max_frames", DEFAULT_MAX_FRAMES),
+            "max_frames": frames if max_frames is None else max_frames,
         },
     )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")

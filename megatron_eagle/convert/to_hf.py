@@ -35,6 +35,7 @@ def export_hf(
     hf: str | Path,
     *,
     max_tiles: int | None = None,
+    max_frames: int | None = None,
     merge: bool = True,
     verify: bool = True,
     facts: CardFacts | None = None,
@@ -47,6 +48,7 @@ def export_hf(
 
     Args:
         max_tiles: tiles per picture for the exported processor; default: the source's, else 12.
+        max_frames: of a video, likewise; default: the data's or the source's, else 256.
         merge: add the checkpoint's LoRA adapters, if it has any, to the weights that they adapt. Without it
             the folder is their base (`convert.lora.export_adapter` writes them).
         verify: read the checkpoint twice, first to compare every file with its manifest.
@@ -87,7 +89,7 @@ def export_hf(
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         partial.mkdir(parents=True)
         write_config(partial, config, metadata, dtypes, has_head=bool(extra))
-        write_processor(partial, config, metadata, max_tiles)
+        write_processor(partial, config, metadata, max_tiles, max_frames)
         tensors = _tensors(weights, plan, dtypes, extra, lora if merge else None)
         kinds = {name: (dtypes[name], shape) for name, shape in plan.hf_shapes.items()}
         write_shards(partial, tensors, weight_map, kinds)

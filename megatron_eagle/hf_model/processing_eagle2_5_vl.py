@@ -13,6 +13,7 @@ The written prompt equals the `hf` template variant of training, token by token.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,24 +119,33 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
             return inputs
         return inputs["input_ids"] if batched or return_tensors else inputs["input_ids"][0]
 
-    def process_vision_info(self, conversations: Any, return_video_kwargs: bool = False) -> Any:
+    def process_vision_info(
+        self, conversations: Any, return_video_kwargs: bool = False, read: bool = True
+    ) -> Any:
         """Load every picture and video of one conversation or a list of them, in reading order.
 
         A part carries `image` or `video`, or in its place `image_url`, `video_url`, `url`, `path` or
         `base64`: a path, a URL, a PIL image, or for a video also a list of pictures. Videos take `fps` or
         `nframes`, `min_frames`, `max_frames`, `video_start`, `video_end`.
 
+        Args:
+            read: False gives for each medium what reads it. `__call__` takes that too, and has the pixels of
+                one medium at a time in memory, besides tiles.
+
         Returns:
             (images or None, videos or None) and, if asked for, `{"fps": [...], "timestamps": [[...], ...]}`.
         """
-        images, videos = [], []
+        images: list[Any] = []
+        videos: list[Any] = []
         for one in conversations if _is_batch(conversations) else [conversations]:
             for message in read_conversation(one):
                 for part in message["content"] if isinstance(message["content"], list) else []:
                     if part.get("image") is not None:
-                        images.append(load_image(part["image"]))
+                        images.append(partial(load_image, part["image"]))
                     elif part.get("video") is not None:
-                        videos.append(video_of_part(part, self.max_frames))
+                        videos.append(partial(video_of_part, part, self.max_frames))
+        if read or return_video_kwargs:
+            images, videos = [own() for own in images], [own() for own in videos]
         result = (images or None, videos or None)
         if not return_video_kwargs:
             return result
@@ -214,12 +224,15 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
     def show(
         self, item: Any, tiling: Mapping[str, Any] | None = None, frame_tiles: int | None = None
     ) -> tuple[PromptMedium, BatchFeature]:
-        """What a prompt says of a picture or a video (`VideoFrames`), and its tiles from the image processor.
+        """What a prompt says of a picture or a video, and its tiles from the image processor.
 
         Args:
+            item: a picture, `VideoFrames`, or what reads one.
             tiling: `images_kwargs` of a call.
             frame_tiles: cuts the frames of a video as pictures are; otherwise a frame is one tile.
         """
+        if callable(item):
+            item = item()
         if not isinstance(item, VideoFrames):
             data = self.image_processor(images=[item], **(tiling or {}))
             return PromptMedium((len(data["pixel_values"]),)), data
@@ -355,10 +368,13 @@ def _flat(images: Any) -> list[Any]:
     return [image for one in images for image in _flat(one)] if isinstance(images, list | tuple) else [images]
 
 
-def _with_metadata(videos: Iterable[Any], kwargs: dict[str, Any]) -> list[VideoFrames]:
+def _with_metadata(videos: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
     """Frame lists as `VideoFrames`; `fps` and `timestamps` of `videos_kwargs` win over what they carry."""
-    result = []
+    result: list[Any] = []
     for i, video in enumerate(videos):
+        if callable(video):  # not read yet: what it carries
+            result.append(video)
+            continue
         given = {name: kwargs[name][i] for name in ("fps", "timestamps") if kwargs.get(name)}
         fps = given.get("fps", getattr(video, "fps", DEFAULT_FPS))
         default = getattr(video, "timestamps", [k / fps for k in range(len(video))])

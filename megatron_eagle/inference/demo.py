@@ -208,7 +208,7 @@ class Demo:
         return answer
 
     def _counted(self, seen: list[Seen], request: Question) -> tuple[int, int] | None:
-        self.viewer.check_memory("all uploads", sum(one.pixels for one in seen))
+        self.viewer.check_memory("all uploads", self.viewer.held(seen))
         counted = self.viewer.count(seen, request)
         if counted and self.prompt_limit and sum(counted) > self.prompt_limit:
             raise UserError(

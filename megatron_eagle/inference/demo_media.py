@@ -14,7 +14,13 @@ from PIL import Image, UnidentifiedImageError
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.grids import has_thumbnail, select_grid
-from megatron_eagle.hf_model.media_files import frame_count, load_image, load_video
+from megatron_eagle.hf_model.media_files import (
+    DEFAULT_MAX_FRAMES,
+    frame_count,
+    load_image,
+    load_video,
+    video_settings,
+)
 from megatron_eagle.hf_model.pictures import open_picture
 from megatron_eagle.hf_model.prompt import PromptMedium
 from megatron_eagle.inference.generate import Request, Sampling, pages_of, video_item
@@ -32,14 +38,14 @@ class Limits:
 
     megabytes: int = 200
     pixels: int = 50_000_000  # of a picture
-    question_pixels: int = 1_000_000_000  # of all that a question shows: they are in memory at once
+    question_pixels: int = 1_000_000_000  # in memory at once while a question is read
     pages: int = 64
     seconds: int = 3600
 
     def __str__(self) -> str:
         return (
             f"up to {self.megabytes} MB, {self.pixels / 1e6:g} megapixels, {self.pages} pages, "
-            f"{self.seconds / 60:g} minutes"
+            f"{self.seconds / 60:g} minutes; {self.question_pixels / 1e6:,g} megapixels a question"
         )
 
 
@@ -151,7 +157,7 @@ class Viewer:
 
     def _video(self, path: str) -> Seen:
         item = video_item(path, self.sampling)
-        options = {k: v for k, v in item.items() if k not in ("type", "video") and v is not None}
+        options = video_settings(item, getattr(self.processor, "max_frames", DEFAULT_MAX_FRAMES))
         with av.open(path, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UserError("the video has no picture in it")
@@ -196,6 +202,16 @@ class Viewer:
             tokens = sum(counts) * self.processor.tokens_per_tile
         pixels = sum(page.width * page.height for page in pages)
         return Seen(Shown("document", summary, pieces, tokens), parts, pixels)
+
+    def held(self, seen: list[Seen]) -> int:
+        """Pixels in memory at once while a question on these uploads is read: drawn pages, one picture or
+        video at a time, and the tiles of all, whose numbers take as much as four pixels."""
+        if self.processor is None:  # a server gets all of them
+            return sum(one.pixels for one in seen)
+        drawn = sum(one.pixels for one in seen if one.shown.kind == "document")
+        decoded = max((one.pixels for one in seen if one.shown.kind != "document"), default=0)
+        tiles = sum(sum(part.tiles) for one in seen for part in one.parts)
+        return int(drawn + decoded + 4 * tiles * self.processor.image_processor.size["height"] ** 2)
 
     def check_memory(self, what: str, pixels: int) -> None:
         """Refuse what would take too much memory.

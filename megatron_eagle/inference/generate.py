@@ -197,12 +197,14 @@ class ExportedModel:
 
         try:
             text = processor.apply_chat_template(conversation(), add_generation_prompt=True)
-            if not self.allow_long_prompts and hasattr(processor, "fit"):  # an older export has none
+            if not self.allow_long_prompts and hasattr(processor, "fit"):  # an older export has not
                 answer, length = sampling.max_new_tokens, self.max_positions
                 fitted = processor.fit(text, images, videos, length, answer, tiling, frame_tiles)
                 videos, tiling, frame_tiles = fitted.videos, fitted.tiling, fitted.frame_tiles
                 self._tell(fitted)
-            images_shown, videos_shown = processor.process_vision_info(conversation())
+            # One at a time is decoded.
+            reading = {"read": False} if hasattr(processor, "fit") else {}
+            images_shown, videos_shown = processor.process_vision_info(conversation(), **reading)
             frames = {} if frame_tiles is None else {"max_dynamic_tiles": frame_tiles}
             settings = {"images_kwargs": tiling, "videos_kwargs": frames, "return_tensors": "pt"}
             return processor(text=[text], images=images_shown, videos=videos_shown, **settings)

@@ -12,6 +12,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from http.client import HTTPResponse
 from pathlib import Path
@@ -26,21 +27,28 @@ from megatron_eagle.hf_model.prompt import frame_label, video_label
 from megatron_eagle.inference.generate import OnRead, OnText, Request, Sampling, video_item
 
 _DEFAULT = Sampling()
-_TIMEOUT = 600  # seconds without a byte from the server
+_TIMEOUT, _TIMEOUT_TOKENS = (
+    600,
+    32_768,
+)  # seconds without a byte from the server, for prompts of so many tokens
 
 
 class ServedModel:
     """A model behind the URL `endpoint`, as `http://127.0.0.1:8000` or `.../v1`; the first one that it names
     unless `model` does. A key in the environment's OPENAI_API_KEY is sent along.
 
+    An answer is waited for as long as a byte comes within `timeout` seconds. None: 600, and as many times
+    more as the server takes more than 32,768 tokens: nothing comes before the whole prompt is read.
+
     Raises:
         UserError: no http(s) URL, the server cannot be reached, or it serves nothing.
     """
 
-    def __init__(self, endpoint: str, model: str | None = None) -> None:
+    def __init__(self, endpoint: str, model: str | None = None, timeout: float | None = None) -> None:
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise UserError(f"{endpoint}: expected the URL of a server, as http://127.0.0.1:8000")
+        self._timeout = timeout
         self.url = endpoint.rstrip("/") if parts.path.strip("/") else f"{endpoint.rstrip('/')}/v1"
         if model is None:
             names = list(self._models())
@@ -117,6 +125,13 @@ class ServedModel:
         names = ("tile_size", "max_tiles", "tiling")
         return {name: settings[name] for name in names} if all(name in settings for name in names) else None
 
+    @cached_property
+    def timeout(self) -> float:
+        """Seconds without a byte after which an answer is given up."""
+        if self._timeout is not None:
+            return self._timeout
+        return _TIMEOUT * max(1, (self.read_max_positions() or 0) / _TIMEOUT_TOKENS)
+
     def get(self, path: str) -> dict[str, Any]:
         """What the server says at a path below its URL.
 
@@ -161,20 +176,33 @@ class ServedModel:
         entries = self.get("models").get("data") or []
         return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
 
-    def _open(self, path: str, body: dict[str, Any] | None = None) -> HTTPResponse:
+    @contextmanager
+    def _open(self, path: str, body: dict[str, Any] | None = None) -> Iterator[HTTPResponse]:
         headers = {"Content-Type": "application/json"}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         data = None if body is None else json.dumps(body).encode()
         url = f"{self.url}/{path}"
+        timeout = (self._timeout or _TIMEOUT) if body is None else self.timeout  # only answers take long
         try:
             request = urllib.request.Request(url, data, headers)
-            response: HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT)
-            return response
+            response: HTTPResponse = urllib.request.urlopen(request, timeout=timeout)
         except urllib.error.HTTPError as error:
             raise UserError(f"{url}: the server says {error.code}: {_reason(error)}") from None
         except OSError as error:
-            raise UserError(f"{url}: cannot be reached: {getattr(error, 'reason', error)}") from None
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise _late(url, timeout) from None
+            raise UserError(f"{url}: cannot be reached: {reason}") from None
+        with response:
+            try:
+                yield response
+            except TimeoutError:
+                raise _late(url, timeout) from None
+
+
+def _late(url: str, timeout: float) -> UserError:
+    return UserError(f"{url}: nothing came for {timeout:g} seconds; --timeout waits longer")
 
 
 def _frames(number: int, path: str, options: dict[str, Any]) -> list[dict[str, Any]]:

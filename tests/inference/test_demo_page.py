@@ -21,7 +21,7 @@ from megatron_eagle.inference.demo import Demo, make_app
 from megatron_eagle.inference.demo_media import Limits, Viewer
 from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
 from megatron_eagle.inference.server_client import ServedModel
-from tests.convert.hf_folder import TOKENS_PER_TILE
+from tests.convert.hf_folder import TILE, TOKENS_PER_TILE
 from tests.convert.media import write_picture, write_video
 from tests.data.helpers import make_pdf, write_pdf
 from tests.inference.test_serving import protocol_server
@@ -259,12 +259,17 @@ def test_a_prompt_beyond_the_limit(live, model, media, monkeypatch, capsys):
 
 def test_what_takes_too_much_memory_is_refused_unread(live, media, monkeypatch):
     picture, video, document = media
-    name = live.upload(picture)[1]["id"]  # 60,000 pixels
-    limits = replace(LIMITS, question_pixels=120_000)
+    name = live.upload(picture)[1]["id"]
+    _, seen = live.demo.uploads[name]
+    # One of several is decoded at a time; tiles are four bytes a number.
+    tiles = 4 * sum(seen.parts[0].tiles) * TILE**2
+    assert [live.demo.viewer.held([seen] * k) for k in (1, 3)] == [60_000 + k * tiles for k in (1, 3)]
+    assert replace(live.demo.viewer, processor=None).held([seen] * 3) == 180_000
+    limits = replace(LIMITS, question_pixels=60_000 + 2 * tiles)
     monkeypatch.setattr(live.demo, "viewer", replace(live.demo.viewer, limits=limits))
     assert live.answer("a", name, name)[-1] == {"done": True}
     [line] = live.answer("a", name, name, name)
-    assert line["error"].startswith("all uploads are 0.2 megapixels at once, limit 0.12: show less")
+    assert line["error"].startswith("all uploads are ") and "megapixels at once, limit" in line["error"]
     monkeypatch.setattr("megatron_eagle.inference.demo_media.load_video", None)
     limits = replace(LIMITS, question_pixels=6 * 96 * 64 - 1)
     monkeypatch.setattr(live.demo, "viewer", replace(live.demo.viewer, limits=limits))

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
@@ -312,6 +313,15 @@ class Server(http.server.BaseHTTPRequestHandler):
         if prompt == "fail":
             self._send(400, {"error": {"message": "too long\nreally"}})
             return
+        if prompt == "late":
+            time.sleep(0.5)
+        if prompt == "stall":  # after its first piece
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n')
+            self.wfile.flush()
+            time.sleep(0.5)
+            return
         if prompt in self.answers:
             self._send(200, {"choices": [{"message": {"content": self.answers[prompt]}}]})
             return
@@ -455,6 +465,23 @@ def test_what_a_server_may_do_wrong_is_one_line(server, media):
     ]:
         with pytest.raises(UserError, match=message):
             ServedModel(wrong)
+
+
+def test_a_server_is_waited_for_as_long_as_it_is_long(server, monkeypatch, capsys):
+    url, _ = server
+    hasty = ServedModel(url, timeout=0.2)
+    for prompt, stream in (("late", None), ("stall", lambda piece: None)):
+        with pytest.raises(UserError, match="nothing came for 0.2 seconds; --timeout waits longer$"):
+            hasty.answer(Request(prompt), on_text=stream)
+    assert ServedModel(url, timeout=30).answer(Request("late")) == "0 pictures, late"
+    assert ServedModel(url).timeout == 600  # it takes 5,000 tokens
+    for served, seconds in ((32_768, 600), (131_072, 2400), (None, 600)):
+        monkeypatch.setattr(ServedModel, "read_max_positions", lambda self, served=served: served)
+        assert ServedModel(url).timeout == seconds
+    for command in ("generate.py", "compare_server.py", "serve_demo.py", "evaluate.py", "convert_hf.py"):
+        words = {"evaluate.py": ["run"], "convert_hf.py": ["certify"]}.get(command, [])
+        status, _, error = run_tool(monkeypatch, capsys, *words, "--timeout", "-1", tool=command)
+        assert status == 2 and "-1 is no positive number of seconds" in error
 
 
 def test_a_checkpoint_answers_like_its_export(checkpoint, exported, media, monkeypatch, capsys):

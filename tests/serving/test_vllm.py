@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from megatron_eagle.commands import compare
 from megatron_eagle.inference.batch import read_requests
 from megatron_eagle.inference.generate import ExportedModel, Sampling
 from megatron_eagle.inference.server_client import ServedModel
+from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.planning.serving_memory import kv_bytes_per_token
 from tests.serving.server import ENVIRONMENT, ask, running
 
 pytestmark = [
@@ -19,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not (ENVIRONMENT / ".complete").exists(), reason="no vLLM: make test-serving"),
 ]
 SHORT = Sampling(max_new_tokens=40)
+BLOCK = 128  # tokens that a cache on a CPU is divided into
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,14 @@ def test_every_question_has_the_same_ids_and_the_same_answer(url, questions, exp
     served = ServedModel(url)
     found = [ask(url, served.body(request, SHORT)) for request in questions]
     assert found == expected
+
+
+def test_its_cache_is_as_large_as_planned(url, demo):
+    """vLLM says for how many tokens it has room in the GiB that it was given."""
+    found = re.findall("KV cache size: ([0-9,]+) tokens", (demo / "server.log").read_text())
+    eagle = EagleConfig.from_hf(json.loads((demo / "hf" / "config.json").read_text()))
+    of_token = kv_bytes_per_token(eagle, element=4)  # it was started in fp32
+    assert 0 <= 2**30 // of_token - int(found[0].replace(",", "")) < BLOCK
 
 
 def test_fourteen_at_once(url, questions, expected):
