@@ -6,6 +6,13 @@ set -euo pipefail
 
 config=${1:?usage: progressive.sh CONFIG [options of sbatch]}
 shift
+for option in "$@"; do # Slurm ends a job without a word where the folder of its output is missing
+    folder=$(dirname -- "${option#*=}")
+    case $option in --output=* | --error=*) [[ $folder == *%* || -d $folder ]] || {
+        echo "$option: no folder $folder for the job's output: make it first" >&2
+        exit 2
+    } ;; esac
+done
 here=$(cd "$(dirname "$0")" && pwd)
 stages=$("${PYTHON:-python}" -c '
 import sys

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_eagle.commands.rehearse import add_rehearse, run_rehearse
 from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.slurm_step import step_processes
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | None:
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | No
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse takes overrides in one place; here options may stand between them
         arguments.overrides = arguments.overrides + rest
+    if arguments.command in ("run", "replay") and not _join_step():
+        return 2
     if arguments.command == "report":
         return _report(arguments.run, arguments.output)
     if arguments.command == "status":
@@ -30,6 +33,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | No
     if arguments.command == "rehearse":
         return run_rehearse(arguments)
     return _run(arguments)
+
+
+def _join_step() -> bool:
+    """Take this process' place among those of `srun`; whether it has one, which the first says for all."""
+    try:
+        os.environ |= step_processes(os.environ)
+    except UserError:
+        if os.environ.get("SLURM_PROCID", "0") == "0":
+            raise
+        return False
+    return True
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:

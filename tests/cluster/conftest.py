@@ -35,6 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         slurm.environment |= {
             "REPO": str(REPO),
             "PYTHON": sys.executable,
+            "RANK_LOGS": str(slurm.folder / "ranks"),
             "PYTHONPATH": f"{REPO}:{REPO / 'kernels'}",
             "PROCESSES": "1",
             "TORCHDYNAMO_DISABLE": "1",

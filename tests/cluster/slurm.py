@@ -192,9 +192,12 @@ class Slurm:
             time.sleep(0.2)
 
     def wait_for_requeue(self, number: int, restarts: int = 1, seconds: float = 240) -> None:
-        """Return when the job is back in the queue; it then starts at once, and not in two minutes."""
+        """Return when the job is back in the queue; it then starts soon, and not in two minutes.
+
+        Not in the second in which it ended, which nodes take for the job that they are to kill.
+        """
         self.wait(number, "PENDING", seconds=seconds, restarts=restarts)
-        self.call("scontrol", "update", f"JobId={number}", "StartTime=now")
+        self.call("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
     def wait_for_line(self, number: int, text: str, seconds: float = 240) -> None:
         """Return when the job has printed `text`."""

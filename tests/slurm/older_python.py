@@ -20,7 +20,7 @@ TRAINER = os.environ.get("STANDIN_TRAINER")
 
 def main(arguments: list[str]) -> int:
     """What Python does with these arguments."""
-    if arguments[:2] != ["-m", "torch.distributed.run"]:
+    if arguments[:2] not in (["-m", "torch.distributed.run"], ["-m", "megatron_eagle.runtime.torchrun"]):
         checks = arguments[:2] == ["tools/train.py", "check"] or "import megatron_eagle" in arguments[-1]
         if TRAINER and checks:
             return 0

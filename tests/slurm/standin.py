@@ -43,11 +43,12 @@ SRUN = {
     "exclude",
     "overlap",
     "kill-on-bad-exit",
+    "label",
     "container-image",
     "container-mounts",
     "container-workdir",
 }
-WITHOUT_VALUE = {"exclusive", "requeue", "parsable", "overlap"}
+WITHOUT_VALUE = {"exclusive", "requeue", "parsable", "overlap", "label"}
 
 
 def parse(arguments: list[str], known: set[str]) -> tuple[dict[str, str], list[str]]:

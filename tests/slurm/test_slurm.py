@@ -41,6 +41,7 @@ def slurm(tmp_path):
         "PYTHON": sys.executable,
         "PYTHONPATH": f"{REPO}:{REPO / 'kernels'}",
         "REPO": str(REPO),
+        "RANK_LOGS": str(tmp_path / "ranks"),
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
@@ -101,6 +102,16 @@ def test_stages_become_a_chain(slurm, tmp_path):
         "afterok:103",
     ]
     assert {job["options"]["nodes"] for job in submitted} == {"4"}
+
+
+def test_a_missing_folder_for_the_output(slurm, tmp_path):
+    """Before anything is submitted: Slurm would end the jobs without a word."""
+    config = REPO / "examples" / "eagle2.5-8b" / "progressive.yaml"
+    option, folder = f"--output={tmp_path}/absent/%j.out", tmp_path / "absent"
+    command = [str(SLURM / "progressive.sh"), str(config), option]
+    refused = subprocess.run(command, env=slurm, capture_output=True, text=True)
+    said = f"{option}: no folder {folder} for the job's output: make it first\n"
+    assert (refused.returncode, refused.stderr) == (2, said) and not (tmp_path / "jobs.jsonl").exists()
 
 
 def test_preprocessing_over_two_nodes(slurm, tmp_path):

@@ -1,0 +1,145 @@
+"""Processes that srun starts know their ranks by the step's variables; what contradicts itself is refused."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.slurm_step import first_host, step_processes
+
+# As srun of Slurm 22.05 sets them; SLURM_NTASKS and others also stand in the batch script.
+JOB = {
+    "SLURM_JOB_ID": "41",
+    "SLURM_NTASKS": "5",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+STEP = JOB | {
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_NODELIST": "n[2-3,7]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+
+
+def test_a_process_of_a_step():
+    assert step_processes(STEP) == {
+        "RANK": "3",
+        "WORLD_SIZE": "5",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "n2",
+        "MASTER_PORT": str(20000 + 41 + 2 * 1009),
+    }
+    assert step_processes(STEP | {"SLURM_NODEID": "2"})["LOCAL_WORLD_SIZE"] == "1"
+    assert step_processes(STEP | {"SLURM_GPUS_PER_TASK": "1"})["LOCAL_RANK"] == "0"
+    port = step_processes(STEP | {"SLURM_STEP_ID": "3"})["MASTER_PORT"]
+    assert port != step_processes(STEP)["MASTER_PORT"]
+    given = {"MASTER_ADDR": "ib-n2", "MASTER_PORT": "9"}
+    assert not given.keys() & step_processes(STEP | given).keys()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        JOB,  # the batch script
+        STEP | {"SLURM_STEP_NUM_TASKS": "1"},
+        STEP | {"TORCHELASTIC_RUN_ID": "41", "RANK": "0", "WORLD_SIZE": "40"},
+        STEP | {"RANK": "3", "WORLD_SIZE": "5"},  # by hand, as many do
+        STEP | {"RANK": "9", "WORLD_SIZE": "40"},  # a launcher of one's own on each node
+    ],
+)
+def test_no_step_of_processes(environment):
+    assert step_processes(environment) == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"RANK": "0"}, "srun has started 5 processes, and RANK is set but not WORLD_SIZE: unset it"),
+        ({"WORLD_SIZE": "5"}, "WORLD_SIZE is set but not RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "5"}, "RANK=0 contradicts SLURM_PROCID=3"),
+        ({"SLURM_LOCALID": "", "SLURM_STEP_NODELIST": ""}, "SLURM_LOCALID, SLURM_STEP_NODELIST are not set"),
+        ({"SLURM_HET_SIZE": "2"}, "heterogeneous job"),
+        ({"SLURM_DISTRIBUTION": "arbitrary"}, "MASTER_ADDR"),
+    ],
+)
+def test_what_is_ambiguous_is_refused(changed, message):
+    with pytest.raises(UserError, match=message) as refused:
+        step_processes(STEP | changed)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n[1-4]", "n1"),
+        ("n[007,009-12],m1", "n007"),
+        ("a-b.c,d", "a-b.c"),
+        ("rack[1-2]n[04-08,11]-ib,login1", "rack1n04-ib"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+
+
+def save(*_):
+    time.sleep(1)
+    print("saved", flush=True)
+    os._exit(75)
+
+
+signal.signal(signal.SIGUSR1, save)
+signal.signal(signal.SIGTERM, save)
+print("rank", os.environ["RANK"], os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"], flush=True)
+there = Path(sys.argv[2])
+if os.environ["RANK"] == "1":
+    there.touch()
+if sys.argv[1] == "fail":
+    while not there.exists():
+        time.sleep(0.01)
+    sys.exit(3)
+if sys.argv[1] == "stop" and os.environ["RANK"] == "0":
+    while not there.exists():
+        time.sleep(0.01)
+    os.kill(os.getppid(), signal.SIGUSR1)
+    time.sleep(0.2)
+    os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "line"),
+    [
+        ("stop", 75, "torchrun on {host} ended after SIGUSR1\n"),
+        ("fail", 1, "torchrun on {host} ended: rank {rank} was the first to end early, by status 3\n"),
+    ],
+)
+def test_torchrun_ends_with_a_line(tmp_path, what, status, line):
+    """And leaves the processes' logs apart, in a folder of the node's name."""
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "megatron_eagle.runtime.torchrun", "--standalone", "--nproc-per-node=2"]
+    command += ["--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=20", "--tee=3"]
+    command += ["--log-dir", f"{tmp_path}/%h", str(tmp_path / "rank.py"), what, str(tmp_path / "there")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    host = socket.gethostname()
+    assert run.returncode == status, run.stderr
+    assert "Traceback" not in run.stderr
+    assert any(line.format(host=host, rank=rank) in run.stderr for rank in range(2))
+    logs = sorted((tmp_path / host).glob("*/attempt_0/*/stdout.log"))
+    saved = "saved\n" if what == "stop" else ""
+    assert [log.read_text() for log in logs] == [f"rank 0 1\n{saved}", f"rank 1 1\n{saved}"]
