@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         pages=options.max_pages,
         seconds=options.max_minutes * 60,
     )
-    demo = Demo(model, Viewer(processor, sampling, limits), {"model": name, "token_limit": limit}, refused)
+    viewer = Viewer(processor, sampling, limits, refused)
+    demo = Demo(model, viewer, {"model": name, "token_limit": limit}, refused)
     local = options.host in LOCAL
     if not local:
         print(

@@ -193,8 +193,7 @@ class Demo:
         if missing:
             raise UserError("an upload is gone: remove it and upload it again")
         uploads = [self.uploads[name] for name in question.media]
-        media = [(seen.shown.kind, str(path)) for path, seen in uploads]
-        request = request_of(question.prompt, media, tuple(question.turns))
+        request = request_of(question.prompt, uploads, tuple(question.turns))
         if not self._answering.acquire(blocking=False):
             raise Busy("another answer is being made: ask again when it has ended")
         try:  # no other answer uses the tokenizer, which is not for two threads

@@ -75,20 +75,27 @@ class Shown:
 @dataclass(frozen=True)
 class Seen:
     """What is shown of an upload, what a prompt says of it (`parts`, one of each page; none where a server
-    does the tiling), and its pixels, which an answer holds in memory."""
+    does the tiling), and its pixels, which an answer holds in memory; of a video that is too long for the
+    model, the most frames of it that are asked about."""
 
     shown: Shown
     parts: tuple[PromptMedium, ...]
     pixels: int
+    max_frames: int | None = None
 
 
 @dataclass(frozen=True)
 class Viewer:
-    """Looks at uploads as `processor` (None: unknown) and `sampling` do."""
+    """Looks at uploads as `processor` (None: unknown) and `sampling` do.
+
+    A video is shown with as many frames as fit into `length` tokens beside an answer, and an eighth of that
+    for text; None: with all.
+    """
 
     processor: Any
     sampling: Sampling
     limits: Limits
+    length: int | None = None
 
     def look(self, path: Path) -> Seen:
         """What is in a file, within the limits of the page.
@@ -157,6 +164,9 @@ class Viewer:
 
     def _video(self, path: str) -> Seen:
         item = video_item(path, self.sampling)
+        lowered = self._lowered(item)
+        if lowered is not None:
+            item["max_frames"] = lowered
         options = video_settings(item, getattr(self.processor, "max_frames", DEFAULT_MAX_FRAMES))
         with av.open(path, metadata_errors="replace") as container:
             if not container.streams.video:
@@ -180,7 +190,17 @@ class Viewer:
             return Seen(Shown("video", summary, pieces, None), (), pixels)
         tokens = len(frames) * self.processor.tokens_per_tile
         part = PromptMedium((1,) * len(frames), frames.fps, tuple(frames.timestamps))
-        return Seen(Shown("video", summary, pieces, tokens), (part,), pixels)
+        if lowered is not None:
+            summary += ", as many as the model takes"
+        return Seen(Shown("video", summary, pieces, tokens), (part,), pixels, lowered)
+
+    def _lowered(self, item: dict[str, Any]) -> int | None:
+        """Frames that a prompt holds of a video, where it does not hold all that it may show."""
+        if self.length is None or not hasattr(self.processor, "fit"):
+            return None
+        room = self.length - self.length // 8
+        fitted = self.processor.fit("<video-1>", [], [item], room, self.sampling.max_new_tokens)
+        return int(fitted.videos[0]["max_frames"]) if fitted.lowered else None
 
     def _document(self, path: str) -> Seen:
         parts: tuple[PromptMedium, ...] = ()
@@ -249,10 +269,18 @@ def _pages(count: int) -> str:
     return f"{count} page{'s' if count > 1 else ''}"
 
 
-def request_of(prompt: str, media: list[tuple[str, str]], turns: tuple[tuple[str, str], ...]) -> Request:
-    """A question on uploads, given as (kind, path)."""
-    paths = {kind: tuple(p for k, p in media if k == kind) for kind in ("image", "video", "document")}
-    return Request(prompt, paths["image"], paths["video"], documents=paths["document"], turns=turns)
+def request_of(prompt: str, media: list[tuple[Path, Seen]], turns: tuple[tuple[str, str], ...]) -> Request:
+    """A question on uploads."""
+
+    def paths(kind: str) -> tuple[str, ...]:
+        return tuple(str(path) for path, seen in media if seen.shown.kind == kind)
+
+    videos = tuple(
+        str(path) if seen.max_frames is None else {"video": str(path), "max_frames": seen.max_frames}
+        for path, seen in media
+        if seen.shown.kind == "video"
+    )
+    return Request(prompt, paths("image"), videos, documents=paths("document"), turns=turns)
 
 
 def _kind(path: Path) -> str:

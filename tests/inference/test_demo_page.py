@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 
 from megatron_eagle.inference.demo import Demo, make_app
-from megatron_eagle.inference.demo_media import Limits, Viewer
+from megatron_eagle.inference.demo_media import Limits, Viewer, request_of
 from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
 from megatron_eagle.inference.server_client import ServedModel
 from tests.convert.hf_folder import TILE, TOKENS_PER_TILE
@@ -274,6 +274,25 @@ def test_what_takes_too_much_memory_is_refused_unread(live, media, monkeypatch):
     limits = replace(LIMITS, question_pixels=6 * 96 * 64 - 1)
     monkeypatch.setattr(live.demo, "viewer", replace(live.demo.viewer, limits=limits))
     assert "6 frames of 96 x 64 pixels are 0.0 megapixels at once" in live.upload(video)[1]["error"]
+
+
+def test_a_long_video_shows_what_the_model_takes(live, media, tmp_path, monkeypatch):
+    """The page's frames are the prompt's; a model that takes more shows all."""
+    long, sampling = write_video(tmp_path / "long.mp4", frames=90), Sampling(None, 5000, None, 8)
+    viewer = replace(live.demo.viewer, sampling=replace(sampling, fps=10), length=600)
+    monkeypatch.setattr(live.demo, "viewer", viewer)
+    monkeypatch.setattr(live.demo, "prompt_limit", 600)
+    shown = live.upload(long)[1]
+    assert 4 <= len(shown["pieces"]) < 90 and shown["summary"].endswith(", as many as the model takes")
+    found = live.answer("What happens?", shown["id"])
+    assert found[-1] == {"done": True}
+    counted = found[0]["prompt"]
+    assert counted["visual"] == len(shown["pieces"]) * TOKENS_PER_TILE and sum(counted.values()) < 600
+    asked = request_of("What happens?", [live.demo.uploads[shown["id"]]], ())
+    frames = live.demo.model._inputs(asked, viewer.sampling)["pixel_values"]
+    assert len(frames) == len(shown["pieces"])
+    monkeypatch.setattr(live.demo, "viewer", replace(viewer, length=None))
+    assert len(live.upload(long)[1]["pieces"]) == 90
 
 
 def test_one_file_is_decoded_at_a_time(slow, media, monkeypatch):
