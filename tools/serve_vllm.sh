@@ -4,8 +4,8 @@
 # With --follow, H is made of the newest checkpoint in C and again of each one that a run finishes there; the running
 # server loads it between two answers. $MEGATRON_EAGLE (megatron-eagle) is the command in the training's environment.
 # From the environment: HOST (127.0.0.1), PORT (8000); MAX_IMAGES (512) and MAX_VIDEOS (8) of a request, where a stock
-# server takes a video as pictures; MAX_FRAMES of a video (the processor's 256) and MAX_TILES of a picture (the
-# export's), for which memory is kept and which a request gets that asks for nothing else.
+# server takes a video as pictures; MAX_FRAMES of a video and MAX_TILES of a picture (the export's own), for
+# which memory is kept and which a request gets that asks for nothing else.
 # Prompts with their answers have at most the tokens that the model was trained for (max_position_embeddings of its
 # config.json); --max-model-len may ask for less, and for more only with VLLM_ALLOW_LONG_MAX_MODEL_LEN=1, vLLM's own.
 set -euo pipefail
@@ -72,7 +72,7 @@ else
   ways=(--tokenizer-mode eagle2_5 --chat-template-content-format openai --trust-request-mm-kwargs
     --middleware eagle2_5_vllm.settings.ExportSettings
     --limit-mm-per-prompt
-    "{\"image\": ${MAX_IMAGES:-512}, \"video\": {\"count\": ${MAX_VIDEOS:-8}, \"num_frames\": ${MAX_FRAMES:-256}}}")
+    "{\"image\": ${MAX_IMAGES:-512}, \"video\": {\"count\": ${MAX_VIDEOS:-8}${MAX_FRAMES:+, \"num_frames\": $MAX_FRAMES}}}")
   [ -z "${MAX_FRAMES:-}" ] || ways+=(--media-io-kwargs "{\"video\": {\"max_frames\": $MAX_FRAMES}}")
   [ -z "${MAX_TILES:-}" ] || ways+=(--mm-processor-kwargs "{\"max_dynamic_tiles\": $MAX_TILES}")
 fi
