@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_eagle.context_parallel.layout import Segment
 from megatron_eagle.errors import UserError
 
-BLOCK_SCORES = 2**24  # scores of a head in memory at a time, if a segment has more: 64 MB
+BLOCK_SCORES = 2**22  # scores of a head in memory at a time, if a segment has more: 16 MB; larger is slower
 
 
 def row_blocks(segments: Iterable[Segment], causal: bool) -> Iterator[Segment]:
