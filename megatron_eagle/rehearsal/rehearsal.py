@@ -57,8 +57,8 @@ class RehearsalPlan:
             if not 0 <= rank < gpus:
                 raise UserError(f"--ranks: there is no rank {rank}: the job has {gpus}, counted from 0")
         if ranks is None:
-            # So many replicas that every kind of pack is somebody's.
-            ranks = grid.distinct(grid.replicas[: max(1, -(-pack_classes // count))])
+            # Replicas that together have every kind of pack: microbatch m of replica r has kind r + m.
+            ranks = grid.distinct(grid.replicas[::count])
         open_loader = open_loader or MadeUp(config.model)
         return cls(config, gpu, grid, open_loader, count, tuple(dict.fromkeys(ranks)), timeline)
 

@@ -1,9 +1,11 @@
-"""What is rehearsed with few layers is a run that starts."""
+"""What is rehearsed: runs of few layers that start, and ranks that together have every kind of pack."""
 
 import pytest
 
 from megatron_eagle.planning.planner import preset_run
 from megatron_eagle.rehearsal.kinds import cut_depth
+from megatron_eagle.rehearsal.packs import PACK_KINDS
+from megatron_eagle.rehearsal.rehearsal import RehearsalPlan
 
 PP4 = "parallel.pipeline_model_parallel_size=4"
 
@@ -33,3 +35,13 @@ def test_runs_of_few_layers_are_legal(settings: list[str], stages: list[list[int
     assert cut.parallel.stage_layers(layers) == stages
     assert layers == sum(map(sum, stages)) and cut.model.vision.num_hidden_layers == 2
     assert cut_depth(cut) == cut
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 4])
+def test_every_kind_of_pack_is_rehearsed_at_full_depth(microbatches: int) -> None:
+    settings = ["model.text.vocab_size=151674", "training.global_batch_size=32"]
+    config = preset_run("eagle2.5-8b", 32768, 8, settings)
+    plan = RehearsalPlan.of(config, "h200", 8, microbatches=microbatches)
+    kinds = [plan.grid.place(rank).dp + number for rank in plan.ranks for number in range(microbatches)]
+    assert {kind % len(PACK_KINDS) for kind in kinds} == set(range(len(PACK_KINDS)))
+    assert len(plan.ranks) <= -(-len(PACK_KINDS) // microbatches)
