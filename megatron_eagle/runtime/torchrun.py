@@ -18,6 +18,7 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main as torchrun
 
 from megatron_eagle.errors import run_cli
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         how = first.signal_name() if first.exitcode < 0 else f"status {first.exitcode}"
         print(f"torchrun on {host} ended: rank {rank} was the first to end early, by {how}", file=sys.stderr)
         return _STOPPED if first.exitcode == _STOPPED else 1
+    except RendezvousError as error:
+        why = str(error) or type(error).__name__
+        print(f"torchrun on {host} ended: it did not meet the other nodes ({why})", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -20,6 +20,7 @@ from megatron_eagle.training.monitoring.run_log import RunLog
 from megatron_eagle.training.monitoring.step_meter import StepMeter
 from megatron_eagle.training.monitoring.stragglers import Stragglers
 from megatron_eagle.training.resilience.faults import Faults
+from megatron_eagle.training.resilience.owner import is_free
 from megatron_eagle.training.resilience.policy import stop_signals
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.saves import Saves
@@ -91,13 +92,15 @@ def train(
 def starting(config: RunConfig) -> Iterator[None]:
     """This rank's heartbeat while its run is not there yet: where it meets the others and is built.
 
-    Where nothing can be written it does not beat; the run itself, which knows the other ranks, will say so.
+    Where nothing can be written, or another run may write, it does not beat; the run itself, which knows the
+    other ranks, will say so.
     """
     known = torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if known else int(os.environ.get("RANK", "0"))
     with ExitStack() as opened:
-        with suppress(UserError):
-            opened.enter_context(_heartbeat(config, rank))
+        if is_free(config.checkpoint.path):
+            with suppress(UserError):
+                opened.enter_context(_heartbeat(config, rank))
         Faults.from_environment(rank).at_start()
         yield
 

@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -142,6 +142,15 @@ class Slurm:
         """All processes of a node at once, its daemon and its jobs, as when it loses power."""
         _kill_inside(name)
         self._daemons.pop(name).wait()
+
+    @contextmanager
+    def cut(self, name: str) -> Iterator[None]:
+        """A node without its network, while the block runs."""
+        _run("ip", "-n", _space(name), "link", "set", "eth0", "down")
+        try:
+            yield
+        finally:
+            _run("ip", "-n", _space(name), "link", "set", "eth0", "up")
 
     def call(
         self, *words: str, environment: Mapping[str, str] | None = None, check: bool = True

@@ -100,3 +100,20 @@ def test_a_folder_that_is_not_there(slurm, config, tmp_path):
         job = slurm.submit(TRAIN, str(config), options=OPTIONS, environment=environment)
         slurm.wait(job, "FAILED")
         assert re.fullmatch(f"train.sbatch: {line}\n", slurm.output(job))
+
+
+def test_a_host_that_is_cut_off_is_named(slurm, config, tmp_path):
+    """Three nodes, of which one loses its link while it trains; the file system is still there for all."""
+    run = tmp_path / "run"
+    settings = (
+        "training.global_batch_size=3",
+        "resilience.heartbeat_seconds=1",
+        "resilience.hang_minutes=0.1",
+    )
+    options = ("--gpus-per-node=0", "--nodes=3", "--no-kill")
+    job = slurm.submit(TRAIN, str(config), *settings, options=options, environment={"RDZV_SECONDS": "20"})
+    slurm.wait_until(lambda: len(iterations(run)) >= 2, job)
+    with slurm.cut("n3"):
+        slurm.wait_until(lambda: (run / "logs" / "hang.txt").exists(), job)
+        report = (run / "logs" / "hang.txt").read_text()
+    assert re.match(r"host n3 is cut off from the others: rank 2 on n3 ", report), report

@@ -143,3 +143,14 @@ def test_torchrun_ends_with_a_line(tmp_path, what, status, line):
     logs = sorted((tmp_path / host).glob("*/attempt_0/*/stdout.log"))
     saved = "saved\n" if what == "stop" else ""
     assert [log.read_text() for log in logs] == [f"rank 0 1\n{saved}", f"rank 1 1\n{saved}"]
+
+
+def test_torchrun_does_not_wait_for_ever():
+    """For a node that does not come."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "megatron_eagle.runtime.torchrun", "--nnodes=2", "--rdzv-backend=c10d"]
+    command += [f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=join_timeout=2", "absent.py"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert f"torchrun on {socket.gethostname()} ended: it did not meet the other nodes (" in run.stderr

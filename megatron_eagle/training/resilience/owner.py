@@ -206,6 +206,17 @@ class Ownership:
         )
 
 
+def is_free(folder: str | Path) -> bool:
+    """Whether nobody else may be writing into a run folder. Nothing is taken; on every rank."""
+    try:
+        found = _look(Path(folder, OWNER))
+    except OSError:
+        return True
+    if found is None or found.owner.lives is False:
+        return True
+    return Owner.here(os.environ, _BEAT_SECONDS).follows(found.owner)
+
+
 def _look(file: Path) -> _Seen | None:
     """What the file says now; None: there is none, or none that this version understands.
 

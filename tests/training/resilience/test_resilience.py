@@ -21,6 +21,7 @@ import torch
 from megatron_eagle.checkpoint import checkpoint_folder, read_train_state, saving
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
+from megatron_eagle.training.monitoring import heartbeat
 from megatron_eagle.training.monitoring.heartbeat import (
     EXIT_HANG,
     Beat,
@@ -190,19 +191,70 @@ def test_a_rank_that_waits_for_the_others_to_start_is_named_and_ends(run):
 def test_who_keeps_the_others_waiting(tmp_path):
     now = time.time()
 
-    def beat(rank: int, iteration: int, phase: str, age: float = 0.0) -> Beat:
-        return Beat(rank, "node", 7, iteration, phase, now - 60, now - age)
+    def beat(rank: int, iteration: int, phase: str, age: float = 0.0, host: str = "node") -> Beat:
+        return Beat(rank, host, 7, iteration, phase, now - 60, now, age=age)
 
     together = [beat(0, 4, "save"), beat(1, 4, "save")]
     assert describe_beats(together).startswith("all in the same phase")
     stopped = [beat(0, 4, "optimizer"), beat(1, 4, "optimizer", age=100)]
-    assert describe_beats(stopped).startswith(
-        "silent (process gone or stopped): rank 1 on node (pid 7) in iter"
-    )
-    rarely = [replace(together[0], interval=60.0, written=now - 100)]
+    said = describe_beats(stopped)
+    assert said.startswith("silent (process gone or stopped): rank 1 on node (pid 7) in iter")
+    assert ", for 160 s;" in said
+    rarely = [replace(together[0], interval=60.0, age=100.0)]
     assert describe_beats(rarely).startswith("all in the same phase"), "it writes once a minute"
+
+    def hosts(*unreachable: int, n: int = 3) -> str:
+        return describe_beats(
+            [replace(beat(r, 4, "save", host=f"n{r}"), reaches=r not in unreachable) for r in range(n)]
+        )
+
+    assert hosts(1).startswith("host n1 is cut off from the others: rank 1 on n1 (pid 7) in iteration 4")
+    assert hosts(1, 2).startswith("host n0 is cut off from the others: rank 0 on n0")
+    assert hosts(1, n=2).startswith("hosts n0 and n1 do not reach each other: rank 1 on n1")
     with pytest.raises(UserError, match="no heartbeat of a run here"):
         read_beats(tmp_path)
+
+
+@pytest.mark.parametrize("skew", [60, -60, 3600])
+def test_clocks_of_nodes_differ(tmp_path, monkeypatch, skew):
+    """The file system's time counts: a clock that is wrong makes nobody silent, nor a silent one alive."""
+    true_time = time.time
+    for rank in range(2):
+        monkeypatch.setattr(time, "time", lambda: true_time() + (skew if rank else 0))  # noqa: B023
+        with Heartbeat(tmp_path, rank, seconds=1, hang_seconds=60, abort=False) as heart:
+            heart.phase(4, "save")
+            heart._write()
+            kept = (tmp_path / "heartbeat" / f"rank_{rank:05d}.json").read_bytes()
+        (tmp_path / "heartbeat" / f"rank_{rank:05d}.json").write_bytes(kept)
+    for judge in (0, skew):
+        monkeypatch.setattr(time, "time", lambda: true_time() + judge)  # noqa: B023
+        assert describe_beats(read_beats(tmp_path)).startswith("all in the same phase")
+        assert all(0 <= beat.standing < 50 for beat in read_beats(tmp_path))
+    os.utime(tmp_path / "heartbeat" / "rank_00000.json", (true_time() - 30,) * 2)
+    assert describe_beats(read_beats(tmp_path)).startswith("silent (process gone or stopped): rank 0 ")
+
+
+def unanswered(*_, timeout: float):
+    """A connection over a link that is cut."""
+    time.sleep(timeout)
+    raise TimeoutError
+
+
+def test_a_host_without_the_others_is_known(monkeypatch):
+    """By the place where the ranks met; a port that nobody listens at is an answer of its host."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(heartbeat, "_REACH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = ("127.0.0.1", server.getsockname()[1])
+        for name, value in zip(("MASTER_ADDR", "MASTER_PORT"), place, strict=True):
+            monkeypatch.setenv(name, str(value))
+        assert heartbeat._reaches_the_others()
+    assert heartbeat._reaches_the_others()
+    with monkeypatch.context() as cut:
+        cut.setattr(socket, "create_connection", unanswered)
+        assert not heartbeat._reaches_the_others()
+    monkeypatch.delenv("MASTER_ADDR")
+    assert heartbeat._reaches_the_others(), "nothing is known"
 
 
 def test_a_run_that_goes_on_and_ends_does_not_wait_for_the_report_of_its_hang(tmp_path):
