@@ -1,5 +1,5 @@
-"""A small stand-in for Ray on one machine: the command `ray start`, and as module `ray` what training data
-preparation calls. Tasks run here, one after the other, when their result is asked for.
+"""A small stand-in for Ray on one machine: `ray start` (`ray.scripts.scripts`), and what preprocessing calls.
+Tasks run here, one after the other, when their result is asked for.
 
 Nodes are files in STANDIN_DIR/ray_nodes that name their cores; the head's also names the address.
 """
@@ -7,12 +7,13 @@ Nodes are files in STANDIN_DIR/ray_nodes that name their cores; the head's also 
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 NODES = Path(os.environ["STANDIN_DIR"]) / "ray_nodes"
-FLAGS = {"head", "block", "port", "num-cpus", "address"}
+FLAGS = {"head", "block", "port", "num-cpus", "address", "node-name", "include-dashboard"}
 exceptions = SimpleNamespace(RayError=type("RayError", (Exception,), {}))
 
 
@@ -27,6 +28,14 @@ def init(**_) -> None:
 
 def cluster_resources() -> dict[str, float]:
     return {"CPU": sum(node["cpus"] for node in _nodes())}
+
+
+def nodes() -> list[dict]:
+    return [{"Alive": True, "NodeName": node["name"]} for node in _nodes()]
+
+
+def shutdown() -> None:
+    pass
 
 
 def remote(**_):
@@ -60,13 +69,18 @@ def start(arguments: list[str]) -> None:
     NODES.mkdir(exist_ok=True)
     file = NODES / f"{os.getpid()}.json"
     node = {"head": "head" in options, "port": options.get("port"), "cpus": int(options["num-cpus"])}
+    node["name"] = options["node-name"]
     node["token"] = os.environ["RAY_AUTH_TOKEN"]
     file.write_text(json.dumps(node))
+    door = socket.create_server(("localhost", int(options["port"]))) if node["head"] else None
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    if door is not None:
+        door.close()
     file.unlink()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command `ray`."""
     if sys.argv[1] != "start":
         sys.exit(f"Error: No such command '{sys.argv[1]}'")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})

@@ -28,7 +28,7 @@ def slurm(tmp_path):
     """Environment with the stand-in's commands on PATH."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    standins = {"ray": "ray_standin.py", "older_python": "older_python.py"}
+    standins = {"older_python": "older_python.py"}
     for name in ("sbatch", "srun", "scontrol", *standins):
         file = commands / name
         standin = standins.get(name, "standin.py")
@@ -116,8 +116,10 @@ def test_a_missing_folder_for_the_output(slurm, tmp_path):
 
 def test_preprocessing_over_two_nodes(slurm, tmp_path):
     """A head and a worker of Ray, the same bytes as on one machine, and nothing left running."""
-    (tmp_path / "modules").mkdir()
-    shutil.copy(REPO / "tests" / "slurm" / "ray_standin.py", tmp_path / "modules" / "ray.py")
+    module = tmp_path / "modules" / "ray"
+    (module / "scripts").mkdir(parents=True)
+    shutil.copy(REPO / "tests" / "slurm" / "ray_standin.py", module / "__init__.py")
+    (module / "scripts" / "scripts.py").write_text("import ray\n\nray.main()\n")
     make_tokenizer(tmp_path / "tokenizer")
     records = [conversation("Hi", "Yes " * (k % 5 + 1)) for k in range(40)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -127,7 +129,6 @@ def test_preprocessing_over_two_nodes(slurm, tmp_path):
     environment = {
         **slurm,
         "PYTHONPATH": f"{tmp_path / 'modules'}:{slurm['PYTHONPATH']}",
-        "RAY_START_SECONDS": "1",
     }
     submit = ["sbatch", "--nodes=2", str(SLURM / "preprocess.sbatch"), *arguments]
     job = subprocess.run(
