@@ -20,6 +20,7 @@ BENCHMARKS = (
     "kernels",
     "linear_ce",
     "loader",
+    "long_video",
     "packing",
     "planner",
     "prefill",

@@ -65,3 +65,18 @@ def test_preprocessing(tmp_path):
     assert [row["samples"] for row in growth] == [500, 2_000] * (len(growth) // 2) and growth
     for few, many in zip(growth[::2], growth[1::2], strict=True):
         assert few["from"] == many["from"] and many["peak MB"] < few["peak MB"] + 30
+
+
+@pytest.mark.slow
+def test_a_long_video_goes_through_every_step(tmp_path):
+    """Beyond 32,768 tokens; the exported processor makes of the video what training has seen."""
+    _, card = run_benchmark("long_video", tmp_path)
+    assert 32_768 < card["tokens"] < 36_864
+    steps = [row["step"] for row in card["rows"]]
+    asked = ("preprocess run", "pack", "train run", "convert export", "generate", "evaluate run")
+    assert {f"megatron-eagle {name}" for name in asked} <= set(steps)
+    assert card["certificate"]["green"]
+    (whole, *_) = card["certificate"]["samples"]
+    assert whole["tokens"] == card["tokens"] and whole["hashes"]["training"] == whole["hashes"]["processor"]
+    # Far less than scores of all tokens with all, 4 bytes each.
+    assert all(row["peak GB"] < 4 * card["tokens"] ** 2 / 1e9 for row in card["rows"])
