@@ -47,9 +47,9 @@ test-slow: env
 test-rehearsal: env
 	$(STAMPED) $(PYTEST) tests/rehearsal -m "slow and not gpu"
 
-# Jobs on a real Slurm, which it starts. Without one it says what to install, and leaves no stamp.
-test-slurm: env
-	@if $(BIN)/python -m tests.cluster.slurm; then $(STAMPED) $(PYTEST) tests/cluster -m "not soak and not gpu"; fi
+# Jobs on a real Slurm, which it starts, with a real Ray. Without one it says what to install, and leaves no stamp.
+test-slurm: env $(PEERS)/.complete
+	@if $(BIN)/python -m tests.cluster.slurm; then EAGLE_RAY_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(STAMPED) $(PYTEST) tests/cluster -m "not soak and not gpu"; fi
 
 test-old-transformers: env $(OLD)/.complete
 	$(STAMPED) $(PYTEST) tests/convert/test_old_transformers.py

@@ -317,7 +317,10 @@ def _take_away() -> None:
     for space in re.findall(r"^(eagle-\S+)", said, re.MULTILINE):
         _kill_inside(space)
         _run("ip", "netns", "del", space)
-    subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+    # Namespaces whose connections were cut live on for a while, and their links with them.
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
+    for link in re.findall(rf"^\d+: ({BRIDGE}\d*)\b", links, re.MULTILINE):
+        subprocess.run(["ip", "link", "del", link], capture_output=True, check=False)
 
 
 def _kill_inside(name: str) -> None:
