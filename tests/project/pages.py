@@ -53,6 +53,14 @@ def rehearsal_table() -> str:
     return "\n".join([f"Made on {card['date']} at commit {card['commit']}.", "", *lines])
 
 
+def long_video_table() -> str:
+    """What each step of a long video takes, from the card of `bench.py long_video`."""
+    card = json.loads((REPO / "examples" / "cards" / "long_video.json").read_text(encoding="utf-8"))
+    lines = ["| step | minutes | peak GB |", "|---|---:|---:|"]
+    lines += [f"| {row['step']} | {row['minutes']:.1f} | {row['peak GB']:.2f} |" for row in card["rows"]]
+    return "\n".join([f"{card['title']}; measured on {card['date']} at commit {card['commit']}.", "", *lines])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "floors": floors.floors,
     "phases": floors.phases,
@@ -63,6 +71,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "rates": rates.rates_table,
     "planner table": planner_table,
     "rehearsal table": rehearsal_table,
+    "long video": long_video_table,
     "kept pixels": lambda: kept_table(TYPICAL),
     "configuration": configuration.render,
     "commands": commands.render,

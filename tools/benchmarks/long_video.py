@@ -89,11 +89,15 @@ class _Steps:
         yield run_eagle(*evaluate, "--hf", "hf", "--output", "scores")
 
     def facts(self) -> dict[str, Any]:
-        """Tokens of the sample, and the certificate's numbers."""
+        """Tokens of the sample, the certificate's numbers, and each answer."""
         store = SampleStore(self.folder / "store", self.length)
         certificate = json.loads((self.folder / "hf" / "certificate.json").read_text(encoding="utf-8"))
         found = {name: certificate[name] for name in ("green", "samples")}
-        return {"tokens": len(store[0].ids), "certificate": found}
+        answers = {}
+        for name in ("scores", "served"):
+            if (file := self.folder / name / "answers.jsonl").exists():
+                answers[name] = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["answer"]
+        return {"tokens": len(store[0].ids), "certificate": found, "answers": answers}
 
     def _make_input(self) -> None:
         _make_tokenizer(self.folder / "tokenizer")
