@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_eagle.commands.rehearse import add_rehearse, run_rehearse
@@ -64,6 +65,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="N",
         help="of a run that a signal stopped, when it has saved (default 75); 0 for a torchrun that would "
         "start it again",
+    )
+    run.add_argument(
+        "--outcome",
+        metavar="FILE",
+        help="lines are added here for whoever may start it again: `started N`, `saved N`, `stopped N` (told "
+        "to, and saved), `failed` (a mistake: again would not help). A stop or a mistake ends with status 0 "
+        "then, so that torchrun starts nothing again",
     )
     check.add_argument("--processes", type=int, required=True, metavar="N", help="of the job, on all nodes")
     report = commands.add_parser("report", help="draw a run's logs into one HTML file")
@@ -154,10 +162,15 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def _said_by_first(error: UserError, *, alike: bool) -> bool:
-    """Whether rank 0 prints the same: an agreed error, or one of what all ranks do alike (read settings)."""
+    """Whether rank 0 prints the same, and this is another."""
+    return os.environ.get("RANK", "0") != "0" and _found_by_all(error, alike=alike)
+
+
+def _found_by_all(error: UserError, *, alike: bool) -> bool:
+    """An agreed error, or one of what all ranks do alike (read settings)."""
     from megatron_eagle.runtime.agreement import AgreedError
 
-    return os.environ.get("RANK", "0") != "0" and (alike or isinstance(error, AgreedError))
+    return alike or isinstance(error, AgreedError)
 
 
 def _quiet() -> None:
@@ -168,21 +181,32 @@ def _quiet() -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     _quiet()
+    from megatron_eagle.training.resilience.outcome import note_outcome
     from megatron_eagle.training.resilience.policy import EXIT_REQUEUE, Preempted
     from megatron_eagle.training.stages import load_stages, train_stages
+    from megatron_eagle.training.train import standard_observers, train
 
-    status = EXIT_REQUEUE if arguments.stopped_status is None else arguments.stopped_status
-    started = False
+    outcome = None if arguments.outcome is None else Path(arguments.outcome)
+    stopped_status = arguments.stopped_status
+    if stopped_status is None:
+        stopped_status = EXIT_REQUEUE if outcome is None else 0
+    started, first = False, os.environ.get("RANK", "0") == "0"
     try:
         configs = load_stages(arguments.config, arguments.overrides, stage=arguments.stage)
         started = True
-        train_stages(configs)
+        train_stages(configs, partial(train, observe=partial(standard_observers, outcome=outcome)))
     except Preempted as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}; start again to go on (status {status})", file=sys.stderr)
-        return status
+        if first:
+            if outcome is not None and stopped.iteration is not None:
+                note_outcome(outcome, "stopped", stopped.iteration)
+            print(f"{stopped}; start again to go on (status {stopped_status})", file=sys.stderr)
+        return stopped_status
     except UserError as error:
-        if _said_by_first(error, alike=not started):
-            return 2
-        raise
+        if outcome is None or not _found_by_all(error, alike=not started):
+            if _said_by_first(error, alike=not started):
+                return 2
+            raise
+        if first:
+            note_outcome(outcome, "failed")
+            print(f"error: {error}", file=sys.stderr)
     return 0

@@ -54,6 +54,11 @@ class Saves(Observer):
             run.models, run.optimizer, run.scheduler, run.config, run.state, must_succeed=must_succeed
         )
 
+    @property
+    def latest(self) -> int | None:
+        """Iteration of the latest checkpoint that this rank knows of. Waits for nothing."""
+        return self._saver.saved_iteration
+
     def saved(self) -> int | None:
         self._saver.wait()
         return self._saver.saved_iteration

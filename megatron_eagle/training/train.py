@@ -20,6 +20,7 @@ from megatron_eagle.training.monitoring.run_log import RunLog
 from megatron_eagle.training.monitoring.step_meter import StepMeter
 from megatron_eagle.training.monitoring.stragglers import Stragglers
 from megatron_eagle.training.resilience.faults import Faults
+from megatron_eagle.training.resilience.outcome import Outcome
 from megatron_eagle.training.resilience.owner import is_free
 from megatron_eagle.training.resilience.policy import stop_signals
 from megatron_eagle.training.run_config import RunConfig
@@ -28,11 +29,14 @@ from megatron_eagle.training.setup import OpenLoader, Run, choose_libraries, log
 from megatron_eagle.training.trainer import Trainer
 
 
-def standard_observers(run: Run) -> list[Observer]:
+def standard_observers(run: Run, outcome: Path | None = None) -> list[Observer]:
     """Who looks on when a run trains. Their order is part of what they do: it is that in which they are told.
 
     After a step the profiler ends before the ranks compare, a save that has ended is reported before the
     step's numbers, and an evaluation is logged before a save that may end the run.
+
+    Args:
+        outcome: a file for `outcome.Outcome`.
     """
     config, rank, state = run.config, torch.distributed.get_rank(), run.state
     log = RunLog(
@@ -44,7 +48,10 @@ def standard_observers(run: Run) -> list[Observer]:
     )
     heart = _heartbeat(config, rank)
     profiler = StepProfiler(config.logging.profile, run.logs, rank, run.models[0].config)
+    saves = Saves(run, log)
     observers: list[Observer] = [log, heart, profiler, Stragglers(config.resilience.stragglers)]
+    if outcome is not None:
+        observers.append(Outcome(outcome, state.iteration, saves, active=rank == 0))
     if config.evaluation is not None and run.held_out is not None:
         forward = partial(run_packs, run, datasets=len(run.held_out.datasets), forward_only=True)
         device = run.device.torch_device
@@ -58,7 +65,7 @@ def standard_observers(run: Run) -> list[Observer]:
         length=config.data.length,
         data=run.loader.identity,
     )
-    return [*observers, Saves(run, log), meter]
+    return [*observers, saves, meter]
 
 
 def train(

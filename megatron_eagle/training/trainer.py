@@ -25,6 +25,7 @@ class Trainer:
     def __init__(self, run: Run, observers: Sequence[Observer] = (), stop: Collection[str] = ()) -> None:
         """`stop` fills where this rank is told to end after the step under way (`policy.stop_signals`)."""
         self._run, self._tell, self._stop = run, Observers(observers), stop
+        self._saves = run.config.checkpoint.save
 
     def train(self, notes: Iterable[str] = ()) -> None:
         """All steps up to the run's last iteration. Collective.
@@ -46,10 +47,9 @@ class Trainer:
                 tell.step_ended(step, tell)
                 tell.between_steps(step, tell)
                 if step.told_to_stop and not step.is_last:
-                    kept = (
-                        "which is" if self._run.config.checkpoint.save else "with checkpoint.save=false: not"
-                    )
-                    raise Preempted(f"stopped by a signal after iteration {state.iteration}, {kept} saved")
+                    kept = "which is" if self._saves else "with checkpoint.save=false: not"
+                    message = f"stopped by a signal after iteration {state.iteration}, {kept} saved"
+                    raise Preempted(message, state.iteration if self._saves else None)
 
     def _wait_for_data(self, iteration: int, tell: Observer) -> None:
         """Return when the next batch can be read. Collective.
@@ -66,7 +66,8 @@ class Trainer:
             raise
         if not there:
             tell.told_to_stop(iteration, tell)
-            raise Preempted(f"stopped by a signal while it waited for data, after iteration {iteration}")
+            message = f"stopped by a signal while it waited for data, after iteration {iteration}"
+            raise Preempted(message, iteration if self._saves else None)
 
     def step(self) -> Step:
         """One global batch. Collective.

@@ -188,7 +188,7 @@ class Slurm:
         said = self.call("scontrol", "show", "job", "--oneliner", str(number)).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", said))
 
-    def wait(self, number: int, *states: str, seconds: float = 240, restarts: int = 0) -> dict[str, str]:
+    def wait(self, number: int, *states: str, seconds: float = 600, restarts: int = 0) -> dict[str, str]:
         """Return `job(number)` when it is in one of these states, started again `restarts` times or more."""
         end = time.monotonic() + seconds
         while True:
@@ -200,7 +200,7 @@ class Slurm:
             assert not over and time.monotonic() < end, f"{stands}\n{self.output(number)}"
             time.sleep(0.2)
 
-    def wait_for_requeue(self, number: int, restarts: int = 1, seconds: float = 240) -> None:
+    def wait_for_requeue(self, number: int, restarts: int = 1, seconds: float = 600) -> None:
         """Return when the job is back in the queue; it then starts soon, and not in two minutes.
 
         Not in the second in which it ended, which nodes take for the job that they are to kill.
@@ -208,11 +208,11 @@ class Slurm:
         self.wait(number, "PENDING", seconds=seconds, restarts=restarts)
         self.call("scontrol", "update", f"JobId={number}", "StartTime=now+2")
 
-    def wait_for_line(self, number: int, text: str, seconds: float = 240) -> None:
+    def wait_for_line(self, number: int, text: str, seconds: float = 600) -> None:
         """Return when the job has printed `text`."""
         self.wait_until(lambda: text in self.output(number), number, seconds)
 
-    def wait_until(self, true: Callable[[], bool], number: int, seconds: float = 240) -> None:
+    def wait_until(self, true: Callable[[], bool], number: int, seconds: float = 600) -> None:
         """Return when `true()`; with the job's output if it is not in time, or the job has ended before."""
         end = time.monotonic() + seconds
         while not true():

@@ -1,8 +1,10 @@
-"""examples/slurm/train.sbatch on a real Slurm: stopped, requeued by itself, gone on with."""
+"""examples/slurm/train.sbatch on a real Slurm: stopped in every way, requeued by itself, gone on with."""
 
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 
 from megatron_eagle.checkpoint import read_train_state
 from megatron_eagle.training.monitoring.metrics import read_metrics
@@ -10,6 +12,7 @@ from tests.cluster.conftest import OPTIONS, TRAIN
 from tests.cluster.slurm import Slurm
 
 pytestmark = pytest.mark.slow
+ENOUGH = 60  # iterations, while which a test can do what it wants to
 
 
 def iterations(run: Path) -> list[int]:
@@ -18,15 +21,76 @@ def iterations(run: Path) -> list[int]:
     return [line.iteration for line in read_metrics(file)] if file.exists() else []
 
 
+def preempt(slurm: Slurm) -> int:
+    """A job of the urgent partition on all nodes; its number."""
+    wanted = ("--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 1")
+    return int(slurm.call("sbatch", "--parsable", f"--output={slurm.folder}/urgent.out", *wanted).stdout)
+
+
 def test_time_is_nearly_over(slurm: Slurm, config: Path, tmp_path: Path) -> None:
     """The signal reaches the batch script alone; the run saves, and the same job ends it after a requeue."""
     run = tmp_path / "run"
-    job = slurm.submit(TRAIN, str(config), "training.stop_at_iteration=60", options=OPTIONS)
+    job = slurm.submit(TRAIN, str(config), f"training.stop_at_iteration={ENOUGH}", options=OPTIONS)
     slurm.wait_until(lambda: len(iterations(run)) >= 2, job)
     slurm.call("scancel", "--batch", "--signal=USR1", str(job))
     slurm.wait_for_requeue(job)
     stopped = read_train_state(run).iteration
-    assert 2 <= stopped < 60
+    assert 2 <= stopped < ENOUGH
     slurm.wait(job, "COMPLETED", restarts=1)
     assert f"at iteration {stopped}" in slurm.output(job)
-    assert iterations(run) == list(range(1, 61))
+    assert iterations(run) == list(range(1, ENOUGH + 1))
+
+
+def test_a_chain_is_preempted_with_a_grace_time(slurm: Slurm, config: Path, tmp_path: Path) -> None:
+    """SIGTERM goes to the steps: the stage saves and is requeued, and the next one goes on waiting for it."""
+    sections = yaml.safe_load(config.read_text())
+    stage = {"training": {"train_iterations": ENOUGH}}
+    sections["stages"] = {"first": stage, "second": {"training": {"train_iterations": 2}}}
+    config.write_text(yaml.safe_dump(sections))
+    chain = slurm.call(
+        str(TRAIN.with_name("progressive.sh")), str(config), *OPTIONS, f"--output={slurm.folder}/job-%j.out"
+    )
+    first, second = (int(line.rpartition(" ")[2]) for line in chain.stdout.splitlines())
+    run = tmp_path / "run" / "first"
+    slurm.wait_until(lambda: len(iterations(run)) >= 2, first)
+    urgent = preempt(slurm)
+    slurm.wait(first, "PENDING", restarts=1)
+    assert "goes back to the queue" in slurm.output(first)
+    stopped = read_train_state(run).iteration
+    slurm.wait(urgent, "COMPLETED")
+    assert slurm.job(second)["JobState"] == "PENDING"
+    slurm.wait_for_requeue(first)
+    slurm.wait(first, "COMPLETED", restarts=1)
+    assert f"at iteration {stopped}" in slurm.output(first)
+    assert iterations(run) == list(range(1, ENOUGH + 1))
+    slurm.wait(second, "COMPLETED")
+
+
+def checks(config: Path) -> bool:
+    """Whether `train.py check` looks at the settings now."""
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return any(line[1:3] == ["tools/train.py", "check"] and str(config) in line for line in lines)
+
+
+@pytest.mark.parametrize("signal", ["preempt", "USR1"])
+def test_a_signal_during_the_checks(slurm: Slurm, config: Path, tmp_path: Path, signal: str) -> None:
+    """Neither kills the job: it is requeued without having trained, and trains then."""
+    job = slurm.submit(TRAIN, str(config), "training.stop_at_iteration=2", options=OPTIONS)
+    slurm.wait_until(lambda: checks(config), job)
+    if signal == "preempt":
+        preempt(slurm)
+    else:
+        slurm.call("scancel", "--batch", "--signal=USR1", str(job))
+    slurm.wait_for_requeue(job)
+    assert not (tmp_path / "run" / "logs").exists()
+    slurm.wait(job, "COMPLETED", restarts=1)
+    assert iterations(tmp_path / "run") == [1, 2]
+
+
+def test_a_job_that_the_user_cancels_stays_cancelled(slurm: Slurm, config: Path, tmp_path: Path) -> None:
+    """Nor does it go back to the queue because it has stopped in order."""
+    run = tmp_path / "run"
+    job = slurm.submit(TRAIN, str(config), options=OPTIONS)
+    slurm.wait_until(lambda: len(iterations(run)) >= 2, job)
+    slurm.call("scancel", str(job))
+    assert slurm.wait(job, "CANCELLED")["Restarts"] == "0"

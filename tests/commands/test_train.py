@@ -1,9 +1,12 @@
-"""Where overrides may stand among the options of `train`."""
+"""Where overrides may stand among the options of `train`, and what it says of how a run ended."""
 
 import pytest
 
 from megatron_eagle.commands.train import main
+from megatron_eagle.errors import UserError
+from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.training import stages
+from megatron_eagle.training.resilience.policy import Preempted
 
 
 @pytest.fixture
@@ -15,7 +18,7 @@ def read(monkeypatch):
         "load_stages",
         lambda path, overrides, stage: found.append((path, list(overrides), stage)) or [],
     )
-    monkeypatch.setattr(stages, "train_stages", lambda configs: None)
+    monkeypatch.setattr(stages, "train_stages", lambda configs, _: None)
     return found
 
 
@@ -39,3 +42,44 @@ def test_what_is_no_option_is_refused(read, words, capsys):
         main(words.split())
     assert ended.value.code == 2 and not read
     assert "unrecognized arguments: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "status", "noted"),
+    [
+        (Preempted("stopped after iteration 3, which is saved", 3), 0, "stopped 3\n"),
+        (Preempted("stopped after iteration 3, not saved", None), 0, None),
+        (AgreedError("the disk is full"), 0, "failed\n"),
+        (None, 0, None),
+    ],
+    ids=["stopped", "stopped and not saved", "a mistake", "finished"],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_outcome_of_a_run(ends_with, status, noted, rank, tmp_path, monkeypatch, capsys):
+    """The first rank notes it; every rank ends well, so that torchrun starts nothing again."""
+
+    def end(*_):
+        if ends_with is not None:
+            raise ends_with
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(stages, "load_stages", lambda *_, **__: [])
+    monkeypatch.setattr(stages, "train_stages", end)
+    outcome = tmp_path / "outcome"
+    assert main(["run", "--config", "F", "--outcome", str(outcome)]) == status
+    assert (outcome.read_text() if outcome.exists() else None) == (noted if rank == "0" else None)
+    said = capsys.readouterr().err
+    assert (str(ends_with) in said) == (ends_with is not None and rank == "0")
+
+
+def test_what_one_rank_finds_is_tried_again(tmp_path, monkeypatch):
+    """Another node may not have it: torchrun is to see it."""
+
+    def end(*_):
+        raise UserError("this node has 7 GPUs")
+
+    monkeypatch.setattr(stages, "load_stages", lambda *_, **__: [])
+    monkeypatch.setattr(stages, "train_stages", end)
+    with pytest.raises(UserError, match="7 GPUs"):
+        main(["run", "--config", "F", "--outcome", str(tmp_path / "outcome")])
+    assert not (tmp_path / "outcome").exists()

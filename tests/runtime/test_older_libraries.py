@@ -49,8 +49,8 @@ def test_torch_before_the_version_of_its_index(tmp_path, monkeypatch):
 
 
 def test_a_stopped_run_ends_with_the_status_that_torchrun_needs(tmp_path, monkeypatch, capsys):
-    def stopped(_):
-        raise Preempted("stopped by a signal after iteration 3, which is saved")
+    def stopped(*_):
+        raise Preempted("stopped by a signal after iteration 3, which is saved", 3)
 
     monkeypatch.setattr(stages, "load_stages", lambda *_, **__: [])
     monkeypatch.setattr(stages, "train_stages", stopped)

@@ -135,6 +135,9 @@ def scontrol(arguments: list[str]) -> int:
     if arguments[:2] == ["show", "hostnames"]:
         print("\n".join(["localhost"] * int(os.environ["SLURM_JOB_NUM_NODES"])))
         return 0
+    if arguments[:2] == ["show", "job"]:
+        print(f"JobId={arguments[-1]} JobState=RUNNING Reason=None")
+        return 0
     if arguments[0] == "requeue":
         (FOLDER / "requeued").write_text(arguments[1])
         return 0

@@ -59,7 +59,15 @@ GO = Verdict("go")
 
 
 class Preempted(Exception):
-    """The run was told to stop by a signal; its checkpoint is saved. Not an error: it wants to run again."""
+    """The run was told to stop by a signal. Not an error: it wants to run again.
+
+    Attributes:
+        iteration: after which it stopped, and which is saved; None: it is not (`checkpoint.save` is false).
+    """
+
+    def __init__(self, message: str, iteration: int | None) -> None:
+        super().__init__(message)
+        self.iteration = iteration
 
 
 @contextlib.contextmanager

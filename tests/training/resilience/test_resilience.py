@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from unittest.mock import patch
@@ -34,7 +35,7 @@ from megatron_eagle.training.resilience import faults
 from megatron_eagle.training.resilience.policy import LossGuard, Preempted, ResilienceConfig, stop_signals
 from megatron_eagle.training.run_config import load_run_config
 from megatron_eagle.training.stages import load_stages, train_stages
-from megatron_eagle.training.train import train
+from megatron_eagle.training.train import standard_observers, train
 from tests.data.helpers import contents
 from tests.parallel.harness import launch
 from tests.training.synthetic_data import SyntheticLoader
@@ -164,6 +165,20 @@ def test_a_stalled_rank_is_named_with_its_step(run):
     assert "before_step" in (run.logs / "heartbeat" / "rank_00001.stack").read_text()
     assert [(b.rank, b.phase) for b in read_beats(run.logs)] == [(0, "ended"), (1, "ended")]
     assert len(run.metrics()) == 3, "the run went on"
+
+
+def train_noted(config: str, outcome: str) -> None:
+    """On each rank: train, with a file for what becomes of it."""
+    observe = partial(standard_observers, outcome=Path(outcome))
+    settings = ["checkpoint.save_interval=2", "parallel.context_parallel_size=2"]
+    train(load_run_config(config, settings, world_size=2), open_loader=SyntheticLoader, observe=observe)
+
+
+def test_what_becomes_of_a_run_is_noted_by_one_rank(run, tmp_path):
+    for _ in range(2):
+        launch(train_noted, 2, run.config, str(tmp_path / "outcome"))
+    lines = (tmp_path / "outcome").read_text().splitlines()
+    assert lines == ["started 0", "saved 2", "saved 4", "saved 6", "started 6"]
 
 
 def start_alone(config: str, port: int) -> None:
