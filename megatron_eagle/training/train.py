@@ -99,20 +99,21 @@ def train(
 def starting(config: RunConfig) -> Iterator[None]:
     """This rank's heartbeat while its run is not there yet: where it meets the others and is built.
 
-    Where nothing can be written, or another run may write, it does not beat; the run itself, which knows the
-    other ranks, will say so.
+    A folder that is not there yet stays so until all ranks have agreed to run, and one that another run may
+    write into is not touched. Where nothing can be written it does not beat; the run, which knows the other
+    ranks, will say so.
     """
     known = torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if known else int(os.environ.get("RANK", "0"))
     with ExitStack() as opened:
-        if is_free(config.checkpoint.path):
-            with suppress(UserError):
-                opened.enter_context(_heartbeat(config, rank))
+        write = logs_folder(config).is_dir() and is_free(config.checkpoint.path)
+        with suppress(UserError):
+            opened.enter_context(_heartbeat(config, rank, write=write))
         Faults.from_environment(rank).at_start()
         yield
 
 
-def _heartbeat(config: RunConfig, rank: int) -> Heartbeat:
+def _heartbeat(config: RunConfig, rank: int, *, write: bool = True) -> Heartbeat:
     resilience = config.resilience
     return Heartbeat(
         logs_folder(config),
@@ -120,6 +121,7 @@ def _heartbeat(config: RunConfig, rank: int) -> Heartbeat:
         seconds=resilience.heartbeat_seconds,
         hang_seconds=60 * resilience.hang_minutes,
         abort=resilience.abort_on_hang,
+        write=write,
     )
 
 

@@ -70,13 +70,16 @@ class Heartbeat(Observer):
     """Writes this rank's file while it is entered; `phase` says where the training thread stands.
 
     After `hang_seconds` without a new phase the first rank that is still alive writes the report and prints
-    it to stderr, and each rank its stacks; with `abort` all end then, with status 70.
+    it to stderr, and each rank its stacks; with `abort` all end then, with status 70. With `write=False`, as
+    where the folder may be another run's yet, there are no files, and each rank names itself.
     """
 
-    def __init__(self, logs: Path, rank: int, *, seconds: float, hang_seconds: float, abort: bool) -> None:
+    def __init__(
+        self, logs: Path, rank: int, *, seconds: float, hang_seconds: float, abort: bool, write: bool = True
+    ) -> None:
         self._folder, self._logs, self._rank = logs / HEARTBEATS, logs, rank
         self._seconds = min(seconds, hang_seconds / 4)
-        self._hang_seconds, self._abort = hang_seconds, abort
+        self._hang_seconds, self._abort, self._writes = hang_seconds, abort, write
         self._note = (0, STARTING, time.time())
         self._reported: float | None = None
         self._reaches = True
@@ -92,16 +95,20 @@ class Heartbeat(Observer):
         if not self._seconds:
             return self
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if self._rank == 0:
-                now = _now(self._folder)
-                for file in self._folder.glob("rank_*.json"):
-                    if now - file.stat().st_mtime > 60:  # of an earlier, perhaps larger job
-                        file.unlink()
+            if self._writes:
+                self._make_folder()
         except OSError as error:
             raise UserError(f"{self._folder}: cannot write heartbeats here: {error.strerror}") from error
         self._thread.start()
         return self
+
+    def _make_folder(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:
+            now = _now(self._folder)
+            for file in self._folder.glob("rank_*.json"):
+                if now - file.stat().st_mtime > 60:  # of an earlier, perhaps larger job
+                    file.unlink()
 
     def __exit__(self, *exception: object) -> None:
         if self._seconds:
@@ -124,15 +131,21 @@ class Heartbeat(Observer):
                 self._report()
 
     def _write(self) -> None:
-        who = self._rank, socket.gethostname(), os.getpid()
-        beat = Beat(*who, *self._note, time.time(), self._seconds, self._reaches)
+        if not self._writes:
+            return
+        beat = self._beat()
         target = self._folder / f"rank_{self._rank:05d}.json"
         with suppress(OSError):  # a full disk must not end the run; the file ages, as the report will say
             write_whole(target, json.dumps(asdict(beat)), durable=False)
 
+    def _beat(self) -> Beat:
+        who = self._rank, socket.gethostname(), os.getpid()
+        return Beat(*who, *self._note, time.time(), self._seconds, self._reaches)
+
     def _report(self) -> None:
-        with suppress(OSError), open(self._folder / f"rank_{self._rank:05d}.stack", "a") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        if self._writes:
+            with suppress(OSError), open(self._folder / f"rank_{self._rank:05d}.stack", "a") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
         self._reaches = _reaches_the_others()
         self._write()
         if self._stop.wait(2 * self._seconds):  # until every rank that lives has written where it stands
@@ -143,6 +156,9 @@ class Heartbeat(Observer):
             os._exit(EXIT_HANG)
 
     def _name_who_is_behind(self) -> None:
+        if not self._writes:
+            print(f"hang: {describe_beats([self._beat()])}", file=sys.stderr, flush=True)
+            return
         beats = read_beats(self._logs)
         alive = [beat.rank for beat in beats if not beat.silent]
         if alive and alive[0] == self._rank:

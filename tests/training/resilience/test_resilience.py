@@ -189,8 +189,12 @@ def start_alone(config: str, port: int) -> None:
         train_stages(load_stages(config, settings))
 
 
-def test_a_rank_that_waits_for_the_others_to_start_is_named_and_ends(run):
-    """Before any of the run is there; torch would wait for half an hour."""
+@pytest.mark.parametrize("again", [False, True])
+def test_a_rank_that_waits_for_the_others_to_start_is_named_and_ends(run, again, capfd):
+    """Before any of the run is there; torch would wait for half an hour. What is written is written where the
+    run has been before."""
+    if again:
+        run.logs.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -198,8 +202,11 @@ def test_a_rank_that_waits_for_the_others_to_start_is_named_and_ends(run):
     process.start()
     process.join(60)
     assert process.exitcode == EXIT_HANG
-    assert "(pid " in (report := (run.logs / "hang.txt").read_text())
-    assert "in iteration 0, starting, for" in report
+    assert "in iteration 0, starting, for" in capfd.readouterr().err
+    if not again:
+        assert not run.root.exists()
+        return
+    assert "in iteration 0, starting, for" in (run.logs / "hang.txt").read_text()
     assert "process_group" in (run.logs / "heartbeat" / "rank_00000.stack").read_text()
 
 
