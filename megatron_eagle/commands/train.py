@@ -187,7 +187,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from megatron_eagle.training.train import standard_observers, train
 
     outcome = None if arguments.outcome is None else Path(arguments.outcome)
-    stopped_status = arguments.stopped_status
+    stopped_status: int | None = arguments.stopped_status
     if stopped_status is None:
         stopped_status = EXIT_REQUEUE if outcome is None else 0
     started, first = False, os.environ.get("RANK", "0") == "0"

@@ -54,7 +54,6 @@ class Saves(Observer):
             run.models, run.optimizer, run.scheduler, run.config, run.state, must_succeed=must_succeed
         )
 
-    @property
     def latest(self) -> int | None:
         """Iteration of the latest checkpoint that this rank knows of. Waits for nothing."""
         return self._saver.saved_iteration

@@ -51,7 +51,7 @@ def standard_observers(run: Run, outcome: Path | None = None) -> list[Observer]:
     saves = Saves(run, log)
     observers: list[Observer] = [log, heart, profiler, Stragglers(config.resilience.stragglers)]
     if outcome is not None:
-        observers.append(Outcome(outcome, state.iteration, saves, active=rank == 0))
+        observers.append(Outcome(outcome, state.iteration, saves.latest, active=rank == 0))
     if config.evaluation is not None and run.held_out is not None:
         forward = partial(run_packs, run, datasets=len(run.held_out.datasets), forward_only=True)
         device = run.device.torch_device

@@ -8,12 +8,12 @@
 torchrun's own status says none of it: it is 1 for whatever ends a process, and for a signal.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Self
 
 from megatron_eagle.training.monitoring.observer import Observer, Step
-from megatron_eagle.training.saves import Saves
 
 Word = Literal["started", "saved", "stopped", "failed"]
 
@@ -30,8 +30,9 @@ class Outcome(Observer):
     With `active=False`, on all ranks but the first, it does nothing.
     """
 
-    def __init__(self, file: Path, iteration: int, saves: Saves, *, active: bool) -> None:
-        self._file, self._saves, self._noted, self._active = file, saves, iteration, active
+    def __init__(self, file: Path, iteration: int, latest: Callable[[], int | None], *, active: bool) -> None:
+        """`latest`: iteration of the latest checkpoint that this rank knows of."""
+        self._file, self._latest, self._noted, self._active = file, latest, iteration, active
 
     def __enter__(self) -> Self:
         if self._active:
@@ -45,7 +46,7 @@ class Outcome(Observer):
         self._note()
 
     def _note(self) -> None:
-        saved = self._saves.latest
+        saved = self._latest()
         if self._active and saved is not None and saved > self._noted:
             self._noted = saved
             note_outcome(self._file, "saved", saved)
