@@ -20,7 +20,7 @@ from megatron_eagle.training.monitoring.run_log import RunLog
 from megatron_eagle.training.monitoring.step_meter import StepMeter
 from megatron_eagle.training.monitoring.stragglers import Stragglers
 from megatron_eagle.training.resilience.faults import Faults
-from megatron_eagle.training.resilience.outcome import Outcome
+from megatron_eagle.training.resilience.outcome import RunOutcome
 from megatron_eagle.training.resilience.owner import is_free
 from megatron_eagle.training.resilience.policy import stop_signals
 from megatron_eagle.training.run_config import RunConfig
@@ -36,7 +36,7 @@ def standard_observers(run: Run, outcome: Path | None = None) -> list[Observer]:
     step's numbers, and an evaluation is logged before a save that may end the run.
 
     Args:
-        outcome: a file for `outcome.Outcome`.
+        outcome: a file for `outcome.RunOutcome`.
     """
     config, rank, state = run.config, torch.distributed.get_rank(), run.state
     log = RunLog(
@@ -51,7 +51,7 @@ def standard_observers(run: Run, outcome: Path | None = None) -> list[Observer]:
     saves = Saves(run, log)
     observers: list[Observer] = [log, heart, profiler, Stragglers(config.resilience.stragglers)]
     if outcome is not None:
-        observers.append(Outcome(outcome, state.iteration, saves.latest, active=rank == 0))
+        observers.append(RunOutcome(outcome, state.iteration, saves.latest, active=rank == 0))
     if config.evaluation is not None and run.held_out is not None:
         forward = partial(run_packs, run, datasets=len(run.held_out.datasets), forward_only=True)
         device = run.device.torch_device

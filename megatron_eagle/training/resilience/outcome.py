@@ -24,7 +24,7 @@ def note_outcome(file: Path, word: Word, iteration: int | None = None) -> None:
         lines.write(f"{word}\n" if iteration is None else f"{word} {iteration}\n")
 
 
-class Outcome(Observer):
+class RunOutcome(Observer):
     """Notes where a run starts and what it saves; how it ends is noted by who started it.
 
     With `active=False`, on all ranks but the first, it does nothing.
