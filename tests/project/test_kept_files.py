@@ -347,6 +347,7 @@ IN_PLACE = {
         "files.__init__",
         "files.append_line",
         "training/monitoring/heartbeat._report",
+        "training/resilience/outcome.note_outcome",
         "data/preparation/journal.lock_file",
         "data/media/remote/cache.fetching",
     },
