@@ -105,6 +105,7 @@ class Ownership:
         self._folder, self._active, self._beat = Path(folder), active, beat
         self._file = self._folder / OWNER
         self._me: Owner | None = None
+        self._made: list[Path] = []  # folders that were not there before
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="owner", daemon=True)
 
@@ -116,6 +117,7 @@ class Ownership:
         """
         if self._active:
             try:
+                self._made = [f for f in (self._folder, *self._folder.parents) if not f.exists()]
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._me = self._take(Owner.here(os.environ, self._beat))
             except OSError as error:
@@ -134,6 +136,8 @@ class Ownership:
             found = _look(self._file)
             if found is not None and found.owner.token == self._me.token:
                 self._file.unlink()
+            for folder in self._made:  # where nothing came of the run, nothing is left
+                folder.rmdir()
 
     def check(self) -> None:
         """End this process where the folder has another owner. A folder that cannot be read says nothing."""
