@@ -12,11 +12,12 @@ optimizer state is stored per parameter. There is no random state: training draw
 dropout; the data order is a function of the seed and of `consumed_packs`).
 """
 
-from megatron_eagle.checkpoint.content import CONTENT_METADATA
+from megatron_eagle.checkpoint.content import CONTENT_METADATA, bytes_to_save
 from megatron_eagle.checkpoint.folder import (
     TRACKER,
     BatchRead,
     TrainState,
+    check_space,
     checkpoint_folder,
     has_checkpoint,
     read_lora_config,
@@ -39,6 +40,8 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointSaver",
     "TrainState",
+    "bytes_to_save",
+    "check_space",
     "checkpoint_folder",
     "has_checkpoint",
     "load_checkpoint",

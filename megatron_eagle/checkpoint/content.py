@@ -107,6 +107,22 @@ def content_to_save(
     return [piece for piece in pieces if piece.data.numel()], copy.deepcopy(common)
 
 
+def bytes_to_save(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> int:
+    """About how much this rank writes into a checkpoint; known before the optimizer has any state."""
+    content = model_content(models)
+    weights = [t.data.nbytes for t in sharded_tensors(content) if is_main_replica(t.replica_id)]
+    # As `_optimizer_pieces`: without what other ranks than those of its data parallelism have of a parameter.
+    described = {whole.data: whole for chunk in content.values() for whole in chunk.values()}
+    (distributed,) = optimizer.chained_optimizers
+    updated = [
+        ranges["param"].size
+        for bucket in _buckets(distributed)
+        for parameter, ranges in bucket["param_map"].items()
+        if any(is_main_replica(whole.replica_id[:-1]) for whole in sharded_tensors(described[parameter]))
+    ]
+    return int(sum(weights) + len(_OPTIMIZER_STATE) * torch.float32.itemsize * sum(updated))
+
+
 def optimizer_step(common: dict[str, Any]) -> float:
     """The optimizer's step in this rank's plain values; 0 where nothing trains."""
     groups = _groups(common)

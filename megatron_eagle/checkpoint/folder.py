@@ -180,6 +180,29 @@ def retain_folders(root: Path, iteration: int, keep_last: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_space(root: Path, size: int, keep_last: int | None, saves: int) -> None:
+    """Look whether the checkpoints of a run will fit: those that it keeps, and the one that is written.
+
+    Args:
+        size: of one, in bytes.
+        keep_last: how many are kept; None: room for one and the next is asked for.
+        saves: how many the run will make, which may be fewer.
+    Raises:
+        UserError: they will not.
+    """
+    there = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
+    held = sum(file.stat().st_size for file in root.glob("iter_*/**/*") if file.is_file())
+    count = min((keep_last or 1) + 1, len(saved_iterations(root)) + saves)
+    free = shutil.disk_usage(there).free
+    if count * size - held <= free:
+        return
+    raise UserError(
+        f"{root}: {free / 1e9:.3f} GB are free, too few for the run's checkpoints: {count} of "
+        f"{size / 1e9:.3f} GB, of which {held / 1e9:.3f} GB are there: make room, lower checkpoint.keep_last "
+        "or name another checkpoint.path (checkpoint.check_space=false starts all the same)"
+    )
+
+
 def describe_latest(root: Path) -> str:
     """What can still be loaded, for messages."""
     if not has_checkpoint(root):

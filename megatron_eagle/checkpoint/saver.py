@@ -34,8 +34,10 @@ class CheckpointConfig(Ranged):
     `async_save` writes those in the background, from a copy in host memory that every process keeps: its
     share of the checkpoint, which is 14 bytes for each parameter that it updates (bf16; without data
     parallelism) and is reported with the first save.
-    `keep_last` deletes older ones after a save (null: none). `verify` reads a checkpoint twice on loading:
-    first to compare every file with its manifest. Without `save` nothing is saved, not even the last
+    `keep_last` deletes older ones after a save (null: none). `check_space` refuses a run before its first
+    step where `keep_last` + 1 checkpoints do not fit (null: two), less those that it has. After
+    `max_failed_saves` in a row a run stops: it would train for nothing. `verify` reads a checkpoint twice on
+    loading: first to compare every file with its manifest. Without `save` nothing is saved, not even the last
     iteration: for measurements, whose states of 100 GB and more nobody wants.
     """
 
@@ -44,6 +46,8 @@ class CheckpointConfig(Ranged):
     save_interval: Annotated[int, Range(1, 10**9)] | None = None
     async_save: bool = False
     keep_last: Annotated[int, Range(1, 10**6)] | None = None
+    check_space: bool = True
+    max_failed_saves: Annotated[int, Range(1, 10**6)] = 3
     verify: bool = True
     save: bool = True
 
@@ -69,6 +73,7 @@ class CheckpointSaver:
         self.saved_iteration = saved_iteration
         self._config, self._report = config, report
         self._copy = HostCopy()
+        self._failures = 0  # in a row
         self._pending: tuple[int, Future[Path]] | None = None
 
     def __enter__(self) -> "CheckpointSaver":
@@ -107,6 +112,7 @@ class CheckpointSaver:
             AgreedError: it cannot be written, and must.
         """
         self._wait_for_earlier(state.iteration)
+        self.check_failures()
         snapshot = take_snapshot(models, optimizer, scheduler, run_config, state)
         root, keep = Path(self._config.path), self._config.keep_last
         if self._config.async_save and not must_succeed:
@@ -122,7 +128,8 @@ class CheckpointSaver:
         except AgreedError as error:
             if must_succeed:
                 raise
-            self._failed(error)
+            self.failed(error)
+            self.check_failures()
         else:
             self._succeeded(state.iteration)
 
@@ -139,9 +146,27 @@ class CheckpointSaver:
         try:
             written.result()
         except AgreedError as error:
-            self._failed(error)
+            self.failed(error)
         else:
             self._succeeded(iteration)
+
+    def failed(self, error: AgreedError) -> None:
+        """A save has failed, and the run goes on."""
+        self._failures += 1
+        self._report(f"warning: {error}; training goes on")
+
+    def check_failures(self) -> None:
+        """Whether too many have failed; where all ranks have heard of the same saves.
+
+        Raises:
+            AgreedError: they have.
+        """
+        if self._failures >= self._config.max_failed_saves:
+            latest = "no checkpoint" if self.saved_iteration is None else f"iteration {self.saved_iteration}"
+            raise AgreedError(
+                f"{self._config.path}: {self._failures} saves in a row have failed "
+                f"(checkpoint.max_failed_saves), and {latest} is saved: make room, and start again"
+            )
 
     def _wait_for_earlier(self, iteration: int) -> None:
         self.poll()
@@ -155,8 +180,5 @@ class CheckpointSaver:
             )
 
     def _succeeded(self, iteration: int) -> None:
-        self.saved_iteration = iteration
+        self.saved_iteration, self._failures = iteration, 0
         self._report(f"saved iteration {iteration} in {self._config.path}")
-
-    def _failed(self, error: AgreedError) -> None:
-        self._report(f"warning: {error}; training goes on")

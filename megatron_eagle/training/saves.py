@@ -1,8 +1,11 @@
 """When a run saves: at its interval, where it is told to stop, and at its end."""
 
+from pathlib import Path
 from typing import Self
 
-from megatron_eagle.checkpoint import CheckpointSaver
+import torch
+
+from megatron_eagle.checkpoint import CheckpointSaver, bytes_to_save, check_space
 from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.training.monitoring.observer import Observer, Step
 from megatron_eagle.training.optimizer import gather_parameters
@@ -19,6 +22,20 @@ class Saves(Observer):
         self._saver = CheckpointSaver(checkpoint, tell.message, state.iteration if run.resumed else None)
 
     def __enter__(self) -> Self:
+        """Look whether there is room before the first step. Collective.
+
+        Raises:
+            UserError: on rank 0: there is not.
+        """
+        run = self._run
+        config, rank = run.config.checkpoint, torch.distributed.get_rank()
+        last, done = run.config.training.last_iteration, run.state.iteration
+        if self._saves and config.check_space and done < last:
+            size = torch.tensor(bytes_to_save(run.models, run.optimizer), device=run.device.torch_device)
+            torch.distributed.all_reduce(size)
+            if rank == 0:
+                saves = 1 if self._interval is None else -(-last // self._interval) - done // self._interval
+                check_space(Path(config.path), int(size), config.keep_last, saves)
         self._saver.__enter__()
         return self
 
@@ -47,7 +64,8 @@ class Saves(Observer):
         except AgreedError as error:
             if must_succeed:
                 raise
-            tell.message(f"warning: {error}; training goes on")
+            self._saver.failed(error)
+            self._saver.check_failures()
             return
         gather_parameters(run.models)
         self._saver.save(

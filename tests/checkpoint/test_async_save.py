@@ -224,3 +224,18 @@ def test_a_kill_while_old_checkpoints_are_deleted(tmp_path):
     ]
     steps(1, {}, until=4, load=root, save=root, keep_last=2)
     assert sorted(path.name for path in tmp_path.glob("*iter_*")) == ["iter_0000003", "iter_0000004"]
+
+
+def test_failures_in_the_background_end_the_run_where_all_ranks_know_of_them(tmp_path):
+    """At the next save: until then one rank may have heard of a failure and another not."""
+
+    def full(*_):
+        raise AgreedError("no space")
+
+    with run_here() as run, run.saver(tmp_path, async_save=True, max_failed_saves=2) as saver:
+        with patch.object(saver_module, "write_snapshot", full):
+            run.save(saver, 1)
+            run.save(saver, 2)
+            saver.wait()
+        with pytest.raises(AgreedError, match="2 saves in a row have failed .* no checkpoint is saved"):
+            run.save(saver, 3)

@@ -13,13 +13,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import psutil
 import pytest
 import torch
 
-from megatron_eagle.checkpoint import checkpoint_folder, read_train_state, saving
+from megatron_eagle.checkpoint import checkpoint_folder, has_checkpoint, read_train_state, saving
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.training.monitoring import heartbeat
@@ -179,6 +180,25 @@ def test_what_becomes_of_a_run_is_noted_by_one_rank(run, tmp_path):
         launch(train_noted, 2, run.config, str(tmp_path / "outcome"))
     lines = (tmp_path / "outcome").read_text().splitlines()
     assert lines == ["started 0", "saved 2", "saved 4", "saved 6", "started 6"]
+
+
+def test_a_run_that_cannot_save_stops(run):
+    """Not after one failure, and those in a row are counted."""
+    settings = ["checkpoint.save_interval=1", "checkpoint.max_failed_saves=2"]
+    failed = [{"kind": "failed_save", "iteration": i} for i in (1, 3, 4, 5)]
+    with pytest.raises(AgreedError, match=r"2 saves in a row have failed .* iteration 2 is saved: make room"):
+        run(*settings, suffered=failed)
+    assert len(run.metrics()) == 4 and read_train_state(run.root).iteration == 2
+
+
+def test_a_run_whose_checkpoints_do_not_fit_is_refused_before_its_first_step(run, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(AgreedError, match="0.000 GB are free, too few .* 1 of 0.00. GB"):
+        run()
+    assert not run.metrics() and not has_checkpoint(run.root)
+    run("checkpoint.check_space=false")
+    assert len(run.metrics()) == 6
+    run()  # nothing is left to do, nor to save
 
 
 def start_alone(config: str, port: int) -> None:
@@ -369,7 +389,7 @@ def test_soak(run, tmp_path):
     """500 steps with kills, also in the middle of saves, stalls, a full and a slow disk at random places: bit
     for bit, memory flat. Media fail in both runs."""
     settings = ["training.train_iterations=500", "checkpoint.save_interval=25", "checkpoint.keep_last=2"]
-    settings += ["checkpoint.async_save=true", "data.on_media_error=skip"]
+    settings += ["checkpoint.async_save=true", "data.on_media_error=skip", "checkpoint.max_failed_saves=9"]
     lost = ((20, [1]), (21, [0, 1, 2, 3]), (300, [2, 3]))
     bad_media = [{"kind": "bad_media", "iteration": i, "samples": samples} for i, samples in lost]
     marks, no_faults = str(tmp_path), {"full": [], "deadly": []}
