@@ -1,5 +1,6 @@
 """examples/slurm/train.sbatch on a real Slurm: stopped in every way, requeued by itself, gone on with."""
 
+import shutil
 from pathlib import Path
 
 import psutil
@@ -94,3 +95,42 @@ def test_a_job_that_the_user_cancels_stays_cancelled(slurm: Slurm, config: Path,
     slurm.wait_until(lambda: len(iterations(run)) >= 2, job)
     slurm.call("scancel", str(job))
     assert slurm.wait(job, "CANCELLED")["Restarts"] == "0"
+
+
+def test_no_requeue_for_ever(slurm: Slurm, config: Path) -> None:
+    """Told to stop before it has saved anything, twice, where once is allowed."""
+    limit = {"MAX_REQUEUES_WITHOUT_PROGRESS": "1"}
+    job = slurm.submit(TRAIN, str(config), options=OPTIONS, environment=limit)
+    slurm.wait_until(lambda: checks(config), job)
+    slurm.call("scancel", "--batch", "--signal=USR1", str(job))
+    slurm.wait_for_requeue(job)
+    slurm.wait_until(lambda: checks(config), job)
+    slurm.call("scancel", "--batch", "--signal=USR1", str(job))
+    slurm.wait(job, "FAILED", restarts=1)
+    assert "was requeued 1 times in a row without a new checkpoint: not again" in slurm.output(job)
+
+
+@pytest.mark.parametrize("check_space", ["true", "false"])
+def test_a_full_disk(slurm: Slurm, config: Path, tmp_path: Path, check_space: str) -> None:
+    """Refused before the first step; where that is not looked at, the failed last save is said once, and
+    neither torchrun nor Slurm trains the same again."""
+    disk = slurm.disk / tmp_path.name
+    disk.mkdir()
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
+    try:
+        settings = [f"checkpoint.path={disk / 'run'}", f"checkpoint.check_space={check_space}"]
+        logs = {"RANK_LOGS": str(tmp_path / "ranks")}
+        job = slurm.submit(
+            TRAIN, str(config), *settings, "training.stop_at_iteration=3", options=OPTIONS, environment=logs
+        )
+        assert slurm.wait(job, "FAILED")["Restarts"] == "0"
+    finally:
+        shutil.rmtree(disk)
+    outcome = (tmp_path / "ranks" / f"outcome-{job}").read_text().split("\n")
+    said = slurm.output(job)
+    assert outcome == ["started 0", "failed", ""]
+    if check_space == "true":
+        assert said.count("GB are free, too few for the run's checkpoints") == 1
+    else:
+        assert "No space left on device" in said
