@@ -18,7 +18,7 @@ def test_the_second_of_two_jobs_is_refused(slurm, config, tmp_path):
     second = slurm.submit(TRAIN, str(config), options=ONE_NODE, environment={"MAX_RESTARTS": "0"})
     slurm.wait(second, "FAILED")
     refused = (
-        rf"^(.*: )?error: {tmp_path / 'run'}: another run writes here \(job {first}, process \d+ on n\d, "
+        rf"^\[rank 0\] error: {tmp_path / 'run'}: another run writes here \(job {first}, process \d+ on n\d, "
     )
     assert len(re.findall(refused, slurm.output(second), re.M)) == 1, slurm.output(second)
     owner = json.loads((tmp_path / "run" / "owner.json").read_text())
