@@ -5,6 +5,7 @@
     %(prog)s run --hf H --benchmark B.jsonl --output O                 questions of your own
     %(prog)s frames --hf H --published NAME --data FOLDER --output O   one run for each number of frames
     %(prog)s table O1 O2 ...                                       scores beside the published ones
+    %(prog)s report O1 O2 ... --output P.html                          one page of them, with worst answers
     %(prog)s bridge --kit lmms-eval --endpoint URL --tasks T --output O
 
 --endpoint URL asks a server in place of --hf.  B holds one question a line, see
@@ -26,9 +27,12 @@ from megatron_eagle.commands.server_options import add_timeout
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import read_benchmark
 from megatron_eagle.evaluation.bridge import KITS, write_bridge
+from megatron_eagle.evaluation.finished import read_finished
 from megatron_eagle.evaluation.judge import make_judge
+from megatron_eagle.evaluation.provenance import note_asked
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
+from megatron_eagle.evaluation.report import write_report
 from megatron_eagle.evaluation.runner import render_scores, run_benchmark, tabulate, write_scores
 from megatron_eagle.evaluation.summary import comparison, overall, plot_frames, read_result
 from megatron_eagle.inference.generate import Answers, ExportedModel, Sampling
@@ -39,9 +43,8 @@ from megatron_eagle.positions import add_option, check_option
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run the command."""
     options = build_parser(prog).parse_args(argv)
-    {"list": _list, "run": _run, "frames": _frames, "table": _table, "bridge": _bridge}[options.command](
-        options
-    )
+    does = {"list": _list, "run": _run, "frames": _frames, "table": _table, "report": _report}
+    {**does, "bridge": _bridge}[options.command](options)
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -80,6 +83,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
             command.add_argument("--frames", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
     command = commands.add_parser("table", help="scores of finished runs beside the published ones")
     command.add_argument("folders", type=Path, nargs="+", metavar="O")
+    command = commands.add_parser("report", help="finished runs as one HTML page")
+    command.add_argument("folders", type=Path, nargs="+", metavar="O")
+    command.add_argument(
+        "--output", type=Path, metavar="P.html", help="default: report.html in the first folder"
+    )
     command = commands.add_parser("bridge", help="run another kit on a served model")
     command.add_argument("--kit", choices=KITS, required=True)
     command.add_argument("--endpoint", metavar="URL", required=True)
@@ -149,7 +157,7 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
     about |= {"judge": options.judge_model or options.judge} if options.judge else {}
     questions = questions[: options.limit]  # not in `about`: a run with more questions goes on
     progress = partial(tqdm, unit="question")
-    asked = partial(_model, options)
+    asked = partial(_model, options, output)
     scored = run_benchmark(asked, questions, problems, output, sampling, about, progress, judge)
     dropped = [json.loads(line) for line in (output / "dropped.jsonl").open(encoding="utf-8")]
     if not scored:
@@ -168,10 +176,14 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
             print(f"  {kind}: {count:,}, the first: {first}")
 
 
-def _model(options: argparse.Namespace) -> Answers:
+def _model(options: argparse.Namespace, output: Path) -> Answers:
+    model: Answers
     if options.hf is None:
-        return ServedModel(options.endpoint, options.model, options.timeout)
-    return ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
+        model = ServedModel(options.endpoint, options.model, options.timeout)
+    else:
+        model = ExportedModel(options.hf, allow_long_prompts=options.allow_long_prompts)
+    note_asked(output, model)
+    return model
 
 
 def _cuts_frames(options: argparse.Namespace) -> bool:
@@ -180,6 +192,12 @@ def _cuts_frames(options: argparse.Namespace) -> bool:
 
 def _table(options: argparse.Namespace) -> None:
     print(comparison([read_result(folder) for folder in options.folders]))
+
+
+def _report(options: argparse.Namespace) -> None:
+    output = options.output or options.folders[0] / "report.html"
+    write_report(output, [run for folder in options.folders for run in read_finished(folder)])
+    print(f"written to {output}")
 
 
 def _bridge(options: argparse.Namespace) -> None:

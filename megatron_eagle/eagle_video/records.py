@@ -1,7 +1,5 @@
 """What the pipeline writes: training lines with their provenance, and a ledger of what is missing."""
 
-import base64
-import io
 import os
 import re
 from collections import Counter
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_eagle.data.media.thumbnails import jpeg_url
 from megatron_eagle.eagle_video.client import Answer, Asks
 from megatron_eagle.eagle_video.prompts import Prompt
 from megatron_eagle.files import write_lines
@@ -64,15 +63,8 @@ def provenance(
 
 def picture_parts(frames: Iterable[np.ndarray], side: int) -> list[dict[str, Any]]:
     """Frames uint8 [h, w, 3] as OpenAI content parts: JPEG of at most `side` pixels."""
-    parts = []
-    for frame in frames:
-        picture = Image.fromarray(frame)
-        picture.thumbnail((side, side))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=85)
-        url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    return parts
+    urls = (jpeg_url(Image.fromarray(frame), side, quality=85) for frame in frames)
+    return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
 
 
 def clock(seconds: float) -> str:

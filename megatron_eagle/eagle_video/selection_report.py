@@ -1,7 +1,5 @@
 """A selection as one HTML file that needs nothing else: counts, histogram of cosines, pictures of clips."""
 
-import base64
-import io
 from collections.abc import Sequence
 from fractions import Fraction
 from html import escape
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from megatron_eagle.data.media.thumbnails import jpeg_url
 from megatron_eagle.data.sample import VideoSource
 from megatron_eagle.eagle_video.features import Clip
 from megatron_eagle.eagle_video.frames import frames_at, open_section
@@ -99,7 +98,4 @@ def _thumbnail(clip: Clip) -> str | None:
         picture = Image.fromarray(next(frames_at(metadata, [middle])))
     except Problem:
         return None
-    picture.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return jpeg_url(picture, _SIDE)

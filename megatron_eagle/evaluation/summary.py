@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import Question
@@ -75,20 +76,28 @@ def read_result(folder: Path) -> Result:
         ) from None
 
 
-def comparison(results: Sequence[Result]) -> str:
-    """Ours beside Eagle 2.5 8B as published."""
-    width = max(len(result.benchmark) for result in results)
-    lines = [f"{'benchmark':<{width}}  {'asked':>7}  {'ours':>7}  {'published':>9}  {'difference':>10}"]
+def comparison_rows(results: Sequence[Result]) -> list[list[str]]:
+    """The cells of a table, its head first: ours beside Eagle 2.5 8B as published."""
+    rows = [["benchmark", "asked", "ours", "published", "difference"]]
     for result in results:
         reference = BENCHMARKS[result.benchmark].reference
-        lines.append(
-            f"{result.benchmark:<{width}}  {result.asked:>7,}  {result.score:>7.2f}  {reference:>9.2f}  "
-            f"{result.score - reference:>+10.2f}"
-        )
+        numbers = [f"{result.score:.2f}", f"{reference:.2f}", f"{result.score - reference:+.2f}"]
+        rows.append([result.benchmark, f"{result.asked:,}", *numbers])
+    return rows
+
+
+def comparison(results: Sequence[Result]) -> str:
+    """The same as text."""
+    rows = comparison_rows(results)
+    widths = [max(7, *(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{name:<{widths[0]}}" + "".join(f"  {cell:>{n}}" for cell, n in zip(cells, widths[1:], strict=True))
+        for name, *cells in rows
+    ]
     return "\n".join(lines)
 
 
-def plot_frames(results: Sequence[Result], png: Path) -> None:
+def plot_frames(results: Sequence[Result], png: Path | BinaryIO) -> None:
     """Score over the most frames that a video may have, one line for each benchmark."""
     import matplotlib
 
@@ -106,5 +115,5 @@ def plot_frames(results: Sequence[Result], png: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
-    figure.savefig(png, dpi=120)
+    figure.savefig(png, format="png", dpi=120)
     pyplot.close(figure)

@@ -223,10 +223,20 @@ def load_video(
     """
     clip = read_clip(source, video_start, video_end)
     wanted = clip.numbers(frame_count(clip.available, float(clip.duration), **sampling))
-    with _naming(_shown(source)):
-        frames = _decode(clip.opened, [clip.stamps[i] for i in wanted], clip.keyframes)
-    shown = [frames[clip.stamps[i]] for i in wanted]
+    shown = frames_numbered(source, clip, wanted)
     return VideoFrames(shown, clip.fps(len(wanted)), clip.times(wanted), wanted)
+
+
+def frames_numbered(source: Any, clip: VideoClip, numbers: Iterable[int]) -> list[Image.Image]:
+    """The frames of a clip of `source` that have these numbers.
+
+    Raises:
+        ValueError: they cannot be decoded; the message names the file.
+    """
+    stamps = [clip.stamps[i] for i in numbers]
+    with _naming(_shown(source)):
+        frames = _decode(clip.opened, stamps, clip.keyframes)
+    return [frames[stamp] for stamp in stamps]
 
 
 def video_settings(item: Mapping[str, Any], most: int = DEFAULT_MAX_FRAMES) -> dict[str, Any]:

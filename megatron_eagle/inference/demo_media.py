@@ -3,8 +3,6 @@
 Only the content of an upload says what it is; playlists, which could name other files, are no videos here.
 """
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import av
 from PIL import Image, UnidentifiedImageError
 
+from megatron_eagle.data.media.thumbnails import jpeg_url
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.grids import has_thumbnail, select_grid
 from megatron_eagle.hf_model.media_files import (
@@ -307,9 +306,4 @@ def _kind(path: Path) -> str:
 
 
 def _piece(image: Image.Image, label: str, grid: tuple[int, int] | None = None) -> Thumbnail:
-    small = image.copy()
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=75)
-    picture = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Thumbnail(picture, label, grid)
+    return Thumbnail(jpeg_url(image, _THUMBNAIL, quality=75), label, grid)

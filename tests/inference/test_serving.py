@@ -251,6 +251,22 @@ def test_the_middleware_tells_how_pictures_are_cut(exported):
     assert json.loads(body) == file_digests(exported)
 
 
+def test_the_middleware_tells_what_the_certificate_says(exported):
+    def told():
+        return json.loads(ask_middleware(exported, "/v1/export/certificate")[1])["certificate"]
+
+    assert told() is None
+    content = {"green": True, "date": "2026-11-29", "files": file_digests(exported)}
+    path = exported / "certificate.json"
+    path.write_text(json.dumps(content))
+    try:
+        assert told() == "certificate.json of 2026-11-29 is green"
+        path.write_text(json.dumps({**content, "files": {**content["files"], "config.json": "0"}}))
+        assert "of other files (config.json changed since)" in told()
+    finally:
+        path.unlink()
+
+
 def test_the_middleware_tells_what_was_seen_once(exported):
     number = "5" * 32
     path = f"/v1/export/seen/{number}"

@@ -1,7 +1,5 @@
 """Pictures and frames of a preview: small, embedded as data, with the lines along which they are cut."""
 
-import base64
-import io
 from html import escape
 
 from PIL import Image
@@ -9,6 +7,7 @@ from PIL import Image
 from megatron_eagle.data.media.exact import upright_frames
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.media.remote.files import MediaAccess
+from megatron_eagle.data.media.thumbnails import jpeg_url
 from megatron_eagle.data.store.reader import ImagePlan, VideoPlan
 from megatron_eagle.problems import Problem
 
@@ -34,7 +33,7 @@ def picture(plan: ImagePlan, max_pixels: int, media: MediaAccess) -> str:
 def _grid(image: Image.Image, columns: int, rows: int, label: str = "") -> str:
     """An SVG of the picture, cut into columns and rows that are numbered in the order of the tiles."""
     width, height = image.size
-    parts = [f'<image href="{_data(image)}" width="{width}" height="{height}"/>']
+    parts = [f'<image href="{jpeg_url(image)}" width="{width}" height="{height}"/>']
     for row in range(rows):
         for column in range(columns):
             x, y = width * column / columns, height * row / rows
@@ -57,15 +56,9 @@ def frames(plan: VideoPlan, media: MediaAccess) -> str:
                 image.thumbnail((_FRAME_SIZE, _FRAME_SIZE))
                 caption = f"Frame {i + 1}: {times[i]:.2f} s<br>number {plan.frames[i]:,} in the file"
                 figures.append(
-                    f'<figure><img src="{_data(image)}" width="{image.width}" height="{image.height}" '
+                    f'<figure><img src="{jpeg_url(image)}" width="{image.width}" height="{image.height}" '
                     f'alt="frame {i + 1}"><figcaption>{caption}</figcaption></figure>'
                 )
     except Problem as problem:
         figures.append(f'<p class="problem">{escape(str(problem))}</p>')
     return f'<div class="frames">{"".join(figures)}</div>'
-
-
-def _data(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -29,14 +29,17 @@ def file_digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def certificate_line(folder: Path) -> str | None:
-    """What an export's certificate says of it, in a line; None: it has none, or one that cannot be read."""
+def certificate_line(folder: Path, digests: dict[str, str] | None = None) -> str | None:
+    """What an export's certificate says of it, in a line; None: it has none, or one that cannot be read.
+
+    `digests` are those of the folder (`file_digests`), where they are known.
+    """
     try:
         content = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
         green, date, files = content["green"], content["date"], dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    changed = changed_files(files, file_digests(folder))
+    changed = changed_files(files, file_digests(folder) if digests is None else digests)
     if changed:
         return f"{CERTIFICATE} is of other files ({named(changed)} changed since): certify the export again"
     if not green:

@@ -3,6 +3,7 @@
 `/v1/export`              how it cuts pictures, for clients that draw pages of the right size; it tells them
                           too that this plugin serves: videos may be sent as files, tiles asked for
 `/v1/export/files`        SHA-256 of its files
+`/v1/export/certificate`  what its certificate says of them, in a line
 `/v1/export/seen/NUMBER`  what was made of the media of the request that bore this number (`seen`), once
 """
 
@@ -13,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .certificate import file_digests
+from .certificate import certificate_line, file_digests
 from .seen import SEEN
 
 PATH = "/v1/export"
@@ -47,10 +48,11 @@ class ExportSettings:
         if below == "":
             dtype = str(model_config.dtype).removeprefix("torch.")
             return _settings(model_config) | {"dtype": dtype, "vllm": _version()}
-        if below == "/files":
+        if below in ("/files", "/certificate"):
             async with self._hashing:
                 written = (folder / "config.json").stat().st_mtime_ns
-                return await asyncio.to_thread(self._digests, folder, written)
+                digests = await asyncio.to_thread(self._digests, folder, written)
+            return digests if below == "/files" else {"certificate": certificate_line(folder, digests)}
         media = SEEN.take(below.removeprefix("/seen/"))
         return None if media is None else {"media": media}
 
