@@ -68,9 +68,15 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, config: CheckpointConfig, report: Callable[[str], None], saved_iteration: int | None = None
+        self,
+        config: CheckpointConfig,
+        report: Callable[[str], None],
+        saved_iteration: int | None = None,
+        report_failure: Callable[[int, str], None] | None = None,
     ) -> None:
+        """`report_failure`: hears of a failed save, with its iteration, in the place of `report`."""
         self.saved_iteration = saved_iteration
+        self._report_failure = report_failure or (lambda _, reason: report(f"warning: {reason}"))
         self._config, self._report = config, report
         self._copy = HostCopy()
         self._failures = 0  # in a row
@@ -128,7 +134,7 @@ class CheckpointSaver:
         except AgreedError as error:
             if must_succeed:
                 raise
-            self.failed(error)
+            self.failed(state.iteration, error)
             self.check_failures()
         else:
             self._succeeded(state.iteration)
@@ -146,14 +152,14 @@ class CheckpointSaver:
         try:
             written.result()
         except AgreedError as error:
-            self.failed(error)
+            self.failed(iteration, error)
         else:
             self._succeeded(iteration)
 
-    def failed(self, error: AgreedError) -> None:
-        """A save has failed, and the run goes on."""
+    def failed(self, iteration: int, error: AgreedError) -> None:
+        """The save of an iteration has failed, and the run goes on."""
         self._failures += 1
-        self._report(f"warning: {error}; training goes on")
+        self._report_failure(iteration, f"{error}; training goes on")
 
     def check_failures(self) -> None:
         """Whether too many have failed; where all ranks have heard of the same saves.

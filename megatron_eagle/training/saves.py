@@ -19,7 +19,12 @@ class Saves(Observer):
         """`tell` hears how each save ended; also those of another thread, in this one."""
         state, checkpoint = run.state, run.config.checkpoint
         self._run, self._interval, self._saves = run, checkpoint.save_interval, checkpoint.save
-        self._saver = CheckpointSaver(checkpoint, tell.message, state.iteration if run.resumed else None)
+        self._saver = CheckpointSaver(
+            checkpoint,
+            tell.message,
+            state.iteration if run.resumed else None,
+            lambda iteration, reason: tell.event(iteration, "failed_save", reason),
+        )
 
     def __enter__(self) -> Self:
         """Look whether there is room before the first step. Collective.
@@ -64,7 +69,7 @@ class Saves(Observer):
         except AgreedError as error:
             if must_succeed:
                 raise
-            self._saver.failed(error)
+            self._saver.failed(iteration, error)
             self._saver.check_failures()
             return
         gather_parameters(run.models)

@@ -23,6 +23,7 @@ from megatron_eagle.training.resilience.faults import Faults
 from megatron_eagle.training.resilience.outcome import RunOutcome
 from megatron_eagle.training.resilience.owner import is_free
 from megatron_eagle.training.resilience.policy import stop_signals
+from megatron_eagle.training.resilience.restarts import Restarts
 from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.saves import Saves
 from megatron_eagle.training.setup import OpenLoader, Run, choose_libraries, logs_folder, open_run
@@ -49,7 +50,9 @@ def standard_observers(run: Run, outcome: Path | None = None) -> list[Observer]:
     heart = _heartbeat(config, rank)
     profiler = StepProfiler(config.logging.profile, run.logs, rank, run.models[0].config)
     saves = Saves(run, log)
-    observers: list[Observer] = [log, heart, profiler, Stragglers(config.resilience.stragglers)]
+    restarts = Restarts(log, torch.distributed.get_world_size())
+    stragglers = Stragglers(config.resilience.stragglers)
+    observers: list[Observer] = [log, restarts, heart, profiler, stragglers]
     if outcome is not None:
         observers.append(RunOutcome(outcome, state.iteration, saves.latest, active=rank == 0))
     if config.evaluation is not None and run.held_out is not None:

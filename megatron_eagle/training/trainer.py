@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Collection, Iterable, Sequence
+from typing import NoReturn
 
 from torch.profiler import record_function
 
@@ -49,7 +50,7 @@ class Trainer:
                 if step.told_to_stop and not step.is_last:
                     kept = "which is" if self._saves else "with checkpoint.save=false: not"
                     message = f"stopped by a signal after iteration {state.iteration}, {kept} saved"
-                    raise Preempted(message, state.iteration if self._saves else None)
+                    self._preempted(message)
 
     def _wait_for_data(self, iteration: int, tell: Observer) -> None:
         """Return when the next batch can be read. Collective.
@@ -67,7 +68,12 @@ class Trainer:
         if not there:
             tell.told_to_stop(iteration, tell)
             message = f"stopped by a signal while it waited for data, after iteration {iteration}"
-            raise Preempted(message, iteration if self._saves else None)
+            self._preempted(message)
+
+    def _preempted(self, message: str) -> NoReturn:
+        iteration = self._run.state.iteration
+        self._tell.event(iteration, "preempted", message)
+        raise Preempted(message, iteration if self._saves else None)
 
     def step(self) -> Step:
         """One global batch. Collective.

@@ -186,10 +186,14 @@ def test_told_to_stop(config, heard):
 
     with (
         open_run(config(), SyntheticLoader) as run,
-        pytest.raises(Preempted, match="after iteration 2"),
+        pytest.raises(Preempted, match="after iteration 2") as stopped,
     ):
         Trainer(run, [Stopping("a", heard)], stop).train()
-    assert heard[-2:] == [("a", "between", 2), ("a", "close", Preempted)]
+    assert heard[-3:] == [
+        ("a", "between", 2),
+        ("a", "preempted", 2, str(stopped.value)),
+        ("a", "close", Preempted),
+    ]
 
 
 def test_the_first_loader_is_closed_where_the_second_cannot_be_opened(config, tmp_path):

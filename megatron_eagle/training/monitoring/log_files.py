@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -18,9 +18,16 @@ T = TypeVar("T")
 Point = tuple[int, Mapping[str, float]]  # iteration, values by name
 
 
-def drop_repeated(path: Path, iteration: int) -> int:
+class Dropped(NamedTuple):
+    """What `drop_repeated` has found."""
+
+    iterations: int  # that had lines, and are about to be repeated
+    unreadable: int  # lines that are kept
+
+
+def drop_repeated(path: Path, iteration: int) -> Dropped:
     """Leave out of a JSONL file what a run that goes on after `iteration` is about to write again, and a last
-    line that was cut by a kill; returns how many other lines no one can read.
+    line that was cut by a kill.
 
     All other lines stay byte for byte: also those of later versions, and damaged ones. The file is replaced
     whole.
@@ -28,7 +35,7 @@ def drop_repeated(path: Path, iteration: int) -> int:
     Raises:
         OSError: it cannot be written; it is then what it was.
     """
-    kept, unreadable = [], 0
+    kept, unreadable, repeated = [], 0, set()
     content = path.read_bytes() if path.exists() else b""
     lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -37,10 +44,12 @@ def drop_repeated(path: Path, iteration: int) -> int:
             continue
         unreadable += record is None
         of = None if record is None else record.get("iteration")
-        if not (isinstance(of, int) and of > iteration):
+        if isinstance(of, int) and of > iteration:
+            repeated.add(of)
+        else:
             kept.append(line + b"\n")
     write_whole(path, b"".join(kept))
-    return unreadable
+    return Dropped(len(repeated), unreadable)
 
 
 class TensorBoardFile:

@@ -113,13 +113,16 @@ class RunLog(Observer):
 
     A resumed run appends; only lines of iterations that it is about to repeat are dropped. A disk that is
     full when the run starts is a `UserError`; later on training goes on, see `log_files.Sink`.
+
+    Attributes:
+        repeated: iterations that an earlier start has logged, and this one is about to repeat.
     """
 
     def __init__(
         self, config: LoggingConfig, folder: Path, *, active: bool, iteration: int, last_iteration: int
     ) -> None:
         self._config, self._folder, self._active = config, folder, active
-        self._iteration, self._last = iteration, last_iteration
+        self._iteration, self._last, self.repeated = iteration, last_iteration, 0
         self._sinks: dict[str, Sink[Any]] = {}
         self._close = ExitStack()
 
@@ -156,8 +159,13 @@ class RunLog(Observer):
 
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, EVENTS_FILE):
-            if unreadable := drop_repeated(folder / name, iteration):
-                self.message(f"warning: {folder / name}: {unreadable} lines are damaged; they are kept")
+            dropped = drop_repeated(folder / name, iteration)
+            if dropped.unreadable:
+                self.message(
+                    f"warning: {folder / name}: {dropped.unreadable} lines are damaged; they are kept"
+                )
+            if name == METRICS_FILE:
+                self.repeated = dropped.iterations
             add(name, AppendedFile(folder / name))
         if config.tensorboard:
             add(TENSORBOARD, TensorBoardFile(folder / "tensorboard", iteration + 1))

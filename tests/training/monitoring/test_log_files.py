@@ -49,12 +49,12 @@ def test_only_repeated_and_cut_off_lines_go(tmp_path, capsys):
     ]
     file.write_bytes(b"".join(lines) + b'{"iteration": 2, "lo')
     assert [m.iteration for m in read_metrics(file)] == [1, 2, 3]
-    assert drop_repeated(file, 2) == 1
+    assert drop_repeated(file, 2) == (1, 1)
     assert file.read_bytes() == b"".join(lines[:5])
-    assert drop_repeated(file, 9) == 1 and file.read_bytes() == b"".join(lines[:5])
+    assert drop_repeated(file, 9) == (0, 1) and file.read_bytes() == b"".join(lines[:5])
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_bytes(lines[3])  # the last line, but not cut
-    assert drop_repeated(damaged, 9) == 1 and damaged.read_bytes() == lines[3]
+    assert drop_repeated(damaged, 9) == (0, 1) and damaged.read_bytes() == lines[3]
     log = RunLog(QUIET, tmp_path, **START)
     with full_disk(), pytest.raises(UserError, match="File too large; nothing of them is lost"), log:
         pass

@@ -90,6 +90,8 @@ def test_a_signal_to_one_rank_saves_and_ends_all(run):
     assert set(stopped) == {"stopped by a signal after iteration 2, which is saved"}
     assert read_train_state(run.root).iteration == 2
     launch(train_rank, 2, run.config, 2, cp2)
+    told = [(event["iteration"], event["event"]) for event in read_events(run.logs / "events.jsonl")]
+    assert told == [(2, "preempted"), (2, "resumed")]
     found = run.metrics()
     assert [m[0] for m in found] == [1, 2, 3, 4, 5, 6]
     assert [m[1] for m in found] == pytest.approx([m[1] for m in whole], rel=1e-4)
@@ -140,7 +142,8 @@ def test_a_spike_is_judged_the_same_after_a_resume(run):
     shutil.rmtree(run.root)
     run(*settings, "training.stop_at_iteration=4", suffered=spike)
     run(*settings, suffered=spike)
-    assert run.metrics() == whole and read_events(run.logs / "events.jsonl") == events
+    resumed, *found = read_events(run.logs / "events.jsonl")
+    assert run.metrics() == whole and found == events and resumed["event"] == "resumed"
 
 
 def test_the_guard_needs_its_window_full():
@@ -189,6 +192,24 @@ def test_a_run_that_cannot_save_stops(run):
     with pytest.raises(AgreedError, match=r"2 saves in a row have failed .* iteration 2 is saved: make room"):
         run(*settings, suffered=failed)
     assert len(run.metrics()) == 4 and read_train_state(run.root).iteration == 2
+    told = [(event["iteration"], event["event"]) for event in read_events(run.logs / "events.jsonl")]
+    assert told == [(i, "failed_save") for i in (1, 3, 4)]
+
+
+def test_every_start_but_the_first_is_an_event(run, monkeypatch):
+    """With what it repeats; the step that ended a start has a line only in the next one."""
+    settings, broken = ["checkpoint.save_interval=2"], [{"kind": "nan", "iteration": 4}]
+    with pytest.raises(AgreedError):
+        run(*settings, suffered=broken)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(*settings, "training.stop_at_iteration=5")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    run(*settings)
+    run(*settings)  # nothing is left to do
+    names = ("iteration", "event", "processes", "repeated", "job", "requeues", "restarts")
+    told = [tuple(event[name] for name in names) for event in read_events(run.logs / "events.jsonl")]
+    assert told == [(2, "resumed", 1, 1, "", 0, 1), (5, "resumed", 1, 0, "/7", 3, 1)]
 
 
 def test_a_run_whose_checkpoints_do_not_fit_is_refused_before_its_first_step(run, monkeypatch):
