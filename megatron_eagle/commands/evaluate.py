@@ -139,7 +139,9 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
             raise UserError("--published needs --data, the folder of the benchmark's files")
         if published.frame_tiles and options.endpoint and not _cuts_frames(options):
             raise UserError(f"{options.published}: frames are tiled, by the export's plugin alone: use --hf")
-        questions, problems = published.questions(Source(options.data, options.output / "pictures"))
+        questions, problems = published.questions(
+            Source(options.data, options.output / "pictures", options.fps, max_frames)
+        )
         about |= {"published": options.published, "data": str(options.data.resolve())}
         if not questions:
             reason = f"; the first problem: {problems[0].reason}" if problems else ""

@@ -135,7 +135,9 @@ def question_from(record: Any, where: str, number: int) -> Question:
         raise ValueError('"options" must be a list of texts')
     if not 2 <= len(options) <= len(metrics.LETTERS) and metric == "choice":
         raise ValueError(f"{len(options)} options; a choice has 2 to {len(metrics.LETTERS)}")
-    answer = _answer(record.get("answer"), metric, options)
+    # What a benchmark's own table has no right option for is asked all the same, and always wrong.
+    unanswerable = bool(record.get("unanswerable"))
+    answer = "" if unanswerable else _answer(record.get("answer"), metric, options)
     prompt = [record["question"].strip()]
     if metric == "choice":
         prompt += [f"{letter}. {o}" for letter, o in zip(metrics.LETTERS, options, strict=False)]

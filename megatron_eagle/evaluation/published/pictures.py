@@ -1,98 +1,78 @@
-"""Benchmarks about pictures and documents: as `published.videos`."""
+"""Benchmarks about pictures: as `published.videos`."""
 
-import ast
 import re
-from pathlib import Path
 from typing import Any
 
-from megatron_eagle.evaluation.published.source import Source, columns, letter, without_letters
+from megatron_eagle.evaluation.published.options import (
+    columns,
+    first_of,
+    inline_options,
+    letter,
+    listed,
+    without_letters,
+)
+from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.evaluation.published.videos import Records
 
-_INLINE = re.compile(r"(?:^|[\s(])([A-J])[.:)]\s+")
-
-
-def docvqa(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """DocVQA and InfoVQA: JSON with `data`, or parquet."""
-    for item in row.get("data", [row]):
-        yield {
-            "id": str(item["questionId"]),
-            "question": item["question"],
-            "metric": "anls",
-            "answer": item.get("answers"),
-            "images": [source.picture(item.get("image_local_name") or item["image"])],
-        }
-
-
-def textvqa(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """JSON with `data`, or parquet; ten answers each."""
-    for item in row.get("data", [row]):
-        yield {
-            "id": str(item["question_id"]),
-            "question": item["question"],
-            "metric": "vqa",
-            "answer": item.get("answers"),
-            "images": [source.picture(item.get("image") or f"{item['image_id']}.jpg")],
-        }
-
-
-def chartqa(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`test_human.json` and `test_augmented.json`, or parquet."""
-    question, answer = row.get("query") or row["question"], row.get("label") or row["answer"]
-    category = row.get("type") or table.removeprefix("test_")
-    picture = source.picture(row.get("imgname") or row["image"])
-    answer = answer[0] if isinstance(answer, list) else answer
-    yield {
-        "id": f"{category}:{row.get('imgname') or Path(picture).name}:{question}",
-        "question": question,
-        "metric": "relaxed",
-        "answer": answer,
-        "images": [picture],
-        "category": category,
-    }
-
-
-def ocrbench(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`OCRBench.json`, or parquet."""
-    answers = row.get("answers") or row["answer"]
-    kind = row.get("type") or row["question_type"]
-    picture = source.picture(row.get("image_path") or row["image"])
-    yield {
-        "id": f"{kind}:{row.get('image_path') or Path(picture).name}:{row['question']}",
-        "question": row["question"],
-        "metric": "formula" if "Math" in kind else "contains",
-        "answer": answers if isinstance(answers, list) else [answers],
-        "images": [picture],
-        "category": kind,
-    }
+_PLACE = re.compile(r"<image(?: (\d+))?>")
 
 
 def multiple_choice(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """Rows with columns A, B, ... or `options`, or with the options in the question (MMStar, AI2D, ERQA,
+    """Rows with columns A, B, ... or `options`, or with the options in the question (MMStar, AI2D,
     RealWorldQA, where a row without options is a short answer)."""
-    pictures = row.get("images") or [row["image"]]
-    options = columns(row) or list(row.get("options") or [])
+    options = columns(row) or listed(row.get("options"))
     question = str(row["question"])
-    answer: str | None = "" if row.get("answer") is None else str(row["answer"])
     if not options:
         question, options = inline_options(question)
-    if (
-        options and answer is not None and answer.isdigit()
-    ):  # a number counts the options, also where these are numbers
+    yield _asked(row, question, options) | {"images": [source.picture(one) for one in _pictures(row)]}
+
+
+def erqa(source: Source, table: str, row: dict[str, Any]) -> Records:
+    """The authors' TFRecord, parquet, or VLMEvalKit's TSV: pictures stand before the character of the
+    question that `visual_indices` names, or at `<image>`; if all are 0, or there are none, before it."""
+    pictures = [source.picture(one) for one in _pictures(row)]
+    indices = [int(index) for index in listed(row.get("visual_indices"))]
+    question = _with_pictures(str(row["question"]), indices, len(pictures))
+    yield _asked(row, *inline_options(question)) | {"images": pictures}
+
+
+def _with_pictures(question: str, indices: list[int], count: int) -> str:
+    if _PLACE.search(question):
+        marks = iter(range(1, count + 1))
+        return _PLACE.sub(lambda _: f"<image-{mark}>" if (mark := next(marks, None)) else "", question)
+    if not any(indices):
+        return question
+    if len(indices) != count:
+        raise ValueError(f"{len(indices)} visual_indices of {count} pictures")
+    placed, reached = "", 0
+    for mark, index in sorted(enumerate(indices, 1), key=lambda pair: pair[1]):
+        placed += f"{question[reached:index]}<image-{mark}>"
+        reached = max(reached, min(index, len(question)))
+    return placed + question[reached:]
+
+
+def _asked(row: dict[str, Any], question: str, options: list[str]) -> dict[str, Any]:
+    answer: str | None = "" if row.get("answer") is None else str(row["answer"])
+    if options and answer and answer.isdigit():  # a number counts the options, also where these are numbers
         answer = letter(answer)
-    images = [source.picture(picture) for picture in pictures]
-    yield {
-        "id": str(row.get("index") or row.get("question_id") or f"{Path(images[0]).name}:{question}"),
+    name = next((row[key] for key in ("index", "question_id") if row.get(key) not in (None, "")), None)
+    record = {
         "question": question,
         "metric": "choice" if options else "exact",
         "answer": answer,
         "options": without_letters(options),
-        "images": images,
         "category": str(row.get("category") or row.get("question_type") or "all"),
     }
+    return record if name is None else record | {"id": str(name)}
+
+
+def _pictures(row: dict[str, Any]) -> list[Any]:
+    return listed(first_of(row, "images", "image/encoded", "image", "image_path"))
 
 
 def mmbench(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """A TSV; every question is asked once for each rotation of its options, and all have to be right.
+    """A TSV or parquet; every question is asked once for each rotation of its options, and all have to be
+    right.
 
     Rows that are rotations themselves (their index counts up by a million) are left out.
     """
@@ -101,27 +81,32 @@ def mmbench(source: Source, table: str, row: dict[str, Any]) -> Records:
         return
     hint = row.get("hint")
     question = f"{hint}\n{row['question']}" if hint and hint != "nan" else row["question"]
-    right = options[ord(row["answer"]) - ord("A")]
+    right = ord(first_of(row, "answer")) - ord("A")
+    if not 0 <= right < len(options):
+        raise ValueError(f"the answer {row['answer']!r} is no option")
     for turn in range(len(options)):
-        turned = options[turn:] + options[:turn]
         yield {
             "id": f"{index}:{turn}",
             "question": question,
             "metric": "choice",
-            "answer": chr(65 + turned.index(right)),
-            "options": turned,
-            "images": [source.picture(row["image"])],
+            "answer": letter((right - turn) % len(options)),
+            "options": options[turn:] + options[:turn],
+            "images": [source.picture(first_of(row, "image"))],
             "category": row.get("category", "all"),
-            "groups": [f"question {index}"],
+            "groups": [f"question {index} of {len(options)}"],
         }
 
 
 def mmmu(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """Parquet, one table per subject; pictures stand where the question names them."""
-    options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else list(row["options"])
-    answer = row["answer"]
-    if isinstance(answer, str) and answer.startswith("["):
-        answer = ast.literal_eval(answer)
+    """Parquet, one table per subject, or VLMEvalKit's TSV, of which the validation split is read; pictures
+    stand where the question names them. A question without options is open."""
+    if row.get("split", "validation") != "validation":
+        return
+    options = [str(option) for option in columns(row) or listed(row.get("options"))]
+    if "image_1" in row:
+        pictures = {str(i): row[f"image_{i}"] for i in range(1, 8) if row.get(f"image_{i}") is not None}
+    else:
+        pictures = {str(i): one for i, one in enumerate(_pictures(row), start=1)}
     marks = list(dict.fromkeys(re.findall(r"<image (\d)>", "\n".join([row["question"], *options]))))
     shown = {mark: f"<image-{k}>" for k, mark in enumerate(marks, start=1)}
 
@@ -137,75 +122,72 @@ def mmmu(source: Source, table: str, row: dict[str, Any]) -> Records:
     seen: set[str] = set()
     question = placed(row["question"], seen)
     options = [placed(option, seen) for option in options]
-    multiple = row["question_type"] == "multiple-choice"
+    multiple = row.get("question_type", "multiple-choice") == "multiple-choice" and bool(options)
+    name = str(first_of(row, "id", "index"))
     yield {
-        "id": row["id"],
+        "id": name,
         "question": question,
         "metric": "choice" if multiple else "exact",
-        "answer": answer,
+        "answer": row["answer"] if multiple else listed(row["answer"]),
         "options": options if multiple else [],
-        "images": [source.picture(row[f"image_{mark}"]) for mark in marks],
-        "category": re.sub(r"^[a-z]+_|_\d+$", "", row["id"]),
+        "images": [source.picture(pictures.get(mark)) for mark in marks],
+        "category": str(row.get("category") or re.sub(r"^[a-z]+_|_\d+$", "", name)),
     }
 
 
 def mathvista(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`testmini.json` by number, or parquet. Answers are read off by rule, not by a language model."""
-    for name, item in [(row["pid"], row)] if "pid" in row else row.items():
-        multiple = item["question_type"] == "multi_choice"
-        unit = f" (Unit: {item['unit']})" if item.get("unit") else ""
-        precision = int(float(item["precision"])) if item.get("precision") not in (None, "") else 0
-        number = item["answer_type"] in ("integer", "float")
-        decoded, answer = item.get("decoded_image"), item.get("answer")
-        yield {
-            "id": str(name),
-            "question": item["question"] + unit,
-            "metric": "choice" if multiple else "number" if number else "exact",
-            "answer": [float(answer), precision] if answer and number and not multiple else answer,
-            "options": list(item["choices"]) if multiple else [],
-            "images": [source.picture(decoded if decoded else item["image"])],
-            "category": item["metadata"]["task"],
-        }
-
-
-def mm_vet(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`mm-vet.json` by question, judged from 0 to 1."""
-    for name, item in row.items():
-        yield {
-            "id": name,
-            "question": item["question"],
-            "metric": "judge",
-            "answer": item.get("answer"),
-            "images": [source.picture(item["imagename"])],
-            "category": ", ".join(sorted(item["capability"])),
-        }
-
-
-def hallusionbench(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`HallusionBench.json`: yes or no, grouped by figure and by question."""
-    scene = f"{row['category']} {row['subcategory']} {row['set_id']}"
+    """`testmini.json` by number, parquet, or VLMEvalKit's TSV. Answers are read off by rule, not by a
+    language model."""
+    multiple = row["question_type"] == "multi_choice"
+    unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
+    precision = int(float(row["precision"])) if row.get("precision") not in (None, "") else 0
+    number = row["answer_type"] in ("integer", "float") and not multiple
+    metadata = row.get("metadata", row)
+    answer: Any = row.get("answer")
     yield {
-        "id": f"{scene} {row['figure_id']} {row['question_id']}",
-        "question": row["question"],
-        "metric": "yes_no",
-        "answer": "yes" if str(row["gt_answer"]) == "1" else "no",
-        "images": [] if str(row["visual_input"]) == "0" else [source.picture(row["filename"])],
-        "category": row["category"],
-        "groups": [f"figure {scene} {row['figure_id']}", f"question {scene} {row['question_id']}"],
+        "id": str(first_of(row, "pid", "index")),
+        "question": row["question"] + unit,
+        "metric": "choice" if multiple else "number" if number else "exact",
+        "answer": [float(answer), precision] if number and answer not in (None, "") else answer,
+        "options": [str(one) for one in listed(row["choices"])] if multiple else [],
+        "images": [source.picture(first_of(row, "decoded_image", "image"))],
+        "category": metadata["task"],
     }
 
 
-def inline_options(question: str) -> tuple[str, list[str]]:
-    """A question with options in its text -> the question alone, and the options; none if there are none."""
-    marks = list(_INLINE.finditer(question))
-    run: list[re.Match[str]] = []
-    for mark in marks:
-        if mark[1] == chr(65 + len(run)):
-            run.append(mark)
-    if len(run) < 2:
-        return question, []
-    ends = [mark.start() for mark in run[1:]] + [len(question)]
-    options = [question[mark.end() : end].strip(" ,;\n") for mark, end in zip(run, ends, strict=True)]
-    options[-1] = options[-1].split("\n")[0].strip()  # instructions follow
-    stem = re.sub(r"(?i)\s*(options|choices)\s*:?\s*$", "", question[: run[0].start()])
-    return stem.strip(), options
+def mm_vet(source: Source, table: str, row: dict[str, Any]) -> Records:
+    """`mm-vet.json` by question, parquet, or VLMEvalKit's TSV; judged from 0 to 1."""
+    kinds = row["capability"] if "capability" in row else row["category"]
+    yield {
+        "id": str(first_of(row, "name", "question_id", "id", "index")),
+        "question": row["question"],
+        "metric": "judge",
+        "answer": row.get("answer"),
+        "images": [source.picture(first_of(row, "imagename", "image", "image_path"))],
+        "category": ", ".join(sorted(kinds)) if isinstance(kinds, list) else str(kinds),
+    }
+
+
+def hallusionbench(source: Source, table: str, row: dict[str, Any]) -> Records:
+    """`HallusionBench.json`, parquet of its two splits, or VLMEvalKit's TSV of those with figures: yes or no,
+    grouped by figure and by question."""
+    if "gt_answer" in row:
+        kind, number, figure, asked = (
+            row[key] for key in ("subcategory", "set_id", "figure_id", "question_id")
+        )
+        right = {"1": "yes", "0": "no"}.get(str(row["gt_answer"]))
+        picture = None if str(row["visual_input"]) == "0" else row.get("image") or row["filename"]
+    else:  # the set, the figure and the question end the index
+        kind, picture = first_of(row, "l2-category", "subcategory"), row["image"]
+        number, figure, asked = str(row["index"]).split("_")[-3:]
+        right = str(row["answer"]).lower()
+    scene = f"{row['category']} {kind} {number}"
+    yield {
+        "id": f"{scene} {figure} {asked}",
+        "question": row["question"],
+        "metric": "yes_no",
+        "answer": right,
+        "images": [] if picture is None else [source.picture(picture)],
+        "category": row["category"],
+        "groups": [f"figure {scene} {figure}", f"question {scene} {asked}"],
+    }

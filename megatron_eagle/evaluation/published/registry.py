@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import Question, add_question
-from megatron_eagle.evaluation.published import pictures, videos
+from megatron_eagle.evaluation.published import documents, first_person, pictures, videos
+from megatron_eagle.evaluation.published.rows import Items, by_name, of_videos, one, under
+from megatron_eagle.evaluation.published.shown import share_frames
 from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.problems import LedgerEntry
 
@@ -20,7 +23,9 @@ class Published:
     """One benchmark.
 
     Attributes:
-        files: patterns of its tables; the first that is found counts.
+        files: patterns of its tables, `|` between those that belong together; the first that is found counts.
+        records: reads a question of a table.
+        items: gives the questions that a row of a table holds.
         score: how the questions' scores become one: their `mean`, that of the `categories`' means, that of
             `groups` that are right as a whole, or for `hallusion` the mean of questions, figures and question
             pairs.
@@ -34,69 +39,124 @@ class Published:
     scale: float = 100
     max_frames: int = 256
     frame_tiles: int | None = None
+    items: Items = one
 
     def questions(self, source: Source) -> tuple[list[Question], list[LedgerEntry]]:
         """Its questions, and a ledger entry for each row that gives none."""
         found: dict[str, Question] = {}
         problems = []
-        for number, (table, row) in enumerate(source.rows(*self.files), start=1):
-            try:
-                records = list(self.records(source, table, row))
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-                problems.append(LedgerEntry(table, number, reason, "bad question"))
-                continue
-            for record in records:
+        for path in source.tables(*self.files):
+            items = (item for row in source.rows(path) for item in self.items(row))
+            for number, item in enumerate(items, start=1):
                 try:
-                    if self.frame_tiles:
-                        record |= {"frame_tiles": self.frame_tiles}
-                    add_question(found, record, f"{table}, row {number}", number)
-                except ValueError as error:
-                    problems.append(LedgerEntry(table, number, str(error), "bad question"))
+                    for record in self._records(source, path.stem, item):
+                        named = {"id": f"{path.stem}:{number}"} | record
+                        add_question(found, named, f"{path.stem}, row {number}", number)
+                except (KeyError, TypeError, ValueError, IndexError, AttributeError, UserError) as error:
+                    reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+                    problems.append(LedgerEntry(path.stem, number, reason, "bad question"))
         return list(found.values()), problems
+
+    def _records(self, source: Source, table: str, item: Any) -> list[dict[str, Any]]:
+        """All records of an item, or an error: a part of them would count as the whole.
+
+        Raises:
+            ValueError: as a reader raises, and for what is no object.
+        """
+        if not isinstance(item, dict | str):
+            raise ValueError(f"an object was expected, not {type(item).__name__}")
+        records = list(self.records(source, table, item))
+        for record in records:
+            record["videos"] = share_frames(record.get("videos") or [], source.fps, source.max_frames)
+            if self.frame_tiles:
+                record["frame_tiles"] = self.frame_tiles
+        return records
 
 
 _TABLE = ("*.tsv", "*.parquet", "*.jsonl", "*.json")
-_CG = ("cgbench.json", "*.parquet")
+_MME = ("*.parquet", "videomme.json|*.json", "*.tsv")
+_CG = ("cgbench.json", "cgbench_mini.json", "*.parquet")
+_BY_TASK = ("json/*.json", "*.json", "*.parquet", "*.tsv")
 # Of tables of several splits the one that is scored: others have answers too, or none.
-_HALF = ("*val*.json", "*val*.parquet", "*.parquet")
+_HALF = ("*val*.parquet", "*.parquet", "*_VAL.tsv", "*.tsv")
+_OF_DATA = under("data")
 BENCHMARKS: dict[str, Published] = {
-    "video-mme": Published(("*.parquet", "*.json"), videos.video_mme, 72.4, max_frames=512),
+    "video-mme": Published(_MME, videos.video_mme, 72.4, max_frames=512, items=under("questions")),
     "video-mme-subtitles": Published(
-        ("*.parquet", "*.json"), videos.video_mme_subtitles, 75.7, max_frames=512
+        _MME, videos.video_mme_subtitles, 75.7, max_frames=512, items=under("questions")
     ),
-    "mvbench": Published(("json/*.json", "*.json"), videos.mvbench, 74.8, "categories"),
-    "mlvu": Published(("json/*.json", "*.json"), videos.mlvu, 77.6, "categories"),
-    "longvideobench": Published(("lvb_val.json", "*val*.parquet", "*.parquet"), videos.longvideobench, 66.4),
-    "egoschema": Published(("questions.json", "*.parquet"), videos.egoschema, 72.2),
+    "mvbench": Published(_BY_TASK, videos.mvbench, 74.8, "categories"),
+    "mlvu": Published(_BY_TASK, videos.mlvu, 77.6, "categories"),
+    "longvideobench": Published(
+        ("lvb_val.json", "*val*.parquet", "*.parquet", "*.tsv"), videos.longvideobench, 66.4
+    ),
+    "egoschema": Published(("questions.json", "*.parquet"), first_person.egoschema, 72.2),
     "perception-test": Published(
         ("mc_question_valid.json", "*val*.parquet", "*.parquet"),
         videos.perception_test,
         82.0,
         frame_tiles=12,
+        items=of_videos("question", "video_name", "mc_question"),
     ),
     "cg-bench-clue": Published(_CG, videos.cg_bench_clue, 55.8),
     "cg-bench-long": Published(_CG, videos.cg_bench_long, 46.6),
     "cg-bench-miou": Published(_CG, videos.cg_bench_miou, 13.4),
-    "hourvideo": Published(("*annotations*.json", "*.json"), videos.hourvideo, 44.5),
-    "charades-sta": Published(("charades_sta_test.txt",), videos.charades_sta, 65.9),
-    "hd-epic": Published(("*.json",), videos.hd_epic, 42.9, "categories"),
-    "hrvideobench": Published(_TABLE, videos.hrvideobench, 68.5),
-    "egoplan": Published(("EgoPlan_validation.json", *_TABLE), videos.egoplan, 45.3),
+    "hourvideo": Published(
+        ("*annotations*.json", "*.json"),
+        first_person.hourvideo,
+        44.5,
+        items=of_videos("question", "video_uid", "benchmark_dataset"),
+    ),
+    "charades-sta": Published(
+        ("charades_sta_test.txt", "*test*.parquet", "*.parquet"), videos.charades_sta, 65.9
+    ),
+    "hd-epic": Published(
+        ("vqa-benchmark/*.json", "|".join(f"{kind}_*.json" for kind in first_person.HD_EPIC)),
+        first_person.hd_epic,
+        42.9,
+        "categories",
+        items=by_name("inputs", "name"),
+    ),
+    "hrvideobench": Published(("*.jsonl", "*.parquet"), videos.hrvideobench, 68.5),
+    "egoplan": Published(("EgoPlan_validation.json", *_TABLE), first_person.egoplan, 45.3),
     "mmb-video": Published(("*.tsv",), videos.mmbench_video, 1.94, scale=3),
-    "openeqa": Published(("open-eqa*.json",), videos.openeqa, 63.5),
-    "docvqa": Published(_HALF, pictures.docvqa, 94.1),
-    "infovqa": Published(_HALF, pictures.docvqa, 80.4),
-    "textvqa": Published(_HALF, pictures.textvqa, 83.7),
-    "chartqa": Published(("test_*.json", "test*.parquet", "*.parquet"), pictures.chartqa, 87.5, "categories"),
-    "ocrbench": Published(("OCRBench.json", "*.parquet"), pictures.ocrbench, 869, scale=1000),
+    "openeqa": Published(("data/open-eqa-v0.json", "open-eqa-v0.json"), first_person.openeqa, 63.5),
+    "docvqa": Published(
+        ("val_v1.0_withQT.json", "DocVQA/*val*.parquet", *_HALF), documents.docvqa, 94.1, items=_OF_DATA
+    ),
+    "infovqa": Published(
+        ("infographicsVQA_val*.json", "InfographicVQA/*val*.parquet", "InfoVQA*.tsv", *_HALF),
+        documents.infovqa,
+        80.4,
+        items=_OF_DATA,
+    ),
+    "textvqa": Published(("*val*.json", *_HALF), documents.textvqa, 83.7, items=_OF_DATA),
+    "chartqa": Published(
+        ("test_human.json|test_augmented.json", "test*.parquet", "*.parquet", "*.tsv"),
+        documents.chartqa,
+        87.5,
+        "categories",
+    ),
+    "ocrbench": Published(("OCRBench.json", "*.parquet", "*.tsv"), documents.ocrbench, 869, scale=1000),
     "mmstar": Published(_TABLE, pictures.multiple_choice, 66.2),
     "realworldqa": Published(_TABLE, pictures.multiple_choice, 76.7),
     "ai2d": Published(_TABLE, pictures.multiple_choice, 84.5),
-    "erqa": Published(_TABLE, pictures.multiple_choice, 38.3),
-    "mmbench-1.1": Published(("*.tsv",), pictures.mmbench, 81.7, "groups"),
-    "mmmu": Published(("*val*.parquet", "*.parquet"), pictures.mmmu, 55.8),
-    "mathvista": Published(("testmini.json", "testmini*.parquet", "*.parquet"), pictures.mathvista, 67.8),
-    "mm-vet": Published(("mm-vet.json",), pictures.mm_vet, 62.9),
-    "hallusionbench": Published(("HallusionBench.json",), pictures.hallusionbench, 54.7, "hallusion"),
+    "erqa": Published(("*.tfrecord*", *_TABLE), pictures.erqa, 38.3),
+    "mmbench-1.1": Published(("*.tsv", "*.parquet"), pictures.mmbench, 81.7, "groups"),
+    "mmmu": Published(("*val*.parquet", "*.parquet", "*.tsv"), pictures.mmmu, 55.8),
+    "mathvista": Published(
+        ("testmini.json", "testmini*.parquet", "*.parquet", "*.tsv"),
+        pictures.mathvista,
+        67.8,
+        items=by_name("question", "pid"),
+    ),
+    "mm-vet": Published(
+        ("mm-vet.json", "*.parquet", "*.tsv"), pictures.mm_vet, 62.9, items=by_name("question", "name")
+    ),
+    "hallusionbench": Published(
+        ("HallusionBench.json", "*image*.parquet", "*.parquet", "*.tsv"),
+        pictures.hallusionbench,
+        54.7,
+        "hallusion",
+    ),
 }

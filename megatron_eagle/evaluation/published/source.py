@@ -1,36 +1,42 @@
 """A benchmark's folder: its tables, and the media that they name."""
 
-import csv
+import filecmp
 import hashlib
-import json
 import os
-import re
-import sys
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.published import shown
+from megatron_eagle.evaluation.published.subtitles import Subtitle, read_subtitles
+from megatron_eagle.evaluation.published.tables import read_table
 from megatron_eagle.files import write_whole
 
-MIN_FRAMES = 8  # of a video, in every benchmark
-_VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+_VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".MP4")
 _PICTURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
-_TIME = re.compile(r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)\s*-->\s*(?:(\d+):)?(\d+):(\d+)[.,](\d+)")
 
 
 class Source:
     """The folder that holds a published benchmark.
 
-    Media are found by the name a table gives them, wherever below the folder they lie; one that is not there
-    keeps that name, and is reported when its question is asked. Pictures inside a table are written to
-    `pictures`.
+    Media are found by the name a table gives them, wherever below the folder they lie, also behind links; of
+    several of one name that counts which has most of the folders before it in its path, else that nearest to
+    the table. One that is not there keeps that name, and is reported when its question is asked. Pictures
+    inside a table are written to `pictures`.
+
+    Args:
+        fps, max_frames: how videos will be sampled; subtitles and several videos' frames depend on it.
     """
 
-    def __init__(self, folder: str | Path, pictures: str | Path) -> None:
+    def __init__(
+        self, folder: str | Path, pictures: str | Path, fps: float = 2.0, max_frames: int | None = None
+    ) -> None:
         self.folder, self._pictures = Path(folder).resolve(), Path(pictures).resolve()
+        self.fps, self.max_frames = fps, max_frames
+        self.table: Path | None = None
         self._objects: dict[str, dict[str, Any]] = {}
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such folder; expected the benchmark as it is published")
@@ -42,58 +48,98 @@ class Source:
             UserError: none has.
         """
         for pattern in patterns:
-            if found := sorted(self.folder.rglob(pattern)):
+            kinds = pattern.split("|")
+            if found := [self.folder / name for name in self._files if _matches(name, kinds)]:
                 return found
-        raise UserError(f"{self.folder}: none of the files {', '.join(patterns)} below this folder")
+        listed = ", ".join(pattern.replace("|", " or ") for pattern in patterns)
+        raise UserError(f"{self.folder}: none of the files {listed} below this folder")
 
-    def rows(self, *patterns: str) -> Iterator[tuple[str, Any]]:
-        """(stem of its file, row) of the tables. A JSON file that is one object gives that object."""
-        for path in self.tables(*patterns):
-            try:
-                for row in _read(path):
-                    yield path.stem, row
-            except (OSError, ValueError, csv.Error) as error:
-                reason = (str(error).splitlines() or ["damaged"])[0]
-                raise UserError(f"{path}: cannot be read as a benchmark's table: {reason}") from None
+    def rows(self, path: Path) -> Iterator[Any]:
+        """The rows of a table. A JSON file that is one object gives that object.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        self.table = path
+        yield from read_table(path)
 
     def object(self, name: str) -> dict[str, Any]:
-        """The JSON object in a file of this name; empty if there is no such file."""
+        """The JSON object in a file of this name; empty if there is no such file.
+
+        Raises:
+            UserError: the file holds no JSON.
+        """
         if name not in self._objects:
-            found = sorted(self.folder.rglob(name))
-            value = json.loads(found[0].read_text(encoding="utf-8")) if found else {}
+            found = [self.folder / one for one in self._files if PurePosixPath(one).name == name]
+            value: Any = next(iter(read_table(found[0])), {}) if found else {}
             self._objects[name] = value if isinstance(value, dict) else {}
         return self._objects[name]
 
     @cached_property
-    def _places(self) -> dict[str, str]:
-        """Every file by its path below the folder and by the ends of that path."""
-        places: dict[str, str] = {}
-        for parent, _, names in sorted(os.walk(self.folder)):
-            for name in sorted(names):
-                path = os.path.join(parent, name)
-                parts = os.path.relpath(path, self.folder).split(os.sep)
-                for start in range(len(parts)):
-                    places.setdefault("/".join(parts[start:]), path)
+    def _files(self) -> list[str]:
+        """Every file by its path below the folder, once also if links lead to it again.
+
+        Left out are hidden folders (a download's own notes), and folders of evaluations.
+        """
+        found, seen = [], set()
+        for parent, folders, names in os.walk(self.folder, followlinks=True):
+            real = os.path.realpath(parent)
+            if real in seen or real == str(self._pictures) or "answers.jsonl" in names:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+            found += [os.path.relpath(os.path.join(parent, name), self.folder) for name in names]
+        return sorted(name.replace(os.sep, "/") for name in found)
+
+    @cached_property
+    def _places(self) -> dict[str, list[str]]:
+        """Every file by the ends of its path."""
+        places: dict[str, list[str]] = {}
+        for name in self._files:
+            parts = name.split("/")
+            for start in range(len(parts)):
+                places.setdefault("/".join(parts[start:]), []).append(name)
         return places
 
     def place(self, name: str, endings: Sequence[str] = ("",)) -> str:
-        """Where the file of this name lies; with its longest known end, and one of the endings."""
+        """Where the file of this name lies; with its longest known end, and one of the endings.
+
+        Raises:
+            ValueError: several lie equally near, and are not the same.
+        """
         parts = [part for part in str(name).split("/") if part not in ("", ".", "..")]
         for start in range(len(parts)):
             for ending in endings:
                 if found := self._places.get("/".join(parts[start:]) + ending):
-                    return found
+                    return str(self.folder / self._nearest(found))
         return str(self.folder / "/".join(parts))
 
+    def _nearest(self, found: list[str]) -> str:
+        if len(found) == 1 or self.table is None:
+            return found[0]
+        near = os.path.relpath(self.table, self.folder).split(os.sep)
+        shared = {name: len(os.path.commonprefix([name.split("/"), near])) for name in found}
+        best = [name for name in found if shared[name] == max(shared.values())]
+        first = self.folder / best[0]
+        for other in best[1:]:
+            if not filecmp.cmp(first, self.folder / other, shallow=False):
+                raise ValueError(f"{best[0]} and {other} have the same name; which one is meant is not said")
+        return best[0]
+
     def picture(self, value: Any) -> str:
-        """A picture: a name, base64 text, bytes, or an object with `bytes` or `path`."""
+        """A picture: a name, base64 text, bytes, or an object with `bytes` or `path`.
+
+        Raises:
+            ValueError: it is none of these.
+        """
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and "." in value:  # base64 has no dots, names of pictures have
             return self.place(value)
         if isinstance(value, str):
             value = b64decode(value, validate=True)
-        if not isinstance(value, bytes):
+        if not isinstance(value, bytes) or not value:
             raise ValueError("there is no picture")
         ending = next((end for start, end in _PICTURES.items() if value.startswith(start)), ".img")
         path = self._pictures / f"{hashlib.sha256(value).hexdigest()[:24]}{ending}"
@@ -104,58 +150,24 @@ class Source:
 
     def video(self, name: str, start: float | None = None, end: float | None = None) -> dict[str, Any]:
         """A video, or its part from `start` to `end` in seconds."""
-        item = {"video": self.place(name, ("", *_VIDEO_ENDINGS)), "min_frames": MIN_FRAMES}
+        item = {"video": self.place(name, ("", *_VIDEO_ENDINGS)), "min_frames": shown.MIN_FRAMES}
         part = {"start_time": start, "end_time": end}
         return item | {key: float(value) for key, value in part.items() if value is not None}
 
-    def subtitles(self, name: str) -> str:
-        """The text of a subtitle file (.srt, .vtt, or JSON of `line`/`text`); empty if there is none."""
-        path = Path(self.place(name, (".srt", ".vtt", ".json", "_en.json", "")))
-        if not path.is_file() or path.suffix not in (".srt", ".vtt", ".json"):
-            return ""
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if path.suffix == ".json":
-            entries = [entry.get("line") or entry.get("text") or "" for entry in json.loads(text)]
-        else:
-            lines = [line.strip() for line in text.splitlines()]
-            shown = [line for line in lines if line and not line.isdigit() and not _TIME.search(line)]
-            entries = [re.sub(r"<[^>]+>", "", line) for line in shown if line != "WEBVTT"]
-        return "\n".join(dict.fromkeys(entry.strip() for entry in entries if entry.strip()))
+    def frame(self, name: str, at: float) -> dict[str, Any]:
+        """The one frame of a video at a time in seconds."""
+        path = self.place(name, ("", *_VIDEO_ENDINGS))
+        start, end = shown.moment(path, at)
+        return {"video": path, "start_time": start, "end_time": end, "nframes": 1}
+
+    def frame_times(self, video: dict[str, Any]) -> list[float]:
+        """When the frames of a video are that will be shown; none if it cannot be looked at."""
+        return shown.frame_times(video, self.fps, self.max_frames)
+
+    def subtitles(self, name: str, seconds: float | None = None) -> list[Subtitle]:
+        """The subtitles in the file of this name, as `read_subtitles`."""
+        return read_subtitles(Path(self.place(name, (".srt", ".vtt", ".json", "_en.json", ""))), seconds)
 
 
-def _read(path: Path) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
-            yield from batch.to_pylist()
-    elif path.suffix == ".tsv":
-        csv.field_size_limit(sys.maxsize)  # pictures are fields
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file, delimiter="\t")
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.strip())
-    elif path.suffix == ".txt":
-        yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    else:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        yield from value if isinstance(value, list) else [value]
-
-
-def without_letters(options: Sequence[Any]) -> list[str]:
-    """Options without the letters that some tables put before them."""
-    texts = [str(option) for option in options]
-    marked = [re.match(rf"\(?{chr(65 + i)}[.):]\s*(.*)", text, re.DOTALL) for i, text in enumerate(texts)]
-    found = [mark[1] for mark in marked if mark is not None]
-    return found if len(found) == len(texts) else texts
-
-
-def letter(index: Any) -> str | None:
-    """0 -> A; None where a table has no answer."""
-    return None if index in (None, "") else chr(65 + int(index))
-
-
-def columns(row: dict[str, Any], names: str = "ABCDEFGHIJ") -> list[str]:
-    """Options that are columns A, B, ... of a row."""
-    return [str(row[name]) for name in names if row.get(name) not in (None, "", "nan")]
+def _matches(name: str, kinds: Sequence[str]) -> bool:
+    return any(PurePosixPath(name).match(kind) for kind in kinds)

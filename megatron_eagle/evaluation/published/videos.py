@@ -1,21 +1,44 @@
-"""Benchmarks about videos: one row of a published table -> its questions.
+"""Benchmarks about videos: one question of a published table -> its record.
 
-Each function takes the benchmark's folder, the name of the row's table without its ending, and the row, and
-gives records of `evaluation.benchmarks`. A row it cannot read raises KeyError, TypeError, ValueError or
-IndexError.
+Each function takes the benchmark's folder, the name of the question's table without its ending, and the
+question as the table has it (see `published.rows`), and gives records of `evaluation.benchmarks`; without an
+`id` a record is named by its row. What it cannot read raises KeyError, TypeError, ValueError or IndexError.
 """
 
-import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_eagle.data.sample import clock_seconds
-from megatron_eagle.evaluation.published.source import Source, columns, letter, without_letters
+from megatron_eagle.evaluation.published import subtitles
+from megatron_eagle.evaluation.published.options import (
+    first_of,
+    inline_options,
+    letter,
+    listed,
+    without_letters,
+)
+from megatron_eagle.evaluation.published.source import Source
 
 Records = Iterator[dict[str, Any]]
-# Words that begin the names of HD-EPIC's tables -> the category whose mean counts.
-_HD_EPIC = ("recipe", "ingredient", "nutrition", "fine_grained", "3d_perception", "object_motion", "gaze")
+_MVBENCH = {  # the folders in which MVBench's authors keep the videos of a task
+    **dict.fromkeys(("action_sequence", "action_prediction", "object_interaction"), "star/Charades_v1_480"),
+    **dict.fromkeys(
+        ("object_existence", "moving_direction", "moving_count", "moving_attribute")
+        + ("counterfactual_inference",),
+        "clevrer/video_validation",
+    ),
+    **dict.fromkeys(
+        ("object_shuffle", "action_count", "state_change", "character_order"), "perception/videos"
+    ),
+    "action_antonym": "ssv2_video",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "unexpected_action": "FunQA_test/test",
+    "action_localization": "sta/sta_video",
+    "scene_transition": "scene_qa/video",
+    "fine_grained_pose": "nturgbd",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/frames_fps3_hq",
+}
+_MLVU = ("plotQA", "findNeedle", "needle", "ego", "count", "order", "anomaly_reco", "topic_reasoning")
 
 
 def choice(row: dict[str, Any], video: Any, options: Any, **more: Any) -> dict[str, Any]:
@@ -25,147 +48,148 @@ def choice(row: dict[str, Any], video: Any, options: Any, **more: Any) -> dict[s
         "question": row["question"],
         "metric": "choice",
         "videos": videos,
-        "options": without_letters(options),
+        "options": without_letters(listed(options)),
     }
     return record | more
 
 
 def video_mme(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """Parquet of questions, or JSON of videos with `questions`."""
-    for item in row.get("questions") or [row]:
-        item = row | item
-        yield choice(
-            item,
-            source.video(item["videoID"]),
-            item["options"],
-            id=item["question_id"],
-            answer=item.get("answer"),
-            category=item["duration"],
-        )
+    """Parquet of questions, JSON of videos with `questions`, or VLMEvalKit's TSV."""
+    name = first_of(row, "videoID", "video")
+    more = {"answer": row.get("answer"), "category": row["duration"]}
+    more |= {"id": str(row["question_id"])} if row.get("question_id") else {}
+    yield choice(row, source.video(name), first_of(row, "options", "candidates"), **more)
 
 
 def video_mme_subtitles(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`video_mme`, with all of `subtitle/ID.srt` before the question."""
+    """`video_mme`, with those lines of `subtitle/ID.srt` before the question that are on the screen at a
+    frame that is shown, as the authors show them; all, if the video cannot be looked at."""
     for record in video_mme(source, table, row):
-        text = source.subtitles(f"subtitle/{row['videoID']}")
-        heading = f"Subtitles of the video:\n{text}\n\n" if text else ""
+        found = source.subtitles(f"subtitle/{first_of(row, 'videoID', 'video')}")
+        if times := source.frame_times(record["videos"][0]):
+            found = subtitles.at_frames(found, times)
+        text = "\n".join(dict.fromkeys(one.text for one in found))
+        heading = f"This video's subtitles are listed below:\n{text}\n\n" if text else ""
         yield record | {"question": heading + record["question"]}
 
 
 def mvbench(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """One table per task. Videos that are folders of frames have to be made into files first."""
-    video = source.video(row["video"], row.get("start"), row.get("end"))
-    where = f"{row['video']}:{row.get('start', '')}:{row['question']}"
-    yield choice(row, video, row["candidates"], id=f"{table}:{where}", answer=row["answer"], category=table)
+    """One table per task, or VLMEvalKit's TSV; several of its sets have videos of the same names, and the
+    task says which is meant. Videos that are folders of frames have to be made into files first."""
+    task = str(row.get("task_type") or table).lower().replace(" ", "_").replace("-", "_")
+    name = f"{_MVBENCH[task]}/{row['video']}" if task in _MVBENCH else row["video"]
+    start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
+    options = without_letters(listed(row["candidates"]))
+    record = choice(row, source.video(name, start, end), options)
+    yield record | {"answer": row["answer"], "category": task}
 
 
 def mlvu(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """One table per task; those with free answers are not part of M-Avg and give nothing."""
+    """One table per task, parquet, or VLMEvalKit's TSV; those with free answers are not part of M-Avg and
+    give nothing. The right option is the last one that is the answer, and if none is the question counts as
+    wrong, as in the authors' `choice_bench.py`."""
     if "candidates" in row:
-        task = row["question_type"]
-        name = f"{task}:{row['video']}:{row['question']}"
-        yield choice(
-            row,
-            source.video(row["video"]),
-            row["candidates"],
-            id=name,
-            answer=row["answer"],
-            category=task,
-        )
+        question, options = row["question"], [str(option) for option in listed(row["candidates"])]
+    elif "video_name" in row:  # parquet has them in the question
+        question, options = inline_options(row["question"])
+    else:
+        return
+    task = first_of(row, "question_type", "task_type")
+    if task not in _MLVU:
+        return
+    answer = row["answer"]
+    places = [number for number, option in enumerate(options) if option == answer]
+    answer = letter(places[-1]) if places else answer
+    record = choice({"question": question}, source.video(first_of(row, "video", "video_name")), options)
+    yield record | {
+        "answer": answer,
+        "unanswerable": answer not in list("ABCDEF")[: len(options)],
+        "category": "needle" if task == "findNeedle" else task,
+    }
 
 
 def longvideobench(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`lvb_val.json`; subtitles go before the question, as its authors ask."""
-    text = source.subtitles(row["subtitle_path"]) if row.get("subtitle_path") else ""
-    question = f"Subtitles of the video:\n{text}\n\n{row['question']}" if text else row["question"]
+    """`lvb_val.json`, parquet, or VLMEvalKit's TSV. Subtitles begin at `starting_timestamp_for_subtitles` of
+    their own clock; those during which a frame is shown stand before the question, each with its second,
+    which the frames have, too (its authors put them between the frames)."""
+    video = source.video(row["video_path"])
+    name = row.get("subtitle_path")
+    found = source.subtitles(f"subtitles/{name}", _number(row.get("duration"))) if name else []
+    if found and (times := source.frame_times(video)):
+        shift = _number(row.get("starting_timestamp_for_subtitles")) or 0.0
+        found = subtitles.covering(found, times, shift)
+    lines = "\n".join(f"{max(0.0, one.start):.2f}s: {one.text}" for one in found)
+    question = f"Subtitles of the video:\n{lines}\n\n{row['question']}" if lines else row["question"]
+    options = listed(row.get("candidates")) or [
+        row[f"option{i}"] for i in range(5) if row.get(f"option{i}") not in (None, "", "N/A")
+    ]
     yield choice(
         {"question": question},
-        source.video(row["video_path"]),
-        row["candidates"],
-        id=row["id"],
+        video,
+        options,
+        id=str(row["id"]),
         answer=letter(row.get("correct_choice")),
         category=str(row.get("duration_group", "all")),
     )
 
 
-def egoschema(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`questions.json` with `subset_answers.json`, or parquet with answers."""
-    name = row.get("q_uid") or row["video_idx"]
-    options = row.get("option") or [row[f"option {i}"] for i in range(5)]
-    answer = row.get("answer")
-    if answer is None:
-        answer = source.object("subset_answers.json").get(name)
-    yield choice(row, source.video(name), options, id=name, answer=letter(answer))
-
-
 def perception_test(source: Source, table: str, row: dict[str, Any]) -> Records:
     """`mc_question_valid.json` by video, or parquet by question."""
-    if "question" in row:
-        items = [(row["video_name"], row["question_id"], row)]
-    else:
-        items = [(name, item["id"], item) for name, video in row.items() for item in video["mc_question"]]
-    for name, number, item in items:
-        yield choice(
-            item,
-            source.video(name),
-            item["options"],
-            id=f"{name}:{number}",
-            answer=letter(item.get("answer_id")),
-            category=item.get("area", "all"),
-        )
+    name, number = row["video_name"], first_of(row, "question_id", "id")
+    yield choice(
+        row,
+        source.video(name),
+        row["options"],
+        id=f"{name}:{number}",
+        answer=letter(row.get("answer_id")),
+        category=row.get("area", "all"),
+    )
 
 
 def cg_bench_long(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`cgbench.json`: the question about the whole video."""
-    yield _cg_bench(source, row, source.video(row["video_uid"]))
+    """`cgbench.json` or `cgbench_mini.json`: the question about the whole video."""
+    yield _cg_bench(row, source.video(row["video_uid"]))
 
 
 def cg_bench_clue(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`cgbench.json`: the question about the parts that hold the clue, each as a video."""
-    yield _cg_bench(source, row, [source.video(row["video_uid"], *part) for part in row["clue_intervals"]])
+    """`cgbench.json` or `cgbench_mini.json`: the question about the parts that hold the clue, each as a
+    video."""
+    yield _cg_bench(row, [source.video(row["video_uid"], *part) for part in _clues(row)])
 
 
 def cg_bench_miou(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`cgbench.json`: where in the video the clue is."""
-    options = "\n".join(f"{chr(65 + i)}. {option}" for i, option in enumerate(row["choices"]))
+    """`cgbench.json` or `cgbench_mini.json`: where in the video the clue is."""
+    options = "\n".join(f"{letter(i)}. {option}" for i, option in enumerate(listed(row["choices"])))
     yield {
         "id": str(row["qid"]),
         "question": f"{row['question']}\n{options}\nIn which parts of the video is the evidence?",
         "metric": "intervals",
-        "answer": row["clue_intervals"],
+        "answer": _clues(row),
         "videos": [source.video(row["video_uid"])],
         "category": row["domain"],
     }
 
 
-def _cg_bench(source: Source, row: dict[str, Any], video: Any) -> dict[str, Any]:
+def _cg_bench(row: dict[str, Any], video: Any) -> dict[str, Any]:
     more = {"id": str(row["qid"]), "answer": row["right_answer"], "category": row["domain"]}
     return choice(row, video, row["choices"], **more)
 
 
-def hourvideo(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """Annotations by video. Questions whose options are pictures are refused."""
-    for name, video in row.items():
-        for item in video["benchmark_dataset"]:
-            options = [item[f"answer_{i}"] for i in range(1, 6)]
-            if any(str(option).endswith((".png", ".jpg")) for option in options):
-                options = []  # refused further on, by name
-            yield choice(
-                item,
-                source.video(name),
-                options,
-                id=item["qid"],
-                answer=item.get("correct_answer_label"),
-                category=item["task"],
-            )
+def _clues(row: dict[str, Any]) -> list[Any]:
+    parts = [list(map(float, part)) for part in listed(row["clue_intervals"])]
+    if not parts:
+        raise ValueError("there are no clue_intervals")
+    return parts
 
 
-def charades_sta(source: Source, table: str, row: str) -> Records:
-    """Lines `VIDEO START END##SENTENCE`."""
-    place, sentence = row.split("##", 1)
-    name, start, end = place.split()
+def charades_sta(source: Source, table: str, row: Any) -> Records:
+    """Lines `VIDEO START END##SENTENCE`, or parquet of `video`, `caption`, `timestamp`."""
+    if isinstance(row, str):
+        place, sentence = row.split("##", 1)
+        name, start, end = place.split()
+    else:
+        name, sentence, (start, end) = row["video"], row["caption"], row["timestamp"]
     yield {
-        "id": f"{name}:{start}:{end}:{sentence}",
         "question": f"When does this happen in the video: {sentence.strip()}",
         "metric": "grounding",
         "answer": [float(start), float(end)],
@@ -173,48 +197,16 @@ def charades_sta(source: Source, table: str, row: str) -> Records:
     }
 
 
-def hd_epic(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """One table per question type, an object of questions; times are clock times."""
-    category = next((kind for kind in _HD_EPIC if table.startswith(kind)), table)
-    for name, item in row.items():
-        videos = [
-            source.video(video["id"], *(_clock(video.get(key)) for key in ("start_time", "end_time")))
-            for _, video in sorted(item["inputs"].items())
-            if "id" in video and "image" not in video
-        ]
-        question = re.sub(r"<TIME ([\d:.]+)[^>]*>", r"\1", item["question"])
-        yield choice(
-            {"question": question},
-            videos,
-            item["choices"],
-            id=name,
-            answer=letter(item.get("correct_idx")),
-            category=category,
-        )
-
-
 def hrvideobench(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """A table of `video`, `question`, `options` (or columns A, B, ...) and `answer`."""
-    name = next(row[key] for key in ("video", "video_path", "video_name", "video_id") if row.get(key))
-    options = row.get("options") or row.get("choices") or columns(row)
-    if isinstance(options, str):
-        options = json.loads(options)
-    where = str(row.get("id") or row.get("index") or f"{name}:{row['question']}")
-    more = {"id": where, "answer": row["answer"], "category": str(row.get("category", "all"))}
-    yield choice(row, source.video(name), options, **more)
-
-
-def egoplan(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`EgoPlan_validation.json` with videos cut at the current observation, named by sample or by video."""
-    name = next(row[key] for key in ("rearranged_id", "video_path", "sample_id") if row.get(key) is not None)
-    question = row.get("question") or f"What is the next step towards this goal: {row['task_goal']}?"
+    """JSON Lines of `path`, `qa`, `mcq` and, in some copies, `video_path`; the letter before
+    `correct_option` is right."""
+    options, right = row["mcq"]["options"], str(row["mcq"]["correct_option"]).strip()
     yield choice(
-        {"question": question},
-        source.video(str(name)),
-        [row[f"choice_{letter}"] for letter in "abcd"],
-        id=str(row["sample_id"]),
-        answer=row["golden_choice_idx"],
-        category=row.get("video_source") or row.get("domain", "all"),
+        {"question": row["qa"]["question"]},
+        source.video(first_of(row, "video_path", "path")),
+        options,
+        answer=right[:1] if right[1:2] in (".", ")", ":", "") else right,
+        category=str(row.get("category", "all")),
     )
 
 
@@ -225,23 +217,10 @@ def mmbench_video(source: Source, table: str, row: dict[str, Any]) -> Records:
         "question": row["question"],
         "metric": "judge",
         "answer": row["answer"],
-        "videos": [source.video(row.get("video_path") or row["video"])],
+        "videos": [source.video(first_of(row, "video_path", "video"))],
         "category": row.get("video_type", "all"),
     }
 
 
-def openeqa(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`open-eqa-v0.json`; each episode's frames made into a video of the episode's name."""
-    yield {
-        "id": row["question_id"],
-        "question": row["question"],
-        "metric": "judge",
-        "answer": [row["answer"], *(row.get("extra_answers") or [])],
-        "videos": [source.video(row["episode_history"])],
-        "category": row["category"],
-    }
-
-
-def _clock(text: str | None) -> float | None:
-    """Seconds of a clock time; None for none."""
-    return None if text is None else clock_seconds(str(text))
+def _number(value: Any) -> float | None:
+    return None if value in (None, "") else float(value)

@@ -1,0 +1,65 @@
+"""The rows of a benchmark's table, in every form that is downloaded."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from megatron_eagle.errors import UserError
+
+_INDEX = 64  # characters up to which an `image` of a TSV is no picture
+
+
+def read_table(path: Path) -> Iterator[Any]:
+    """The rows of a parquet, TSV, JSON Lines, JSON or text file. A JSON file that is one object is one row.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        yield from _rows(path)
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or ["damaged"])[0]
+        raise UserError(f"{path}: cannot be read as a benchmark's table: {reason}") from None
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
+            yield from batch.to_pylist()
+    elif path.suffix == ".tsv":
+        yield from _tsv(path)
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.strip())
+    elif path.suffix == ".txt":
+        yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    else:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        yield from value if isinstance(value, list) else [value]
+
+
+def _tsv(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a TSV; an `image` that is the index of another row, to save room, becomes that row's."""
+    meant = {row["image"] for row in _lines(path) if _is_index(row)}
+    held = {row["index"]: row["image"] for row in _lines(path) if row["index"] in meant} if meant else {}
+    for row in _lines(path):
+        yield row | {"image": held.get(row["image"], row["image"])} if _is_index(row) else row
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # pictures are fields
+    with path.open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file, delimiter="\t")
+
+
+def _is_index(row: dict[str, Any]) -> bool:
+    return (
+        bool(row.get("image")) and len(row["image"]) <= _INDEX and "index" in row and "." not in row["image"]
+    )
