@@ -28,12 +28,19 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import read_benchmark
 from megatron_eagle.evaluation.bridge import KITS, write_bridge
 from megatron_eagle.evaluation.finished import read_finished
-from megatron_eagle.evaluation.judge import make_judge
+from megatron_eagle.evaluation.judge import Judge
 from megatron_eagle.evaluation.provenance import note_asked
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.evaluation.report import write_report
-from megatron_eagle.evaluation.runner import render_scores, run_benchmark, tabulate, write_scores
+from megatron_eagle.evaluation.runner import (
+    count_readings,
+    render_readings,
+    render_scores,
+    run_benchmark,
+    tabulate,
+    write_scores,
+)
 from megatron_eagle.evaluation.summary import comparison, overall, plot_frames, read_result
 from megatron_eagle.inference.generate import Answers, ExportedModel, Sampling
 from megatron_eagle.inference.server_client import ServedModel
@@ -73,6 +80,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
             "--judge", metavar="URL", help="endpoint of the model that compares free answers"
         )
         command.add_argument("--judge-model", metavar="NAME", help="at that endpoint (default: its first)")
+        command.add_argument(
+            "--judge-prompt", type=Path, metavar="FILE", help="with {question}, {answer} and {prediction}"
+        )
         add_timeout(command)
         add_option(command)
         if name == "run":
@@ -151,12 +161,8 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
         digest = hashlib.sha256(options.benchmark.read_bytes()).hexdigest()
         about |= {"benchmark": str(options.benchmark), "sha256": digest}
     sampling = Sampling(options.fps, max_frames, options.max_tiles, options.max_new_tokens)
-    judge = (
-        make_judge(ServedModel(options.judge, options.judge_model, options.timeout))
-        if options.judge
-        else None
-    )
-    about |= {"judge": options.judge_model or options.judge} if options.judge else {}
+    judge, judged_by = _judge(options)
+    about |= judged_by
     questions = questions[: options.limit]  # not in `about`: a run with more questions goes on
     progress = partial(tqdm, unit="question")
     asked = partial(_model, options, output)
@@ -167,15 +173,42 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
     rows = tabulate(scored)
     score = overall(published, scored) if published else None
     head = {**about, "limit": options.limit, "sampling": {"max_frames": max_frames, "fps": options.fps}}
+    readings = count_readings(output)
+    head |= {"read": readings} if readings else {}
     write_scores(output, head, rows, score)
     print(render_scores(rows))
     if score is not None:
         print(f"\n{comparison([read_result(output)])}")
+    print(render_readings(readings), end="")
     if dropped:
         print(f"{len(dropped):,} questions in no score: {output / 'dropped.jsonl'}")
         for kind, count in sorted(Counter(entry["kind"] for entry in dropped).items()):
             first = next(entry["reason"] for entry in dropped if entry["kind"] == kind)
             print(f"  {kind}: {count:,}, the first: {first}")
+
+
+def _judge(options: argparse.Namespace) -> tuple[Judge | None, dict[str, str]]:
+    """The model that compares free answers, and what a run says of it."""
+    if options.judge is None:
+        if options.judge_prompt:
+            raise UserError("--judge-prompt needs --judge, the endpoint of the model that reads it")
+        return None, {}
+    model = ServedModel(options.judge, options.judge_model, options.timeout)
+    about = {"judge": options.judge_model or options.judge}
+    if options.judge_prompt is None:
+        return Judge(model), about
+    prompt = _read_prompt(options.judge_prompt)
+    return Judge(model, prompt), about | {"judge prompt": hashlib.sha256(prompt.encode()).hexdigest()}
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        prompt = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--judge-prompt {path}: {str(error).splitlines()[0]}") from None
+    if missing := [place for place in ("{question}", "{prediction}") if place not in prompt]:
+        raise UserError(f"--judge-prompt {path}: has no place {' and '.join(missing)}")
+    return prompt
 
 
 def _model(options: argparse.Namespace, output: Path) -> Answers:

@@ -10,9 +10,13 @@ vqa                  a list of what ten people answered
 relaxed              a text or number
 number               [number, decimal places]
 yes_no               yes or no
+mmmu                 as choice, and mmmu-open as exact, as MMMU's authors read a reply (see `scoring.mmmu`)
+mathvista            {"value", "kind", "precision"?}: one of the options for the kind text, else an integer,
+                     float or list as text (see `scoring.mathvista`); `--judge` reads it off
 grounding            [start, end] in seconds
 intervals            [[start, end], ...] in seconds
-judge                a text or a list of accepted ones; a language model compares (see `judge`)
+judge                a text or a list of accepted ones; a language model compares (see `judge`), for
+                     judge-openeqa, judge-mm-vet and judge-mmb-video on their authors' scales
 """
 
 import json
@@ -24,24 +28,28 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation import metrics
+from megatron_eagle.evaluation.judge import SCALES, Judge
+from megatron_eagle.evaluation.scoring import mathvista, mmmu, textvqa
 from megatron_eagle.inference.generate import Request
 from megatron_eagle.problems import LedgerEntry
 
 _SHORT = "Answer the question using a single word or phrase."
 _INSTRUCTION = {
-    "choice": "Answer with the option's letter from the given choices directly.",
-    **dict.fromkeys(("anls", "exact", "relaxed", "vqa", "contains", "number"), _SHORT),
+    **dict.fromkeys(("choice", "mmmu"), "Answer with the option's letter from the given choices directly."),
+    **dict.fromkeys(("anls", "exact", "relaxed", "vqa", "contains", "number", "mmmu-open"), _SHORT),
     "formula": "Answer with the formula in LaTeX.",
     "yes_no": "Answer with yes or no.",
     "grounding": "Answer with the start and the end in seconds, as in: 12.0 to 18.5 seconds.",
     "intervals": "Answer with start and end of each part in seconds, as in: 2.0 to 8.5, 30.0 to 41.0.",
-    "judge": "",
+    **dict.fromkeys(("mathvista", *SCALES), ""),
 }
+_CHOICES = ("choice", "mmmu")
 _SCORES: dict[str, Callable[[str, Any], float]] = {
     "anls": metrics.anls,
     "exact": metrics.exact_match,
     "relaxed": metrics.relaxed_accuracy,
-    "vqa": metrics.vqa_accuracy,
+    "vqa": textvqa.vqa_accuracy,
+    "mmmu-open": mmmu.open_accuracy,
     "contains": metrics.contains,
     "formula": metrics.contains_formula,
     "number": metrics.number_match,
@@ -49,8 +57,6 @@ _SCORES: dict[str, Callable[[str, Any], float]] = {
     "grounding": lambda text, answer: metrics.temporal_iou(metrics.parse_interval(text), answer),
     "intervals": lambda text, answer: metrics.intervals_iou(metrics.parse_intervals(text), answer),
 }
-Judge = Callable[[str, list[str], str], float]
-"""(question, accepted answers, answer) -> its score in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,29 @@ class Question:
         """The score of an answer in [0, 1]; for `grounding` and `intervals` the temporal IoU."""
         if self.metric == "choice":
             return metrics.choice_accuracy(text, self.options, self.answer)
-        if self.metric == "judge":
+        if self.metric == "mmmu":
+            return mmmu.letter_accuracy(text, self.options, self.answer, self.id)
+        if self.metric == "mathvista":
+            return mathvista.accuracy(self._extracted(text, judge), self.answer, self.options)
+        if self.metric in SCALES:
             if judge is None:
                 raise UserError("these answers are compared by a language model: name one with --judge")
-            return judge(self.question, self.answer, text)
+            return judge.mark(self.metric, self.question, self.answer, text)
         return _SCORES[self.metric](text, self.answer)
+
+    def reading(self, text: str, judge: Judge | None = None) -> str:
+        """How an answer is read off a reply where authors leave that to a language model, else nothing."""
+        if self.metric != "mathvista":
+            return ""
+        if mathvista.as_it_is(text, self.answer, self.options) is not None:
+            return "as it is"
+        return "by judge" if judge else "by rule"
+
+    def _extracted(self, text: str, judge: Judge | None) -> str:
+        asked_for = (self.answer, self.options)
+        if (taken := mathvista.as_it_is(text, *asked_for)) is not None:
+            return taken
+        return judge.extract(self.request.prompt, text) if judge else mathvista.by_rule(text, *asked_for)
 
 
 def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
@@ -133,15 +157,16 @@ def question_from(record: Any, where: str, number: int) -> Question:
     options = record.get("options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise ValueError('"options" must be a list of texts')
-    if not 2 <= len(options) <= len(metrics.LETTERS) and metric == "choice":
+    if not 2 <= len(options) <= len(metrics.LETTERS) and metric in _CHOICES:
         raise ValueError(f"{len(options)} options; a choice has 2 to {len(metrics.LETTERS)}")
     # What a benchmark's own table has no right option for is asked all the same, and always wrong.
     unanswerable = bool(record.get("unanswerable"))
     answer = "" if unanswerable else _answer(record.get("answer"), metric, options)
     prompt = [record["question"].strip()]
-    if metric == "choice":
+    if options and metric in (*_CHOICES, "mathvista"):
         prompt += [f"{letter}. {o}" for letter, o in zip(metrics.LETTERS, options, strict=False)]
-    prompt += [_INSTRUCTION[metric]] if _INSTRUCTION[metric] else []
+    instruction = answer.instruction if isinstance(answer, mathvista.Wanted) else _INSTRUCTION[metric]
+    prompt += [instruction] if instruction else []
     asked = {key: record.get(key) for key in ("images", "videos", "max_tiles", "frame_tiles")}
     request = Request.from_record({"prompt": "\n".join(prompt), **asked}, where)
     return Question(
@@ -159,8 +184,10 @@ def question_from(record: Any, where: str, number: int) -> Question:
 def _answer(answer: Any, metric: str, options: list[str]) -> Any:
     if answer is None or answer == "" or answer == []:
         raise ValueError("there is no answer to compare with")
-    if metric == "choice":
+    if metric in _CHOICES:
         return _letter(answer, options)
+    if metric == "mathvista":
+        return _wanted(answer, options)
     if metric == "grounding":
         return _interval(answer)
     if metric == "intervals":
@@ -187,6 +214,21 @@ def _letter(answer: Any, options: list[str]) -> str:
     if answer in options:
         return letters[options.index(answer)]
     raise ValueError(f"the answer {answer!r} is neither a letter up to {letters[-1]} nor an option")
+
+
+def _wanted(answer: Any, options: list[str]) -> mathvista.Wanted:
+    given = answer if isinstance(answer, Mapping) else {}
+    value, kind, places = given.get("value"), given.get("kind"), given.get("precision", 0)
+    if not isinstance(value, str) or kind not in mathvista.ANSWER_KINDS or not isinstance(places, int):
+        kinds = ", ".join(mathvista.ANSWER_KINDS)
+        form = f'{{"value": text, "kind": one of {kinds}, "precision"?: decimal places}}'
+        raise ValueError(f"the answer must be {form}, not {answer!r}")
+    wanted = mathvista.Wanted(value, kind, places)
+    fits = value in options if kind == "text" else mathvista.normalised(value, wanted, ()) == value
+    if (kind == "text") != bool(options) or not fits:
+        form = "one of the options" if options or kind == "text" else f"written as {kind}"
+        raise ValueError(f"the answer {value!r} is not {form}")
+    return wanted
 
 
 def _interval(value: Any) -> tuple[float, float]:

@@ -1,21 +1,100 @@
-"""Answers in free words, compared with accepted ones by a language model behind an OpenAI endpoint."""
+"""Answers in free words, marked or read off by a language model behind an OpenAI endpoint.
+
+Each benchmark has its authors' scale. The prompts say the same as theirs in our words; `--judge-prompt` takes
+a file with the authors' own. A score depends on prompt and model: with those of the authors' judges (GPT-4 of
+2023 and 2024) it is comparable only roughly.
+"""
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.inference.generate import Answers, Request, Sampling
 
-_PROMPT = """\
+_GENERAL = """\
 You compare an answer with reference answers to the same question.
 
 Question: {question}
-Reference answers: {accepted}
-Answer: {answer}
+Reference answers: {answer}
+Answer: {prediction}
 
 Give 5 if the answer says the same as one of the references, 1 if it is wrong or says nothing, and 2 to 4
 if it is partly right. Of a reference with <AND>, all parts are needed; with <OR>, one.
 Reply with the number alone."""
+_OPENEQA = """\
+You mark how well a response answers a question, as one integer from 1 to 5. The right answer is given, and
+sometimes others that are right too. 5: the response agrees wholly with one of them. 1: it agrees with none.
+
+Question: Is the door open?
+Answer: yes
+Response: no
+Your mark: 1
+
+Question: What stands beside the lamp?
+Answer: a plant in a pot
+Response: a vase
+Your mark: 3
+
+Question: How many cushions are on the sofa?
+Answer: two
+Response: There are 2.
+Your mark: 5
+
+Question: {question}
+Answer: {answer}
+Other right answers: {extra_answers}
+Response: {prediction}
+Your mark:"""
+_MM_VET = """\
+Say how correct a prediction is, given the ground truth: a number from 0.0 (all wrong) to 1.0 (all right) in
+steps of 0.1. Where the ground truth has <AND>, all of its parts are needed, and each is worth its share;
+where it has <OR>, one part is enough. Fill in the last column.
+
+Question | Ground truth | Prediction | Correctness
+--- | --- | --- | ---
+Which colours has the flag? | red <AND> white | blue | 0.0
+Which colours has the flag? | red <AND> white | white and blue | 0.5
+Which colours has the flag? | red <AND> white | It is white and red. | 1.0
+Who is it? | the mayor <OR> Anna Berg | This seems to be Anna Berg. | 1.0
+Why is this funny? | The dog wears glasses and reads like its owner. | A dog has glasses on. | 0.4
+{question} | {answer} | {prediction} |"""
+_MMB_VIDEO = """\
+Rate how close in meaning a candidate's answer is to the true answer of a question, whatever its grammar:
+0: not at all, it is wrong. 1: little, it is mostly wrong. 2: much, it is mostly right. 3: wholly.
+Reply with the number alone.
+
+Question: {question}
+True answer: {answer}
+Candidate's answer: {prediction}
+Rating:"""
+_MATHVISTA = """\
+Copy the final answer out of a reply to a question: an option's letter, a number or a list, as the question
+asks for it, and nothing else.
+
+Question: How many birds are in the tree? Answer with an integer alone, such as 1.
+Reply: I count four on the left and three on the right, so there are seven birds.
+Answer: 7
+
+Question: What does one cup cost? (Unit: $) Answer with a number of 2 decimal places alone.
+Reply: Three cups cost $3.60, hence one cup costs $1.20.
+Answer: 1.20
+
+Question: In which years did sales fall? Answer with a list alone, such as [1, 2, 3].
+Reply: They fell in 2011 and once more in 2015.
+Answer: [2011, 2015]
+
+Question: Which angle is the largest?
+A. 40°
+B. 75°
+C. 65°
+Reply: The largest angle is 75°, which is option (B).
+Answer: B
+
+Question: {question}
+Reply: {prediction}
+Answer:"""
+_NUMBER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?(?![\d])")
 _TRIES = 3
 
 
@@ -23,27 +102,91 @@ class UnusableJudge(UserError):
     """The judge cannot be reached, or does not say a number."""
 
 
-def make_judge(model: Answers) -> Callable[[str, list[str], str], float]:
-    """A `benchmarks.Judge`: its 1 to 5 become 0 to 1.
+@dataclass(frozen=True)
+class Scale:
+    """How a benchmark's answers are marked.
 
-    The scores depend on the judge and on this prompt; benchmarks whose authors judge with a model of their
-    own choice are comparable between runs of one judge, and only roughly with published numbers.
-
-    Raises:
-        UnusableJudge: by the judge, if its model fails, and after three replies without a number.
+    Attributes:
+        prompt: with `{question}`, `{answer}`, `{extra_answers}` and `{prediction}`.
+        low, high: the marks that become 0 and 1.
+        whole: marks are integers.
+        to_last_period: what follows an answer's last period is not judged.
     """
 
-    def judge(question: str, accepted: list[str], answer: str) -> float:
+    prompt: str
+    low: float
+    high: float
+    whole: bool = True
+    to_last_period: bool = False
+
+
+SCALES = {
+    "judge": Scale(_GENERAL, 1, 5),
+    # facebookresearch/open-eqa: evaluate-predictions.py, prompts/mmbench*.txt (LLM-Match in the paper)
+    "judge-openeqa": Scale(_OPENEQA, 1, 5, to_last_period=True),
+    # yuweihao/MM-Vet: mm-vet_evaluator.py (the authors take the mean of five runs)
+    "judge-mm-vet": Scale(_MM_VET, 0, 1, whole=False),
+    # open-compass/VLMEvalKit: vlmeval/dataset/utils/mmbench_video.py
+    "judge-mmb-video": Scale(_MMB_VIDEO, 0, 3),
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A language model that marks and reads answers.
+
+    Attributes:
+        prompt: in place of those of `SCALES` and of MathVista's extraction.
+    """
+
+    model: Answers
+    prompt: str | None = None
+
+    def mark(self, metric: str, question: str, accepted: Sequence[str], answer: str) -> float:
+        """The mark of an answer on the metric's scale, as 0 to 1; an empty answer is not asked about.
+
+        Raises:
+            UnusableJudge: the model fails, or three of its replies hold no mark of the scale.
+        """
+        scale = SCALES[metric]
+        if scale.to_last_period and (end := answer.rfind(".")) >= 0:
+            answer = answer[: end + 1]
         if not answer.strip():
             return 0.0
-        prompt = _PROMPT.format(question=question, accepted="; ".join(accepted), answer=answer)
+        # Without a place for other right answers all of them stand where the first would.
+        prompt = self.prompt or scale.prompt
+        first = accepted[:1] if "{extra_answers}" in prompt else accepted
+        words = {
+            "question": question,
+            "answer": re.sub(r"\s*<(AND|OR)>\s*", r" <\1> ", "; ".join(first)),
+            "extra_answers": "; ".join(accepted[1:]),
+            "prediction": answer,
+        }
         for _ in range(_TRIES):
-            try:
-                reply = model.answer(Request(prompt), Sampling(max_new_tokens=8))
-            except UserError as error:  # would be the next question's failure too
-                raise UnusableJudge(f"the judge fails: {error}") from None
-            if found := re.search(r"[1-5]", reply):
-                return (int(found[0]) - 1) / 4
-        raise UnusableJudge(f"the judge does not answer with a number from 1 to 5, but {reply[:60]!r}")
+            reply = self._reply(_filled(prompt, words), max_new_tokens=8)
+            mark = _NUMBER.search(reply)
+            if mark and scale.low <= float(mark[0]) <= scale.high and not (scale.whole and "." in mark[0]):
+                return (float(mark[0]) - scale.low) / (scale.high - scale.low)
+        kind = "whole number" if scale.whole else "number"
+        wanted = f"a {kind} from {scale.low:g} to {scale.high:g}"
+        raise UnusableJudge(f"the judge does not answer with {wanted}, but {reply[:60]!r}")
 
-    return judge
+    def extract(self, asked: str, answer: str) -> str:
+        """The final answer that a reply gives to what was asked (MathVista).
+
+        Raises:
+            UnusableJudge: the model fails.
+        """
+        words = {"question": asked, "prediction": answer}
+        return self._reply(_filled(self.prompt or _MATHVISTA, words), max_new_tokens=64).strip()
+
+    def _reply(self, prompt: str, max_new_tokens: int) -> str:
+        try:
+            return self.model.answer(Request(prompt), Sampling(max_new_tokens=max_new_tokens))
+        except UserError as error:  # would be the next question's failure too
+            raise UnusableJudge(f"the judge fails: {error}") from None
+
+
+def _filled(prompt: str, words: dict[str, str]) -> str:
+    """The prompt with its places filled; a brace in a question or an answer is no place."""
+    return re.sub(r"\{(\w+)\}", lambda place: words.get(place[1], place[0]), prompt)

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from megatron_eagle.data.sample import clock_seconds
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+)
+NUMBER_WORDS = _NUMBERS.split()
 _CLOCK = r"\d+(?::\d{1,2}){0,2}(?:\.\d+)?"
 _INTERVAL = re.compile(
     rf"({_CLOCK})\s*(?:s|sec|seconds?)?\s*(?:-|–|—|to|and|until|,)\s*({_CLOCK})", re.IGNORECASE
@@ -16,13 +21,13 @@ _INTERVAL = re.compile(
 def extract_choice(text: str, options: Sequence[str]) -> str | None:
     """The letter that an answer chooses among options A, B, ...; None if it chooses none or several.
 
-    Looked for in this order: the answer is one letter; says "answer is B"; begins with one as in `B. text` or
-    `(B) text`; holds exactly one letter in brackets, or one bare letter that is no word; is or holds the text
-    of exactly one option.
+    Looked for in this order: the answer is one letter, in either case; says "answer is B"; begins with one
+    as in `B. text` or `(B) text`; holds exactly one letter in brackets, or one bare letter that is no word;
+    is or holds the text of exactly one option.
     """
     letters = LETTERS[: len(options)]
     text = text.strip()
-    whole = re.match(rf"^\(?([{letters}])\)?[.:,]?$", text)
+    whole = re.match(rf"^\(?([{letters}])\)?[.:,]?$", text.upper())
     said = set(
         re.findall(
             rf"(?i:answer|option|choice)(?:\s+(?i:is|would be))?\s*:?\s*\**\(?([{letters}])\b(?!['’])", text
@@ -56,20 +61,28 @@ def choice_accuracy(text: str, options: Sequence[str], answer: str) -> float:
 def anls(text: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """Average normalised Levenshtein similarity of one answer (DocVQA, InfoVQA).
 
-    The best over the accepted answers of 1 - distance / longer length, 0 where that distance reaches the
-    threshold; case and white space at the ends do not count.
+    The best over the accepted answers of 1 - distance / longer length, 0 where that is below the threshold.
+    Case and the number of spaces do not count in the distance. Biten et al., "Scene Text Visual Question
+    Answering", section 4.1, and the evaluation script of the Robust Reading Competition (challenge 17), which
+    takes the lengths before spaces are taken out.
     """
     best = 0.0
     for answer in answers:
-        a, b = (" ".join(t.lower().split()) for t in (text, answer))
-        distance = _levenshtein(a, b) / max(len(a), len(b), 1)
-        best = max(best, 1 - distance if distance < threshold else 0.0)
+        distance = levenshtein(*(" ".join(t.lower().split()) for t in (text, answer)))
+        similarity = 1 - distance / max(len(text), len(answer), 1)
+        best = max(best, similarity if similarity >= threshold else 0.0)
     return best
 
 
 def relaxed_accuracy(text: str, answer: str, tolerance: float = 0.05) -> float:
-    """1 if a number is within 5 % of the true one, or a text equal to it but for case (ChartQA)."""
-    text, answer = text.strip().rstrip("."), answer.strip()
+    """1 if a number is within 5 % of the true one, or a text equal to it but for case (ChartQA).
+
+    Masry et al., "ChartQA", section 5.1, as `relaxed_correctness` in google-research/pix2struct,
+    `pix2struct/metrics.py`, reads it: "5%" is 0.05, a number with commas or a unit is a text, as is any
+    number where the true one is 0, and a final period or comma counts in a text. White space around the
+    answer does not, as in VLMEvalKit.
+    """
+    text = text.strip()
     value, truth = _number(text), _number(answer)
     if value is not None and truth:
         return float(abs(value - truth) / abs(truth) <= tolerance)
@@ -91,18 +104,6 @@ def contains_formula(text: str, answers: Sequence[str]) -> float:
     """`contains` without any spaces and with case (OCRBench's formulas)."""
     text = "".join(text.split())
     return float(any("".join(answer.split()) in text for answer in answers))
-
-
-def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
-    """The mean over every choice of all people but one: 1 if three of them gave the answer, else their number
-    over 3 (TextVQA)."""
-    text, answers = _plain(text), [_plain(answer) for answer in answers]
-    if len(answers) == 1:
-        return float(text == answers[0])
-    matches = answers.count(text)
-    # Leaving out one who agrees leaves one match fewer; that happens `matches` times.
-    with_one_fewer, with_all = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
-    return (matches * with_one_fewer + (len(answers) - matches) * with_all) / len(answers) if matches else 0.0
 
 
 def number_match(text: str, answer: tuple[float, int]) -> float:
@@ -165,7 +166,8 @@ def _covered(intervals: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def _levenshtein(a: str, b: str) -> int:
+def levenshtein(a: str, b: str) -> int:
+    """The fewest characters put in, taken out and changed that make one text the other."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -175,12 +177,10 @@ def _levenshtein(a: str, b: str) -> int:
 
 
 def _number(text: str) -> float | None:
-    text = text.replace(",", "")
     try:
-        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
-    return value if abs(value) < float("inf") else None
 
 
 def _plain(text: str) -> str:

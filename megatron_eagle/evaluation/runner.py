@@ -4,15 +4,15 @@
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.evaluation.benchmarks import Judge, Question
-from megatron_eagle.evaluation.judge import UnusableJudge
+from megatron_eagle.evaluation.benchmarks import Question
+from megatron_eagle.evaluation.judge import SCALES, Judge, UnusableJudge
 from megatron_eagle.evaluation.metrics import recall_at
 from megatron_eagle.files import AppendedFile, to_line, write_whole
 from megatron_eagle.inference.generate import Answers, Sampling
@@ -59,7 +59,7 @@ def run_benchmark(
         UserError: the folder holds another evaluation, or questions need a `judge` and there is none.
         OSError: an answer cannot be written; those before it are kept.
     """
-    if judge is None and (judged := [q.id for q in questions if q.metric == "judge"]):
+    if judge is None and (judged := [q.id for q in questions if q.metric in SCALES]):
         raise UserError(f"{len(judged):,} answers are compared by a language model: name one with --judge")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "answers.jsonl"
@@ -84,9 +84,30 @@ def run_benchmark(
                     continue
                 answers[question.id] = score
                 record = {"id": question.id, "answer": text, "score": score}
-                file.write(to_line(record))
+                reading = question.reading(text, judge)
+                file.write(to_line(record | ({"read": reading} if reading else {})))
     write_ledger(folder / "dropped.jsonl", refused)
     return [(question, answers[question.id]) for question in questions if question.id in answers]
+
+
+def count_readings(folder: Path) -> dict[str, int]:
+    """How many answers were read off as they are, by rule and by the judge; nothing where none were."""
+    with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
+        next(lines)  # says what was evaluated
+        return dict(Counter(record["read"] for record in map(json.loads, lines) if "read" in record))
+
+
+def render_readings(readings: dict[str, int]) -> str:
+    """`count_readings` as text, with a line end; empty where nothing was read off."""
+    if not readings:
+        return ""
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(readings.items()))
+    ours = (
+        "; the rule is ours, the authors have a language model read (--judge)"
+        if "by rule" in readings
+        else ""
+    )
+    return f"answers read off: {counts}{ours}\n"
 
 
 def write_scores(folder: Path, head: dict[str, Any], rows: Sequence[ScoreRow], overall: float | None) -> None:

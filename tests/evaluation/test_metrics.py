@@ -11,6 +11,8 @@ OPTIONS = ["A red car", "A blue car", "Two dogs", "None of them"]
     "text, letter",
     [
         ("B", "B"),
+        ("b", "B"),
+        ("(c).", "C"),
         ("(C)", "C"),
         ("D.", "D"),
         ("B. A blue car", "B"),
@@ -37,8 +39,10 @@ def test_choice(text, letter):
 def test_anls():
     assert metrics.anls("Paris", ["paris", "London"]) == 1
     assert metrics.anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)  # the classic: 3 edits
-    assert metrics.anls("ab", ["ac"]) == 0  # 1 edit of 2 letters reaches the threshold
-    assert metrics.anls("ab", ["ac"], threshold=0.51) == 0.5
+    assert metrics.anls("ab", ["ac"]) == 0.5  # the threshold itself is kept
+    assert metrics.anls("ab", ["ac"], threshold=0.51) == 0
+    assert metrics.anls("abc", ["abx", "xyz"]) == pytest.approx(2 / 3)
+    assert metrics.anls("a  bcx", ["a bcd"]) == pytest.approx(1 - 1 / 6)  # the longer has six with its spaces
     assert metrics.anls("", ["x"]) == 0
     assert metrics.anls(" 12  May ", ["12 may"]) == 1
 
@@ -51,8 +55,16 @@ def test_anls():
         ("95", "100", 1),
         ("-100", "100", 0),
         ("5%", "0.05", 1),
-        ("1,000", "1000", 1),
-        ("Yes.", "yes", 1),
+        ("1,000", "1000", 0),  # commas make it a text
+        ("1,000", "1,000", 1),
+        ("1000.", "1,000", 0),
+        ("104.", "100", 1),
+        (" 5 % ", "5%", 1),  # the number before the percent sign may have a space
+        ("5%", "5", 0),
+        (" Yes\n", "yes", 1),
+        ("Yes.", "yes", 0),
+        ("2,0", "2.0", 0),
+        ("$7", "7", 0),
         ("no", "yes", 0),
         ("0", "0", 1),  # no relative error at 0: compared as text
         ("0.01", "0", 0),

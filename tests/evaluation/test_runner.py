@@ -9,8 +9,8 @@ from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import read_benchmark
 from megatron_eagle.evaluation.bridge import write_bridge
-from megatron_eagle.evaluation.judge import UnusableJudge, make_judge
-from megatron_eagle.evaluation.runner import render_scores, run_benchmark, tabulate
+from megatron_eagle.evaluation.judge import Judge, UnusableJudge
+from megatron_eagle.evaluation.runner import count_readings, render_scores, run_benchmark, tabulate
 from megatron_eagle.inference.generate import Sampling
 from tests.convert.hf_folder import write_hf_folder
 from tests.data.helpers import make_image, make_video, write_jsonl
@@ -170,15 +170,34 @@ def test_free_answers_are_judged(tmp_path):
     with pytest.raises(UserError, match="1 answers are compared by a language model"):
         run(None)
     judge = _Says("I would say so", "4")
-    assert [score for _, score in run(make_judge(judge))] == [0.75]
+    assert [score for _, score in run(Judge(judge))] == [0.75]
     assert all(text in judge.asked[0] for text in ("Where?", "sofa; couch", "Answer: on the couch"))
     with pytest.raises(UnusableJudge, match="but 'no idea'"):
-        run(make_judge(_Says(*["no idea"] * 3)), "p")
+        run(Judge(_Says(*["no idea"] * 3)), "p")
     assert len((tmp_path / "p" / "answers.jsonl").read_text().splitlines()) == 1  # asked again next time
     with pytest.raises(UnusableJudge, match="the judge fails: away"):  # it does not cost all questions
-        run(make_judge(_Away()), "p")
-    assert [score for _, score in run(make_judge(_Says("5")), "p")] == [1.0]
-    assert make_judge(_Says())("Q", ["a"], " ") == 0  # nothing said: nothing asked
+        run(Judge(_Away()), "p")
+    assert [score for _, score in run(Judge(_Says("5")), "p")] == [1.0]
+    assert Judge(_Says()).mark("judge", "Q", ["a"], " ") == 0  # nothing said: nothing asked
+
+
+def test_it_is_said_who_read_an_answer(tmp_path):
+    lines = [
+        {"id": str(i), "question": "How many?", "metric": "mathvista"}
+        | {"answer": {"value": "7", "kind": "integer"}}
+        for i in range(3)
+    ]
+    questions, problems = read_benchmark(write_jsonl(tmp_path / "b.jsonl", lines))
+
+    def run(folder, judge=None):
+        model = _Says("7", "seven birds", "8")
+        scored = run_benchmark(
+            lambda: model, questions, problems, tmp_path / folder, Sampling(), {}, judge=judge
+        )
+        return [score for _, score in scored], count_readings(tmp_path / folder)
+
+    assert run("o") == ([1, 1, 0], {"as it is": 2, "by rule": 1})
+    assert run("p", Judge(_Says("9"))) == ([1, 0, 0], {"as it is": 2, "by judge": 1})
 
 
 def test_a_published_benchmark_over_several_numbers_of_frames(tmp_path):

@@ -109,7 +109,7 @@ def openeqa(source: Source, table: str, row: dict[str, Any]) -> Records:
     yield {
         "id": row["question_id"],
         "question": row["question"],
-        "metric": "judge",
+        "metric": "judge-openeqa",
         "answer": [row["answer"], *(row.get("extra_answers") or [])],
         "videos": [source.video(row["episode_history"])],
         "category": row["category"],

@@ -127,7 +127,7 @@ def mmmu(source: Source, table: str, row: dict[str, Any]) -> Records:
     yield {
         "id": name,
         "question": question,
-        "metric": "choice" if multiple else "exact",
+        "metric": "mmmu" if multiple else "mmmu-open",
         "answer": row["answer"] if multiple else listed(row["answer"]),
         "options": options if multiple else [],
         "images": [source.picture(pictures.get(mark)) for mark in marks],
@@ -136,19 +136,18 @@ def mmmu(source: Source, table: str, row: dict[str, Any]) -> Records:
 
 
 def mathvista(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`testmini.json` by number, parquet, or VLMEvalKit's TSV. Answers are read off by rule, not by a
-    language model."""
+    """`testmini.json` by number, parquet, or VLMEvalKit's TSV."""
     multiple = row["question_type"] == "multi_choice"
     unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
     precision = int(float(row["precision"])) if row.get("precision") not in (None, "") else 0
-    number = row["answer_type"] in ("integer", "float") and not multiple
     metadata = row.get("metadata", row)
-    answer: Any = row.get("answer")
+    kind = "text" if multiple else row["answer_type"]
+    answer = {"value": str(row["answer"]), "kind": kind, "precision": precision} if row.get("answer") else ""
     yield {
         "id": str(first_of(row, "pid", "index")),
         "question": row["question"] + unit,
-        "metric": "choice" if multiple else "number" if number else "exact",
-        "answer": [float(answer), precision] if number and answer not in (None, "") else answer,
+        "metric": "mathvista",
+        "answer": answer,
         "options": [str(one) for one in listed(row["choices"])] if multiple else [],
         "images": [source.picture(first_of(row, "decoded_image", "image"))],
         "category": metadata["task"],
@@ -161,7 +160,7 @@ def mm_vet(source: Source, table: str, row: dict[str, Any]) -> Records:
     yield {
         "id": str(first_of(row, "name", "question_id", "id", "index")),
         "question": row["question"],
-        "metric": "judge",
+        "metric": "judge-mm-vet",
         "answer": row.get("answer"),
         "images": [source.picture(first_of(row, "imagename", "image", "image_path"))],
         "category": ", ".join(sorted(kinds)) if isinstance(kinds, list) else str(kinds),

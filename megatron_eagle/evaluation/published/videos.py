@@ -215,7 +215,7 @@ def mmbench_video(source: Source, table: str, row: dict[str, Any]) -> Records:
     yield {
         "id": str(row["index"]),
         "question": row["question"],
-        "metric": "judge",
+        "metric": "judge-mmb-video",
         "answer": row["answer"],
         "videos": [source.video(first_of(row, "video_path", "video"))],
         "category": row.get("video_type", "all"),

@@ -1,0 +1,1 @@
+"""Rules of single benchmarks' authors that are more than one comparison: one module a benchmark."""

@@ -1,0 +1,72 @@
+"""What a judge is asked, and which of its replies are marks."""
+
+import re
+
+import pytest
+
+from megatron_eagle.evaluation.judge import SCALES, Judge, UnusableJudge
+
+
+class _Says:
+    def __init__(self, *replies):
+        self.replies, self.asked = list(replies), []
+
+    def answer(self, request, sampling):
+        self.asked.append(request.prompt)
+        return self.replies.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reply", "score"),
+    [
+        ("judge", "1", 0),
+        ("judge", "Mark: 4.", 0.75),
+        ("judge-openeqa", "5", 1),
+        ("judge-openeqa", "3", 0.5),
+        ("judge-mm-vet", "0.4", 0.4),
+        ("judge-mm-vet", "1.0", 1),
+        ("judge-mm-vet", "0", 0),
+        ("judge-mmb-video", "0", 0),
+        ("judge-mmb-video", "2", 2 / 3),
+        ("judge-mmb-video", "3/3", 1),
+    ],
+)
+def test_marks(metric, reply, score):
+    assert Judge(_Says(reply)).mark(metric, "Q", ["a"], "b") == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reply", "wanted"),
+    [
+        ("judge", "0", "a whole number from 1 to 5"),
+        ("judge-openeqa", "10", "a whole number from 1 to 5"),
+        ("judge-openeqa", "4.5", "a whole number from 1 to 5"),
+        ("judge-mm-vet", "5", "a number from 0 to 1"),
+        ("judge-mmb-video", "good", "a whole number from 0 to 3"),
+    ],
+)
+def test_what_is_no_mark(metric, reply, wanted):
+    with pytest.raises(UnusableJudge, match=f"with {wanted}, but"):
+        Judge(_Says(*[reply] * 3)).mark(metric, "Q", ["a"], "b")
+    assert Judge(_Says(reply, "1")).mark(metric, "Q", ["a"], "b") in (0, 1 / 3, 1)  # asked again
+
+
+@pytest.mark.parametrize("metric", SCALES)
+def test_all_that_is_known_is_asked(metric):
+    model = _Says("1")
+    Judge(model).mark(metric, "Who {prediction}?", ["ann<AND>bob", "eve"], "ann. Also")
+    asked = model.asked[0]
+    assert "Who {prediction}?" in asked and "ann <AND> bob" in asked and "eve" in asked
+    assert ("Also" in asked) == (metric != "judge-openeqa")  # OpenEQA cuts after the last period
+    assert not re.search(r"\{(question|answer|extra_answers)\}", asked)
+
+
+def test_a_prompt_of_ones_own():
+    model = _Says("3", " 4 ")
+    judge = Judge(model, "{question}|{answer}|{prediction}|{other}")
+    assert judge.mark("judge-mmb-video", "Q", ["a", "b"], "c") == 1
+    assert model.asked == ["Q|a; b|c|{other}"]
+    assert judge.extract("Q", "It is 4") == "4"
+    model = _Says("seven")
+    assert Judge(model).extract("How many?", "It is seven.") == "seven"
+    assert model.asked[0].endswith("Question: How many?\nReply: It is seven.\nAnswer:")
