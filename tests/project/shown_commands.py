@@ -20,7 +20,19 @@ LANGUAGES = ("bash", "console", "yaml", "python", "json", "jsonl", "text")
 """What a block may be: one that says nothing would pass unread."""
 
 # What else pages tell a user to run, without words of this project.
-_ELSEWHERE = ("git", "cd", "docker", "scancel", "export", "source", "pytest", "sudo", "vllm")
+_ELSEWHERE = (
+    "git",
+    "cd",
+    "docker",
+    "scancel",
+    "export",
+    "source",
+    "pytest",
+    "sudo",
+    "vllm",
+    "kubectl",
+    "sky",
+)
 _SBATCH = {  # what a script does with its words
     "train.sbatch": ("tools/train.py", ["run", "--config"]),
     "convert.sbatch": ("tools/convert_hf.py", []),
