@@ -24,6 +24,9 @@ def extract_choice(text: str, options: Sequence[str]) -> str | None:
     Looked for in this order: the answer is one letter, in either case; says "answer is B"; begins with one
     as in `B. text` or `(B) text`; holds exactly one letter in brackets, or one bare letter that is no word;
     is or holds the text of exactly one option.
+
+    One reading for all benchmarks of choices but MMMU and MathVista: their authors' scripts differ in what
+    they make of longer replies, and several ask a language model there.
     """
     letters = LETTERS[: len(options)]
     text = text.strip()
@@ -90,18 +93,22 @@ def relaxed_accuracy(text: str, answer: str, tolerance: float = 0.05) -> float:
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """1 if the answer is one of the accepted ones, but for case, punctuation and articles."""
+    """1 if the answer is one of the accepted ones, but for case, punctuation and articles (questions of one's
+    own, RealWorldQA's short answers)."""
     return float(_plain(text) in {_plain(answer) for answer in answers})
 
 
 def contains(text: str, answers: Sequence[str]) -> float:
-    """1 if an accepted answer is somewhere in the answer, but for case and line breaks (OCRBench)."""
-    text = " ".join(text.lower().split())
-    return float(any(" ".join(answer.lower().split()) in text for answer in answers))
+    """1 if an accepted answer is somewhere in the answer, but for case and line breaks.
+
+    OCRBench: Yuliang-Liu/MultimodalOCR, `OCRBench/example.py`.
+    """
+    text, *answers = (line.lower().strip().replace("\n", " ") for line in (text, *answers))
+    return float(any(answer in text for answer in answers))
 
 
 def contains_formula(text: str, answers: Sequence[str]) -> float:
-    """`contains` without any spaces and with case (OCRBench's formulas)."""
+    """`contains` without any spaces and with case, as OCRBench does with formulas."""
     text = "".join(text.split())
     return float(any("".join(answer.split()) in text for answer in answers))
 
@@ -114,9 +121,12 @@ def number_match(text: str, answer: tuple[float, int]) -> float:
 
 
 def yes_no(text: str, answer: str) -> float:
-    """1 if the first yes or no of the answer is the true one."""
-    found = re.search(r"\b(yes|no)\b", text.lower())
-    return float(found is not None and found[1] == answer)
+    """1 if the answer holds the true one of the words yes and no, and not the other.
+
+    HallusionBench as open-compass/VLMEvalKit has it, `vlmeval/dataset/utils/yorn.py`; where an answer holds
+    neither or both, that asks a language model if it has one, as the authors always do.
+    """
+    return float(set(re.findall(r"\b(yes|no)\b", text.lower())) == {answer})
 
 
 def parse_interval(text: str) -> tuple[float, float] | None:
@@ -131,14 +141,20 @@ def parse_intervals(text: str) -> list[tuple[float, float]]:
 
 
 def intervals_iou(predicted: Sequence[tuple[float, float]], true: Sequence[tuple[float, float]]) -> float:
-    """Intersection over union of what two lists of intervals cover."""
+    """Intersection over union of what two lists of intervals cover.
+
+    CG-Bench: CG-Bench/CG-Bench, `run/utils.py`; what cannot be read is 0 here, and VLMEvalKit leaves it out.
+    """
     overlap = _covered([(max(a, c), min(b, d)) for a, b in predicted for c, d in true])
     union = _covered([*predicted, *true])
     return overlap / union if union else 0.0
 
 
 def temporal_iou(predicted: tuple[float, float] | None, true: tuple[float, float]) -> float:
-    """Intersection over union of two intervals in seconds; 0 for no prediction."""
+    """Intersection over union of two intervals in seconds; 0 for no prediction.
+
+    Charades-STA: Gao et al., "TALL: Temporal Activity Localization via Language Query", section 4.2.
+    """
     if predicted is None:
         return 0.0
     overlap = min(predicted[1], true[1]) - max(predicted[0], true[0])

@@ -81,6 +81,15 @@ def test_exact():
     assert metrics.exact_match("3.5", ["35"]) == 0
 
 
+def test_words_that_an_answer_holds():
+    assert metrics.yes_no("Not so: YES.", "yes") == metrics.yes_no("No, there is none.", "no") == 1
+    assert metrics.yes_no("Yes or no", "yes") == metrics.yes_no("", "no") == metrics.yes_no("note", "no") == 0
+    assert metrics.contains("It says\nStop here", ["go", "says stop"]) == 1
+    assert metrics.contains("stop", ["stop here"]) == metrics.contains("a  b", ["a b"]) == 0
+    assert metrics.contains_formula("$x ^ 2\n+Y$", ["x^2 + Y"]) == 1
+    assert metrics.contains_formula("x^2+y", ["x^2+Y"]) == 0
+
+
 @pytest.mark.parametrize(
     "text, interval",
     [

@@ -547,7 +547,6 @@ def test_names_cannot_leave_the_folder(tmp_path):
 def test_new_scores():
     assert metrics.number_match("about 1,234.5", (1234.46, 1)) == 1
     assert metrics.number_match("none", (1.0, 0)) == 0
-    assert metrics.yes_no("Not so, yes", "yes") == 1 and metrics.yes_no("", "no") == 0
     assert metrics.intervals_iou([(0, 4), (2, 6)], [(4, 8)]) == pytest.approx(2 / 8)
     assert metrics.intervals_iou([], [(0, 1)]) == 0
     assert metrics.parse_intervals("0:10 to 0:20 and 30-40s") == [(10, 20), (30, 40)]
