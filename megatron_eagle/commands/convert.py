@@ -171,7 +171,8 @@ def _export(options: argparse.Namespace) -> None:
     from megatron_eagle.evaluation.summary import read_result
 
     _quiet()
-    scores = [Score(**vars(read_result(folder))) for folder in options.scores]
+    results = [read_result(folder) for folder in options.scores]
+    scores = [Score(r.benchmark, r.score, r.asked, r.split.questions, r.frames) for r in results]
     merge, verify = options.adapter is None, not options.no_verify
     if not merge:
         files = export_adapter(options.checkpoint, options.adapter, base=options.hf, verify=verify)

@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from megatron_eagle.commands.server_options import add_timeout
 from megatron_eagle.errors import UserError
-from megatron_eagle.evaluation.benchmarks import read_benchmark
+from megatron_eagle.evaluation.benchmarks import digest_of, read_benchmark
 from megatron_eagle.evaluation.bridge import KITS, write_bridge
 from megatron_eagle.evaluation.finished import read_finished
 from megatron_eagle.evaluation.judge import Judge
 from megatron_eagle.evaluation.provenance import note_asked
+from megatron_eagle.evaluation.published.facts import FACTS, counts
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.evaluation.report import write_report
@@ -109,11 +110,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def _list(_: argparse.Namespace) -> None:
-    print(f"{'benchmark':<20}  {'Eagle 2.5 8B':>12}  {'of':>5}  {'frames':>6}  files")
+    print(f"{'benchmark':<20}  {'Eagle 2.5 8B':>12}  {'of':>5}  {'frames':>6}  {'questions':>15}  files")
     for name, published in BENCHMARKS.items():
+        counts = " or ".join(f"{split.questions:,}" for split in FACTS[name].splits)
+        files = " or ".join(published.files).replace("|", " and ")
         print(
             f"{name:<20}  {published.reference:>12g}  {published.scale:>5g}  {published.max_frames:>6}  "
-            f"{' or '.join(published.files)}"
+            f"{counts:>15}  {files}"
         )
 
 
@@ -156,6 +159,8 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
         if not questions:
             reason = f"; the first problem: {problems[0].reason}" if problems else ""
             raise UserError(f"{options.data}: no question of {options.published}{reason}")
+        about["questions"] = digest_of(questions)
+        print(counts(FACTS[options.published], questions))
     else:
         questions, problems = read_benchmark(options.benchmark)
         digest = hashlib.sha256(options.benchmark.read_bytes()).hexdigest()
@@ -163,7 +168,7 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
     sampling = Sampling(options.fps, max_frames, options.max_tiles, options.max_new_tokens)
     judge, judged_by = _judge(options)
     about |= judged_by
-    questions = questions[: options.limit]  # not in `about`: a run with more questions goes on
+    found, questions = questions, questions[: options.limit]  # a run with a higher limit goes on
     progress = partial(tqdm, unit="question")
     asked = partial(_model, options, output)
     scored = run_benchmark(asked, questions, problems, output, sampling, about, progress, judge)
@@ -171,13 +176,14 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
     if not scored:
         raise UserError(f"{output}: no question was answered; the first problem: {dropped[0]['reason']}")
     rows = tabulate(scored)
-    score = overall(published, scored) if published else None
-    head = {**about, "limit": options.limit, "sampling": {"max_frames": max_frames, "fps": options.fps}}
+    score = overall(published, scored, found) if published else None
+    head = {**about, "found": len(found), "limit": options.limit}
+    head |= {"sampling": {"max_frames": max_frames, "fps": options.fps}}
     readings = count_readings(output)
     head |= {"read": readings} if readings else {}
     write_scores(output, head, rows, score)
     print(render_scores(rows))
-    if score is not None:
+    if published:
         print(f"\n{comparison([read_result(output)])}")
     print(render_readings(readings), end="")
     if dropped:

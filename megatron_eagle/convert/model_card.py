@@ -28,11 +28,13 @@ _MOST_STAGES = 20  # a circle of checkpoints ends
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation of a published benchmark found; `frames` is the most that a video could have."""
+    """What an evaluation of a published benchmark found, on how many of its questions; `frames` is the most
+    that a video could have."""
 
     benchmark: str
-    score: float
+    score: float | None
     asked: int
+    expected: int
     frames: int | None
 
 
@@ -196,8 +198,8 @@ def _evaluation(scores: Sequence[Score]) -> str:
     rows = [
         [
             score.benchmark,
-            f"{score.score:.2f}",
-            f"{score.asked:,}",
+            "" if score.score is None else f"{score.score:.2f}",
+            f"{score.asked:,} of {score.expected:,}",
             "" if score.frames is None else str(score.frames),
         ]
         for score in scores

@@ -19,9 +19,10 @@ judge                a text or a list of accepted ones; a language model compare
                      judge-openeqa, judge-mm-vet and judge-mmb-video on their authors' scales
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class Question:
 
     def score(self, text: str, judge: Judge | None = None) -> float:
         """The score of an answer in [0, 1]; for `grounding` and `intervals` the temporal IoU."""
+        if self.answer == "":
+            return 0.0  # its table has no right answer
         if self.metric == "choice":
             return metrics.choice_accuracy(text, self.options, self.answer)
         if self.metric == "mmmu":
@@ -127,6 +130,14 @@ def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
             f"{path}: holds no question; the first problem: {problems[0].reason if problems else 'no lines'}"
         )
     return list(questions.values()), problems
+
+
+def digest_of(questions: Sequence[Question]) -> str:
+    """A hash of the questions' names and right answers: answers to others must not go on with them."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(repr((question.id, question.metric, question.answer, question.options)).encode())
+    return digest.hexdigest()
 
 
 def add_question(found: dict[str, Question], record: Any, where: str, number: int) -> None:

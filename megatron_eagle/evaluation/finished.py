@@ -54,7 +54,8 @@ class Finished:
             UserError: they cannot be read any more.
         """
         if "published" in self.scores:
-            source = Source(self.scores["data"], self.folder / "pictures")
+            shown = (self.sampling.fps or 2.0, self.sampling.max_frames)
+            source = Source(self.scores["data"], self.folder / "pictures", *shown)
             found = BENCHMARKS[self.scores["published"]].questions(source)[0]
         else:
             found = read_benchmark(Path(self.scores["benchmark"]))[0]

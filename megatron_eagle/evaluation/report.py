@@ -17,7 +17,7 @@ from megatron_eagle.evaluation.benchmarks import Question
 from megatron_eagle.evaluation.finished import Finished, worst
 from megatron_eagle.evaluation.metrics import LETTERS
 from megatron_eagle.evaluation.shown_media import media_figures
-from megatron_eagle.evaluation.summary import comparison_rows, plot_frames, read_result
+from megatron_eagle.evaluation.summary import comparison_rows, plot_frames, read_result, remarks
 from megatron_eagle.files import write_whole
 from megatron_eagle.inference.generate import Sampling
 
@@ -77,11 +77,13 @@ def _overview(runs: Sequence[Finished]) -> str:
     own = [run for run in runs if "published" not in run.scores]
     parts = []
     if published:
-        head, *rows = comparison_rows([read_result(run.folder) for run in published])
+        results = [read_result(run.folder) for run in published]
+        head, *rows = comparison_rows(results)
         frames = [_frames(run) for run in published]
         cells = [[name, shown, *numbers] for (name, *numbers), shown in zip(rows, frames, strict=True)]
         parts.append("<h2>Beside Eagle 2.5 8B as published</h2>")
         parts.append(_table([head[0], "frames at most", *head[1:]], cells))
+        parts += [f"<p>{escape(note)}</p>" for note in remarks(results)]
     if own:
         rows = [[run.name, _frames(run), *_summed(run)] for run in own]
         parts.append("<h2>Other questions</h2>")

@@ -55,11 +55,11 @@ def test_both_stages_and_what_is_not_known(trained, tmp_path):
 
 
 def test_what_is_given(checkpoint, tmp_path):
-    facts = CardFacts("apache-2.0", [Score("videomme", 71.236, 2700, 512)])
+    facts = CardFacts("apache-2.0", [Score("videomme", 71.236, 2600, 2700, 512)])
     export_hf(checkpoint, tmp_path / "out", verify=False, facts=facts)
     head, text = card_of(tmp_path / "out")
     assert head["license"] == "apache-2.0"
-    assert "| videomme | 71.24 | 2,700 | 512 |" in text
+    assert "| videomme | 71.24 | 2,600 of 2,700 | 512 |" in text
 
 
 def test_edited_by_hand_it_stays(checkpoint, tmp_path):

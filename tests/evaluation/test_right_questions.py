@@ -3,8 +3,6 @@
 import json
 import os
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 
 from megatron_eagle.evaluation.published import shown
@@ -14,18 +12,11 @@ from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.hf_model.media_files import load_video
 from megatron_eagle.inference.generate import Sampling, video_item
 from tests.data.helpers import make_video
+from tests.evaluation.published_cases import write
 
 
 def read(folder, name, **sampling):
     return BENCHMARKS[name].questions(Source(folder, folder / "pictures", **sampling))
-
-
-def write(folder, name, content):
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(
-        content if isinstance(content, str) else json.dumps(content)
-    )
 
 
 def frames(video, **sampling):
@@ -253,7 +244,7 @@ def test_erqa_places_its_pictures_by_characters(tmp_path):
     png = [{"bytes": b"\x89PNG" + bytes([i]), "path": None} for i in range(2)]
     rows = [row | {"images": png, "visual_indices": at} for at in ([17, 6], [0, 0], [], [17])]
     rows = [one | {"question_id": str(number)} for number, one in enumerate(rows)]
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    write(tmp_path, "test.parquet", rows)
     questions, (problem,) = read(tmp_path, "erqa")
     assert [q.question for q in questions] == [
         "Before<image-2> and after.<image-1> What moved?",

@@ -216,7 +216,7 @@ def test_a_published_benchmark_over_several_numbers_of_frames(tmp_path):
     dropped = (tmp_path / "o" / "frames-8" / "dropped.jsonl").read_text()
     assert "NONE" in dropped and len(dropped.splitlines()) == 1
     table = call_tool("evaluate", "table", tmp_path / "o" / "frames-8", tmp_path / "o" / "frames-16")
-    assert table.returncode == 0 and table.stdout.count("charades-sta") == 2
+    assert table.returncode == 0 and table.stdout.count("\ncharades-sta ") == 2
     wrong = call_tool("evaluate", "table", tmp_path)
     assert wrong.returncode == 2 and "no scores of a published benchmark" in wrong.stderr
 

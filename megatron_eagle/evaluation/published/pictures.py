@@ -188,5 +188,9 @@ def hallusionbench(source: Source, table: str, row: dict[str, Any]) -> Records:
         "answer": right,
         "images": [] if picture is None else [source.picture(picture)],
         "category": row["category"],
-        "groups": [f"figure {scene} {figure}", f"question {scene} {asked}"],
+        # Without a picture there is no figure to be right about.
+        "groups": [
+            f"question {scene} {asked}",
+            *([f"figure {scene} {figure}"] if picture is not None else []),
+        ],
     }

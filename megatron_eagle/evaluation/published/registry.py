@@ -26,6 +26,7 @@ class Published:
         files: patterns of its tables, `|` between those that belong together; the first that is found counts.
         records: reads a question of a table.
         items: gives the questions that a row of a table holds.
+        lines: a question may be a line of text.
         score: how the questions' scores become one: their `mean`, that of the `categories`' means, that of
             `groups` that are right as a whole, or for `hallusion` the mean of questions, figures and question
             pairs.
@@ -40,6 +41,7 @@ class Published:
     max_frames: int = 256
     frame_tiles: int | None = None
     items: Items = one
+    lines: bool = False
 
     def questions(self, source: Source) -> tuple[list[Question], list[LedgerEntry]]:
         """Its questions, and a ledger entry for each row that gives none."""
@@ -63,7 +65,7 @@ class Published:
         Raises:
             ValueError: as a reader raises, and for what is no object.
         """
-        if not isinstance(item, dict | str):
+        if not isinstance(item, dict) and not (isinstance(item, str) and self.lines):
             raise ValueError(f"an object was expected, not {type(item).__name__}")
         records = list(self.records(source, table, item))
         for record in records:
@@ -74,7 +76,7 @@ class Published:
 
 
 _TABLE = ("*.tsv", "*.parquet", "*.jsonl", "*.json")
-_MME = ("*.parquet", "videomme.json|*.json", "*.tsv")
+_MME = ("*.parquet", "*.json", "*.tsv")
 _CG = ("cgbench.json", "cgbench_mini.json", "*.parquet")
 _BY_TASK = ("json/*.json", "*.json", "*.parquet", "*.tsv")
 # Of tables of several splits the one that is scored: others have answers too, or none.
@@ -108,7 +110,10 @@ BENCHMARKS: dict[str, Published] = {
         items=of_videos("question", "video_uid", "benchmark_dataset"),
     ),
     "charades-sta": Published(
-        ("charades_sta_test.txt", "*test*.parquet", "*.parquet"), videos.charades_sta, 65.9
+        ("charades_sta_test.txt", "*test*.parquet", "*.parquet"),
+        videos.charades_sta,
+        65.9,
+        lines=True,
     ),
     "hd-epic": Published(
         ("vqa-benchmark/*.json", "|".join(f"{kind}_*.json" for kind in first_person.HD_EPIC)),
