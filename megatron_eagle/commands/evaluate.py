@@ -4,6 +4,7 @@
     %(prog)s run --hf H --published NAME --data FOLDER --output O      one of them, in its authors' files
     %(prog)s run --hf H --benchmark B.jsonl --output O                 questions of your own
     %(prog)s frames --hf H --published NAME --data FOLDER --output O   one run for each number of frames
+    %(prog)s long-text --tokenizer H --output B.jsonl              questions about long texts, for run
     %(prog)s table O1 O2 ...                                       scores beside the published ones
     %(prog)s report O1 O2 ... --output P.html                          one page of them, with worst answers
     %(prog)s bridge --kit lmms-eval --endpoint URL --tasks T --output O
@@ -24,11 +25,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_eagle.commands.server_options import add_timeout
+from megatron_eagle.data.text.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import digest_of, read_benchmark
 from megatron_eagle.evaluation.bridge import KITS, write_bridge
 from megatron_eagle.evaluation.finished import read_finished
 from megatron_eagle.evaluation.judge import Judge
+from megatron_eagle.evaluation.long_text import long_text_records
 from megatron_eagle.evaluation.provenance import note_asked
 from megatron_eagle.evaluation.published.facts import FACTS, counts
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
@@ -43,6 +46,7 @@ from megatron_eagle.evaluation.runner import (
     write_scores,
 )
 from megatron_eagle.evaluation.summary import comparison, overall, plot_frames, read_result
+from megatron_eagle.files import write_lines
 from megatron_eagle.inference.generate import Answers, ExportedModel, Sampling
 from megatron_eagle.inference.server_client import ServedModel
 from megatron_eagle.positions import add_option, check_option
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run the command."""
     options = build_parser(prog).parse_args(argv)
     does = {"list": _list, "run": _run, "frames": _frames, "table": _table, "report": _report}
-    {**does, "bridge": _bridge}[options.command](options)
+    {**does, "bridge": _bridge, "long-text": _long_text}[options.command](options)
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -92,6 +96,20 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
             )
         else:
             command.add_argument("--frames", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
+    command = commands.add_parser("long-text", help="make questions about long texts, for run")
+    command.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="H", help="exported folder, or one of a tokenizer"
+    )
+    command.add_argument("--output", type=Path, required=True, metavar="B.jsonl")
+    command.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[4096, 16384, 32768, 65536, 131072],
+        metavar="N",
+        help="of prompt and answer (default 4096 to 131072)",
+    )
+    command.add_argument("--repeats", type=int, default=1, help="books of each length (default 1)")
     command = commands.add_parser("table", help="scores of finished runs beside the published ones")
     command.add_argument("folders", type=Path, nargs="+", metavar="O")
     command = commands.add_parser("report", help="finished runs as one HTML page")
@@ -229,6 +247,15 @@ def _model(options: argparse.Namespace, output: Path) -> Answers:
 
 def _cuts_frames(options: argparse.Namespace) -> bool:
     return ServedModel(options.endpoint, options.model).cutting is not None
+
+
+def _long_text(options: argparse.Namespace) -> None:
+    if options.repeats <= 0:
+        raise UserError(f"--repeats must be positive, not {options.repeats}")
+    count = load_tokenizer(options.tokenizer).count
+    records = list(long_text_records(options.tokens, count, options.repeats))
+    write_lines(options.output, records)
+    print(f"{len(records):,} questions in {options.output}: `megatron-eagle evaluate run --benchmark`")
 
 
 def _table(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Benchmark questions in one JSONL form, and how an answer to each is scored.
 
-A line: `{"id", "question", "answer", "metric", "images"?, "videos"?, "options"?, "category"?, "groups"?,
-"max_tiles"?, "frame_tiles"?}`. Paths are relative to the file. Metrics and their answers:
+A line: `{"id", "question", "answer", "metric", "context"?, "images"?, "videos"?, "options"?, "category"?,
+"groups"?, "max_tiles"?, "frame_tiles"?}`; `context` is text that comes before the question. Paths are
+relative to the file. Metrics and their answers:
 
 choice               a letter or an option
 anls, exact          a text or a list of accepted ones
@@ -173,7 +174,10 @@ def question_from(record: Any, where: str, number: int) -> Question:
     # What a benchmark's own table has no right option for is asked all the same, and always wrong.
     unanswerable = bool(record.get("unanswerable"))
     answer = "" if unanswerable else _answer(record.get("answer"), metric, options)
-    prompt = [record["question"].strip()]
+    context = record.get("context") or ""
+    if not isinstance(context, str):
+        raise ValueError(f'"context" must be a text, not {type(context).__name__}')
+    prompt = [context] * bool(context) + [record["question"].strip()]
     if options and metric in (*_CHOICES, "mathvista"):
         prompt += [f"{letter}. {o}" for letter, o in zip(metrics.LETTERS, options, strict=False)]
     instruction = answer.instruction if isinstance(answer, mathvista.Wanted) else _INSTRUCTION[metric]
