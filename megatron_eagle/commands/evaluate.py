@@ -130,10 +130,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def _list(_: argparse.Namespace) -> None:
     print(f"{'benchmark':<20}  {'Eagle 2.5 8B':>12}  {'of':>5}  {'frames':>6}  {'questions':>15}  files")
     for name, published in BENCHMARKS.items():
+        reference = "-" if published.reference is None else f"{published.reference:g}"
         counts = " or ".join(f"{split.questions:,}" for split in FACTS[name].splits)
         files = " or ".join(published.files).replace("|", " and ")
         print(
-            f"{name:<20}  {published.reference:>12g}  {published.scale:>5g}  {published.max_frames:>6}  "
+            f"{name:<20}  {reference:>12}  {published.scale:>5g}  {published.max_frames:>6}  "
             f"{counts:>15}  {files}"
         )
 

@@ -1,8 +1,8 @@
 """Benchmark questions in one JSONL form, and how an answer to each is scored.
 
 A line: `{"id", "question", "answer", "metric", "context"?, "images"?, "videos"?, "options"?, "category"?,
-"groups"?, "max_tiles"?, "frame_tiles"?}`; `context` is text that comes before the question. Paths are
-relative to the file. Metrics and their answers:
+"groups"?, "evidence"?, "max_tiles"?, "frame_tiles"?}`; `context` is text that comes before the question, and
+`evidence` videos for the judge alone. Paths are relative to the file. Metrics and their answers:
 
 choice               a letter or an option
 anls, exact          a text or a list of accepted ones
@@ -17,7 +17,7 @@ mathvista            {"value", "kind", "precision"?}: one of the options for the
 grounding            [start, end] in seconds
 intervals            [[start, end], ...] in seconds
 judge                a text or a list of accepted ones; a language model compares (see `judge`), for
-                     judge-openeqa, judge-mm-vet and judge-mmb-video on their authors' scales
+                     judge-openeqa, judge-mm-vet, judge-mmb-video and judge-cg-bench on their authors' scales
 """
 
 import hashlib
@@ -76,6 +76,7 @@ class Question:
     options: tuple[str, ...] = ()
     category: str = "all"
     groups: tuple[str, ...] = ()
+    evidence: tuple[str | dict[str, Any], ...] = ()
 
     def score(self, text: str, judge: Judge | None = None) -> float:
         """The score of an answer in [0, 1]; for `grounding` and `intervals` the temporal IoU."""
@@ -90,7 +91,7 @@ class Question:
         if self.metric in SCALES:
             if judge is None:
                 raise UserError("these answers are compared by a language model: name one with --judge")
-            return judge.mark(self.metric, self.question, self.answer, text)
+            return judge.mark(self.metric, self.question, self.answer, text, self.evidence)
         return _SCORES[self.metric](text, self.answer)
 
     def reading(self, text: str, judge: Judge | None = None) -> str:
@@ -171,6 +172,8 @@ def question_from(record: Any, where: str, number: int) -> Question:
         raise ValueError('"options" must be a list of texts')
     if not 2 <= len(options) <= len(metrics.LETTERS) and metric in _CHOICES:
         raise ValueError(f"{len(options)} options; a choice has 2 to {len(metrics.LETTERS)}")
+    if metric in SCALES and SCALES[metric].seen and not record.get("evidence"):
+        raise ValueError(f'{metric} needs "evidence": videos that show the answer')
     # What a benchmark's own table has no right option for is asked all the same, and always wrong.
     unanswerable = bool(record.get("unanswerable"))
     answer = "" if unanswerable else _answer(record.get("answer"), metric, options)
@@ -193,6 +196,7 @@ def question_from(record: Any, where: str, number: int) -> Question:
         tuple(options),
         category=str(record.get("category", "all")),
         groups=tuple(record.get("groups") or ()),
+        evidence=Request.from_record({"prompt": "", "videos": record.get("evidence")}, where).videos,
     )
 
 
@@ -262,7 +266,9 @@ def _placed(record: Any, base: Path) -> Any:
     """The record with its media's paths relative to `base`."""
     if not isinstance(record, dict):
         return record
-    media = {key: record[key] for key in ("images", "videos") if isinstance(record.get(key), list)}
+    media = {
+        key: record[key] for key in ("images", "videos", "evidence") if isinstance(record.get(key), list)
+    }
     return record | {key: [_place(item, base) for item in items] for key, items in media.items()}
 
 

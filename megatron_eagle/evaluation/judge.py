@@ -8,6 +8,7 @@ a file with the authors' own. A score depends on prompt and model: with those of
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.inference.generate import Answers, Request, Sampling
@@ -68,6 +69,22 @@ Question: {question}
 True answer: {answer}
 Candidate's answer: {prediction}
 Rating:"""
+_CG_BENCH = """\
+Say whether a prediction answers a question rightly, going by what it and the true answer mean. Reply with one
+digit. 0: they differ and cannot be about the same thing. 1: they agree, or the prediction holds the truth.
+2: they differ in words, but may describe the same sight: who judges would have to see it.
+
+Question: {question}
+True answer: {answer}
+Prediction: {prediction}
+Digit:"""
+_CG_BENCH_SEEN = """\
+The pictures are of the parts of a video that a question is about. Say whether a prediction answers it rightly
+by what they show. Reply with one digit: 1 if it does, 0 if not.
+
+Question: {question}
+Prediction: {prediction}
+Digit:"""
 _MATHVISTA = """\
 Copy the final answer out of a reply to a question: an option's letter, a number or a list, as the question
 asks for it, and nothing else.
@@ -96,6 +113,7 @@ Reply: {prediction}
 Answer:"""
 _NUMBER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?(?![\d])")
 _TRIES = 3
+_EVIDENCE_FRAMES = 8  # of each part of a video
 
 
 class UnusableJudge(UserError):
@@ -111,6 +129,7 @@ class Scale:
         low, high: the marks that become 0 and 1.
         whole: marks are integers.
         to_last_period: what follows an answer's last period is not judged.
+        seen: if given, 2 is no mark: the judge is asked again with this prompt and the evidence.
     """
 
     prompt: str
@@ -118,6 +137,7 @@ class Scale:
     high: float
     whole: bool = True
     to_last_period: bool = False
+    seen: str = ""
 
 
 SCALES = {
@@ -128,6 +148,8 @@ SCALES = {
     "judge-mm-vet": Scale(_MM_VET, 0, 1, whole=False),
     # open-compass/VLMEvalKit: vlmeval/dataset/utils/mmbench_video.py
     "judge-mmb-video": Scale(_MMB_VIDEO, 0, 3),
+    # CG-Bench/CG-Bench: run/utils.py, eval_open_step_1 and eval_open_step_2
+    "judge-cg-bench": Scale(_CG_BENCH, 0, 1, seen=_CG_BENCH_SEEN),
 }
 
 
@@ -142,8 +164,18 @@ class Judge:
     model: Answers
     prompt: str | None = None
 
-    def mark(self, metric: str, question: str, accepted: Sequence[str], answer: str) -> float:
+    def mark(
+        self,
+        metric: str,
+        question: str,
+        accepted: Sequence[str],
+        answer: str,
+        evidence: Sequence[str | dict[str, Any]] = (),
+    ) -> float:
         """The mark of an answer on the metric's scale, as 0 to 1; an empty answer is not asked about.
+
+        Args:
+            evidence: videos that show the answer, for a judge that has to see it.
 
         Raises:
             UnusableJudge: the model fails, or three of its replies hold no mark of the scale.
@@ -162,13 +194,21 @@ class Judge:
             "extra_answers": "; ".join(accepted[1:]),
             "prediction": answer,
         }
+        high = 2 if scale.seen else scale.high
+        mark = self._marked(Request(_filled(prompt, words)), scale, high)
+        if scale.seen and mark == high:
+            shown = Request(_filled(scale.seen, words), videos=tuple(evidence))
+            mark = self._marked(shown, scale, scale.high)
+        return (mark - scale.low) / (scale.high - scale.low)
+
+    def _marked(self, request: Request, scale: Scale, high: float) -> float:
         for _ in range(_TRIES):
-            reply = self._reply(_filled(prompt, words), max_new_tokens=8)
+            reply = self._reply(request, max_new_tokens=8)
             mark = _NUMBER.search(reply)
-            if mark and scale.low <= float(mark[0]) <= scale.high and not (scale.whole and "." in mark[0]):
-                return (float(mark[0]) - scale.low) / (scale.high - scale.low)
+            if mark and scale.low <= float(mark[0]) <= high and not (scale.whole and "." in mark[0]):
+                return float(mark[0])
         kind = "whole number" if scale.whole else "number"
-        wanted = f"a {kind} from {scale.low:g} to {scale.high:g}"
+        wanted = f"a {kind} from {scale.low:g} to {high:g}"
         raise UnusableJudge(f"the judge does not answer with {wanted}, but {reply[:60]!r}")
 
     def extract(self, asked: str, answer: str) -> str:
@@ -178,11 +218,13 @@ class Judge:
             UnusableJudge: the model fails.
         """
         words = {"question": asked, "prediction": answer}
-        return self._reply(_filled(self.prompt or _MATHVISTA, words), max_new_tokens=64).strip()
+        request = Request(_filled(self.prompt or _MATHVISTA, words))
+        return self._reply(request, max_new_tokens=64).strip()
 
-    def _reply(self, prompt: str, max_new_tokens: int) -> str:
+    def _reply(self, request: Request, max_new_tokens: int) -> str:
+        sampling = Sampling(max_frames=_EVIDENCE_FRAMES, max_new_tokens=max_new_tokens)
         try:
-            return self.model.answer(Request(prompt), Sampling(max_new_tokens=max_new_tokens))
+            return self.model.answer(request, sampling)
         except UserError as error:  # would be the next question's failure too
             raise UnusableJudge(f"the judge fails: {error}") from None
 

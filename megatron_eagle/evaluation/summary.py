@@ -102,6 +102,8 @@ class Result:
         """`doubt`, else that several splits might be meant; empty if there is nothing to say."""
         if self.doubt:
             return f"{self.doubt}; no difference is given"
+        if BENCHMARKS[self.benchmark].reference is None:
+            return f"{self.split.name} was asked; Eagle 2.5 8B has no published score"
         if self.facts.reference is None and len(self.facts.splits) > 1:
             names = " or ".join(f"{split.name} ({split.questions:,})" for split in self.facts.splits)
             return f"{self.split.name} was asked; of {names}, the published score does not say which"
@@ -137,9 +139,11 @@ def comparison_rows(results: Sequence[Result]) -> list[list[str]]:
     for result in results:
         reference = BENCHMARKS[result.benchmark].reference
         ours = "-" if result.score is None else f"{result.score:.2f}"
-        published = "-" if result.limited else f"{reference:.2f}"
-        whole = result.score is not None and not result.doubt
-        difference = f"{(result.score or 0.0) - reference:+.2f}" if whole else "-"
+        published, difference = "-", "-"
+        if reference is not None and not result.limited:
+            published = f"{reference:.2f}"
+            if result.score is not None and not result.doubt:
+                difference = f"{result.score - reference:+.2f}"
         expected = f"{result.split.questions:,}"
         rows.append([result.benchmark, f"{result.asked:,}", expected, ours, published, difference])
     return rows

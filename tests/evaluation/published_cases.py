@@ -135,6 +135,18 @@ CASES = {
         ["5 to 10, 20 to 25 seconds"],  # covers 10 of 20
         50,
     ),
+    "cg-bench-open": (
+        "cgbench.json",
+        [
+            {"video_uid": "v", "qid": 7, "question": "Q", "answer": "white", "choices": ["p"]}
+            | {"clue_intervals": [[1, 2]], "domain": "life"},
+            {"video_uid": "v", "qid": 8, "question": "Q", "answer": "black", "choices": ["p"]}
+            | {"clue_intervals": [[1, 2]], "domain": "life"},
+        ],
+        {"cg_videos_720p/v.mp4": b""},
+        ["judge: 0", "judge: 1"],
+        50,
+    ),
     "hourvideo": (
         "dev_v1.0_annotations.json",
         {

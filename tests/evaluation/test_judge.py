@@ -4,15 +4,17 @@ import re
 
 import pytest
 
+from megatron_eagle.evaluation.benchmarks import question_from
 from megatron_eagle.evaluation.judge import SCALES, Judge, UnusableJudge
 
 
 class _Says:
     def __init__(self, *replies):
-        self.replies, self.asked = list(replies), []
+        self.replies, self.asked, self.seen = list(replies), [], []
 
     def answer(self, request, sampling):
         self.asked.append(request.prompt)
+        self.seen.append(request.videos)
         return self.replies.pop(0)
 
 
@@ -29,6 +31,8 @@ class _Says:
         ("judge-mmb-video", "0", 0),
         ("judge-mmb-video", "2", 2 / 3),
         ("judge-mmb-video", "3/3", 1),
+        ("judge-cg-bench", "0", 0),
+        ("judge-cg-bench", "1", 1),
     ],
 )
 def test_marks(metric, reply, score):
@@ -59,6 +63,23 @@ def test_all_that_is_known_is_asked(metric):
     assert "Who {prediction}?" in asked and "ann <AND> bob" in asked and "eve" in asked
     assert ("Also" in asked) == (metric != "judge-openeqa")  # OpenEQA cuts after the last period
     assert not re.search(r"\{(question|answer|extra_answers)\}", asked)
+
+
+def test_a_judge_sees_what_it_cannot_tell():
+    """CG-Bench's second step: the parts of the video that hold the clue."""
+    parts = [{"video": "v.mp4", "start_time": 1.0, "end_time": 2.0}]
+    for reply, score in (("0", 0), ("1", 1)):
+        model = _Says("2", reply)
+        assert Judge(model).mark("judge-cg-bench", "Colour?", ["white"], "ivory", parts) == score
+        assert "white" in model.asked[0] and "white" not in model.asked[1] and "ivory" in model.asked[1]
+        assert model.seen == [(), tuple(parts)]
+    with pytest.raises(UnusableJudge, match="from 0 to 1"):
+        Judge(_Says(*["2"] * 4)).mark("judge-cg-bench", "Colour?", ["white"], "ivory", parts)
+    record = {"question": "Colour?", "metric": "judge-cg-bench", "answer": "white"}
+    with pytest.raises(ValueError, match='needs "evidence"'):
+        question_from(record, "x", 1)
+    question = question_from(record | {"evidence": parts}, "x", 1)
+    assert question.request.videos == () and question.score("ivory", Judge(_Says("2", "1"))) == 1
 
 
 def test_a_prompt_of_ones_own():

@@ -102,6 +102,7 @@ FACTS: dict[str, Facts] = {
     "cg-bench-clue": Facts(_CG, None, _CG_FILES),
     "cg-bench-long": Facts(_CG, None, _CG_FILES),
     "cg-bench-miou": Facts(_CG, None, _CG_FILES),
+    "cg-bench-open": Facts(_CG, None, _CG_FILES, _JUDGED),
     "hourvideo": Facts(
         (
             Split("dev", 1_182, 50, "keshik6/HourVideo README.md"),

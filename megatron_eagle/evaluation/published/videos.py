@@ -170,6 +170,19 @@ def cg_bench_miou(source: Source, table: str, row: dict[str, Any]) -> Records:
     }
 
 
+def cg_bench_open(source: Source, table: str, row: dict[str, Any]) -> Records:
+    """`cgbench.json` or `cgbench_mini.json`: the question without its options; the judge may see the clue."""
+    yield {
+        "id": str(row["qid"]),
+        "question": row["question"],
+        "metric": "judge-cg-bench",
+        "answer": row["answer"],
+        "videos": [source.video(row["video_uid"])],
+        "evidence": [source.video(row["video_uid"], *part) for part in _clues(row)],
+        "category": row["domain"],
+    }
+
+
 def _cg_bench(row: dict[str, Any], video: Any) -> dict[str, Any]:
     more = {"id": str(row["qid"]), "answer": row["right_answer"], "category": row["domain"]}
     return choice(row, video, row["choices"], **more)
