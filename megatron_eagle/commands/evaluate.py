@@ -7,7 +7,7 @@
     %(prog)s long-text --tokenizer H --output B.jsonl              questions about long texts, for run
     %(prog)s table O1 O2 ...                                       scores beside the published ones
     %(prog)s report O1 O2 ... --output P.html                          one page of them, with worst answers
-    %(prog)s bridge --kit lmms-eval --endpoint URL --tasks T --output O
+    %(prog)s bridge --kit lmms-eval --endpoint URL --tasks T --output O    a script that runs another kit
 
 --endpoint URL asks a server in place of --hf.  B holds one question a line, see
 `megatron_eagle/evaluation/benchmarks.py`.  O holds the answers, the scores and what could not be asked; a run
@@ -28,9 +28,10 @@ from megatron_eagle.commands.server_options import add_timeout
 from megatron_eagle.data.text.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import digest_of, read_benchmark
-from megatron_eagle.evaluation.bridge import KITS, write_bridge
+from megatron_eagle.evaluation.bridge import Bridge, write_bridge
 from megatron_eagle.evaluation.finished import read_finished
 from megatron_eagle.evaluation.judge import Judge
+from megatron_eagle.evaluation.kit_names import KITS
 from megatron_eagle.evaluation.long_text import long_text_records
 from megatron_eagle.evaluation.provenance import note_asked
 from megatron_eagle.evaluation.published.facts import FACTS, counts
@@ -121,9 +122,20 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     command.add_argument("--kit", choices=KITS, required=True)
     command.add_argument("--endpoint", metavar="URL", required=True)
     command.add_argument("--model", metavar="NAME", help="at the endpoint (default: its first)")
-    command.add_argument("--tasks", nargs="+", required=True, metavar="T", help="as the kit names them")
+    command.add_argument(
+        "--tasks", nargs="+", required=True, metavar="T", help="as the kit names them, or list"
+    )
     command.add_argument("--output", type=Path, required=True, metavar="O")
     command.add_argument("--max-frames", type=int, default=256, help="per video (default %(default)s)")
+    command.add_argument(
+        "--videos",
+        choices=("frames", "files"),
+        default="frames",
+        help="files: a server with the export's plugin reads them (default %(default)s)",
+    )
+    command.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="the kit's tasks (LMUData) on this machine; asks no hub"
+    )
     return parser
 
 
@@ -270,9 +282,9 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _bridge(options: argparse.Namespace) -> None:
-    model = options.model or ServedModel(options.endpoint).model
     if options.max_frames <= 0:
         raise UserError(f"--max-frames must be positive, not {options.max_frames}")
-    given = (options.kit, options.endpoint, model, options.tasks, options.output, options.max_frames)
-    print(write_bridge(*given), end="")
+    model = options.model or ServedModel(options.endpoint).model
+    about = {name: getattr(options, name) for name in ("endpoint", "tasks", "max_frames", "videos", "data")}
+    print(write_bridge(options.kit, Bridge(model=model, **about), options.output), end="")
     print(f"# written to {options.output / 'evaluate.sh'}")

@@ -8,7 +8,6 @@ from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import read_benchmark
-from megatron_eagle.evaluation.bridge import write_bridge
 from megatron_eagle.evaluation.judge import Judge, UnusableJudge
 from megatron_eagle.evaluation.runner import count_readings, render_scores, run_benchmark, tabulate
 from megatron_eagle.inference.generate import Sampling
@@ -225,25 +224,3 @@ def test_every_published_benchmark_is_listed():
     done = call_tool("evaluate", "list")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 33
     assert "video-mme" in done.stdout and "72.4" in done.stdout
-
-
-def test_other_kits_get_their_command(tmp_path):
-    script = write_bridge("lmms-eval", "http://127.0.0.1:8000", "eagle", ["videomme", "mvbench"], tmp_path)
-    assert "OPENAI_API_BASE=http://127.0.0.1:8000/v1" in script
-    assert "--tasks videomme,mvbench" in script and "model_version=eagle,max_frames_num=256" in script
-    assert "max_frames_num=512" in write_bridge("lmms-eval", "http://h", "eagle", ["x"], tmp_path, 512)
-    tasks = ["MMStar", "Video-MME_64frame", "MVBench", "MMBench-Video", "Video-MME_1fps"]
-    write_bridge("vlmevalkit", "http://127.0.0.1:8000/v1", "m/eagle", tasks, tmp_path, 512)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model"]["eagle"]["api_base"] == "http://127.0.0.1:8000/v1/chat/completions"
-    assert config["data"]["MMStar"]["class"] == "ImageMCQDataset"
-    video = {"class": "VideoMME", "dataset": "Video-MME", "nframe": 64}
-    assert config["data"]["Video-MME_64frame"] == video
-    assert config["data"]["MVBench"] == {"class": "MVBench", "dataset": "MVBench", "nframe": 512}
-    assert config["data"]["MMBench-Video"]["pack"] is False
-    assert config["data"]["Video-MME_1fps"] == {}  # the kit knows it by this name
-    with pytest.raises(UserError, match="MVBench_long: unknown to VLMEvalKit; of videos it has Video-MME"):
-        write_bridge("vlmevalkit", "http://127.0.0.1:8000", "m", ["MVBench_long"], tmp_path)
-    assert "sk-" not in (tmp_path / "evaluate.sh").read_text()
-    with pytest.raises(UserError, match="expected the URL"):
-        write_bridge("lmms-eval", "somewhere", "eagle", ["x"], tmp_path)

@@ -291,6 +291,8 @@ def test_a_video_says_in_its_url_how_it_is_sampled():
     )
     assert settings == {"nframes": 4, "video_end": 3.0} and type(settings["nframes"]) is int
     assert split_url("file:///v.mp4", {"fps": None}) == ("file:///v.mp4", {})
+    # A server's limit, and then what a client of vLLM asks for.
+    assert split_url("file:///v.mp4", {"max_frames": 8, "num_frames": 4})[1] == {"max_frames": 4}
     for wrong, message in (
         ("#speed=2", "has no setting speed"),
         ("#fps=abc", "fps must be a number, not 'abc'"),

@@ -21,7 +21,10 @@ def split_url(url: str, general: Mapping[str, Any] | None = None) -> tuple[str, 
     """
     url, _, fragment = url.partition("#")
     own = _read_settings(parse_qsl(fragment, keep_blank_values=True))
-    others = _read_settings((general or {}).items())
+    # `num_frames` is vLLM's own word, with which other clients ask.
+    others = _read_settings(
+        ("max_frames" if name == "num_frames" else name, value) for name, value in (general or {}).items()
+    )
     if "nframes" in own:  # a number of frames, and a rate with its limits, exclude each other
         others = {name: value for name, value in others.items() if name.startswith("video_")}
     return url, {**others, **own}
