@@ -32,6 +32,7 @@ NAMES = {
     "cg-bench-clue": KitNames(None, "CG-Bench_MCQ_Grounding"),
     "cg-bench-long": KitNames("cgbench", "CG-Bench_MCQ_Grounding"),
     "cg-bench-miou": KitNames(None, "CG-Bench_MCQ_Grounding"),
+    "cg-bench-open": KitNames(None, "CG-Bench_OpenEnded"),
     "hourvideo": KitNames(),
     "charades-sta": KitNames("temporal_grounding_charades"),
     "hd-epic": KitNames("hd_epic"),
