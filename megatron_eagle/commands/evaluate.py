@@ -35,6 +35,7 @@ from megatron_eagle.evaluation.kit_names import KITS
 from megatron_eagle.evaluation.long_text import long_text_records
 from megatron_eagle.evaluation.provenance import note_asked
 from megatron_eagle.evaluation.published.facts import FACTS, counts
+from megatron_eagle.evaluation.published.held import LocalMedia
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.evaluation.report import write_report
@@ -202,7 +203,8 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
     found, questions = questions, questions[: options.limit]  # a run with a higher limit goes on
     progress = partial(tqdm, unit="question")
     asked = partial(_model, options, output)
-    scored = run_benchmark(asked, questions, problems, output, sampling, about, progress, judge)
+    with LocalMedia(output / "media") as local:
+        scored = run_benchmark(asked, questions, problems, output, sampling, about, progress, judge, local)
     dropped = [json.loads(line) for line in (output / "dropped.jsonl").open(encoding="utf-8")]
     if not scored:
         raise UserError(f"{output}: no question was answered; the first problem: {dropped[0]['reason']}")

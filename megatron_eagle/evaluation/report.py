@@ -16,6 +16,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import Question
 from megatron_eagle.evaluation.finished import Finished, worst
 from megatron_eagle.evaluation.metrics import LETTERS
+from megatron_eagle.evaluation.published.held import LocalMedia
 from megatron_eagle.evaluation.shown_media import media_figures
 from megatron_eagle.evaluation.summary import comparison_rows, plot_frames, read_result, remarks
 from megatron_eagle.files import write_whole
@@ -153,10 +154,11 @@ def _worst_answers(run: Finished) -> str:
         chosen = worst(wrong, run.questions(), _WORST)
     except UserError as error:
         return f'{head}<p class="problem">the questions cannot be read again: {escape(str(error))}</p>'
-    return head + "".join(_answer(question, answer, run.sampling) for question, answer in chosen)
+    with LocalMedia(run.folder / "media") as local:
+        return head + "".join(_answer(question, answer, run.sampling, local) for question, answer in chosen)
 
 
-def _answer(question: Question, answer: dict[str, Any], sampling: Sampling) -> str:
+def _answer(question: Question, answer: dict[str, Any], sampling: Sampling, local: LocalMedia) -> str:
     options = "".join(
         f"<br>{letter}. {escape(option)}" for letter, option in zip(LETTERS, question.options, strict=False)
     )
@@ -164,7 +166,7 @@ def _answer(question: Question, answer: dict[str, Any], sampling: Sampling) -> s
     return (
         f'<div class="question"><p class="note">{escape(question.id)}, {escape(question.category)}, '
         f"{100 * answer['score']:.0f} of 100 by {escape(question.metric)}</p>"
-        f"{media_figures(question.request, sampling)}<p>{escape(question.question)}{options}</p>"
+        f"{media_figures(question.request, sampling, local)}<p>{escape(question.question)}{options}</p>"
         f'<p class="problem">answered: {escape(answer["answer"]) or "(nothing)"}</p>'
         f'<p class="right">expected: {escape(right)}</p></div>'
     )

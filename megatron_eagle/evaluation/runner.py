@@ -6,7 +6,7 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron_eagle.evaluation.benchmarks import Question
 from megatron_eagle.evaluation.judge import SCALES, Judge, UnusableJudge
 from megatron_eagle.evaluation.metrics import recall_at
 from megatron_eagle.files import AppendedFile, to_line, write_whole
-from megatron_eagle.inference.generate import Answers, Sampling
+from megatron_eagle.inference.generate import Answers, Request, Sampling
 from megatron_eagle.inference.resume import resume
 from megatron_eagle.problems import LedgerEntry, write_ledger
 
@@ -42,6 +42,7 @@ def run_benchmark(
     about: dict[str, Any],
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
     judge: Judge | None = None,
+    local: Callable[[Request], Request] = lambda request: request,
 ) -> list[tuple[Question, float]]:
     """Answer and score what `folder` does not have yet.
 
@@ -51,6 +52,7 @@ def run_benchmark(
         model: only called if there is something to ask.
         problems: the questions that cannot be asked.
         about: names model and benchmark.
+        local: makes files of media that lie elsewhere.
 
     Returns:
         Each question that has an answer, and its score.
@@ -75,8 +77,11 @@ def run_benchmark(
         with AppendedFile(path) as file:
             for question in progress(todo):
                 try:
-                    text = ready.answer(question.request, sampling)
-                    score = question.score(text, judge)
+                    text = ready.answer(local(question.request), sampling)
+                    evidence = (
+                        local(Request("", videos=question.evidence)).videos if question.evidence else ()
+                    )
+                    score = replace(question, evidence=evidence).score(text, judge)
                 except UnusableJudge:
                     raise
                 except UserError as error:

@@ -1,5 +1,6 @@
 """What a question showed: its pictures, and a few of the frames of its videos that the model was given."""
 
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -18,9 +19,13 @@ _PICTURE, _FRAME = 320, 180  # pixels, longer side
 _FRAMES, _PICTURES = 8, 16  # at most, of a video and of a question
 
 
-def media_figures(request: Request, sampling: Sampling) -> str:
-    """Figures with captions; for what cannot be shown a line that says why."""
+def media_figures(request: Request, sampling: Sampling, local: Callable[[Request], Request]) -> str:
+    """Figures with captions; for what cannot be shown a line that says why. `local` makes files of media."""
     parts = []
+    try:
+        request = local(request)
+    except UserError as error:
+        return f'<div class="media">{_problem(error)}</div>'
     for number, path in enumerate(request.images[:_PICTURES], 1):
         try:
             parts.append(_figure(jpeg_url(load_image(path), _PICTURE), f"picture {number}"))

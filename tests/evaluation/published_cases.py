@@ -1,6 +1,7 @@
 """A small table of every published benchmark as its authors write it, with answers and their score."""
 
 import base64
+import csv
 import json
 
 import pyarrow as pa
@@ -381,5 +382,10 @@ def write(folder, name, content):
         path.write_bytes(content)
     elif path.suffix == ".parquet":
         parquet.write_table(pa.Table.from_pylist(content), path)
+    elif path.suffix == ".tsv" and isinstance(content, list):
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(content[0]), delimiter="\t")
+            table.writeheader()
+            table.writerows(content)
     else:
         path.write_text(content if isinstance(content, str) else json.dumps(content))

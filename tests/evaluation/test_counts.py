@@ -79,7 +79,9 @@ def test_a_limit_never_stands_beside_a_published_score(tmp_path):
 
 def mmbench(folder):
     rows = [f"{i}\tQ{i}?\tx\ty\tA\tc\t{PNG64}" for i in (1, 2)]
-    write(folder, "MMBench.tsv", "\n".join(["index\tquestion\tA\tB\tanswer\tcategory\timage", *rows]))
+    write(
+        folder, "MMBench_DEV_EN_V11.tsv", "\n".join(["index\tquestion\tA\tB\tanswer\tcategory\timage", *rows])
+    )
     return BENCHMARKS["mmbench-1.1"].questions(Source(folder, folder / "p"))[0]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 
 from megatron_eagle.data.inspection.kept_pixels import TYPICAL, kept_table
+from megatron_eagle.evaluation.published.facts import FACTS
 from megatron_eagle.planning import rates
 from tests.paths import REPO
 from tests.project import commands, configuration, context_ways, file_map, first_run, floors
@@ -61,6 +62,23 @@ def long_video_table() -> str:
     return "\n".join([f"{card['title']}; measured on {card['date']} at commit {card['commit']}.", "", *lines])
 
 
+def benchmarks_table() -> str:
+    """What is read of each published benchmark, and what a score here is held against."""
+    lines = ["| benchmark | read as | questions (videos or pictures) | rule | differs from the authors in |"]
+    lines.append("|---" * 5 + "|")
+    for name, facts in FACTS.items():
+        splits = []
+        for split in facts.splits:
+            media = "" if split.media is None else f" ({split.media:,})"
+            mark = "**" if split.name == facts.reference and len(facts.splits) > 1 else ""
+            splits.append(f"{mark}{split.name}{mark} {split.questions:,}{media}")
+        if facts.reference not in (None, *(split.name for split in facts.splits)):
+            splits.append(f"**{facts.reference}** ?")
+        lines.append(f"| {name} | {facts.forms} | {'; '.join(splits)} | {facts.rule} | {facts.differs} |")
+    sources = dict.fromkeys(split.source for facts in FACTS.values() for split in facts.splits)
+    return "\n".join([*lines, "", f"Counts are those of {'; '.join(sources)}."])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "floors": floors.floors,
     "phases": floors.phases,
@@ -72,6 +90,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "planner table": planner_table,
     "rehearsal table": rehearsal_table,
     "long video": long_video_table,
+    "published benchmarks": benchmarks_table,
     "kept pixels": lambda: kept_table(TYPICAL),
     "configuration": configuration.render,
     "commands": commands.render,

@@ -341,6 +341,7 @@ IN_PLACE = {
         "data/preparation/transcode._write_annotations",
         "data/media/transcode._encode",
         "data/media/archive_unpack.unpacked_archive",
+        "evaluation/published/held._file",
         "data/media/remote/cache._claim",
     },
     "at its end": {

@@ -262,7 +262,7 @@ def open_root(root: str) -> MediaRoot:
         name, folder = _unquoted(name), _unquoted(folder)
         file, inner = _split(name) or (name, "")
         try:
-            parts.append(_Part(name, inner, _opened(file, folder)))
+            parts.append(_Part(name, inner, open_archive(file, folder)))
         except UserError as error:
             raise UserError(f"{error}{_piece_hint(file)}") from None
     return ArchiveRoot(parts)
@@ -292,7 +292,7 @@ def _piece_hint(file: str) -> str:
     return f"; if it is a piece of an archive, join them: cat {piece[1]}* > {whole}" if piece else ""
 
 
-def _opened(file: str, cache: str) -> ArchiveIndex:
+def open_archive(file: str, cache: str) -> ArchiveIndex:
     path = Path(file)
     try:
         kind = archive_kind(path)

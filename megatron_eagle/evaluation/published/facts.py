@@ -6,7 +6,7 @@ media are the different videos or pictures that its questions show; None: nobody
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_eagle.evaluation.benchmarks import Question
@@ -29,7 +29,8 @@ class Facts:
     Attributes:
         splits: those that can be read and scored here, and those that cannot, but are reported elsewhere.
         reference: the split of the published score; None: its authors do not say which.
-        forms: in which a download is read; the last word of a name is the file's.
+        forms: in which a download is read.
+        rule: how answers are scored, in a word.
         differs: in what a score here is another one than the authors'; empty: in nothing that is known.
     """
 
@@ -37,6 +38,7 @@ class Facts:
     reference: str | None
     forms: str
     differs: str = ""
+    rule: str = "option"
 
     def split(self, read: int) -> Split:
         """The split that `read` questions are of: the smallest that has so many, else the largest."""
@@ -51,18 +53,41 @@ def _one(name: str, questions: int, media: int | None, source: str, forms: str, 
 _KIT = "VLMEvalKit's TSV"
 _JUDGED = "the judge is the model that --judge names"
 _MME = "JSON, parquet, " + _KIT
-_CG_FILES = "cgbench.json, cgbench_mini.json"
+_CG_FILES = "cgbench.json or cgbench_mini.json, " + _KIT
 _CG = (
-    Split("all", 12_129, 1_219, "CG-Bench's paper, section 3"),
+    Split("all", 12_129, 1_219, "CG-Bench's paper"),
     Split("mini", 3_000, 1_118, "CG-Bench/CG-Bench cgbench_mini.json"),
 )
-FACTS: dict[str, Facts] = {
-    "video-mme": _one("all", 2_700, 900, "Video-MME's paper, section 3", _MME),
+_RULES = {
+    "cg-bench-open": "judge, 0 or 1",
+    "mvbench": "option, mean of tasks",
+    "mlvu": "option, mean of tasks",
+    "hd-epic": "option, mean of kinds",
+    "chartqa": "relaxed accuracy, mean of halves",
+    "cg-bench-miou": "temporal IoU",
+    "charades-sta": "temporal IoU",
+    "mmb-video": "judge, 0 to 3",
+    "openeqa": "judge, 1 to 5",
+    "mm-vet": "judge, 0 to 1",
+    "docvqa": "ANLS",
+    "infovqa": "ANLS",
+    "textvqa": "VQA accuracy",
+    "ocrbench": "text in the answer",
+    "realworldqa": "option or text",
+    "mmbench-1.1": "option, in every rotation",
+    "mmmu": "option or text, MMMU's",
+    "mathvista": "MathVista's",
+    "hallusionbench": "yes or no, figures and pairs",
+}
+"""Of those where it is not just the letter or the text of an option."""
+
+_FACTS = {
+    "video-mme": _one("all", 2_700, 900, "Video-MME's paper", _MME),
     "video-mme-subtitles": _one(
         "all",
         2_700,
         900,
-        "Video-MME's paper, section 3",
+        "Video-MME's paper",
         _MME,
         "frames' times are read off the file's header",
     ),
@@ -85,7 +110,7 @@ FACTS: dict[str, Facts] = {
         "val",
         1_337,
         None,
-        "LongVideoBench's paper, section 3",
+        "LongVideoBench's paper",
         "JSON, parquet, " + _KIT,
         "subtitles stand before the question, with their seconds, not between the frames",
     ),
@@ -98,7 +123,7 @@ FACTS: dict[str, Facts] = {
         "JSON, parquet",
         "only the subset's answers are public",
     ),
-    "perception-test": _one("val", 19_140, None, "Perception Test's paper, table of splits", "JSON, parquet"),
+    "perception-test": _one("val", 19_140, None, "Perception Test's paper", "JSON, parquet"),
     "cg-bench-clue": Facts(_CG, None, _CG_FILES),
     "cg-bench-long": Facts(_CG, None, _CG_FILES),
     "cg-bench-miou": Facts(_CG, None, _CG_FILES),
@@ -112,7 +137,7 @@ FACTS: dict[str, Facts] = {
         "JSON",
         "questions whose options are pictures are not asked; the test split's answers are not public",
     ),
-    "charades-sta": _one("test", 3_720, 1_334, "Charades-STA's paper, section 4", "text, parquet"),
+    "charades-sta": _one("test", 3_720, 1_334, "Charades-STA's paper", "text, parquet"),
     "hd-epic": Facts(
         (
             Split("without action recognition and localization", 6_550, 156, "28 of the 30 tables"),
@@ -122,16 +147,16 @@ FACTS: dict[str, Facts] = {
         "JSON",
         "times are tenths of seconds, where the authors write whole ones; frames come at 2 a second",
     ),
-    "hrvideobench": _one("test", 200, None, "VISTA's paper, section 4", "JSON Lines"),
+    "hrvideobench": _one("test", 200, None, "VISTA's paper", "JSON Lines"),
     "egoplan": _one(
         "val",
         3_355,
         None,
-        "EgoPlan-Bench's paper, section 3",
+        "EgoPlan-Bench's paper",
         "JSON, parquet",
         "one video up to the observation, where the authors show a picture of the observation, too",
     ),
-    "mmb-video": _one("test", 1_998, 609, "MMBench-Video's paper, section 3", _KIT, _JUDGED),
+    "mmb-video": _one("test", 1_998, 609, "MMBench-Video's paper", _KIT, _JUDGED),
     "openeqa": _one(
         "all",
         1_636,
@@ -142,8 +167,8 @@ FACTS: dict[str, Facts] = {
     ),
     "docvqa": Facts(
         (
-            Split("test", 5_188, 1_287, "DocVQA's paper, section 3"),
-            Split("val", 5_349, 1_286, "DocVQA's paper, section 3"),
+            Split("test", 5_188, 1_287, "DocVQA's paper"),
+            Split("val", 5_349, 1_286, "DocVQA's paper"),
         ),
         "test",
         "JSON, parquet, " + _KIT,
@@ -151,17 +176,17 @@ FACTS: dict[str, Facts] = {
     ),
     "infovqa": Facts(
         (
-            Split("val", 2_801, 500, "InfographicVQA's paper, section 3"),
-            Split("test", 3_288, 579, "InfographicVQA's paper, section 3"),
+            Split("val", 2_801, 500, "InfographicVQA's paper"),
+            Split("test", 3_288, 579, "InfographicVQA's paper"),
         ),
         "test",
         "JSON, parquet, " + _KIT,
         "the test split's answers are not public",
     ),
-    "textvqa": _one("val", 5_000, 3_166, "TextVQA's paper, section 3", "JSON, parquet, " + _KIT),
-    "chartqa": _one("test", 2_500, 1_509, "ChartQA's paper, section 3", "JSON, parquet, " + _KIT),
+    "textvqa": _one("val", 5_000, 3_166, "TextVQA's paper", "JSON, parquet, " + _KIT),
+    "chartqa": _one("test", 2_500, 1_509, "ChartQA's paper", "JSON, parquet, " + _KIT),
     "ocrbench": _one("test", 1_000, 930, "Yuliang-Liu/MultimodalOCR OCRBench.json", "JSON, parquet, " + _KIT),
-    "mmstar": _one("val", 1_500, None, "MMStar's paper, section 3", "parquet, " + _KIT),
+    "mmstar": _one("val", 1_500, None, "MMStar's paper", "parquet, " + _KIT),
     "realworldqa": _one("test", 765, None, "xai-org's RealworldQA", "parquet, " + _KIT),
     "ai2d": _one("test", 3_088, None, "lmms-lab's ai2d", "parquet, " + _KIT),
     "erqa": _one("test", 400, None, "embodiedreasoning/ERQA README.md", "TFRecord, parquet, " + _KIT),
@@ -189,6 +214,9 @@ FACTS: dict[str, Facts] = {
         None,
         "JSON, parquet, " + _KIT,
     ),
+}
+FACTS: dict[str, Facts] = {
+    name: replace(facts, rule=_RULES.get(name, facts.rule)) for name, facts in _FACTS.items()
 }
 """By the names of the registry."""
 

@@ -100,7 +100,7 @@ def mmbench(source: Source, table: str, row: dict[str, Any]) -> Records:
 def mmmu(source: Source, table: str, row: dict[str, Any]) -> Records:
     """Parquet, one table per subject, or VLMEvalKit's TSV, of which the validation split is read; pictures
     stand where the question names them. A question without options is open."""
-    if row.get("split", "validation") != "validation":
+    if row.get("split") not in (None, "", "validation"):
         return
     options = [str(option) for option in columns(row) or listed(row.get("options"))]
     if "image_1" in row:

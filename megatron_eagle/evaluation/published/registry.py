@@ -76,26 +76,24 @@ class Published:
         return records
 
 
-_TABLE = ("*.tsv", "*.parquet", "*.jsonl", "*.json")
-_MME = ("*.parquet", "*.json", "*.tsv")
-_CG = ("cgbench.json", "cgbench_mini.json", "*.parquet")
-_BY_TASK = ("json/*.json", "*.json", "*.parquet", "*.tsv")
+# TSVs by their names: VLMEvalKit keeps those of all benchmarks in one folder.
+_MME = ("Video-MME.tsv", "*.parquet", "*.json")
+_CG = ("cgbench.json", "cgbench_mini.json", "CG-Bench_MCQ_Grounding*.tsv", "*.parquet")
+_BY_TASK = ("json/*.json", "*.json", "*.parquet")
 # Of tables of several splits the one that is scored: others have answers too, or none.
-_HALF = ("*val*.parquet", "*.parquet", "*_VAL.tsv", "*.tsv")
+_HALF = ("*val*.parquet", "*.parquet")
 _OF_DATA = under("data")
 BENCHMARKS: dict[str, Published] = {
     "video-mme": Published(_MME, videos.video_mme, 72.4, max_frames=512, items=under("questions")),
     "video-mme-subtitles": Published(
         _MME, videos.video_mme_subtitles, 75.7, max_frames=512, items=under("questions")
     ),
-    "mvbench": Published(_BY_TASK, videos.mvbench, 74.8, "categories"),
-    "mlvu": Published(_BY_TASK, videos.mlvu, 77.6, "categories"),
-    "longvideobench": Published(
-        ("lvb_val.json", "*val*.parquet", "*.parquet", "*.tsv"), videos.longvideobench, 66.4
-    ),
+    "mvbench": Published(("MVBench*.tsv", *_BY_TASK), videos.mvbench, 74.8, "categories"),
+    "mlvu": Published(("MLVU_MCQ.tsv", *_BY_TASK), videos.mlvu, 77.6, "categories"),
+    "longvideobench": Published(("lvb_val.json", "LongVideoBench.tsv", *_HALF), videos.longvideobench, 66.4),
     "egoschema": Published(("questions.json", "*.parquet"), first_person.egoschema, 72.2),
     "perception-test": Published(
-        ("mc_question_valid.json", "*val*.parquet", "*.parquet"),
+        ("mc_question_valid.json", *_HALF),
         videos.perception_test,
         82.0,
         frame_tiles=12,
@@ -104,7 +102,11 @@ BENCHMARKS: dict[str, Published] = {
     "cg-bench-clue": Published(_CG, videos.cg_bench_clue, 55.8),
     "cg-bench-long": Published(_CG, videos.cg_bench_long, 46.6),
     "cg-bench-miou": Published(_CG, videos.cg_bench_miou, 13.4),
-    "cg-bench-open": Published(_CG, videos.cg_bench_open, None),
+    "cg-bench-open": Published(
+        ("cgbench.json", "cgbench_mini.json", "CG-Bench_OpenEnded*.tsv", "*.parquet"),
+        videos.cg_bench_open,
+        None,
+    ),
     "hourvideo": Published(
         ("*annotations*.json", "*.json"),
         first_person.hourvideo,
@@ -125,43 +127,50 @@ BENCHMARKS: dict[str, Published] = {
         items=by_name("inputs", "name"),
     ),
     "hrvideobench": Published(("*.jsonl", "*.parquet"), videos.hrvideobench, 68.5),
-    "egoplan": Published(("EgoPlan_validation.json", *_TABLE), first_person.egoplan, 45.3),
-    "mmb-video": Published(("*.tsv",), videos.mmbench_video, 1.94, scale=3),
+    "egoplan": Published(("EgoPlan_validation.json", *_HALF), first_person.egoplan, 45.3),
+    "mmb-video": Published(("MMBench-Video.tsv",), videos.mmbench_video, 1.94, scale=3),
     "openeqa": Published(("data/open-eqa-v0.json", "open-eqa-v0.json"), first_person.openeqa, 63.5),
     "docvqa": Published(
-        ("val_v1.0_withQT.json", "DocVQA/*val*.parquet", *_HALF), documents.docvqa, 94.1, items=_OF_DATA
+        ("val_v1.0_withQT.json", "DocVQA_VAL.tsv", "DocVQA/*val*.parquet", *_HALF),
+        documents.docvqa,
+        94.1,
+        items=_OF_DATA,
     ),
     "infovqa": Published(
-        ("infographicsVQA_val*.json", "InfographicVQA/*val*.parquet", "InfoVQA*.tsv", *_HALF),
+        ("infographicsVQA_val*.json", "InfographicVQA/*val*.parquet", "InfoVQA_VAL.tsv", *_HALF),
         documents.infovqa,
         80.4,
         items=_OF_DATA,
     ),
-    "textvqa": Published(("*val*.json", *_HALF), documents.textvqa, 83.7, items=_OF_DATA),
+    "textvqa": Published(
+        ("TextVQA*val*.json", "TextVQA_VAL.tsv", *_HALF), documents.textvqa, 83.7, items=_OF_DATA
+    ),
     "chartqa": Published(
-        ("test_human.json|test_augmented.json", "test*.parquet", "*.parquet", "*.tsv"),
+        ("test_human.json|test_augmented.json", "ChartQA_TEST.tsv", "test*.parquet", "*.parquet"),
         documents.chartqa,
         87.5,
         "categories",
     ),
-    "ocrbench": Published(("OCRBench.json", "*.parquet", "*.tsv"), documents.ocrbench, 869, scale=1000),
-    "mmstar": Published(_TABLE, pictures.multiple_choice, 66.2),
-    "realworldqa": Published(_TABLE, pictures.multiple_choice, 76.7),
-    "ai2d": Published(_TABLE, pictures.multiple_choice, 84.5),
-    "erqa": Published(("*.tfrecord*", *_TABLE), pictures.erqa, 38.3),
-    "mmbench-1.1": Published(("*.tsv", "*.parquet"), pictures.mmbench, 81.7, "groups"),
-    "mmmu": Published(("*val*.parquet", "*.parquet", "*.tsv"), pictures.mmmu, 55.8),
+    "ocrbench": Published(
+        ("OCRBench.json", "OCRBench.tsv", "*.parquet"), documents.ocrbench, 869, scale=1000
+    ),
+    "mmstar": Published(("MMStar.tsv", "*.parquet"), pictures.multiple_choice, 66.2),
+    "realworldqa": Published(("RealWorldQA.tsv", "*.parquet"), pictures.multiple_choice, 76.7),
+    "ai2d": Published(("AI2D_TEST.tsv", "*.parquet"), pictures.multiple_choice, 84.5),
+    "erqa": Published(("*.tfrecord*", "ERQA.tsv", "*.parquet"), pictures.erqa, 38.3),
+    "mmbench-1.1": Published(("MMBench_DEV_EN_V11.tsv", "*.parquet"), pictures.mmbench, 81.7, "groups"),
+    "mmmu": Published(("MMMU_DEV_VAL.tsv", *_HALF), pictures.mmmu, 55.8),
     "mathvista": Published(
-        ("testmini.json", "testmini*.parquet", "*.parquet", "*.tsv"),
+        ("testmini.json", "MathVista_MINI.tsv", "testmini*.parquet", "*.parquet"),
         pictures.mathvista,
         67.8,
         items=by_name("question", "pid"),
     ),
     "mm-vet": Published(
-        ("mm-vet.json", "*.parquet", "*.tsv"), pictures.mm_vet, 62.9, items=by_name("question", "name")
+        ("mm-vet.json", "MMVet.tsv", "*.parquet"), pictures.mm_vet, 62.9, items=by_name("question", "name")
     ),
     "hallusionbench": Published(
-        ("HallusionBench.json", "*image*.parquet", "*.parquet", "*.tsv"),
+        ("HallusionBench.json", "HallusionBench.tsv", "*image*.parquet", "*.parquet"),
         pictures.hallusionbench,
         54.7,
         "hallusion",

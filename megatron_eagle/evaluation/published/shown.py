@@ -8,6 +8,7 @@ from typing import Any
 import av
 
 from megatron_eagle.data.media.frame_index import open_video
+from megatron_eagle.data.media.source import member_ref
 from megatron_eagle.problems import Problem
 
 MIN_FRAMES = 8  # of a video, in every benchmark
@@ -26,7 +27,13 @@ class Header:
 
 @lru_cache(maxsize=4096)
 def header(path: str) -> Header | None:
-    """None for a file that is missing or does not say it; what is wrong with it is said when it is asked."""
+    """None for a file that is missing or does not say it; what is wrong with it is said when it is asked.
+
+    None also for a video that is compressed in an archive: it would have to be unpacked for it.
+    """
+    member = member_ref(path)
+    if member is not None and member.kind == "unzip":
+        return None
     try:
         with open_video(path) as container:
             stream = container.streams.video[0]

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megatron_eagle.data.media.source import fingerprint, open_bytes, row_ref
 from megatron_eagle.errors import UserError
-from megatron_eagle.evaluation.published import shown
+from megatron_eagle.evaluation.published import held, shown
 from megatron_eagle.evaluation.published.subtitles import Subtitle, read_subtitles
 from megatron_eagle.evaluation.published.tables import read_table
 from megatron_eagle.files import write_whole
@@ -24,8 +25,9 @@ class Source:
 
     Media are found by the name a table gives them, wherever below the folder they lie, also behind links; of
     several of one name that counts which has most of the folders before it in its path, else that nearest to
-    the table. One that is not there keeps that name, and is reported when its question is asked. Pictures
-    inside a table are written to `pictures`.
+    the table. What lies in a tar or zip archive is found as if it were unpacked, and is its address. One that
+    is not there keeps that name, and is reported when its question is asked. Pictures inside a table are
+    written to `pictures`, indices of archives beside it.
 
     Args:
         fps, max_frames: how videos will be sampled; subtitles and several videos' frames depend on it.
@@ -35,6 +37,7 @@ class Source:
         self, folder: str | Path, pictures: str | Path, fps: float = 2.0, max_frames: int | None = None
     ) -> None:
         self.folder, self._pictures = Path(folder).resolve(), Path(pictures).resolve()
+        self._cache = self._pictures.parent / "archives"
         self.fps, self.max_frames = fps, max_frames
         self.table: Path | None = None
         self._objects: dict[str, dict[str, Any]] = {}
@@ -58,9 +61,10 @@ class Source:
         """The rows of a table. A JSON file that is one object gives that object.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it cannot be read, or an archive beside it is damaged.
         """
         self.table = path
+        _ = self._places
         yield from read_table(path)
 
     def object(self, name: str) -> dict[str, Any]:
@@ -84,7 +88,7 @@ class Source:
         found, seen = [], set()
         for parent, folders, names in os.walk(self.folder, followlinks=True):
             real = os.path.realpath(parent)
-            if real in seen or real == str(self._pictures) or "answers.jsonl" in names:
+            if real in seen or real in (str(self._pictures), str(self._cache)) or "answers.jsonl" in names:
                 folders.clear()
                 continue
             seen.add(real)
@@ -93,10 +97,20 @@ class Source:
         return sorted(name.replace(os.sep, "/") for name in found)
 
     @cached_property
+    def _held(self) -> dict[str, str]:
+        """The addresses of what lies in archives, by its path where it would be unpacked; but for what is."""
+        found: dict[str, str] = {}
+        for name in filter(held.is_archive, self._files):
+            found |= held.members(self.folder, name, self._cache)
+        for name in self._files:
+            found.pop(name, None)
+        return found
+
+    @cached_property
     def _places(self) -> dict[str, list[str]]:
         """Every file by the ends of its path."""
         places: dict[str, list[str]] = {}
-        for name in self._files:
+        for name in [*self._files, *self._held]:
             parts = name.split("/")
             for start in range(len(parts)):
                 places.setdefault("/".join(parts[start:]), []).append(name)
@@ -112,7 +126,8 @@ class Source:
         for start in range(len(parts)):
             for ending in endings:
                 if found := self._places.get("/".join(parts[start:]) + ending):
-                    return str(self.folder / self._nearest(found))
+                    name = self._nearest(found)
+                    return self._held.get(name) or str(self.folder / name)
         return str(self.folder / "/".join(parts))
 
     def _nearest(self, found: list[str]) -> str:
@@ -121,20 +136,26 @@ class Source:
         near = os.path.relpath(self.table, self.folder).split(os.sep)
         shared = {name: len(os.path.commonprefix([name.split("/"), near])) for name in found}
         best = [name for name in found if shared[name] == max(shared.values())]
-        first = self.folder / best[0]
         for other in best[1:]:
-            if not filecmp.cmp(first, self.folder / other, shallow=False):
+            if not self._same(best[0], other):
                 raise ValueError(f"{best[0]} and {other} have the same name; which one is meant is not said")
         return best[0]
 
+    def _same(self, one: str, other: str) -> bool:
+        if one in self._held or other in self._held:
+            prints = [fingerprint(self._held.get(name) or str(self.folder / name)) for name in (one, other)]
+            return prints[0] == prints[1]
+        return filecmp.cmp(self.folder / one, self.folder / other, shallow=False)
+
     def picture(self, value: Any) -> str:
-        """A picture: a name, base64 text, bytes, or an object with `bytes` or `path`.
+        """A picture: a name, the address of a value in a table, base64 text, or bytes.
 
         Raises:
             ValueError: it is none of these.
         """
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and row_ref(value):
+            with open_bytes(value) as file:
+                value = file.read()
         if isinstance(value, str) and "." in value:  # base64 has no dots, names of pictures have
             return self.place(value)
         if isinstance(value, str):
@@ -166,7 +187,7 @@ class Source:
 
     def subtitles(self, name: str, seconds: float | None = None) -> list[Subtitle]:
         """The subtitles in the file of this name, as `read_subtitles`."""
-        return read_subtitles(Path(self.place(name, (".srt", ".vtt", ".json", "_en.json", ""))), seconds)
+        return read_subtitles(self.place(name, (".srt", ".vtt", ".json", "_en.json", "")), seconds)
 
 
 def _matches(name: str, kinds: Sequence[str]) -> bool:

@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from megatron_eagle.data.media.source import open_bytes
 from megatron_eagle.data.sample import clock_seconds
+from megatron_eagle.problems import Problem
 
 _SHOWN = re.compile(r"^\s*([\d:]+[.,]?\d*)\s*-->\s*([\d:]+[.,]?\d*)")
 
@@ -21,17 +22,19 @@ class Subtitle:
     text: str
 
 
-def read_subtitles(path: Path, seconds: float | None = None) -> list[Subtitle]:
+def read_subtitles(path: str, seconds: float | None = None) -> list[Subtitle]:
     """The subtitles in a file (.srt, .vtt, or JSON of `line` with `start` and `end`, or of `text` with
     `timestamp`), in its order; none if it is not there. `seconds`: the end of one without.
 
     Raises:
         ValueError: it is no file of subtitles.
     """
-    if not path.is_file():
+    try:
+        with open_bytes(path) as file:
+            text = file.read().decode("utf-8-sig", errors="replace")
+    except (Problem, OSError):
         return []
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    if path.suffix != ".json":
+    if not text.lstrip().startswith("["):
         return _of_text(text)
     try:
         entries = json.loads(text)

@@ -7,32 +7,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
+from megatron_eagle.data.annotations.tables import ParquetTable
 from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation.published.tfrecord import read_examples
+from megatron_eagle.problems import Problem
 
 _INDEX = 64  # characters up to which an `image` of a TSV is no picture
 
 
 def read_table(path: Path) -> Iterator[Any]:
-    """The rows of a parquet, TSV, JSON Lines, JSON or text file. A JSON file that is one object is one row.
+    """The rows of a parquet, TFRecord, TSV, JSON Lines, JSON or text file; in parquet media are addresses.
+    A JSON file that is one object is one row.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
         yield from _rows(path)
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, AttributeError, KeyError, csv.Error, Problem) as error:
         reason = (str(error).splitlines() or ["damaged"])[0]
         raise UserError(f"{path}: cannot be read as a benchmark's table: {reason}") from None
 
 
 def _rows(path: Path) -> Iterator[Any]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
-            yield from batch.to_pylist()
+        table = ParquetTable(path)
+        yield from (json.loads(table.read(number)) for number in range(len(table)))
+    elif ".tfrecord" in path.name:
+        yield from read_examples(path)
     elif path.suffix == ".tsv":
         yield from _tsv(path)
     elif path.suffix == ".jsonl":

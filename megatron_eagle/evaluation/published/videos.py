@@ -147,49 +147,59 @@ def perception_test(source: Source, table: str, row: dict[str, Any]) -> Records:
 
 
 def cg_bench_long(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`cgbench.json` or `cgbench_mini.json`: the question about the whole video."""
-    yield _cg_bench(row, source.video(row["video_uid"]))
+    """`cgbench.json`, `cgbench_mini.json` or VLMEvalKit's TSV: the question about the whole video."""
+    if _asks(row, "long_acc"):
+        yield _cg_bench(row, source.video(row["video_uid"]))
 
 
 def cg_bench_clue(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`cgbench.json` or `cgbench_mini.json`: the question about the parts that hold the clue, each as a
-    video."""
-    yield _cg_bench(row, [source.video(row["video_uid"], *part) for part in _clues(row)])
+    """`cgbench.json`, `cgbench_mini.json` or VLMEvalKit's TSV: the question about the parts that hold the
+    clue, each as a video."""
+    if _asks(row, "clue_acc"):
+        parts = _clues(row["clue_intervals"])
+        yield _cg_bench(row, [source.video(row["video_uid"], *part) for part in parts])
 
 
 def cg_bench_miou(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`cgbench.json` or `cgbench_mini.json`: where in the video the clue is."""
-    options = "\n".join(f"{letter(i)}. {option}" for i, option in enumerate(listed(row["choices"])))
-    yield {
-        "id": str(row["qid"]),
-        "question": f"{row['question']}\n{options}\nIn which parts of the video is the evidence?",
-        "metric": "intervals",
-        "answer": _clues(row),
-        "videos": [source.video(row["video_uid"])],
-        "category": row["domain"],
-    }
+    """`cgbench.json`, `cgbench_mini.json` or VLMEvalKit's TSV: where in the video the clue is."""
+    if _asks(row, "miou"):
+        options = "\n".join(f"{letter(i)}. {option}" for i, option in enumerate(listed(row["choices"])))
+        yield {
+            "id": str(row["qid"]),
+            "question": f"{row['question']}\n{options}\nIn which parts of the video is the evidence?",
+            "metric": "intervals",
+            "answer": _clues(first_of(row, "clue_intervals", "answer")),
+            "videos": [source.video(row["video_uid"])],
+            "category": row["domain"],
+        }
+
+
+def _asks(row: dict[str, Any], mode: str) -> bool:
+    """Whether a row is of this task: in the TSV every question stands once for each."""
+    return mode == str(row.get("task_mode", mode))
 
 
 def cg_bench_open(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """`cgbench.json` or `cgbench_mini.json`: the question without its options; the judge may see the clue."""
+    """`cgbench.json`, `cgbench_mini.json` or VLMEvalKit's TSV of open questions: the question without its
+    options; the judge may see the clue."""
     yield {
         "id": str(row["qid"]),
         "question": row["question"],
         "metric": "judge-cg-bench",
         "answer": row["answer"],
         "videos": [source.video(row["video_uid"])],
-        "evidence": [source.video(row["video_uid"], *part) for part in _clues(row)],
+        "evidence": [source.video(row["video_uid"], *part) for part in _clues(row["clue_intervals"])],
         "category": row["domain"],
     }
 
 
 def _cg_bench(row: dict[str, Any], video: Any) -> dict[str, Any]:
-    more = {"id": str(row["qid"]), "answer": row["right_answer"], "category": row["domain"]}
-    return choice(row, video, row["choices"], **more)
+    answer = row["answer"] if "task_mode" in row else row["right_answer"]
+    return choice(row, video, row["choices"], id=str(row["qid"]), answer=answer, category=row["domain"])
 
 
-def _clues(row: dict[str, Any]) -> list[Any]:
-    parts = [list(map(float, part)) for part in listed(row["clue_intervals"])]
+def _clues(intervals: Any) -> list[list[float]]:
+    parts = [list(map(float, part)) for part in listed(intervals)]
     if not parts:
         raise ValueError("there are no clue_intervals")
     return parts
