@@ -77,7 +77,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="draw a run's logs into one HTML file")
     report.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run's logs")
-    status = commands.add_parser("status", help="where each rank of a run stands, and who is behind")
+    status = commands.add_parser(
+        "status", help="whose run it is, where each of its ranks stands, who is behind"
+    )
     status.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
     _add_replay(commands)
     add_rehearse(commands)
@@ -104,9 +106,15 @@ def _report(run: str, output: str | None) -> int:
 
 def _status(run: str) -> int:
     from megatron_eagle.training.monitoring.heartbeat import HEARTBEATS, status
+    from megatron_eagle.training.resilience.owner import describe_owner
 
-    logs = Path(run, "logs")
-    print(status(logs if (logs / HEARTBEATS).is_dir() else Path(run)))
+    folder, logs = Path(run), Path(run, "logs")
+    if (folder / HEARTBEATS).is_dir():
+        folder, logs = folder.parent, folder
+    if owner := describe_owner(folder):  # before its ranks have begun, too
+        print(f"owner: {owner}", flush=True)
+    ranks = status(logs)
+    print(ranks if owner else f"owner: none, no run writes here now\n{ranks}")
     return 0
 
 

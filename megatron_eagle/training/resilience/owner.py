@@ -221,6 +221,33 @@ def is_free(folder: str | Path) -> bool:
     return Owner.here(os.environ, _BEAT_SECONDS).follows(found.owner)
 
 
+def describe_owner(folder: str | Path) -> str | None:
+    """Whose run folder it is and whether its owner lives, in one line; None: nobody's.
+
+    Raises:
+        UserError: the folder or its file cannot be read.
+    """
+    try:
+        found = _look(Path(folder, OWNER))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot read whose run it is: {error.strerror}") from error
+    if found is None:
+        return None
+    owner = found.owner
+    try:
+        now = _now(Path(folder))
+    except OSError:  # a guest, who may not write here
+        now = time.time_ns()
+    silent = max(0.0, (now - found.written) / 1e9)
+    if owner.lives is False:
+        state = "stale: its process is gone"
+    elif owner.lives or silent <= _MISSED_BEATS * owner.beat:
+        state = f"alive: last sign of life {silent:.0f} s ago"
+    else:
+        state = f"stale: no sign of life for {silent:.0f} s"
+    return f"{owner}; {state}"
+
+
 def _look(file: Path) -> _Seen | None:
     """What the file says now; None: there is none, or none that this version understands.
 

@@ -1,6 +1,7 @@
 """The report of a run: one file, its numbers, nothing from outside, the user's text as text."""
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.training.monitoring.charts import line_chart, share_chart
 from megatron_eagle.training.monitoring.metrics import StepMetrics
 from megatron_eagle.training.monitoring.report import write_run_report
+from megatron_eagle.training.resilience.owner import Ownership
 from tests.training.test_training import train_main
 
 
@@ -134,7 +136,15 @@ def test_status_names_ranks(tmp_path, monkeypatch, capsys):
         (folder / f"rank_{rank:05d}.json").write_text(json.dumps({**beat, "since": 0, "written": 4e9}))
     monkeypatch.setattr("sys.argv", ["train.py", "status", str(tmp_path)])
     assert train_main()() == 0
-    assert "behind the others: rank 1 on node (pid 1) in iteration 3, data" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "behind the others: rank 1 on node (pid 1) in iteration 3, data" in said
+    assert said.startswith("owner: none, no run writes here now\n")
+    with Ownership(tmp_path):
+        for named in (tmp_path, tmp_path / "logs"):
+            monkeypatch.setattr("sys.argv", ["train.py", "status", str(named)])
+            assert train_main()() == 0
+            said = capsys.readouterr().out
+            assert f"owner: process {os.getpid()} on " in said and "; alive: last sign of life" in said
 
 
 def test_data_sets_are_drawn_and_listed(tmp_path):

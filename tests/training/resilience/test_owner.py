@@ -17,7 +17,7 @@ import pytest
 from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.agreement import AgreedError
 from megatron_eagle.training.resilience import owner as owner_module
-from megatron_eagle.training.resilience.owner import OWNER, Owner, Ownership
+from megatron_eagle.training.resilience.owner import OWNER, Owner, Ownership, describe_owner
 from megatron_eagle.training.run_config import load_run_config
 from megatron_eagle.training.train import train
 from tests.parallel.harness import launch
@@ -256,6 +256,23 @@ def test_who_lost_the_folder_ends(tmp_path):
         assert "has lost its folder to another (process 4711 on n7" in error
         assert owner_of(tmp_path) == theirs, "the other's file is left alone"
         (tmp_path / OWNER).unlink()
+
+
+def test_an_owner_is_described(tmp_path):
+    """By the file where its machine is another, by its process here; nothing is written."""
+    assert describe_owner(tmp_path) is None
+    elsewhere(tmp_path, JOB, beat=60)
+    said = describe_owner(tmp_path)
+    assert re.fullmatch(r"job 12, process 4711 on n7, since .* UTC; alive: last sign of life \d s ago", said)
+    os.utime(tmp_path / OWNER, (time.time() - 200,) * 2)
+    assert re.search(r"; stale: no sign of life for 20\d s$", describe_owner(tmp_path))
+    here = Owner.here({}, 60)
+    elsewhere(tmp_path, host=here.host, pid=here.pid, machine=here.machine, process=here.process, beat=60)
+    os.utime(tmp_path / OWNER, (time.time() - 200,) * 2)
+    assert re.search(r"; alive: last sign of life 20\d s ago$", describe_owner(tmp_path))
+    elsewhere(tmp_path, host=here.host, pid=here.pid, machine=here.machine, process="0", beat=60)
+    assert describe_owner(tmp_path).endswith("; stale: its process is gone")
+    assert [file.name for file in tmp_path.iterdir()] == [OWNER]
 
 
 def test_a_file_that_is_no_owner(tmp_path):
