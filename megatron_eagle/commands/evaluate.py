@@ -189,8 +189,9 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
         )
         about |= {"published": options.published, "data": str(options.data.resolve())}
         if not questions:
-            reason = f"; the first problem: {problems[0].reason}" if problems else ""
-            raise UserError(f"{options.data}: no question of {options.published}{reason}")
+            first = f"{problems[0].file}, row {problems[0].line}: {problems[0].reason}" if problems else ""
+            first = f"; the first problem: {first}" if first else ""
+            raise UserError(f"{options.data}: no question of {options.published}{first}")
         about["questions"] = digest_of(questions)
         print(counts(FACTS[options.published], questions))
     else:
@@ -222,8 +223,9 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
     if dropped:
         print(f"{len(dropped):,} questions in no score: {output / 'dropped.jsonl'}")
         for kind, count in sorted(Counter(entry["kind"] for entry in dropped).items()):
-            first = next(entry["reason"] for entry in dropped if entry["kind"] == kind)
-            print(f"  {kind}: {count:,}, the first: {first}")
+            first = next(entry for entry in dropped if entry["kind"] == kind)
+            where = f"{first['file']}, row {first['line']}: " if first["line"] else ""
+            print(f"  {kind}: {count:,}, the first: {where}{first['reason']}")
 
 
 def _judge(options: argparse.Namespace) -> tuple[Judge | None, dict[str, str]]:

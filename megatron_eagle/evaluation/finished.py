@@ -55,7 +55,9 @@ class Finished:
         """
         if "published" in self.scores:
             shown = (self.sampling.fps or 2.0, self.sampling.max_frames)
-            source = Source(self.scores["data"], self.folder / "pictures", *shown)
+            # `evaluate frames` keeps the pictures of all its runs in one place.
+            output = self.folder.parent if self.folder.name.startswith("frames-") else self.folder
+            source = Source(self.scores["data"], output / "pictures", *shown)
             found = BENCHMARKS[self.scores["published"]].questions(source)[0]
         else:
             found = read_benchmark(Path(self.scores["benchmark"]))[0]

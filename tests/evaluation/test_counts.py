@@ -11,7 +11,11 @@ from megatron_eagle.evaluation.published.facts import FACTS, Split, counts
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.evaluation.summary import comparison, comparison_rows, overall, read_result, remarks
+from tests.data.helpers import make_video
+from tests.eagle_video.helpers import call_tool
+from tests.eagle_video.server import serving
 from tests.evaluation.published_cases import CASES, PNG64, write
+from tests.evaluation.published_forms import zipped
 
 CLONES = "MEGATRON_EAGLE_AUTHORS"
 # A clone's folder -> the benchmarks in it, whose counts are those of the authors' own files.
@@ -121,6 +125,52 @@ def test_what_was_read_is_said_with_its_source(tmp_path):
     assert counts(FACTS["mmbench-1.1"], questions).endswith("1 videos or pictures, 1 are missing")
     assert FACTS["egoschema"].split(501) == FACTS["egoschema"].splits[1]
     assert FACTS["egoschema"].split(9000).name == "all"
+
+
+def test_a_run_over_an_archive_says_what_it_is_held_against(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    video = make_video(tmp_path / "v.mp4", 16, fps=2).read_bytes()
+    row = {"qa": {"question": "Which?"}, "mcq": {"options": ["A. x", "B. y"], "correct_option": "B. y"}}
+    rows = [row | {"path": name, "category": "c"} for name in ("v.mp4", "none.mp4")] + [{"path": "v.mp4"}]
+    write(tmp_path / "data", "hr.jsonl", "\n".join(map(json.dumps, rows)))
+    write(tmp_path / "data", "videos.zip", zipped(**{"videos/v.mp4": video}))
+    shown = []
+
+    def answer(request):
+        shown.append(sum(part["type"] == "image_url" for part in request["messages"][0]["content"]))
+        return "B"
+
+    with serving(answer) as server:
+        served = ["run", "--endpoint", server.url, "--model", "m", "--published", "hrvideobench"]
+        served += ["--data", tmp_path / "data", "--output", tmp_path / "o", "--max-frames", 8]
+        done = call_tool("evaluate", *served)
+        assert done.returncode == 0, done.stderr
+        for line in (
+            "2 of 200 questions (test) are read: VISTA's paper",
+            "2 videos or pictures, 1 are missing",
+            "hrvideobench: 1 of 200 questions (test): 199 are missing; no difference is given",
+            "bad question: 1, the first: hr, row 3: no mcq",
+        ):
+            assert line in done.stdout, line
+        assert done.stdout.split("\n\n")[1].splitlines()[1].split()[1:] == [
+            "1",
+            "200",
+            "100.00",
+            "68.50",
+            "-",
+        ]
+        limited = call_tool("evaluate", *served, "--limit", 1)
+        assert "68.50" not in limited.stdout and "by --limit" in limited.stdout
+        write(
+            tmp_path / "data",
+            "hr.jsonl",
+            json.dumps(rows[0] | {"mcq": row["mcq"] | {"correct_option": "A. x"}}),
+        )
+        other = call_tool("evaluate", *served)
+        assert other.returncode == 2 and "another evaluation" in other.stderr
+    assert shown == [8] and not (tmp_path / "o" / "media").exists()
+    page = call_tool("evaluate", "report", tmp_path / "o")
+    assert page.returncode == 0, page.stderr
 
 
 @pytest.mark.skipif(CLONES not in os.environ, reason=f"{CLONES}: no folder of the authors' repositories")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_eagle.data.media.source import member_ref
 from megatron_eagle.evaluation.benchmarks import Question
 
 
@@ -224,7 +225,7 @@ FACTS: dict[str, Facts] = {
 def counts(facts: Facts, questions: Sequence[Question]) -> str:
     """How many questions and media were read, of how many."""
     media = {path for q in questions for path in [*q.request.images, *map(_path, q.request.videos)]}
-    missing = sum(not os.path.exists(path) for path in media)
+    missing = sum(member_ref(path) is None and not os.path.exists(path) for path in media)
     split = facts.split(len(questions))
     shown = "" if split.media is None else f" of {split.media:,}"
     lines = [f"{len(questions):,} of {split.questions:,} questions ({split.name}) are read: {split.source}"]

@@ -164,9 +164,9 @@ class Source:
             raise ValueError("there is no picture")
         ending = next((end for start, end in _PICTURES.items() if value.startswith(start)), ".img")
         path = self._pictures / f"{hashlib.sha256(value).hexdigest()[:24]}{ending}"
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != len(value):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, value)
+            write_whole(path, value, durable=False)  # thousands; what a loss of power leaves is written anew
         return str(path)
 
     def video(self, name: str, start: float | None = None, end: float | None = None) -> dict[str, Any]:
