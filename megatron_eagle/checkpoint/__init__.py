@@ -12,7 +12,7 @@ optimizer state is stored per parameter. There is no random state: training draw
 dropout; the data order is a function of the seed and of `consumed_packs`).
 """
 
-from megatron_eagle.checkpoint.content import CONTENT_METADATA, bytes_to_save
+from megatron_eagle.checkpoint.content import CONTENT_METADATA, bytes_to_save, checkpoint_bytes
 from megatron_eagle.checkpoint.folder import (
     TRACKER,
     BatchRead,
@@ -42,6 +42,7 @@ __all__ = [
     "TrainState",
     "bytes_to_save",
     "check_space",
+    "checkpoint_bytes",
     "checkpoint_folder",
     "has_checkpoint",
     "load_checkpoint",

@@ -120,7 +120,12 @@ def bytes_to_save(models: Sequence[torch.nn.Module], optimizer: MegatronOptimize
         for parameter, ranges in bucket["param_map"].items()
         if any(is_main_replica(whole.replica_id[:-1]) for whole in sharded_tensors(described[parameter]))
     ]
-    return int(sum(weights) + len(_OPTIMIZER_STATE) * torch.float32.itemsize * sum(updated))
+    return checkpoint_bytes(int(sum(weights)), int(sum(updated)))
+
+
+def checkpoint_bytes(weights: int, updated: int) -> int:
+    """About what a checkpoint takes of parameters of so many bytes, of which so many elements train."""
+    return weights + len(_OPTIMIZER_STATE) * torch.float32.itemsize * updated
 
 
 def optimizer_step(common: dict[str, Any]) -> float:

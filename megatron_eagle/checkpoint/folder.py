@@ -180,20 +180,22 @@ def retain_folders(root: Path, iteration: int, keep_last: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_space(root: Path, size: int, keep_last: int | None, saves: int) -> None:
+def check_space(root: Path, size: int, keep_last: int | None, saves: int, *, free: int | None = None) -> None:
     """Look whether the checkpoints of a run will fit: those that it keeps, and the one that is written.
 
     Args:
         size: of one, in bytes.
         keep_last: how many are kept; None: room for one and the next is asked for.
         saves: how many the run will make, which may be fewer.
+        free: bytes, as another machine has found them; None: looked for here.
     Raises:
         UserError: they will not.
     """
-    there = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())
     held = sum(file.stat().st_size for file in root.glob("iter_*/**/*") if file.is_file())
     count = min((keep_last or 1) + 1, len(saved_iterations(root)) + saves)
-    free = shutil.disk_usage(there).free
+    if free is None:
+        above = (root.absolute(), *root.absolute().parents)
+        free = shutil.disk_usage(next(folder for folder in above if folder.is_dir())).free
     if count * size - held <= free:
         return
     raise UserError(

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | No
         return _check(arguments)
     if arguments.command == "replay":
         return _replay(arguments)
+    if arguments.command == "preflight":
+        return _preflight(arguments)
     if arguments.command == "rehearse":
         return run_rehearse(arguments)
     return _run(arguments)
@@ -53,7 +55,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, or resume where the checkpoint folder stands")
     check = commands.add_parser("check", help="look at settings, data and folders, without training")
-    for command in (run, check):
+    preflight = commands.add_parser(
+        "preflight",
+        help="look at the nodes of a job before it trains: folders, clocks, packages, GPUs, messages",
+        description="Started as the run will be (torchrun, srun, or alone). Status 0: nothing stands in the "
+        "way; 2: a mistake, which other nodes would not mend; 3: a node is bad.",
+    )
+    for command in (run, check, preflight):
         command.add_argument(
             "--config", required=True, metavar="FILE", help="the run's file, or one of stages"
         )
@@ -74,6 +82,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "then, so that torchrun starts nothing again",
     )
     check.add_argument("--processes", type=int, required=True, metavar="N", help="of the job, on all nodes")
+    _add_preflight(preflight)
     report = commands.add_parser("report", help="draw a run's logs into one HTML file")
     report.add_argument("run", metavar="RUN", help="a run's folder of checkpoints, or of logs")
     report.add_argument("--output", metavar="FILE", help="default: report.html in the run's logs")
@@ -95,6 +104,53 @@ def _check(arguments: argparse.Namespace) -> int:
     )
     print(*check_runs(configs, arguments.processes), sep="\n")
     return 0
+
+
+def _add_preflight(preflight: argparse.ArgumentParser) -> None:
+    add = preflight.add_argument
+    add(
+        "--seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="how long each part may take: until all processes have come, their look at the nodes, their "
+        "messages (default: %(default)g)",
+    )
+    add(
+        "--writes",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="another folder that all nodes write; may be given several times",
+    )
+    add("--exclude-slow", action="store_true", help="a slow node counts as bad (default: it is named)")
+    add("--bad-nodes", metavar="FILE", help="add the names of bad nodes to this file, a line each")
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    _quiet()
+    from megatron_eagle.preflight.meeting import Meeting
+    from megatron_eagle.preflight.nodes import Participant, leave, own_process, patience, wait_for_verdict
+
+    if not 0 < arguments.seconds < 86_400:
+        raise UserError(f"--seconds {arguments.seconds:g}: expected more than 0, and less than a day")
+    process, environment = own_process(os.environ)
+    meeting = Meeting(process, environment, arguments.seconds)
+    part = Participant(meeting.again(), patience(arguments.seconds))
+    if process.rank > 0:
+        return leave(wait_for_verdict(meeting, arguments.seconds), part)
+    from megatron_eagle.preflight.lead import PreflightRequest, lead
+
+    request = PreflightRequest(
+        config=arguments.config,
+        overrides=arguments.overrides,
+        stage=arguments.stage,
+        seconds=arguments.seconds,
+        written=arguments.writes,
+        exclude_slow=arguments.exclude_slow,
+        bad_nodes=arguments.bad_nodes,
+    )
+    return leave(lead(meeting, request, environment), part)
 
 
 def _report(run: str, output: str | None) -> int:

@@ -57,10 +57,38 @@ def step_processes(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in known.items() if name not in environment}
 
 
+def step_nodes(environment: Mapping[str, str]) -> dict[str, int]:
+    """The nodes of this step -> their processes; none where no step says."""
+    nodes, tasks = (environment.get(f"SLURM_STEP_{name}") for name in ("NODELIST", "TASKS_PER_NODE"))
+    if nodes is None or tasks is None:
+        return {}
+    return dict(zip(host_names(nodes), _tasks_per_node(tasks), strict=True))
+
+
 def first_host(nodes: str) -> str:
-    """The first name of a list as Slurm writes it: `rack[1-2]n[04-08,11],login1` -> `rack1n04`."""
-    first = re.split(r",(?![^\[]*\])", nodes)[0]
-    return re.sub(r"\[([^\]]*)\]", lambda found: re.split("[-,]", found[1])[0], first)
+    """The first name of a list as Slurm writes it."""
+    return host_names(nodes)[0]
+
+
+def host_names(nodes: str) -> list[str]:
+    """`rack[1-2]n[04-05,11],login1` -> rack1n04, rack1n05, rack1n11, rack2n04, ..., login1."""
+    names = []
+    for part in re.split(r",(?![^\[]*\])", nodes):
+        fixed, *rest = re.split(r"\[([^\]]*)\]", part)
+        found = [fixed]
+        for ranges, after in zip(rest[::2], rest[1::2], strict=True):
+            found = [name + number + after for name in found for number in _numbers(ranges)]
+        names += found
+    return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    """`04-05,11` -> 04, 05, 11."""
+    numbers = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        numbers += [f"{n:0{len(first)}}" for n in range(int(first), int(last or first) + 1)]
+    return numbers
 
 
 def _tasks_per_node(text: str) -> list[int]:

@@ -39,7 +39,7 @@ class Saves(Observer):
             size = torch.tensor(bytes_to_save(run.models, run.optimizer), device=run.device.torch_device)
             torch.distributed.all_reduce(size)
             if rank == 0:
-                saves = 1 if self._interval is None else -(-last // self._interval) - done // self._interval
+                saves = saves_left(done, last, self._interval)
                 check_space(Path(config.path), int(size), config.keep_last, saves)
         self._saver.__enter__()
         return self
@@ -84,3 +84,8 @@ class Saves(Observer):
     def saved(self) -> int | None:
         self._saver.wait()
         return self._saver.saved_iteration
+
+
+def saves_left(done: int, last: int, interval: int | None) -> int:
+    """How often a run saves from iteration `done` to its last one."""
+    return 1 if interval is None else -(-last // interval) - done // interval

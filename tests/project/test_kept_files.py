@@ -352,7 +352,11 @@ IN_PLACE = {
         "data/preparation/journal.lock_file",
         "data/media/remote/cache.fetching",
     },
-    "nothing is there yet": {"inference/demo.receive", "data/media/remux._mux"},
+    "nothing is there yet": {
+        "inference/demo.receive",
+        "data/media/remux._mux",
+        "preflight/folders.write_own",
+    },
     "what one command prints": {
         "evaluation/bridge.write_bridge",
         "commands/compare.main",

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.runtime.slurm_step import first_host, step_processes
+from megatron_eagle.runtime.slurm_step import first_host, host_names, step_nodes, step_processes
 
 # As srun of Slurm 22.05 sets them; SLURM_NTASKS and others also stand in the batch script.
 JOB = {
@@ -154,3 +154,20 @@ def test_torchrun_does_not_wait_for_ever():
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert f"torchrun on {socket.gethostname()} ended: it did not meet the other nodes (" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "names"),
+    [
+        ("n1", ["n1"]),
+        ("n[2-3,7],login1", ["n2", "n3", "n7", "login1"]),
+        ("rack[1-2]n[08-10]", [f"rack{rack}n{node}" for rack in (1, 2) for node in ("08", "09", "10")]),
+        ("gpu-[099-101].site", ["gpu-099.site", "gpu-100.site", "gpu-101.site"]),
+    ],
+)
+def test_names_of_hosts(nodes, names):
+    assert host_names(nodes) == names
+
+
+def test_the_nodes_of_a_step():
+    assert step_nodes(STEP) == {"n2": 2, "n3": 2, "n7": 1} and step_nodes(JOB) == {}
