@@ -18,7 +18,7 @@ import argparse
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from megatron_eagle.commands.server_options import add_timeout
 from megatron_eagle.data.text.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
-from megatron_eagle.evaluation.benchmarks import digest_of, read_benchmark
+from megatron_eagle.evaluation.benchmarks import Question, digest_of, read_benchmark
 from megatron_eagle.evaluation.bridge import Bridge, write_bridge
 from megatron_eagle.evaluation.finished import read_finished
 from megatron_eagle.evaluation.judge import Judge
@@ -47,6 +47,7 @@ from megatron_eagle.evaluation.runner import (
     tabulate,
     write_scores,
 )
+from megatron_eagle.evaluation.submission import letters, write_submission
 from megatron_eagle.evaluation.summary import comparison, overall, plot_frames, read_result
 from megatron_eagle.files import write_lines
 from megatron_eagle.inference.generate import Answers, ExportedModel, Sampling
@@ -184,9 +185,8 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
             raise UserError("--published needs --data, the folder of the benchmark's files")
         if published.frame_tiles and options.endpoint and not _cuts_frames(options):
             raise UserError(f"{options.published}: frames are tiled, by the export's plugin alone: use --hf")
-        questions, problems = published.questions(
-            Source(options.data, options.output / "pictures", options.fps, max_frames)
-        )
+        source = Source(options.data, options.output / "pictures", options.fps, max_frames)
+        questions, problems = published.questions(source)
         about |= {"published": options.published, "data": str(options.data.resolve())}
         if not questions:
             first = f"{problems[0].file}, row {problems[0].line}: {problems[0].reason}" if problems else ""
@@ -207,6 +207,10 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
     with LocalMedia(output / "media") as local:
         scored = run_benchmark(asked, questions, problems, output, sampling, about, progress, judge, local)
     dropped = [json.loads(line) for line in (output / "dropped.jsonl").open(encoding="utf-8")]
+    if published and not questions[0].scored:
+        _submit(source.tables(*published.files), questions, output)
+        _print_dropped(dropped, output)
+        return
     if not scored:
         raise UserError(f"{output}: no question was answered; the first problem: {dropped[0]['reason']}")
     rows = tabulate(scored)
@@ -220,12 +224,24 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
     if published:
         print(f"\n{comparison([read_result(output)])}")
     print(render_readings(readings), end="")
+    _print_dropped(dropped, output)
+
+
+def _print_dropped(dropped: Sequence[Mapping[str, str]], output: Path) -> None:
     if dropped:
         print(f"{len(dropped):,} questions in no score: {output / 'dropped.jsonl'}")
         for kind, count in sorted(Counter(entry["kind"] for entry in dropped).items()):
             first = next(entry for entry in dropped if entry["kind"] == kind)
             where = f"{first['file']}, row {first['line']}: " if first["line"] else ""
             print(f"  {kind}: {count:,}, the first: {where}{first['reason']}")
+
+
+def _submit(tables: Sequence[Path], questions: Sequence[Question], output: Path) -> None:
+    if len(tables) > 1:
+        raise UserError(f"several files of questions, one is submitted: {', '.join(map(str, tables))}")
+    path = output / "submission.json"
+    labelled, of = write_submission(tables[0], letters(output, questions), path)
+    print(f"{labelled:,} of {of:,} questions have a letter in {path}; the authors' server scores it")
 
 
 def _judge(options: argparse.Namespace) -> tuple[Judge | None, dict[str, str]]:

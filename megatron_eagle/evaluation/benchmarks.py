@@ -16,6 +16,7 @@ mathvista            {"value", "kind", "precision"?}: one of the options for the
                      float or list as text (see `scoring.mathvista`); `--judge` reads it off
 grounding            [start, end] in seconds
 intervals            [[start, end], ...] in seconds
+submission           none: the letter is for the authors' server (see `submission`)
 judge                a text or a list of accepted ones; a language model compares (see `judge`), for
                      judge-openeqa, judge-mm-vet, judge-mmb-video and judge-cg-bench on their authors' scales
 """
@@ -36,8 +37,9 @@ from megatron_eagle.inference.generate import Request
 from megatron_eagle.problems import LedgerEntry
 
 _SHORT = "Answer the question using a single word or phrase."
+_CHOICES = ("choice", "mmmu", "submission")
 _INSTRUCTION = {
-    **dict.fromkeys(("choice", "mmmu"), "Answer with the option's letter from the given choices directly."),
+    **dict.fromkeys(_CHOICES, "Answer with the option's letter from the given choices directly."),
     **dict.fromkeys(("anls", "exact", "relaxed", "vqa", "contains", "number", "mmmu-open"), _SHORT),
     "formula": "Answer with the formula in LaTeX.",
     "yes_no": "Answer with yes or no.",
@@ -45,7 +47,6 @@ _INSTRUCTION = {
     "intervals": "Answer with start and end of each part in seconds, as in: 2.0 to 8.5, 30.0 to 41.0.",
     **dict.fromkeys(("mathvista", *SCALES), ""),
 }
-_CHOICES = ("choice", "mmmu")
 _SCORES: dict[str, Callable[[str, Any], float]] = {
     "anls": metrics.anls,
     "exact": metrics.exact_match,
@@ -77,6 +78,11 @@ class Question:
     category: str = "all"
     groups: tuple[str, ...] = ()
     evidence: tuple[str | dict[str, Any], ...] = ()
+
+    @property
+    def scored(self) -> bool:
+        """Whether its right answer is known here."""
+        return self.metric != "submission"
 
     def score(self, text: str, judge: Judge | None = None) -> float:
         """The score of an answer in [0, 1]; for `grounding` and `intervals` the temporal IoU."""
@@ -175,7 +181,7 @@ def question_from(record: Any, where: str, number: int) -> Question:
     if metric in SCALES and SCALES[metric].seen and not record.get("evidence"):
         raise ValueError(f'{metric} needs "evidence": videos that show the answer')
     # What a benchmark's own table has no right option for is asked all the same, and always wrong.
-    unanswerable = bool(record.get("unanswerable"))
+    unanswerable = bool(record.get("unanswerable")) or metric == "submission"
     answer = "" if unanswerable else _answer(record.get("answer"), metric, options)
     context = record.get("context") or ""
     if not isinstance(context, str):

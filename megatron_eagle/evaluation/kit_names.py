@@ -34,6 +34,7 @@ NAMES = {
     "cg-bench-miou": KitNames(None, "CG-Bench_MCQ_Grounding"),
     "cg-bench-open": KitNames(None, "CG-Bench_OpenEnded"),
     "hourvideo": KitNames(),
+    "hourvideo-test": KitNames(),
     "charades-sta": KitNames("temporal_grounding_charades"),
     "hd-epic": KitNames("hd_epic"),
     "hrvideobench": KitNames(),

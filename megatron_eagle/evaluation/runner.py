@@ -55,7 +55,7 @@ def run_benchmark(
         local: makes files of media that lie elsewhere.
 
     Returns:
-        Each question that has an answer, and its score.
+        Each question that has an answer and whose right answer is known here, and its score.
 
     Raises:
         UserError: the folder holds another evaluation, or questions need a `judge` and there is none.
@@ -67,7 +67,7 @@ def run_benchmark(
     path = folder / "answers.jsonl"
     head = {**about, "sampling": asdict(sampling)}
     try:
-        answers = {record["id"]: float(record["score"]) for record in resume(path, head)}
+        answers = {record["id"]: _known(record["score"]) for record in resume(path, head)}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged; delete it or give another --output") from None
     todo = [question for question in questions if question.id not in answers]
@@ -81,7 +81,8 @@ def run_benchmark(
                     evidence = (
                         local(Request("", videos=question.evidence)).videos if question.evidence else ()
                     )
-                    score = replace(question, evidence=evidence).score(text, judge)
+                    seen = replace(question, evidence=evidence)
+                    score = seen.score(text, judge) if question.scored else None
                 except UnusableJudge:
                     raise
                 except UserError as error:
@@ -92,7 +93,12 @@ def run_benchmark(
                 reading = question.reading(text, judge)
                 file.write(to_line(record | ({"read": reading} if reading else {})))
     write_ledger(folder / "dropped.jsonl", refused)
-    return [(question, answers[question.id]) for question in questions if question.id in answers]
+    scores = [(question, answers.get(question.id)) for question in questions]
+    return [(question, score) for question, score in scores if score is not None]
+
+
+def _known(score: float | None) -> float | None:
+    return None if score is None else float(score)
 
 
 def count_readings(folder: Path) -> dict[str, int]:

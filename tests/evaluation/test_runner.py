@@ -222,5 +222,5 @@ def test_a_published_benchmark_over_several_numbers_of_frames(tmp_path):
 
 def test_every_published_benchmark_is_listed():
     done = call_tool("evaluate", "list")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 33
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 34
     assert "video-mme" in done.stdout and "72.4" in done.stdout

@@ -66,6 +66,7 @@ _RULES = {
     "hd-epic": "option, mean of kinds",
     "chartqa": "relaxed accuracy, mean of halves",
     "cg-bench-miou": "temporal IoU",
+    "hourvideo-test": "a letter each, for the authors' server",
     "charades-sta": "temporal IoU",
     "mmb-video": "judge, 0 to 3",
     "openeqa": "judge, 1 to 5",
@@ -127,7 +128,7 @@ _FACTS = {
     "perception-test": _one("val", 19_140, None, "Perception Test's paper", "JSON, parquet"),
     "cg-bench-clue": Facts(_CG, None, _CG_FILES),
     "cg-bench-long": Facts(_CG, None, _CG_FILES),
-    "cg-bench-miou": Facts(_CG, None, _CG_FILES),
+    "cg-bench-miou": Facts(_CG, None, _CG_FILES, "a reply without intervals is 0"),
     "cg-bench-open": Facts(_CG, None, _CG_FILES, _JUDGED),
     "hourvideo": Facts(
         (
@@ -136,7 +137,15 @@ _FACTS = {
         ),
         "dev",
         "JSON",
-        "questions whose options are pictures are not asked; the test split's answers are not public",
+        "questions whose options are pictures are not asked; the test split is hourvideo-test",
+    ),
+    "hourvideo-test": _one(
+        "test",
+        11_794,
+        450,
+        "keshik6/HourVideo README.md, without the dev split",
+        "JSON",
+        "questions whose options are pictures are not asked; scored by the authors' server",
     ),
     "charades-sta": _one("test", 3_720, 1_334, "Charades-STA's paper", "text, parquet"),
     "hd-epic": Facts(
@@ -197,7 +206,14 @@ _FACTS = {
         "parquet, " + _KIT,
         "the test split's answers are not public",
     ),
-    "mmmu": _one("val", 900, None, "MMMU-Benchmark/MMMU mmmu/answer_dict_val.json", "parquet, " + _KIT),
+    "mmmu": _one(
+        "val",
+        900,
+        None,
+        "MMMU-Benchmark/MMMU mmmu/answer_dict_val.json",
+        "parquet, " + _KIT,
+        "a reply without a letter is guessed by the question's id, not in the order of questions",
+    ),
     "mathvista": _one(
         "testmini",
         1_000,
@@ -214,6 +230,7 @@ _FACTS = {
         ),
         None,
         "JSON, parquet, " + _KIT,
+        "a reply with yes and no or neither is wrong, no model is asked what it means",
     ),
 }
 FACTS: dict[str, Facts] = {

@@ -108,9 +108,15 @@ BENCHMARKS: dict[str, Published] = {
         None,
     ),
     "hourvideo": Published(
-        ("*annotations*.json", "*.json"),
+        ("dev*annotations*.json", "*annotations*.json", "*.json"),
         first_person.hourvideo,
         44.5,
+        items=of_videos("question", "video_uid", "benchmark_dataset"),
+    ),
+    "hourvideo-test": Published(
+        ("test*annotations*.json", "*test*.json"),
+        first_person.hourvideo_test,
+        41.8,
         items=of_videos("question", "video_uid", "benchmark_dataset"),
     ),
     "charades-sta": Published(
