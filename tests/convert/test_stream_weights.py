@@ -94,6 +94,7 @@ def adapted(source: str, target: str) -> dict:
         return {name: tensor.clone() for name, tensor in stream_weights(models, lora=lora)}
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_as_an_export_merges_them(checkpoint, tmp_path):
     ranks = launch(adapted, 2, str(checkpoint), str(tmp_path / "c"))
     shutil.copytree(checkpoint / "hf", tmp_path / "c" / "hf")

@@ -120,6 +120,7 @@ assert again
 """
 
 
+@pytest.mark.slow
 def test_processes_that_are_started_again_meet(tmp_path):
     """One is killed where the others wait for it; torchrun starts all again, and they do not look for it."""
     (tmp_path / "rank.py").write_text(RESTARTED)

@@ -145,6 +145,7 @@ def test_torchrun_ends_with_a_line(tmp_path, what, status, line):
     assert [log.read_text() for log in logs] == [f"rank 0 1\n{saved}", f"rank 1 1\n{saved}"]
 
 
+@pytest.mark.slow
 def test_torchrun_does_not_wait_for_ever():
     """For a node that does not come."""
     with socket.create_server(("127.0.0.1", 0)) as server:

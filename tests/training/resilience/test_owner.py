@@ -202,7 +202,14 @@ def test_a_job_follows_itself(tmp_path, monkeypatch, before, now, at_once):
             take(tmp_path)
 
 
-@pytest.mark.parametrize("left", ["nothing", "a silent owner", "a lock"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param("nothing", marks=pytest.mark.slow),
+        "a silent owner",
+        pytest.param("a lock", marks=pytest.mark.slow),
+    ],
+)
 def test_of_many_starters_one_starts(tmp_path, monkeypatch, left):
     """All at once, by processes; each other one is told who."""
     if left != "nothing":
