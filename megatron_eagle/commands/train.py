@@ -35,7 +35,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int | No
         return _preflight(arguments)
     if arguments.command == "rehearse":
         return run_rehearse(arguments)
-    return _run(arguments)
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return _run(arguments)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(_run)(arguments)  # what this process ends by, for the torchrun that has started it
 
 
 def _join_step() -> bool:

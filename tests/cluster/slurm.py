@@ -127,7 +127,7 @@ class Slurm:
             self._start("slurmctld", "slurmctld", "-D", "-f", f"{self.folder}/slurm.conf")
             for name in self.names:
                 self.start_node(name)
-            self._wait_for_nodes()
+            self.wait_for_nodes()
             self._opened = opened.pop_all()
         return self
 
@@ -289,7 +289,8 @@ class Slurm:
                 [*command, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
 
-    def _wait_for_nodes(self) -> None:
+    def wait_for_nodes(self) -> None:
+        """Return when all nodes are there, and free."""
         end = time.monotonic() + 60
         while True:
             said = self.call("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False)

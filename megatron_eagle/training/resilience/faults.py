@@ -11,11 +11,13 @@
     {"kind": "bad_media", "iteration": 5, "samples": [3]}   media of these samples of the global batch fail
     {"kind": "slow_save", "seconds": 2}              every save waits first
     {"kind": "failed_save", "iteration": 6}          the save after this iteration fails, on all ranks
-With "once": FILE a fault happens only if FILE does not exist, and makes it: not again after a restart.
+With "host": NAME a fault happens on that host alone, whichever its ranks are; with "once": FILE only if FILE
+does not exist, and makes it: not again after a restart.
 """
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ class Faults:
     """The faults that this rank is to suffer."""
 
     def __init__(self, faults: list[dict[str, Any]], rank: int) -> None:
-        self._faults = [fault for fault in faults if fault.get("rank", rank) == rank]
+        host = socket.gethostname()
+        self._faults = [f for f in faults if f.get("rank", rank) == rank and f.get("host", host) == host]
 
     @classmethod
     def from_environment(cls, rank: int) -> "Faults":

@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# Whether a job starts again, and where: functions that train.sbatch sources, with `logs` as the folder of the
+# processes' logs. There they keep
+#   outcome-JOB         what becomes of this start, in the run's own words: `train.py run --outcome`
+#   history-JOB.jsonl   a line for each start: when, on which nodes, its last checkpoint, how it ended, and why
+#   excluded-JOB        nodes to which the job does not go again, the oldest first
+#   start-JOB           when and where the start under way began
+
+outcome=${logs:?}/outcome-$SLURM_JOB_ID
+history=$logs/history-$SLURM_JOB_ID.jsonl
+excluded=$logs/excluded-$SLURM_JOB_ID
+began=$logs/start-$SLURM_JOB_ID
+srun_said=$logs/srun-$SLURM_JOB_ID # of the processes, where srun has started them
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+unusable=' (down|drain|fail)|\*$' # states of nodes that Slurm does not reach, or gives to nobody any more
+
+# A field of `scontrol show job`; empty for (null).
+job_field() {
+    [[ " $(scontrol show job --oneliner "$SLURM_JOB_ID")" =~ \ $1=([^ ]*) ]] || return 0
+    [[ ${BASH_REMATCH[1]} == "(null)" ]] || echo "${BASH_REMATCH[1]}"
+}
+
+# `NODE STATE` of nodes, by options of sinfo that choose them.
+node_states() { sinfo --noheader --Node "$@" --format="%N %T" 2>/dev/null | sort -u; }
+
+# Lines that are none of these words.
+without() { grep -vxFf <(printf '%s\n' "$@") || true; }
+
+# Whether this start has saved anything new, or finished a stage.
+progressed() {
+    awk '/^started/ { new += seen++; from = $2 } /^(saved|stopped)/ && $2 > from { new++ } END { exit !new }' \
+        "$outcome" 2>/dev/null
+}
+
+# A start begins. One before it that has not come to its end was ended by Slurm, or with its node.
+begin_history() {
+    local down
+    [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || rm -f "$began" "$excluded" "$history" # of another job of this number
+    touch "$excluded"
+    if [[ -s $began ]]; then
+        down=$(node_states --nodes="$(cut -d' ' -f2 "$began")" | grep -E "$unusable" || true)
+        end_history gone "ended by Slurm, or with its node${down:+: Slurm says ${down//$'\n'/, }}"
+        [[ -z $down ]] || cut -d' ' -f1 <<<"$down" >>"$excluded" # at the next requeue
+    fi
+    rm -f "$outcome" "$logs"/*/"ended-$SLURM_JOB_ID"
+    echo "$(date +%FT%T) $SLURM_JOB_NODELIST" >"$began"
+}
+
+# end_history HOW WHY [NODES]: the line of this start. HOW: finished, stopped, failed, mistake (again would not help) or
+# gone. NODES: to which the job does not go again.
+end_history() {
+    local start nodes saved new=false line='{"job": %s, "start": "%s", "end": "%s", "nodes": "%s", "saved": %s, '
+    line+='"progress": %s, "how": "%s", "why": "%s", "excluded": "%s"}\n'
+    read -r start nodes <"$began"
+    saved=$(awk '/^(started|saved|stopped)/ { last = $2 } END { print last }' "$outcome" 2>/dev/null || true)
+    ! progressed || new=true
+    # shellcheck disable=SC2059  # it is the format
+    printf "$line" "$SLURM_JOB_ID" "$start" "$(date +%FT%T)" "$nodes" "${saved:-null}" "$new" "$1" \
+        "$(tr '"\\\t' "'/ " <<<"$2")" "${3:-}" >>"$history"
+    rm -f "$began"
+}
+
+# Lines of the history for people.
+report() {
+    local field='"([^"]*)"'
+    sed -E "s/.*\"start\": $field, \"end\": $field, \"nodes\": $field, \"saved\": ([^,]*),.*\"why\": $field.*/\
+    \1 to \2 on \3, saved \4: \5/"
+}
+
+# How the run has ended, `KIND NODE WORDS` for each node that could say it (runtime/torchrun.py). srun says the same
+# of its tasks; only the first has ended by itself.
+ends() {
+    local kind names words
+    if [[ $LAUNCH == torchrun ]]; then
+        cat "$logs"/*/"ended-$SLURM_JOB_ID" 2>/dev/null || true
+        return
+    fi
+    read -r names words < <(sed -nE 's/^srun: error: ([^ ]+): (tasks? .*)/\1 \2/p' "$srun_said") || return 0
+    case $words in
+        *Terminated) kind=told ;;
+        *"exit code 70") kind=hang ;; # of a run that has found that it hangs
+        *"exit code "[1-9] | *"exit code "[1-9][0-9] | *"exit code 1"[01][0-9]) kind=error ;;
+        *) kind=killed ;;
+    esac
+    scontrol show hostnames "$names" | sed "s/.*/$kind & $words/"
+}
+
+# The ranks that are behind in the last report of a hang, or the host that is cut off: `NODE the report`.
+hangs() {
+    local said
+    said=$(find "$logs" \( -path "*/${SLURM_JOB_ID}_*" -o -name 'rank_*' \) -name '*.log' -newer "$began" \
+        -exec grep -hoE 'hang: .*' {} + | tail -n 1)
+    [[ $said != *"all in the same phase"* && $said != *"do not reach"* ]] || return 0
+    grep -oE '(host|rank [0-9]+ on) [^ ]+' <<<"${said%%;*}" | sed "s|.* ||; s|\$| ${said//|/}|" | sort -u
+}
+
+# Leave in `why` how a run has failed, and in `bad` the nodes that it names: at most half of them, or none. What Slurm
+# says comes first, then a process that was killed, an error of its own, a hang, and last the nodes that say nothing
+# where the others have lost them.
+blame() {
+    local said kind names
+    said=$(ends)
+    why='' bad=()
+    for kind in down killed error hang lost; do
+        [[ $kind == down ]] || grep -q "^$kind " <<<"$said" || continue
+        case $kind in
+            down) names=$(node_states --nodes="$SLURM_JOB_NODELIST" | grep -E "$unusable" || true) ;;
+            hang) names=$(hangs) ;;
+            lost) names=$(printf '%s\n' "${hosts[@]}" | without "$(cut -d' ' -f2 <<<"$said")" |
+                sed 's/$/ said nothing, and the others have lost it/') ;;
+            *) names=$(sed -n "s/^$kind //p" <<<"$said") ;;
+        esac
+        [[ -n $names ]] || continue
+        why=${why:-$(awk '{ sub(" ", ": "); print }' <<<"$names" | head -n 3 | paste -sd';' -)}
+        mapfile -t bad < <(cut -d' ' -f1 <<<"$names" | sort -u)
+        [[ $((2 * ${#bad[@]})) -gt ${#hosts[@]} ]] || return 0
+        bad=()
+    done
+    why=${why:-${said:-no process has said why}}
+}
+
+# leave_out NODE...: add them to `excluded`. Where too few others would be left the oldest come back, and it is said.
+# In `theirs` are the nodes that the user has excluded.
+leave_out() {
+    local usable left back
+    usable=$(node_states --partition="$(job_field Partition)" | grep -vE "$unusable" | cut -d' ' -f1 |
+        without "${theirs[@]}" || true)
+    mapfile -t out < <(cat "$excluded"; printf '%s\n' "$@" | grep . | grep -vxFf "$excluded")
+    while left=$(without "${out[@]}" <<<"$usable" | wc -l) && [[ -n $usable && $left -lt $SLURM_JOB_NUM_NODES ]]; do
+        back=$(printf '%s\n' "${out[@]}" | grep -m1 -xFf <(echo "$usable")) || break # they would not help
+        echo "only $left other nodes, and the job needs $SLURM_JOB_NUM_NODES: $back is not left out"
+        mapfile -t out < <(printf '%s\n' "${out[@]}" | without "$back")
+    done
+    printf '%s\n' "${out[@]}" | grep . >"$excluded" || true
+}
+
+# requeue HOW WHY [NODE...]: to the queue, without these nodes; it does not return. HOW: stopped (by a signal), or
+# failed, for which MAX_REQUEUES counts. Not when the job was cancelled, or has come too often with nothing to show.
+requeue() {
+    local said="$2; job $SLURM_JOB_ID" idle=0 failures before theirs out wanted
+    trap '' TERM USR1 # with which Slurm ends what it requeues, and it must still hear which nodes to leave out
+    if [[ $(job_field JobState) != RUNNING ]]; then
+        echo "$said was cancelled, or Slurm itself requeues it"
+        exit 1
+    fi
+    before=$(job_field ExcNodeList)
+    mapfile -t theirs < <(scontrol show hostnames "$before" 2>/dev/null | grep -vxFf "$excluded")
+    leave_out "${@:3}"
+    wanted=$(printf '%s\n' "${theirs[@]}" "${out[@]}" | grep . | paste -sd, - || true)
+    end_history "$1" "$2" "$(paste -sd, "$excluded")"
+    progressed || idle=$(tac "$history" |
+        awk '/"progress": true/ { exit } !/"how": "gone"/ { count++ } END { print count + 0 }')
+    failures=$(grep -c '"how": "failed"' "$history" || true)
+    if [[ $idle -gt ${MAX_REQUEUES_WITHOUT_PROGRESS:-3} ]]; then
+        echo "$said was requeued $((idle - 1)) times in a row without a new checkpoint: not again" >&2
+        tail -n "$idle" "$history" | report >&2
+        exit 1
+    elif [[ $1 == failed && $failures -gt ${MAX_REQUEUES:-10} ]]; then
+        echo "$said has failed $failures times, and MAX_REQUEUES is ${MAX_REQUEUES:-10}: not again" >&2
+        grep '"how": "failed"' "$history" | tail -n 10 | report >&2
+        exit 1
+    fi
+    echo "$said goes back to the queue${wanted:+, without $wanted}"
+    scontrol requeue "$SLURM_JOB_ID"
+    [[ -z $before$wanted ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$wanted" ||
+        echo "Slurm does not let the job leave nodes out"
+    exit 0
+}
