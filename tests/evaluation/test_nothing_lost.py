@@ -119,12 +119,23 @@ def test_a_row_that_is_there_twice_is_asked_twice_or_said(tmp_path, name):
 
 
 def test_lines_of_charades_sta(tmp_path):
-    write(
-        tmp_path, "charades_sta_test.txt", "AB 0.0 10.0##sits.\nAB 0.0##sits.\nAB 0 10\nAB 0.0 10.0##sits.\n"
-    )
+    write(tmp_path, "charades_sta_test.txt", "AB 0.0 10.0##sits.\nAB 0.0##sits.\nAB 0 10\nAB 3 2##sits.\n")
     questions, problems = read(tmp_path, "charades-sta")
     assert [q.id for q in questions] == ["charades_sta_test:1", "charades_sta_test:4"]
     assert [problem.line for problem in problems] == [2, 3]
+    assert [question.score("2 to 3 seconds") for question in questions] == [0.1, 0.0]
+
+
+def test_clues_that_last_no_time(tmp_path):
+    row = {"video_uid": "v", "question": "Q", "choices": ["p", "q"], "right_answer": "A", "domain": "life"}
+    rows = [
+        row | {"qid": 1, "clue_intervals": [[4, 4], [0, 10]]},
+        row | {"qid": 2, "clue_intervals": [[4, 4]]},
+    ]
+    write(tmp_path, "cgbench.json", rows)
+    questions, problems = read(tmp_path, "cg-bench-miou")
+    assert problems == [] and [q.score("0 to 10 s") for q in questions] == [1, 0]
+    assert [p.line for p in read(tmp_path, "cg-bench-clue")[1]] == []
 
 
 def test_mlvu_counts_what_its_authors_count(tmp_path):

@@ -212,6 +212,18 @@ def test_mvbench_takes_the_video_of_the_task_s_own_folder(tmp_path):
     assert len(read(tmp_path, "mvbench")[0]) == 2
 
 
+def test_mlvu_takes_the_video_of_the_task_s_own_folder(tmp_path):
+    row = {"video": "1.mp4", "question": "Q?", "candidates": ["x", "y"], "answer": "y"}
+    for task, folder in (("ego", "3_ego"), ("count", "4_count")):
+        write(tmp_path, f"json/{folder}.json", [row | {"question_type": task}])
+        write(tmp_path, f"video/{folder}/1.mp4", folder.encode())
+    questions, problems = read(tmp_path, "mlvu")
+    assert problems == [] and {q.category: q.request.videos[0]["video"] for q in questions} == {
+        "ego": str(tmp_path / "video/3_ego/1.mp4"),
+        "count": str(tmp_path / "video/4_count/1.mp4"),
+    }
+
+
 def test_of_two_files_of_a_name_that_beside_the_table_is_meant(tmp_path):
     for split in ("test", "train"):
         write(tmp_path, f"{split}/png/1.png", split.encode())

@@ -104,7 +104,7 @@ _FACTS = {
     "mlvu": _one(
         "dev",
         2_175,
-        1_122,
+        1_242,
         "JUNJIE99/MLVU data/1_plotQA.json to 7_topic_reasoning.json",
         "JSON, parquet, " + _KIT,
     ),

@@ -38,7 +38,16 @@ _MVBENCH = {  # the folders in which MVBench's authors keep the videos of a task
     "egocentric_navigation": "vlnqa",
     "episodic_reasoning": "tvqa/frames_fps3_hq",
 }
-_MLVU = ("plotQA", "findNeedle", "needle", "ego", "count", "order", "anomaly_reco", "topic_reasoning")
+_MLVU = {  # tasks of M-Avg -> the folders in which MLVU's authors keep their videos
+    "plotQA": "1_plotQA",
+    "findNeedle": "2_needle",
+    "needle": "2_needle",
+    "ego": "3_ego",
+    "count": "4_count",
+    "order": "5_order",
+    "anomaly_reco": "6_anomaly_reco",
+    "topic_reasoning": "7_topic_reasoning",
+}
 
 
 def choice(row: dict[str, Any], video: Any, options: Any, **more: Any) -> dict[str, Any]:
@@ -100,8 +109,8 @@ def mlvu(source: Source, table: str, row: dict[str, Any]) -> Records:
     answer = row["answer"]
     places = [number for number, option in enumerate(options) if option == answer]
     answer = letter(places[-1]) if places else answer
-    record = choice({"question": question}, source.video(first_of(row, "video", "video_name")), options)
-    yield record | {
+    video = source.video(f"{_MLVU[task]}/{first_of(row, 'video', 'video_name')}")
+    yield choice({"question": question}, video, options) | {
         "answer": answer,
         "unanswerable": answer not in list("ABCDEF")[: len(options)],
         "category": "needle" if task == "findNeedle" else task,
@@ -164,11 +173,13 @@ def cg_bench_miou(source: Source, table: str, row: dict[str, Any]) -> Records:
     """`cgbench.json`, `cgbench_mini.json` or VLMEvalKit's TSV: where in the video the clue is."""
     if _asks(row, "miou"):
         options = "\n".join(f"{letter(i)}. {option}" for i, option in enumerate(listed(row["choices"])))
+        answer = [part for part in _clues(first_of(row, "clue_intervals", "answer")) if part[0] < part[1]]
         yield {
             "id": str(row["qid"]),
             "question": f"{row['question']}\n{options}\nIn which parts of the video is the evidence?",
             "metric": "intervals",
-            "answer": _clues(first_of(row, "clue_intervals", "answer")),
+            "answer": answer,
+            "unanswerable": not answer,  # what lasts no time overlaps no answer
             "videos": [source.video(row["video_uid"])],
             "category": row["domain"],
         }
@@ -206,16 +217,19 @@ def _clues(intervals: Any) -> list[list[float]]:
 
 
 def charades_sta(source: Source, table: str, row: Any) -> Records:
-    """Lines `VIDEO START END##SENTENCE`, or parquet of `video`, `caption`, `timestamp`."""
+    """Lines `VIDEO START END##SENTENCE`, or parquet of `video`, `caption`, `timestamp`. Where the end is not
+    after the start, no answer is right."""
     if isinstance(row, str):
         place, sentence = row.split("##", 1)
         name, start, end = place.split()
     else:
         name, sentence, (start, end) = row["video"], row["caption"], row["timestamp"]
+    answer = [float(start), float(end)]
     yield {
         "question": f"When does this happen in the video: {sentence.strip()}",
         "metric": "grounding",
-        "answer": [float(start), float(end)],
+        "answer": answer,
+        "unanswerable": answer[0] >= answer[1],  # no answer overlaps it
         "videos": [source.video(name)],
     }
 
