@@ -212,6 +212,21 @@ def test_mvbench_takes_the_video_of_the_task_s_own_folder(tmp_path):
     assert len(read(tmp_path, "mvbench")[0]) == 2
 
 
+def test_an_answer_in_words_is_an_option_even_where_it_is_a_letter(tmp_path):
+    """Of readers whose tables have the right option's text; letters are those of other options here."""
+    row = {"video": "v.mp4", "question": "Which letter?", "candidates": ["B", "C", "A"]}
+    rows = [row | {"answer": answer} for answer in ("A", "B", "D")]
+    write(tmp_path / "mvbench", "json/character_order.json", rows)
+    write(tmp_path / "mlvu", "json/3_ego.json", [one | {"question_type": "ego"} for one in rows])
+    for name in ("mvbench", "mlvu"):
+        questions, problems = read(tmp_path / name, name)
+        assert problems == [] and [q.answer for q in questions] == ["C", "A", ""], name
+        assert questions[2].score("A") == 0  # none is right, as in their scripts
+    write(tmp_path / "mvbench", "json/character_order.json", [row | {"answer": None}])
+    questions, (problem,) = read(tmp_path / "mvbench", "mvbench")
+    assert questions == [] and "no answer" in problem.reason
+
+
 def test_mlvu_takes_the_video_of_the_task_s_own_folder(tmp_path):
     row = {"video": "1.mp4", "question": "Q?", "candidates": ["x", "y"], "answer": "y"}
     for task, folder in (("ego", "3_ego"), ("count", "4_count")):

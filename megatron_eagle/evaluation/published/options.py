@@ -75,6 +75,18 @@ def letter(index: Any) -> str | None:
     return chr(65 + int(index))
 
 
+def letter_of(options: Sequence[str], answer: Any) -> str:
+    """The letter of the last option that is this text, as authors' scripts find it; empty if none is.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    places = [number for number, option in enumerate(options) if option == str(answer)]
+    if not places and answer in (None, ""):
+        raise ValueError("there is no answer to compare with")
+    return chr(65 + places[-1]) if places else ""
+
+
 def columns(row: dict[str, Any], names: str = "ABCDEFGHIJ") -> list[str]:
     """Options that are columns A, B, ... of a row."""
     return [str(row[name]) for name in names if row.get(name) not in (None, "", "nan")]

@@ -13,6 +13,7 @@ from megatron_eagle.evaluation.published.options import (
     first_of,
     inline_options,
     letter,
+    letter_of,
     listed,
     without_letters,
 )
@@ -88,9 +89,13 @@ def mvbench(source: Source, table: str, row: dict[str, Any]) -> Records:
     task = str(row.get("task_type") or table).lower().replace(" ", "_").replace("-", "_")
     name = f"{_MVBENCH[task]}/{row['video']}" if task in _MVBENCH else row["video"]
     start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
-    options = without_letters(listed(row["candidates"]))
-    record = choice(row, source.video(name, start, end), options)
-    yield record | {"answer": row["answer"], "category": task}
+    options = [str(option) for option in listed(row["candidates"])]
+    answer = letter_of(options, row["answer"])
+    yield choice(row, source.video(name, start, end), options) | {
+        "answer": answer,
+        "unanswerable": not answer,
+        "category": task,
+    }
 
 
 def mlvu(source: Source, table: str, row: dict[str, Any]) -> Records:
@@ -99,20 +104,19 @@ def mlvu(source: Source, table: str, row: dict[str, Any]) -> Records:
     wrong, as in the authors' `choice_bench.py`."""
     if "candidates" in row:
         question, options = row["question"], [str(option) for option in listed(row["candidates"])]
-    elif "video_name" in row:  # parquet has them in the question
+        answer = letter_of(options, row["answer"])
+    elif "video_name" in row:  # parquet has them in the question, and a letter
         question, options = inline_options(row["question"])
+        answer = row["answer"]
     else:
         return
     task = first_of(row, "question_type", "task_type")
     if task not in _MLVU:
         return
-    answer = row["answer"]
-    places = [number for number, option in enumerate(options) if option == answer]
-    answer = letter(places[-1]) if places else answer
     video = source.video(f"{_MLVU[task]}/{first_of(row, 'video', 'video_name')}")
     yield choice({"question": question}, video, options) | {
         "answer": answer,
-        "unanswerable": answer not in list("ABCDEF")[: len(options)],
+        "unanswerable": "candidates" in row and not answer,
         "category": "needle" if task == "findNeedle" else task,
     }
 
