@@ -69,16 +69,17 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 
 def missing() -> str | None:
     """Why no Slurm can start on this machine, and what to do; None: it can."""
-    if os.geteuid() != 0:
-        return "needs root, for namespaces: run it in a container as root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
-    if absent:
-        return f"{', '.join(absent)} not found: {INSTALL}"
+    reasons = ["needs root, for namespaces: run it in a container as root"] if os.geteuid() != 0 else []
+    reasons += [f"{', '.join(absent)} not found: {INSTALL}"] if absent else []
+    if reasons:
+        return "; ".join(reasons)
     said = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"(\d+)\.(\d+)", said)
     if found is None or tuple(map(int, found.groups())) < OLDEST:
         return (
-            f"{said.strip() or 'slurmctld -V says nothing'}: needs Slurm {OLDEST[0]}.{OLDEST[1]:02} or later"
+            f"{said.strip() or 'slurmctld -V says nothing'}: needs Slurm {OLDEST[0]}.{OLDEST[1]:02} or later,"
+            f" as Debian 12 and Ubuntu 24.04 have it: {INSTALL}"
         )
     made = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
     if made.returncode:

@@ -33,12 +33,22 @@ def test_a_program_is_missing(machine: Path, name: str, capsys: pytest.CaptureFi
 
 def test_no_root(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert "needs root" in (slurm.missing() or "")
+    assert "needs root" in (slurm.missing() or "") and slurm.INSTALL not in (slurm.missing() or "")
+    (machine / "munged").unlink()
+    assert f"as root; munged not found: {slurm.INSTALL}" in (slurm.missing() or "")
 
 
-def test_an_old_slurm(machine: Path) -> None:
-    (machine / "slurmctld").write_text("#!/bin/sh\necho slurm-wlm 20.11.4\n")
-    assert slurm.missing() == "slurm-wlm 20.11.4: needs Slurm 22.05 or later"
+@pytest.mark.parametrize("said", ["slurm-wlm 20.11.4", "slurm 21.08.8", ""])
+def test_an_old_slurm(machine: Path, said: str) -> None:
+    (machine / "slurmctld").write_text(f"#!/bin/sh\necho {said}\n")
+    reason = slurm.missing() or ""
+    assert reason.startswith(f"{said or 'slurmctld -V says nothing'}: needs Slurm 22.05 or later")
+    assert reason.endswith(slurm.INSTALL)
+
+
+def test_a_newer_slurm(machine: Path) -> None:
+    (machine / "slurmctld").write_text("#!/bin/sh\necho slurm 23.02.1\n")
+    assert slurm.missing() is None
 
 
 def test_a_root_without_rights(machine: Path) -> None:
