@@ -262,7 +262,7 @@ def _read_prompt(path: Path) -> str:
     try:
         prompt = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--judge-prompt {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--judge-prompt: cannot be read: {str(error).splitlines()[0]}") from None
     if missing := [place for place in ("{question}", "{prediction}") if place not in prompt]:
         raise UserError(f"--judge-prompt {path}: has no place {' and '.join(missing)}")
     return prompt
@@ -287,7 +287,11 @@ def _long_text(options: argparse.Namespace) -> None:
         raise UserError(f"--repeats must be positive, not {options.repeats}")
     count = load_tokenizer(options.tokenizer).count
     records = list(long_text_records(options.tokens, count, options.repeats))
-    write_lines(options.output, records)
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(options.output, records)
+    except OSError as error:
+        raise UserError(f"--output {options.output}: {error.strerror}") from None
     print(f"{len(records):,} questions in {options.output}: `megatron-eagle evaluate run --benchmark`")
 
 

@@ -7,7 +7,7 @@ a file with the authors' own. A score depends on prompt and model: with those of
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_eagle.errors import UserError
@@ -202,13 +202,16 @@ class Judge:
         return (mark - scale.low) / (scale.high - scale.low)
 
     def _marked(self, request: Request, scale: Scale, high: float) -> float:
-        for _ in range(_TRIES):
-            reply = self._reply(request, max_new_tokens=8)
+        kind = "whole number" if scale.whole else "number"
+        wanted = f"a {kind} from {scale.low:g} to {high:g}"
+        reply = ""
+        for attempt in range(_TRIES):
+            # A model that answers the same question the same way is told what is missing.
+            more = f"\n\nReply with {wanted} alone." if attempt else ""
+            reply = self._reply(replace(request, prompt=request.prompt + more), max_new_tokens=8)
             mark = _NUMBER.search(reply)
             if mark and scale.low <= float(mark[0]) <= high and not (scale.whole and "." in mark[0]):
                 return float(mark[0])
-        kind = "whole number" if scale.whole else "number"
-        wanted = f"a {kind} from {scale.low:g} to {high:g}"
         raise UnusableJudge(f"the judge does not answer with {wanted}, but {reply[:60]!r}")
 
     def extract(self, asked: str, answer: str) -> str:

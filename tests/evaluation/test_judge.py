@@ -52,7 +52,9 @@ def test_marks(metric, reply, score):
 def test_what_is_no_mark(metric, reply, wanted):
     with pytest.raises(UnusableJudge, match=f"with {wanted}, but"):
         Judge(_Says(*[reply] * 3)).mark(metric, "Q", ["a"], "b")
-    assert Judge(_Says(reply, "1")).mark(metric, "Q", ["a"], "b") in (0, 1 / 3, 1)  # asked again
+    model = _Says(reply, "1")
+    assert Judge(model).mark(metric, "Q", ["a"], "b") in (0, 1 / 3, 1)
+    assert model.asked[1] == f"{model.asked[0]}\n\nReply with {wanted} alone."
 
 
 @pytest.mark.parametrize("metric", SCALES)

@@ -93,5 +93,8 @@ def test_the_command(tmp_path):
         f"{kind}, 4,096 tokens" for kind in ("needle", "entry", "chain")
     }
     assert json.loads(path.read_text().splitlines()[0])["question"] == questions[0].question
+    made = (*made[:-1], str(path / "below a file.jsonl"), "--tokens", "4096")
+    done = call_tool("evaluate", *made)
+    assert done.returncode == 2 and "below a file.jsonl: " in done.stderr
     done = call_tool("evaluate", *made, "--repeats", "0")
     assert done.returncode == 2 and "--repeats must be positive" in done.stderr
