@@ -64,7 +64,7 @@ FEATURES = """
     recipe tile ADS tokenizer Ray transcoding pack prefetch PDF DALI lint preview LoRA preset FLOPs MFU frozen
     zigzag balanced Ulysses attention sharding Triton offload patch optimizer stages held-out TensorBoard W&B
     heartbeat profiler stragglers NaN spikes media resharding Hugging planner memory demo benchmark judge
-    score chapter override ledger Slurm vLLM card
+    score chapter override ledger Slurm Kubernetes SkyPilot vLLM card
 """
 
 
