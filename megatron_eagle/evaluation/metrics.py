@@ -66,7 +66,7 @@ def anls(text: str, answers: Sequence[str], threshold: float = 0.5) -> float:
 
     The best over the accepted answers of 1 - distance / longer length, 0 where that is below the threshold.
     Case and the number of spaces do not count in the distance. Biten et al., "Scene Text Visual Question
-    Answering", section 4.1, and the evaluation script of the Robust Reading Competition (challenge 17), which
+    Answering", and the evaluation script of the Robust Reading Competition (challenge 17), which
     takes the lengths before spaces are taken out.
     """
     best = 0.0
@@ -153,7 +153,7 @@ def intervals_iou(predicted: Sequence[tuple[float, float]], true: Sequence[tuple
 def temporal_iou(predicted: tuple[float, float] | None, true: tuple[float, float]) -> float:
     """Intersection over union of two intervals in seconds; 0 for no prediction.
 
-    Charades-STA: Gao et al., "TALL: Temporal Activity Localization via Language Query", section 4.2.
+    Charades-STA: Gao et al., "TALL: Temporal Activity Localization via Language Query".
     """
     if predicted is None:
         return 0.0

@@ -1,6 +1,6 @@
 """MathVista: what a reply answers, in the form that the question asks for.
 
-The authors (lupantech/MathVista; Lu et al., "MathVista", section 3.3) score in two steps. `normalised` and
+The authors (lupantech/MathVista; Lu et al., "MathVista") score in two steps. `normalised` and
 `accuracy` are the second, `evaluation/calculate_score.py`: the option that the extracted answer names or is
 nearest to, or the number cut or rounded as asked, must equal the true answer as text. The first step,
 `evaluation/extract_answer.py`, takes a reply as it is that is an option or a bare number, and has a language

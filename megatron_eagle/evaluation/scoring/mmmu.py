@@ -1,6 +1,6 @@
 """MMMU: the letter or the short answer that a reply ends in.
 
-The rules are those of MMMU-Benchmark/MMMU, `mmmu/utils/eval_utils.py` (Yue et al., "MMMU", section 4.1): of
+The rules are those of MMMU-Benchmark/MMMU, `mmmu/utils/eval_utils.py` (Yue et al., "MMMU"): of
 letters that are named the last counts, a reply that names none is a guess, and a short answer is right if it
 stands in one of the reply's closing parts. What looks odd there counts too: sentences are not told apart,
 since the reply is in lower case by then, and `B. text` names no letter.

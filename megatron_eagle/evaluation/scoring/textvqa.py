@@ -1,7 +1,7 @@
 """TextVQA: the answer as the VQA challenge's server normalises it, and its share of ten people's votes.
 
 The rule is that of `EvalAIAnswerProcessor` and `TextVQAAccuracyEvaluator` in facebookresearch/mmf,
-`mmf/utils/m4c_evaluators.py` (Singh et al., "Towards VQA Models That Can Read", section 5). What looks odd
+`mmf/utils/m4c_evaluators.py` (Singh et al., "Towards VQA Models That Can Read"). What looks odd
 there counts too: a mark goes away if it has a space beside it anywhere in the answer and is a space
 otherwise, and a word whose apostrophe is missing gets it back while `'s` is a word of its own.
 """
