@@ -80,6 +80,25 @@ def test_a_row_without_a_key_is_one_line_with_its_row(tmp_path, name):
     assert refused >= 2, "at least the question and its answer are needed"
 
 
+@pytest.mark.parametrize("name", [name for name in OBJECTS if not CASES[name][0].endswith(".tsv")])
+def test_a_value_of_another_kind_ends_nothing(tmp_path, name):
+    for other, data in as_objects(name)[2].items():
+        write(tmp_path, other, data)
+    items = as_objects(name)[3]
+    first = 0 if isinstance(items, list) else next(iter(items))
+    for key, value in items[first].items():
+        places = [(key,), *((key, inner) for inner in (value if isinstance(value, dict) else ()))]
+        for *outer, last in places:
+            for odd in (None, 7, "[", {"a": 1}, float("inf")):
+                file, table, _, items = as_objects(name)
+                item = items[first]
+                for step in outer:
+                    item = item[step]
+                item[last] = odd
+                _, problems = rewrite(tmp_path, name, file, table)
+                assert all(p.reason.strip() and "\n" not in p.reason for p in problems), (key, odd)
+
+
 @pytest.mark.parametrize(
     ("name", "odd"),
     # A TSV has only rows.

@@ -17,6 +17,8 @@ from megatron_eagle.evaluation.published.shown import share_frames
 from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.problems import LedgerEntry
 
+_BAD = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, UserError)
+
 
 @dataclass(frozen=True)
 class Published:
@@ -55,7 +57,7 @@ class Published:
                     for record in self._records(source, path.stem, item):
                         named = {"id": f"{path.stem}:{number}"} | record
                         add_question(found, named, f"{path.stem}, row {number}", number)
-                except (KeyError, TypeError, ValueError, IndexError, AttributeError, UserError) as error:
+                except _BAD as error:
                     reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
                     problems.append(LedgerEntry(path.stem, number, reason, "bad question"))
         return list(found.values()), problems
