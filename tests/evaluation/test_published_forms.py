@@ -16,8 +16,9 @@ from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.evaluation.published.tables import read_table
 from megatron_eagle.evaluation.summary import overall
 from megatron_eagle.inference.generate import Request
+from tests.evaluation.kit_forms import KIT
 from tests.evaluation.published_cases import CASES, PNG, PNG64, write
-from tests.evaluation.published_forms import ERQA, HUB, KIT, MOVIE, tarred, tfrecord, zipped
+from tests.evaluation.published_forms import ERQA, HUB, MOVIE, tarred, tfrecord, zipped
 
 FORMS = [(HUB, name) for name in HUB] + [(KIT, name) for name in KIT]
 NAMES = [f"{'hub' if forms is HUB else 'kit'}-{name}" for forms, name in FORMS]
