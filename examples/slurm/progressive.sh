@@ -2,6 +2,8 @@
 # All stages of a file as a chain of jobs, each after the one before has finished well:
 #   examples/slurm/progressive.sh CONFIG [options of sbatch]
 # A stage that is finished passes at once, so the same command picks up a broken chain.
+# The jobs are called eagle-RUN-STAGE, RUN being the folder of checkpoint.path. MAIL_USER hears by mail of MAIL_TYPE
+# (default FAIL,END).
 set -euo pipefail
 
 config=${1:?usage: progressive.sh CONFIG [options of sbatch]}
@@ -16,15 +18,22 @@ done
 here=$(cd "$(dirname "$0")" && pwd)
 stages=$("${PYTHON:-python}" -c '
 import sys
+from pathlib import Path
+from megatron_eagle.config import load_yaml
 from megatron_eagle.training.stages import stage_names
-print(*stage_names(sys.argv[1]), sep="\n")
+path = (load_yaml(sys.argv[1]).get("checkpoint") or {}).get("path") or "run"
+print(Path(path).name, *stage_names(sys.argv[1]), sep="\n")
 ' "$config")
+run=${stages%%$'\n'*}
+stages=${stages#*$'\n'}
+mail=()
+[[ -z ${MAIL_USER:-} ]] || mail=(--mail-user="$MAIL_USER" --mail-type="${MAIL_TYPE:-FAIL,END}")
 
 previous=
 while read -r stage; do
     after=()
     [[ -z $previous ]] || after=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
-    previous=$(sbatch --parsable --job-name="eagle-$stage" "${after[@]}" "$@" \
+    previous=$(sbatch --parsable --job-name="eagle-$run-$stage" "${mail[@]}" "${after[@]}" "$@" \
         "$here/train.sbatch" "$config" --stage "$stage")
     previous=${previous%%;*} # --parsable may add the cluster
     echo "$stage: job $previous"

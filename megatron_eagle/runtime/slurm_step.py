@@ -47,8 +47,7 @@ def step_processes(environment: Mapping[str, str]) -> dict[str, str]:
     known = {
         "RANK": said["PROCID"],
         "WORLD_SIZE": str(tasks),
-        # A GPU a process, and no other, is what it sees then.
-        "LOCAL_RANK": "0" if environment.get("SLURM_GPUS_PER_TASK") == "1" else said["LOCALID"],
+        "LOCAL_RANK": "0" if _sees_one_gpu(environment) else said["LOCALID"],
         "LOCAL_WORLD_SIZE": str(_tasks_per_node(said["STEP_TASKS_PER_NODE"])[int(said["NODEID"])]),
         "MASTER_ADDR": first_host(said["STEP_NODELIST"]),
         # Below the ports that the system gives away; steps of one job side by side have different ones.
@@ -63,6 +62,12 @@ def step_nodes(environment: Mapping[str, str]) -> dict[str, int]:
     if nodes is None or tasks is None:
         return {}
     return dict(zip(host_names(nodes), _tasks_per_node(tasks), strict=True))
+
+
+def _sees_one_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm shows this process its own GPU and no other: --gpus-per-task=1, --gpu-bind=single:1."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return environment.get("SLURM_GPUS_PER_TASK") == "1" or ("," not in visible and visible != "")
 
 
 def first_host(nodes: str) -> str:

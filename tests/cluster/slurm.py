@@ -40,6 +40,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 ReturnToService=2
+MailProg={folder}/mail
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
 SlurmctldPort=17817
@@ -234,6 +235,9 @@ class Slurm:
         for name in ("state", "disk"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         _run("mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(self.disk))
+        mail = self.folder / "mail"
+        mail.write_text(f'#!/bin/sh\necho "$@" >>{self.folder}/mails\n')
+        mail.chmod(0o755)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)

@@ -223,6 +223,6 @@ def _torchrun_flags() -> set[str]:
 
 @functools.cache
 def _slurm_flags() -> set[str]:
-    """Those that the job scripts give sbatch themselves."""
-    scripts = (REPO / "examples" / "slurm").glob("*.sbatch")
-    return {flag for path in scripts for flag in re.findall(r"^#SBATCH (--[\w-]+)", path.read_text(), re.M)}
+    """Those that the scripts of jobs give sbatch and srun themselves."""
+    scripts = (REPO / "examples" / "slurm").glob("*.s*")
+    return {flag for path in scripts for flag in re.findall(r"--[a-z][\w-]+", path.read_text())}

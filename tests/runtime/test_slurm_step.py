@@ -39,6 +39,8 @@ def test_a_process_of_a_step():
     }
     assert step_processes(STEP | {"SLURM_NODEID": "2"})["LOCAL_WORLD_SIZE"] == "1"
     assert step_processes(STEP | {"SLURM_GPUS_PER_TASK": "1"})["LOCAL_RANK"] == "0"
+    assert step_processes(STEP | {"CUDA_VISIBLE_DEVICES": "0"})["LOCAL_RANK"] == "0"
+    assert step_processes(STEP | {"CUDA_VISIBLE_DEVICES": "0,1"})["LOCAL_RANK"] == "1"
     port = step_processes(STEP | {"SLURM_STEP_ID": "3"})["MASTER_PORT"]
     assert port != step_processes(STEP)["MASTER_PORT"]
     given = {"MASTER_ADDR": "ib-n2", "MASTER_PORT": "9"}

@@ -34,6 +34,8 @@ SBATCH = {
     "requeue",
     "parsable",
     "export",
+    "mail-user",
+    "mail-type",
 }
 SRUN = {
     "nodes",
@@ -43,6 +45,8 @@ SRUN = {
     "exclude",
     "overlap",
     "kill-on-bad-exit",
+    "cpu-bind",
+    "gpu-bind",
     "label",
     "container-image",
     "container-mounts",
@@ -105,6 +109,9 @@ def sbatch(arguments: list[str]) -> int:
 
 def srun(arguments: list[str]) -> int:
     """One task a node, here; signals go to all tasks, the worst status comes back."""
+    if arguments == ["--help"]:
+        print("\n".join(f"--{name}" for name in SRUN))
+        return 0
     options, command = parse(arguments, SRUN)
     tasks = int(options.get("ntasks", os.environ["SLURM_JOB_NUM_NODES"]))
     running = [
@@ -137,6 +144,10 @@ def scontrol(arguments: list[str]) -> int:
         return 0
     if arguments[:2] == ["show", "job"]:
         print(f"JobId={arguments[-1]} JobState=RUNNING Reason=None")
+        return 0
+    if arguments[0] == "update":
+        with open(FOLDER / "updates", "a") as file:
+            file.write(" ".join(arguments[1:]) + "\n")
         return 0
     if arguments[0] == "requeue":
         (FOLDER / "requeued").write_text(arguments[1])

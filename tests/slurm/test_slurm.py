@@ -71,7 +71,7 @@ def jobs(tmp_path: Path) -> list[dict]:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say():
     scripts = [str(file) for file in SLURM.iterdir() if file.suffix in (".sh", ".sbatch")]
-    assert len(scripts) == 6
+    assert len(scripts) == 9
     result = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
@@ -88,7 +88,7 @@ def test_options_are_slurms(slurm, tmp_path, script):
 def test_stages_become_a_chain(slurm, tmp_path):
     config = REPO / "examples" / "eagle2.5-8b" / "progressive.yaml"
     command = [str(SLURM / "progressive.sh"), str(config), "--nodes=4"]
-    environment = {**slurm, "STANDIN_SUBMIT_ONLY": "1"}
+    environment = {**slurm, "STANDIN_SUBMIT_ONLY": "1", "MAIL_USER": "me@here"}
     result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert result.stdout.splitlines()[1] == "stage1_5: job 101"
     submitted = jobs(tmp_path)
@@ -102,6 +102,10 @@ def test_stages_become_a_chain(slurm, tmp_path):
         "afterok:103",
     ]
     assert {job["options"]["nodes"] for job in submitted} == {"4"}
+    run = Path(yaml.safe_load(config.read_text())["checkpoint"]["path"]).name
+    assert [job["options"]["job-name"] for job in submitted] == [f"eagle-{run}-{name}" for name in names]
+    mail = {(job["options"]["mail-user"], job["options"]["mail-type"]) for job in submitted}
+    assert mail == {("me@here", "FAIL,END")}
 
 
 def test_a_missing_folder_for_the_output(slurm, tmp_path):

@@ -1,0 +1,155 @@
+"""Settings of the Slurm scripts: network, container, names, comments, counts that contradict others."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.paths import REPO
+
+SLURM = REPO / "examples" / "slurm"
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> dict[str, str]:
+    """An environment with the stand-in's commands first in PATH, which is all of it else that Debian has."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "srun", "scontrol"):
+        (folder / name).write_text(f"#!{sys.executable}\n{(REPO / 'tests/slurm/standin.py').read_text()}")
+        (folder / name).chmod(0o755)
+    path = {"PATH": f"{folder}:/usr/bin:/bin", "STANDIN_DIR": str(tmp_path), "PYTHON": sys.executable}
+    return {**os.environ, **path, "REPO": str(REPO), "PYTHONPATH": str(REPO)}
+
+
+def bash(script: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """With `fail`, as the scripts have it."""
+    script = f'set -euo pipefail; fail() {{ echo "$1" >&2; exit 2; }}; {script}'
+    return subprocess.run(["bash", "-c", script], cwd=REPO, env=environment, capture_output=True, text=True)
+
+
+PLACE = 'source examples/slurm/place.sh; make_place "$PWD" /logs; printf "%s\\n" "${place[@]}"'
+APPTAINER = """#!/bin/bash
+echo "apptainer: $*" >>"$STANDIN_DIR/apptainer"
+while [[ $1 != *.sif ]]; do shift; done
+exec "${@:2}"
+"""
+
+
+def add(commands: dict[str, str], name: str, text: str) -> None:
+    file = Path(commands["PATH"].partition(":")[0], name)
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+def test_nothing_stands_in_front_of_a_command_by_itself(commands: dict[str, str]) -> None:
+    assert bash(PLACE, commands).stdout == "\n"
+
+
+def test_pyxis(commands: dict[str, str]) -> None:
+    """Where srun has its option."""
+    said = bash(PLACE, {**commands, "CONTAINER_IMAGE": "docker://x/y", "CONTAINER_MOUNTS": "/data"}).stdout
+    mounts = f"--container-mounts={REPO}:{REPO},/logs:/logs,/data"
+    place = ["--container-image=docker://x/y", f"--container-workdir={REPO}", mounts]
+    assert said.splitlines() == ["container: docker://x/y, with Pyxis", *place]
+
+
+@pytest.mark.parametrize(("image", "pyxis"), [("/x.sif", True), ("/y.sif", False), ("docker://x", False)])
+def test_apptainer(commands: dict[str, str], image: str, pyxis: bool) -> None:
+    """For its own images, and where srun has no option for any."""
+    add(commands, "apptainer", APPTAINER)
+    if not pyxis:
+        add(commands, "srun", "#!/bin/sh\necho usage: srun")
+    said = bash(PLACE, {**commands, "CONTAINER_IMAGE": image, "SLURM_GPUS_ON_NODE": "8"}).stdout.splitlines()
+    assert re.fullmatch(rf"container: {image}, with /\S+/apptainer", said[0])
+    assert said[2:] == ["exec", "--nv", "--pwd", str(REPO), "--bind", f"{REPO}:{REPO},/logs:/logs", image]
+
+
+def test_no_program_for_a_container(commands: dict[str, str]) -> None:
+    add(commands, "srun", "#!/bin/sh\necho usage: srun")
+    said = bash(PLACE, {**commands, "CONTAINER_IMAGE": "docker://x"})
+    assert said.returncode == 2
+    assert (
+        said.stderr
+        == "CONTAINER_IMAGE=docker://x: neither Pyxis (srun --container-image) nor apptainer is here\n"
+    )
+
+
+def test_the_network_is_read_where_the_command_runs(commands: dict[str, str], tmp_path: Path) -> None:
+    """In the container, whose environment the command keeps."""
+    add(commands, "apptainer", APPTAINER)
+    file = tmp_path / "net work.sh"
+    file.write_text("export NCCL_SOCKET_IFNAME=eth$INSIDE\n")
+    run = PLACE + '; INSIDE=7 "${place[@]}" sh -c "echo if \\$NCCL_SOCKET_IFNAME"'
+    said = bash(run, {**commands, "NETWORK": str(file), "CONTAINER_IMAGE": "/x.sif"})
+    assert said.stdout.endswith("\nif eth7\n"), said.stderr
+    assert f"{file}:{file} /x.sif" in (tmp_path / "apptainer").read_text()
+    missing = bash(PLACE, {**commands, "NETWORK": "/absent"})
+    assert missing.stderr.startswith("NETWORK=/absent: cannot read this file on ")
+
+
+def test_the_presets_of_a_network_are_comments_that_bash_reads() -> None:
+    text = (SLURM / "network.sh").read_text()
+    assert not [line for line in text.splitlines() if line and not line.startswith("#")]
+    presets = "\n".join(re.findall(r"^# (export .*)", text, re.M))
+    names = set(re.findall(r"(\w+)=", presets))
+    assert {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "FI_PROVIDER"} <= names
+    set_by_all = bash(presets + "\nenv", {"PATH": os.environ["PATH"]}).stdout
+    assert all(f"{name}=" in set_by_all for name in names if name.isupper())
+
+
+@pytest.mark.parametrize("name", ["train", "preprocess", "convert"])
+def test_every_step_runs_in_its_place(name: str) -> None:
+    text = re.sub(r"\\\n\s*", "", (SLURM / f"{name}.sbatch").read_text())
+    steps = [line for line in text.splitlines() if "srun --" in line and line[0] != "#"]
+    assert steps and all('"${place[@]}"' in line for line in steps)
+
+
+def train(commands: dict[str, str], *options: str, **environment: str) -> str:
+    """What train.sbatch says on its way to `train.py check`."""
+    submit = ["sbatch", "--nodes=2", *options, str(SLURM / "train.sbatch"), "absent.yaml"]
+    environment = {**commands, "RANK_LOGS": commands["STANDIN_DIR"], **environment}
+    return subprocess.run(submit, env=environment, capture_output=True, text=True).stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"SLURM_NTASKS": "16"}, "told 16 tasks, and LAUNCH=torchrun starts 2 on 2 nodes of 8 processes"),
+        ({"SLURM_NTASKS": "8", "LAUNCH": "srun"}, "told 8 tasks, and LAUNCH=srun starts 16 on 2 nodes"),
+    ],
+)
+def test_counts_of_tasks_that_contradict_the_nodes(commands, environment, line) -> None:
+    assert line in train(commands, **environment)
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "16", "LAUNCH": "srun"}])
+def test_counts_of_tasks_that_do_not(commands, environment) -> None:
+    environment["PYTHON"] = "false"  # the check would be next
+    assert train(commands, **environment) == ""
+
+
+def test_name_and_comment_of_a_job(commands: dict[str, str], tmp_path: Path) -> None:
+    """Of the stage that has written last."""
+    for number, stage in enumerate(("one", "two")):
+        logs = tmp_path / "blue" / stage / "logs"
+        logs.mkdir(parents=True)
+        (logs / "metrics.jsonl").write_text('{"iteration": 7, "loss": 1.0}\n{"iteration": 8, "loss": 1.0}\n')
+        os.utime(logs / "metrics.jsonl", (number, number))
+    (tmp_path / "outcome").write_text("started 0\nsaved 5\n")
+    runs = [
+        f"{tmp_path}/blue/{stage}: DP2; {total} iterations of 2 x 256"
+        for stage, total in (("one", 20), ("two", 30))
+    ]
+    (tmp_path / "checked-7").write_text("\n".join([*runs, "  a layout: 3 iterations of it"]))
+    script = "logs=$STANDIN_DIR outcome=$logs/outcome; source examples/slurm/comment.sh; name_job; comment"
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "megatron-eagle"}
+    assert bash(script, {**commands, **job}).returncode == 0
+    name, comment = (tmp_path / "updates").read_text().splitlines()
+    assert name == "JobId=7 JobName=eagle-one"
+    assert comment == "JobId=7 Comment=iteration 8 of 30, saved 5"
+    bash(script, {**commands, **job, "SLURM_JOB_NAME": "mine"})
+    assert "JobName" not in (tmp_path / "updates").read_text().splitlines()[2]
