@@ -20,9 +20,15 @@ stages=$("${PYTHON:-python}" -c '
 import sys
 from pathlib import Path
 from megatron_eagle.config import load_yaml
+from megatron_eagle.errors import run_cli
 from megatron_eagle.training.stages import stage_names
-path = (load_yaml(sys.argv[1]).get("checkpoint") or {}).get("path") or "run"
-print(Path(path).name, *stage_names(sys.argv[1]), sep="\n")
+
+def main():
+    checkpoint = load_yaml(sys.argv[1]).get("checkpoint")
+    path = checkpoint.get("path") if isinstance(checkpoint, dict) else None
+    print(Path(path or "run").name, *stage_names(sys.argv[1]), sep="\n")
+
+run_cli(main)
 ' "$config")
 run=${stages%%$'\n'*}
 stages=${stages#*$'\n'}

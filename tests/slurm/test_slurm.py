@@ -108,6 +108,13 @@ def test_stages_become_a_chain(slurm, tmp_path):
     assert mail == {("me@here", "FAIL,END")}
 
 
+def test_a_chain_of_no_file(slurm, tmp_path):
+    command = [str(SLURM / "progressive.sh"), str(tmp_path / "absent.yaml")]
+    refused = subprocess.run(command, env=slurm, capture_output=True, text=True)
+    said = f"error: {tmp_path}/absent.yaml: cannot read this configuration file: No such file or directory\n"
+    assert (refused.returncode, refused.stderr) == (2, said) and not (tmp_path / "jobs.jsonl").exists()
+
+
 def test_a_missing_folder_for_the_output(slurm, tmp_path):
     """Before anything is submitted: Slurm would end the jobs without a word."""
     config = REPO / "examples" / "eagle2.5-8b" / "progressive.yaml"
