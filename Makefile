@@ -17,7 +17,9 @@ TRL := .venv-trl-1.16
 VLLM := .venv-vllm
 # What writes data sets and spreads work, over the other packages of .venv.
 PEERS := .venv-ray-2.60
-ALL := test test-slow test-old-transformers test-megatron test-serving test-peers test-rehearsal test-slurm coverage parity-mutants test-soak
+# Other kits' evaluation, over the other packages of .venv.
+KITS := .venv-kits-0.7.3
+ALL := test test-slow test-old-transformers test-megatron test-serving test-peers test-kits test-rehearsal test-slurm coverage parity-mutants test-soak
 STAMPED = $(BIN)/python -m tests.stamps run $@
 PYTEST = $(BIN)/python -m pytest
 # On both cores; tests/conftest.py says which tests stay together.
@@ -26,7 +28,7 @@ export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all test-slow test-old-transformers test-megatron test-serving \
-	test-peers test-rehearsal test-slurm test-soak coverage docs readme parity parity-mutants \
+	test-peers test-kits test-rehearsal test-slurm test-soak coverage docs readme parity parity-mutants \
 	lint format env clean
 
 demo: env
@@ -41,7 +43,7 @@ test-all: env
 test-slow: env
 	$(STAMPED) $(PYTEST) $(BOTH) -m "slow and not soak and not gpu" --ignore tests/convert/test_old_transformers.py \
 		--ignore tests/compatibility/test_other_megatron.py --ignore tests/convert/test_trl.py --ignore tests/serving \
-		--ignore tests/data/preparation/test_table_peers.py --ignore tests/rehearsal --ignore tests/cluster
+		--ignore tests/data/preparation/test_table_peers.py --ignore tests/rehearsal --ignore tests/cluster --ignore tests/kits
 
 # Rehearsed messages of more layouts against gloo runs, and their budgets.
 test-rehearsal: env
@@ -66,6 +68,10 @@ test-megatron: env $(MEGATRON)/.complete
 # `datasets` writes, Ray on two nodes preprocesses.
 test-peers: env $(PEERS)/.complete
 	$(STAMPED) $(PEERS)/bin/python -m pytest tests/data/preparation/test_table_peers.py
+
+# lmms-eval and VLMEvalKit on a stand-in server; lmms-eval also on vLLM.
+test-kits: env $(KITS)/.complete $(VLLM)/.complete
+	$(STAMPED) $(PYTEST) tests/kits
 
 test-soak: env
 	$(STAMPED) $(PYTEST) -m "soak and not gpu"
@@ -158,5 +164,9 @@ $(PEERS)/.complete: Makefile $(STAMP)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" > "$$($(PEERS)/bin/python -c '$(SITE)')/venv.pth"
 	touch $@
 
+$(KITS)/.complete: tests/kits/environment.sh $(STAMP)
+	tests/kits/environment.sh $(BIN)/python $(KITS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLD) $(MEGATRON) $(TRL) $(VLLM) $(PEERS) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD) $(MEGATRON) $(TRL) $(VLLM) $(PEERS) $(KITS) runs build *.egg-info .pytest_cache .ruff_cache

@@ -208,7 +208,10 @@ class _Run:
         result.hashes["transformers"] = {"logits": tensor_hash(logits)}
         self._ask(result, question, view, logits)
         for kit, found in kit_views(self.processor, question).items():
-            self._compare(result, kit, view, found)
+            if isinstance(found, Parting):
+                result.differences[kit] = found
+            else:
+                self._compare(result, kit, view, found)
         return result
 
     def _ask(self, result: SampleResult, question: Asked, view: View, logits: torch.Tensor) -> None:

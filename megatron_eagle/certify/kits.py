@@ -2,12 +2,13 @@
 
 Kits write pictures anew (VLMEvalKit as JPEG, lmms-eval as PNG), and videos as frames of their own: samples
 with text and pictures in one question are asked here. How a kit writes pictures is no fault of an export: its
-difference is named, and makes no certificate red.
+difference is named, and makes no certificate red; so is a picture that a kit cannot write.
 """
 
 import importlib
 import importlib.util
 import io
+import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,14 +17,16 @@ from PIL import Image
 
 from megatron_eagle.certify.exported import seen_by_processor
 from megatron_eagle.certify.store_samples import Asked
-from megatron_eagle.certify.view import View
+from megatron_eagle.certify.view import Parting, View
 
 _Parts = list[dict[str, Any]]
 
 
 def _vlmevalkit(parts: _Parts) -> _Parts:
     """As its class for OpenAI's API does."""
+    checked = ssl._create_default_https_context  # the import replaces it, for all of the process, by no check
     encode = importlib.import_module("vlmeval.smp").encode_image_to_base64
+    ssl._create_default_https_context = checked
     return [
         {"type": "image_url", "image_url": f"data:image/jpeg;base64,{encode(_opened(part))}"}
         if part["type"] == "image"
@@ -49,17 +52,23 @@ def installed_kits() -> list[str]:
     return [name for name in _KITS if importlib.util.find_spec(name) is not None]
 
 
-def kit_views(processor: Any, question: Asked) -> dict[str, View]:
-    """By kit, what the exported processor sees of its messages; none of a sample that kits would not send."""
+def kit_views(processor: Any, question: Asked) -> dict[str, View | Parting]:
+    """By kit, what the exported processor sees of its messages; none of a sample that kits would not send.
+
+    In place of messages that cannot be written or seen stands why.
+    """
     asked = [message for message in question.messages if message["role"] == "user"]
     kinds = {part["type"] for message in asked for part in message["content"]}
     if len(asked) != 1 or "video" in kinds or question.first_position:
         return {}
-    found = {}
+    found: dict[str, View | Parting] = {}
     for name in installed_kits():
-        sent = {"role": "user", "content": _KITS[name](asked[0]["content"])}
-        messages = [sent if message is asked[0] else message for message in question.messages]
-        found[name] = seen_by_processor(processor, replace(question, messages=messages))[0]
+        try:
+            sent = {"role": "user", "content": _KITS[name](asked[0]["content"])}
+            messages = [sent if message is asked[0] else message for message in question.messages]
+            found[name] = seen_by_processor(processor, replace(question, messages=messages))[0]
+        except (OSError, ValueError) as error:  # an OSError is Pillow's, which the kits do not catch
+            found[name] = Parting("pixels", f"refused: {error}")
     return found
 
 

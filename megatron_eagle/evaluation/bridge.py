@@ -125,6 +125,8 @@ def _vlmevalkit(
             raise UserError(f"{own[0]}: with --videos files every video has --max-frames")
     lines = [
         'export LMDEPLOY_API_KEY="${LMDEPLOY_API_KEY:-none}"',
+        # The distribution on PyPI else asks another hub for videos.
+        'export VLMEVALKIT_USE_MODELSCOPE="${VLMEVALKIT_USE_MODELSCOPE:-0}"',
         # Choices are then matched, which else a model of OpenAI's reads off.
         '[ -n "${OPENAI_API_KEY:-}" ] && judge=() || judge=(--judge exact_matching)',
         _RUNS,

@@ -3,6 +3,7 @@
 import base64
 import io
 import shutil
+import ssl
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -17,6 +18,13 @@ def encoded(image, kind):
     stream = io.BytesIO()
     image.convert("RGB").save(stream, kind)
     return base64.b64encode(stream.getvalue()).decode()
+
+
+def jpeg(image):
+    """As VLMEvalKit's, which Pillow stops at some modes."""
+    if image.height > 4 * image.width:  # one of the odd pictures
+        raise OSError("cannot write mode I;16 as JPEG")
+    return encoded(image, "JPEG")
 
 
 class ChatMessages:
@@ -37,7 +45,7 @@ class ChatMessages:
 def installed(monkeypatch):
     """Both kits."""
     said = {
-        "vlmeval.smp": {"encode_image_to_base64": lambda image: encoded(image, "JPEG")},
+        "vlmeval.smp": {"encode_image_to_base64": jpeg},
         "lmms_eval.protocol": {"ChatMessages": ChatMessages},
     }
     for name, members in said.items():
@@ -58,3 +66,20 @@ def test_a_kit_that_writes_jpeg_is_named_and_nothing_red(exported, installed, tm
     assert found.green and "made: page: the messages of vlmeval differ at pixels" in report(found)
     asked = {result.name for result in found.results if "lmms_eval" in result.hashes}
     assert asked == {"made: typed tokens", "made: odd pictures", "made: page"}
+    odd = next(result for result in found.results if result.name == "made: odd pictures")
+    assert str(odd.differences["vlmeval"]) == "pixels (refused: cannot write mode I;16 as JPEG)"
+
+
+def test_a_kit_does_not_switch_off_the_checks_of_certificates(monkeypatch):
+    """As VLMEvalKit does when it is imported."""
+    checked = ssl._create_default_https_context
+    module = SimpleNamespace(encode_image_to_base64=lambda image: encoded(image, "JPEG"))
+
+    def importing(name):
+        ssl._create_default_https_context = ssl._create_unverified_context
+        return module
+
+    monkeypatch.setattr(ssl, "_create_default_https_context", checked)
+    monkeypatch.setattr(kits.importlib, "import_module", importing)
+    assert kits._vlmevalkit([{"type": "text", "text": "A?"}]) == [{"type": "text", "text": "A?"}]
+    assert ssl._create_default_https_context is checked
