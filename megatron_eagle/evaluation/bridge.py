@@ -94,6 +94,8 @@ def write_bridge(kit: str, asked: Bridge, folder: Path) -> str:
 
 def _lmms_eval(asked: Bridge, base: str, tasks: list[str]) -> list[str]:
     """Its class for OpenAI's API; `python -m lmms_eval` takes the one for chats by that name."""
+    if "," in asked.model:
+        raise UserError(f"{asked.model}: lmms-eval takes no name with a comma; serve it under another")
     settings = f"model_version={asked.model},max_frames_num={asked.max_frames}"
     if asked.videos == "files":
         settings += ",pass_video_url=True"

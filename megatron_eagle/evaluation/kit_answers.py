@@ -68,10 +68,10 @@ def _answer(sample: dict[str, Any]) -> Any:
 
 def _vlmevalkit(files: list[Path], tasks: tuple[str, ...]) -> Iterator[tuple[str, list[Any]]]:
     """Of `MODEL_TASK.xlsx`, which the kit writes when a task has been asked."""
-    pandas = importlib.import_module("pandas")  # the kit needs it
     for task in tasks:
         for path in files:
             if path.stem.endswith(f"_{task}") and path.suffix == ".xlsx":
+                pandas = importlib.import_module("pandas")  # there where the kit ran
                 yield task, pandas.read_excel(path, keep_default_na=False)["prediction"].tolist()
 
 

@@ -60,6 +60,7 @@ def test_vlmevalkit_gets_videos_as_dictionaries_and_pictures_by_name(tmp_path):
     ("kit", "asked", "said"),
     [
         ("lmms-eval", Bridge("somewhere", "m", ["x"]), "expected the URL"),
+        ("lmms-eval", bridge("x", model="a,b"), "a,b: lmms-eval takes no name with a comma"),
         ("lmms-eval", bridge("hourvideo"), "hourvideo: not in lmms-eval; of the published benchmarks it has"),
         (
             "vlmevalkit",
@@ -112,13 +113,13 @@ def test_failed_requests_are_counted_with_the_first_reason(tmp_path, capsys):
 
 
 def test_a_task_without_answers_is_no_success(tmp_path):
-    done = subprocess.run(  # by itself, as a kit's environment runs it
-        [sys.executable, "-S", kit_answers.__file__, "lmms-eval", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1 and "lmms-eval: no answers, see above why it ended" in done.stdout
+    for words, said in (
+        (["lmms-eval", tmp_path], "lmms-eval: no answers, see above why it ended"),
+        (["vlmevalkit", tmp_path / "none", "ERQA"], "vlmevalkit: ERQA: no answers, see above why"),
+    ):  # by itself, as a kit's environment runs it, or one in which the kit is not
+        alone = [sys.executable, "-S", kit_answers.__file__, *words]
+        done = subprocess.run(alone, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and said in done.stdout and not done.stderr
     text, whole = kit_answers.report_failures("vlmevalkit", {"MMStar": ["A"]}, ["MMStar", "ERQA"])
     assert not whole and "ERQA: no answers" in text
     assert kit_answers.report_failures("vlmevalkit", {"MMStar": ["A"]}, ["MMStar"])[1]
