@@ -26,6 +26,15 @@ node_states() { sinfo --noheader --Node "$@" --format="%N %T" 2>/dev/null | sort
 # Lines that are none of these words.
 without() { grep -vxFf <(printf '%s\n' "$@") || true; }
 
+# Nodes that the user has excluded, and not this script.
+excluded_by_user() { scontrol show hostnames "$(job_field ExcNodeList)" 2>/dev/null | grep -vxFf "$excluded" || true; }
+
+# All nodes on which the user lets the job run.
+usable_nodes() {
+    node_states --partition="$(job_field Partition)" | grep -vE "$unusable" | cut -d' ' -f1 |
+        grep -vxFf <(excluded_by_user) || true
+}
+
 # Whether this start has saved anything new, or finished a stage.
 progressed() {
     awk '/^started/ { new += seen++; from = $2 } /^(saved|stopped)/ && $2 > from { new++ } END { exit !new }' \
@@ -120,11 +129,9 @@ blame() {
 }
 
 # leave_out NODE...: add them to `excluded`. Where too few others would be left the oldest come back, and it is said.
-# In `theirs` are the nodes that the user has excluded.
 leave_out() {
     local usable left back
-    usable=$(node_states --partition="$(job_field Partition)" | grep -vE "$unusable" | cut -d' ' -f1 |
-        without "${theirs[@]}" || true)
+    usable=$(usable_nodes)
     mapfile -t out < <(cat "$excluded"; printf '%s\n' "$@" | grep . | grep -vxFf "$excluded")
     while left=$(without "${out[@]}" <<<"$usable" | wc -l) && [[ -n $usable && $left -lt $SLURM_JOB_NUM_NODES ]]; do
         back=$(printf '%s\n' "${out[@]}" | grep -m1 -xFf <(echo "$usable")) || break # they would not help
@@ -144,7 +151,7 @@ requeue() {
         exit 1
     fi
     before=$(job_field ExcNodeList)
-    mapfile -t theirs < <(scontrol show hostnames "$before" 2>/dev/null | grep -vxFf "$excluded")
+    mapfile -t theirs < <(excluded_by_user)
     leave_out "${@:3}"
     wanted=$(printf '%s\n' "${theirs[@]}" "${out[@]}" | grep . | paste -sd, - || true)
     end_history "$1" "$2" "$(paste -sd, "$excluded")"

@@ -38,6 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
             "RANK_LOGS": str(slurm.folder / "ranks"),
             "PYTHONPATH": f"{REPO}:{REPO / 'kernels'}",
             "PROCESSES": "1",
+            "PREFLIGHT": "no",  # which takes longer than most of these runs; test_preflight.py has it
             "TORCHDYNAMO_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Self
 
 INSTALL = "apt-get install -y slurm-wlm munge iproute2"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ip", "nsenter", "unshare")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ip", "tc", "nsenter", "unshare")
 OLDEST = (22, 5)
 BRIDGE, NET, CONTROLLER = "eagle-slurm", "10.77.0", "eagle-ctl"
 DISK_MB = 64  # of the small disk that a test may fill
@@ -153,6 +153,15 @@ class Slurm:
             yield
         finally:
             _run("ip", "-n", _space(name), "link", "set", "eth0", "up")
+
+    def shape(self, name: str, megabits: int) -> None:
+        """Let a node send no faster, from now on."""
+        limit = ("rate", f"{megabits}mbit", "burst", "64kb", "latency", "200ms")
+        _run("tc", "-n", _space(name), "qdisc", "replace", "dev", "eth0", "root", "tbf", *limit)
+
+    def unshape(self, name: str) -> None:
+        """Let it send as fast as it can again."""
+        _run("tc", "-n", _space(name), "qdisc", "del", "dev", "eth0", "root")
 
     def call(
         self, *words: str, environment: Mapping[str, str] | None = None, check: bool = True
