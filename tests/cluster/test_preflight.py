@@ -1,4 +1,4 @@
-"""Before a job trains its nodes are looked at: a bad or slow one is named, and the job goes on without it."""
+"""Before a job trains: a bad or slow node is named, and the job goes on without it."""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ SHORT = ("training.train_iterations=2",)
 
 @pytest.fixture
 def shaped(slurm: Slurm) -> Iterator[Slurm]:
-    """Links that are slower than this machine's memory, so that they count; that of n2 a tenth of the others."""
+    """Links slower than this machine's memory, so that they count; that of n2 ten times slower."""
     for name in slurm.names:
         slurm.shape(name, 40 if name == "n2" else 400)
     yield slurm
@@ -24,17 +24,15 @@ def shaped(slurm: Slurm) -> Iterator[Slurm]:
 
 
 def ailing_python(folder: Path, ills: dict[str, str]) -> str:
-    """A Python that runs the preflight with faults of `tests.preflight.ailing` on nodes, or nothing at all."""
+    """A Python whose preflight has faults of `tests.preflight.ailing` on nodes, or does not start there."""
     sick = 'exec "$python" -m tests.preflight.ailing {} -- "${{@:3}}"'
     cases = "".join(
         f"    {node}) {'exit 1' if ill == 'dead' else sick.format(ill)} ;;\n" for node, ill in ills.items()
     )
     script = folder / "python"
-    script.write_text(
-        f"#!/bin/bash\npython={sys.executable}\n"
-        f"if [[ $1 == tools/train.py && $2 == preflight ]]; then\n    case $SLURMD_NODENAME in\n{cases}    esac\nfi\n"
-        'exec "$python" "$@"\n'
-    )
+    asked = "if [[ $1 == tools/train.py && $2 == preflight ]]; then\n    case $SLURMD_NODENAME in\n"
+    text = f'{asked}{cases}    esac\nfi\nexec "$python" "$@"\n'
+    script.write_text(f"#!/bin/bash\npython={sys.executable}\n{text}")
     script.chmod(0o755)
     return str(script)
 
@@ -60,7 +58,7 @@ def test_a_slow_link_is_left_out(shaped: Slurm, config: Path) -> None:
 
 
 def test_a_node_without_python_is_left_out(slurm: Slurm, config: Path, tmp_path: Path) -> None:
-    environment = {"PREFLIGHT": "yes", "PREFLIGHT_SECONDS": "15"}
+    environment = {"PREFLIGHT": "yes", "PREFLIGHT_SECONDS": "10"}
     environment["PYTHON"] = ailing_python(tmp_path, {"n2": "dead"})
     options = (*OPTIONS, "--exclude=n3")
     job = slurm.submit(TRAIN, str(config), *SHORT, options=options, environment=environment)

@@ -107,6 +107,18 @@ def sbatch(arguments: list[str]) -> int:
     return job.returncode
 
 
+def _step(tasks: int, each: int, task: int) -> dict[str, str]:
+    """The step's own variables, of nodes n1, n2, ... with `each` tasks."""
+    nodes = tasks // each
+    return {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_STEP_NODELIST": f"n[1-{nodes}]",
+        "SLURM_STEP_TASKS_PER_NODE": f"{each}(x{nodes})",
+        "SLURMD_NODENAME": f"n{task // each + 1}",
+    }
+
+
 def srun(arguments: list[str]) -> int:
     """One task a node, here; signals go to all tasks, the worst status comes back."""
     if arguments == ["--help"]:
@@ -114,15 +126,17 @@ def srun(arguments: list[str]) -> int:
         return 0
     options, command = parse(arguments, SRUN)
     tasks = int(options.get("ntasks", os.environ["SLURM_JOB_NUM_NODES"]))
+    each = max(1, tasks // int(os.environ["SLURM_JOB_NUM_NODES"]))
     running = [
         subprocess.Popen(
             command,
             env={
                 **os.environ,
                 "SLURM_PROCID": str(i),
-                "SLURM_NODEID": str(i),
-                "SLURM_LOCALID": "0",
+                "SLURM_NODEID": str(i // each),
+                "SLURM_LOCALID": str(i % each),
                 "SLURM_NTASKS": str(tasks),
+                **_step(tasks, each, i),
             },
         )
         for i in range(tasks)

@@ -45,6 +45,7 @@ def slurm(tmp_path):
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
+        "PREFLIGHT": "no",
     }
 
 
@@ -269,23 +270,28 @@ def test_a_job_is_stopped_requeued_and_goes_on(slurm, tmp_path, python):
     assert [m.iteration for m in read_metrics(run / "logs" / "metrics.jsonl")][-1] == stopped + 1
 
 
-def test_preflight_names_what_is_wrong(slurm, tmp_path):
-    """Before a training process starts: the settings, then each node."""
+def refused(environment: dict[str, str], *submit: str) -> str:
+    """What a job prints that no training process comes of."""
+    job = subprocess.run(["sbatch", *submit], env=environment, capture_output=True, text=True)
+    assert job.returncode != 0 and "iteration" not in job.stderr
+    return job.stdout + job.stderr
 
-    def refused(**environment: str) -> str:
-        job = subprocess.run(submit, env={**slurm, **environment}, capture_output=True, text=True)
-        assert job.returncode != 0 and "torch.distributed" not in job.stderr
-        return job.stderr
 
-    submit = ["sbatch", "--nodes=2", str(SLURM / "train.sbatch"), "absent.yaml"]
-    assert "absent.yaml: cannot read this configuration file" in refused(PROCESSES="1")
-
+def test_settings_are_looked_at_first(slurm, tmp_path):
+    submit = ["--nodes=2", str(SLURM / "train.sbatch")]
+    said = refused({**slurm, "PROCESSES": "1"}, *submit, "absent.yaml")
+    assert "absent.yaml: cannot read this configuration file" in said
     config = write_config(tmp_path, save=tmp_path / "run")
-    submit[3] = str(config)
-    assert "global_batch_size is 2: must be a multiple of the data parallel size 6" in refused(PROCESSES="3")
+    said = refused({**slurm, "PROCESSES": "3"}, *submit, str(config))
+    assert "global_batch_size is 2: must be a multiple of the data parallel size 6" in said
+
+
+@pytest.mark.slow
+def test_the_preflight_counts_gpus(slurm, tmp_path):
+    config = write_config(tmp_path, save=tmp_path / "run")
     gpus = tmp_path / "bin" / "nvidia-smi"
-    gpus.write_text("#!/bin/sh\necho 'GPU 0: a stand-in'\n")
+    gpus.write_text("#!/bin/sh\necho '0, GPU-1, a stand-in, 1.0, Enabled, Enabled, 0, 0x0'\n")
     gpus.chmod(0o755)
-    submit.append("parallel.tensor_model_parallel_size=2")
-    assert "preflight: " in (error := refused(SLURM_GPUS_ON_NODE="2"))
-    assert "1 GPUs, and 2 processes want one each" in error
+    environment = {"SLURM_GPUS_ON_NODE": "2", "PREFLIGHT": "yes", "MASTER_ADDR": "localhost"}
+    said = refused({**slurm, **environment}, "--nodes=1", str(SLURM / "train.sbatch"), str(config))
+    assert "bad node: n1: 1 GPUs, and 2 processes want one each" in said
