@@ -22,6 +22,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+import psutil
+
 INSTALL = "apt-get install -y slurm-wlm munge iproute2"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ip", "tc", "nsenter", "unshare")
 OLDEST = (22, 5)
@@ -144,6 +146,16 @@ class Slurm:
         """All processes of a node at once, its daemon and its jobs, as when it loses power."""
         _kill_inside(name)
         self._daemons.pop(name).wait()
+
+    def kill_daemon(self, name: str) -> None:
+        """The daemon of a node alone; its jobs go on."""
+        self._daemons[name].kill()
+        self._daemons.pop(name).wait()
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Those of a node, with its daemon and its jobs."""
+        pids = {int(pid) for pid in _run("ip", "netns", "pids", _space(name)).split()}
+        return [process for process in psutil.process_iter(["cmdline", "ppid"]) if process.pid in pids]
 
     @contextmanager
     def cut(self, name: str) -> Iterator[None]:
