@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,11 +69,13 @@ def torchrun(run: Victim, fault: Fault) -> Iterator[tuple[str, Effect]]:
 @contextmanager
 def slurmd(run: Victim, fault: Fault) -> Iterator[tuple[str, Effect]]:
     host = _host(run, fault)
-    run.slurm.kill_daemon(host)
-    try:
-        yield host, _while_it_lasts(run, fault, f"slurmd on {host} is dead")
-    finally:
-        run.slurm.start_node(host)
+    with ExitStack() as after:
+        run.slurm.kill_daemon(host)
+        after.callback(run.slurm.start_node, host)
+        effect = _while_it_lasts(run, fault, f"slurmd on {host} is dead")
+        if fault.brief:
+            after.close()
+        yield host, effect
 
 
 @contextmanager
@@ -89,8 +91,12 @@ def node(run: Victim, fault: Fault) -> Iterator[tuple[str, Effect]]:
 @contextmanager
 def link(run: Victim, fault: Fault) -> Iterator[tuple[str, Effect]]:
     host = _host(run, fault)
-    with run.slurm.cut(host):
-        yield host, _while_it_lasts(run, fault, f"{host} has no link")
+    with ExitStack() as after:
+        after.enter_context(run.slurm.cut(host))
+        effect = _while_it_lasts(run, fault, f"{host} has no link")
+        if fault.brief:
+            after.close()
+        yield host, effect
 
 
 @contextmanager
@@ -125,7 +131,11 @@ def requeue(run: Victim, fault: Fault) -> Iterator[tuple[str, Effect]]:  # noqa:
 
 @contextmanager
 def fewer_nodes(run: Victim, fault: Fault) -> Iterator[tuple[str, Effect]]:
-    kept = run.slurm.names[fault.place % len(run.slurm.names)]
+    # Where it has failed before the job does not go again.
+    left_out = run.slurm.job(run.job).get("ExcNodeList", "(null)").strip("()")
+    excluded = run.slurm.call("scontrol", "show", "hostnames", left_out).stdout.split()
+    usable = [name for name in run.slurm.names if name not in excluded]
+    kept = usable[fault.place % len(usable)]
     drained = ",".join(name for name in run.slurm.names if name != kept)
     run.slurm.call("scontrol", "update", f"NodeName={drained}", "State=DRAIN", "Reason=soak")
     run.slurm.call("scontrol", "requeue", str(run.job))

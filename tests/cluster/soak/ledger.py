@@ -1,7 +1,7 @@
 """What is kept of a soak: beside the run's own logs, which faults it was given and what became of them.
 
-    FOLDER/seed_001/ledger.jsonl   a line with seed, commit and Slurm; a line a fault; a line with the verdict
-    FOLDER/seed_001/logs           of the run, as they were at its end
+FOLDER/seed_001/ledger.jsonl   a line with seed, commit and Slurm; a line a fault; a line with the verdict
+FOLDER/seed_001/logs           of the run, as they were at its end
 """
 
 import json
@@ -28,7 +28,9 @@ class Suffered:
     why: str = ""  # it was lost
     seconds: float | None = None  # until a step was logged that never had been
     repeated: int = 0  # iterations that were trained again
-    events: list[dict[str, Any]] = field(default_factory=list)  # that the run's events.jsonl had of it
+    events: list[dict[str, Any]] = field(default_factory=list)  # that the run's events.jsonl has of it
+    history: list[str] = field(default_factory=list)  # lines of Slurm's logs
+    longest: float = 0.0  # seconds of a step since
 
 
 @dataclass(frozen=True)

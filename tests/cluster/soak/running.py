@@ -1,5 +1,6 @@
 """A seed's run: the job, what it has logged so far, and how it gets over one fault after the other."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,13 @@ import yaml
 from megatron_eagle.checkpoint import has_checkpoint, read_train_state
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.files import read_records
-from megatron_eagle.training.monitoring.metrics import EVENTS_FILE, METRICS_FILE, read_events
+from megatron_eagle.training.monitoring.metrics import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    StepMetrics,
+    read_events,
+    read_steps,
+)
 from tests.cluster.slurm import Slurm
 from tests.cluster.soak.faults import DOING, Effect
 from tests.cluster.soak.ledger import LOGS, Head, Suffered, add, seed_folder
@@ -27,6 +34,9 @@ TRAIN = REPO / "examples" / "slurm" / "train.sbatch"
 SAVES_EVERY, BATCH, LENGTH, SAMPLES = 4, 4, 256, 120
 NODES, PROCESSES = 4, 2  # of the cluster; of the job, where so many nodes are free
 PATIENCE = 600.0  # seconds without anything new, after which a run is lost
+TOLD = re.compile(
+    r"not responding|failure of node|returned to service|slurmd started|[Rr]equeu|[Pp]reempt|state set to"
+)
 LAST_STEPS = 12  # after the last fault
 
 
@@ -89,6 +99,15 @@ class SoakRun:
     def said(self) -> str:
         return self.slurm.output(self.job)
 
+    def _steps(self) -> list[StepMetrics]:
+        return read_steps(self.logs / METRICS_FILE)
+
+    def _history(self) -> list[str]:
+        """What Slurm has told so far, of nodes and requeues."""
+        files = [self.slurm.folder / f"{name}.log" for name in ("slurmctld", *self.slurm.names)]
+        lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
+        return [line for line in lines if TOLD.search(line)]
+
     def requeues(self) -> int:
         return int(self.slurm.job(self.job)["Restarts"])
 
@@ -112,31 +131,30 @@ class SoakRun:
         begin = self.iteration() + fault.after
         self.wait(lambda: self.iteration() >= begin, f"iteration {begin}")
         before, saved, at = self.events(), self.saved(), self.iteration()
-        started, place = time.monotonic(), ""
+        history, started, place, why, seconds = self._history(), time.monotonic(), "", "", None
         try:
             with DOING[fault.kind](self, fault) as (place, effect):
                 top = self._wait_for_effect(effect, before, at)
                 self.wait(lambda: self.iteration() > top, f"an iteration after {top}")
-                seconds = time.monotonic() - started
+                seconds = round(time.monotonic() - started, 1)
                 self.wait(lambda: self.saved() > saved, f"a checkpoint after {saved}")
             self.wait(self._whole, "all nodes are there again")
         except LostError as lost:
-            new = [event for event in self.events() if event not in before]
-            return Suffered(
-                fault.number, fault.kind, fault.brief, place, at, False, why=str(lost), events=new
-            )
+            why = str(lost)
         new = [event for event in self.events() if event not in before]
-        repeated = sum(event.get("repeated", 0) for event in new)
         return Suffered(
-            fault.number,
-            fault.kind,
-            fault.brief,
-            place,
-            at,
-            recovered=True,
-            seconds=round(seconds, 1),
-            repeated=repeated,
+            number=fault.number,
+            kind=fault.kind,
+            brief=fault.brief,
+            place=place,
+            iteration=at,
+            recovered=not why,
+            why=why,
+            seconds=seconds,
+            repeated=sum(event.get("repeated", 0) for event in new),
             events=new,
+            history=self._history()[len(history) :],
+            longest=max((step.seconds for step in self._steps() if step.iteration > at), default=0.0),
         )
 
     def end(self) -> None:
@@ -241,6 +259,7 @@ def settings(place: Path) -> dict[str, str]:
         "PYTHONPATH": f"{REPO}:{REPO / 'kernels'}",
         "PROCESSES": "1",
         "RDZV_SECONDS": "60",
+        "MAX_REQUEUES": "1000",
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-# What is done, and what the run's events must have of it (`ledger.Expected`).
 KINDS = {
     "rank": "a rank is killed",
     "torchrun": "a node's torchrun is killed, its ranks are not",
