@@ -102,11 +102,11 @@ class SoakRun:
     def _steps(self) -> list[StepMetrics]:
         return read_steps(self.logs / METRICS_FILE)
 
-    def _history(self) -> list[str]:
-        """What Slurm has told so far, of nodes and requeues."""
+    def _history(self) -> list[list[str]]:
+        """What Slurm has told so far, of nodes and requeues: the lines of each of its logs."""
         files = [self.slurm.folder / f"{name}.log" for name in ("slurmctld", *self.slurm.names)]
-        lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
-        return [line for line in lines if TOLD.search(line)]
+        texts = [file.read_text(errors="replace") for file in files]
+        return [[line for line in text.splitlines() if TOLD.search(line)] for text in texts]
 
     def requeues(self) -> int:
         return int(self.slurm.job(self.job)["Restarts"])
@@ -153,7 +153,9 @@ class SoakRun:
             seconds=seconds,
             repeated=sum(event.get("repeated", 0) for event in new),
             events=new,
-            history=self._history()[len(history) :],
+            history=[
+                line for old, now in zip(history, self._history(), strict=True) for line in now[len(old) :]
+            ],
             longest=max((step.seconds for step in self._steps() if step.iteration > at), default=0.0),
         )
 
