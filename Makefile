@@ -28,7 +28,8 @@ export TORCHDYNAMO_DISABLE := 1
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all test-slow test-old-transformers test-megatron test-serving \
-	test-peers test-kits test-rehearsal test-slurm test-soak coverage docs readme parity parity-mutants \
+	test-peers test-kits test-rehearsal test-slurm test-soak soak soak-card coverage docs readme parity \
+	parity-mutants \
 	lint format env clean
 
 demo: env
@@ -75,6 +76,17 @@ test-kits: env $(KITS)/.complete $(VLLM)/.complete
 
 test-soak: env
 	$(STAMPED) $(PYTEST) -m "soak and not gpu"
+
+# A run that suffers seeded faults on the Slurm of test-slurm: the next seed's, for MINUTES, then the verdict on it.
+# Seeds lie in build/soak; `make soak-card` writes what all of them say into their card and its page.
+MINUTES ?= 30
+soak: env
+	$(BIN)/python -m tests.cluster.soak suffer --minutes $(MINUTES)
+	$(BIN)/python -m tests.cluster.soak judge
+
+soak-card: env
+	$(BIN)/python -m tests.cluster.soak card
+	$(BIN)/python -W ignore -m tests.project.pages
 
 # Of the quick tests, their ranks and their commands; fails below the floor in pyproject.toml.
 coverage: env

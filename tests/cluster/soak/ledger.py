@@ -1,6 +1,6 @@
 """What is kept of a soak: beside the run's own logs, which faults it was given and what became of them.
 
-FOLDER/seed_001/ledger.jsonl   a line with seed, commit and Slurm; a line a fault; a line with the verdict
+FOLDER/seed_001/ledger.jsonl   seed, commit and Slurm; a line a fault; the end of the job; the verdict
 FOLDER/seed_001/logs           of the run, as they were at its end
 """
 
@@ -44,10 +44,17 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How a seed ended."""
+class End:
+    """Of a seed's job."""
 
-    minutes: float
+    minutes: float  # that it took, with Slurm's start
+    lost: str  # why it did not end by itself; empty: it did
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in a seed's logs."""
+
     iterations: int
     layouts: list[tuple[int, int]]  # (after this iteration, so many processes)
     off: float  # largest relative difference of a loss to a run of one layout
@@ -56,11 +63,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Ledger:
-    """A seed's ledger. Without a verdict it was not finished."""
+    """A seed's ledger. Without an end it was cut off."""
 
     folder: Path
     head: Head
     faults: list[Suffered]
+    end: End | None
     verdict: Verdict | None
 
 
@@ -69,7 +77,7 @@ def seed_folder(folder: Path, seed: int) -> Path:
     return folder / f"seed_{seed:03}"
 
 
-def add(folder: Path, record: Head | Suffered | Verdict) -> None:
+def add(folder: Path, record: Head | Suffered | End | Verdict) -> None:
     """A line."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LEDGER).open("a") as file:
@@ -83,7 +91,10 @@ def read(folder: Path) -> Ledger | None:
         return None
     faults = [Suffered(**record) for record in records[1:] if "kind" in record]
     verdicts = [Verdict(**record) for record in records[1:] if "problems" in record]
-    return Ledger(folder, Head(**records[0]), faults, verdicts[-1] if verdicts else None)
+    ends = [End(**record) for record in records[1:] if "lost" in record]
+    return Ledger(
+        folder, Head(**records[0]), faults, ends[-1] if ends else None, verdicts[-1] if verdicts else None
+    )
 
 
 def read_all(folder: Path) -> Iterator[Ledger]:

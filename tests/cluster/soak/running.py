@@ -25,7 +25,7 @@ from megatron_eagle.training.monitoring.metrics import (
 )
 from tests.cluster.slurm import Slurm
 from tests.cluster.soak.faults import DOING, Effect
-from tests.cluster.soak.ledger import LOGS, Head, Suffered, add, seed_folder
+from tests.cluster.soak.ledger import LOGS, End, Head, Suffered, add, seed_folder
 from tests.cluster.soak.schedule import Fault
 from tests.data.helpers import conversation, make_store, make_tokenizer
 from tests.paths import REPO
@@ -230,11 +230,12 @@ def soak(
     with Slurm(place / "slurm", NODES) as slurm:
         add(place, Head(seed, commit(), _version(), f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"))
         slurm.environment |= settings(place)
-        run, ended = SoakRun(slurm, write_config(place, slurm.disk / "run")), time.monotonic() + 60 * minutes
+        run, began = SoakRun(slurm, write_config(place, slurm.disk / "run")), time.monotonic()
+        why = ""
         try:
             run.wait(lambda: run.saved() > 0, "the first checkpoint")
             for fault in faults:
-                if time.monotonic() > ended:
+                if time.monotonic() - began > 60 * minutes:
                     break
                 suffered = run.suffer(fault)
                 add(place, suffered)
@@ -243,12 +244,13 @@ def soak(
                     raise LostError(suffered.why)
             run.end()
         except LostError as lost:
-            say(f"seed {seed}: {lost}")
-            (place / "lost.txt").write_text(f"{lost}\n")
+            why = str(lost)
+            say(f"seed {seed}: LOST: {why}")
         finally:
             if run.logs.exists():
                 shutil.copytree(run.logs, place / LOGS, dirs_exist_ok=True)
             slurm.call("scancel", "--user=root", check=False)
+        add(place, End(round((time.monotonic() - began) / 60, 1), why))
     return place
 
 
