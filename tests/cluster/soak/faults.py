@@ -69,12 +69,15 @@ def torchrun(run: Victim, fault: Fault) -> Iterator[tuple[str, Effect]]:
 @contextmanager
 def slurmd(run: Victim, fault: Fault) -> Iterator[tuple[str, Effect]]:
     host = _host(run, fault)
+    log = run.slurm.folder / f"{host}.log"
+    started = log.read_text().count("slurmd started")
     with ExitStack() as after:
         run.slurm.kill_daemon(host)
         after.callback(run.slurm.start_node, host)
         effect = _while_it_lasts(run, fault, f"slurmd on {host} is dead")
         if fault.brief:
             after.close()
+            run.wait(lambda: log.read_text().count("slurmd started") > started, f"slurmd on {host} starts")
         yield host, effect
 
 

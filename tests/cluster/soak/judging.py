@@ -20,14 +20,15 @@ def judge(ledger: Ledger) -> Verdict:
     events = read_events(ledger.folder / LOGS / EVENTS_FILE)
     lost = ledger.end.lost if ledger.end else "cut off"
     problems = [f"lost: {lost}"] if lost else []
-    problems += judge_order(steps, BATCH)
+    disorder = judge_order(steps, BATCH)
+    problems += disorder
     for fault in ledger.faults:
         problems += judge_fault(fault, events, SAVES_EVERY)
     last = steps[-1].iteration if steps else 0
     if not lost:
         problems += judge_untold(ledger.faults, events, last - LAST_STEPS)
     ways, off = layouts(events, PROCESSES), 0.0
-    if steps and not problems:
+    if steps and not disorder:
         problems += judge_losses(steps, uninterrupted(ledger.folder, ways, last))
         if len(ways) > 1:
             off = largest_difference(steps, uninterrupted(ledger.folder, [(0, PROCESSES)], last))

@@ -35,7 +35,7 @@ SAVES_EVERY, BATCH, LENGTH, SAMPLES = 4, 4, 256, 120
 NODES, PROCESSES = 4, 2  # of the cluster; of the job, where so many nodes are free
 PATIENCE = 600.0  # seconds without anything new, after which a run is lost
 TOLD = re.compile(
-    r"not responding|failure of node|returned to service|slurmd started|[Rr]equeu|[Pp]reempt|state set to"
+    "not responding|failure of node|returned to service|slurmd started|[Rr]equeuing|urgent|state set to"
 )
 LAST_STEPS = 12  # after the last fault
 

@@ -28,7 +28,7 @@ HISTORY = {
     "slurmd for a moment": "slurmd started",
     "node": "slurmd started",
     "link": "not responding",
-    "preempt": "preempt",
+    "preempt": "urgent",  # the partition whose job took the nodes
     "requeue": "Requeuing",
     "fewer nodes": "state set to DRAIN",
     "more nodes": "state set to IDLE",
