@@ -29,8 +29,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all test-slow test-old-transformers test-megatron test-serving \
 	test-peers test-kits test-rehearsal test-slurm test-soak soak soak-card coverage docs readme parity \
-	parity-mutants \
-	lint format env clean
+	parity-mutants lint format env clean
 
 demo: env
 	$(STAMPED) $(BIN)/python examples/demo/run.py
