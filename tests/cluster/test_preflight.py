@@ -9,6 +9,7 @@ import pytest
 from tests.cluster.conftest import OPTIONS, TRAIN
 from tests.cluster.slurm import Slurm
 
+pytestmark = pytest.mark.slow
 SHORT = ("training.train_iterations=2",)
 
 
