@@ -7,6 +7,7 @@ from functools import cache
 from megatron_eagle.data.inspection.kept_pixels import TYPICAL, kept_table
 from megatron_eagle.evaluation.published.facts import FACTS
 from megatron_eagle.planning import rates
+from tests.cluster.soak import card as soak_card
 from tests.paths import REPO
 from tests.project import commands, configuration, context_ways, file_map, first_run, floors
 from tests.project.markdown import fill, pages
@@ -54,6 +55,12 @@ def rehearsal_table() -> str:
     return "\n".join([f"Made on {card['date']} at commit {card['commit']}.", "", *lines])
 
 
+def soak_table() -> str:
+    """What runs on Slurm have survived, from the card of `make soak-card`."""
+    made = json.loads(soak_card.CARD.read_text(encoding="utf-8"))
+    return f"Written on {made['date']} ([card](../cards/soak.json)): {soak_card.table(made)}"
+
+
 def long_video_table() -> str:
     """What each step of a long video takes, from the card of `bench.py long_video`."""
     card = json.loads((REPO / "examples" / "cards" / "long_video.json").read_text(encoding="utf-8"))
@@ -90,6 +97,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "planner table": planner_table,
     "rehearsal table": rehearsal_table,
     "long video": long_video_table,
+    "soak": soak_table,
     "published benchmarks": benchmarks_table,
     "kept pixels": lambda: kept_table(TYPICAL),
     "configuration": configuration.render,

@@ -34,7 +34,10 @@ def main() -> int:
         return _suffer(options)
     if options.what == "judge":
         return _judge(options.folder)
-    print(f"written to {card.write(read_all(options.folder)).relative_to(REPO)}")
+    made = card.card(read_all(options.folder))
+    if not made["rows"]:
+        return _nothing(options.folder)
+    print(f"written to {card.write(made).relative_to(REPO)}")
     return 0
 
 
@@ -60,10 +63,14 @@ def _judge(folder: Path) -> int:
             print(f"seed {ledger.head.seed}: {'; '.join(verdict.problems) or 'nothing is wrong'}", flush=True)
     made = card.card(read_all(folder))
     if not made["rows"]:
-        print(f"no seed in {folder} has come to its end")
-        return 1
+        return _nothing(folder)
     print(card.table(made))
     return int(made["lost"] > 0 or made["seeds with problems"] > 0)
+
+
+def _nothing(folder: Path) -> int:
+    print(f"no seed in {folder} is judged: `suffer` comes first, then `judge`")
+    return 1
 
 
 if __name__ == "__main__":
