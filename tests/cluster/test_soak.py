@@ -14,6 +14,7 @@ from tests.cluster.soak.schedule import KINDS, schedule
 from tests.cluster.soak.verdict import (
     EVENTS,
     HISTORY,
+    is_untouched,
     judge_fault,
     judge_losses,
     judge_order,
@@ -72,17 +73,21 @@ def test_another_loss_is_noticed() -> None:
 
 
 def test_what_is_lost_or_not_told_is_noticed() -> None:
-    assert not judge_fault(KILL, [RESUMED], INTERVAL)
+    assert not judge_fault(KILL, [RESUMED], [], INTERVAL)
     for bad, events in (
         (KILL, []),  # the run's log has lost it
         (replace(KILL, events=[]), [RESUMED]),  # it was never told
         (replace(KILL, repeated=5), [RESUMED]),
         (replace(KILL, recovered=False, why="the job is FAILED"), [RESUMED]),
         (replace(KILL, kind="node"), [RESUMED]),  # Slurm's log has nothing of it
-        (replace(KILL, kind="link", brief=True, events=[], longest=0.3), []),  # it was not done
+        (replace(KILL, kind="link", brief=True, events=[]), []),  # no step has waited for it
     ):
-        assert judge_fault(bad, events, INTERVAL)
-    assert not judge_fault(replace(KILL, kind="link", brief=True, events=[], longest=3.1), [], INTERVAL)
+        assert judge_fault(bad, events, steps(), INTERVAL)
+    waited = [replace(step, seconds=3.1) for step in steps()]
+    assert not judge_fault(replace(KILL, kind="link", brief=True, events=[]), [], waited, INTERVAL)
+    assert is_untouched(replace(KILL, kind="link", brief=True), [(0, 2), (8, 1)])
+    for fault, ways in ((KILL, [(0, 1)]), (replace(KILL, kind="link", brief=True), [(0, 1), (8, 2)])):
+        assert not is_untouched(fault, ways)
     assert not judge_untold([KILL], [RESUMED, {**RESUMED, "iteration": 90}], 80)
     assert judge_untold([KILL], [RESUMED, {**RESUMED, "iteration": 12}], 80)
 

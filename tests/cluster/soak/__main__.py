@@ -26,14 +26,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="soak", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("suffer", "judge", "card"))
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the seeds' files (build/soak)")
-    parser.add_argument("--seed", type=int, help="default: the first that has no files yet")
+    parser.add_argument("--seed", type=int, help="default: the first without files; judge: this one again")
     parser.add_argument("--minutes", type=float, default=30, help="after which no fault is added")
     parser.add_argument("--faults", type=int, help="no more than so many")
     options = parser.parse_args()
     if options.what == "suffer":
         return _suffer(options)
     if options.what == "judge":
-        return _judge(options.folder)
+        return _judge(options.folder, options.seed)
     made = card.card(read_all(options.folder))
     if not made["rows"]:
         return _nothing(options.folder)
@@ -53,12 +53,12 @@ def _suffer(options: argparse.Namespace) -> int:
     return 0
 
 
-def _judge(folder: Path) -> int:
-    """All seeds that have an end and no verdict; then what all of them say."""
+def _judge(folder: Path, again: int | None) -> int:
+    """All seeds that have an end and no verdict, and one of them again; then what all of them say."""
     for ledger in read_all(folder):
         if ledger.end is None:
             print(f"seed {ledger.head.seed} was cut off after {len(ledger.faults)} faults: not judged")
-        elif ledger.verdict is None:
+        elif ledger.verdict is None or ledger.head.seed == again:
             verdict = judge(ledger)
             print(f"seed {ledger.head.seed}: {'; '.join(verdict.problems) or 'nothing is wrong'}", flush=True)
     made = card.card(read_all(folder))

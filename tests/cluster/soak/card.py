@@ -16,8 +16,13 @@ CARD = REPO / "examples" / "cards" / "soak.json"
 
 
 def rows(ledgers: Iterable[Ledger]) -> list[dict[str, Any]]:
-    """A row for each kind of fault."""
-    faults = [fault for ledger in ledgers for fault in ledger.faults]
+    """A row for each kind of fault that has reached a run."""
+    faults = [
+        fault
+        for ledger in ledgers
+        for fault in ledger.faults
+        if ledger.verdict and fault.number not in ledger.verdict.untouched
+    ]
     found = []
     for name in sorted({name_of(fault) for fault in faults}):
         own = [fault for fault in faults if name_of(fault) == name]
@@ -47,7 +52,8 @@ def card(ledgers: Iterable[Ledger]) -> dict[str, Any]:
             "commit": ledger.head.commit,
             "started": ledger.head.started,
             "minutes": ledger.end.minutes,
-            "faults": len(ledger.faults),
+            "faults": len(ledger.faults) - len(ledger.verdict.untouched),
+            "faults that could not reach it": len(ledger.verdict.untouched),
             "iterations": ledger.verdict.iterations,
             "changes of layout": len(ledger.verdict.layouts) - 1,
             "off one layout": float(f"{ledger.verdict.off:.1e}"),

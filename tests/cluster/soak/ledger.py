@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.files import read_records
+from megatron_eagle.files import from_record, read_records
 
 LEDGER, LOGS = "ledger.jsonl", "logs"
 
@@ -30,7 +30,6 @@ class Suffered:
     repeated: int = 0  # iterations that were trained again
     events: list[dict[str, Any]] = field(default_factory=list)  # that the run's events.jsonl has of it
     history: list[str] = field(default_factory=list)  # lines of Slurm's logs
-    longest: float = 0.0  # seconds of a step since
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,9 @@ class Verdict:
     layouts: list[tuple[int, int]]  # (after this iteration, so many processes)
     off: float  # largest relative difference of a loss to a run of one layout
     problems: list[str]
+    untouched: list[int] = field(
+        default_factory=list
+    )  # faults that could not reach the run: they do not count
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def read(folder: Path) -> Ledger | None:
     records = read_records(folder / LEDGER)
     if not records:
         return None
-    faults = [Suffered(**record) for record in records[1:] if "kind" in record]
+    faults = [from_record(Suffered, record) for record in records[1:] if "kind" in record]
     verdicts = [Verdict(**record) for record in records[1:] if "problems" in record]
     ends = [End(**record) for record in records[1:] if "lost" in record]
     return Ledger(

@@ -19,9 +19,7 @@ from megatron_eagle.files import read_records
 from megatron_eagle.training.monitoring.metrics import (
     EVENTS_FILE,
     METRICS_FILE,
-    StepMetrics,
     read_events,
-    read_steps,
 )
 from tests.cluster.slurm import Slurm
 from tests.cluster.soak.faults import DOING, Effect
@@ -99,9 +97,6 @@ class SoakRun:
     def said(self) -> str:
         return self.slurm.output(self.job)
 
-    def _steps(self) -> list[StepMetrics]:
-        return read_steps(self.logs / METRICS_FILE)
-
     def _history(self) -> list[list[str]]:
         """What Slurm has told so far, of nodes and requeues: the lines of each of its logs."""
         files = [self.slurm.folder / f"{name}.log" for name in ("slurmctld", *self.slurm.names)]
@@ -156,7 +151,6 @@ class SoakRun:
             history=[
                 line for old, now in zip(history, self._history(), strict=True) for line in now[len(old) :]
             ],
-            longest=max((step.seconds for step in self._steps() if step.iteration > at), default=0.0),
         )
 
     def end(self) -> None:
@@ -177,11 +171,9 @@ class SoakRun:
 
         def told() -> bool:
             nonlocal top
-            found = [event for event in self.events() if event not in before]
-            if all(any(_fits(event, kind, effect, first) for event in found) for kind in effect.events):
-                return True
             top = max(top, self.iteration())
-            return False
+            found = [event for event in self.events() if event not in before]
+            return all(any(_fits(event, kind, effect, first) for event in found) for kind in effect.events)
 
         self.wait(told, f"an event {effect}")
         return top

@@ -82,11 +82,14 @@ def largest_difference(steps: Sequence[StepMetrics], other: Sequence[StepMetrics
     return max((abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(steps, other, strict=True)), default=0.0)
 
 
-def judge_fault(fault: Suffered, events: Sequence[dict[str, Any]], interval: int) -> list[str]:
+def judge_fault(
+    fault: Suffered, events: Sequence[dict[str, Any]], steps: Sequence[StepMetrics], interval: int
+) -> list[str]:
     """What is wrong with how a fault was survived.
 
     Args:
         events: of the run, as its log has them in the end.
+        steps: of its log from this fault to the next.
         interval: iterations between checkpoints.
     """
     kind, problems = name_of(fault), []
@@ -103,9 +106,20 @@ def judge_fault(fault: Suffered, events: Sequence[dict[str, Any]], interval: int
     ]
     if kind in HISTORY and not any(HISTORY[kind] in line for line in fault.history):
         problems.append(f"Slurm's logs have no '{HISTORY[kind]}'")
-    if kind == "link for a moment" and fault.longest < WAITED and not kinds:
-        problems.append(f"no step has waited: the longest took {fault.longest:.1f} s")
+    longest = max((step.seconds for step in steps), default=0.0)
+    if kind == "link for a moment" and longest < WAITED:
+        problems.append(f"no step has waited: the longest took {longest:.1f} s")
     return [f"fault {fault.number}, {kind}: {problem}" for problem in problems]
+
+
+def is_untouched(fault: Suffered, layouts: Sequence[tuple[int, int]]) -> bool:
+    """Whether a run was on one node when a link was cut for a moment: nobody there waits for another.
+
+    Args:
+        layouts: pairs: after this iteration, so many processes, one a node.
+    """
+    processes = [count for start, count in layouts if start <= fault.iteration][-1]
+    return name_of(fault) == "link for a moment" and processes == 1
 
 
 def judge_untold(faults: Sequence[Suffered], events: Sequence[dict[str, Any]], end: int) -> list[str]:
