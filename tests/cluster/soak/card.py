@@ -66,7 +66,7 @@ def card(ledgers: Iterable[Ledger]) -> dict[str, Any]:
         **head,
         "faults": sum(row["count"] for row in table),
         "lost": sum(row["count"] - row["recovered"] for row in table),
-        "minutes": round(sum(seed["minutes"] for seed in seeds), 1),
+        "minutes": round(sum(ledger.end.minutes for ledger in judged if ledger.end), 1),
         "seeds with problems": sum(bool(ledger.verdict.problems) for ledger in judged if ledger.verdict),
         "rows": table,
         "seeds": seeds,
