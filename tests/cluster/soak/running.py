@@ -112,13 +112,16 @@ class SoakRun:
         A job that waits in the queue is only spared the two minutes that Slurm lets it wait.
 
         Raises:
-            LostError: the job has ended, or nothing of it has moved for `PATIENCE`.
+            LostError: the job has ended, or nothing of it has moved, or it is not true, for `PATIENCE`.
         """
+        began = time.monotonic()
         while True:
             if time.monotonic() - self._looked > 1:
                 self._look(what)
             if true():
                 return
+            if time.monotonic() - began > PATIENCE:
+                raise LostError(f"{what} was awaited for {PATIENCE:g} s")
             time.sleep(0.1)
 
     def suffer(self, fault: Fault) -> Suffered:
@@ -126,10 +129,11 @@ class SoakRun:
         begin = self.iteration() + fault.after
         self.wait(lambda: self.iteration() >= begin, f"iteration {begin}")
         before, saved, at = self.events(), self.saved(), self.iteration()
+        requeues = self.requeues()
         history, started, place, why, seconds = self._history(), time.monotonic(), "", "", None
         try:
             with DOING[fault.kind](self, fault) as (place, effect):
-                top = self._wait_for_effect(effect, before, at)
+                top = self._wait_for_effect(effect, before, at, requeues)
                 self.wait(lambda: self.iteration() > top, f"an iteration after {top}")
                 seconds = round(time.monotonic() - started, 1)
                 self.wait(lambda: self.saved() > saved, f"a checkpoint after {saved}")
@@ -165,15 +169,15 @@ class SoakRun:
         self.slurm.call("scontrol", "requeue", str(self.job))
         self.wait(lambda: self._state[2] == "COMPLETED", "the job ends")
 
-    def _wait_for_effect(self, effect: Effect, before: list[dict[str, Any]], at: int) -> int:
+    def _wait_for_effect(self, effect: Effect, before: list[dict[str, Any]], at: int, requeues: int) -> int:
         """The highest iteration that was logged before the run told of its fault."""
-        top, first = at, self._state[1]
+        top = at
 
         def told() -> bool:
             nonlocal top
             top = max(top, self.iteration())
             found = [event for event in self.events() if event not in before]
-            return all(any(_fits(event, kind, effect, first) for event in found) for kind in effect.events)
+            return all(any(_fits(event, kind, effect, requeues) for event in found) for kind in effect.events)
 
         self.wait(told, f"an event {effect}")
         return top
