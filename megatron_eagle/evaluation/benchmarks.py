@@ -122,12 +122,14 @@ def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
         UserError: the file cannot be read or holds no question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # texts may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this benchmark: {str(error).splitlines()[0]}") from None
     questions: dict[str, Question] = {}
     problems = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = _placed(json.loads(line), path.resolve().parent)
             add_question(questions, record, f"{path}, line {number}", number)

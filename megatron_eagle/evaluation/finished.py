@@ -83,7 +83,8 @@ def _read(folder: Path) -> Finished:
         asked = _lines(folder / ASKED) if (folder / ASKED).exists() else []
         finished = Finished(folder, scores, sampling, answers, _lines(folder / "dropped.jsonl"), asked)
         known = scores.get("published") in BENCHMARKS or "benchmark" in scores
-        if known and {"rows", "asked", "model"} <= scores.keys():
+        whole = all({"id", "answer", "score"} <= answer.keys() for answer in answers)
+        if known and whole and {"rows", "asked", "model"} <= scores.keys():
             return finished
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         pass
@@ -91,7 +92,8 @@ def _read(folder: Path) -> Finished:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Of JSON Lines; an answer may hold other line ends than theirs."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def worst(

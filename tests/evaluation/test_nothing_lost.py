@@ -1,11 +1,12 @@
 """No row of any benchmark is lost or mixed with another: what cannot be read is said with its row."""
 
+import base64
 import copy
 import json
 
 import pytest
 
-from megatron_eagle.evaluation.benchmarks import digest_of
+from megatron_eagle.evaluation.benchmarks import digest_of, read_benchmark
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
 from tests.evaluation.published_cases import CASES, write
@@ -210,3 +211,22 @@ def test_answers_to_other_questions_do_not_go_on(tmp_path):
     assert digest_of(read(tmp_path, "mlvu")[0]) == first
     write(tmp_path, file, [{**rows[0], "answer": "I"}, *rows[1:]])
     assert digest_of(read(tmp_path, "mlvu")[0]) != first
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_mark_before_the_first_character_is_no_part_of_it(tmp_path, mark):
+    row = ["7", "Which?", "one", "", "three", "C", base64.b64encode(b"\x89PNG").decode()]
+    lines = ["\t".join(line) for line in (["index", "question", "A", "B", "C", "answer", "image"], row)]
+    (tmp_path / "MMStar.tsv").write_bytes(mark + "\n".join(lines).encode())
+    (question,), problems = read(tmp_path, "mmstar")
+    assert not problems and question.id == "7"
+    # An empty option before others keeps its letter, and they theirs; after the last one there is none.
+    assert question.options == ("one", "", "three") and question.answer == "C"
+
+
+def test_line_ends_within_texts_end_no_line(tmp_path):
+    record = {"question": "Which\u2028of\x85these?", "metric": "exact", "answer": "x"}
+    text = "".join(json.dumps(record | {"id": k}, ensure_ascii=False) + "\n\n" for k in "ab")
+    (tmp_path / "own.jsonl").write_bytes(text.encode("utf-8-sig"))
+    questions, problems = read_benchmark(tmp_path / "own.jsonl")
+    assert [question.id for question in questions] == ["a", "b"] and not problems

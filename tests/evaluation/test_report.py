@@ -69,7 +69,7 @@ def test_what_was_run_stands_there_for_each_start(tmp_path, monkeypatch):
     make_image(tmp_path / "a.png", (64, 48))
     lines = [{"question": f"{k}?", "metric": "exact", "answer": "x", "images": ["a.png"]} for k in range(3)]
     path = write_jsonl(tmp_path / "own.jsonl", lines)
-    with serving(lambda _: "y") as server:
+    with serving(lambda _: "y\u2028\x85z") as server:
         asked = ["run", "--endpoint", server.url, "--model", "m", "--benchmark", path, "--output", tmp_path]
         for limit in (1, 1, 3):  # the second asks nothing
             assert call_tool("evaluate", *asked, "--limit", limit).returncode == 0
@@ -79,6 +79,10 @@ def test_what_was_run_stands_there_for_each_start(tmp_path, monkeypatch):
     assert page.count("<td>own</td>") == 1 + 2 and "picture 1" in page
     path.unlink()
     assert "the questions cannot be read again" in render_evaluations([run])
+    with (tmp_path / "answers.jsonl").open("a") as answers:
+        answers.write("5\n")
+    with pytest.raises(UserError, match="no finished evaluation"):
+        read_finished(tmp_path)
 
 
 def test_the_worst_are_of_every_category_in_turn():

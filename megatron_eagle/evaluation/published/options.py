@@ -88,8 +88,9 @@ def letter_of(options: Sequence[str], answer: Any) -> str:
 
 
 def columns(row: dict[str, Any], names: str = "ABCDEFGHIJ") -> list[str]:
-    """Options that are columns A, B, ... of a row."""
-    return [str(row[name]) for name in names if row.get(name) not in (None, "", "nan")]
+    """Options that are columns A, B, ... of a row; an empty one before others keeps its letter."""
+    options = ["" if row.get(name) in (None, "nan") else str(row[name]) for name in names]
+    return options[: max((place for place, option in enumerate(options, 1) if option), default=0)]
 
 
 def listed(value: Any) -> list[Any]:

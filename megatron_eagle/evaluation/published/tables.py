@@ -12,6 +12,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.published.tfrecord import read_examples
 from megatron_eagle.problems import Problem
 
+_ENCODING = "utf-8-sig"  # spreadsheets and Windows put a mark before the first character
 _INDEX = 64  # characters up to which an `image` of a TSV is no picture
 
 
@@ -38,12 +39,12 @@ def _rows(path: Path) -> Iterator[Any]:
     elif path.suffix == ".tsv":
         yield from _tsv(path)
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding=_ENCODING) as file:
             yield from (json.loads(line) for line in file if line.strip())
     elif path.suffix == ".txt":
-        yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        yield from (line for line in path.read_text(encoding=_ENCODING).splitlines() if line.strip())
     else:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding=_ENCODING))
         yield from value if isinstance(value, list) else [value]
 
 
@@ -57,7 +58,7 @@ def _tsv(path: Path) -> Iterator[dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # pictures are fields
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding=_ENCODING, newline="") as file:
         yield from csv.DictReader(file, delimiter="\t")
 
 
