@@ -166,7 +166,7 @@ def test_a_save_that_fails_is_reported_and_training_goes_on(job, capsys):
         metrics = job("checkpoint.save_interval=2", "checkpoint.keep_last=2")
     assert len(metrics) == 6
     assert [path.name for path in sorted(job.root.glob("iter_*"))] == ["iter_0000002", "iter_0000006"]
-    assert "warning: run: iteration 4 could not be saved" in capsys.readouterr().err
+    assert "iteration 4: failed_save: run: iteration 4 could not be saved" in capsys.readouterr().err
     with (
         patch.object(saver, "write_snapshot", side_effect=AgreedError("no space")),
         pytest.raises(AgreedError, match="no space"),
