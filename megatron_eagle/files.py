@@ -163,3 +163,8 @@ def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
     """
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # T is one
     return kind(**{name: value for name, value in record.items() if name in known})
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there, in which it would be made."""
+    return next(above for above in (folder.absolute(), *folder.absolute().parents) if above.is_dir())

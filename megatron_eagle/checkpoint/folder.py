@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_eagle.config import from_dict, load_yaml
 from megatron_eagle.data.loading.identity import DataIdentity
 from megatron_eagle.errors import UserError
-from megatron_eagle.files import sync, write_whole
+from megatron_eagle.files import nearest_folder, sync, write_whole
 from megatron_eagle.model.flops import PARTS
 from megatron_eagle.model.lora import LoraConfig
 from megatron_eagle.model.presets import EagleConfig
@@ -194,8 +194,7 @@ def check_space(root: Path, size: int, keep_last: int | None, saves: int, *, fre
     held = sum(file.stat().st_size for file in root.glob("iter_*/**/*") if file.is_file())
     count = min((keep_last or 1) + 1, len(saved_iterations(root)) + saves)
     if free is None:
-        above = (root.absolute(), *root.absolute().parents)
-        free = shutil.disk_usage(next(folder for folder in above if folder.is_dir())).free
+        free = shutil.disk_usage(nearest_folder(root)).free
     if count * size - held <= free:
         return
     raise UserError(

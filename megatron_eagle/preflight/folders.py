@@ -15,11 +15,6 @@ from megatron_eagle.errors import UserError
 SECONDS = 15.0
 
 
-def nearest_folder(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there, in which it would be made."""
-    return next(above for above in (folder.absolute(), *folder.absolute().parents) if above.is_dir())
-
-
 def own_file(folder: str, token: str, node: str) -> Path:
     """Where a node writes in this preflight."""
     return Path(folder, f".preflight-{token}-{node}")

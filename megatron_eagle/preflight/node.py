@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from megatron_eagle.data.media.source import check_size, open_bytes
-from megatron_eagle.files import from_record
-from megatron_eagle.preflight.folders import nearest_folder
+from megatron_eagle.files import from_record, nearest_folder
 from megatron_eagle.preflight.gpu_state import GpuState, read_gpus
 from megatron_eagle.preflight.meeting import Process
 from megatron_eagle.problems import Problem

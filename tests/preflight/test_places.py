@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.checkpoint import checkpoint_folder
-from megatron_eagle.preflight.folders import nearest_folder, see_others, write_own
+from megatron_eagle.files import nearest_folder
+from megatron_eagle.preflight.folders import see_others, write_own
 from megatron_eagle.preflight.meeting import Process
 from megatron_eagle.preflight.node import Report, look_at_node
 from megatron_eagle.preflight.places import places_of, why_no_space
