@@ -38,13 +38,9 @@ mkdir -p "$RUN_LOGS" || fail "cannot make the folder RUN_LOGS=$RUN_LOGS"
 python=${PYTHON:-python}
 outcome=$RUN_LOGS/outcome # what becomes of all starts, in the run's own words: train run --outcome
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} CUDA_DEVICE_MAX_CONNECTIONS=1
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
-export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$RUN_LOGS/nccl_trace_rank_}
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or processes that are restarted find the addresses of those before
-# shellcheck disable=SC2016  # torchrun expands it
-export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
-settings=(resilience.abort_on_hang=true) # only what ends can be started again
+# shellcheck source=examples/launch.sh
+source examples/launch.sh
+set_environment "$RUN_LOGS"
 
 # Run a program and pass a signal on to it; its status.
 attend() {
@@ -59,15 +55,10 @@ attend() {
     child=''
     return "$status"
 }
-# Starts in a row, up to this one, that have saved nothing new.
-idle() {
-    awk '/^launched/ { n++ } /^started/ { from = $2 } /^(saved|stopped)/ && $2 > from { n = 0 } END { print n + 0 }' \
-        "$outcome"
-}
 # End as one that has not trained to the end.
 again() {
     local limit=${MAX_STARTS_WITHOUT_PROGRESS:-3}
-    [[ $(idle) -lt $limit ]] || fail "$limit starts in a row have saved nothing new: see $RUN_LOGS"
+    [[ $(idle_starts <"$outcome") -lt $limit ]] || fail "$limit starts in a row have saved nothing new: see $RUN_LOGS"
     echo "node.sh: $(hostname): $1, to be started again" >&2
     exit 75
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Whether a job starts again, and where: functions that train.sbatch sources, with `logs` as the folder of the
-# processes' logs. There they keep
+# Whether a job starts again, and where: functions that train.sbatch sources.
+#
+# They come after launch.sh, with `logs` as the folder of the processes' logs. There they keep
 #   outcome-JOB         what becomes of this start, in the run's own words: `train.py run --outcome`
 #   history-JOB.jsonl   a line for each start: when, on which nodes, its last checkpoint, how it ended, and why
 #   excluded-JOB        nodes to which the job does not go again, the oldest first
@@ -35,17 +36,17 @@ usable_nodes() {
         grep -vxFf <(excluded_by_user) || true
 }
 
+# Of these, those that this start could take in place of its own: neither its own, nor left out.
+spare_nodes() { usable_nodes | without "${hosts[@]}" | grep -vxFf "$excluded" || true; }
+
 # Whether this start has saved anything new, or finished a stage.
-progressed() {
-    awk '/^started/ { new += seen++; from = $2 } /^(saved|stopped)/ && $2 > from { new++ } END { exit !new }' \
-        "$outcome" 2>/dev/null
-}
+progressed() { [[ $({ echo launched; cat "$outcome" 2>/dev/null || true; } | idle_starts) -eq 0 ]]; }
 
 # A start begins. One before it that has not come to its end was ended by Slurm, or with its node.
 begin_history() {
     local down
     [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || rm -f "$began" "$excluded" "$history" # of another job of this number
-    touch "$excluded"
+    touch "$excluded" "$history"
     if [[ -s $began ]]; then
         down=$(node_states --nodes="$(cut -d' ' -f2 "$began")" | grep -E "$unusable" || true)
         end_history gone "ended by Slurm, or with its node${down:+: Slurm says ${down//$'\n'/, }}"
@@ -128,48 +129,57 @@ blame() {
     why=${why:-${said:-no process has said why}}
 }
 
-# leave_out NODE...: add them to `excluded`. Where too few others would be left the oldest come back, and it is said.
+# leave_out USABLE NODE...: add them to `excluded`, of which `out` is what is in it then. Where too few others of the
+# usable ones would be left the oldest come back, and it is said. Of a range of nodes (`--nodes=1-2`) the most count,
+# which Slurm only says of a job that waits: while it runs NumNodes are those that it has.
 leave_out() {
-    local usable left back
-    usable=$(usable_nodes)
-    mapfile -t out < <(cat "$excluded"; printf '%s\n' "$@" | grep . | grep -vxFf "$excluded")
-    while left=$(without "${out[@]}" <<<"$usable" | wc -l) && [[ -n $usable && $left -lt $SLURM_JOB_NUM_NODES ]]; do
+    local usable=$1 left back most
+    most=$(job_field NumNodes | sed 's/.*-//' | numfmt --from=iec) # 1K: 1024
+    mapfile -t out < <(cat "$excluded"; printf '%s\n' "${@:2}" | grep . | grep -vxFf "$excluded")
+    while left=$(without "${out[@]}" <<<"$usable" | wc -l) && [[ -n $usable && $left -lt $most ]]; do
         back=$(printf '%s\n' "${out[@]}" | grep -m1 -xFf <(echo "$usable")) || break # they would not help
-        echo "only $left other nodes, and the job needs $SLURM_JOB_NUM_NODES: $back is not left out"
+        echo "only $left other nodes, and the job takes $most: $back is not left out"
         mapfile -t out < <(printf '%s\n' "${out[@]}" | without "$back")
     done
     printf '%s\n' "${out[@]}" | grep . >"$excluded" || true
 }
 
+# give_up HOW WHY MESSAGE [LINES]: the job ends, and says what so many starts have come to.
+give_up() {
+    end_history "$1" "$2" "$(paste -sd, "$excluded")"
+    echo "$3: not again" >&2
+    grep "\"how\": \"${5:-}" "$history" | tail -n "${4:-1}" | report >&2
+    exit 1
+}
+
 # requeue HOW WHY [NODE...]: to the queue, without these nodes; it does not return. HOW: stopped (by a signal), or
 # failed, for which MAX_REQUEUES counts. Not when the job was cancelled, or has come too often with nothing to show.
 requeue() {
-    local said="$2; job $SLURM_JOB_ID" idle=0 failures before theirs out wanted
+    local said="$2; job $SLURM_JOB_ID" idle=0 failures before theirs usable out wanted
     trap '' TERM USR1 # with which Slurm ends what it requeues, and it must still hear which nodes to leave out
     if [[ $(job_field JobState) != RUNNING ]]; then
         echo "$said was cancelled, or Slurm itself requeues it"
         exit 1
     fi
+    progressed || idle=$(tac "$history" |
+        awk '/"progress": true/ { exit } !/"how": "gone"/ { count++ } END { print count + 1 }')
+    failures=$(grep -c '"how": "failed"' "$history" || true)
+    [[ $1 != failed ]] || failures=$((failures + 1))
+    if [[ $idle -gt ${MAX_REQUEUES_WITHOUT_PROGRESS:-3} ]]; then
+        give_up "$1" "$2" "$said was requeued $((idle - 1)) times in a row without a new checkpoint" "$idle"
+    elif [[ $1 == failed && $failures -gt ${MAX_REQUEUES:-10} ]]; then
+        give_up "$1" "$2" "$said has failed $failures times, and MAX_REQUEUES is ${MAX_REQUEUES:-10}" 10 failed
+    fi
     before=$(job_field ExcNodeList)
     mapfile -t theirs < <(excluded_by_user)
-    leave_out "${@:3}"
+    usable=$(usable_nodes)
+    # From here on it waits, and Slurm ends this script within KillWait.
+    scontrol requeue "$SLURM_JOB_ID" || give_up "$1" "$2" "$said cannot go back to the queue"
+    leave_out "$usable" "${@:3}"
     wanted=$(printf '%s\n' "${theirs[@]}" "${out[@]}" | grep . | paste -sd, - || true)
-    end_history "$1" "$2" "$(paste -sd, "$excluded")"
-    progressed || idle=$(tac "$history" |
-        awk '/"progress": true/ { exit } !/"how": "gone"/ { count++ } END { print count + 0 }')
-    failures=$(grep -c '"how": "failed"' "$history" || true)
-    if [[ $idle -gt ${MAX_REQUEUES_WITHOUT_PROGRESS:-3} ]]; then
-        echo "$said was requeued $((idle - 1)) times in a row without a new checkpoint: not again" >&2
-        tail -n "$idle" "$history" | report >&2
-        exit 1
-    elif [[ $1 == failed && $failures -gt ${MAX_REQUEUES:-10} ]]; then
-        echo "$said has failed $failures times, and MAX_REQUEUES is ${MAX_REQUEUES:-10}: not again" >&2
-        grep '"how": "failed"' "$history" | tail -n 10 | report >&2
-        exit 1
-    fi
-    echo "$said goes back to the queue${wanted:+, without $wanted}"
-    scontrol requeue "$SLURM_JOB_ID"
     [[ -z $before$wanted ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$wanted" ||
         echo "Slurm does not let the job leave nodes out"
+    echo "$said goes back to the queue${wanted:+, without $wanted}"
+    end_history "$1" "$2" "$(paste -sd, "$excluded")" || echo "cannot write $history"
     exit 0
 }

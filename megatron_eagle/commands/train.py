@@ -81,9 +81,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     run.add_argument(
         "--outcome",
         metavar="FILE",
-        help="lines are added here for whoever may start it again: `started N`, `saved N`, `stopped N` (told "
-        "to, and saved), `failed` (a mistake: again would not help). A stop or a mistake ends with status 0 "
-        "then, so that torchrun starts nothing again",
+        help="lines are added here for whoever may start it again: `started N FOLDER`, `saved N`, "
+        "`stopped N` (told to, and saved), `failed` (a mistake: again would not help). A stop or a mistake "
+        "ends with status 0 then, so that torchrun starts nothing again",
     )
     check.add_argument("--processes", type=int, required=True, metavar="N", help="of the job, on all nodes")
     _add_preflight(preflight)

@@ -54,7 +54,8 @@ def standard_observers(run: Run, outcome: Path | None = None) -> list[Observer]:
     stragglers = Stragglers(config.resilience.stragglers)
     observers: list[Observer] = [log, restarts, heart, profiler, stragglers]
     if outcome is not None:
-        observers.append(RunOutcome(outcome, state.iteration, saves.latest, active=rank == 0))
+        path = config.checkpoint.path
+        observers.append(RunOutcome(outcome, path, state.iteration, saves.latest, active=rank == 0))
     if config.evaluation is not None and run.held_out is not None:
         forward = partial(run_packs, run, datasets=len(run.held_out.datasets), forward_only=True)
         device = run.device.torch_device

@@ -58,7 +58,7 @@ def test_bad_nodes_are_left_out(slurm: Slurm, saving: Path, tmp_path: Path) -> N
     for line in (
         f"failed (n2: rank 1 was the first to end early, by status 137); job {job} goes back to the queue, "
         "without n4,n2\n",
-        "only 1 other nodes, and the job needs 2: n2 is not left out\n",
+        "only 1 other nodes, and the job takes 2: n2 is not left out\n",
         *(f"resumed from {run} at iteration {iteration}" for iteration in (4, 8)),
     ):
         assert line in said, said

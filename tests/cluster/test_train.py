@@ -56,7 +56,7 @@ def test_a_chain_is_preempted_with_a_grace_time(slurm: Slurm, config: Path, tmp_
     slurm.wait_until(lambda: len(iterations(run)) >= 2, first)
     urgent = preempt(slurm)
     slurm.wait(first, "PENDING", restarts=1)
-    assert "goes back to the queue" in slurm.output(first)
+    slurm.wait_for_line(first, "goes back to the queue")
     stopped = read_train_state(run).iteration
     slurm.wait(urgent, "COMPLETED")
     assert slurm.job(second)["JobState"] == "PENDING"
@@ -129,7 +129,7 @@ def test_a_full_disk(slurm: Slurm, config: Path, tmp_path: Path, check_space: st
         shutil.rmtree(disk)
     outcome = (tmp_path / "ranks" / f"outcome-{job}").read_text().split("\n")
     said = slurm.output(job)
-    assert outcome == ["started 0", "failed", ""]
+    assert outcome == [f"started 0 {disk / 'run'}", "failed", ""]
     if check_space == "true":
         assert said.count("GB are free, too few for the run's checkpoints") == 1
     else:

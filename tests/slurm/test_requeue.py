@@ -9,10 +9,14 @@ import pytest
 
 from tests.paths import REPO
 
+# As Slurm says it: of a job that runs NumNodes are those that it has, of one that waits its range.
 SCONTROL = """#!/bin/bash
+state=RUNNING nodes=$SLURM_JOB_NUM_NODES
+[[ ! -e $STANDIN/requeued ]] || state=PENDING nodes=${RANGE:-$nodes}
 case "$1 $2" in
     "show hostnames") tr , '\\n' <<<"$3" ;;
-    "show job") echo "JobId=7 JobState=RUNNING Partition=main ExcNodeList=$(cat "$STANDIN/exc")" ;;
+    "show job")
+        echo "JobId=7 JobState=$state Partition=main NumNodes=$nodes ExcNodeList=$(cat "$STANDIN/exc")" ;;
     "requeue 7") touch "$STANDIN/requeued" ;;
     "update JobId=7") echo "${3#ExcNodeList=}" >"$STANDIN/exc" ;;
     *) exit 1 ;;
@@ -25,7 +29,7 @@ grep -E "^(${names:-.*}) " "$STANDIN/nodes"
 """
 SCRIPT = """set -euo pipefail
 logs=$STANDIN LAUNCH=${LAUNCH:-torchrun}
-source examples/slurm/requeue.sh
+source examples/launch.sh; source examples/slurm/requeue.sh
 begin_history
 """
 
@@ -58,6 +62,7 @@ class Job:
             **environment,
         }
         self.restarts += 1
+        (self.folder / "requeued").unlink(missing_ok=True)
         command = ["bash", "-c", SCRIPT + commands]
         result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
         return result.stdout + result.stderr
@@ -149,23 +154,41 @@ def test_other_nodes_until_they_run_out(job: Job) -> None:
     assert job.excluded == "n9,n1"
     assert "without n9,n1,n2" in job.start("requeue failed 'failed (b)' n2", nodes="n2,n3")
     said = job.start("requeue failed 'failed (c)' n3", nodes="n3,n4")
-    assert "only 1 other nodes, and the job needs 2: n1 is not left out" in said
+    assert "only 1 other nodes, and the job takes 2: n1 is not left out" in said
     assert job.excluded == "n9,n2,n3"
     assert [line["excluded"] for line in job.history()] == ["n1", "n1,n2", "n2,n3"]
     assert [line["how"] for line in job.history()] == ["failed"] * 3
 
 
+@pytest.mark.parametrize(("nodes", "most"), [("1-2", 2), ("1-1K", 1024)])
+def test_a_range_of_nodes_that_shrank_gets_them_back(job: Job, nodes: str, most: int) -> None:
+    """Its most counts, and not what it runs on: else it would stay on one node for good."""
+    job.states("n1 idle", "n2 idle", "n3 idle")
+    assert job.start("requeue failed 'failed (a)' n1", RANGE="2").endswith("without n1\n")
+    said = job.start("requeue failed 'failed (b)' n2", nodes="n2", RANGE=nodes)
+    assert f"only 1 other nodes, and the job takes {most}: n1 is not left out" in said
+    assert job.excluded == ("n2" if most == 2 else "")
+    assert [line["excluded"] for line in job.history()] == ["n1", job.excluded]
+
+
+def test_slow_nodes_are_left_out_for_others_only(job: Job) -> None:
+    """Others that are left out themselves would come back, and are slow again."""
+    said = "usable_nodes; echo; spare_nodes"
+    assert job.start(said).split("\n\n")[1].split() == ["n3", "n4"]
+    job.start("requeue failed 'failed (a)' n3")
+    assert job.start(said).split("\n\n")[1].split() == ["n4"]
+
+
 def test_none_is_left_out_where_all_are_needed(job: Job) -> None:
     job.states("n1 idle", "n2 idle", "n3 down")
     said = job.start("requeue failed 'failed (a)' n1")
-    assert "only 1 other nodes, and the job needs 2: n1 is not left out" in said
+    assert "only 1 other nodes, and the job takes 2: n1 is not left out" in said
     assert said.splitlines()[-1] == "failed (a); job 7 goes back to the queue"
 
 
 def test_failures_in_a_row_end_it_with_a_report(job: Job) -> None:
     limit = {"MAX_REQUEUES_WITHOUT_PROGRESS": "1"}
     assert "goes back to the queue" in job.start("requeue failed 'failed (first)'", **limit)
-    (job.folder / "requeued").unlink()
     said = job.start("requeue failed 'failed (second)' n1", **limit)
     first, *report = said.splitlines()
     assert first.endswith("was requeued 1 times in a row without a new checkpoint: not again")
@@ -185,6 +208,25 @@ def test_progress_counts_anew_but_not_for_ever(job: Job) -> None:
     said = job.start(progress + "requeue failed 'failed'", **limits)
     assert "has failed 3 times, and MAX_REQUEUES is 2: not again" in said
     assert job.history()[-1]["saved"] == 5
+
+
+@pytest.mark.parametrize(
+    ("outcome", "progress"),
+    [
+        ("started 0 /run\nstarted 0 /run\nstarted 0 /run\n", False),  # a crash loop of torchrun's restarts
+        ("started 8 /run\nstarted 4 /run\nsaved 8\n", False),  # it fell back, and has what it had
+        ("started 8 /run\nstarted 4 /run\nsaved 8\nsaved 12\n", True),
+        ("started 8 /run\nstarted 12 /run\n", True),  # killed before it could note its save
+        ("started 8 /run\nstopped 8\n", False),
+        ("started 8 /run\nstopped 9\n", True),
+        ("started 90 /run/one\nstarted 0 /run/two\nstarted 0 /run/two\n", True),  # a stage is finished
+        ("started 0\nstarted 0\n", False),
+        ("", False),
+    ],
+)
+def test_progress_is_a_newer_checkpoint_or_a_finished_stage(job: Job, outcome: str, progress: bool) -> None:
+    job.start(f"printf '{outcome}' >\"$outcome\"; end_history failed 'failed'")
+    assert job.history()[0]["progress"] is progress
 
 
 def test_a_start_that_ended_with_its_node(job: Job) -> None:

@@ -1,9 +1,9 @@
 """What became of a start of a job, in lines of a file: for the script that decides whether to start it again.
 
-    started 100     a run (or stage) goes on from this iteration
-    saved 150       a checkpoint of it is complete
-    stopped 163     it was told to stop and has saved: start it again
-    failed          a mistake that all ranks found: it would be found again
+    started 100 runs/eagle    the run (or stage) of this folder goes on from this iteration
+    saved 150                 a checkpoint of it is complete
+    stopped 163               it was told to stop and has saved: start it again
+    failed                    a mistake that all ranks found: it would be found again
 
 torchrun's own status says none of it: it is 1 for whatever ends a process, and for a signal.
 """
@@ -18,10 +18,10 @@ from megatron_eagle.training.monitoring.observer import Observer, Step
 Word = Literal["started", "saved", "stopped", "failed"]
 
 
-def note_outcome(file: Path, word: Word, iteration: int | None = None) -> None:
+def note_outcome(file: Path, word: Word, *details: int | str) -> None:
     """Add a line. A full disk keeps it out, and ends nothing."""
     with suppress(OSError), open(file, "a") as lines:
-        lines.write(f"{word}\n" if iteration is None else f"{word} {iteration}\n")
+        lines.write(" ".join(map(str, (word, *details))) + "\n")
 
 
 class RunOutcome(Observer):
@@ -30,13 +30,21 @@ class RunOutcome(Observer):
     With `active=False`, on all ranks but the first, it does nothing.
     """
 
-    def __init__(self, file: Path, iteration: int, latest: Callable[[], int | None], *, active: bool) -> None:
-        """`latest`: iteration of the latest checkpoint that this rank knows of."""
-        self._file, self._latest, self._noted, self._active = file, latest, iteration, active
+    def __init__(
+        self, file: Path, run: str, iteration: int, latest: Callable[[], int | None], *, active: bool
+    ) -> None:
+        """
+        Args:
+            run: the folder of its checkpoints.
+            iteration: at which it starts.
+            latest: iteration of the latest checkpoint that this rank knows of.
+        """
+        self._file, self._run, self._active = file, run, active
+        self._latest, self._noted = latest, iteration
 
     def __enter__(self) -> Self:
         if self._active:
-            note_outcome(self._file, "started", self._noted)
+            note_outcome(self._file, "started", self._noted, self._run)
         return self
 
     def step_ended(self, step: Step, tell: Observer) -> None:

@@ -182,7 +182,8 @@ def test_what_becomes_of_a_run_is_noted_by_one_rank(run, tmp_path):
     for _ in range(2):
         launch(train_noted, 2, run.config, str(tmp_path / "outcome"))
     lines = (tmp_path / "outcome").read_text().splitlines()
-    assert lines == ["started 0", "saved 2", "saved 4", "saved 6", "started 6"]
+    folder = load_run_config(run.config).checkpoint.path
+    assert lines == [f"started 0 {folder}", "saved 2", "saved 4", "saved 6", f"started 6 {folder}"]
 
 
 def test_a_run_that_cannot_save_stops(run):
