@@ -26,7 +26,8 @@ from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.prompt import IMG_CONTEXT
 from megatron_eagle.model.initialization import initialize_parameters
-from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
+from megatron_eagle.model.presets import EagleConfig, VisionConfig
+from megatron_eagle.model.text import TextConfig
 
 _LANGUAGE, _VISION = "language_model.", "vision_model."
 _POSITIONS = "vision_model.vision_model.embeddings.position_embedding.weight"

@@ -1,7 +1,7 @@
 """One table for both directions: names, shapes and layouts of a Hugging Face checkpoint and of the model.
 
 Legend of the shapes: c encoder width, f encoder ffn, i channels, p patch side, n patches; k connector input,
-h language-model width, q query features, g key/value features, m ffn, v vocabulary rows.
+h language-model width, q query features, g key/value features, d head size, m ffn, v vocabulary rows.
 """
 
 import re
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
+from megatron_eagle.model.text import TextConfig
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def _qkv(prefix: str, kind: str) -> list[str]:
 
 
 # (model name, HF names, HF shapes, layout); `{}` is the layer. Vision, connector, language model.
-TABLE: list[tuple[str, list[str], list[str], Layout]] = [
+Row = tuple[str, list[str], list[str], Layout]
+TABLE: list[Row] = [
     ("vision_model.patch_embedding.weight", [_V + "embeddings.patch_embedding.weight"], ["c i p p"], SAME),
     ("vision_model.patch_embedding.bias", [_V + "embeddings.patch_embedding.bias"], ["c"], SAME),
     ("vision_model.position_embedding.weight", [_V + "embeddings.position_embedding.weight"], ["n c"], SAME),
@@ -108,6 +110,8 @@ TABLE: list[tuple[str, list[str], list[str], Layout]] = [
     (_ML + "input_layernorm.weight", [_LL + "input_layernorm.weight"], ["h"], SAME),
     (_ML + "self_attention.linear_qkv.weight", _qkv(_LL, "weight"), ["q h", "g h", "g h"], LANGUAGE_QKV),
     (_ML + "self_attention.linear_qkv.bias", _qkv(_LL, "bias"), ["q", "g", "g"], LANGUAGE_QKV),
+    (_ML + "self_attention.q_layernorm.weight", [_LL + "self_attn.q_norm.weight"], ["d"], SAME),
+    (_ML + "self_attention.k_layernorm.weight", [_LL + "self_attn.k_norm.weight"], ["d"], SAME),
     (_ML + "self_attention.linear_proj.weight", [_LL + "self_attn.o_proj.weight"], ["h q"], SAME),
     (_ML + "pre_mlp_layernorm.weight", [_LL + "post_attention_layernorm.weight"], ["h"], SAME),
     (
@@ -168,6 +172,7 @@ class ModelMapping:
             "h": text.hidden_size,
             "q": text.head_dim * text.num_attention_heads,
             "g": text.head_dim * text.num_key_value_heads,
+            "d": text.head_dim,
             "m": text.intermediate_size,
             "v": text.vocab_size,
             "1": 1,
@@ -181,10 +186,10 @@ class ModelMapping:
         return tuple(self._sizes[letter] for letter in letters.split())
 
     def _written_out(self) -> Iterator[MappedTensor]:
-        tied = self.config.text.tie_word_embeddings
+        absent = _absent(self.config.text)
         for model, names, shapes, layout in TABLE:
-            if tied and model == "language_model.output_layer.weight":
-                continue  # the embedding, once more
+            if model in absent:
+                continue
             layers = 1
             if "{}" in model:
                 encoder = model.startswith("vision_model.")
@@ -238,6 +243,18 @@ class ModelMapping:
             for name, tensor in zip(entry.hf, entry.layout.split(read(entry.model), self), strict=True):
                 if names is None or name in names:
                     yield name, tensor
+
+
+def _absent(text: TextConfig) -> set[str]:
+    """Rows of the table that this language model has not."""
+    absent = set()
+    if text.tie_word_embeddings:
+        absent.add("language_model.output_layer.weight")  # the embedding, once more
+    if not text.family.qkv_bias:
+        absent.add(_ML + "self_attention.linear_qkv.bias")
+    if not text.family.qk_norm:
+        absent |= {_ML + f"self_attention.{x}_layernorm.weight" for x in "qk"}
+    return absent
 
 
 def _listed(names: Collection[str], limit: int = 12) -> str:

@@ -1,4 +1,4 @@
-"""Qwen2.5 as Megatron's `GPTModel`, with packed rotary positions and a loss that ignores padding rows."""
+"""The language model: `GPTModel` with packed rotary positions and a loss that ignores padding rows."""
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,9 +11,9 @@ from torch import Tensor
 from eagle_kernels.activation_offload import HostStore
 from eagle_kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_eagle.model.layers import LayerClasses, ready
-from megatron_eagle.model.presets import TextConfig
 from megatron_eagle.model.rotary import PackedRotaryTable
 from megatron_eagle.model.specs import RecomputeConfig, language_block
+from megatron_eagle.model.text import TextConfig
 from megatron_eagle.runtime.parallel import Mesh
 
 

@@ -68,6 +68,10 @@ def check_layers(
     Raises:
         UserError: settings that contradict each other.
     """
+    if eagle.text.experts is not None:
+        raise UserError(f"model.text.model_type {eagle.text.model_type}: experts cannot be trained yet")
+    if eagle.text.rope_scaling is not None:
+        raise UserError("model.text.rope_scaling: YaRN cannot be trained yet")
     if config.kernels == "triton" and (obstacle := _not_for_triton(eagle, parallel)):
         raise UserError(f"layers.kernels triton: {obstacle}; choose auto or eager")
     if config.loss_into_main_grad and config.loss == "plain":
@@ -85,6 +89,8 @@ def _not_for_triton(eagle: EagleConfig, parallel: ParallelConfig) -> str | None:
         "feed-forward features of a tensor parallel rank": shapes.f,
         "vocabulary rows of a tensor parallel rank": shapes.vocabulary,
     }
+    if eagle.text.family.qk_norm:
+        rows["channels of a head"] = eagle.text.head_dim
     for name, size in rows.items():
         if size % 16:
             return f"the {size} {name} are no multiple of 16"

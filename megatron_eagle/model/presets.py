@@ -2,19 +2,17 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from megatron_eagle.config import from_dict, to_dict
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.families import FAMILIES
+from megatron_eagle.model.hf_config import known_fields, missing_keys_named, require
+from megatron_eagle.model.text import TextConfig, TextSection
 from megatron_eagle.ranges import Range, Ranged
-
-# Vocabulary rows are padded to this multiple for every tensor parallel size up to 4, so that a rank's
-# share stays a multiple of 128 and a checkpoint has one shape whatever the layout.
-VOCAB_MULTIPLE = 512
 
 
 @dataclass
@@ -37,9 +35,9 @@ class VisionConfig(Ranged):
         Raises:
             UserError: another encoder, or a missing key.
         """
-        with _missing_keys_named():
-            _require(hf, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
-            return from_dict(cls, _known(cls, hf), "config.json: vision_config")
+        with missing_keys_named():
+            require(hf, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
+            return from_dict(cls, known_fields(cls, hf), "config.json: vision_config")
 
     @property
     def num_patches(self) -> int:
@@ -47,64 +45,9 @@ class VisionConfig(Ranged):
 
 
 @dataclass
-class TextSection(Ranged):
-    """A run file's word on the Qwen2.5 language model. `vocab_size: null` is taken from the data's
-    manifest."""
-
-    hidden_size: Annotated[int, Range(8, 65536)] = 64  # features of a token
-    intermediate_size: Annotated[int, Range(8, 262144)] = 160  # of the MLP
-    num_hidden_layers: Annotated[int, Range(1, 1024)] = 4  # depth of the language model
-    num_attention_heads: Annotated[int, Range(1, 1024)] = 4  # of queries
-    num_key_value_heads: Annotated[int, Range(1, 1024)] = 2  # each serves equally many query heads
-    vocab_size: Annotated[int, Range(1, 2**24)] | None = None
-    rope_theta: Annotated[float, Range(1, 1e12)] = 1e6  # base of the rotary positions
-    rms_norm_eps: Annotated[float, Range(1e-12, 0.1)] = 1e-6  # of every norm
-    tie_word_embeddings: bool = False  # the output layer is the embedding
-    # Tokens of a prompt that the model is made for; a run raises it to its packs (training/run_config.py).
-    max_position_embeddings: Annotated[int, Range(1, 2**31 - 1)] = 32768
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-
-@dataclass
-class TextConfig(TextSection):
-    """The language model of a run, with its vocabulary."""
-
-    vocab_size: Annotated[int, Range(1, 2**24)] = field(kw_only=True)
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "TextConfig":
-        """From a Qwen2 or Qwen2.5 configuration.
-
-        Raises:
-            UserError: another architecture, or a missing key.
-        """
-        with _missing_keys_named():
-            _require(hf, model_type="qwen2", hidden_act="silu", use_sliding_window=False, rope_scaling=None)
-            own = {**_known(cls, hf), "rope_theta": _rope_theta(hf)}
-            text = from_dict(cls, own, "config.json: text_config")
-            kinds = sorted(set(hf.get("layer_types") or ["full_attention"]))
-            size = hf.get("head_dim") or text.head_dim
-            _require(
-                {"layer_types": kinds, "head_dim": size},
-                layer_types=["full_attention"],
-                head_dim=text.head_dim,
-            )
-            return text
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the output layer inside Megatron (`VOCAB_MULTIPLE`)."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-@dataclass
 class ModelSection(Ranged):
     """A run file's word on Eagle 2.5, before the data are known: SigLIP2 encoder, pixel shuffle, two-layer
-    connector, Qwen2.5. `image_token_index: null` is taken from the data's manifest.
+    connector, language model. `image_token_index: null` is taken from the data's manifest.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)  # the vision encoder
@@ -130,22 +73,20 @@ class ModelSection(Ranged):
         Raises:
             UserError: naming the rule and the values.
         """
-        vision, text = self.vision, self.text
+        vision = self.vision
         if self.downsample_ratio != 1 / self.shuffle_factor:
             ratio = f"model.downsample_ratio is {self.downsample_ratio}"
             raise UserError(f"{ratio}: must be 1 divided by a whole number")
-        patches, heads = vision.image_size // vision.patch_size, text.num_attention_heads
+        patches = vision.image_size // vision.patch_size
         multiples = [
             ("vision.image_size", vision.image_size, "patch_size", vision.patch_size),
             ("vision.image_size / patch_size", patches, "pixel shuffle's factor", self.shuffle_factor),
             ("vision.hidden_size", vision.hidden_size, "num_attention_heads", vision.num_attention_heads),
-            ("text.hidden_size", text.hidden_size, "num_attention_heads", heads),
-            ("text.hidden_size / num_attention_heads", text.head_dim, "a rotary pair", 2),
-            ("text.num_attention_heads", heads, "num_key_value_heads", text.num_key_value_heads),
         ]
         for name, value, divisor_name, divisor in multiples:
             if value % divisor:
                 raise UserError(f"model.{name} is {value}: must be a multiple of {divisor} ({divisor_name})")
+        self.text.validate()
         return self
 
     def with_data(self, *, vocab_size: int, image_token_index: int) -> "EagleConfig":
@@ -200,8 +141,8 @@ class EagleConfig(ModelSection):
         Raises:
             UserError: a part this implementation does not have, or a missing key.
         """
-        with _missing_keys_named():
-            _require(
+        with missing_keys_named():
+            require(
                 hf,
                 model_type="eagle_2_5_vl",
                 select_layer=-1,
@@ -232,16 +173,7 @@ class EagleConfig(ModelSection):
                 "attention_dropout": 0.0,
                 **{f.name: getattr(vision, f.name) for f in fields(vision)},
             },
-            "text_config": {
-                "architectures": ["Qwen2ForCausalLM"],
-                "model_type": "qwen2",
-                "hidden_act": "silu",
-                "attention_dropout": 0.0,
-                "use_sliding_window": False,
-                **{f.name: getattr(text, f.name) for f in fields(text)},
-                # Beside rope_theta, over which it wins in transformers 5: a source's own must not stay.
-                "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
-            },
+            "text_config": text.to_hf(),
             "image_token_index": self.image_token_index,
             "downsample_ratio": self.downsample_ratio,
             "force_image_size": vision.image_size,
@@ -255,43 +187,6 @@ class EagleConfig(ModelSection):
             "template": "qwen2-chat",
             "tie_word_embeddings": text.tie_word_embeddings,
         }
-
-
-def _rope_theta(hf: Mapping[str, Any]) -> float:
-    """Of a Qwen2 configuration: `rope_theta`, which transformers 5 moved into `rope_parameters`."""
-    moved = hf.get("rope_parameters") or {}
-    _require(moved, rope_type="default", type="default")
-    theta: float = moved.get("rope_theta", hf.get("rope_theta", 1e4))  # transformers' default
-    if hf.get("rope_theta", theta) != theta:
-        raise UserError(
-            f"config.json: rope_theta is {hf['rope_theta']} and rope_parameters.rope_theta {theta}; "
-            "leave the wrong one out"
-        )
-    return theta
-
-
-def _known(cls: type[VisionConfig] | type[TextConfig], values: Mapping[str, Any]) -> dict[str, Any]:
-    required = {f.name for f in fields(cls)} - {"layer_norm_eps", "num_channels"} - set(_OPTIONAL_IN_HF)
-    return {f.name: values[f.name] for f in fields(cls) if f.name in values or f.name in required}
-
-
-# What a configuration may leave out, because transformers has the default that this file has.
-_OPTIONAL_IN_HF = ("rope_theta", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
-
-
-def _require(hf: Mapping[str, Any], **expected: object) -> None:
-    """Refuse what this implementation does not have; a key that is left out has the expected value."""
-    for name, value in expected.items():
-        if hf.get(name, value) != value:
-            raise UserError(f"config.json: {name} is {hf[name]!r}; only {value!r} is supported")
-
-
-@contextmanager
-def _missing_keys_named() -> Iterator[None]:
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"config.json: {error.args[0]} is missing") from None
 
 
 PRESETS: dict[str, ModelSection] = {
@@ -351,8 +246,8 @@ def preset(name: str) -> ModelSection:
 def expand_preset(model: Mapping[str, Any], source: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A run file's `model` section with `preset: NAME` and `hf: FILE` replaced by the values they stand for.
 
-    `hf` is a config.json of Eagle 2.5, or of a Qwen2.5 or SigLIP model, which replaces that part of the
-    preset. What the section itself says wins; `config.from_dict` checks the result.
+    `hf` is a config.json of Eagle 2.5, of a language model or of a SigLIP encoder, which replaces that part
+    of the preset. What the section itself says wins; `config.from_dict` checks the result.
 
     Args:
         source: the model that the run goes on with; where neither is named, it gives what is left out.
@@ -380,8 +275,8 @@ def _read_hf(file: Path) -> dict[str, Any]:
         raise UserError(f"model.hf: {file} cannot be read as a config.json: {error}") from None
     kinds: dict[Any, Callable[[], dict[str, Any]]] = {
         "eagle_2_5_vl": lambda: to_dict(EagleConfig.from_hf(hf)),
-        "qwen2": lambda: {"text": to_dict(TextConfig.from_hf(hf))},
         "siglip_vision_model": lambda: {"vision": to_dict(VisionConfig.from_hf(hf))},
+        **dict.fromkeys(FAMILIES, lambda: {"text": to_dict(TextConfig.from_hf(hf))}),
     }
     kind = hf.get("model_type") if isinstance(hf, dict) else None
     if kind not in kinds:

@@ -105,7 +105,7 @@ def language_config(
     recompute: RecomputeConfig,
     options: Mapping[str, Any],
 ) -> TransformerConfig:
-    """Qwen2.5 under the whole layout. `options` are Megatron's, of `LayerClasses`."""
+    """The language model under the whole layout. `options` are Megatron's, of `LayerClasses`."""
     text = eagle.text
     interleaved = parallel.num_model_chunks > 1
     on_gpu = torch.cuda.is_available()
@@ -126,7 +126,9 @@ def language_config(
         # Megatron's word for an activation module of the specification on the packed gate|up.
         use_te_activation_func=True,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=text.family.qkv_bias,
+        # With it Megatron sums the gradients of these norms over tensor parallel ranks, whose heads differ.
+        qk_layernorm=text.family.qk_norm,
         pipeline_dtype=dtype,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
@@ -186,6 +188,7 @@ def _layer(
     group: ProcessGroup,
     mlp: type[MLP] = MLP,
     activation: ModuleSpec | None = None,
+    head_norm: Callable[..., Any] | ModuleSpec = IdentityOp,
 ) -> ModuleSpec:
     column, row = classes.column_parallel_linear, classes.row_parallel_linear
     parts = MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation)
@@ -196,8 +199,8 @@ def _layer(
             linear_qkv=column,
             core_attention=core_attention,
             linear_proj=row,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     return ModuleSpec(
@@ -229,7 +232,11 @@ def language_block(
     own = {"attention": attention, "ring": mesh.ring, "kernels": classes.kernels}
     core = ModuleSpec(module=RotaryAttention, params=own)
     mlp = ProductFreeMLP if recompute.swiglu else MLP
-    layer = _layer(classes, classes.rms_norm, core, AttnMaskType.causal, mesh.tp.group, mlp, classes.swiglu)
+    norm = classes.rms_norm
+    head_norm = norm if config.qk_layernorm else IdentityOp
+    layer = _layer(
+        classes, norm, core, AttnMaskType.causal, mesh.tp.group, mlp, classes.swiglu, head_norm=head_norm
+    )
     layers = [layer] * get_num_layers_to_build(config, chunk)
     if recompute.language == "offload":
         in_flight = mesh.config.forwards_in_flight(mesh.pp.rank)

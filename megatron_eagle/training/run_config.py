@@ -376,7 +376,7 @@ _NO_ARCHITECTURE = ("initializer_range", "max_position_embeddings")
 def _differences(here: Any, there: Any, where: str) -> Iterable[str]:
     for f in fields(here):
         a, b, name = getattr(here, f.name), getattr(there, f.name), f"{where}.{f.name}"
-        if is_dataclass(a):
+        if is_dataclass(a) and is_dataclass(b):
             yield from _differences(a, b, name)
         elif a != b and f.name not in _NO_ARCHITECTURE:
             yield f"{name} is {b} there and {a} here"

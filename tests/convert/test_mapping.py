@@ -7,7 +7,8 @@ import torch
 
 from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig, preset
+from megatron_eagle.model.presets import EagleConfig, VisionConfig, preset
+from megatron_eagle.model.text import TextConfig
 
 
 def small() -> EagleConfig:

@@ -66,7 +66,7 @@ def test_sizes_from_hugging_face_files(tmp_path):
     for broken, message in [
         ({**qwen, "model_type": "llama"}, "has model_type 'llama'"),
         ({k: v for k, v in qwen.items() if k != "hidden_size"}, "hidden_size is missing"),
-        ({**qwen, "rope_scaling": {"type": "yarn"}}, "rope_scaling is"),
+        ({**qwen, "rope_scaling": {"type": "linear"}}, "rope_scaling is"),
     ]:
         file.write_text(json.dumps(broken))
         with pytest.raises(UserError, match=message):

@@ -19,6 +19,7 @@ from megatron_eagle.model.language import Targets
 from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig, preset
 from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.model.text import TextSection
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
 from megatron_eagle.training import schedule
 from megatron_eagle.training.optimizer import wrap_models
@@ -77,11 +78,9 @@ class Outcome:
 
 def tiny_model(**text) -> EagleConfig:
     """Four language layers (for pipelines), eight real rows short of the padded vocabulary."""
-    eagle = preset("tiny").with_data(vocab_size=504, image_token_index=IMAGE_TOKEN)
-    eagle.text.num_attention_heads, eagle.text.num_key_value_heads = 8, 4
-    for name, value in text.items():
-        setattr(eagle.text, name, value)
-    return eagle.validate()
+    section = preset("tiny")
+    section.text = TextSection(**{"num_attention_heads": 8, "num_key_value_heads": 4} | text)
+    return section.with_data(vocab_size=504, image_token_index=IMAGE_TOKEN)
 
 
 def global_batch(eagle: EagleConfig) -> list[dict]:

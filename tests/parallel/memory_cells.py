@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 from megatron_eagle.model.layers import LayersConfig
-from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
+from megatron_eagle.model.presets import EagleConfig, VisionConfig
 from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.model.text import TextConfig
 from megatron_eagle.planning.memory_model import StageMemory, peak_memory
 from megatron_eagle.planning.memory_shapes import Workload
 from megatron_eagle.runtime.parallel import ParallelConfig

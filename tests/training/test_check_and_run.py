@@ -33,7 +33,10 @@ from tests.training.picture_run import LENGTH, LR, PACKS, TOKENS, write_picture_
 FIELDS = {field.place: field for field in numeric_fields(RunConfig)}
 
 # Settings without which a number plays no part.
+YARN = "model.text.rope_scaling={factor: 2, original_max_position_embeddings: 512}"
+EXPERTS = "model.text.experts={num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 48}"
 NEEDS = {
+    "model.text.head_dim": ["model.text.model_type=qwen3"],
     "data.follow.dead_after_minutes": ["data.follow.shards_per_window=1"],
     "optimizer.first_new_token": ["optimizer.trainable=[vision, connector, new_token_rows]"],
     "optimizer.lr_wsd_decay_fraction": ["optimizer.lr_decay_style=wsd"],
@@ -43,6 +46,11 @@ NEEDS = {
     "logging.profile.steps": ["logging.profile.start=1"],
     "logging.profile.ranks.*": ["logging.profile.start=1"],
 }
+NEEDS |= dict.fromkeys((place for place in FIELDS if place.startswith("model.text.rope_scaling.")), [YARN])
+NEEDS |= dict.fromkeys(
+    (place for place in FIELDS if place.startswith("model.text.experts.")),
+    ["model.text.model_type=qwen3_moe", EXPERTS],
+)
 # The rules between fields that refuse an edge of a range here, by what they say.
 RULES = {
     "data.follow.shards_per_window": "was made without preprocess run --follow",
@@ -53,6 +61,7 @@ RULES = {
     "model.vision.num_attention_heads": r"must be a multiple of \d+ \(num_attention_heads\)",
     "model.text.num_attention_heads": r"must be a multiple of \d+ \(num_(key_value|attention)_heads\)",
     "model.text.num_key_value_heads": r"must be a multiple of \d+ \(num_key_value_heads\)",
+    "model.text.head_dim": r"must be a multiple of 2 \(a rotary pair\)",
     "model.text.vocab_size": "the data was prepared with another tokenizer",
     "model.image_token_index": "the data was prepared with another tokenizer",
     "model.downsample_ratio": "pixel shuffle|its number of tokens per tile",
@@ -73,10 +82,15 @@ RULES = {
     "evaluation.batches": f"{PACKS} packs of this data.length, and 1000000000 global batches",
     "logging.profile.ranks.*": "the run has 1 process",
 }
+RULES |= dict.fromkeys(
+    (place for place in FIELDS if place.startswith(("model.text.rope_scaling.", "model.text.experts."))),
+    "cannot be trained yet|rope_scaling reaches|there are . experts",
+)
 # Values inside their ranges that are not run here, and why; `check` must take them.
 NOT_RUN = {
     ("model.vision.hidden_size", 65536): "a layer of 52 GB",
     ("model.text.hidden_size", 65536): "a layer of 52 GB",
+    ("model.text.head_dim", 65536): "a layer of 8 GB",
     ("model.vision.intermediate_size", 262144): "a step of a minute",
     ("model.text.intermediate_size", 262144): "a step of a minute",
     ("model.vision.num_hidden_layers", 1024): "a step of a minute",

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_eagle.config import from_dict
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.presets import EagleConfig, TextSection, preset
+from megatron_eagle.model.presets import EagleConfig, preset
+from megatron_eagle.model.text import TextSection
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.optimizer import OptimizerConfig

@@ -16,8 +16,9 @@ from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.inputs import make_input
 from megatron_eagle.model.language import Targets
-from megatron_eagle.model.presets import EagleConfig, TextConfig, VisionConfig
+from megatron_eagle.model.presets import EagleConfig, VisionConfig
 from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.model.text import TextConfig
 from megatron_eagle.planning.memory_model import memory_moments
 from megatron_eagle.planning.memory_shapes import Workload
 from megatron_eagle.runtime.device import detect_device, process_group

@@ -36,6 +36,7 @@ from megatron_eagle.checkpoint.content import model_content
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.presets import EagleConfig, preset
+from megatron_eagle.model.text import TextSection
 from megatron_eagle.runtime.device import Device, process_group
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, build_scheduler, wrap_models
@@ -65,11 +66,15 @@ def run() -> Report:
 
 
 def _model() -> EagleConfig:
-    eagle = preset("tiny").with_data(vocab_size=8192, image_token_index=7)
-    text = eagle.text
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 1024, 4096, 4
-    text.num_attention_heads, text.num_key_value_heads = 8, 4
-    return eagle.validate()
+    section = preset("tiny")
+    section.text = TextSection(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    return section.with_data(vocab_size=8192, image_token_index=7)
 
 
 def _save(saver: CheckpointSaver, state: tuple[Any, ...], turn: int, *, must_succeed: bool) -> None:
