@@ -128,7 +128,8 @@ print(processor.batch_decode(model.generate(**inputs, max_new_tokens=256), skip_
 ```
 
 A video is `{"type": "video", "path": "clip.mp4"}`, with `fps`, `max_frames`, `video_start` and `video_end`
-where they are wanted. transformers 4.51 or newer; videos need `av`."""
+where they are wanted, and `subtitles`, `[[start, end, text], ...]` in seconds, which then stand between the
+frames. transformers 4.51 or newer; videos need `av`."""
 
 
 def _stages(checkpoint: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .clips import choose_frames, clip_bounds, shown_seconds, uneven_times
 from .pictures import open_picture, to_rgb
+from .subtitles import Subtitle, read_subtitles
 
 DEFAULT_FPS = 2.0
 DEFAULT_MIN_FRAMES = 4
@@ -33,15 +34,22 @@ class VideoFrames(list[Any]):
     """Frames of one video (PIL RGB) with `fps` as sampled and `timestamps` in seconds, one per frame.
 
     `numbers` are theirs in the file, from 0 in presentation order; None where they come from none.
+    `subtitles` are the video's, also those of no frame.
     """
 
     def __init__(
-        self, frames: Iterable[Any], fps: float, timestamps: list[float], numbers: Iterable[int] | None = None
+        self,
+        frames: Iterable[Any],
+        fps: float,
+        timestamps: list[float],
+        numbers: Iterable[int] | None = None,
+        subtitles: tuple[Subtitle, ...] = (),
     ) -> None:
         super().__init__(frames)
         self.fps = fps
         self.timestamps = timestamps
         self.numbers = None if numbers is None else list(numbers)
+        self.subtitles = subtitles
 
 
 def load_image(source: Any) -> Image.Image:
@@ -253,15 +261,28 @@ def video_of_part(item: Mapping[str, Any], most: int = DEFAULT_MAX_FRAMES) -> Vi
         most: frames of a file, where the part does not say how many.
 
     Raises:
-        ValueError: as `load_video` and `load_image`.
+        ValueError: as `load_video`, `load_image` and `read_subtitles`.
     """
     source, settings = item["video"], video_settings(item, most)
+    subtitles = subtitles_of_part(item)
     if not isinstance(source, (list, tuple)):
-        return load_video(source, **settings)
+        shown = load_video(source, **settings)
+        shown.subtitles = subtitles
+        return shown
     if not source:
         raise ValueError("a video given as a list of pictures is empty")
     fps = float(settings.get("fps", DEFAULT_FPS))  # of the list as it is: nothing is sampled
-    return VideoFrames([load_image(frame) for frame in source], fps, [i / fps for i in range(len(source))])
+    times = [i / fps for i in range(len(source))]
+    return VideoFrames([load_image(frame) for frame in source], fps, times, subtitles=subtitles)
+
+
+def subtitles_of_part(item: Mapping[str, Any]) -> tuple[Subtitle, ...]:
+    """The `subtitles` of a message's part.
+
+    Raises:
+        ValueError: as `read_subtitles`.
+    """
+    return () if item.get("subtitles") is None else read_subtitles(item["subtitles"])
 
 
 def _frame_table(opened: Callable[[], Any]) -> tuple[list[int], list[int], Fraction, int]:

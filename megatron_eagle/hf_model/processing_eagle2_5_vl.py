@@ -33,6 +33,7 @@ from .prompt import (
     PromptMedium,
 )
 from .room import Fitted, fit, prompt_room
+from .subtitles import Subtitle, between_frames
 
 _PLACEHOLDER = re.compile(r"<(image|video)-(\d+)>")
 _TILING = ("min_dynamic_tiles", "max_dynamic_tiles", "use_thumbnail")
@@ -50,6 +51,8 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         tokens_per_tile: visual tokens of one tile (256 for 448 pixels and patch 14).
         max_frames: of a video that does not say how many.
     """
+
+    takes_subtitles = True  # exports of before leave them out without a word
 
     if int(transformers.__version__.split(".")[0]) < 5:  # 5.x reads the signature of __init__ instead
         attributes = ["image_processor", "tokenizer"]
@@ -126,7 +129,8 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
 
         A part carries `image` or `video`, or in its place `image_url`, `video_url`, `url`, `path` or
         `base64`: a path, a URL, a PIL image, or for a video also a list of pictures. Videos take `fps` or
-        `nframes`, `min_frames`, `max_frames`, `video_start`, `video_end`.
+        `nframes`, `min_frames`, `max_frames`, `video_start`, `video_end`, and `subtitles` that are written
+        between the frames: `[[start, end, text], ...]` in seconds (`subtitles.between_frames`).
 
         Args:
             read: False gives for each medium what reads it. `__call__` takes that too, and has the pixels of
@@ -242,7 +246,12 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         else:
             data = self.image_processor(images=list(item), max_dynamic_tiles=frame_tiles)
             counts = data["num_tiles"].tolist()
-        return PromptMedium(tuple(counts), item.fps, tuple(item.timestamps)), data
+        times = tuple(item.timestamps)
+        return PromptMedium(tuple(counts), item.fps, times, self.said(item.subtitles, times)), data
+
+    def said(self, subtitles: Iterable[Subtitle], times: Sequence[float]) -> tuple[tuple[int, str], ...]:
+        """`between_frames` of a user's turn: special tokens in them stay text."""
+        return tuple((before, self.shield(text, "user")) for before, text in between_frames(subtitles, times))
 
     def fit(
         self,
@@ -381,5 +390,5 @@ def _with_metadata(videos: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
         times = given.get("timestamps", default)
         if len(times) != len(video):
             raise ValueError(f"video {i + 1} has {len(video)} frames and {len(times)} timestamps")
-        result.append(VideoFrames(video, fps, times))
+        result.append(VideoFrames(video, fps, times, subtitles=getattr(video, "subtitles", ())))
     return result

@@ -1,5 +1,6 @@
 """What a prompt says, in training (its `hf` variant) and in every export: tokens, labels, chat template."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -75,6 +76,12 @@ def frame_label(number: int, time: float) -> str:
     return f"Frame {number} sample at {time:.2f}s: "
 
 
+def subtitle_lines(texts: Iterable[str]) -> str:
+    """What stands between two frames with these subtitles: each on a line of its own."""
+    lines = "".join(f"{text}\n" for text in texts)
+    return f"\n{lines}" if lines else ""
+
+
 @dataclass(frozen=True)
 class PromptMedium:
     """What a prompt says of a picture or a video.
@@ -83,11 +90,13 @@ class PromptMedium:
         tiles: of the picture, or of each frame.
         fps: of a video, as sampled.
         times: of its frames, in seconds.
+        said: subtitles between them, each with the number of frames before it.
     """
 
     tiles: tuple[int, ...]
     fps: float | None = None
     times: tuple[float, ...] = ()
+    said: tuple[tuple[int, str], ...] = ()
 
     def write(self, number: int, tokens_per_tile: int) -> str:
         """Labels and image tokens of picture or video `number`, from 1."""
@@ -95,7 +104,10 @@ class PromptMedium:
         if self.fps is None:
             return image_label(number) + "".join(tokens)
         frames = [
-            frame_label(i, time) + own
-            for i, (time, own) in enumerate(zip(self.times, tokens, strict=True), 1)
+            self._said_after(i) + frame_label(i + 1, time) + own
+            for i, (time, own) in enumerate(zip(self.times, tokens, strict=True))
         ]
-        return video_label(number, self.fps) + "".join(frames)
+        return video_label(number, self.fps) + "".join(frames) + self._said_after(len(frames))
+
+    def _said_after(self, frames: int) -> str:
+        return subtitle_lines(text for before, text in self.said if before == frames)

@@ -20,6 +20,7 @@ from .media_files import (
     load_image,
     load_video,
     read_clip,
+    subtitles_of_part,
     video_settings,
 )
 from .prompt import PromptMedium
@@ -117,8 +118,9 @@ def _at_most(
     for video in videos:
         settings = video_settings(video, export.max_frames)
         given = isinstance(video["video"], (list, tuple))
+        text += "".join(f"\n{said}\n" for _, _, said in subtitles_of_part(video))
         frames += len(video["video"]) if given else settings.get("nframes", settings.get("max_frames", 0)) + 2
-    tokens = len(text) + len(images) * ((tiles + 1) * of_tile + _LABEL)
+    tokens = len(text.encode()) + len(images) * ((tiles + 1) * of_tile + _LABEL)
     return int(
         tokens + frames * ((1 if frame_tiles is None else frame_tiles + 1) * of_tile + _LABEL) + _LABEL
     )
@@ -130,13 +132,14 @@ class _Video:
     def __init__(self, export: Any, part: Mapping[str, Any], frame_tiles: int | None) -> None:
         source, settings = part["video"], video_settings(part, export.max_frames)
         self.fixed = "nframes" in settings or isinstance(source, (list, tuple))
+        self._export, self._subtitles = export, subtitles_of_part(part)
         self._cutting = {"max_dynamic_tiles": frame_tiles}
         self._images = export.image_processor
         self._given: PromptMedium | None = None
         if isinstance(source, (list, tuple)):
             fps = float(settings.get("fps", DEFAULT_FPS))
             tiles = tuple(1 if frame_tiles is None else self._tiles(load_image(frame)) for frame in source)
-            self._given = PromptMedium(tiles, fps, tuple(i / fps for i in range(len(source))))
+            self._given = self._medium(tiles, fps, [i / fps for i in range(len(source))])
             self.wanted = len(source)
             return
         bounds = {name: settings.pop(name) for name in ("video_start", "video_end") if name in settings}
@@ -159,7 +162,10 @@ class _Video:
             return self._given
         n = self._frames(None if self.fixed else self.limit(frames))
         numbers = self._clip.numbers(n)
-        return PromptMedium((self._of_frame,) * n, self._clip.fps(n), tuple(self._clip.times(numbers)))
+        return self._medium((self._of_frame,) * n, self._clip.fps(n), self._clip.times(numbers))
+
+    def _medium(self, tiles: tuple[int, ...], fps: float, times: Sequence[float]) -> PromptMedium:
+        return PromptMedium(tiles, fps, tuple(times), self._export.said(self._subtitles, times))
 
     def _frames(self, limit: int | None) -> int:
         settings = self._settings if limit is None else {**self._settings, "max_frames": limit}

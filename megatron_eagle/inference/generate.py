@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.media_files import subtitles_of_part
 from megatron_eagle.inference.prefill import prefill
 from megatron_eagle.positions import new_tokens, warn_of_lowered
 
@@ -24,7 +25,7 @@ PREFILL_CHUNK = 2048
 _VIDEO_KEYS = {
     **dict.fromkeys(("start_time", "start", "video_start"), "video_start"),
     **dict.fromkeys(("end_time", "end", "video_end"), "video_end"),
-    **{key: key for key in ("fps", "nframes", "min_frames", "max_frames")},
+    **{key: key for key in ("fps", "nframes", "min_frames", "max_frames", "subtitles")},
 }
 
 
@@ -38,7 +39,8 @@ class Request:
 
     Attributes:
         videos: paths, or `{"video": path}` with `start_time`, `end_time` (seconds), `fps`, `nframes`,
-            `min_frames`, `max_frames`.
+            `min_frames`, `max_frames`, and `subtitles`, `[[start, end, text], ...]`, that are written between
+            the frames (`hf_model.subtitles`).
         max_tiles: overrides the processor's limit of tiles per picture.
         frame_tiles: cuts video frames, otherwise one tile each, into up to as many.
         documents: PDF files; their pages are pictures, numbered after `images`.
@@ -189,6 +191,8 @@ class ExportedModel:
         for path in request.documents:
             images += pages_of(processor, path, max_tiles)
         videos = [video_item(video, sampling) for video in request.videos]
+        if any(video.get("subtitles") for video in videos) and not hasattr(processor, "takes_subtitles"):
+            raise UserError(f"{self.folder}: its processor leaves subtitles of videos out; export it again")
         tiling = {} if max_tiles is None else {"max_dynamic_tiles": max_tiles}
         frame_tiles = request.frame_tiles
 
@@ -276,8 +280,12 @@ def video_item(video: str | dict[str, Any], sampling: Sampling) -> dict[str, Any
     if unknown:
         raise UserError(f"{path}: unknown setting {unknown[0]!r} of a video; known: {', '.join(_VIDEO_KEYS)}")
     item = {_VIDEO_KEYS[key]: value for key, value in record.items() if value is not None}
+    try:
+        subtitles_of_part(item)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     for key, value in item.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if key != "subtitles" and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserError(f"{path}: {key} must be a number, not {value!r}")
     if "nframes" not in item:
         item.setdefault("fps", sampling.fps)

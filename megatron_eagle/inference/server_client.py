@@ -11,7 +11,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from http.client import HTTPResponse
@@ -22,8 +22,9 @@ from urllib.parse import urlencode, urlsplit
 from PIL import Image
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf_model.media_files import load_image, load_video
-from megatron_eagle.hf_model.prompt import frame_label, video_label
+from megatron_eagle.hf_model.media_files import load_image, video_of_part
+from megatron_eagle.hf_model.prompt import frame_label, subtitle_lines, video_label
+from megatron_eagle.hf_model.subtitles import between_frames
 from megatron_eagle.inference.generate import OnRead, OnText, Request, Sampling, video_item
 
 _DEFAULT = Sampling()
@@ -207,11 +208,19 @@ def _late(url: str, timeout: float) -> UserError:
 
 def _frames(number: int, path: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Video `number`, from 1, as labels and pictures."""
-    frames = load_video(path, **options)
+    frames = video_of_part({"video": path, **options})
     content: list[dict[str, Any]] = [_text(video_label(number, frames.fps))]
-    for i, (frame, time) in enumerate(zip(frames, frames.timestamps, strict=True), 1):
-        content += [_text(frame_label(i, time)), _picture(frame)]
-    return content
+    said = between_frames(frames.subtitles, frames.timestamps)
+    for i, (frame, time) in enumerate(zip(frames, frames.timestamps, strict=True)):
+        content += _said(said, i)
+        content += [_text(frame_label(i + 1, time)), _picture(frame)]
+    return content + _said(said, len(frames))
+
+
+def _said(said: Sequence[tuple[int, str]], frames: int) -> list[dict[str, Any]]:
+    """The subtitles after so many frames."""
+    lines = subtitle_lines(text for before, text in said if before == frames)
+    return [_text(lines)] if lines else []
 
 
 def _video(path: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -224,6 +233,8 @@ def _video(path: str, options: dict[str, Any]) -> dict[str, Any]:
             missing = isinstance(error, FileNotFoundError)
             raise ValueError(f"video {'not found' if missing else 'cannot be read'}: {path}") from None
         url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+    if "subtitles" in options:
+        options = {**options, "subtitles": json.dumps(options["subtitles"])}
     fragment = f"#{urlencode(options)}" if options else ""
     return {"type": "video_url", "video_url": {"url": url + fragment}}
 

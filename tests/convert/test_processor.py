@@ -96,6 +96,39 @@ def test_video_header_and_labels(processor, media):
     assert inputs["pixel_values"].shape[0] == 4
 
 
+def test_subtitles_stand_between_the_frames(processor, media):
+    """Each after the frames that are not later than its middle; those of no shown frame are left out."""
+    lines = [
+        [0.9, 1.1, "at <|im_end|> one"],  # a frame is at 1.00
+        [1.45, 1.85, "as long as a second, to 2.15"],
+        [2.5, 9.0, "last <image-1>"],
+        [3.5, 3.6, "of no frame"],
+    ]
+    item = {"type": "video", "video": media["video"], "nframes": 4, "subtitles": lines}
+    prompt, inputs = written(processor, user(item, text("What?")))
+    labels = [f"Frame {i} sample at {t}s: " for i, t in enumerate(("0.00", "1.00", "1.90", "2.90"), 1)]
+    first, second, third, last = (label + tokens(1) for label in labels)
+    said = f"\nat <|im_end|> one\nas long as a second, to 2.15\n{third}{last}\nlast <image-1>\n"
+    assert f"1.33 fps: {first}{second}{said}What?<|im_end|>" in prompt
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert int((inputs["input_ids"] == end).sum()) == 2  # what is typed is no token
+    early = {**item, "subtitles": [[-2.0, 0.5, "before all"]]}
+    assert f"1.33 fps: \nbefore all\n{first}" in written(processor, user(early, text("?")))[0]
+    frames = {"type": "video", "video": [Image.new("RGB", (9, 9))] * 2, "subtitles": [[0, 9, "list"]]}
+    assert f"{tokens(1)}\nlist\n?<|im_end|>" in written(processor, user(frames, text("?")))[0]
+    shown = processor.process_vision_info(user(item, text("?")), return_video_kwargs=True)
+    asked = processor.apply_chat_template(user(item, text("What?")))
+    again = processor(text=[asked], videos=shown[1], videos_kwargs=shown[2])["input_ids"][0]
+    assert again == inputs["input_ids"][0].tolist()[: len(again)]
+
+
+@pytest.mark.parametrize("wrong", ["1.0 text", [["0", 1, "x"]], [[0, 1]], [[0, 1, 2]], [[0, True, "x"]], {}])
+def test_subtitles_have_one_form(processor, media, wrong):
+    item = {"type": "video", "video": media["video"], "subtitles": wrong}
+    with pytest.raises(ValueError, match=r"subtitles must be a list of \[start, end, text\]"):
+        processor.process_vision_info(user(item, text("?")))
+
+
 def test_video_kwargs_travel_beside_plain_lists(processor, media):
     item = {"type": "video", "video": media["video"], "fps": 2}
     messages = user(item, text("?"))

@@ -64,6 +64,14 @@ def test_what_fits_stays(processor, media):
     assert prompt.fit(whole).tokens == whole and prompt.fit(whole - 1).lowered
 
 
+def test_a_character_may_be_several_tokens(processor, media):
+    prompt = Prompt(processor, [], [{"video": media["video"], "max_frames": 8}])
+    prompt.text = prompt.text.replace("What is shown?", "\U00010380" * 400)
+    whole = prompt.length(prompt.videos, {})
+    assert whole > len(prompt.text)
+    assert prompt.fit(whole - 1).lowered and not prompt.fit(whole).lowered
+
+
 @pytest.mark.parametrize("frame_tiles", [None, 3])
 def test_as_many_frames_as_fit(processor, media, frame_tiles):
     """Two more of them would not fit; a shorter video keeps all of its own."""
@@ -79,6 +87,20 @@ def test_as_many_frames_as_fit(processor, media, frame_tiles):
         assert 4 <= most < 40 and prompt.length(longer, {}, frame_tiles) > limit
     few = prompt.fit(10)
     assert [video["max_frames"] for video in few.videos] == [4, 4] and few.tokens > 10
+
+
+def test_subtitles_take_room_too(processor, media):
+    """With those of the frames that are left; without a look at the media it is known only that all fit."""
+    said = [[t / 4, t / 4 + 0.2, "words that are said here " * 3] for t in range(24)]
+    video = {"video": media["video"], "max_frames": 40}
+    plain, prompt = (Prompt(processor, [], [video | more]) for more in ({}, {"subtitles": said}))
+    whole = prompt.length(prompt.videos, {})
+    assert whole > plain.length(plain.videos, {}) + 24 * 15
+    assert prompt.fit(whole).tokens == whole and not prompt.fit(whole).lowered
+    tokens, found = prompt.fitted_length(whole // 2)
+    assert found.lowered and found.tokens == tokens <= whole // 2
+    assert found.videos[0]["max_frames"] < plain.fit(whole // 2).videos[0]["max_frames"]
+    assert found.videos[0]["subtitles"] == said
 
 
 def test_time_goes_before_space(processor, media):

@@ -2,7 +2,8 @@
 
     python -m tests.evaluation.authors FOLDER      a Markdown table, as in docs/evaluation.md
 
-FOLDER holds clones of their repositories by name: MathVista, MMMU, mmf and VLMEvalKit, as many as there are.
+FOLDER holds clones of their repositories by name: MathVista (with `results/`), MMMU, mmf, VLMEvalKit and
+LongVideoBench, as many as there are.
 Of their files single functions are run; nothing of theirs is kept here.
 """
 
@@ -14,14 +15,17 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 import numpy as np
 
 from megatron_eagle.evaluation import metrics
+from megatron_eagle.evaluation.published.subtitles import read_subtitle_file
 from megatron_eagle.evaluation.scoring import mathvista, mmmu, textvqa
+from megatron_eagle.hf_model.subtitles import between_frames, read_subtitles
 
-_MADE_UP = 20_000
+_MADE_UP, _FILES = 20_000, 1_000
 _PIECES = (
     "the a an one two ten none dont isn't she's mcdonald's 5 5. 5% 1,000 1000 .5 3.50 -3 1e3 0 0.0 nan red "
     "car Red Yes Yes. no? U.S.A. x-y a/b @ ( ) ; _ $7 7-11 kitten sitting \n"
@@ -139,11 +143,55 @@ def check_short_answers(clone: Path) -> Iterator[Beside]:
     yield _beside("DocVQA, InfoVQA", "made up", documents)
 
 
+def check_longvideobench(clone: Path) -> Iterator[Beside]:
+    """What stands between which frames, of made-up subtitles in both of their forms."""
+    path = clone / "longvideobench" / "longvideobench_dataset.py"
+    (insert, _) = borrowed(path, "insert_subtitles_into_frames", "timestamp_to_seconds", Dataset=object)
+    draw, found = random.Random(7), []
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "said.json"
+        for _ in range(_FILES):
+            duration, shift = draw.uniform(5, 60), draw.choice((0.0, draw.uniform(0, 500)))
+            times = sorted(draw.uniform(0, duration) for _ in range(draw.randint(1, 40)))
+            entries = _subtitles(draw, duration, shift)
+            file.write_text(json.dumps(entries))
+            theirs: list[tuple[int, str]] = []
+            frames = 0
+            for one in insert(list(range(len(times))), times, entries, shift, duration):
+                frames += isinstance(one, int)
+                theirs += [(frames, one)] if isinstance(one, str) else []
+            said = [[s.start - shift, s.end - shift, s.text] for s in read_subtitle_file(str(file), duration)]
+            found.append((1.0, float(list(between_frames(read_subtitles(said), times)) == theirs)))
+    yield _beside("LongVideoBench, places of subtitles", "made up", found)
+
+
+def _subtitles(draw: random.Random, duration: float, shift: float) -> list[dict[str, Any]]:
+    """In the order of their beginnings but for a few; some have no end."""
+    clock = draw.random() < 0.5
+    entries: list[dict[str, Any]] = []
+    for number, start in enumerate(sorted(shift + draw.uniform(-3, duration) for _ in range(30))):
+        start, end = max(0.0, start), max(0.0, start) + draw.uniform(0.1, 6)
+        if clock:
+            entry = {
+                key: f"{int(t // 3600):02}:{int(t // 60 % 60):02}:{t % 60:06.3f}"
+                for key, t in (("start", start), ("end", end))
+            }
+            entries.append(entry | {"line": f"line {number}"})
+        else:
+            entries.append(
+                {"timestamp": [start, draw.choice((end, end, end, None, int(end)))], "text": f"text {number}"}
+            )
+    if draw.random() < 0.2:
+        entries[3], entries[9] = entries[9], entries[3]
+    return entries
+
+
 CHECKS: dict[str, Callable[[Path], Iterator[Beside]]] = {
     "MathVista": check_mathvista,
     "MMMU": check_mmmu,
     "mmf": check_textvqa,
     "VLMEvalKit": check_short_answers,
+    "LongVideoBench": check_longvideobench,
 }
 
 

@@ -10,6 +10,7 @@ from megatron_eagle.evaluation.published.options import inline_options, without_
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.hf_model.media_files import load_video
+from megatron_eagle.hf_model.subtitles import between_frames, read_subtitles
 from megatron_eagle.inference.generate import Sampling, video_item
 from tests.data.helpers import make_video
 from tests.evaluation.published_cases import write
@@ -146,10 +147,16 @@ def test_longvideobench_moves_its_subtitles_to_the_video_s_clock(tmp_path):
     write(tmp_path, "subtitles/x_en.json", [*said, {"timestamp": [102.8, None], "text": "open"}])
     ((question,), problems) = read(tmp_path, "longvideobench", max_frames=256)
     # The last has no end: that of the video, which on its clock lies before its start.
-    assert problems == [] and question.question == "Subtitles of the video:\n0.90s: one\n\nQ?"
+    expected = [[-1.0, 99.4 - 100, "before"], [pytest.approx(0.9), pytest.approx(1.3), "one"]]
+    said = question.request.videos[0]["subtitles"]
+    assert problems == [] and question.question == "Q?"
+    assert said == [*expected, [pytest.approx(2.8), -96.0, "open"]]
+    frames = [float(second) for second in range(4)]
+    assert between_frames(read_subtitles(said), frames) == ((2, "one"),)
     write(tmp_path, "subtitles/x_en.json", [{"start": "00:01:42.1", "end": "00:01:43.9", "line": "clock"}])
     ((question,), _) = read(tmp_path, "longvideobench", max_frames=256)
-    assert question.question == "Subtitles of the video:\n2.10s: clock\n\nQ?" and question.answer == "B"
+    assert question.request.videos[0]["subtitles"] == [[pytest.approx(2.1), pytest.approx(3.9), "clock"]]
+    assert question.question == "Q?" and question.answer == "B"
     write(tmp_path, "subtitles/x_en.json", [{"line": "no time"}])
     questions, (problem,) = read(tmp_path, "longvideobench")
     assert questions == [] and "x_en.json holds no subtitles" in problem.reason

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlencode
 
 import pytest
 from PIL import Image
@@ -293,7 +294,11 @@ def test_a_video_says_in_its_url_how_it_is_sampled():
     assert split_url("file:///v.mp4", {"fps": None}) == ("file:///v.mp4", {})
     # A server's limit, and then what a client of vLLM asks for.
     assert split_url("file:///v.mp4", {"max_frames": 8, "num_frames": 4})[1] == {"max_frames": 4}
+    said = [[0.5, 2, "a & b\u2028#c"]]
+    url = f"data:video/mp4;base64,AA==#{urlencode({'subtitles': json.dumps(said), 'fps': 2})}"
+    assert split_url(url)[1] == {"subtitles": said, "fps": 2.0}
     for wrong, message in (
+        ("#subtitles=hello", "subtitles must be JSON"),
         ("#speed=2", "has no setting speed"),
         ("#fps=abc", "fps must be a number, not 'abc'"),
         ("#fps=inf", "fps must be a number"),
@@ -414,6 +419,27 @@ def test_frames_are_labelled_as_the_exports_processor_does(server, exported, med
     assert "The second video sampled with " in prompt
     written = re.sub(r"<img>(<IMG_CONTEXT>)+</img>", "", prompt)
     assert f"<|im_start|>user\n{''.join(texts)}<|im_end|>" in written
+
+
+def test_subtitles_reach_a_server_as_they_reach_the_export(server, exported, media, monkeypatch):
+    """As text between the frames, or, where the plugin writes it, with the file."""
+    url, requests = server
+    said = [[0.2, 0.8, "first & <|im_end|>"], [1.5, 2.2, "second"]]
+    request = Request("What?", videos=({"video": media[1], "nframes": 6, "subtitles": said},))
+    ServedModel(url).answer(request)
+    texts = [item["text"] for item in requests[-1]["messages"][0]["content"] if item["type"] == "text"]
+    model = ExportedModel(exported)
+    prompt = model.processor.decode(model._inputs(request, Sampling())["input_ids"][0])
+    assert "</img>\nsecond\nFrame" in prompt
+    written = re.sub(r"<img>(<IMG_CONTEXT>)+</img>", "", prompt)
+    assert f"<|im_start|>user\n{''.join(texts)}<|im_end|>" in written
+    monkeypatch.setattr(Server, "export", {"tile_size": 64, "max_tiles": 6, "tiling": "iap"})
+    ServedModel(url).answer(request)
+    sent = requests[-1]["messages"][0]["content"][0]["video_url"]["url"]
+    assert split_url(sent)[1] == {"nframes": 6, "subtitles": said}
+    monkeypatch.delattr(type(model.processor), "takes_subtitles")  # an export of before
+    with pytest.raises(UserError, match="subtitles.*export it again"):
+        model._inputs(request, Sampling())
 
 
 def test_a_server_with_the_plugin_gets_files_and_tiles(server, media, tmp_path, monkeypatch):

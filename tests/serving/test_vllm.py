@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_eagle.commands import compare
 from megatron_eagle.inference.batch import read_requests
-from megatron_eagle.inference.generate import ExportedModel, Sampling
+from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
 from megatron_eagle.inference.server_client import ServedModel
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.planning.serving_memory import kv_bytes_per_token
@@ -196,6 +196,18 @@ def test_media_in_any_order_and_place(url, prompts, tmp_path):
         user({"type": "image", "image": str(turned)}, {"type": "image", "image": str(clear)}, text("What?")),
     ):
         assert ask(url, prompts.theirs(messages)) == prompts.ours(messages), messages
+
+
+def test_subtitles_stand_between_the_frames(url, model, prompts):
+    """Also where the same file was asked about with others, or with none."""
+    served, lengths = ServedModel(url), set()
+    for said in ([[0.2, 0.9, "a & b \u2028"], [1.0, 1.4, "<|im_end|> <image-1>"]], None, [[0.2, 0.9, "c"]]):
+        video = {"video": str(prompts.videos[0]), "fps": 4, "max_frames": 8, "subtitles": said}
+        request = Request("What happens?", videos=(video, str(prompts.videos[1])))
+        ids = model._inputs(request, SHORT)["input_ids"][0].tolist()
+        assert ask(url, served.body(request, SHORT)) == (ids, model.answer(request, SHORT)), said
+        lengths.add(len(ids))
+    assert len(lengths) == 3
 
 
 def test_tiles_of_a_request(url, prompts):

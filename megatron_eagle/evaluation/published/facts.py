@@ -114,7 +114,6 @@ _FACTS = {
         None,
         "LongVideoBench's paper",
         "JSON, parquet, " + _KIT,
-        "subtitles stand before the question, with their seconds, not between the frames",
     ),
     "egoschema": Facts(
         (

@@ -12,9 +12,10 @@ from typing import Any
 from megatron_eagle.data.media.source import fingerprint, open_bytes, row_ref
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.published import held, shown
-from megatron_eagle.evaluation.published.subtitles import Subtitle, read_subtitles
+from megatron_eagle.evaluation.published.subtitles import read_subtitle_file
 from megatron_eagle.evaluation.published.tables import read_table
 from megatron_eagle.files import write_whole
+from megatron_eagle.hf_model.subtitles import Subtitle
 
 _VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".MP4")
 _PICTURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
@@ -186,8 +187,8 @@ class Source:
         return shown.frame_times(video, self.fps, self.max_frames)
 
     def subtitles(self, name: str, seconds: float | None = None) -> list[Subtitle]:
-        """The subtitles in the file of this name, as `read_subtitles`."""
-        return read_subtitles(self.place(name, (".srt", ".vtt", ".json", "_en.json", "")), seconds)
+        """The subtitles in the file of this name, as `read_subtitle_file`."""
+        return read_subtitle_file(self.place(name, (".srt", ".vtt", ".json", "_en.json", "")), seconds)
 
 
 def _matches(name: str, kinds: Sequence[str]) -> bool:

@@ -3,26 +3,17 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_eagle.data.media.source import open_bytes
 from megatron_eagle.data.sample import clock_seconds
+from megatron_eagle.hf_model.subtitles import Subtitle
 from megatron_eagle.problems import Problem
 
 _SHOWN = re.compile(r"^\s*([\d:]+[.,]?\d*)\s*-->\s*([\d:]+[.,]?\d*)")
 
 
-@dataclass(frozen=True)
-class Subtitle:
-    """A text, and from when to when it is shown, in seconds."""
-
-    start: float
-    end: float
-    text: str
-
-
-def read_subtitles(path: str, seconds: float | None = None) -> list[Subtitle]:
+def read_subtitle_file(path: str, seconds: float | None = None) -> list[Subtitle]:
     """The subtitles in a file (.srt, .vtt, or JSON of `line` with `start` and `end`, or of `text` with
     `timestamp`), in its order; none if it is not there. `seconds`: the end of one without.
 
@@ -49,8 +40,9 @@ def _of_entry(entry: dict[str, Any], seconds: float | None) -> Subtitle:
         start, end = (clock_seconds(str(entry[key])) for key in ("start", "end"))
         return Subtitle(start, end, str(entry["line"]).strip())
     start, end = entry["timestamp"]
-    whole = start + 1 if seconds is None else seconds
-    return Subtitle(float(start), float(whole if end is None else end), str(entry["text"]).strip())
+    if not isinstance(end, float):  # LongVideoBench's authors take the video's end for all but decimals
+        end = start + 1 if seconds is None else seconds
+    return Subtitle(float(start), float(end), str(entry["text"]).strip())
 
 
 def _of_text(text: str) -> list[Subtitle]:
@@ -70,16 +62,3 @@ def at_frames(subtitles: Sequence[Subtitle], times: Sequence[float]) -> list[Sub
     """For each frame the first subtitle that is shown at its time, each subtitle once."""
     found = [next((one for one in subtitles if one.start < time < one.end), None) for time in times]
     return list(dict.fromkeys(one for one in found if one is not None))
-
-
-def covering(subtitles: Sequence[Subtitle], times: Sequence[float], shift: float) -> list[Subtitle]:
-    """The subtitles, moved `shift` seconds to the front, during which a frame is shown; shorter than a second
-    they count as a second around their middle."""
-    found = []
-    for one in subtitles:
-        start, end = one.start - shift, one.end - shift
-        middle = (start + end) / 2
-        low, high = (middle - 0.5, middle + 0.5) if end - start < 1 else (start, end)
-        if any(low < time < high for time in times):
-            found.append(Subtitle(start, end, one.text))
-    return found

@@ -123,21 +123,19 @@ def mlvu(source: Source, table: str, row: dict[str, Any]) -> Records:
 
 def longvideobench(source: Source, table: str, row: dict[str, Any]) -> Records:
     """`lvb_val.json`, parquet, or VLMEvalKit's TSV. Subtitles begin at `starting_timestamp_for_subtitles` of
-    their own clock; those during which a frame is shown stand before the question, each with its second,
-    which the frames have, too (its authors put them between the frames)."""
+    their own clock; those during which a frame is shown stand between the frames, as in the authors'
+    `longvideobench_dataset.py`."""
     video = source.video(row["video_path"])
     name = row.get("subtitle_path")
     found = source.subtitles(f"subtitles/{name}", _number(row.get("duration"))) if name else []
-    if found and (times := source.frame_times(video)):
-        shift = _number(row.get("starting_timestamp_for_subtitles")) or 0.0
-        found = subtitles.covering(found, times, shift)
-    lines = "\n".join(f"{max(0.0, one.start):.2f}s: {one.text}" for one in found)
-    question = f"Subtitles of the video:\n{lines}\n\n{row['question']}" if lines else row["question"]
+    shift = _number(row.get("starting_timestamp_for_subtitles")) or 0.0
+    if found:
+        video["subtitles"] = [[one.start - shift, one.end - shift, one.text] for one in found]
     options = listed(row.get("candidates")) or [
         row[f"option{i}"] for i in range(5) if row.get(f"option{i}") not in (None, "", "N/A")
     ]
     yield choice(
-        {"question": question},
+        row,
         video,
         options,
         id=str(row["id"]),

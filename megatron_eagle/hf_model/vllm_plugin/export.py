@@ -31,8 +31,10 @@ def load_medium(processor: Any, part: dict[str, Any]) -> Any:
     """The picture or the video of a part of a message.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or the export is older than what the part says.
     """
+    if part.get("subtitles") and not hasattr(processor, "takes_subtitles"):
+        raise ValueError("this export leaves subtitles of videos out; export it again")
     with reading():
         images, videos = processor.process_vision_info([{"role": "user", "content": [part]}])
     return (images or videos)[0]

@@ -5,6 +5,7 @@ PIL image, a video also a list of pictures. What a prompt says of an item is kep
 is not: a cached item gets the label of the place where it stands.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,6 +265,9 @@ class Eagle2_5_VLMultiModalProcessor(BaseMultiModalProcessor[Eagle2_5_VLProcessi
                 times = [time for medium in media for time in medium.times]
                 data["video_times"] = torch.tensor(times, dtype=torch.float64)
                 data["video_fps"] = torch.tensor([medium.fps for medium in media], dtype=torch.float64)
+                said = [json.dumps(getattr(medium, "said", ())).encode() for medium in media]
+                data["video_said"] = torch.tensor([*b"".join(said)], dtype=torch.uint8)
+                data["video_said_bytes"] = torch.tensor([len(own) for own in said])
         if seen is not None:
             SEEN.keep(seen, facts)
         return BatchFeature(data)
@@ -281,6 +285,8 @@ class Eagle2_5_VLMultiModalProcessor(BaseMultiModalProcessor[Eagle2_5_VLProcessi
             )
         fields["video_times"] = MultiModalFieldConfig.flat_from_sizes("video", parts, keep_on_cpu=True)
         fields["video_fps"] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        said = hf_inputs.get("video_said_bytes", torch.empty(0))
+        fields["video_said"] = MultiModalFieldConfig.flat_from_sizes("video", said, keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(
@@ -295,7 +301,9 @@ class Eagle2_5_VLMultiModalProcessor(BaseMultiModalProcessor[Eagle2_5_VLProcessi
         def video(i: int) -> _Written:
             item = out_mm_kwargs["video"][i]
             tiles, times = (item[f"video_{name}"].data.tolist() for name in ("part_tiles", "times"))
-            return _Written([], medium=medium(tiles, float(item["video_fps"].data), times))
+            said = json.loads(bytes(item["video_said"].data.tolist()))
+            more = {"said": said} if said else {}  # exports of before have none
+            return _Written([], medium=medium(tiles, float(item["video_fps"].data), times, **more))
 
         return [PromptReplacement("image", [], image), PromptReplacement("video", [], video)]
 
