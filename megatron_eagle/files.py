@@ -154,6 +154,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for line in path.read_bytes().split(b"\n") if (record := parse_line(line)) is not None]
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text. Unlike those of `str.splitlines` they end at line feeds alone: what else ends a
+    line, a text in a line of JSON may hold."""
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
     """The dataclass `kind` out of a file that a later version may have written: fields that `kind` does not
     know are left out.

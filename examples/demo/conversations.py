@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_eagle.files import split_lines
+
 CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")
 # The last conversation of the file is there to be dropped: its text alone is longer than the demo's L_max.
 TOO_LONG = "album-too-long"
@@ -32,7 +34,7 @@ class Conversation:
 
 def read_conversations(path: Path = CONVERSATIONS) -> list[Conversation]:
     """All conversations of the file, in its order, the one that will be dropped included."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = split_lines(path.read_text(encoding="utf-8"))
     return [_parse(json.loads(line)) for line in lines]
 
 

@@ -22,6 +22,7 @@ from train_tokenizer import train_tokenizer
 from megatron_eagle.data.media.images import load_image
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.errors import UserError, run_cli
+from megatron_eagle.files import split_lines
 from megatron_eagle.training.monitoring.metrics import METRICS_FILE, plot_loss_curve, read_steps
 
 DEMO = Path(__file__).resolve().parent
@@ -107,7 +108,7 @@ def preprocess(conversations: list[Conversation]) -> list[Conversation]:
         "--workers",
         2,
     )
-    ledger = [json.loads(line) for line in (OUT / "data" / "dropped.jsonl").read_text().splitlines()]
+    ledger = [json.loads(line) for line in split_lines((OUT / "data" / "dropped.jsonl").read_text())]
     dropped = {entry["line"] for entry in ledger}
     kept = [c for line, c in enumerate(conversations, 1) if line not in dropped]
     check(len(kept) == KEPT, f"{KEPT} conversations should be kept, {len(kept)} are; see {OUT / 'data'}")
@@ -221,7 +222,7 @@ def generate(requests: list[dict]) -> list[str]:
             cwd=elsewhere,
             PYTHONPATH=str(guard.parent),
         )
-    return [json.loads(line)["answer"] for line in answers.read_text().splitlines()]
+    return [json.loads(line)["answer"] for line in split_lines(answers.read_text())]
 
 
 def last_screen(right: int, followed: int, count: int, seconds: float) -> None:

@@ -21,6 +21,7 @@ from stand_in import Server, answer, serving
 
 from megatron_eagle.eagle_video.chapters import VIDEO_SUFFIXES
 from megatron_eagle.errors import UserError, run_cli
+from megatron_eagle.files import split_lines
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parent.parent
@@ -146,7 +147,7 @@ def read_samples(out: Path) -> dict[str, list[dict]]:
     """Samples by the file that holds them, without empty files."""
     found = {}
     for name in ("clips", "story"):
-        if lines := (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        if lines := split_lines((out / f"{name}.jsonl").read_text(encoding="utf-8")):
             found[name] = [json.loads(line) for line in lines]
     if not found:
         raise UserError(f"{out}: no samples; *.dropped.jsonl there say why")

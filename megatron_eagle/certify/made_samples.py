@@ -20,6 +20,7 @@ from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.sampling.ads import SamplingSettings
 from megatron_eagle.data.text.tokenizer import load_tokenizer
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import split_lines
 
 BEYOND = 32_768  # positions that a certificate must reach
 _MORE = 64  # tokens of a long text beyond them
@@ -55,7 +56,7 @@ def make_store(folder: Path, export: Path, sampling: SamplingSettings, patch_siz
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         preprocess(folder / "recipe.json", folder / "store", settings, Execution(workers=1))
-        dropped = [json.loads(line) for line in (folder / "store" / "dropped.jsonl").read_text().splitlines()]
+        dropped = [json.loads(line) for line in split_lines((folder / "store" / "dropped.jsonl").read_text())]
         if not dropped:
             write_packs(folder / "store", length, 0)
     if dropped:

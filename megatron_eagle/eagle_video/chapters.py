@@ -14,6 +14,7 @@ from typing import Any
 from megatron_eagle.data.sample import clock_seconds
 from megatron_eagle.eagle_video.records import Notes
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import split_lines
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".ts", ".flv")
 
@@ -100,7 +101,7 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
             value = [value]
     except ValueError:
         try:
-            value = [json.loads(line) for line in text.splitlines() if line.strip()]
+            value = [json.loads(line) for line in split_lines(text) if line.strip()]
         except ValueError as error:
             raise UserError(f"{path}: neither JSON nor JSON lines: {error}") from None
     if isinstance(value, dict):

@@ -26,7 +26,7 @@ from megatron_eagle.eagle_video.features import (
 from megatron_eagle.eagle_video.files import digest
 from megatron_eagle.eagle_video.search import Blocks, greedy_distinct, highest_cosine
 from megatron_eagle.errors import UserError
-from megatron_eagle.files import write_lines, write_whole
+from megatron_eagle.files import split_lines, write_lines, write_whole
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def read_kept(path: Path) -> list[Clip]:
         UserError: the file is unreadable, or not of this kind.
     """
     try:
-        records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        records = map(json.loads, split_lines(path.read_text(encoding="utf-8")))
         return [Clip(str(r["video"]), float(r["start"]), float(r["end"])) for r in records]
     except OSError as error:
         raise UserError(f"{path}: cannot read this list of clips: {error.strerror}") from None

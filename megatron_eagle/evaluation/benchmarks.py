@@ -33,6 +33,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation import metrics
 from megatron_eagle.evaluation.judge import SCALES, Judge
 from megatron_eagle.evaluation.scoring import mathvista, mmmu, textvqa
+from megatron_eagle.files import split_lines
 from megatron_eagle.inference.generate import Request
 from megatron_eagle.problems import LedgerEntry
 
@@ -122,7 +123,7 @@ def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
         UserError: the file cannot be read or holds no question.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # texts may hold other line ends
+        lines = split_lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this benchmark: {str(error).splitlines()[0]}") from None
     questions: dict[str, Question] = {}

@@ -13,6 +13,7 @@ from megatron_eagle.evaluation.benchmarks import Question, read_benchmark
 from megatron_eagle.evaluation.provenance import ASKED
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
+from megatron_eagle.files import split_lines
 from megatron_eagle.inference.generate import Sampling
 
 
@@ -92,8 +93,7 @@ def _read(folder: Path) -> Finished:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Of JSON Lines; an answer may hold other line ends than theirs."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
 
 
 def worst(

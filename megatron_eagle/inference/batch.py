@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.files import AppendedFile, to_line, write_lines
+from megatron_eagle.files import AppendedFile, split_lines, to_line, write_lines
 from megatron_eagle.inference.generate import Answers, Request, Sampling, first_line
 from megatron_eagle.inference.resume import resume
 
@@ -60,7 +60,7 @@ def read_requests(source: Path) -> Iterator[tuple[str, Mapping[str, Any], Reques
         UserError: a line is no request; file and line are named.
     """
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = split_lines(source.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read: {first_line(error)}") from None
     for number, line in enumerate(lines, 1):

@@ -24,6 +24,7 @@ from megatron_eagle.eagle_video.prompts import Prompt, load_prompt, load_questio
 from megatron_eagle.eagle_video.records import Notes, clock, training_line
 from megatron_eagle.eagle_video.transport import Endpoint
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import to_line
 from tests.data.helpers import make_video, write_jsonl
 from tests.eagle_video.helpers import call_tool
 from tests.eagle_video.server import serving
@@ -274,6 +275,9 @@ def test_vitt_and_other_chapter_forms(tmp_path, media):
         BoundedChapter("A", 0.26, 16.0),
         BoundedChapter("B", 16.0, 30.0),
     ]
+    said = [{**vitt[0], "annotations": [{"timestamp": 0, "tag": f"{name}\u2028"}]} for name in "ab"]
+    (tmp_path / "said.json").write_bytes(b"".join(map(to_line, said)))
+    assert read_chapters(tmp_path / "said.json", media, notes)[0].chapters[0].title == "a\u2028"
     (tmp_path / "times.json").write_text(json.dumps({"bb": {"chapters": {"0:00:00": "A", "00:02": "B"}}}))
     (video,) = read_chapters(tmp_path / "times.json", media, notes)
     assert video.chapters == (Chapter("A", 0.0, None), Chapter("B", 2.0, None)) and video.path.endswith(

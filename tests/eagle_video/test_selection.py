@@ -20,6 +20,7 @@ from megatron_eagle.eagle_video.search import Blocks, greedy_distinct, highest_c
 from megatron_eagle.eagle_video.selection import SelectionSettings, read_kept, select, work_on_part
 from megatron_eagle.eagle_video.selection_report import write_selection_report
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import to_line
 from tests.data.helpers import conversation, frame_number, make_video, write_jsonl
 from tests.eagle_video.helpers import call_tool, make_clip, make_encoder
 
@@ -149,6 +150,12 @@ def test_select_keeps_what_is_new_and_resumes(videos, tmp_path, monkeypatch):
     other = SelectionSettings(tau=0.99, clips=FeatureSettings(videos_per_shard=2, fps=2))
     assert len(select(candidates, existing, tmp_path, encoder, other).kept) == 3
     assert calls[2:] == [20] * 6  # other settings: all six clips again
+
+
+def test_a_kept_video_s_name_may_hold_another_line_end(tmp_path):
+    record = {"video": "a\u2028b.mp4", "start": 0.0, "end": 1.0}
+    (tmp_path / "kept.jsonl").write_bytes(to_line(record))
+    assert [clip.video for clip in read_kept(tmp_path / "kept.jsonl")] == [record["video"]]
 
 
 def test_machines_share_the_work(videos, tmp_path, monkeypatch):

@@ -247,6 +247,16 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         list(read_requests(file))
 
 
+def test_what_else_ends_a_line_may_stand_in_a_prompt(tmp_path):
+    file = tmp_path / "q.jsonl"
+    said = "a\u2028b\u0085c\x1c\u2029"
+    lines = [json.dumps({"prompt": said}, ensure_ascii=False), json.dumps({"prompt": "x"})]
+    file.write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8")
+    assert [request.prompt for _, _, request in read_requests(file)] == [said, "x"]
+    file.write_text("")
+    assert list(read_requests(file)) == []
+
+
 def test_bad_media_and_bad_settings_are_named(model, picture, video, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"PNG?")

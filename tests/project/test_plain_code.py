@@ -38,6 +38,20 @@ def test_a_spread_literal_is_found():
     assert spread_literals("f(*(a, b), *c)\nx = [\n  *[1, 2],\n  *range(3)]\n*y, z = x\n") == [1, 3]
 
 
+_ALL_ENDS = re.compile(r"read_text\([^()]*\)\.splitlines\(\)|\bin text\.splitlines\(\)")
+
+
+def test_lines_of_json_end_where_json_lets_them():
+    """`str.splitlines` cuts at U+2028 and others that JSON may hold in a line; see `split_lines`."""
+    found = {
+        f"{path}: {line.strip()}"
+        for path, text in sources("megatron_eagle", "tools", "examples")
+        for line in text.splitlines()
+        if _ALL_ENDS.search(line) and "status" not in line  # Linux' own files
+    }
+    assert not found, "use megatron_eagle.files.split_lines"
+
+
 _PROSE = re.compile(r"\bRaises\b(?!:)|\braises?\s+(?:`|\w*(?:Error|Problem)\b)")
 
 

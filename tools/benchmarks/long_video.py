@@ -30,6 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.data.text.tokenizer import RESERVED
 from megatron_eagle.errors import UserError
+from megatron_eagle.files import split_lines
 from megatron_eagle.hf_model.prompt import frame_label
 
 FRAMES, LENGTH = {False: 128, True: 512}, {False: 36_864, True: 143_360}
@@ -96,7 +97,7 @@ class _Steps:
         answers = {}
         for name in ("scores", "served"):
             if (file := self.folder / name / "answers.jsonl").exists():
-                answers[name] = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["answer"]
+                answers[name] = json.loads(split_lines(file.read_text(encoding="utf-8"))[-1])["answer"]
         return {"tokens": len(store[0].ids), "certificate": found, "answers": answers}
 
     def _make_input(self) -> None:

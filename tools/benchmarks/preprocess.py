@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
 from megatron_eagle.data.preparation.processor import PreprocessSettings
 from megatron_eagle.data.text.tokenizer import RESERVED
+from megatron_eagle.files import split_lines
 from megatron_eagle.hf_model.grids import select_grid
 
 TILE, TOKENS_PER_TILE = 448, 256
@@ -105,7 +106,7 @@ def run_naive(folder: Path) -> int:
     """The loop that one writes first, for one length."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     rows = []
-    for line in (folder / "data.jsonl").read_text().splitlines():
+    for line in split_lines((folder / "data.jsonl").read_text()):
         record = json.loads(line)
         n_frames = n_tiles = 0
         if "image" in record:

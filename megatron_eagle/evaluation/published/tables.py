@@ -10,6 +10,7 @@ from typing import Any
 from megatron_eagle.data.annotations.tables import ParquetTable
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.published.tfrecord import read_examples
+from megatron_eagle.files import split_lines
 from megatron_eagle.problems import Problem
 
 _ENCODING = "utf-8-sig"  # spreadsheets and Windows put a mark before the first character
@@ -42,7 +43,7 @@ def _rows(path: Path) -> Iterator[Any]:
         with path.open(encoding=_ENCODING) as file:
             yield from (json.loads(line) for line in file if line.strip())
     elif path.suffix == ".txt":
-        yield from (line for line in path.read_text(encoding=_ENCODING).splitlines() if line.strip())
+        yield from (line for line in split_lines(path.read_text(encoding=_ENCODING)) if line.strip())
     else:
         value = json.loads(path.read_text(encoding=_ENCODING))
         yield from value if isinstance(value, list) else [value]
