@@ -35,7 +35,7 @@ preflight='
         bad "cannot read $config and tools/train.py in $PWD: is it on a file system of all nodes?"
     status=0
     "${@:3}" || status=$?
-    [[ $status =~ ^(0|2|3|1[3-9].)$ ]] ||
+    [[ $status =~ ^(0|2|3|4|1[3-9].)$ ]] ||
         bad "$3 tools/train.py preflight ended with status $status: can it import torch and megatron_eagle?"
     exit "$status"'
 

@@ -10,20 +10,26 @@
 # Which node this is, by torchrun's own variables (Kubeflow Trainer sets them, the others' files do):
 #   PET_NNODES, PET_NODE_RANK   nodes, and this one, from 0
 #   PET_NPROC_PER_NODE          processes on each, a number
-#   PET_MASTER_ADDR, PET_MASTER_PORT   where the first node is met
+#   PET_MASTER_ADDR, PET_MASTER_PORT   where the first node is met; for the preflight at the port after it
 # and by the user:
 #   RUN_LOGS         a folder of this run alone that all nodes see: the processes' logs, what became of each start
 #   GRACE_SECONDS    time for the last checkpoint, below what the scheduler gives (default 540)
 #   MEET_SECONDS     how long nodes wait for each other (default 600)
 #   MAX_RESTARTS     restarts on the same nodes when a process fails (default 3)
 #   MAX_STARTS_WITHOUT_PROGRESS   in a row (default 3)
+#   NODE_NAME        the machine's name, for messages, which have the host's name as well
+#   NETWORK          a file of the network's settings, read before every command: see slurm/network.sh
+#   PREFLIGHT        no: the nodes are not looked at before (train preflight)
+#   PREFLIGHT_SECONDS   how long each part of that may take (default 120)
 #   PYTHON           default: python
 set -euo pipefail
 
 told='' child=''
 trap 'told=yes; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM USR1
 
-fail() { echo "node.sh: $(hostname): $1" >&2; exit 2; }
+NODE_NAME=$(hostname)${NODE_NAME:+@$NODE_NAME}
+export NODE_NAME
+fail() { echo "node.sh: $NODE_NAME: $1" >&2; exit 2; }
 config=${1:?usage: node.sh CONFIG [arguments of train.py run]}
 shift
 for name in PET_NNODES PET_NPROC_PER_NODE PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT RUN_LOGS; do
@@ -41,6 +47,9 @@ outcome=$RUN_LOGS/outcome # what becomes of all starts, in the run's own words: 
 # shellcheck source=examples/launch.sh
 source examples/launch.sh
 set_environment "$RUN_LOGS"
+# shellcheck source=examples/slurm/place.sh
+source examples/slurm/place.sh
+CONTAINER_IMAGE='' make_place "$PWD" # the scheduler's containers are around this script
 
 # Run a program and pass a signal on to it; its status.
 attend() {
@@ -59,31 +68,65 @@ attend() {
 again() {
     local limit=${MAX_STARTS_WITHOUT_PROGRESS:-3}
     [[ $(idle_starts <"$outcome") -lt $limit ]] || fail "$limit starts in a row have saved nothing new: see $RUN_LOGS"
-    echo "node.sh: $(hostname): $1, to be started again" >&2
+    echo "node.sh: $NODE_NAME: $1, to be started again" >&2
     exit 75
 }
-
-if [[ $node -eq 0 ]]; then
-    echo launched >>"$outcome" || fail "cannot write $outcome"
-    # What is wrong with settings, data or folders is one line from one process, not from hundreds.
-    attend "$python" tools/train.py check --processes "$((nodes * processes))" --config "$config" \
-        "${settings[@]}" "$@" || { status=$? && [[ -n $told || $status -ne 2 ]] || exit 2; again "the check has failed"; }
-else
-    # The first node may come minutes later, and its name with it.
+# Wait for the first node at a port: it may come minutes later, and its name with it.
+meet() {
+    local waited
+    [[ $node -ne 0 ]] || return 0
     for ((waited = 0; waited < ${MEET_SECONDS:-600}; waited++)); do
         [[ -z $told ]] || again "told to stop"
-        ! (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null || break
+        ! (exec 3<>"/dev/tcp/$head/$1") 2>/dev/null || return 0
         sleep 1 &
         wait $! || true
     done
-    if [[ $waited -eq ${MEET_SECONDS:-600} ]]; then
-        echo "node.sh: $(hostname): $head:$port did not answer in $waited s" >&2
-        exit 1
-    fi
+    echo "node.sh: $NODE_NAME: $head:$1 did not answer in $waited s" >&2
+    exit 1
+}
+# This node's processes of the preflight, each in a group of its own; the highest of their statuses.
+# shellcheck disable=SC2317  # `attend` calls it
+look() {
+    local i running=() worst=0 status
+    set -m
+    trap 'kill -- "${running[@]/#/-}" 2>/dev/null; wait; exit 143' TERM
+    for ((i = 0; i < processes; i++)); do
+        env RANK="$((node * processes + i))" WORLD_SIZE="$((nodes * processes))" LOCAL_RANK="$i" \
+            LOCAL_WORLD_SIZE="$processes" MASTER_ADDR="$head" MASTER_PORT="$((port + 1))" \
+            "${place[@]}" bash -c "$preflight" preflight "$bad_nodes" "$config" "$python" \
+            tools/train.py preflight --config "$config" --seconds "${PREFLIGHT_SECONDS:-120}" \
+            --meet-seconds "${MEET_SECONDS:-600}" \
+            --writes "$RUN_LOGS" --bad-nodes "$bad_nodes" "${settings[@]}" "$@" &
+        running+=($!)
+    done
+    for i in "${running[@]}"; do
+        wait "$i" && status=0 || status=$?
+        [[ $status -le $worst ]] || worst=$status
+    done
+    return "$worst"
+}
+
+bad_nodes=$RUN_LOGS/bad-nodes # as the preflight of this start finds them
+if [[ $node -eq 0 ]]; then
+    echo launched >>"$outcome" || fail "cannot write $outcome"
+    rm -f "$bad_nodes"
+    # What is wrong with settings, data or folders is one line from one process, not from hundreds.
+    attend "${place[@]}" "$python" tools/train.py check --processes "$((nodes * processes))" --config "$config" \
+        "${settings[@]}" "$@" || { status=$? && [[ -n $told || $status -ne 2 ]] || exit 2; again "the check has failed"; }
 fi
+if [[ ${PREFLIGHT:-yes} != no ]]; then
+    meet "$((port + 1))"
+    status=0
+    attend look "$@" || status=$?
+    [[ -z $told ]] || again "told to stop"
+    [[ $status -ne 2 ]] || exit 2 # what is wrong on all nodes alike
+    names=$(sort -u "$bad_nodes" 2>/dev/null | paste -sd, || true)
+    [[ $status -eq 0 ]] || again "the preflight has ended with status $status${names:+ and names $names}"
+fi
+meet "$port"
 
 is_host=$([[ $node -ne 0 ]] || echo 1) status=0
-attend "$python" -m megatron_eagle.runtime.torchrun \
+attend "${place[@]}" "$python" -m megatron_eagle.runtime.torchrun \
     --nnodes "$nodes" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-id eagle --rdzv-backend c10d --rdzv-endpoint "$head:$port" \
     --rdzv-conf "join_timeout=${MEET_SECONDS:-600},is_host=${is_host:-0}" \

@@ -63,7 +63,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "preflight",
         help="look at the nodes of a job before it trains: folders, clocks, packages, GPUs, messages",
         description="Started as the run will be (torchrun, srun, or alone). Status 0: nothing stands in the "
-        "way; 2: a mistake, which other nodes would not mend; 3: a node is bad.",
+        "way; 2: a mistake, which other nodes would not mend; 3: a node is bad; 4: of a process that rank 0 "
+        "says nothing to.",
     )
     for command in (run, check, preflight):
         command.add_argument(
@@ -121,6 +122,12 @@ def _add_preflight(preflight: argparse.ArgumentParser) -> None:
         "messages (default: %(default)g)",
     )
     add(
+        "--meet-seconds",
+        type=float,
+        metavar="S",
+        help="until all processes have come, where that may take longer (default: as --seconds)",
+    )
+    add(
         "--writes",
         action="append",
         default=[],
@@ -133,16 +140,25 @@ def _add_preflight(preflight: argparse.ArgumentParser) -> None:
 
 def _preflight(arguments: argparse.Namespace) -> int:
     _quiet()
-    from megatron_eagle.preflight.meeting import Meeting
+    from megatron_eagle.preflight.meeting import UNMET, Meeting
     from megatron_eagle.preflight.nodes import Participant, leave, own_process, patience, wait_for_verdict
 
-    if not 0 < arguments.seconds < 86_400:
-        raise UserError(f"--seconds {arguments.seconds:g}: expected more than 0, and less than a day")
+    meet_seconds = arguments.seconds if arguments.meet_seconds is None else arguments.meet_seconds
+    for name, seconds in (("--seconds", arguments.seconds), ("--meet-seconds", meet_seconds)):
+        if not 0 < seconds < 86_400:
+            raise UserError(f"{name} {seconds:g}: expected more than 0, and less than a day")
     process, environment = own_process(os.environ)
-    meeting = Meeting(process, environment, arguments.seconds)
-    part = Participant(meeting.again(), patience(arguments.seconds))
-    if process.rank > 0:
-        return leave(wait_for_verdict(meeting, arguments.seconds), part)
+    silence = patience(arguments.seconds, meet_seconds)
+    try:
+        meeting = Meeting(process, environment, meet_seconds)
+        part = Participant(meeting.again(), silence)
+        if process.rank > 0:
+            return leave(wait_for_verdict(meeting, silence), part)
+    except UserError as error:
+        if process.rank == 0:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return UNMET
     from megatron_eagle.preflight.lead import PreflightRequest, lead
 
     request = PreflightRequest(
@@ -150,6 +166,7 @@ def _preflight(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         stage=arguments.stage,
         seconds=arguments.seconds,
+        meet_seconds=meet_seconds,
         written=arguments.writes,
         exclude_slow=arguments.exclude_slow,
         bad_nodes=arguments.bad_nodes,

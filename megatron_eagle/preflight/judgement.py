@@ -49,6 +49,7 @@ class Gathered:
     """What rank 0 has heard.
 
     Attributes:
+        seconds: that each part may take.
         expected: node -> processes, as Slurm has started them; empty where nobody says.
         nodes: of each rank that has come.
         at: of each rank, what it last said that it begins.
@@ -56,6 +57,7 @@ class Gathered:
         unwritten: node -> what it could not write.
         wrote, saw: folder -> who has written there, and whom each node sees there.
         exchanges: by rank; None: there was none.
+        meeting: seconds until all had to be there; None: `seconds`.
     """
 
     processes: int
@@ -69,6 +71,7 @@ class Gathered:
     wrote: dict[str, list[str]] = field(default_factory=dict)
     saw: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     exchanges: dict[int, Exchange] | None = None
+    meeting: float | None = None
 
     @property
     def first(self) -> dict[str, Report]:
@@ -113,17 +116,18 @@ def usual(values: Mapping[str, V]) -> V | None:
 def missing(gathered: Gathered) -> Iterator[Finding]:
     """Processes that have not come, or have come and say nothing any more."""
     ranks, limit = gathered.ranks, f"within {gathered.seconds:g} s"
+    late = f"within {gathered.meeting or gathered.seconds:g} s"
     for node, count in gathered.expected.items():
         if absent := count - len(ranks.get(node, [])):
             yield Finding(
                 FindingKind.BAD,
                 (node,),
-                f"{absent} of its processes ({count}) have not come {limit}: does it live, does Python start "
+                f"{absent} of its processes ({count}) have not come {late}: does it live, does Python start "
                 "there, is rank 0's host reached from there?",
             )
     unheard = [str(rank) for rank in range(gathered.processes) if rank not in gathered.nodes]
     if unheard and not gathered.expected:
-        text = f"of ranks {_some(unheard)} nothing was heard {limit}: were all processes started?"
+        text = f"of ranks {_some(unheard)} nothing was heard {late}: were all processes started?"
         yield Finding(FindingKind.BAD, (), text)
     for node, own in ranks.items():
         told: Mapping[int, object] = gathered.reports

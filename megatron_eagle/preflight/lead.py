@@ -33,6 +33,7 @@ class PreflightRequest:
 
     Attributes:
         seconds: how long each part may take: until all have come, the look, the messages.
+        meet_seconds: until all have come, where that may take longer.
         written: folders that all nodes write, beside those of the configuration.
         exclude_slow: a slow node counts as bad.
         bad_nodes: a file for the names of bad nodes, a line each.
@@ -42,6 +43,7 @@ class PreflightRequest:
     overrides: Sequence[str] = ()
     stage: str | None = None
     seconds: float = 120.0
+    meet_seconds: float | None = None
     written: Sequence[str] = ()
     exclude_slow: bool = False
     bad_nodes: str | None = None
@@ -95,9 +97,9 @@ def _gather(
     started = step_nodes(environment)
     if sum(started.values()) != len(ranks):  # torchrun's, one for each node
         started = {}
-    gathered = Gathered(len(ranks), request.seconds, started)
+    gathered = Gathered(len(ranks), request.seconds, started, meeting=request.meet_seconds)
     meeting.announce("places", asdict(places))
-    gathered.nodes = meeting.hear("here", ranks, request.seconds)
+    gathered.nodes = meeting.hear("here", ranks, request.meet_seconds or request.seconds)
     records = meeting.hear("report", gathered.nodes, request.seconds)
     gathered.reports = {rank: Report.of_record(record) for rank, record in records.items()}
     first = {node: found.rank for node, found in gathered.first.items()}

@@ -15,6 +15,8 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.runtime.rendezvous import check_rendezvous, explained_rendezvous
 
 T = TypeVar("T")
+# The status of a process that hears no verdict from rank 0.
+UNMET = 4
 
 
 @dataclass(frozen=True)
@@ -148,5 +150,5 @@ class Meeting:
 
 
 def node_name(environment: Mapping[str, str]) -> str:
-    """Slurm's name of this node, by which it is excluded; elsewhere the host's."""
-    return environment.get("SLURMD_NODENAME") or os.uname().nodename
+    """Slurm's name of this node, by which it is excluded; elsewhere NODE_NAME, or the host's."""
+    return environment.get("SLURMD_NODENAME") or environment.get("NODE_NAME") or os.uname().nodename

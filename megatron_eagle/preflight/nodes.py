@@ -119,17 +119,20 @@ class Participant:
 def wait_for_verdict(meeting: Meeting, seconds: float) -> int:
     """Wait for the exit status that rank 0 gives all.
 
+    Args:
+        seconds: how long rank 0 may be silent.
     Raises:
         UserError: it gives none.
     """
-    status: int = meeting.listen("verdict", patience(seconds))
+    status: int = meeting.listen("verdict", seconds)
     meeting.tell("left", None)
     return status
 
 
-def patience(seconds: float) -> float:
-    """How long rank 0 may be silent where each part may take so long: it waits for all of them."""
-    return 6 * seconds
+def patience(seconds: float, meet_seconds: float) -> float:
+    """How long rank 0 may be silent where each part may take so long, and the first, until all have come,
+    `meet_seconds`: it waits for all of them."""
+    return 5 * seconds + meet_seconds
 
 
 def leave(status: int, part: Participant) -> int:

@@ -14,6 +14,7 @@ import yaml
 
 from megatron_eagle.data.packing.index import write_packs
 from megatron_eagle.preflight.lead import BAD_NODE, FINE, MISTAKE
+from megatron_eagle.preflight.meeting import UNMET
 from tests.data.helpers import conversation, make_store, make_tokenizer
 from tests.paths import REPO
 
@@ -39,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Job:
-    """What came of it: the statuses, rank 0's output, the seconds."""
+    """What came of it: the statuses, the output of the first process that has started, the seconds."""
 
     statuses: list[int]
     output: str
@@ -73,10 +74,10 @@ def preflight(config: Path, *arguments: str, nodes: int = 3, faults: dict[int, s
         }
         command = [sys.executable, "-m", "tests.preflight.ailing", *suffered.split(), "--"]
         command += ["--config", str(config), *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if rank == 0 else {}
+        pipes = {} if running else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         running[rank] = subprocess.Popen(command, cwd=REPO, env=environment, text=True, **pipes)
     try:
-        output, errors = running[0].communicate(timeout=240)
+        output, errors = running[min(running)].communicate(timeout=240)
         statuses = [process.wait(timeout=60) for process in running.values()]
     finally:
         for process in running.values():
@@ -135,7 +136,7 @@ def test_folders(config, tmp_path, fault, said, rank):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("absent", r"n2: 1 of its processes \(1\) have not come within 15 s"),
+        ("absent", r"n2: 1 of its processes \(1\) have not come within 16 s"),
         (
             "stop=look",
             "n2: rank 1 came, and then said nothing more within 15 s, at: a look at files, packages",
@@ -145,12 +146,21 @@ def test_folders(config, tmp_path, fault, said, rank):
 )
 def test_a_node_that_is_not_there_or_stands_still(config, tmp_path, fault, said):
     """It is named within the time that a part may take, and the others end."""
-    arguments = ("--seconds", "15", "--bad-nodes", str(tmp_path / "bad"))
+    arguments = ("--seconds", "15", "--meet-seconds", "16", "--bad-nodes", str(tmp_path / "bad"))
     job = preflight(config, *arguments, faults={1: fault})
     assert job.statuses == [BAD_NODE] * (2 if fault == "absent" else 3), job.errors
     (line,) = findings(job)
     assert re.match(f"bad node: {said}", line), line
     assert (tmp_path / "bad").read_text() == "n2\n" and job.seconds < 90
+
+
+@pytest.mark.slow
+def test_rank_0_is_not_there(config):
+    """Who hears no verdict says so with a status of its own: it is no mistake, and another start may help."""
+    job = preflight(config, "--meet-seconds", "3", nodes=2, faults={0: "absent"})
+    assert job.statuses == [UNMET]
+    (said,) = re.findall(r"^error: .*", job.errors, re.MULTILINE)
+    assert said.startswith("error: rank 1 of 2 on ") and "within 0.05 minutes" in said
 
 
 @pytest.mark.slow

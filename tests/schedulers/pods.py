@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tests.paths import REPO
 from tests.schedulers.files import KUBERNETES, SKYPILOT, documents, job_of
 
 IMAGE = "/workspace/megatron-eagle"
+INDEX, MACHINE = "metadata.annotations['batch.kubernetes.io/job-completion-index']", "spec.nodeName"
 
 
 class Pods:
@@ -32,16 +34,14 @@ class Pods:
         """A pod of the JobSet."""
         (document,) = documents(KUBERNETES / "jobset.yaml")
         (container,) = job_of(document)["template"]["spec"]["containers"]
-        given = {entry["name"]: entry.get("value", str(node)) for entry in container["env"]}
-        (index,) = (entry["valueFrom"] for entry in container["env"] if "valueFrom" in entry)
-        assert index["fieldRef"]["fieldPath"].endswith("['batch.kubernetes.io/job-completion-index']")
+        given = {entry["name"]: _value(entry, node) for entry in container["env"]}
         return self._start(node, [*container["command"], *container["args"]], given)
 
     def trainjob(self, node: int) -> subprocess.Popen[str]:
         """A pod of the TrainJob, with what Kubeflow's torch policy adds."""
         _, document = documents(KUBERNETES / "trainjob.yaml")
         trainer, name = document["spec"]["trainer"], document["metadata"]["name"]
-        given = {entry["name"]: entry["value"] for entry in trainer["env"]} | {
+        given = {entry["name"]: _value(entry, node) for entry in trainer["env"]} | {
             "PET_NNODES": str(trainer["numNodes"]),
             "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
             "PET_NODE_RANK": str(node),
@@ -58,6 +58,7 @@ class Pods:
             "SKYPILOT_NODE_RANK": str(node),
             "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1\n",
             "SKYPILOT_NUM_GPUS_PER_NODE": "1",
+            "NODE_NAME": f"machine-{node}",  # here their hosts have one name
             "HOME": str(self._home(node)),
         }
         run = document["run"].replace("PET_MASTER_PORT=29500", f"PET_MASTER_PORT={self._port}")
@@ -105,3 +106,10 @@ class Pods:
         """What has become of the run so far."""
         file = self.data / "eagle-logs" / "outcome"
         return file.read_text().splitlines() if file.exists() else []
+
+
+def _value(entry: Mapping[str, Any], node: int) -> str:
+    """Of a container's variable: as written, or of its pod."""
+    if "value" in entry:
+        return str(entry["value"])
+    return {INDEX: str(node), MACHINE: f"machine-{node}"}[entry["valueFrom"]["fieldRef"]["fieldPath"]]

@@ -105,8 +105,10 @@ def test_there_is_time_for_the_save(document: dict) -> None:
 
 
 def test_the_script_calls_what_there_is() -> None:
-    calls = re.findall(r'attend "\$python" (.*?)\|\|', NODE.read_text().replace("\\\n", " "), re.DOTALL)
-    assert len(calls) == 2
+    text = NODE.read_text().replace("\\\n", " ")
+    calls = re.findall(r'attend "\$\{place\[@\]\}" "\$python" (.*?)\|\|', text, re.DOTALL)
+    calls += re.findall(r'"\$config" "\$python" +(tools/train.py preflight .*?) &\n', text)
+    assert len(calls) == 3
     for call in calls:
         words = re.sub(r'"\$\{settings\[@\]\}" "\$@"', "", call)
         words = re.sub(r'"[^"]*\$[^"]*"', "1", words)

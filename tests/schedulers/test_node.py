@@ -1,5 +1,6 @@
 """examples/node.sh by the files' own commands: stopped, saved, gone on with; mistakes are not tried again."""
 
+import os
 import signal
 import subprocess
 import time
@@ -28,7 +29,7 @@ def pods(tmp_path: Path) -> Pods:
 def programs(folder: Path, **statuses: int) -> str:
     """A program in place of Python that notes what it is called for and ends as told: check=2, torchrun=1."""
     file = folder / "python"
-    cases = "".join(f"*{name}*) exit {status} ;;\n" for name, status in statuses.items())
+    cases = "".join(f"*{name}\\ *) exit {status} ;;\n" for name, status in statuses.items())
     file.write_text(f'#!/bin/bash\necho "$*" >>"{folder}/calls"\ncase "$*" in\n{cases}esac\n')
     file.chmod(0o755)
     return str(file)
@@ -51,14 +52,56 @@ def test_a_node_without_a_place(tmp_path: Path, changed: dict[str, str], said: s
     assert said in pods.said(0) and pods.said(0).count("\n") == 1
 
 
-@pytest.mark.parametrize(("ends", "status"), [({"check": 2}, 2), ({"check": 1}, 75), ({"torchrun": 1}, 75)])
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        ({"check": 2}, 2),
+        ({"check": 1}, 75),
+        ({"preflight": 2}, 2),  # wrong on all nodes alike
+        ({"preflight": 3}, 75),
+        ({"preflight": 4}, 75),  # it has lost the first node
+        ({"torchrun": 1}, 75),
+    ],
+)
 def test_what_a_failure_leads_to(tmp_path: Path, ends: dict[str, int], status: int) -> None:
     (tmp_path / "run.yaml").touch()
     pods = Pods(tmp_path, {"PYTHON": programs(tmp_path, **ends)})
     assert pods.jobset(0).wait(30) == status
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[0].startswith("tools/train.py check --processes 2 ")
-    assert len(calls) == (1 if "check" in ends else 2)
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls[0][:4] == ["tools/train.py", "check", "--processes", "2"]
+    expected = ["check", "preflight", "megatron_eagle.runtime.torchrun"]
+    stops_at = {"check": 1, "preflight": 2, "torchrun": 3}[next(iter(ends))]
+    assert [call[1] for call in calls] == expected[:stops_at]
+
+
+def test_a_node_where_no_python_starts_is_named(tmp_path: Path) -> None:
+    """Whatever the preflight ends with that is none of its own; by machine and host."""
+    (tmp_path / "run.yaml").touch()
+    pods = Pods(tmp_path, {"PYTHON": programs(tmp_path, preflight=127), "PET_NPROC_PER_NODE": "2"})
+    assert pods.jobset(0).wait(30) == 75
+    name = f"{os.uname().nodename}@machine-0"
+    assert f"node.sh: {name}: the preflight has ended with status 3 and names {name}, to be" in pods.said(0)
+    assert (tmp_path / "eagle-logs" / "bad-nodes").read_text() == f"{name}\n"
+    assert pods.said(0).count(f"bad node: {name}: ") == 1
+
+
+def test_every_command_has_its_place_and_the_network(tmp_path: Path) -> None:
+    """The network's file is read before each; a preflight's process is told which of the job's it is."""
+    (tmp_path / "run.yaml").touch()
+    (tmp_path / "network.sh").write_text("export NCCL_SOCKET_IFNAME=eth7\n")
+    program = Path(programs(tmp_path))
+    noted = '"$NCCL_SOCKET_IFNAME ${RANK:-} ${WORLD_SIZE:-} ${LOCAL_RANK:-} ${MASTER_ADDR:-} $NODE_NAME"'
+    program.write_text(f'#!/bin/bash\necho {noted} >>"{tmp_path}/calls"\n')
+    settings = {"PYTHON": str(program), "NETWORK": str(tmp_path / "network.sh"), "PET_NPROC_PER_NODE": "2"}
+    assert Pods(tmp_path, settings).jobset(0).wait(30) == 0
+    check, *both, torchrun = (tmp_path / "calls").read_text().splitlines()
+    name = f"{os.uname().nodename}@machine-0"
+    assert check == torchrun == f"eth7     {name}"
+    assert sorted(both) == [f"eth7 {rank} 4 {rank} localhost {name}" for rank in (0, 1)]
+    assert Pods(tmp_path, settings | {"PREFLIGHT": "no"}).jobset(0).wait(30) == 0
+    assert (tmp_path / "calls").read_text().count("\n") == 6
+    assert Pods(tmp_path, settings | {"NETWORK": "/absent"}).jobset(0).wait(30) == 2
+    assert "NETWORK=/absent: cannot read this file on " in Pods(tmp_path).said(0)
 
 
 @pytest.mark.parametrize(("word", "status"), [("failed", 2), ("stopped 7", 75), ("saved 7", 0)])
@@ -96,12 +139,12 @@ def test_the_first_node_does_not_come(tmp_path: Path) -> None:
     assert "did not answer in 1 s" in pods.said(1)
 
 
-@pytest.mark.parametrize("node", [0, 1])
-def test_told_to_stop_before_the_run(tmp_path: Path, node: int) -> None:
-    """While the settings are looked at, or while the first node is waited for."""
+@pytest.mark.parametrize(("node", "at"), [(0, "check"), (0, "preflight"), (1, "")])
+def test_told_to_stop_before_the_run(tmp_path: Path, node: int, at: str) -> None:
+    """While the settings are looked at, or the nodes, or while the first node is waited for."""
     (tmp_path / "run.yaml").touch()
     slow = tmp_path / "slow"
-    slow.write_text(f'#!/bin/bash\necho >"{tmp_path}/calls"\nexec sleep 60\n')
+    slow.write_text(f'#!/bin/bash\n[[ $2 == {at} ]] || exit 0\necho $$ >"{tmp_path}/calls"\nexec sleep 60\n')
     slow.chmod(0o755)
     process = Pods(tmp_path, {"PYTHON": str(slow)}).jobset(node)
     deadline = time.monotonic() + 30
@@ -110,6 +153,10 @@ def test_told_to_stop_before_the_run(tmp_path: Path, node: int) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 75
+    alone = Path("/proc", "absent" if node else (tmp_path / "calls").read_text().strip())
+    while alone.exists():
+        assert time.monotonic() < deadline, "it goes on alone"
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -163,6 +210,7 @@ def test_stopped_saved_and_gone_on_with(pods: Pods, config: Path, started, way: 
     """
     nodes = started(way)
     wait_for_steps(pods, nodes)
+    assert "preflight: 2 nodes, 2 processes, " in pods.said(0) and "nothing stands in the way" in pods.said(0)
     if told == "hook":
         hook = pods.hook(0)
         assert nodes[0].wait(120) == 75
