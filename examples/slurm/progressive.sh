@@ -2,6 +2,7 @@
 # All stages of a file as a chain of jobs, each after the one before has finished well:
 #   examples/slurm/progressive.sh CONFIG [options of sbatch]
 # A stage that is finished passes at once, so the same command picks up a broken chain.
+# Nodes that a stage has left out the next one leaves out, too.
 # The jobs are called eagle-RUN-STAGE, RUN being the folder of checkpoint.path. MAIL_USER hears by mail of MAIL_TYPE
 # (default FAIL,END).
 set -euo pipefail
@@ -39,7 +40,8 @@ previous=
 while read -r stage; do
     after=()
     [[ -z $previous ]] || after=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
-    previous=$(sbatch --parsable --job-name="eagle-$run-$stage" "${mail[@]}" "${after[@]}" "$@" \
+    # By AFTER_JOB a stage knows which nodes the one before has left out, and not the user.
+    previous=$(AFTER_JOB=$previous sbatch --parsable --job-name="eagle-$run-$stage" "${mail[@]}" "${after[@]}" "$@" \
         "$here/train.sbatch" "$config" --stage "$stage")
     previous=${previous%%;*} # --parsable may add the cluster
     echo "$stage: job $previous"

@@ -15,9 +15,9 @@ srun_said=$logs/srun-$SLURM_JOB_ID # of the processes, where srun has started th
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 unusable=' (down|drain|fail)|\*$' # states of nodes that Slurm does not reach, or gives to nobody any more
 
-# A field of `scontrol show job`; empty for (null).
+# job_field NAME [JOB]: a field of `scontrol show job`; empty for (null).
 job_field() {
-    [[ " $(scontrol show job --oneliner "$SLURM_JOB_ID")" =~ \ $1=([^ ]*) ]] || return 0
+    [[ " $(scontrol show job --oneliner "${2:-$SLURM_JOB_ID}")" =~ \ $1=([^ ]*) ]] || return 0
     [[ ${BASH_REMATCH[1]} == "(null)" ]] || echo "${BASH_REMATCH[1]}"
 }
 
@@ -45,7 +45,12 @@ progressed() { [[ $({ echo launched; cat "$outcome" 2>/dev/null || true; } | idl
 # A start begins. One before it that has not come to its end was ended by Slurm, or with its node.
 begin_history() {
     local down
-    [[ ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || rm -f "$began" "$excluded" "$history" # of another job of this number
+    if [[ ${SLURM_RESTART_COUNT:-0} -eq 0 ]]; then
+        rm -f "$began" "$excluded" "$history" # of another job of this number
+        # In a chain of stages: what the one before has handed on.
+        [[ -z ${AFTER_JOB:-} ]] || cp "${RANK_LOGS:-$SLURM_SUBMIT_DIR/eagle-$AFTER_JOB-ranks}/excluded-$AFTER_JOB" \
+            "$excluded" 2>/dev/null || true
+    fi
     touch "$excluded" "$history"
     if [[ -s $began ]]; then
         down=$(node_states --nodes="$(cut -d' ' -f2 "$began")" | grep -E "$unusable" || true)
@@ -129,19 +134,34 @@ blame() {
     why=${why:-${said:-no process has said why}}
 }
 
-# leave_out USABLE NODE...: add them to `excluded`, of which `out` is what is in it then. Where too few others of the
-# usable ones would be left the oldest come back, and it is said. Of a range of nodes (`--nodes=1-2`) the most count,
-# which Slurm only says of a job that waits: while it runs NumNodes are those that it has.
+# leave_out JOB USABLE NODE...: add them to `excluded`, of which `out` is what is in it then. Where too few others of the
+# usable ones would be left for a job, the oldest come back, and it is said. Of a range of nodes (`--nodes=1-2`) the most
+# count, which Slurm only says of a job that waits: while it runs NumNodes are those that it has.
 leave_out() {
-    local usable=$1 left back most
-    most=$(job_field NumNodes | sed 's/.*-//' | numfmt --from=iec) # 1K: 1024
-    mapfile -t out < <(cat "$excluded"; printf '%s\n' "${@:2}" | grep . | grep -vxFf "$excluded")
+    local usable=$2 left back most
+    most=$(job_field NumNodes "$1" | sed 's/.*-//' | numfmt --from=iec) # 1K: 1024
+    mapfile -t out < <(cat "$excluded"; printf '%s\n' "${@:3}" | grep . | grep -vxFf "$excluded")
     while left=$(without "${out[@]}" <<<"$usable" | wc -l) && [[ -n $usable && $left -lt $most ]]; do
         back=$(printf '%s\n' "${out[@]}" | grep -m1 -xFf <(echo "$usable")) || break # they would not help
         echo "only $left other nodes, and the job takes $most: $back is not left out"
         mapfile -t out < <(printf '%s\n' "${out[@]}" | without "$back")
     done
     printf '%s\n' "${out[@]}" | grep . >"$excluded" || true
+}
+
+# A stage is done: the one that waits for it goes without the nodes that it has left out, too.
+pass_on() {
+    local job depends command theirs usable out
+    [[ -s $excluded ]] || return 0
+    usable=$(usable_nodes)
+    while read -r job depends command; do
+        [[ $depends =~ :$SLURM_JOB_ID([^0-9]|$) && $command == */train.sbatch* ]] || continue
+        leave_out "$job" "$usable"
+        [[ -s $excluded ]] || return 0
+        theirs=$(job_field ExcNodeList "$job")
+        scontrol update JobId="$job" ExcNodeList="${theirs:+$theirs,}$(paste -sd, "$excluded")" &&
+            echo "job $job, which waits for this one, goes without $(paste -sd, "$excluded"), too"
+    done < <(squeue --noheader --states=PENDING --format='%i %E %o')
 }
 
 # give_up HOW WHY MESSAGE [LINES]: the job ends, and says what so many starts have come to.
@@ -175,7 +195,7 @@ requeue() {
     usable=$(usable_nodes)
     # From here on it waits, and Slurm ends this script within KillWait.
     scontrol requeue "$SLURM_JOB_ID" || give_up "$1" "$2" "$said cannot go back to the queue"
-    leave_out "$usable" "${@:3}"
+    leave_out "$SLURM_JOB_ID" "$usable" "${@:3}"
     wanted=$(printf '%s\n' "${theirs[@]}" "${out[@]}" | grep . | paste -sd, - || true)
     [[ -z $before$wanted ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$wanted" ||
         echo "Slurm does not let the job leave nodes out"

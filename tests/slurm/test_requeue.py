@@ -12,13 +12,13 @@ from tests.paths import REPO
 # As Slurm says it: of a job that runs NumNodes are those that it has, of one that waits its range.
 SCONTROL = """#!/bin/bash
 state=RUNNING nodes=$SLURM_JOB_NUM_NODES
-[[ ! -e $STANDIN/requeued ]] || state=PENDING nodes=${RANGE:-$nodes}
+[[ ! -e $STANDIN/requeued && ${4:-} == "$SLURM_JOB_ID" ]] || state=PENDING nodes=${RANGE:-$nodes}
 case "$1 $2" in
     "show hostnames") tr , '\\n' <<<"$3" ;;
     "show job")
-        echo "JobId=7 JobState=$state Partition=main NumNodes=$nodes ExcNodeList=$(cat "$STANDIN/exc")" ;;
-    "requeue 7") touch "$STANDIN/requeued" ;;
-    "update JobId=7") echo "${3#ExcNodeList=}" >"$STANDIN/exc" ;;
+        echo "JobId=$4 JobState=$state Partition=main NumNodes=$nodes ExcNodeList=$(cat "$STANDIN/exc-$4")" ;;
+    "requeue $SLURM_JOB_ID") touch "$STANDIN/requeued" ;;
+    "update JobId="*) echo "${3#ExcNodeList=}" >"$STANDIN/exc-${2#JobId=}" ;;
     *) exit 1 ;;
 esac
 """
@@ -27,8 +27,11 @@ SINFO = """#!/bin/bash
 names=$(printf '%s\\n' "$@" | sed -n 's/^--nodes=//p' | tr , '|')
 grep -E "^(${names:-.*}) " "$STANDIN/nodes"
 """
+SQUEUE = """#!/bin/bash
+cat "$STANDIN/queue"
+"""
 SCRIPT = """set -euo pipefail
-logs=$STANDIN LAUNCH=${LAUNCH:-torchrun}
+logs=${RANK_LOGS:=$STANDIN} LAUNCH=${LAUNCH:-torchrun}
 source examples/launch.sh; source examples/slurm/requeue.sh
 begin_history
 """
@@ -40,10 +43,11 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder, self.restarts = folder, 0
         (folder / "bin").mkdir()
-        for name, text in (("scontrol", SCONTROL), ("sinfo", SINFO)):
+        for name, text in (("scontrol", SCONTROL), ("sinfo", SINFO), ("squeue", SQUEUE)):
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
-        (folder / "exc").write_text("(null)")
+        for number in (7, 8, 17):
+            (folder / f"exc-{number}").write_text("(null)")
         self.states("n1 allocated", "n2 allocated", "n3 idle", "n4 mixed")
 
     def states(self, *lines: str) -> None:
@@ -72,7 +76,10 @@ class Job:
 
     @property
     def excluded(self) -> str:
-        return (self.folder / "exc").read_text().strip()
+        return self.excluded_of(7)
+
+    def excluded_of(self, number: int) -> str:
+        return (self.folder / f"exc-{number}").read_text().strip()
 
 
 @pytest.fixture
@@ -148,7 +155,7 @@ def test_tasks_of_srun(job: Job, line: str, named: str) -> None:
 
 def test_other_nodes_until_they_run_out(job: Job) -> None:
     """The oldest comes back; what the user has excluded stays."""
-    (job.folder / "exc").write_text("n9")
+    (job.folder / "exc-7").write_text("n9")
     job.states(*(f"n{i} idle" for i in (1, 2, 3, 4, 9)))
     assert "without n9,n1" in job.start("requeue failed 'failed (a)' n1")
     assert job.excluded == "n9,n1"
@@ -244,3 +251,38 @@ def test_another_job_of_the_same_number_begins_anew(job: Job) -> None:
     job.restarts = 0
     job.start("end_history finished finished")
     assert [line["how"] for line in job.history()] == ["finished"]
+
+
+QUEUE = """8 afterok:7(unfulfilled) /x/train.sbatch run.yaml --stage two
+9 afterok:7(unfulfilled) /x/evaluate.sh
+17 afterok:8(unfulfilled) /x/train.sbatch run.yaml --stage three
+"""
+
+
+def test_the_next_stage_goes_without_what_a_stage_has_left_out(job: Job) -> None:
+    """It alone, and not other jobs that wait; it takes them for its own, which come back where they must."""
+    (job.folder / "queue").write_text(QUEUE)
+    job.start("requeue failed 'failed' n1")
+    (job.folder / "exc-8").write_text("n9")
+    assert job.start("pass_on", nodes="n2,n3") == "job 8, which waits for this one, goes without n1, too\n"
+    assert [job.excluded_of(number) for number in (8, 17)] == ["n9,n1", "(null)"]
+
+    (job.folder / "exc-7").write_text("n9,n1")
+    job.restarts, changed = 0, {"SLURM_JOB_ID": "8", "AFTER_JOB": "7"}
+    said = job.start("requeue failed 'failed (b)' n2", nodes="n2,n3", **changed)
+    assert said.endswith("without n9,n1,n2\n")
+
+
+def test_too_few_nodes_for_the_next_stage(job: Job) -> None:
+    (job.folder / "queue").write_text(QUEUE)
+    job.start("requeue failed 'failed' n1")
+    job.states("n1 idle", "n2 idle", "n3 down", "n4 idle")
+    said = job.start("pass_on", nodes="n2", RANGE="1-3")
+    assert said == "only 2 other nodes, and the job takes 3: n1 is not left out\n"
+    assert job.excluded_of(8) == "(null)"
+
+
+def test_nothing_to_pass_on(job: Job) -> None:
+    (job.folder / "queue").write_text(QUEUE)
+    assert job.start("pass_on") == ""
+    assert job.excluded_of(8) == "(null)"

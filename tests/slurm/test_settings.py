@@ -1,5 +1,6 @@
 """Settings of the Slurm scripts: network, container, names, comments, counts that contradict others."""
 
+import json
 import os
 import re
 import subprocess
@@ -108,9 +109,9 @@ def test_every_step_runs_in_its_place(name: str) -> None:
     assert steps and all('"${place[@]}"' in line for line in steps)
 
 
-def train(commands: dict[str, str], *options: str, **environment: str) -> str:
+def train(commands: dict[str, str], config: str = "absent.yaml", **environment: str) -> str:
     """What train.sbatch says on its way to `train.py check`."""
-    submit = ["sbatch", "--nodes=2", *options, str(SLURM / "train.sbatch"), "absent.yaml"]
+    submit = ["sbatch", "--nodes=2", str(SLURM / "train.sbatch"), config]
     environment = {**commands, "RANK_LOGS": commands["STANDIN_DIR"], **environment}
     return subprocess.run(submit, env=environment, capture_output=True, text=True).stderr
 
@@ -130,6 +131,38 @@ def test_counts_of_tasks_that_contradict_the_nodes(commands, environment, line) 
 def test_counts_of_tasks_that_do_not(commands, environment) -> None:
     environment["PYTHON"] = "false"  # the check would be next
     assert train(commands, **environment) == ""
+
+
+@pytest.mark.parametrize(
+    ("statuses", "how"),
+    [
+        ((2,), "mistake"),
+        ((1, 0), "failed"),  # of the first node, and not of the last
+        ((127, 0), "failed"),
+        ((1, 1), "mistake"),  # of both
+        ((0, 4, 4), "failed"),  # the preflight's processes, of which one has lost the first one
+        ((0, 2, 2), "mistake"),
+    ],
+)
+def test_a_node_where_no_python_starts_is_not_a_mistake(
+    commands: dict[str, str], tmp_path: Path, statuses: tuple[int, ...], how: str
+) -> None:
+    """Only what was found to be one ends the job; else it goes back to the queue."""
+    add(
+        commands,
+        "python",
+        f"""#!/bin/bash
+        echo "$*" >>{tmp_path}/calls
+        statuses=({" ".join(map(str, statuses))})
+        exit ${{statuses[$(wc -l <{tmp_path}/calls) - 1]}}""",
+    )
+    (tmp_path / "run.yaml").touch()
+    said = train(commands, str(tmp_path / "run.yaml"), PYTHON="python", PROCESSES="1", LAUNCH="srun")
+    (start,) = map(json.loads, (tmp_path / "history-100.jsonl").read_text().splitlines())
+    assert (start["how"], (tmp_path / "requeued").exists()) == (how, how == "failed"), said
+    blamed = statuses[-1] == 0
+    assert start["excluded"] == "localhost" * blamed
+    assert ("bad node: localhost: tools/train.py check ended with status" in said) == blamed
 
 
 def test_name_and_comment_of_a_job(commands: dict[str, str], tmp_path: Path) -> None:
