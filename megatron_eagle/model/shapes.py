@@ -134,12 +134,17 @@ class StageShapes:
     """Its first chunk begins with the embedding, after the vision encoder."""
     last: bool
     """Its last chunk ends with the loss."""
-    chunk_layers: int
-    """Of the chunk that has most."""
+    chunk_sizes: tuple[int, ...]
+    """Layers of each chunk."""
+
+    @property
+    def chunk_layers(self) -> int:
+        """Layers of the chunk that has most."""
+        return max(self.chunk_sizes)
 
     @classmethod
     def of(cls, shapes: LocalShapes, stage: int) -> "StageShapes":
         """Of the stage with this number."""
         parallel, layers = shapes.parallel, shapes.eagle.text.num_hidden_layers
         stages, own = parallel.pipeline_model_parallel_size, parallel.stage_layers(layers)[stage]
-        return cls(sum(own), parallel.num_model_chunks, stage == 0, stage == stages - 1, max(own))
+        return cls(sum(own), parallel.num_model_chunks, stage == 0, stage == stages - 1, tuple(own))

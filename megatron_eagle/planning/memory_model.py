@@ -61,10 +61,14 @@ def fullest_stage(
 ) -> StageMemory:
     """The memory of the pipeline stage that needs most.
 
-    Stages between the second and the last hold fewer microbatches than the second and nothing else.
+    Of stages between the first and the last with equal chunks the earliest holds most microbatches.
     """
-    last = parallel.pipeline_model_parallel_size - 1
-    stages = sorted({0, min(1, last), last})
+    last, chunks = (
+        parallel.pipeline_model_parallel_size - 1,
+        parallel.stage_layers(eagle.text.num_hidden_layers),
+    )
+    earliest = {tuple(chunks[stage]): stage for stage in range(last - 1, 0, -1)}
+    stages = sorted({0, *earliest.values(), last})
     found = [peak_memory(eagle, parallel, data_parallel_size, workload, stage) for stage in stages]
     return max(found, key=lambda memory: memory.total)
 
@@ -155,29 +159,30 @@ class _Chunk:
 def _chunks(shapes: PackShapes, workload: Workload, stage: StageShapes) -> list[_Chunk]:
     """What a forward leaves in each chunk of a stage."""
     e, policy = workload.element_size, workload.recompute.language
-    staying, hidden = _staying(workload, stage), shapes.r * shapes.h * e
-    layers = staying * language_layer(shapes, workload).kept(policy, workload.computed_again)
+    layer, hidden = language_layer(shapes, workload), shapes.r * shapes.h * e
     vision = vision_activations(shapes, workload) if stage.first else 0
     # An eager first norm keeps an fp32 copy of what arrived, an offloaded layer none.
     copied = not workload.fused_kernels and e < FP32 and policy in ("none", "selective")
-    arrived = staying < stage.chunk_layers or copied
     found = []
-    for chunk in range(stage.chunks):
+    for chunk, size in enumerate(stage.chunk_sizes):
+        staying = _staying(workload, size)
+        arrived = staying < size or copied
         begins = stage.first and chunk == 0
         ends = stage.last and chunk == stage.chunks - 1
         passed = hidden if arrived and not begins else 0
         if not ends and workload.device == "cpu":
             passed += hidden  # what was sent on is freed at once on a GPU
         final_norm = _final_norm(shapes, workload) if ends else 0
+        layers = staying * layer.kept(policy, workload.computed_again)
         found.append(_Chunk(layers, final_norm, passed, vision if begins else 0))
     return found
 
 
-def _staying(workload: Workload, stage: StageShapes) -> int:
-    """Layers of a chunk whose activations stay on the device."""
+def _staying(workload: Workload, layers: int) -> int:
+    """Of a chunk's `layers`, those whose activations stay on the device."""
     if workload.recompute.language != "offload":
-        return stage.chunk_layers
-    return min(workload.recompute.offload_keep_last, stage.chunk_layers)
+        return layers
+    return min(workload.recompute.offload_keep_last, layers)
 
 
 def _final_norm(shapes: PackShapes, workload: Workload) -> int:
@@ -198,7 +203,7 @@ def _restored(layer: LayerActivations, workload: Workload, stage: StageShapes) -
     if policy == "full":
         return whole
     # Output and statistics are kept, not made again; the layer under way and the one before it are back.
-    back = max(0, min(2, stage.chunk_layers) - _staying(workload, stage)) * layer.offloaded
+    back = max(0, min(2, stage.chunk_layers) - _staying(workload, stage.chunk_layers)) * layer.offloaded
     return whole - layer.output - layer.statistics + back
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -10,8 +11,8 @@ from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.run_config import RunConfig
 
 # Tensor, sequence, pipeline, virtual and context parallel, Ulysses of that, data parallel; language layers
-# of the first stage.
-_LAYOUT = ("TP", "SP", "PP", "VPP", "CP", "U", "DP", "first", "vision")
+# of the first stage, and the share of its time that encoder, connector and embedding take.
+_LAYOUT = ("TP", "SP", "PP", "VPP", "CP", "U", "DP", "first", "encoder", "vision")
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "vision", "logits", "workspace")
 _SHORT = ("weight", "grad", "optim", "activ", "vision", "logits", "work")
 
@@ -53,6 +54,7 @@ def render_plan(
         f"{plans.refused.total()} refused",
         "",
         *_table(shown, config.parallel),
+        *_stages(shown),
         "",
         _explain(plans.legal[0]),
     ]
@@ -83,6 +85,7 @@ def as_records(plans: LayoutPlans, config: RunConfig) -> dict[str, Any]:
             "fits": plan.fits,
             "limit": plan.limit,
             "seconds": {"total": plan.time.total, **plan.time.parts},
+            "stages": [asdict(stage) for stage in plan.time.stages],
             "mfu": plan.time.mfu,
             "host_memory": plan.host_memory,
             "memory": {
@@ -103,7 +106,7 @@ def _table(plans: list[LayoutPlan], own: ParallelConfig) -> list[str]:
     rows = [["", *_LAYOUT, "step s", "MFU", *_SHORT, "GB", "free", "limited by"]]
     for number, plan in enumerate(plans, 1):
         parallel, parts = plan.parallel, plan.memory.parts
-        first = parallel.num_layers_in_first_pipeline_stage
+        first = plan.time.stages[0]
         rows.append(
             [
                 f"{number}{'*' if parallel == own else ''}",
@@ -114,7 +117,8 @@ def _table(plans: list[LayoutPlan], own: ParallelConfig) -> list[str]:
                 str(parallel.context_parallel_size),
                 str(parallel.ulysses_parallel_size),
                 str(plan.data_parallel_size),
-                "-" if first is None else str(first),
+                str(first.layers) if parallel.pipeline_model_parallel_size > 1 else "-",
+                f"{100 * first.encoder / first.total:.0f} %",
                 parallel.vision_sharding,
                 _seconds(plan.time.total),
                 "-" if plan.time.mfu is None else f"{100 * plan.time.mfu:.0f} %",
@@ -132,6 +136,19 @@ def _table(plans: list[LayoutPlan], own: ParallelConfig) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _stages(plans: list[LayoutPlan]) -> Iterator[str]:
+    """A line for each pipeline: its letters where it has them, layers and seconds of every stage."""
+    for number, plan in enumerate(plans, 1):
+        stages, letters = plan.time.stages, plan.parallel.pipeline_model_parallel_layout
+        if len(stages) > 1:
+            layers = ", ".join(str(stage.layers) for stage in stages)
+            seconds = ", ".join(_seconds(stage.total) for stage in stages)
+            shares = f"{100 * stages[0].encoder / stages[0].total:.0f} % of the first is the encoder's"
+            loss = f"{100 * stages[-1].loss / stages[-1].total:.0f} % of the last the loss's"
+            name = "" if letters is None else f" pipeline_model_parallel_layout {letters}:"
+            yield f"{number}:{name} layers {layers}; {seconds} s a microbatch, {shares}, {loss}"
 
 
 def _explain(plan: LayoutPlan) -> str:

@@ -19,17 +19,20 @@ from megatron_eagle.data.loading.follow import FollowedPacks
 from megatron_eagle.data.loading.loader import DataConfig, open_packs
 from megatron_eagle.data.packing.index import Packs
 from megatron_eagle.errors import UserError
-from megatron_eagle.model.presets import expand_preset
+from megatron_eagle.model.presets import EagleConfig, expand_preset
 from megatron_eagle.planning.memory_model import StageMemory, fullest_stage, offloaded_bytes
 from megatron_eagle.planning.memory_shapes import Workload
 from megatron_eagle.planning.rates import Machine
-from megatron_eagle.planning.step_time import StepTime, step_time
+from megatron_eagle.planning.stage_balance import balanced_layers, layout_letters
+from megatron_eagle.planning.step_time import StepTime, end_costs, step_time
 from megatron_eagle.runtime.parallel import ParallelConfig, VisionSharding
 from megatron_eagle.training.run_config import RunConfig, RunFile, load_run_config, stated_positions
 
 # Left out of what a layout may fill: the CUDA context, NCCL's buffers and the caching allocator's gaps. An
 # allowance, not a measurement.
 RESERVED_BYTES = 4e9
+# Virtual stages that are tried with balanced stages: more make a pipeline shorter by ever less.
+_BALANCED_CHUNKS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class LayoutPlan:
             p.num_model_chunks,
             p.ulysses_parallel_size,
             p.num_layers_in_first_pipeline_stage or 0,
+            p.pipeline_model_parallel_layout or "",
             p.vision_sharding,
             p.sequence_parallel,
         )
@@ -205,12 +209,17 @@ def plan_layouts(
         )
     config = replace(config, data=replace(config.data, packs_per_sequence=1))
     legal, refused = [], Counter[str]()
-    for parallel in _candidates(config, gpus):
+    for parallel in [*_own_stages(config, gpus), *_candidates(config, gpus)]:
         try:
             replace(config, parallel=parallel).validate(gpus)
         except UserError as error:
             refused[str(error)] += 1
             continue
+        if parallel.pipeline_model_parallel_layout is not None and parallel != config.parallel:
+            parallel = _balanced(config, parallel, gpus, packs, machine)
+            sizes = parallel.stage_layers(config.model.text.num_hidden_layers)
+            if _said_by_sizes(sizes) or parallel == config.parallel:
+                continue  # a candidate of its own
         legal.append(_plan(config, parallel, gpus, gpu_memory - RESERVED_BYTES, packs, machine))
     if not legal:
         reason, count = refused.most_common(1)[0]
@@ -249,30 +258,66 @@ def _plan(
     packs: PackShape,
     machine: Machine,
 ) -> LayoutPlan:
-    data_parallel_size = parallel.data_parallel_size(gpus)
-    microbatches = config.training.global_batch_size // data_parallel_size
-    workload = run_workload(config, packs, microbatches, machine.multiprocessors)
-    memory = fullest_stage(config.model, parallel, data_parallel_size, workload)
-    time = step_time(
-        config.model,
-        parallel,
-        data_parallel_size,
-        workload,
-        mean_tiles=packs.mean_tiles,
-        sum_squared_lengths=packs.sum_squared_lengths,
-        machine=machine,
-        document_bounds=packs.document_bounds,
-    )
+    replicas, workload = _shares(config, parallel, gpus, packs, machine)
+    memory = fullest_stage(config.model, parallel, replicas, workload)
+    time = step_time(config.model, parallel, replicas, workload, **_counted(packs), machine=machine)
     stages = range(parallel.pipeline_model_parallel_size)
     host = max(offloaded_bytes(config.model, parallel, workload, stage) for stage in stages)
-    return LayoutPlan(parallel, data_parallel_size, workload.microbatches, memory, time, capacity, host)
+    return LayoutPlan(parallel, replicas, workload.microbatches, memory, time, capacity, host)
+
+
+def _balanced(
+    config: RunConfig, parallel: ParallelConfig, gpus: int, packs: PackShape, machine: Machine
+) -> ParallelConfig:
+    """The same stages with as many layers each as makes them take equally long."""
+    replicas, workload = _shares(config, parallel, gpus, packs, machine)
+    ends = end_costs(config.model, parallel, replicas, workload, **_counted(packs), machine=machine)
+    return replace(parallel, pipeline_model_parallel_layout=_letters(config.model, parallel, *ends))
+
+
+def _letters(eagle: EagleConfig, parallel: ParallelConfig, first: float = 0.0, last: float = 0.0) -> str:
+    sizes = parallel.pipeline_model_parallel_size, parallel.num_model_chunks
+    return layout_letters(balanced_layers(eagle.text.num_hidden_layers, *sizes, first, last))
+
+
+def _said_by_sizes(chunks: list[list[int]]) -> bool:
+    """Whether a first stage of at most the others' size, all in equal chunks, is the same."""
+    first, *others = chunks
+    equal = all(len(set(stage)) == 1 for stage in chunks) and all(stage == others[0] for stage in others)
+    return equal and first[0] <= others[0][0]
+
+
+def _shares(
+    config: RunConfig, parallel: ParallelConfig, gpus: int, packs: PackShape, machine: Machine
+) -> tuple[int, Workload]:
+    """Data parallel size, and what each of its ranks computes."""
+    replicas = parallel.data_parallel_size(gpus)
+    microbatches = config.training.global_batch_size // replicas
+    return replicas, run_workload(config, packs, microbatches, machine.multiprocessors)
+
+
+def _counted(packs: PackShape) -> dict[str, Any]:
+    return {
+        "mean_tiles": packs.mean_tiles,
+        "sum_squared_lengths": packs.sum_squared_lengths,
+        "document_bounds": packs.document_bounds,
+    }
+
+
+def _own_stages(config: RunConfig, gpus: int) -> list[ParallelConfig]:
+    """The run's layout, where its stages are none that are tried: a last one of its own size, or letters."""
+    own = config.parallel
+    given = (
+        own.num_layers_in_last_pipeline_stage is not None or own.pipeline_model_parallel_layout is not None
+    )
+    return [own] if given and gpus % own.model_parallel_size == 0 else []
 
 
 def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
     """Every combination of sizes whose product divides `gpus`, legal or not, the same layout only once.
 
     A first stage of its own size is tried where it is smaller than the others' share (it has the encoder), or
-    where the layers have no equal shares.
+    where the layers have no equal shares. Stages in letters stand for those that are balanced.
     """
     layers, heads = config.model.text.num_hidden_layers, config.model.text.num_key_value_heads
     queries = config.model.text.num_attention_heads
@@ -287,7 +332,7 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
                     if cp % n == 0
                     and (n <= heads or (heads % tp == 0 and divides_heads(n, queries // tp, heads // tp)))
                 ]
-                for parallel in _variants(config.parallel, layers, tp, pp):
+                for parallel in _variants(config, tp, pp):
                     for sharding, ulysses in product(shardings, ulysses_sizes):
                         yield replace(
                             parallel,
@@ -306,20 +351,32 @@ def _shardings(tp: int, cp: int) -> list[VisionSharding]:
     return found
 
 
-def _variants(base: ParallelConfig, layers: int, tp: int, pp: int) -> Iterator[ParallelConfig]:
-    """With and without sequence parallelism, virtual stages and a first stage of its own size.
+def _variants(config: RunConfig, tp: int, pp: int) -> Iterator[ParallelConfig]:
+    """With and without sequence parallelism, virtual stages, a first stage of its own size, or letters.
 
-    What else `base` says stays.
+    What else the run's layout says stays.
     """
+    layers = config.model.text.num_hidden_layers
     share = -(-layers // pp)
+    base = replace(
+        config.parallel,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        num_layers_in_last_pipeline_stage=None,
+        pipeline_model_parallel_layout=None,
+    )
     for sequence_parallel in (False, True) if tp > 1 else (False,):
         for chunks in range(1, share + 1) if pp > 1 else (1,):
-            for first in (None, *range(chunks, share, chunks)) if pp > 1 else (None,):
-                yield replace(
-                    base,
-                    tensor_model_parallel_size=tp,
-                    sequence_parallel=sequence_parallel,
-                    pipeline_model_parallel_size=pp,
-                    virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-                    num_layers_in_first_pipeline_stage=first,
-                )
+            stages = replace(
+                base,
+                sequence_parallel=sequence_parallel,
+                virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+                num_layers_in_first_pipeline_stage=None,
+            )
+            yield stages
+            if pp == 1:
+                continue
+            for first in range(chunks, share, chunks):
+                yield replace(stages, num_layers_in_first_pipeline_stage=first)
+            if chunks in _BALANCED_CHUNKS and pp * chunks - 2 <= layers:
+                yield replace(stages, pipeline_model_parallel_layout=_letters(config.model, stages))

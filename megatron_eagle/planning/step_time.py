@@ -6,8 +6,9 @@ attention is over context parallel ranks, and which keys travel, is counted (`co
 """
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
 
 from eagle_kernels.linear_cross_entropy import CHUNK
 from megatron_eagle.model.flops import StepFlops, exchange_costs, pair_costs, training_flops
@@ -32,6 +33,16 @@ ACTIVATION_PASSES = 5
 
 
 @dataclass(frozen=True)
+class StageTime:
+    """Seconds of a pipeline stage for one microbatch."""
+
+    layers: int  # of the language model
+    total: float
+    encoder: float  # of it, on the first stage: encoder, connector and embedding
+    loss: float  # of it, on the last stage
+
+
+@dataclass(frozen=True)
 class StepTime:
     """Seconds of one step by what they are spent on."""
 
@@ -44,6 +55,7 @@ class StepTime:
     data_parallel: float
     pipeline: float  # transfers between stages, and waiting for other stages
     mfu: float | None  # model FLOPs of the step over the bf16 peak of all GPUs; None in fp32
+    _stages: Callable[[], tuple[StageTime, ...]]
 
     @property
     def total(self) -> float:
@@ -52,7 +64,13 @@ class StepTime:
     @property
     def parts(self) -> dict[str, float]:
         """Seconds by name."""
-        return {name: value for name, value in vars(self).items() if name != "mfu"}
+        names = [each.name for each in fields(self) if each.name not in ("mfu", "_stages")]
+        return {name: getattr(self, name) for name in names}
+
+    @cached_property
+    def stages(self) -> tuple[StageTime, ...]:
+        """Of the pipeline, or one."""
+        return self._stages()
 
 
 def step_time(
@@ -74,19 +92,12 @@ def step_time(
         document_bounds: of typical packs; none: one document a pack.
     """
     gpus = parallel.model_parallel_size * data_parallel_size
-    context = context_work(
-        parallel,
-        document_bounds or [[0, workload.sequence_length]],
-        pair_costs(eagle),
-        exchange_costs(eagle, parallel, min(machine.gpus_per_node, gpus)),
-    )
-    average = replace(workload, tiles=round(mean_tiles))
+    packs = mean_tiles, sum_squared_lengths, document_bounds
     shapes = PackShapes(eagle, parallel, workload.sequence_length)
+    microbatch = _microbatch_of(shapes, gpus, workload, *packs, machine)
     stages = range(parallel.pipeline_model_parallel_size)
-    per_stage = [
-        _microbatch(shapes, average, StageShapes.of(shapes, stage), sum_squared_lengths, context, machine)
-        for stage in stages
-    ]
+    own = [StageShapes.of(shapes, stage) for stage in stages]
+    per_stage = [microbatch(stage) for stage in own]
     seconds = [sum(parts.values()) for parts in per_stage]
     slowest = max(stages, key=lambda stage: seconds[stage])
     m = workload.microbatches
@@ -106,7 +117,75 @@ def step_time(
     total = sum(parts.values()) + reduction
     mfu = m * data_parallel_size * model_flops / (gpus * machine.peak * total)
     known = workload.precision == "bf16"
-    return StepTime(**parts, data_parallel=reduction, mfu=mfu if known else None)
+    return StepTime(
+        **parts,
+        data_parallel=reduction,
+        mfu=mfu if known else None,
+        _stages=lambda: tuple(_stage_time(stage, microbatch) for stage in own),
+    )
+
+
+def _stage_time(stage: StageShapes, microbatch: Callable[[StageShapes], dict[str, float]]) -> StageTime:
+    def seconds(stage: StageShapes) -> float:
+        return sum(microbatch(stage).values())
+
+    total = seconds(stage)
+    encoder = total - seconds(replace(stage, first=False)) if stage.first else 0.0
+    loss = total - seconds(replace(stage, last=False)) if stage.last else 0.0
+    return StageTime(stage.layers, total, encoder, loss)
+
+
+def end_costs(
+    eagle: EagleConfig,
+    parallel: ParallelConfig,
+    data_parallel_size: int,
+    workload: Workload,
+    *,
+    mean_tiles: float,
+    sum_squared_lengths: float,
+    machine: Machine,
+    document_bounds: Sequence[Sequence[int]] = (),
+) -> tuple[float, float]:
+    """What the first pipeline stage does beside its language layers, the vision encoder above all, and what
+    the last one does, each in the time of one layer. Arguments as of `step_time`."""
+    gpus = parallel.model_parallel_size * data_parallel_size
+    packs = mean_tiles, sum_squared_lengths, document_bounds
+    shapes = PackShapes(eagle, parallel, workload.sequence_length)
+    microbatch = _microbatch_of(shapes, gpus, workload, *packs, machine)
+
+    def seconds(layers: int, *, first: bool = False, last: bool = False) -> float:
+        chunks = parallel.num_model_chunks
+        return sum(microbatch(StageShapes(layers, chunks, first, last, (layers,))).values())
+
+    between = seconds(1)
+    layer = seconds(2) - between
+    return (seconds(1, first=True) - between) / layer, (seconds(1, last=True) - between) / layer
+
+
+def _microbatch_of(
+    shapes: PackShapes,
+    gpus: int,
+    workload: Workload,
+    mean_tiles: float,
+    sum_squared_lengths: float,
+    document_bounds: Sequence[Sequence[int]],
+    machine: Machine,
+) -> Callable[[StageShapes], dict[str, float]]:
+    """Seconds of one microbatch by the pipeline stage that computes it."""
+    eagle, parallel = shapes.eagle, shapes.parallel
+    context = context_work(
+        parallel,
+        document_bounds or [[0, workload.sequence_length]],
+        pair_costs(eagle),
+        exchange_costs(eagle, parallel, min(machine.gpus_per_node, gpus)),
+    )
+    average = replace(workload, tiles=round(mean_tiles))
+
+    @cache  # most stages are alike
+    def microbatch(stage: StageShapes) -> dict[str, float]:
+        return _microbatch(shapes, average, stage, sum_squared_lengths, context, machine)
+
+    return microbatch
 
 
 def _microbatch(
