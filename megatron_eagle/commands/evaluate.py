@@ -46,6 +46,7 @@ from megatron_eagle.evaluation.runner import (
     run_benchmark,
     tabulate,
     write_scores,
+    write_unscored,
 )
 from megatron_eagle.evaluation.submission import letters, write_submission
 from megatron_eagle.evaluation.summary import comparison, overall, plot_frames, read_result
@@ -90,6 +91,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         command.add_argument("--judge-model", metavar="NAME", help="at that endpoint (default: its first)")
         command.add_argument(
             "--judge-prompt", type=Path, metavar="FILE", help="with {question}, {answer} and {prediction}"
+        )
+        command.add_argument(
+            "--judge-runs",
+            type=int,
+            metavar="N",
+            help="marks of an answer, whose mean counts (default: the authors', 5 for MM-Vet, else 1)",
         )
         add_timeout(command)
         add_option(command)
@@ -162,6 +169,8 @@ def _run(options: argparse.Namespace) -> None:
 def _frames(options: argparse.Namespace) -> None:
     if options.published is None:
         raise UserError("frames: name a benchmark with --published")
+    if BENCHMARKS[options.published].score == "elsewhere":
+        raise UserError(f"{options.published}: scored by its authors' server, there is no curve: use run")
     folders = []
     for frames in sorted(set(options.frames)):
         folders.append(options.output / f"frames-{frames}")
@@ -173,7 +182,7 @@ def _frames(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None) -> None:
     values = {"fps": options.fps, "max-frames": max_frames, "max-new-tokens": options.max_new_tokens}
-    values |= {"max-tiles": options.max_tiles, "limit": options.limit}
+    values |= {"max-tiles": options.max_tiles, "limit": options.limit, "judge-runs": options.judge_runs}
     for name, value in values.items():
         if value is not None and value <= 0:
             raise UserError(f"--{name} must be positive, not {value}")
@@ -199,7 +208,7 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
         digest = hashlib.sha256(options.benchmark.read_bytes()).hexdigest()
         about |= {"benchmark": str(options.benchmark), "sha256": digest}
     sampling = Sampling(options.fps, max_frames, options.max_tiles, options.max_new_tokens)
-    judge, judged_by = _judge(options)
+    judge, judged_by = _judge(options, questions)
     about |= judged_by
     found, questions = questions, questions[: options.limit]  # a run with a higher limit goes on
     progress = partial(tqdm, unit="question")
@@ -207,16 +216,16 @@ def _evaluate(options: argparse.Namespace, output: Path, max_frames: int | None)
     with LocalMedia(output / "media") as local:
         scored = run_benchmark(asked, questions, problems, output, sampling, about, progress, judge, local)
     dropped = [json.loads(line) for line in (output / "dropped.jsonl").open(encoding="utf-8")]
-    if published and not questions[0].scored:
-        _submit(source.tables(*published.files), questions, output)
+    head = {**about, "found": len(found), "limit": options.limit}
+    head |= {"sampling": {"max_frames": max_frames, "fps": options.fps}}
+    if published and published.score == "elsewhere":
+        write_unscored(output, head, _submit(source.tables(*published.files), questions, output))
         _print_dropped(dropped, output)
         return
     if not scored:
         raise UserError(f"{output}: no question was answered; the first problem: {dropped[0]['reason']}")
     rows = tabulate(scored)
     score = overall(published, scored, found) if published else None
-    head = {**about, "found": len(found), "limit": options.limit}
-    head |= {"sampling": {"max_frames": max_frames, "fps": options.fps}}
     readings = count_readings(output)
     head |= {"read": readings} if readings else {}
     write_scores(output, head, rows, score)
@@ -236,26 +245,35 @@ def _print_dropped(dropped: Sequence[Mapping[str, str]], output: Path) -> None:
             print(f"  {kind}: {count:,}, the first: {where}{first['reason']}")
 
 
-def _submit(tables: Sequence[Path], questions: Sequence[Question], output: Path) -> None:
+def _submit(tables: Sequence[Path], questions: Sequence[Question], output: Path) -> int:
+    """Write the file for the authors; returns how many questions have an answer."""
     if len(tables) > 1:
         raise UserError(f"several files of questions, one is submitted: {', '.join(map(str, tables))}")
     path = output / "submission.json"
-    labelled, of = write_submission(tables[0], letters(output, questions), path)
+    chosen = letters(output, questions)
+    labelled, of = write_submission(tables[0], chosen, path)
     print(f"{labelled:,} of {of:,} questions have a letter in {path}; the authors' server scores it")
+    return len(chosen)
 
 
-def _judge(options: argparse.Namespace) -> tuple[Judge | None, dict[str, str]]:
+def _judge(
+    options: argparse.Namespace, questions: Sequence[Question]
+) -> tuple[Judge | None, dict[str, str | int]]:
     """The model that compares free answers, and what a run says of it."""
     if options.judge is None:
-        if options.judge_prompt:
-            raise UserError("--judge-prompt needs --judge, the endpoint of the model that reads it")
+        for name in ("prompt", "runs"):
+            if getattr(options, f"judge_{name}") is not None:
+                raise UserError(f"--judge-{name} needs --judge, the endpoint of the model that compares")
         return None, {}
     model = ServedModel(options.judge, options.judge_model, options.timeout)
-    about = {"judge": options.judge_model or options.judge}
-    if options.judge_prompt is None:
-        return Judge(model), about
-    prompt = _read_prompt(options.judge_prompt)
-    return Judge(model, prompt), about | {"judge prompt": hashlib.sha256(prompt.encode()).hexdigest()}
+    prompt = None if options.judge_prompt is None else _read_prompt(options.judge_prompt)
+    judge = Judge(model, prompt, options.judge_runs)
+    about: dict[str, str | int] = {"judge": options.judge_model or options.judge}
+    if prompt is not None:
+        about["judge prompt"] = hashlib.sha256(prompt.encode()).hexdigest()
+    if (runs := judge.runs_of({question.metric for question in questions})) > 1:
+        about["judge runs"] = runs
+    return judge, about
 
 
 def _read_prompt(path: Path) -> str:

@@ -103,7 +103,7 @@ class Question:
 
     def reading(self, text: str, judge: Judge | None = None) -> str:
         """How an answer is read off a reply where authors leave that to a language model, else nothing."""
-        if self.metric != "mathvista":
+        if self.metric != "mathvista" or self.answer == "":
             return ""
         if mathvista.as_it_is(text, self.answer, self.options) is not None:
             return "as it is"
@@ -133,6 +133,8 @@ def read_benchmark(path: Path) -> tuple[list[Question], list[LedgerEntry]]:
             continue
         try:
             record = _placed(json.loads(line), path.resolve().parent)
+            if isinstance(record, dict) and record.get("metric") == "submission":
+                raise ValueError("the metric submission is that of --published hourvideo-test alone")
             add_question(questions, record, f"{path}, line {number}", number)
         except (ValueError, UserError) as error:
             problems.append(LedgerEntry(str(path), number, str(error), "bad question"))

@@ -13,6 +13,7 @@ from megatron_eagle.evaluation.benchmarks import Question, read_benchmark
 from megatron_eagle.evaluation.provenance import ASKED
 from megatron_eagle.evaluation.published.registry import BENCHMARKS
 from megatron_eagle.evaluation.published.source import Source
+from megatron_eagle.evaluation.summary import Result, result_of
 from megatron_eagle.files import split_lines
 from megatron_eagle.inference.generate import Sampling
 
@@ -40,6 +41,11 @@ class Finished:
     def name(self) -> str:
         """The benchmark."""
         return self.scores.get("published") or Path(self.scores["benchmark"]).stem
+
+    @property
+    def result(self) -> Result | None:
+        """Beside the published score; None for questions of one's own."""
+        return result_of(self.scores) if "published" in self.scores else None
 
     @property
     def dropped_kinds(self) -> list[tuple[str, int, str]]:
@@ -83,7 +89,7 @@ def _read(folder: Path) -> Finished:
         sampling = Sampling(**head["sampling"])
         asked = _lines(folder / ASKED) if (folder / ASKED).exists() else []
         finished = Finished(folder, scores, sampling, answers, _lines(folder / "dropped.jsonl"), asked)
-        known = scores.get("published") in BENCHMARKS or "benchmark" in scores
+        known = "benchmark" in scores or ("published" in scores and bool(result_of(scores)))
         whole = all({"id", "answer", "score"} <= answer.keys() for answer in answers)
         if known and whole and {"rows", "asked", "model"} <= scores.keys():
             return finished

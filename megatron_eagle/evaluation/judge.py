@@ -6,7 +6,7 @@ a file with the authors' own. A score depends on prompt and model: with those of
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,6 +130,7 @@ class Scale:
         whole: marks are integers.
         to_last_period: what follows an answer's last period is not judged.
         seen: if given, 2 is no mark: the judge is asked again with this prompt and the evidence.
+        runs: times that an answer is marked; the mean counts.
     """
 
     prompt: str
@@ -138,14 +139,15 @@ class Scale:
     whole: bool = True
     to_last_period: bool = False
     seen: str = ""
+    runs: int = 1
 
 
 SCALES = {
     "judge": Scale(_GENERAL, 1, 5),
     # facebookresearch/open-eqa: evaluate-predictions.py, prompts/mmbench*.txt (LLM-Match in the paper)
     "judge-openeqa": Scale(_OPENEQA, 1, 5, to_last_period=True),
-    # yuweihao/MM-Vet: mm-vet_evaluator.py (the authors take the mean of five runs)
-    "judge-mm-vet": Scale(_MM_VET, 0, 1, whole=False),
+    # yuweihao/MM-Vet: mm-vet_evaluator.py (num_run is 5 in the paper)
+    "judge-mm-vet": Scale(_MM_VET, 0, 1, whole=False, runs=5),
     # open-compass/VLMEvalKit: vlmeval/dataset/utils/mmbench_video.py
     "judge-mmb-video": Scale(_MMB_VIDEO, 0, 3),
     # CG-Bench/CG-Bench: run/utils.py, eval_open_step_1 and eval_open_step_2
@@ -159,10 +161,17 @@ class Judge:
 
     Attributes:
         prompt: in place of those of `SCALES` and of MathVista's extraction.
+        runs: times that an answer is marked, in place of those of `SCALES`.
     """
 
     model: Answers
     prompt: str | None = None
+    runs: int | None = None
+
+    def runs_of(self, metrics: Iterable[str]) -> int:
+        """How often it marks answers of these metrics, at most."""
+        scales = [SCALES[metric].runs for metric in metrics if metric in SCALES]
+        return self.runs or max(scales, default=1)
 
     def mark(
         self,
@@ -172,7 +181,7 @@ class Judge:
         answer: str,
         evidence: Sequence[str | dict[str, Any]] = (),
     ) -> float:
-        """The mark of an answer on the metric's scale, as 0 to 1; an empty answer is not asked about.
+        """The mean mark of an answer on the metric's scale, as 0 to 1; an empty answer is not asked about.
 
         Args:
             evidence: videos that show the answer, for a judge that has to see it.
@@ -194,12 +203,17 @@ class Judge:
             "extra_answers": "; ".join(accepted[1:]),
             "prediction": answer,
         }
+        asked, shown = (
+            Request(_filled(prompt, words)),
+            Request(_filled(scale.seen, words), videos=tuple(evidence)),
+        )
+        marks = [self._mark(asked, shown, scale) for _ in range(self.runs_of([metric]))]
+        return (sum(marks) / len(marks) - scale.low) / (scale.high - scale.low)
+
+    def _mark(self, asked: Request, shown: Request, scale: Scale) -> float:
         high = 2 if scale.seen else scale.high
-        mark = self._marked(Request(_filled(prompt, words)), scale, high)
-        if scale.seen and mark == high:
-            shown = Request(_filled(scale.seen, words), videos=tuple(evidence))
-            mark = self._marked(shown, scale, scale.high)
-        return (mark - scale.low) / (scale.high - scale.low)
+        mark = self._marked(asked, scale, high)
+        return self._marked(shown, scale, scale.high) if scale.seen and mark == high else mark
 
     def _marked(self, request: Request, scale: Scale, high: float) -> float:
         kind = "whole number" if scale.whole else "number"

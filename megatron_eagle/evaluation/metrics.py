@@ -21,7 +21,8 @@ _INTERVAL = re.compile(
 def extract_choice(text: str, options: Sequence[str]) -> str | None:
     """The letter that an answer chooses among options A, B, ...; None if it chooses none or several.
 
-    Looked for in this order: the answer is one letter, in either case; says "answer is B"; begins with one
+    Looked for in this order: the answer is one letter, in either case; says "answer is B" or, at the end of a
+    line, "Answer: b"; begins with one
     as in `B. text` or `(B) text`; holds exactly one letter in brackets, or one bare letter that is no word;
     is or holds the text of exactly one option.
 
@@ -36,6 +37,7 @@ def extract_choice(text: str, options: Sequence[str]) -> str | None:
             rf"(?i:answer|option|choice)(?:\s+(?i:is|would be))?\s*:?\s*\**\(?([{letters}])\b(?!['’])", text
         )
     )
+    said |= {letter.upper() for letter in _small_letters(text, letters)}
     if whole or len(said) == 1:
         return whole[1] if whole else said.pop()
     bracketed = set(re.findall(rf"\(([{letters}])\)", text))
@@ -54,6 +56,20 @@ def extract_choice(text: str, options: Sequence[str]) -> str | None:
         return same[0]
     inside = [letter for letter, option in held if option and f" {option} " in f" {plain} "]
     return inside[0] if len(inside) == 1 else None
+
+
+def _small_letters(text: str, letters: str) -> list[str]:
+    """Lower-case letters that are said to be the answer, where they cannot be the words "a" and "i"."""
+    small = letters.lower()
+    no_words = "".join(set(small) - {"a", "i"})
+    said = r"\b(?i:answer|option|choice)(?i:\s+is|\s+would\s+be)?"
+    last = r"\)?\**[.,:]?[ \t]*$"
+    forms = (
+        rf"{said}\s*\**:?\s*\**\(([{small}])\)",
+        rf"{said}\s*\**:\s*\**([{small}]){last}",
+        rf"{said}\s+\**([{no_words}]){last}",
+    )
+    return [letter for form in forms for letter in re.findall(form, text, re.MULTILINE)]
 
 
 def choice_accuracy(text: str, options: Sequence[str], answer: str) -> float:

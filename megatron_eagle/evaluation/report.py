@@ -18,7 +18,7 @@ from megatron_eagle.evaluation.finished import Finished, worst
 from megatron_eagle.evaluation.metrics import LETTERS
 from megatron_eagle.evaluation.published.held import LocalMedia
 from megatron_eagle.evaluation.shown_media import media_figures
-from megatron_eagle.evaluation.summary import comparison_rows, plot_frames, read_result, remarks
+from megatron_eagle.evaluation.summary import comparison_rows, plot_frames, remarks
 from megatron_eagle.files import write_whole
 from megatron_eagle.inference.generate import Sampling
 
@@ -74,13 +74,12 @@ def render_evaluations(runs: Sequence[Finished]) -> str:
 
 def _overview(runs: Sequence[Finished]) -> str:
     """Published benchmarks beside their published scores; of others, the questions and their mean."""
-    published = [run for run in runs if "published" in run.scores]
-    own = [run for run in runs if "published" not in run.scores]
+    results = [run.result for run in runs if run.result is not None]
+    own = [run for run in runs if run.result is None]
     parts = []
-    if published:
-        results = [read_result(run.folder) for run in published]
+    if results:
         head, *rows = comparison_rows(results)
-        frames = [_frames(run) for run in published]
+        frames = [_frames(run) for run in runs if run.result is not None]
         cells = [[name, shown, *numbers] for (name, *numbers), shown in zip(rows, frames, strict=True)]
         parts.append("<h2>Beside Eagle 2.5 8B as published</h2>")
         parts.append(_table([head[0], "frames at most", *head[1:]], cells))
@@ -109,7 +108,7 @@ def _summed(run: Finished) -> list[str]:
 def _curve(runs: Sequence[Finished]) -> str:
     """Of benchmarks that were run with several numbers of frames."""
     limited = [run for run in runs if run.sampling.max_frames is not None]
-    results = [read_result(run.folder) for run in limited if "published" in run.scores]
+    results = [run.result for run in limited if run.result is not None]
     several = [r for r in results if len({o.frames for o in results if o.benchmark == r.benchmark}) > 1]
     if not several:
         return ""
@@ -120,8 +119,15 @@ def _curve(runs: Sequence[Finished]) -> str:
 
 
 def _section(run: Finished, *, with_answers: bool) -> str:
-    title = f"{escape(run.name)}, {escape(_frames(run))} frames at most"
-    return f"<h2>{title}</h2>{_bars(run)}{_dropped(run)}{_worst_answers(run) if with_answers else ''}"
+    limited = run.sampling.max_frames is not None
+    title = escape(run.name) + (f", {_frames(run)} frames at most" if limited else "")
+    parts = [f"<h2>{title}</h2>", _bars(run) if run.scores["rows"] else _unscored(run), _dropped(run)]
+    return "".join([*parts, _worst_answers(run) if with_answers and run.scores["rows"] else ""])
+
+
+def _unscored(run: Finished) -> str:
+    said = f"{len(run.answers):,} answers are not scored here"
+    return f"<p>{said}: submission.json in its folder is for the authors' server.</p>"
 
 
 def _bars(run: Finished) -> str:
@@ -163,6 +169,7 @@ def _answer(question: Question, answer: dict[str, Any], sampling: Sampling, loca
         f"<br>{letter}. {escape(option)}" for letter, option in zip(LETTERS, question.options, strict=False)
     )
     right = question.answer if isinstance(question.answer, str) else ", ".join(map(str, question.answer))
+    right = right or "none: its table has no right answer"
     return (
         f'<div class="question"><p class="note">{escape(question.id)}, {escape(question.category)}, '
         f"{100 * answer['score']:.0f} of 100 by {escape(question.metric)}</p>"

@@ -124,8 +124,16 @@ def render_readings(readings: dict[str, int]) -> str:
 def write_scores(folder: Path, head: dict[str, Any], rows: Sequence[ScoreRow], overall: float | None) -> None:
     """`scores.json`: the table, and the one number of a published benchmark."""
     asked = {row.metric: row.n for row in rows}  # the last row of a metric is that over all categories
-    text = json.dumps({**head, "asked": asked, "overall": overall, "rows": list(map(asdict, rows))}, indent=1)
-    write_whole(folder / "scores.json", text)
+    _write(folder, {**head, "asked": asked, "overall": overall, "rows": list(map(asdict, rows))})
+
+
+def write_unscored(folder: Path, head: dict[str, Any], asked: int) -> None:
+    """`scores.json` of as many answers that are scored elsewhere."""
+    _write(folder, {**head, "asked": {"submission": asked}, "overall": None, "rows": []})
+
+
+def _write(folder: Path, scores: dict[str, Any]) -> None:
+    write_whole(folder / "scores.json", json.dumps(scores, indent=1))
 
 
 def tabulate(scored: Sequence[tuple[Question, float]]) -> list[ScoreRow]:

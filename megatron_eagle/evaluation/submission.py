@@ -13,17 +13,16 @@ from megatron_eagle.evaluation.metrics import extract_choice
 from megatron_eagle.files import write_whole
 
 
-def letters(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
-    """The letter of each answer in a folder of results that names one, by the question's id."""
+def letters(folder: Path, questions: Sequence[Question]) -> dict[str, str | None]:
+    """The letter of each answer in a folder of results, by the question's id; None where it names none."""
     options = {question.id: question.options for question in questions}
     with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
         next(lines)  # says what was evaluated
         answers = {record["id"]: record["answer"] for record in map(json.loads, lines)}
-    found = {name: extract_choice(text, options[name]) for name, text in answers.items() if name in options}
-    return {name: letter for name, letter in found.items() if letter is not None}
+    return {name: extract_choice(text, options[name]) for name, text in answers.items() if name in options}
 
 
-def write_submission(table: Path, chosen: Mapping[str, str], path: Path) -> tuple[int, int]:
+def write_submission(table: Path, chosen: Mapping[str, str | None], path: Path) -> tuple[int, int]:
     """Write the authors' questions by video, each that has a letter with it as its label.
 
     Returns:
@@ -35,7 +34,7 @@ def write_submission(table: Path, chosen: Mapping[str, str], path: Path) -> tupl
     try:
         videos = json.loads(table.read_text(encoding="utf-8"))
         rows = [row for video in videos.values() for row in video["benchmark_dataset"]]
-        labelled = [row for row in rows if row["qid"] in chosen]
+        labelled = [row for row in rows if chosen.get(row["qid"]) is not None]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{table}: no questions by video as in HourVideo's file: {error!r}") from None
     for row in labelled:

@@ -2,10 +2,10 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation.benchmarks import Question
@@ -62,7 +62,8 @@ class Result:
     """What `scores.json` of an evaluation says of a published benchmark.
 
     Attributes:
-        score: None where the benchmark counts groups of questions and none was asked whole.
+        score: None where the benchmark counts groups of questions and none was asked whole, and where its
+            answers are not known here.
         asked: questions that have an answer.
         limited: questions were left out with `--limit`.
     """
@@ -117,17 +118,25 @@ def read_result(folder: Path) -> Result:
         UserError: the folder holds none that is finished.
     """
     try:
-        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-        name, asked = scores["published"], sum(scores["asked"].values())
-        limit, frames = scores["limit"], scores["sampling"]["max_frames"]
-        # Of a result that does not say how many could be asked, a limit may have left out any.
-        limited = limit is not None and asked < scores.get("found", asked + 1)
-        FACTS[name]
-        return Result(name, scores["overall"], asked, frames, limited)
-    except (OSError, ValueError, KeyError, TypeError):
+        return result_of(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{folder}: no scores of a published benchmark (`megatron-eagle evaluate run --published`)"
         ) from None
+
+
+def result_of(scores: Mapping[str, Any]) -> Result:
+    """What `scores.json` of a published benchmark says.
+
+    Raises:
+        KeyError, TypeError, AttributeError: it is not as `write_scores` writes it.
+    """
+    name, asked = scores["published"], sum(scores["asked"].values())
+    limit, frames = scores["limit"], scores["sampling"]["max_frames"]
+    # Of a result that does not say how many could be asked, a limit may have left out any.
+    limited = limit is not None and asked < scores.get("found", asked + 1)
+    FACTS[name]
+    return Result(name, scores["overall"], asked, frames, limited)
 
 
 def comparison_rows(results: Sequence[Result]) -> list[list[str]]:

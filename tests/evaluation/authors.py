@@ -186,6 +186,7 @@ def _subtitles(draw: random.Random, duration: float, shift: float) -> list[dict[
     return entries
 
 
+NEEDED = {"MathVista": "results", "MMMU": "mmmu/example_outputs"}  # answers of models, which clones may lack
 CHECKS: dict[str, Callable[[Path], Iterator[Beside]]] = {
     "MathVista": check_mathvista,
     "MMMU": check_mmmu,
@@ -213,7 +214,7 @@ def table(folder: Path) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, check in CHECKS.items():
-        if (folder / name).is_dir():
+        if (folder / name / NEEDED.get(name, "")).is_dir():
             for row in check(folder / name):
                 scores = " | ".join(f"{100 * score / row.n:.1f}" for score in (row.theirs, row.ours))
                 lines.append(f"| {row.benchmark} | {row.answers} | {row.n:,} | {scores} | {row.differ} |")

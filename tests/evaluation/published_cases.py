@@ -156,15 +156,18 @@ CASES = {
                     {"qid": "q1", "task": "summarization", "question": "Q"}
                     | {f"answer_{i}": f"a{i}" for i in range(1, 6)}
                     | {"correct_answer_label": "D"},
-                    {"qid": "q2", "task": "navigation", "question": "Q"}
-                    | {f"answer_{i}": f"{i}.png" for i in range(1, 6)}
+                    {"qid": "q2", "task": "navigation/room_to_room_image", "question": "Q"}
+                    | {f"answer_{i}": f"images/{i}.png" for i in range(1, 6)}
                     | {"correct_answer_label": "D"},
+                    {"qid": "q3", "task": "reasoning/predictive", "question": "Q"}
+                    | {f"answer_{i}": f"a{i}" for i in range(1, 6)}
+                    | {"correct_answer_label": "A", "relevant_timestamps": "00:20:05 - 00:21:00"},
                 ]
             }
         },
-        {"videos/uid.mp4": b""},
-        ["D"],
-        100,
+        {"videos/uid.mp4": b""} | {f"images/{i}.png": PNG for i in range(1, 6)},
+        ["D", "(D)", "B"],
+        200 / 3,
     ),
     "charades-sta": (
         "charades_sta_test.txt",

@@ -36,7 +36,7 @@ class _Says:
     ],
 )
 def test_marks(metric, reply, score):
-    assert Judge(_Says(reply)).mark(metric, "Q", ["a"], "b") == pytest.approx(score)
+    assert Judge(_Says(reply), runs=1).mark(metric, "Q", ["a"], "b") == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -53,14 +53,14 @@ def test_what_is_no_mark(metric, reply, wanted):
     with pytest.raises(UnusableJudge, match=f"with {wanted}, but"):
         Judge(_Says(*[reply] * 3)).mark(metric, "Q", ["a"], "b")
     model = _Says(reply, "1")
-    assert Judge(model).mark(metric, "Q", ["a"], "b") in (0, 1 / 3, 1)
+    assert Judge(model, runs=1).mark(metric, "Q", ["a"], "b") in (0, 1 / 3, 1)
     assert model.asked[1] == f"{model.asked[0]}\n\nReply with {wanted} alone."
 
 
 @pytest.mark.parametrize("metric", SCALES)
 def test_all_that_is_known_is_asked(metric):
     model = _Says("1")
-    Judge(model).mark(metric, "Who {prediction}?", ["ann<AND>bob", "eve"], "ann. Also")
+    Judge(model, runs=1).mark(metric, "Who {prediction}?", ["ann<AND>bob", "eve"], "ann. Also")
     asked = model.asked[0]
     assert "Who {prediction}?" in asked and "ann <AND> bob" in asked and "eve" in asked
     assert ("Also" in asked) == (metric != "judge-openeqa")  # OpenEQA cuts after the last period
@@ -82,6 +82,20 @@ def test_a_judge_sees_what_it_cannot_tell():
         question_from(record, "x", 1)
     question = question_from(record | {"evidence": parts}, "x", 1)
     assert question.request.videos == () and question.score("ivory", Judge(_Says("2", "1"))) == 1
+
+
+def test_mm_vet_is_marked_five_times():
+    """As its authors do; the mean counts. Whoever wants another number says so."""
+    model = _Says("0.4", "0.6", "0.5", "x", "0.5", "1")
+    assert Judge(model).mark("judge-mm-vet", "Q", ["a"], "b") == pytest.approx(0.6)
+    assert model.replies == [] and len(set(model.asked)) == 2  # one reply was no mark
+    assert Judge(_Says("0.4"), runs=1).mark("judge-mm-vet", "Q", ["a"], "b") == pytest.approx(0.4)
+    assert Judge(_Says("1", "5"), runs=2).mark("judge", "Q", ["a"], "b") == pytest.approx(0.5)
+    parts = [{"video": "v.mp4"}]
+    seen = _Says("2", "0", "1")
+    assert Judge(seen, runs=2).mark("judge-cg-bench", "Q", ["a"], "b", parts) == 0.5
+    assert Judge(_Says("1")).runs_of({"judge", "choice"}) == 1
+    assert Judge(_Says("1")).runs_of({"judge-mm-vet"}) == 5 and Judge(_Says("1"), runs=2).runs_of(set()) == 2
 
 
 def test_a_prompt_of_ones_own():

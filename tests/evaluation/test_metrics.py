@@ -21,6 +21,14 @@ OPTIONS = ["A red car", "A blue car", "Two dogs", "None of them"]
         ("The correct option is: **D**", "D"),
         ("I think it must be (B), since the sky is blue", "B"),
         ("It is B", "B"),
+        ("Answer: b", "B"),
+        ("The sky is blue.\nanswer: **b**.\n\nSo it is.", "B"),
+        ("The correct answer is (b) a blue one", "B"),
+        ("I choose option d.", "D"),
+        ("Answer: a", "A"),
+        ("Answer: a blue car", "B"),  # an article
+        ("I cannot say what the answer is, a", None),
+        ("The answer is a", None),  # broken off
         ("A blue car", "B"),  # an article, not the letter A
         ("there are two dogs.", "C"),
         ("A man walks", None),

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.evaluation import finished
 from megatron_eagle.evaluation.finished import read_finished, worst
 from megatron_eagle.evaluation.report import render_evaluations
 from tests.data.helpers import make_image, make_video, write_jsonl
@@ -94,6 +95,29 @@ def test_the_worst_are_of_every_category_in_turn():
     answers = [{"id": str(k), "score": 0.0 if k != 1 else 0.5} for k in range(6)] + [{"id": "?", "score": 0}]
     assert [answer["id"] for _, answer in worst(answers, questions, 4)] == ["0", "4", "2", "5"]
     assert [answer["id"] for _, answer in worst(answers, questions, 10)] == ["0", "4", "2", "5", "3", "1"]
+
+
+def test_a_run_without_a_limit_of_frames_is_named_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    line = {"question": "Which?", "metric": "exact", "answer": "x"}
+    path = write_jsonl(tmp_path / "own.jsonl", [line])
+    with serving(lambda _: "x") as server:
+        asked = ["run", "--endpoint", server.url, "--model", "m", "--benchmark", path, "--output", tmp_path]
+        assert call_tool("evaluate", *asked).returncode == 0
+        assert call_tool("evaluate", *asked[:-1], tmp_path / "p", "--max-frames", 16).returncode == 0
+    read = []
+    monkeypatch.setattr(finished.Path, "read_text", _noted(finished.Path.read_text, read))
+    page = render_evaluations([*read_finished(tmp_path), *read_finished(tmp_path / "p")])
+    assert "<h2>own</h2>" in page and "<h2>own, 16 frames at most</h2>" in page
+    assert sorted(path.name for path in read).count("scores.json") == 2
+
+
+def _noted(read_text, names):
+    def noting(self, *arguments, **options):
+        names.append(self)
+        return read_text(self, *arguments, **options)
+
+    return noting
 
 
 def test_no_evaluation(tmp_path):

@@ -1,5 +1,6 @@
 """What is asked is what the authors ask: inputs, times, boxes, subtitles, options and folders."""
 
+import copy
 import json
 import os
 
@@ -13,7 +14,7 @@ from megatron_eagle.hf_model.media_files import load_video
 from megatron_eagle.hf_model.subtitles import between_frames, read_subtitles
 from megatron_eagle.inference.generate import Sampling, video_item
 from tests.data.helpers import make_video
-from tests.evaluation.published_cases import write
+from tests.evaluation.published_cases import CASES, write
 
 
 def read(folder, name, **sampling):
@@ -160,6 +161,22 @@ def test_longvideobench_moves_its_subtitles_to_the_video_s_clock(tmp_path):
     write(tmp_path, "subtitles/x_en.json", [{"line": "no time"}])
     questions, (problem,) = read(tmp_path, "longvideobench")
     assert questions == [] and "x_en.json holds no subtitles" in problem.reason
+
+
+def test_hourvideo_shows_pictures_as_options_and_no_future(tmp_path):
+    file, content, others, *_ = copy.deepcopy(CASES["hourvideo"])
+    for name, data in {file: content, **others}.items():
+        write(tmp_path, name, data)
+    questions, problems = read(tmp_path, "hourvideo")
+    plain, pictures, predictive = questions
+    assert problems == [] and "end_time" not in plain.request.videos[0] and not plain.request.images
+    assert pictures.request.images == tuple(str(tmp_path / f"images/{i}.png") for i in range(1, 6))
+    assert "\nB. <image-2>\n" in pictures.request.prompt and pictures.score("(D)") == 1
+    assert predictive.request.videos[0]["end_time"] == 20 * 60 + 5
+    del content["uid"]["benchmark_dataset"][2]["relevant_timestamps"]
+    write(tmp_path, file, content)
+    questions, (problem,) = read(tmp_path, "hourvideo")
+    assert len(questions) == 2 and problem.reason == "no relevant_timestamps"
 
 
 LETTER = "Please answer directly with only the letter of the correct option and nothing else."

@@ -7,9 +7,17 @@ import pytest
 from megatron_eagle.convert.from_hf import import_hf
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.errors import UserError
-from megatron_eagle.evaluation.benchmarks import read_benchmark
+from megatron_eagle.evaluation.benchmarks import _INSTRUCTION, read_benchmark
+from megatron_eagle.evaluation.finished import read_finished
 from megatron_eagle.evaluation.judge import Judge, UnusableJudge
-from megatron_eagle.evaluation.runner import count_readings, render_scores, run_benchmark, tabulate
+from megatron_eagle.evaluation.report import render_evaluations
+from megatron_eagle.evaluation.runner import (
+    count_readings,
+    render_scores,
+    run_benchmark,
+    tabulate,
+    write_scores,
+)
 from megatron_eagle.inference.generate import Sampling
 from tests.convert.hf_folder import write_hf_folder
 from tests.data.helpers import make_image, make_video, write_jsonl
@@ -197,6 +205,28 @@ def test_it_is_said_who_read_an_answer(tmp_path):
 
     assert run("o") == ([1, 1, 0], {"as it is": 2, "by rule": 1})
     assert run("p", Judge(_Says("9"))) == ([1, 0, 0], {"as it is": 2, "by judge": 1})
+
+
+@pytest.mark.parametrize("metric", sorted(_INSTRUCTION.keys() - {"submission"}))
+def test_a_question_without_a_right_answer_is_asked_and_wrong(tmp_path, metric):
+    line = {"id": "1", "question": "Which?", "metric": metric, "unanswerable": True, "evidence": ["v.mp4"]}
+    for options in ([], ["red", "blue"]) if metric == "mathvista" else (["red", "blue"],):
+        path = write_jsonl(tmp_path / "b.jsonl", [line | {"options": options}])
+        questions, problems = read_benchmark(path)
+        folder = tmp_path / f"o{len(options)}"
+        judge = Judge(_Says())
+        scored = run_benchmark(
+            lambda: _Says("red, 1 to 2"), questions, problems, folder, Sampling(), {}, judge=judge
+        )
+        assert [score for _, score in scored] == [0.0] and count_readings(folder) == {}
+        write_scores(folder, {"benchmark": str(path), "model": "m"}, tabulate(scored), None)
+        assert "expected: none" in render_evaluations(read_finished(folder))
+
+
+def test_what_an_authors_server_scores_is_no_question_of_ones_own(tmp_path):
+    line = {"question": "Which?", "metric": "submission", "options": ["red", "blue"]}
+    with pytest.raises(UserError, match="submission.*hourvideo-test"):
+        read_benchmark(write_jsonl(tmp_path / "b.jsonl", [line]))
 
 
 def test_a_published_benchmark_over_several_numbers_of_frames(tmp_path):

@@ -19,9 +19,9 @@ def row(name, options="abcde"):
 
 VIDEOS = {
     "u1": {"video_metadata": {"n": 1}, "benchmark_dataset": [row("q1"), row("q2")]},
-    "u2": {"video_metadata": {"n": 2}, "benchmark_dataset": [row("q3"), row("q4", ["1.png"] * 5)]},
+    "u2": {"video_metadata": {"n": 2}, "benchmark_dataset": [row("q3"), row("q4", "abcd")]},
 }
-REPLIES = {"Q q1": "C", "Q q2": "I cannot tell", "Q q3": "(A) a"}
+REPLIES = {"Q q1": "C", "Q q2": "I cannot tell", "Q q3": "(A) a"}  # q4 cannot be asked
 
 
 class _Model:
@@ -56,14 +56,31 @@ def test_the_authors_file_gets_its_letters(tmp_path, monkeypatch):
     assert done.returncode == 0 and "1 of 4 questions have a letter" in done.stdout, done.stderr
     done = call_tool("evaluate", *run)
     assert "2 of 4 questions have a letter" in done.stdout and model.asked == sorted(REPLIES)
-    assert "1 questions in no score" in done.stdout and "options are pictures" in done.stdout
+    assert "1 questions in no score" in done.stdout and "no answer_5" in done.stdout
     assert "submission " not in done.stdout  # no line of scores
 
     submitted = json.loads((tmp_path / "o" / "submission.json").read_text())
     labels = {one["qid"]: one.pop("predicted_answer_label", None) for one in rows_of(submitted)}
     assert labels == {"q1": "C", "q2": None, "q3": "A", "q4": None}
     assert submitted == VIDEOS
-    assert not (tmp_path / "o" / "scores.json").exists()
+
+    table = call_tool("evaluate", "table", tmp_path / "o")
+    cells = table.stdout.splitlines()[1].split()
+    assert table.returncode == 0 and cells[1:] == ["3", "11,794", "-", "41.80", "-"]
+    assert "3 of 11,794 questions (test): 11,791 are missing" in table.stdout
+    done = call_tool("evaluate", "report", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "3 answers are not scored here" in page and "submission.json" in page
+    assert "The worst answers" not in page and "1 in no score: bad question" in page
+
+
+def test_a_curve_of_what_is_scored_elsewhere_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_model", None)
+    asked = ["--hf", tmp_path, "--published", "hourvideo-test", "--data", tmp_path, "--output", tmp_path]
+    done = call_tool("evaluate", "frames", *asked)
+    assert done.returncode == 2 and "hourvideo-test: scored by its authors' server" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def rows_of(videos):

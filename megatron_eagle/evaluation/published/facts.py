@@ -129,14 +129,13 @@ _FACTS = {
     "cg-bench-long": Facts(_CG, None, _CG_FILES),
     "cg-bench-miou": Facts(_CG, None, _CG_FILES, "a reply without intervals is 0"),
     "cg-bench-open": Facts(_CG, None, _CG_FILES, _JUDGED),
-    "hourvideo": Facts(
-        (
-            Split("dev", 1_182, 50, "keshik6/HourVideo README.md"),
-            Split("test", 11_794, 450, "keshik6/HourVideo README.md, without the dev split"),
-        ),
+    "hourvideo": _one(
         "dev",
+        1_182,
+        50,
+        "keshik6/HourVideo README.md",
         "JSON",
-        "questions whose options are pictures are not asked; the test split is hourvideo-test",
+        "a question at a time; the test split is hourvideo-test",
     ),
     "hourvideo-test": _one(
         "test",
@@ -144,12 +143,17 @@ _FACTS = {
         450,
         "keshik6/HourVideo README.md, without the dev split",
         "JSON",
-        "questions whose options are pictures are not asked; scored by the authors' server",
+        "a question at a time; scored by the authors' server",
     ),
     "charades-sta": _one("test", 3_720, 1_334, "Charades-STA's paper", "text, parquet"),
     "hd-epic": Facts(
         (
-            Split("without action recognition and localization", 6_550, 156, "28 of the 30 tables"),
+            Split(
+                "without fine_grained_action_recognition and fine_grained_action_localization",
+                6_550,
+                156,
+                "the other 28 of hd-epic/hd-epic-annotations vqa-benchmark/",
+            ),
             Split("all", 26_550, 156, "lmms-eval's tasks/hd_epic/README.md; the paper says 26K"),
         ),
         "all",

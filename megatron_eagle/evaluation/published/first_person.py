@@ -12,6 +12,7 @@ from megatron_eagle.evaluation.published.videos import Records, choice
 HD_EPIC = ("recipe", "ingredient", "nutrition", "fine_grained", "3d_perception", "object_motion", "gaze")
 _TIME = re.compile(r"<TIME\s+([\d:.]+)\s+([^>]+?)\s*>")
 _BOX = re.compile(r"<BBOX\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s*>")
+_PREDICTIVE = "reasoning/predictive"  # the task of HourVideo that must not see how it ends
 _PIXELS = 1408  # both sides of HD-EPIC's frames, in which its boxes are written
 
 
@@ -90,17 +91,20 @@ def egoplan(source: Source, table: str, row: dict[str, Any]) -> Records:
 
 
 def hourvideo(source: Source, table: str, row: dict[str, Any]) -> Records:
-    """Annotations by video. Questions whose options are pictures are refused."""
-    options = [row[f"answer_{i}"] for i in range(1, 6)]
-    if any(str(option).endswith((".png", ".jpg")) for option in options):
-        raise ValueError("its options are pictures, which cannot be shown as options")
+    """Annotations by video. Options may be pictures, and a question about
+    what comes next is shown the video up to there, as in the authors' `gemini_utils.py`."""
+    options = [str(row[f"answer_{i}"]) for i in range(1, 6)]
+    shown = all(option.endswith((".png", ".jpg", ".jpeg")) for option in options)
+    images = [source.picture(option) for option in options] if shown else []
+    end = clock_seconds(row["relevant_timestamps"].split("-")[0]) if row["task"] == _PREDICTIVE else None
     yield choice(
         row,
-        source.video(row["video_uid"]),
-        options,
+        source.video(row["video_uid"], end=end),
+        [f"<image-{i}>" for i in range(1, 6)] if shown else options,
         id=row["qid"],
         answer=row.get("correct_answer_label"),
         category=row["task"],
+        images=images,
     )
 
 

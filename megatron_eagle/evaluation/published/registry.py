@@ -31,7 +31,7 @@ class Published:
         lines: a question may be a line of text.
         score: how the questions' scores become one: their `mean`, that of the `categories`' means, that of
             `groups` that are right as a whole, or for `hallusion` the mean of questions, figures and question
-            pairs.
+            pairs; of `elsewhere` the answers are not known here.
         reference: Eagle 2.5 8B's score; None where it has none.
         scale: what it is written in parts of.
     """
@@ -39,7 +39,7 @@ class Published:
     files: tuple[str, ...]
     records: Callable[[Source, str, Any], Iterator[dict[str, Any]]]
     reference: float | None
-    score: Literal["mean", "categories", "groups", "hallusion"] = "mean"
+    score: Literal["mean", "categories", "groups", "hallusion", "elsewhere"] = "mean"
     scale: float = 100
     max_frames: int = 256
     frame_tiles: int | None = None
@@ -119,6 +119,7 @@ BENCHMARKS: dict[str, Published] = {
         ("test*annotations*.json", "*test*.json"),
         first_person.hourvideo_test,
         41.8,
+        "elsewhere",
         items=of_videos("question", "video_uid", "benchmark_dataset"),
     ),
     "charades-sta": Published(
