@@ -6,11 +6,13 @@
 #   history-JOB.jsonl   a line for each start: when, on which nodes, its last checkpoint, how it ended, and why
 #   excluded-JOB        nodes to which the job does not go again, the oldest first
 #   start-JOB           when and where the start under way began
+#   most-JOB            the most nodes that a start has had
 
 outcome=${logs:?}/outcome-$SLURM_JOB_ID
 history=$logs/history-$SLURM_JOB_ID.jsonl
 excluded=$logs/excluded-$SLURM_JOB_ID
 began=$logs/start-$SLURM_JOB_ID
+most=$logs/most-$SLURM_JOB_ID
 srun_said=$logs/srun-$SLURM_JOB_ID # of the processes, where srun has started them
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 unusable=' (down|drain|fail)|\*$' # states of nodes that Slurm does not reach, or gives to nobody any more
@@ -46,12 +48,13 @@ progressed() { [[ $({ echo launched; cat "$outcome" 2>/dev/null || true; } | idl
 begin_history() {
     local down
     if [[ ${SLURM_RESTART_COUNT:-0} -eq 0 ]]; then
-        rm -f "$began" "$excluded" "$history" # of another job of this number
+        rm -f "$began" "$excluded" "$history" "$most" # of another job of this number
         # In a chain of stages: what the one before has handed on.
         [[ -z ${AFTER_JOB:-} ]] || cp "${RANK_LOGS:-$SLURM_SUBMIT_DIR/eagle-$AFTER_JOB-ranks}/excluded-$AFTER_JOB" \
             "$excluded" 2>/dev/null || true
     fi
-    touch "$excluded" "$history"
+    touch "$excluded" "$history" "$most"
+    [[ $SLURM_JOB_NUM_NODES -le $(<"$most") ]] || echo "$SLURM_JOB_NUM_NODES" >"$most"
     if [[ -s $began ]]; then
         down=$(node_states --nodes="$(cut -d' ' -f2 "$began")" | grep -E "$unusable" || true)
         end_history gone "ended by Slurm, or with its node${down:+: Slurm says ${down//$'\n'/, }}"
@@ -134,16 +137,14 @@ blame() {
     why=${why:-${said:-no process has said why}}
 }
 
-# leave_out JOB USABLE NODE...: add them to `excluded`, of which `out` is what is in it then. Where too few others of the
-# usable ones would be left for a job, the oldest come back, and it is said. Of a range of nodes (`--nodes=1-2`) the most
-# count, which Slurm only says of a job that waits: while it runs NumNodes are those that it has.
+# leave_out TAKES USABLE NODE...: add them to `excluded`, of which `out` is what is in it then. Where too few others of
+# the usable ones would be left for a job that takes so many, the oldest come back, and it is said.
 leave_out() {
-    local usable=$2 left back most
-    most=$(job_field NumNodes "$1" | sed 's/.*-//' | numfmt --from=iec) # 1K: 1024
+    local takes=$1 usable=$2 left back
     mapfile -t out < <(cat "$excluded"; printf '%s\n' "${@:3}" | grep . | grep -vxFf "$excluded")
-    while left=$(without "${out[@]}" <<<"$usable" | wc -l) && [[ -n $usable && $left -lt $most ]]; do
+    while left=$(without "${out[@]}" <<<"$usable" | wc -l) && [[ -n $usable && $left -lt $takes ]]; do
         back=$(printf '%s\n' "${out[@]}" | grep -m1 -xFf <(echo "$usable")) || break # they would not help
-        echo "only $left other nodes, and the job takes $most: $back is not left out"
+        echo "only $left other nodes, and the job takes $takes: $back is not left out"
         mapfile -t out < <(printf '%s\n' "${out[@]}" | without "$back")
     done
     printf '%s\n' "${out[@]}" | grep . >"$excluded" || true
@@ -156,7 +157,7 @@ pass_on() {
     usable=$(usable_nodes)
     while read -r job depends command; do
         [[ $depends =~ :$SLURM_JOB_ID([^0-9]|$) && $command == */train.sbatch* ]] || continue
-        leave_out "$job" "$usable"
+        leave_out "$(job_field NumNodes "$job" | sed 's/.*-//' | numfmt --from=iec)" "$usable" # 2-1K: 1024
         [[ -s $excluded ]] || return 0
         theirs=$(job_field ExcNodeList "$job")
         scontrol update JobId="$job" ExcNodeList="${theirs:+$theirs,}$(paste -sd, "$excluded")" &&
@@ -195,7 +196,8 @@ requeue() {
     usable=$(usable_nodes)
     # From here on it waits, and Slurm ends this script within KillWait.
     scontrol requeue "$SLURM_JOB_ID" || give_up "$1" "$2" "$said cannot go back to the queue"
-    leave_out "$SLURM_JOB_ID" "$usable" "${@:3}"
+    # Of a range of nodes (`--nodes=1-2`) the most counts. Slurm says it of jobs that wait, and not before this one is gone.
+    leave_out "$(<"$most")" "$usable" "${@:3}"
     wanted=$(printf '%s\n' "${theirs[@]}" "${out[@]}" | grep . | paste -sd, - || true)
     [[ -z $before$wanted ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$wanted" ||
         echo "Slurm does not let the job leave nodes out"
