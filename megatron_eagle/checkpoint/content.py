@@ -76,8 +76,9 @@ def content_to_load(models: Sequence[torch.nn.Module], optimizer: MegatronOptimi
         content["optimizer"] = optimizer.sharded_state_dict(
             dict(content), is_loading=True, metadata=dict(CONTENT_METADATA)
         )
-        if not content["optimizer"]["param_state"]:
-            del content["optimizer"]["param_state"]  # nothing trains on this rank
+        for part in optimizer_parts(content["optimizer"]):
+            if not part["param_state"]:
+                del part["param_state"]  # nothing of it trains on this rank
     return content
 
 
@@ -98,12 +99,16 @@ def content_to_save(
         if is_main_replica(t.replica_id)
     ]
     if optimizer is not None:
-        (distributed,) = optimizer.chained_optimizers
         # Megatron's name for how the loader is to read the state.
         kind = CONTENT_METADATA["distrib_optim_sharding_type"]
         # Also gives torch's Adam the state that it lacks before its first step.
-        common["optimizer"] = distributed.state_dict() | {"param_state_sharding_type": kind}
-        pieces += _optimizer_pieces(distributed, content)
+        parts = [
+            part.state_dict() | {"param_state_sharding_type": kind} for part in optimizer.chained_optimizers
+        ]
+        # As Megatron's chain reads them: experts, of which other ranks have copies, have their own optimizer.
+        common["optimizer"] = parts[0] if len(parts) == 1 else dict(enumerate(parts))
+        for distributed in optimizer.chained_optimizers:
+            pieces += _optimizer_pieces(distributed, content)
     return [piece for piece in pieces if piece.data.numel()], copy.deepcopy(common)
 
 
@@ -113,9 +118,9 @@ def bytes_to_save(models: Sequence[torch.nn.Module], optimizer: MegatronOptimize
     weights = [t.data.nbytes for t in sharded_tensors(content) if is_main_replica(t.replica_id)]
     # As `_optimizer_pieces`: without what other ranks than those of its data parallelism have of a parameter.
     described = {whole.data: whole for chunk in content.values() for whole in chunk.values()}
-    (distributed,) = optimizer.chained_optimizers
     updated = [
         ranges["param"].size
+        for distributed in optimizer.chained_optimizers
         for bucket in _buckets(distributed)
         for parameter, ranges in bucket["param_map"].items()
         if any(is_main_replica(whole.replica_id[:-1]) for whole in sharded_tensors(described[parameter]))
@@ -229,5 +234,11 @@ def _with_box_shape(whole: ShardedTensor, part: Tensor) -> Tensor:
     return part.detach().reshape((1,) * whole.prepend_axis_num + tuple(part.shape))
 
 
+def optimizer_parts(state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Of an optimizer's plain values or description: the one part, or Megatron's chain of them by number."""
+    return list(state.values()) if 0 in state else [state]
+
+
 def _groups(common: dict[str, Any]) -> list[dict[str, Any]]:
-    return common["optimizer"]["optimizer"]["param_groups"] if "optimizer" in common else []
+    parts = optimizer_parts(common["optimizer"]) if "optimizer" in common else []
+    return [group for part in parts for group in part["optimizer"]["param_groups"]]

@@ -111,10 +111,11 @@ def read_lora_config(root: str | Path) -> LoraConfig | None:
     return None if section is None else from_dict(LoraConfig, section, f"{run_file}: lora")
 
 
-def read_trainable(root: str | Path) -> tuple[str, ...]:
-    """The parts that the run of the latest checkpoint in `root` trains (`optimizer.trainable`)."""
+def read_trainable(root: str | Path) -> tuple[tuple[str, ...], bool]:
+    """The parts that the run of the latest checkpoint in `root` trains (`optimizer.trainable`), and whether
+    it leaves routers out (`optimizer.freeze_router`)."""
     section = load_yaml(checkpoint_folder(root) / "run.yaml").get("optimizer") or {}
-    return tuple(section.get("trainable", PARTS))
+    return tuple(section.get("trainable", PARTS)), bool(section.get("freeze_router", False))
 
 
 def read_train_state(root: str | Path, iteration: int | None = None) -> TrainState:

@@ -22,6 +22,7 @@ from megatron_eagle.context_parallel.attention_backend import AttentionBackend
 from megatron_eagle.context_parallel.exchange_choice import KeyExchange
 from megatron_eagle.context_parallel.gather_kv import GatherKVAttention
 from megatron_eagle.context_parallel.layout import SequenceLayout
+from megatron_eagle.context_parallel.pack_rows import PackRows
 from megatron_eagle.context_parallel.ring import RingAttention
 from megatron_eagle.context_parallel.ring_plan import RingExchange
 from megatron_eagle.context_parallel.ulysses import HeadsToTokens, TokensToHeads
@@ -44,6 +45,7 @@ class PackedSequence(PackedSeqParams):
     exchange: KeyExchange = field(kw_only=True)  # this rank's part, on its device
     rotary_table: tuple[Tensor, Tensor] | None = None  # cosines and sines, set on each pipeline stage
     replay: KeptResults | None = None  # what an offloaded layer keeps of its attention
+    pack_rows: PackRows | None = None  # for the losses of routers; None: they have none
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"

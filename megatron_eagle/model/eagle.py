@@ -154,7 +154,7 @@ def _vision_groups(mesh: Mesh) -> ProcessGroupCollection:
     if mesh.config.vision_sharding != "cp_tp":
         return mesh.groups
     groups = copy.copy(mesh.groups)
-    groups.tp = mesh.groups.ep  # a group of one: there are no experts
+    groups.tp = mesh.alone
     return groups
 
 

@@ -12,6 +12,7 @@ from megatron_eagle.context_parallel.balanced import PairCosts
 from megatron_eagle.context_parallel.exchange_choice import ASSUMED, ExchangeCosts
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.shapes import LocalShapes
+from megatron_eagle.model.text import TextConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 PARTS = ("vision", "connector", "language")
@@ -57,7 +58,7 @@ def training_flops(
     layers, h = text.num_hidden_layers if layers is None else layers, text.hidden_size
     queries = text.num_attention_heads * text.head_dim
     kv = text.num_key_value_heads * text.head_dim
-    layer = h * (queries + 2 * kv) + queries * h + 3 * h * text.intermediate_size
+    layer = h * (queries + 2 * kv) + queries * h + feed_forward_products(text)
     linear = layers * layer + h * text.vocab_size
 
     patches, c = vision.num_patches, vision.hidden_size
@@ -93,6 +94,15 @@ def training_flops(
     )
 
 
+def feed_forward_products(text: TextConfig) -> int:
+    """Weights that a token is multiplied with in a layer's MLP; with experts, the router's and those of the
+    experts that it is sent to."""
+    experts, h = text.experts, text.hidden_size
+    if experts is None:
+        return 3 * h * text.intermediate_size
+    return h * experts.num_experts + experts.num_experts_per_tok * 3 * h * experts.moe_intermediate_size
+
+
 def patch_cost(eagle: EagleConfig) -> float:
     """Forward FLOPs of a patch, encoder and connector, over those of a unit of squared document length."""
     flops = training_flops(eagle, tokens=0, sum_squared_lengths=1, tiles=1, trainable=())
@@ -108,7 +118,7 @@ def pair_costs(eagle: EagleConfig) -> PairCosts:
     text = eagle.text
     h, queries = text.hidden_size, text.num_attention_heads * text.head_dim
     kv = text.num_key_value_heads * text.head_dim
-    weights = h * (queries + 2 * kv) + queries * h + 3 * h * text.intermediate_size
+    weights = h * (queries + 2 * kv) + queries * h + feed_forward_products(text)
 
     def key(link: float) -> int:
         return max(1, round(_key_bytes(text.head_dim) / link / _pair_seconds(queries)))

@@ -5,6 +5,8 @@ import zlib
 import torch
 
 from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.model.experts import is_expert, whole_model_expert
+from megatron_eagle.runtime.parallel import Axis
 
 
 def global_name(name: str, model: EagleModel) -> str:
@@ -18,13 +20,18 @@ def global_name(name: str, model: EagleModel) -> str:
     if not name.startswith(prefix):
         return name
     index, rest = name.removeprefix(prefix).split(".", 1)
-    layer = model.language_model.decoder.layers[int(index)].layer_number - 1
-    return f"{prefix}{layer}.{rest}"
+    layer = model.language_model.decoder.layers[int(index)]
+    return f"{prefix}{layer.layer_number - 1}.{whole_model_expert(rest, layer)}"
 
 
 def is_gated(name: str) -> bool:
     """Whether rows are [gate; up]: each half is split over tensor parallel ranks by itself."""
     return name.startswith("language_model.") and "linear_fc1" in name
+
+
+def divided_over(name: str, model: EagleModel) -> Axis:
+    """The ranks that divide a tensor parallel parameter of this name."""
+    return model.mesh.expt_tp if is_expert(name) else model.mesh.tp
 
 
 def tensor_parallel_shard(full: torch.Tensor, name: str, dim: int, size: int, rank: int) -> torch.Tensor:
@@ -45,11 +52,11 @@ def initialize_parameters(models: list[EagleModel], seed: int) -> None:
                 parameter.fill_(1)
             else:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-                shape = list(parameter.shape)
+                shape, tp = list(parameter.shape), divided_over(name, model)
                 dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
                 if dim is not None:
-                    shape[dim] *= model.mesh.tp.size
+                    shape[dim] *= tp.size
                 full = torch.empty(shape).normal_(0, model.eagle.initializer_range, generator=generator)
                 if dim is not None:
-                    full = tensor_parallel_shard(full, name, dim, model.mesh.tp.size, model.mesh.tp.rank)
+                    full = tensor_parallel_shard(full, name, dim, tp.size, tp.rank)
                 parameter.copy_(full)

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.exchange_choice import KeyExchange, KeyUse, plan_keys
 from megatron_eagle.context_parallel.layout import SequenceLayout
+from megatron_eagle.context_parallel.pack_rows import PackRows, rows_of_packs
 from megatron_eagle.context_parallel.padding import pad_documents
 from megatron_eagle.context_parallel.planning import plan_layout
 from megatron_eagle.context_parallel.vision_sharding import VisionShare, gather_tiles, share_vision
@@ -39,6 +40,7 @@ class InputPlan:
     keys: KeyUse
     exchange: KeyExchange
     vision: "VisionPlan | None"  # None: not the first stage
+    rows: PackRows | None  # None: no loss of routers
 
     @property
     def tiles(self) -> range | None:
@@ -54,6 +56,7 @@ class InputPlan:
             document_bounds=self.document_bounds.to(device, non_blocking=True),
             exchange=self.exchange.each(lambda rows: rows.to(device, non_blocking=True)),
             vision=vision and VisionPlan(vision.share.to(device), vision.rows.to(device, non_blocking=True)),
+            rows=self.rows and self.rows.to(device),
         )
 
     def pin_memory(self) -> "InputPlan":
@@ -65,7 +68,16 @@ class InputPlan:
             document_bounds=self.document_bounds.pin_memory(),
             exchange=self.exchange.each(Tensor.pin_memory),
             vision=vision and VisionPlan(vision.share.pin_memory(), vision.rows.pin_memory()),
+            rows=self.rows and self.rows.pin_memory(),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """What the losses of routers are of: the tokens of packs, and of these a mean."""
+
+    filled: Tensor  # [S] bool: tokens that are no padding
+    step_packs: int  # packs of the global batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +95,7 @@ def plan_input(
     input_ids: Tensor,
     document_bounds: Sequence[int],
     num_tiles: int | None,
+    balance: Balance | None = None,
 ) -> InputPlan:
     """Cut one pack for this rank. No communication.
 
@@ -90,6 +103,7 @@ def plan_input(
         input_ids: [S] int64.
         document_bounds: 0, document ends, S.
         num_tiles: of the pack; None on ranks that do not hold the vision encoder.
+        balance: None: routers, if there are any, have no loss.
     Raises:
         UserError: the image tokens and the tiles of the pack do not match, or the pack does not
             fit the layout (`planning.plan_layout`).
@@ -126,14 +140,22 @@ def plan_input(
         exchange_costs(eagle, mesh.config, mesh.ranks_per_node),
         mesh.config.ring_node_size,
     )
+    token_index = source[layout.token_index(mesh.cp.rank)]
+    routed = None
+    if balance is not None and eagle.text.experts is not None:
+        held = (
+            token_index.view(mesh.tp.size, -1)[mesh.tp.rank] if mesh.config.sequence_parallel else token_index
+        )
+        routed = rows_of_packs(balance.filled, held, mesh.config.packs, balance.step_packs)
     return InputPlan(
-        token_index=source[layout.token_index(mesh.cp.rank)],
+        token_index=token_index,
         document_bounds=torch.tensor(document_bounds, dtype=torch.int32),
         longest_document=max(map(sub, document_bounds[1:], document_bounds)),
         layout=layout,
         keys=keys,
         exchange=exchange,
         vision=vision,
+        rows=routed,
     )
 
 
@@ -175,6 +197,7 @@ def build_input(
             position_ids=local(position_ids),
             layout=plan.layout,
             exchange=plan.exchange,
+            pack_rows=plan.rows,
         ),
         vision=vision,
     )
@@ -190,6 +213,7 @@ def make_input(
     document_bounds: Sequence[int],
     pixel_values: Tensor | None,
     targets: MaybeTargets,
+    balance: Balance | None = None,
 ) -> ModelInput[MaybeTargets]:
     """`plan_input` and `build_input` for a pack whose tiles are all at hand.
 
@@ -205,6 +229,7 @@ def make_input(
         input_ids=input_ids,
         document_bounds=document_bounds,
         num_tiles=None if pixel_values is None else len(pixel_values),
+        balance=balance,
     )
     tiles = None
     if pixel_values is not None:

@@ -48,7 +48,7 @@ class LanguageModel(GPTModel):
         stage = chunk if mesh.config.num_model_chunks > 1 else None
         super().__init__(
             config,
-            language_block(config, classes, stage, mesh, recompute, store),
+            language_block(text, config, classes, stage, mesh, recompute, store),
             vocab_size=text.padded_vocab_size,
             max_sequence_length=text.max_position_embeddings,
             pre_process=mesh.is_first_stage(chunk),

@@ -44,6 +44,8 @@ class LayersConfig:
     `gradient_accumulation_fusion`: Apex' kernel adds the language model's weight gradients to the buffer that
     they accumulate in. `fp8`: Transformer Engine multiplies in 8 bits in the language model's linear layers,
     with scales as `fp8_recipe` says. `cuda_graph_impl` is refused but for none: packs differ.
+    `moe_token_dispatcher_type`: how tokens travel to their experts: all-to-all, or flex, DeepEP's kernels,
+    which need a GPU and that library.
     `attention`: kernels of the language model's core attention (context_parallel/backends.py); auto: the
     first that works here, else the reference, which a GPU takes for short documents only.
     """
@@ -57,6 +59,7 @@ class LayersConfig:
     fp8: Literal["e4m3", "hybrid"] | None = None
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
     cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
     attention: AttentionName = "auto"
 
 
@@ -68,8 +71,6 @@ def check_layers(
     Raises:
         UserError: settings that contradict each other.
     """
-    if eagle.text.experts is not None:
-        raise UserError(f"model.text.model_type {eagle.text.model_type}: experts cannot be trained yet")
     if eagle.text.rope_scaling is not None:
         raise UserError("model.text.rope_scaling: YaRN cannot be trained yet")
     if config.kernels == "triton" and (obstacle := _not_for_triton(eagle, parallel)):
@@ -118,6 +119,7 @@ class LayerClasses:
     fused_loss: FusedLoss | None  # None: logits, then Megatron's cross-entropy
     kernels: Implementation
     attention: AttentionName
+    grouped_experts: bool  # Transformer Engine multiplies with all experts of a rank in one
     options: Mapping[str, Any]  # Megatron's own, of the language model
     reason: str
 
@@ -252,13 +254,16 @@ def choose_layers(config: LayersConfig, eagle: EagleConfig, parallel: ParallelCo
         FusedLoss(kernels, config.loss_into_main_grad) if fused else None,
         kernels,
         config.attention,
-        _choose_options(config, parallel, linear),
+        linear == "transformer_engine",
+        _choose_options(config, eagle, parallel, linear),
         reason,
     )
 
 
-def _choose_options(config: LayersConfig, parallel: ParallelConfig, linear: str) -> dict[str, Any]:
-    """Megatron's options of the language model's linear layers.
+def _choose_options(
+    config: LayersConfig, eagle: EagleConfig, parallel: ParallelConfig, linear: str
+) -> dict[str, Any]:
+    """Megatron's options of the language model's linear layers and experts.
 
     Raises:
         UserError: what one needs is not here.
@@ -273,6 +278,12 @@ def _choose_options(config: LayersConfig, parallel: ParallelConfig, linear: str)
         options["gradient_accumulation_fusion"] = True
     if parallel.tp_comm_overlap and linear == "local":
         raise UserError("parallel.tp_comm_overlap needs Transformer Engine's linear layers; set it to false")
+    if eagle.text.experts is not None:
+        missing = why_not_library("deep_ep")
+        if config.moe_token_dispatcher_type == "flex" and missing:
+            raise UserError(f"layers.moe_token_dispatcher_type flex: {missing}; choose alltoall")
+        options["moe_token_dispatcher_type"] = config.moe_token_dispatcher_type
+        options["moe_grouped_gemm"] = linear == "transformer_engine"
     if config.fp8 is not None:
         missing = why_not_fp8(config.fp8_recipe) if linear != "local" else "it needs Transformer Engine"
         if missing:

@@ -7,6 +7,7 @@ from megatron_eagle.context_parallel.ulysses import divides_heads
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.shapes import LocalShapes
+from megatron_eagle.model.text import ExpertsConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
 
 
@@ -24,11 +25,12 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, length: int) -> N
     divided_by_tp = {
         "query heads of the language model": text.num_attention_heads,
         "KV heads of the language model": text.num_key_value_heads,
-        "feed-forward features of the language model": text.intermediate_size,
         "heads of the vision encoder": vision.num_attention_heads,
         "feed-forward features of the vision encoder": vision.intermediate_size,
         "padded vocabulary rows": text.padded_vocab_size,
     }
+    if text.experts is None:
+        divided_by_tp["feed-forward features of the language model"] = text.intermediate_size
     legal = [n for n in range(1, 65) if not any(size % n for size in divided_by_tp.values())]
     for name, size in divided_by_tp.items():
         if size % tp:
@@ -36,6 +38,7 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, length: int) -> N
                 f"parallel.tensor_model_parallel_size {tp} does not divide the {size} {name}: "
                 f"choose {_choices(legal)}"
             )
+    _check_experts(text.experts, parallel)
     ulysses, shapes = parallel.ulysses_parallel_size, LocalShapes(eagle, parallel)
     heads = shapes.heads, shapes.kv_heads
     if not divides_heads(ulysses, *heads):
@@ -67,6 +70,39 @@ def check_layout(eagle: EagleConfig, parallel: ParallelConfig, length: int) -> N
             f"{_shown_layout(parallel)}"
             f"{f' with sequence parallelism over {tp}' if parallel.sequence_parallel else ''}: "
             f"the nearest is {nearest}"
+        )
+
+
+def _check_experts(experts: ExpertsConfig | None, parallel: ParallelConfig) -> None:
+    size, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
+    if experts is None:
+        for name, given in (
+            ("expert_model_parallel_size", size > 1),
+            ("expert_tensor_parallel_size", parallel.expert_tensor_parallel_size is not None),
+        ):
+            if given:
+                raise UserError(
+                    f"parallel.{name} {getattr(parallel, name)} divides experts, and the model has none: "
+                    "leave it out"
+                )
+        return
+    number, features = experts.num_experts, experts.moe_intermediate_size
+    if number % size:
+        divisors = [n for n in range(1, number + 1) if number % n == 0]
+        nearest = [n for n in divisors if n < size][-1:] + [n for n in divisors if n > size][:1]
+        raise UserError(
+            f"parallel.expert_model_parallel_size {size} does not divide the {number} experts: choose "
+            f"{_choices(nearest)}"
+        )
+    if features % parallel.expert_tensor_size:
+        raise UserError(
+            f"parallel.expert_tensor_parallel_size {parallel.expert_tensor_size} does not divide the "
+            f"{features} feed-forward features of an expert: set it to 1"
+        )
+    if tp > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size {tp} without sequence_parallel would send every token to "
+            f"its experts {tp} times: set sequence_parallel to true"
         )
 
 

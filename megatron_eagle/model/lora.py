@@ -48,12 +48,15 @@ from torch.nn import functional as F
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.model.experts import MixtureOfExperts
 from megatron_eagle.model.initialization import global_name, tensor_parallel_shard
+from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.ranges import Range, Ranged
 
 # Hugging Face's modules of a layer, in the order in which Megatron fuses them.
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+MLP_TARGETS: tuple[Target, ...] = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -195,8 +198,12 @@ def add_lora(models: Iterable[EagleModel], config: LoraConfig, *, seed: int = 0)
     Vision encoder and connector stay as they are. The adapters are fresh (`seed`): B is zero, so that nothing
     changes yet. Weights that are to be loaded or drawn for a model without adapters come before this call, a
     checkpoint with adapters after it.
+
+    Raises:
+        UserError: as `check_targets`.
     """
     for model in models:
+        check_targets(config, model.eagle)
         model.language_model.requires_grad_(False)
         for layer in model.language_model.decoder.layers:
             _adapt(layer, config, model)
@@ -210,6 +217,20 @@ def adapters(model: EagleModel) -> Iterator[tuple[int, Target, Tensor, Tensor]]:
             if isinstance(module, _Adapter):
                 for target in module.targets:
                     yield layer.layer_number - 1, target, module.a(target), module.b(target)
+
+
+def check_targets(config: LoraConfig, eagle: EagleConfig) -> None:
+    """
+    Raises:
+        UserError: adapters on what the language model does not have.
+    """
+    of_mlp = [name for name in config.target_modules if name in MLP_TARGETS]
+    if of_mlp and eagle.text.experts is not None:
+        others = [name for name in TARGETS if name not in MLP_TARGETS]
+        raise UserError(
+            f"lora.target_modules {', '.join(of_mlp)}: the model has experts in place of an MLP, and "
+            f"adapters on experts are not built; choose among {', '.join(others)}"
+        )
 
 
 def check_same_lora(config: LoraConfig | None, saved: LoraConfig | None, where: Any) -> None:
@@ -235,12 +256,14 @@ def _adapt(layer: TransformerLayer, config: LoraConfig, model: EagleModel) -> No
     attention, mlp = layer.self_attention, layer.mlp
     head, groups = attention.hidden_size_per_attention_head, attention.num_query_groups_per_partition
     queries = attention.num_attention_heads_per_partition // groups * head
-    gate = mlp.linear_fc1.weight.shape[0] // 2
     columns: list[tuple[Any, str, Mapping[Target, int], int]] = [
         (attention, "qkv", {"q_proj": queries, "k_proj": head, "v_proj": head}, groups),
-        (mlp, "fc1", {"gate_proj": gate, "up_proj": gate}, 1),
     ]
-    rows: list[tuple[Any, str, Target]] = [(attention, "proj", "o_proj"), (mlp, "fc2", "down_proj")]
+    rows: list[tuple[Any, str, Target]] = [(attention, "proj", "o_proj")]
+    if not isinstance(mlp, MixtureOfExperts):
+        gate = mlp.linear_fc1.weight.shape[0] // 2
+        columns.append((mlp, "fc1", {"gate_proj": gate, "up_proj": gate}, 1))
+        rows.append((mlp, "fc2", "down_proj"))
     beside: list[tuple[Any, str, _Adapter]] = []
     for owner, name, widths, fused_groups in columns:
         if any(target in config.target_modules for target in widths):

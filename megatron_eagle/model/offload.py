@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from eagle_kernels.activation_offload import HostStore, KeptResults, offloaded_layer
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.experts import LanguageLayer
 
 
 def offloaded_specs(
@@ -36,7 +36,7 @@ def offloaded_specs(
     ]
 
 
-class OffloadedTransformerLayer(TransformerLayer):
+class OffloadedTransformerLayer(LanguageLayer):
     """Megatron's layer, run again in backward from tensors that waited on the host."""
 
     def __init__(self, *args: Any, store: HostStore, stays: bool, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class OffloadedTransformerLayer(TransformerLayer):
         self.store, self.stays = store, stays
 
     def forward(
-        self, hidden_states: Tensor, *, packed_seq_params: PackedSequence, **others: Any
+        self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedSequence, **others: Any
     ) -> tuple[Tensor, None]:
         """hidden_states [r, 1, h] -> the same shape, and no context: the model has no cross-attention.
 
@@ -55,7 +55,7 @@ class OffloadedTransformerLayer(TransformerLayer):
         def run(x: Tensor, attention: KeptResults) -> Tensor:
             packed = replace(packed_seq_params, replay=attention)
             forward = super(OffloadedTransformerLayer, self).forward
-            y: Tensor = forward(x, packed_seq_params=packed, **others)[0]
+            y: Tensor = forward(x, *args, packed_seq_params=packed, **others)[0]
             return y
 
         random = (_random_states, _set_random_states)

@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.eagle import EagleModel
+from megatron_eagle.model.experts import routers
 from megatron_eagle.model.flops import PARTS
 
 # Rows of embedding and output layer that the source language model did not have, trained alone while the
@@ -21,7 +22,10 @@ _TOKEN_ROWS = ("language_model.embedding.word_embeddings.weight", "language_mode
 
 
 def check_parts(
-    trainable: Collection[str], multipliers: Mapping[str, float], first_new_token: int | None
+    trainable: Collection[str],
+    multipliers: Mapping[str, float],
+    first_new_token: int | None,
+    freeze_router: bool = False,
 ) -> None:
     """Check the part names of a configuration.
 
@@ -39,6 +43,10 @@ def check_parts(
             raise UserError(f"optimizer.lr_multipliers.{name}: this part is frozen (optimizer.trainable)")
     if NEW_TOKEN_ROWS in trainable and "language" in trainable:
         raise UserError(f"optimizer.trainable: {NEW_TOKEN_ROWS} are part of language: name one of them")
+    if freeze_router and "language" not in trainable:
+        raise UserError(
+            "optimizer.freeze_router: the language model is frozen, its routers too: leave it out"
+        )
     if (NEW_TOKEN_ROWS in trainable) != (first_new_token is not None):
         raise UserError(
             f"optimizer.first_new_token and {NEW_TOKEN_ROWS} in optimizer.trainable go together: it is the "
@@ -54,8 +62,14 @@ def part_of(name: str, parameter: torch.nn.Parameter) -> str:
     return next(part for part, prefix in _PREFIXES.items() if local.startswith(prefix))
 
 
-def freeze(models: Iterable[EagleModel], trainable: Collection[str], first_new_token: int | None) -> None:
-    """Leave gradients to the parts in `trainable`; before the data-parallel wrapper is put on."""
+def freeze(
+    models: Iterable[EagleModel],
+    trainable: Collection[str],
+    first_new_token: int | None,
+    freeze_router: bool = False,
+) -> None:
+    """Leave gradients to the parts in `trainable`, and to the routers of experts among them unless
+    `freeze_router`; before the data-parallel wrapper is put on."""
     for model in models:
         for name, parameter in model.named_parameters():
             if NEW_TOKEN_ROWS in trainable and name in _TOKEN_ROWS:
@@ -63,6 +77,9 @@ def freeze(models: Iterable[EagleModel], trainable: Collection[str], first_new_t
                 parameter.first_trainable_row = min(max(first, 0), parameter.shape[0])
             else:
                 parameter.requires_grad_(part_of(name, parameter) in trainable)
+        if freeze_router:
+            for router in routers(model):
+                router.requires_grad_(False)
 
 
 def mask_old_token_rows(models: Iterable[torch.nn.Module]) -> None:

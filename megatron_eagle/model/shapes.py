@@ -72,8 +72,17 @@ class LocalShapes:
 
     @property
     def f(self) -> int:
-        """Feed-forward features of the language model."""
+        """Feed-forward features of the language model; of each expert, where it has some."""
+        experts = self.eagle.text.experts
+        if experts is not None:
+            return experts.moe_intermediate_size // self.parallel.expert_tensor_size
         return self.eagle.text.intermediate_size // self.tp
+
+    @property
+    def own_experts(self) -> int:
+        """Experts of a layer that a rank holds; 0 where the layer has an MLP."""
+        experts = self.eagle.text.experts
+        return 0 if experts is None else experts.num_experts // self.parallel.expert_model_parallel_size
 
     @property
     def vocabulary(self) -> int:

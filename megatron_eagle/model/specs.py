@@ -25,11 +25,13 @@ from torch.nn import functional as F
 
 from eagle_kernels.activation_offload import HostStore
 from megatron_eagle.context_parallel.backends import choose_attention
+from megatron_eagle.model.experts import LanguageLayer, expert_options, experts_module
 from megatron_eagle.model.layers import LayerClasses, ProductFreeMLP, mlp_module
 from megatron_eagle.model.offload import offloaded_specs
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.rotary import RotaryAttention
 from megatron_eagle.model.shapes import LocalShapes
+from megatron_eagle.model.text import TextConfig
 from megatron_eagle.model.vision_attention import BidirectionalAttention
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig
@@ -110,12 +112,12 @@ def language_config(
     interleaved = parallel.num_model_chunks > 1
     on_gpu = torch.cuda.is_available()
     again = _RECOMPUTE[recompute.language]
+    experts = {} if text.experts is None else expert_options(text.experts, parallel)
     if recompute.recompute_modules:
         again = again | {"recompute_modules": list(recompute.recompute_modules)}
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size,
         num_attention_heads=text.num_attention_heads,
         num_query_groups=text.num_key_value_heads,
         kv_channels=text.head_dim,
@@ -148,6 +150,7 @@ def language_config(
         deallocate_pipeline_outputs=on_gpu,
         tp_comm_overlap=parallel.tp_comm_overlap,
         **again,
+        **{"ffn_hidden_size": text.intermediate_size} | experts,
         **_common(parallel.tensor_model_parallel_size, dtype) | {**options},
     )
 
@@ -185,13 +188,11 @@ def _layer(
     norm: Callable[..., Any] | ModuleSpec,
     core_attention: ModuleSpec | type[MegatronModule],
     mask: AttnMaskType,
-    group: ProcessGroup,
-    mlp: type[MLP] = MLP,
-    activation: ModuleSpec | None = None,
+    mlp: type[MegatronModule],
+    module: type[TransformerLayer] = TransformerLayer,
     head_norm: Callable[..., Any] | ModuleSpec = IdentityOp,
 ) -> ModuleSpec:
     column, row = classes.column_parallel_linear, classes.row_parallel_linear
-    parts = MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask},
@@ -204,19 +205,27 @@ def _layer(
         ),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=module,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp_module(mlp, parts, group),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
+def _mlp(
+    classes: LayerClasses, group: ProcessGroup, kind: type[MLP] = MLP, activation: ModuleSpec | None = None
+) -> type[MLP]:
+    linear_fc1, linear_fc2 = classes.column_parallel_linear, classes.row_parallel_linear
+    return mlp_module(kind, MLPSubmodules(linear_fc1, activation, linear_fc2), group)
+
+
 def language_block(
+    text: TextConfig,
     config: TransformerConfig,
     classes: LayerClasses,
     chunk: int | None,
@@ -231,12 +240,15 @@ def language_block(
     attention = choose_attention(classes.attention, config.params_dtype, config.kv_channels)
     own = {"attention": attention, "ring": mesh.ring, "kernels": classes.kernels}
     core = ModuleSpec(module=RotaryAttention, params=own)
-    mlp = ProductFreeMLP if recompute.swiglu else MLP
+    mlp: type[MegatronModule]
+    if text.experts is None:
+        kind = ProductFreeMLP if recompute.swiglu else MLP
+        mlp = _mlp(classes, mesh.tp.group, kind, classes.swiglu)
+    else:
+        mlp = experts_module(text.experts, classes, mesh)
     norm = classes.rms_norm
     head_norm = norm if config.qk_layernorm else IdentityOp
-    layer = _layer(
-        classes, norm, core, AttnMaskType.causal, mesh.tp.group, mlp, classes.swiglu, head_norm=head_norm
-    )
+    layer = _layer(classes, norm, core, AttnMaskType.causal, mlp, LanguageLayer, head_norm)
     layers = [layer] * get_num_layers_to_build(config, chunk)
     if recompute.language == "offload":
         in_flight = mesh.config.forwards_in_flight(mesh.pp.rank)
@@ -248,5 +260,6 @@ def vision_block(
     config: TransformerConfig, classes: LayerClasses, group: ProcessGroup
 ) -> TransformerBlockSubmodules:
     """All layers of the vision encoder, over its tensor parallel `group`."""
-    layer = _layer(classes, classes.layer_norm, BidirectionalAttention, AttnMaskType.no_mask, group)
+    mlp = _mlp(classes, group)
+    layer = _layer(classes, classes.layer_norm, BidirectionalAttention, AttnMaskType.no_mask, mlp)
     return TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=classes.layer_norm)

@@ -202,6 +202,11 @@ def plan_layouts(
             f"--gpu-memory is {gpu_memory / 1e9:g} GB: must be above the {RESERVED_BYTES / 1e9:g} GB that "
             "the CUDA context, NCCL and the allocator take"
         )
+    if config.model.text.experts is not None:
+        raise UserError(
+            "the planner cannot estimate models with experts yet; `megatron-eagle train check` says whether "
+            "a layout is legal"
+        )
     if packs.tiles * config.model.tokens_per_tile > config.data.length:
         raise UserError(
             f"{packs.tiles} tiles of {config.model.tokens_per_tile} tokens do not fit a pack of "

@@ -119,7 +119,11 @@ def rehearse(
         messages: also match the messages of all ranks, with few layers.
         before: runs in every rank's process first: for tests.
         tell: hears a line for each rank that has ended.
+    Raises:
+        UserError: the model has experts: how many tokens go where is known of real ones alone.
     """
+    if plan.config.model.text.experts is not None:
+        raise UserError("models with experts cannot be rehearsed: a token's way depends on its values")
     grid = plan.grid
 
     def job(config: RunConfig, rank: int, timeline: bool = False) -> Job:

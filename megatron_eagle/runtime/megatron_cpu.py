@@ -8,6 +8,7 @@ exists. Enter it around model construction, training steps and checkpointing.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,38 @@ _CUDA_TYPE_NAMES = {
 
 def _names_cuda(value: object) -> bool:
     return isinstance(value, str | torch.device) and str(value).startswith("cuda")
+
+
+def _gather_parts(
+    equal: Callable[..., Any], parts: list[Tensor], own: Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    """torch's `all_gather`, also of parts of different lengths, as experts exchange them: gloo takes `equal`
+    ones alone."""
+    if len({part.shape for part in parts}) == 1:
+        return equal(parts, own, group, async_op)
+    parts[torch.distributed.get_rank(group)].copy_(own)
+    for place, part in enumerate(parts):
+        torch.distributed.broadcast(part, group=group, group_src=place)
+    return None
+
+
+def _reduce_scatter_parts(
+    equal: Callable[..., Any],
+    own: Tensor,
+    parts: list[Tensor],
+    op: Any = torch.distributed.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    """torch's `reduce_scatter`, as `_gather_parts`."""
+    if len({part.shape for part in parts}) == 1:
+        return equal(own, parts, op, group, async_op)
+    for place, part in enumerate(parts):
+        reduced = part.clone()
+        torch.distributed.reduce(reduced, op=op, group=group, group_dst=place)
+        if place == torch.distributed.get_rank(group):
+            own.copy_(reduced)
+    return None
 
 
 class _CudaToCpu(TorchFunctionMode):
@@ -134,6 +167,7 @@ class _NullStream:
 def _patches() -> list[tuple[object, str, object]]:
     """(object, attribute, replacement) for calls that are not dispatched through torch functions."""
     import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     def current_stream(device: object = None) -> _NullStream:
         return _NullStream()
@@ -160,7 +194,20 @@ def _patches() -> list[tuple[object, str, object]]:
         ),
         (megatron_random, "_CUDA_RNG_STATE_TRACKER", _CpuRngTracker()),
         (megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _to_host),
+        (torch.distributed, "all_gather", partial(_gather_parts, torch.distributed.all_gather)),
+        (
+            torch.distributed,
+            "reduce_scatter",
+            partial(_reduce_scatter_parts, torch.distributed.reduce_scatter),
+        ),
     ]
+
+
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Of how many tokens go where. Megatron leaves a host's tensor as it is also where it asks for numpy, and
+    gloo takes no tensors for sizes."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 @contextlib.contextmanager
@@ -178,6 +225,18 @@ def megatron_on_cpu() -> Iterator[None]:
             setattr(owner, name, replacement)
         stack.enter_context(_CudaToCpu())
         yield
+
+
+def name_missing_router_product() -> None:
+    """Let Megatron's router of experts find that Transformer Engine's product is missing. Safe to call twice.
+
+    Only acts where that is not installed, on a CPU or a GPU: Megatron 0.16.1 asks for a name which it has not
+    imported then (0.19.2 has it as None).
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def use_norm_without_waiting() -> None:

@@ -23,6 +23,7 @@ VisionSharding = Literal["none", "cp", "cp_tp"]
 KeyComm = Literal["auto", "gather", "ranges", "ring"]
 ContextParallelComm = Literal["auto", "gather", "ranges", "ring", "p2p", "all_gather", "a2a", "a2a+p2p"]
 _MOST_RANKS = 1024  # of an axis
+_AXES = ("tp", "pp", "cp", "dp", "dp_cp", "ep", "expt_tp", "expt_dp")  # of `Mesh`, in Megatron's words
 # Megatron's words (cp_comm_type) in this project's. Heads are divided by ulysses_parallel_size, whatever the
 # word.
 _KEY_COMM: dict[ContextParallelComm, KeyComm] = {
@@ -80,6 +81,11 @@ class ParallelConfig(Ranged):
     # Wait for the device after each message between stages, as torch before 1.13 needed it; not with virtual
     # stages.
     batch_p2p_sync: bool = False
+    # Ranks that divide the experts of each layer among them: adjacent ones, of the tensor, context and data
+    # parallel ranks of a pipeline stage.
+    expert_model_parallel_size: Annotated[int, Range(1, 1024)] = 1
+    # Ranks that divide each expert's matrices: 1 or tensor_model_parallel_size; null: that, as Megatron does.
+    expert_tensor_parallel_size: Annotated[int, Range(1, 1024)] | None = None
     # Which ranks divide the vision tiles of a pack (context_parallel/vision_sharding.py).
     vision_sharding: VisionSharding = "cp"
     # Reduce gradients over data parallel ranks, bucket by bucket, during the last backward.
@@ -138,6 +144,12 @@ class ParallelConfig(Ranged):
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that divide each expert's matrices."""
+        given = self.expert_tensor_parallel_size
+        return self.tensor_model_parallel_size if given is None else given
 
     @property
     def hierarchical_context_parallel_sizes(self) -> list[int] | None:
@@ -249,6 +261,7 @@ class ParallelConfig(Ranged):
                 f"{world_size} processes cannot hold {sizes} = {replica}: start a multiple of {replica} "
                 "processes"
             )
+        self._check_experts(world_size)
         replicas = world_size // replica
         if replicas % self.packs:
             legal = [n for n in range(1, replicas + 1) if replicas % n == 0]
@@ -258,6 +271,27 @@ class ParallelConfig(Ranged):
                 f"{world_size} processes with 1: choose {' or '.join(map(str, below[-1:] + above[:1]))}"
             )
         return replicas // self.packs
+
+    def _check_experts(self, world_size: int) -> None:
+        """Whether the ranks of a pipeline stage can be divided anew for the experts."""
+        experts, given = self.expert_model_parallel_size, self.expert_tensor_parallel_size
+        tensor = self.tensor_model_parallel_size
+        if given not in (None, 1, tensor):
+            legal = [str(size) for size in dict.fromkeys((1, tensor))]
+            raise UserError(
+                f"parallel.expert_tensor_parallel_size {given} divides an expert's matrices otherwise than "
+                f"tensor_model_parallel_size {tensor} the others: choose {' or '.join(legal)}"
+            )
+        # Of a stage: `world_size` is a multiple of tensor x pipeline x context, as was looked for.
+        ranks = world_size // self.pipeline_model_parallel_size
+        if ranks % (experts * self.expert_tensor_size):
+            sizes = [n for n in range(1, ranks + 1) if ranks % (n * self.expert_tensor_size) == 0]
+            below, above = ([n for n in sizes if n < experts], [n for n in sizes if n > experts])
+            raise UserError(
+                f"{world_size} processes cannot be divided into expert tensor {self.expert_tensor_size} x "
+                f"expert {experts} x pipeline {self.pipeline_model_parallel_size}: choose "
+                f"parallel.expert_model_parallel_size {' or '.join(map(str, below[-1:] + above[:1]))}"
+            )
 
     def _check_key_comm(self) -> None:
         word, ulysses, size = (
@@ -336,6 +370,10 @@ class Mesh:
     cp: Axis
     dp: Axis
     dp_cp: Axis
+    ep: Axis  # ranks that have other experts
+    expt_tp: Axis  # ranks that have other parts of the same experts
+    expt_dp: Axis  # ranks that have the same parts of the same experts
+    alone: torch.distributed.ProcessGroup  # this rank
     ring: RingGroups
     ranks_per_node: int  # the fewest of any node
 
@@ -382,11 +420,13 @@ def model_parallel(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Mesh
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             context_parallel_size=config.context_parallel_size,
             hierarchical_context_parallel_sizes=config.hierarchical_context_parallel_sizes,
+            expert_model_parallel_size=config.expert_model_parallel_size,
+            expert_tensor_parallel_size=config.expert_tensor_size,
             create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(seed)
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        axes = {name: Axis.of(getattr(groups, name)) for name in ("tp", "pp", "cp", "dp", "dp_cp")}
+        axes = {name: Axis.of(getattr(groups, name)) for name in _AXES}
         ring = RingGroups(None)
         if (
             config.key_comm in ("auto", "ring")
@@ -399,7 +439,15 @@ def model_parallel(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Mesh
                 config.ulysses_parallel_size,
                 config.ring_node_size,
             )
-        yield Mesh(config, groups, **axes, ring=ring, ranks_per_node=_ranks_per_node())
+        yield Mesh(config, groups, **axes, alone=_alone(groups), ring=ring, ranks_per_node=_ranks_per_node())
+
+
+def _alone(groups: ProcessGroupCollection) -> torch.distributed.ProcessGroup:
+    """A group of this rank; those of experts are such groups where nobody divides them."""
+    own: torch.distributed.ProcessGroup = groups.ep
+    if own.size() > 1:
+        own = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    return own
 
 
 def _ranks_per_node() -> int:

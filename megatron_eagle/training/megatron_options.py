@@ -10,12 +10,12 @@ from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.optimizer import OptimizerConfig
 
-# What Megatron can compute again that this model does not have, or not so.
+_NO_EXPERTS = "the model has no experts"
+# What Megatron can compute again that no model here has, or not so.
 _NOT_RECOMPUTED = {
     "layernorm": "Megatron computes norms again only with Transformer Engine's",
-    "moe_act": "the model has no experts",
-    "moe": "the model has no experts",
-    "shared_experts": "the model has no experts",
+    "moe_act": "Megatron computes it again only in Transformer Engine's experts; moe has it",
+    "shared_experts": "the model has no shared experts",
     "mla_up_proj": "the model has no latent attention",
 }
 
@@ -27,18 +27,21 @@ def check_megatron_options(
     optimizer: OptimizerConfig,
     precision: str,
     rows: int,
+    experts: bool,
 ) -> None:
     """
     Args:
         rows: of the hidden states between layers of a rank.
+        experts: whether the language model has them in place of MLPs.
     Raises:
         UserError: an option without what it needs, or beside what it does not go with.
     """
     problem = (
         _of_gathering(parallel, layers)
         or _of_stages(parallel)
-        or _of_recompute(recompute)
+        or _of_recompute(recompute, experts)
         or _of_layers(parallel, recompute, layers, precision, rows)
+        or _of_experts(parallel, layers, optimizer, experts)
         or _of_optimizer(optimizer, precision)
     )
     if problem is not None:
@@ -74,18 +77,25 @@ def _of_stages(parallel: ParallelConfig) -> str | None:
     return None
 
 
-def _of_recompute(recompute: RecomputeConfig) -> str | None:
-    modules = recompute.recompute_modules
+def _of_recompute(recompute: RecomputeConfig, experts: bool) -> str | None:
+    modules, mlp = recompute.recompute_modules, "moe" if experts else "mlp"
+    choose = f"choose core_attn or {mlp}"
+    missing = {"mlp": "the model has experts in place of MLPs"} if experts else {"moe": _NO_EXPERTS}
     if modules and recompute.language != "selective":
         return (
             f"recompute.recompute_modules says what selective computes again, and recompute.language is "
             f"{recompute.language}: set it to selective, or leave the modules out"
         )
     for name in modules:
-        if name in _NOT_RECOMPUTED:
-            return f"recompute.recompute_modules {name}: {_NOT_RECOMPUTED[name]}; choose core_attn or mlp"
-        if name not in ("core_attn", "mlp"):
-            return f"recompute.recompute_modules: there is no {name!r}; choose core_attn or mlp"
+        if why := (_NOT_RECOMPUTED | missing).get(name):
+            return f"recompute.recompute_modules {name}: {why}; {choose}"
+        if name not in ("core_attn", mlp):
+            return f"recompute.recompute_modules: there is no {name!r}; {choose}"
+    if experts and recompute.swiglu:
+        return (
+            "recompute.swiglu is of an MLP, and the model has experts: choose recompute.language selective "
+            "with recompute_modules [moe], or leave it out"
+        )
     if "mlp" in modules and recompute.swiglu:
         return "recompute.swiglu is part of recompute.recompute_modules mlp: leave one out"
     return None
@@ -123,6 +133,26 @@ def _of_layers(
     if parallel.pad_documents or rows % 16:
         number = "numbers that vary with pad_documents" if parallel.pad_documents else f"{rows} of a pack"
         return f"layers.fp8 takes rows in multiples of 16 and a rank has {number}: choose another layout"
+    return None
+
+
+def _of_experts(
+    parallel: ParallelConfig, layers: LayersConfig, optimizer: OptimizerConfig, experts: bool
+) -> str | None:
+    if not experts:
+        if optimizer.freeze_router:
+            return f"optimizer.freeze_router: {_NO_EXPERTS}; leave it out"
+        if layers.moe_token_dispatcher_type != "alltoall":
+            return f"layers.moe_token_dispatcher_type: {_NO_EXPERTS}; leave it out"
+        return None
+    if layers.fp8 is not None:
+        return "layers.fp8: products in 8 bits are not built for experts; leave it out"
+    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    if layers.moe_token_dispatcher_type == "flex" and ranks == 1:
+        return (
+            "layers.moe_token_dispatcher_type flex is for experts that ranks divide, and each rank has them "
+            "all: choose alltoall"
+        )
     return None
 
 

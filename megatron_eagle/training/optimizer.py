@@ -67,6 +67,8 @@ class OptimizerConfig(Ranged):
     # Parts with gradients, of vision, connector, language; new_token_rows in place of language trains the
     # embedding and output rows from first_new_token on.
     trainable: tuple[str, ...] = PARTS
+    # The routers of experts stay as they are, and have no auxiliary loss.
+    freeze_router: bool = False
     # By part: scales its lr and min_lr.
     lr_multipliers: dict[str, Annotated[float, Range(0, 1000)]] = field(default_factory=dict)
     # With new_token_rows: the first trained row of the embedding and of the output layer.
@@ -76,7 +78,7 @@ class OptimizerConfig(Ranged):
         super().__post_init__()
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr is {self.min_lr:g}: must be at most lr {self.lr:g}")
-        check_parts(self.trainable, self.lr_multipliers, self.first_new_token)
+        check_parts(self.trainable, self.lr_multipliers, self.first_new_token, self.freeze_router)
 
     @property
     def needs_fused_adam(self) -> bool:
@@ -126,7 +128,9 @@ def wrap_models(
     groups = None  # all data parallel ranks
     if not across_replicas:
         groups = copy.copy(mesh.groups)
-        groups.dp, groups.dp_cp = mesh.groups.ep, mesh.cp.group  # of one rank: there are no experts
+        groups.dp, groups.dp_cp = mesh.alone, mesh.cp.group
+        # Of a replica, those that have the same experts; `replay` leaves expert parallelism out.
+        groups.expt_dp = mesh.cp.group if mesh.expt_tp.size == mesh.tp.size else mesh.groups.tp_cp
     wrapped = [DistributedDataParallel(model.config, config, model, pg_collection=groups) for model in models]
     schedule = models[0].config  # the one that Megatron's schedules read
     schedule.finalize_model_grads_func = _finalize_model_grads

@@ -37,7 +37,7 @@ from megatron_eagle.data.store.manifest import read_manifest
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.layers import LayersConfig, check_layers
 from megatron_eagle.model.layout_rules import check_layout
-from megatron_eagle.model.lora import LoraConfig, check_same_lora
+from megatron_eagle.model.lora import LoraConfig, check_same_lora, check_targets
 from megatron_eagle.model.presets import EagleConfig, ModelSection, expand_preset
 from megatron_eagle.model.shapes import PackShapes
 from megatron_eagle.model.specs import RecomputeConfig
@@ -134,7 +134,13 @@ class RunFile:
         check_layers(self.layers, self.training.dtype, model, layout)
         rows = PackShapes(model, self.parallel, self.data.length).r
         check_megatron_options(
-            layout, self.recompute, self.layers, self.optimizer, self.training.precision, rows
+            layout,
+            self.recompute,
+            self.layers,
+            self.optimizer,
+            self.training.precision,
+            rows,
+            model.text.experts is not None,
         )
         _check_batch(self.training.global_batch_size, data_parallel_size, layout)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
@@ -143,6 +149,8 @@ class RunFile:
                 f"optimizer.lr_warmup_iterations is {warmup}: must be below training.train_iterations "
                 f"{self.training.train_iterations}"
             )
+        if self.lora is not None:
+            check_targets(self.lora, model)
         if self.lora is not None and "language" not in self.optimizer.trainable:
             raise UserError(
                 "lora trains the language model through its adapters: add language to optimizer.trainable"
@@ -235,7 +243,7 @@ def complete_run_config(
         _check_same_tokenizer(run.data.folder, path)
         trained.append(_check_same_model(model, path))
         check_same_lora(run.lora, read_lora_config(path), path)
-        _check_same_parts(run.optimizer.trainable, path)
+        _check_same_parts(run.optimizer, path)
     elif load is not None:
         if before is None or has_checkpoint(load):
             _check_same_tokenizer(run.data.folder, load)
@@ -358,12 +366,17 @@ def _check_same_model(model: EagleConfig, checkpoint: str) -> int:
     return saved.text.max_position_embeddings
 
 
-def _check_same_parts(trainable: Collection[str], checkpoint: str) -> None:
+def _check_same_parts(optimizer: OptimizerConfig, checkpoint: str) -> None:
     """Refuse to resume with other trained parts, whose optimizer state the checkpoint does not have."""
-    saved = read_trainable(checkpoint)
-    if set(trainable) != set(saved):
+    saved, frozen = read_trainable(checkpoint)
+    if set(optimizer.trainable) != set(saved) or optimizer.freeze_router != frozen:
+
+        def said(parts: Collection[str], freeze_router: bool) -> str:
+            return ", ".join(parts) + (" with freeze_router" if freeze_router else "")
+
+        there, here = said(saved, frozen), said(optimizer.trainable, optimizer.freeze_router)
         raise UserError(
-            f"{checkpoint}: optimizer.trainable is {', '.join(saved)} there and {', '.join(trainable)} here: "
+            f"{checkpoint}: optimizer.trainable is {there} there and {here} here: "
             "a run goes on with the same parts; to train others, start a run in another checkpoint.path with "
             f"checkpoint.load={checkpoint}"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_eagle.data.loading.packs import GlobalBatch, LoadedPack, TokenPack
 from megatron_eagle.hf_model.tiles import normalize
 from megatron_eagle.model.eagle import ModelInput
-from megatron_eagle.model.inputs import InputPlan, build_input, check_labels, plan_input
+from megatron_eagle.model.inputs import Balance, InputPlan, build_input, check_labels, plan_input
 from megatron_eagle.model.language import Targets
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.runtime.parallel import Mesh
@@ -25,19 +25,30 @@ TrainingPack = LoadedPack[InputPlan]
 TrainingBatch = GlobalBatch[InputPlan]
 
 
-def plan_batch(eagle: EagleConfig, mesh: Mesh, pin_memory: bool, pack: TokenPack) -> InputPlan:
+def plan_batch(
+    eagle: EagleConfig, mesh: Mesh, pin_memory: bool, pack: TokenPack, *, step_packs: int | None = None
+) -> InputPlan:
     """This rank's share of a pack, in the loader's thread.
 
+    Args:
+        step_packs: in the global batch, over which the losses of routers are a mean; None: they have none.
     Raises:
         UserError: as `plan_input` and `check_labels`.
     """
     check_labels(eagle, pack.labels, pack.loss_weights)
+    balance = None
+    if step_packs is not None:
+        filled = torch.zeros(len(pack.input_ids), dtype=torch.bool)
+        for sample in pack.samples:
+            filled[sample.start : sample.end] = True
+        balance = Balance(filled, step_packs)
     plan = plan_input(
         eagle,
         mesh,
         input_ids=pack.input_ids,
         document_bounds=pack.document_bounds,
         num_tiles=pack.n_tiles if mesh.pp.rank == 0 else None,
+        balance=balance,
     )
     return plan.pin_memory() if pin_memory else plan
 

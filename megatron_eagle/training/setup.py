@@ -128,7 +128,13 @@ def open_data(
         global_batch_size=batch_size,
         data_parallel_rank=mesh.dp.rank,
         data_parallel_size=mesh.dp.size,
-        plan=partial(plan_batch, config.model, mesh, device.kind == "cuda"),
+        plan=partial(
+            plan_batch,
+            config.model,
+            mesh,
+            device.kind == "cuda",
+            step_packs=config.training.global_batch_size,
+        ),
         patch_cost=patch_cost(config.model),
         device=device.torch_device,
     )

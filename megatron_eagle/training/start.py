@@ -61,7 +61,8 @@ def start_models(
     models = build_model(
         config.model, mesh, device.torch_device, config.training.dtype, config.recompute, config.layers
     )
-    freeze(models, config.optimizer.trainable, config.optimizer.first_new_token)
+    settings = config.optimizer
+    freeze(models, settings.trainable, settings.first_new_token, settings.freeze_router)
     # Saved adapters are read with the weights; new ones go onto finished weights.
     has_adapters = source is not None and read_lora_config(source) is not None
     if config.lora is not None and has_adapters:

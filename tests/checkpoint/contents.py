@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_eagle.checkpoint import CONTENT_METADATA, checkpoint_folder, read_index
-from megatron_eagle.checkpoint.content import model_content, sharded_tensors
+from megatron_eagle.checkpoint.content import model_content, optimizer_parts, sharded_tensors
 
 
 def read_whole(root: str | Path) -> dict[str, torch.Tensor]:
@@ -28,7 +28,8 @@ def read_whole(root: str | Path) -> dict[str, torch.Tensor]:
 def read_step(root: str | Path) -> list[float]:
     """The optimizer's step, as every parameter group has it."""
     common = torch.load(checkpoint_folder(root) / "common.pt", weights_only=True)
-    return [group["step"] for group in common["optimizer"]["optimizer"]["param_groups"]]
+    parts = optimizer_parts(common["optimizer"])
+    return [group["step"] for part in parts for group in part["optimizer"]["param_groups"]]
 
 
 def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
@@ -43,7 +44,7 @@ def different_from_megatron(root: str | Path, models: list, optimizer) -> tuple[
     content = model_content(models)
     state = optimizer.sharded_state_dict(content, is_loading=False, metadata=dict(CONTENT_METADATA))
     stored = read_whole(root)
-    described = list(sharded_tensors([content, state["param_state"]]))
+    described = list(sharded_tensors([content, [part["param_state"] for part in optimizer_parts(state)]]))
     wrong = []
     for tensor in described:
         box = stored[tensor.key][tensor.global_slice()]

@@ -6,6 +6,7 @@ import torch
 from megatron_eagle.checkpoint.content import boxes
 from tests.checkpoint.contents import different, read_step, read_whole
 from tests.checkpoint.steps import steps
+from tests.parallel.cases import EXPERTS, tiny_model
 
 AFTER = 2  # iterations before the change
 UNTIL = AFTER + 21
@@ -17,6 +18,8 @@ PP2 = {"pipeline_model_parallel_size": 2}
 UNEVEN = {**PP2, "num_layers_in_first_pipeline_stage": 1}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
+WHOLE = {"expert_tensor_parallel_size": 1}
 slow = pytest.mark.slow
 
 
@@ -54,6 +57,44 @@ def test_continues_in_another_layout(writer, reader, uninterrupted, tmp_path):
     # Adam divides by the root of tiny second moments and so amplifies rounding.
     assert len(after["losses"]) == 21
     assert after["losses"] == pytest.approx(uninterrupted["losses"][AFTER:], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        pytest.param((1, {}), (2, EP2), id="one-ep2"),
+        pytest.param((2, EP2), (4, EP4), marks=slow, id="ep2-ep4"),
+        pytest.param((4, EP4), (1, {}), marks=slow, id="ep4-one"),
+        pytest.param((4, TP2 | SP | EP2), (4, PP2 | EP2), marks=slow, id="tp2ep2-pp2ep2"),
+        pytest.param((2, TP2 | SP | EP2 | WHOLE), (2, TP2 | SP), marks=slow, id="whole-divided"),
+        pytest.param((4, VPP2 | EP2), (4, CP2 | EP4), marks=slow, id="vpp2ep2-cp2ep4"),
+    ],
+)
+def test_experts_continue_in_another_layout(writer, reader, tmp_path):
+    saved, loaded, eagle = tmp_path / "saved", tmp_path / "loaded", tiny_model(**EXPERTS)
+    straight = steps(1, {}, eagle=eagle, until=AFTER + 3)[0]
+    before = steps(*writer, eagle=eagle, until=AFTER, save=str(saved), against_megatron=True)
+    for described, wrong in (rank["different"] for rank in before):
+        assert described > 200 and not wrong, "not what Megatron would have saved"
+    after = steps(*reader, eagle=eagle, until=AFTER + 3, load=str(saved), save_loaded=str(loaded))[0]
+    whole = read_whole(saved)
+    assert whole["language_model.decoder.layers.mlp.experts.experts.linear_fc1.weight"].shape[:2] == (4, 8)
+    assert different(whole, read_whole(loaded)) == []
+    assert set(read_step(saved)) == set(read_step(loaded)) == {AFTER}
+    assert after["losses"] == pytest.approx(straight["losses"][AFTER:], rel=1e-5)
+    assert after["norms"] == pytest.approx(straight["norms"][AFTER:], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_experts_resume_bit_for_bit(tmp_path):
+    layout, eagle = (4, TP2 | SP | EP2), tiny_model(**EXPERTS)
+    straight = steps(*layout, eagle=eagle, until=AFTER + 2)
+    steps(*layout, eagle=eagle, until=AFTER, save=str(tmp_path))
+    resumed = steps(*layout, eagle=eagle, until=AFTER + 2, load=str(tmp_path))
+    for one, other in zip(straight, resumed, strict=True):
+        assert one["losses"][AFTER:] == other["losses"]
+        for name, parameter in one["parameters"].items():
+            assert torch.equal(parameter, other["parameters"][name]), name
 
 
 def test_a_lost_optimizer_state_would_be_seen(uninterrupted, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_eagle.model.flops import pair_costs, patch_cost, training_flops
 from megatron_eagle.model.presets import preset
+from tests.parallel.cases import EXPERTS, tiny_model
 
 # Parameters of the language layers (without norms and biases) and of the output layer.
 LAYERS = 28 * (3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944)
@@ -21,6 +22,14 @@ def test_one_document_text_only(length, petaflop):
     assert found.language_linear == 6 * length * (LAYERS + HEAD)
     assert found.language_attention == 6 * length**2 * 3584 * 28
     assert found.total / 1e15 == pytest.approx(petaflop, rel=3e-3)
+
+
+def test_experts_count_those_that_a_token_is_sent_to():
+    """The router, and 2 of 8 experts of three matrices; the MLP's own size plays no part."""
+    eagle = tiny_model(**EXPERTS, intermediate_size=99999)
+    found = training_flops(eagle, tokens=64, sum_squared_lengths=0, tiles=0).language_linear
+    layer = 64 * (64 + 2 * 32) + 64 * 64 + 64 * 8 + 2 * 3 * 64 * 48
+    assert found == 6 * 64 * (4 * layer + 64 * 504)
 
 
 def test_short_documents_cost_less_attention():

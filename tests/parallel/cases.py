@@ -13,13 +13,14 @@ import torch
 from megatron_eagle.data.loading.batch import join
 from megatron_eagle.data.loading.packs import TokenPack
 from megatron_eagle.model.eagle import EagleModel, ModelInput, build_model
+from megatron_eagle.model.experts import is_expert
 from megatron_eagle.model.initialization import global_name, initialize_parameters, is_gated
-from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.inputs import Balance, make_input
 from megatron_eagle.model.language import Targets
 from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig, preset
 from megatron_eagle.model.specs import RecomputeConfig
-from megatron_eagle.model.text import TextSection
+from megatron_eagle.model.text import ExpertsConfig, TextSection
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
 from megatron_eagle.training import schedule
 from megatron_eagle.training.optimizer import wrap_models
@@ -79,6 +80,8 @@ class Outcome:
 def tiny_model(**text) -> EagleConfig:
     """Four language layers (for pipelines), eight real rows short of the padded vocabulary."""
     section = preset("tiny")
+    if "experts" in text:
+        text = text | {"experts": ExpertsConfig(**text["experts"])}
     section.text = TextSection(**{"num_attention_heads": 8, "num_key_value_heads": 4} | text)
     return section.with_data(vocab_size=504, image_token_index=IMAGE_TOKEN)
 
@@ -97,6 +100,8 @@ def global_batch(eagle: EagleConfig) -> list[dict]:
             ids[start : start + tiles * eagle.tokens_per_tile] = IMAGE_TOKEN
         labels = torch.cat([ids[1:], ids[:1]])
         weights[labels == IMAGE_TOKEN] = 0
+        # The last document of the last pack is padding to routers.
+        filled = torch.arange(LENGTH) < (bounds[-2] if number == len(PACKS) - 1 else LENGTH)
         size = eagle.vision.image_size
         tiles = sum(count for _, count in images)
         batch.append(
@@ -106,6 +111,7 @@ def global_batch(eagle: EagleConfig) -> list[dict]:
                 "document_bounds": bounds,
                 "labels": labels,
                 "loss_weights": weights / 60,
+                "filled": filled,
                 "pixel_values": torch.rand(tiles, 3, size, size, generator=generator) * 2 - 1,
             }
         )
@@ -134,25 +140,25 @@ def _end_to_end(packs: list[dict]) -> dict:
             for pack in packs
         ]
     )
-    pixels = torch.cat([pack["pixel_values"] for pack in packs])
-    return {name: getattr(whole, name) for name in tensors} | {"pixel_values": pixels}
+    others = {name: torch.cat([pack[name] for pack in packs]) for name in ("pixel_values", "filled")}
+    return {name: getattr(whole, name) for name in tensors} | others
 
 
 def with_targets(pack: dict) -> dict:
     """A pack as `make_input` takes it; all its tokens are in one group."""
     labels, weights = pack["labels"], pack["loss_weights"]
-    others = {name: value for name, value in pack.items() if name not in ("labels", "loss_weights")}
+    others = {name: x for name, x in pack.items() if name not in ("labels", "loss_weights", "filled")}
     return others | {"targets": Targets(labels, weights, torch.zeros_like(labels))}
 
 
 def gather_gradients(mesh: Mesh, wrapped: list) -> None:
     """Complete the gradient buffers: the distributed optimizer leaves each rank the sum of its shard."""
     for model in wrapped:
-        for buffer in model.buffers:
-            for bucket in buffer.buckets:
+        for buffers, axis in ((model.buffers, mesh.dp_cp), (model.expert_parallel_buffers, mesh.expt_dp)):
+            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
                 full = bucket.grad_data
-                shard = full.chunk(mesh.dp_cp.size)[mesh.dp_cp.rank].clone()
-                torch.distributed.all_gather_into_tensor(full, shard, group=mesh.dp_cp.group)
+                shard = full.chunk(axis.size)[axis.rank].clone()
+                torch.distributed.all_gather_into_tensor(full, shard, group=axis.group)
 
 
 def run(
@@ -181,7 +187,9 @@ def run_schedule(wrapped: list, eagle: EagleConfig, mesh: Mesh, batch: list[dict
 
     def build(pack: dict) -> ModelInput[Targets]:
         pixels = pack["pixel_values"] if mesh.pp.rank == 0 else None
-        return make_input(eagle, mesh, torch.device("cpu"), **with_targets(pack | {"pixel_values": pixels}))
+        inputs = with_targets(pack | {"pixel_values": pixels})
+        balance = Balance(pack["filled"], len(batch) * mesh.config.packs)
+        return make_input(eagle, mesh, torch.device("cpu"), **inputs, balance=balance)
 
     return schedule.run_schedule(wrapped, mesh, mine, build, length=len(batch[0]["input_ids"])).item()
 
@@ -198,7 +206,7 @@ def collect(mesh: Mesh, models: list[EagleModel], wrapped: list, loss: float) ->
     """What `combine` takes from a rank that has run forward and backward; `loss` is its part."""
     gather_gradients(mesh, wrapped)
     return {
-        "place": (mesh.tp.rank, mesh.dp_cp.rank),
+        "place": (mesh.tp.rank, mesh.expt_tp.rank),
         "loss": loss,
         "gradients": entries(models, lambda parameter: parameter.main_grad),
     }
@@ -232,7 +240,7 @@ def combine(results: list[dict], check_replicas: bool = True) -> Outcome:
         for name, dim, gradient in result["gradients"]:
             dims[name] = dim
             # A tensor that is not sharded has all its copies under one key.
-            shard = 0 if dim is None else result["place"][0]
+            shard = 0 if dim is None else result["place"][is_expert(name)]
             copies.setdefault(name, {}).setdefault(shard, []).append(gradient)
     gradients = {}
     for name, shards in copies.items():
@@ -369,7 +377,40 @@ VARIANTS = [
     Layout("Ulysses 4 of 8 query and 2 KV heads", 4, _CP4_U4, text={"num_key_value_heads": 2}),
     Layout("Ulysses 4 of 14 query and 2 KV heads", 4, _CP4_U4, text=_SEVEN_FOR_EACH),
 ]
-TABLE = (*LAYOUTS, *SEQUENCES, *VARIANTS)
+
+# Eight experts of which a token has two; an auxiliary loss whose gradients are as large as the others.
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "experts": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 1.0,
+    },
+}
+_EP2, _EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
+_WHOLE = {"expert_tensor_parallel_size": 1}
+EXPERT_LAYOUTS = [
+    Layout(name, world_size, parallel, packs, text=EXPERTS)
+    for name, world_size, packs, parallel in [
+        ("EP2 x TP2+SP", 2, 1, _EP2 | _TP2 | _SP | _WHOLE),
+        ("EP2 x TP2+SP, divided experts", 4, 1, _EP2 | _TP2 | _SP),
+        ("TP2+SP, whole experts", 2, 1, _TP2 | _SP | _WHOLE),
+        ("TP2+SP, divided experts", 2, 1, _TP2 | _SP),
+        ("EP2 x CP2", 2, 1, _EP2 | _CP2),
+        ("EP2 x ring 2", 2, 1, _EP2 | _CP2 | _RING),
+        ("PP2 x EP2", 4, 1, _PP2 | _EP2),
+        ("PP2 x VPP2 x EP2", 4, 1, _PP2 | _VPP2 | _EP2),
+        ("DP2 x EP2", 4, 1, _EP2),
+        ("DP2 x EP2 gathered late", 4, 1, _EP2 | _LATE),
+        ("EP4", 4, 1, _EP4),
+        ("EP4 x TP2+SP x CP2, cp_tp", 4, 1, _EP4 | _TP2 | _SP | _CP2 | _WHOLE | {"vision_sharding": "cp_tp"}),
+        ("2 packs a sequence, EP2 x CP2", 4, 2, _EP2 | _CP2),
+        ("EP2 x TP2+SP x PP2 x CP2", 8, 1, _EP2 | _TP2 | _SP | _PP2 | _CP2),
+    ]
+]
+TABLE = (*LAYOUTS, *SEQUENCES, *VARIANTS, *EXPERT_LAYOUTS)
 
 
 def cell(name: str) -> Layout:

@@ -1,6 +1,7 @@
 """Optimizer steps in every kind of layout: parameters, gradient norms and copies are those of one process."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from megatron_eagle.training.optimizer import (
     wrap_models,
 )
 from tests.parallel.cases import (
+    EXPERTS,
     Layout,
     Outcome,
     cell,
@@ -52,7 +54,7 @@ TOLERANCE = 3e-4
 def run_steps(layout: Layout, tied: bool = False, layers: LayersConfig | None = None) -> dict:
     """On one rank: what `STEPS` steps moved its parameters by, in the place of gradients (`cases.combine`);
     and the gradient norms."""
-    eagle = tiny_model(tie_word_embeddings=tied)
+    eagle = tiny_model(tie_word_embeddings=tied, **layout.text)
     with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
         models = build_model(eagle, mesh, torch.device("cpu"), layers=layers)
         initialize_parameters(models, seed=1)
@@ -68,7 +70,7 @@ def run_steps(layout: Layout, tied: bool = False, layers: LayersConfig | None = 
             scheduler.step(1)
         gather_parameters(wrapped)
         return {
-            "place": (mesh.tp.rank, mesh.dp_cp.rank),
+            "place": (mesh.tp.rank, mesh.expt_tp.rank),
             "loss": loss,
             "gradients": entries(models, lambda parameter: parameter - before[parameter]),
             "norms": norms,
@@ -108,6 +110,26 @@ def test_steps_equal_those_of_one_process(name, tied, one_process):
     found, found_norms = steps(name, tied)
     assert found_norms == pytest.approx(norms, rel=1e-5)
     errors = found.errors(expected)
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "EP2 x TP2+SP",
+        pytest.param("EP2 x TP2+SP, divided experts", marks=pytest.mark.slow),
+        pytest.param("TP2+SP, whole experts", marks=pytest.mark.slow),
+        pytest.param("PP2 x VPP2 x EP2", marks=pytest.mark.slow),
+        pytest.param("DP2 x EP2 gathered late", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_of_experts_equal_those_of_one_process(name):
+    """The norm counts each expert once, whoever has copies and parts of it."""
+    one = launch(run_steps, 1, replace(cell("one process"), text=EXPERTS))
+    results = launch(run_steps, cell(name).world_size, cell(name))
+    for result in results:
+        assert result["norms"] == pytest.approx(one[0]["norms"], rel=1e-5)
+    errors = combine(results).errors(combine(one))
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
 
 

@@ -284,6 +284,12 @@ def test_nothing_fits():
     assert found.legal[0].limit.startswith("memory: activations 154 GB")
 
 
+EXPERTS = (
+    "model.text.model_type=qwen3_moe",
+    "model.text.experts={num_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 768}",
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -304,6 +310,7 @@ def test_nothing_fits():
         (("layers.attention=reference",), "choose auto or cudnn or flash or flash3"),
         (("model.preset=tiny",), "takes its vocabulary from data"),
         (("model=3",), "model: expected a mapping"),
+        (EXPERTS, "cannot estimate models with experts yet"),
         (("--tiles", "200"), "200 tiles of 256 tokens do not fit a pack of 32768 tokens: at most 128"),
         (("--json", "/nowhere/plan.json"), "cannot write here"),
     ],

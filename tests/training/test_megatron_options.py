@@ -114,8 +114,8 @@ def test_refused_with_its_reason(overrides, reason, tmp_path):
 def test_rows_that_eight_bits_do_not_take(rows, padded, number):
     parallel, config = ParallelConfig(pad_documents=padded), LayersConfig(fp8="e4m3")
     with pytest.raises(UserError, match=f"takes rows in multiples of 16 and a rank has {number}"):
-        check_megatron_options(parallel, RecomputeConfig(), config, OptimizerConfig(), "bf16", rows)
-    check_megatron_options(ParallelConfig(), RecomputeConfig(), config, OptimizerConfig(), "bf16", 32)
+        check_megatron_options(parallel, RecomputeConfig(), config, OptimizerConfig(), "bf16", rows, False)
+    check_megatron_options(ParallelConfig(), RecomputeConfig(), config, OptimizerConfig(), "bf16", 32, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")

@@ -357,7 +357,8 @@ def _settings(
 ) -> RunConfig:
     """The run's settings, on the data of the step and with the model of the checkpoint.
 
-    A single process takes the whole model; virtual pipeline stages change nothing and are left out.
+    A single process takes the whole model; virtual pipeline stages change nothing and are left out. So is
+    expert parallelism, whose ranks would wait for each other, and each has samples of its own.
     """
     saved = load_yaml(checkpoint_folder(weights.root, weights.iteration) / "run.yaml")
     base = _latest_settings(run) or saved
@@ -376,5 +377,6 @@ def _settings(
     values = apply_overrides(values, overrides)
     values["data"] = _as_read(values["data"], step)
     if values.get("parallel"):
-        values["parallel"].pop("virtual_pipeline_model_parallel_size", None)
+        for name in ("virtual_pipeline_model_parallel_size", "expert_model_parallel_size"):
+            values["parallel"].pop(name, None)
     return complete_run_config(values, world_size=world_size)

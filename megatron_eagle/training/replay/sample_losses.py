@@ -94,6 +94,8 @@ def gradient_norm(models: Sequence[DistributedDataParallel], mesh: Mesh) -> floa
     for model in models:
         for parameter in model.parameters():
             copied = not param_is_not_tensor_parallel_duplicate(parameter, mesh.tp.group)
+            if not getattr(parameter, "allreduce", True):  # an expert's, whole on each rank perhaps
+                copied = mesh.expt_tp.size < mesh.tp.size and mesh.tp.rank > 0
             if parameter.requires_grad and param_is_not_shared(parameter) and not copied:
                 for piece in parameter.main_grad.view(-1).split(_PIECE):
                     square += piece.double().square().sum()
