@@ -16,6 +16,7 @@ TRAIN = REPO / "examples" / "slurm" / "train.sbatch"
 LENGTH = 256
 # What every job of these tests is given: nodes without GPUs, one process each.
 OPTIONS = ("--gpus-per-node=0", "--nodes=2")
+ONE_NODE = ("--gpus-per-node=0", "--nodes=1")
 
 
 @pytest.hookimpl(wrapper=True)

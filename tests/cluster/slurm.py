@@ -3,9 +3,10 @@
 python -m tests.cluster.slurm             why it cannot start here, and what to install; status 1 then
 python -m tests.cluster.slurm NODES       starts it and a shell that can use it; ends it with the shell
 
-Nothing outlives it, and nothing of the machine is changed: the nodes' names stand in a file that is mounted
-over /etc/hosts in their namespaces alone. What a killed test run leaves (bridge, namespaces, their processes)
-the next start takes away. No cgroups, no systemd, no database; CPUs are declared, not real.
+Nothing outlives it, also where it is told to end (SIGTERM, SIGHUP), and nothing of the machine is changed:
+the nodes' names stand in a file that is mounted over /etc/hosts in their namespaces alone. What a killed test
+run leaves (bridge, namespaces, their processes) the next start takes away. No cgroups, no systemd, no
+database; CPUs are declared, not real.
 """
 
 import fcntl
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import psutil
 
@@ -55,7 +56,7 @@ KillWait=10
 MinJobAge=3600
 InactiveLimit=0
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=1
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 AccountingStorageType=accounting_storage/none
@@ -112,6 +113,7 @@ class Slurm:
             RuntimeError: another one runs, or it does not come up.
         """
         with ExitStack() as opened:
+            opened.enter_context(interrupted_by_signals())
             lock = opened.enter_context(open(Path(tempfile.gettempdir(), "megatron-eagle-slurm.lock"), "w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -332,6 +334,25 @@ class Slurm:
             daemon.send_signal(signal.SIGKILL)
         for daemon in self._daemons.values():
             daemon.wait()
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """While the block runs, the first SIGTERM or SIGHUP is a Ctrl-C, and further ones are nothing: what is
+    opened is closed, where Python would end at once."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = [(number, signal.signal(number, interrupt)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _space(name: str) -> str:

@@ -1,4 +1,5 @@
-"""Processes of a job: as tasks of srun, each with a log of its own; what a stop leaves in a job's output."""
+"""Processes of a job: as tasks of srun, or torchrun's, each with a log of its own; stopped by the signal that
+comes before the end of the time, and gone on with."""
 
 import json
 import re
@@ -19,11 +20,12 @@ def iterations(run: Path) -> list[int]:
 
 
 def stop_and_go_on(slurm: Slurm, job: int, run: Path) -> None:
-    """By the signal before the end of its time; the same job, requeued, goes on from there to its end."""
+    """The signal reaches the batch script alone; the run saves, and the same job ends it after a requeue."""
     slurm.wait_until(lambda: len(iterations(run)) >= 2, job)
     slurm.call("scancel", "--batch", "--signal=USR1", str(job))
     slurm.wait_for_requeue(job)
     stopped = read_train_state(run).iteration
+    assert 2 <= stopped < 60
     slurm.wait(job, "COMPLETED", restarts=1)
     assert f"resumed from {run} at iteration {stopped}" in slurm.output(job)
     assert iterations(run) == list(range(1, 61))
@@ -49,7 +51,7 @@ def test_tasks_of_srun(slurm, config, tmp_path):
     assert [(beat["rank"], beat["host"]) for beat in beats] == [(0, "n1"), (1, "n1"), (2, "n2"), (3, "n2")]
 
 
-def test_torchrun_stops_without_a_traceback(slurm, config, tmp_path):
+def test_processes_of_torchrun(slurm, config, tmp_path):
     """Lines say of which rank they are; each rank's are in a folder of its node."""
     logs = tmp_path / "ranks"
     job = slurm.submit(

@@ -1,6 +1,9 @@
-"""A node that fails again and again, and one that dies: the job goes on from its checkpoint on others."""
+"""A node that fails again and again, one that stands still and one that dies: the job goes on from its
+checkpoint on others."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from megatron_eagle.training.monitoring.metrics import read_metrics
 from megatron_eagle.training.resilience.faults import VARIABLE
 from tests.cluster.conftest import OPTIONS, TRAIN
 from tests.cluster.slurm import Slurm
+from tests.paths import REPO
 
 pytestmark = pytest.mark.slow
 ITERATIONS, SAVES_EVERY = 14, 4
@@ -89,3 +93,80 @@ def test_a_node_that_dies(slurm: Slurm, saving: Path, tmp_path: Path) -> None:
     assert first["nodes"] == "n[1-2]" and first["how"] in ("failed", "gone") and "n2" in first["why"]
     assert (last["how"], last["saved"]) == ("finished", 40) and last["nodes"] in ("n[1,3]", "n[3-4]")
     assert [iteration for iteration, _ in losses(run)] == list(range(1, 41))
+
+
+def rank_on(slurm: Slurm, node: str) -> int:
+    """The process that trains there."""
+    there = slurm.processes(node)
+    launchers = {p.pid for p in there if "megatron_eagle.runtime.torchrun" in (p.info["cmdline"] or [])}
+    return next(p.pid for p in there if p.info["ppid"] in launchers)
+
+
+def test_a_node_that_stands_still(slurm: Slurm, saving: Path, tmp_path: Path) -> None:
+    """A rank is stopped, as on a file system that hangs: the others name its host, and the job goes on
+    without it. So does the next stage of its chain."""
+    sections = yaml.safe_load(saving.read_text())
+    sections["training"] |= {"train_iterations": 40}
+    sections["resilience"] = {"heartbeat_seconds": 1, "hang_minutes": 0.2}
+    sections["stages"] = {name: {"optimizer": {"lr": lr}} for name, lr in (("one", 1e-5), ("two", 2e-5))}
+    sections["stages"]["two"]["training"] = {"train_iterations": 2}
+    saving.write_text(yaml.safe_dump(sections))
+    logs = tmp_path / "ranks"
+    submit = (str(TRAIN.with_name("progressive.sh")), str(saving), *OPTIONS)
+    environment = {"RANK_LOGS": str(logs), "MAX_RESTARTS": "0"}
+    chain = slurm.call(*submit, f"--output={slurm.folder}/job-%j.out", environment=environment)
+    first, second = (int(line.rpartition(" ")[2]) for line in chain.stdout.splitlines())
+    run = tmp_path / "run" / "one"
+    slurm.wait_until(lambda: len(losses(run)) > SAVES_EVERY, first)
+    os.kill(rank_on(slurm, "n2"), signal.SIGSTOP)
+    slurm.wait_for_requeue(first)
+    slurm.wait(first, "COMPLETED", restarts=1)
+    report = (run / "logs" / "hang.txt").read_text()
+    assert report.startswith("silent (process gone or stopped): rank 1 on n2 "), report
+    stopped, finished = history(logs, first)
+    assert (stopped["how"], stopped["excluded"]) == ("failed", "n2") and "rank 1 on n2" in stopped["why"]
+    assert (finished["how"], finished["nodes"]) == ("finished", "n[1,3]")
+    assert [iteration for iteration, _ in losses(run)] == list(range(1, 41))
+    said = f"job {second}, which waits for this one, goes without n2, too\n"
+    assert said in slurm.output(first), slurm.output(first)
+    assert slurm.wait(second, "COMPLETED")["NodeList"] == "n[1,3]"
+
+
+# A job of starts that only fail; what else they are is in the quick tests.
+FAILING = """#!/bin/bash
+set -euo pipefail
+cd "$REPO"
+logs=$RANK_LOGS LAUNCH=srun
+source examples/launch.sh
+source examples/slurm/requeue.sh
+begin_history
+case ${SLURM_RESTART_COUNT:-0} in
+    0) requeue failed "failed" n2 ;;
+    1) requeue failed "failed again" ;;
+esac
+end_history finished finished
+"""
+
+
+def test_a_range_of_nodes_that_shrank_gets_them_back(slurm: Slurm, tmp_path: Path) -> None:
+    """It runs on one node, since the others are left out or drained, and takes two where there are two."""
+    script = tmp_path / "failing.sh"
+    script.write_text(FAILING)
+    logs = tmp_path / "ranks"
+    logs.mkdir()
+    environment = {"RANK_LOGS": str(logs), "REPO": str(REPO)}
+    job = slurm.submit(
+        script, options=("--nodes=1-2", "--exclusive", "--exclude=n4"), environment=environment
+    )
+    slurm.wait(job, "PENDING", restarts=1)
+    try:
+        slurm.call("scontrol", "update", "NodeName=n3", "State=DRAIN", "Reason=test")
+        for restarts in (1, 2):
+            slurm.wait_for_requeue(job, restarts)
+        slurm.wait(job, "COMPLETED", restarts=2)
+    finally:
+        slurm.call("scontrol", "update", "NodeName=n3", "State=RESUME")
+    assert "only 1 other nodes, and the job takes 2: n2 is not left out\n" in slurm.output(job)
+    starts = history(logs, job)
+    assert [start["nodes"] for start in starts] == ["n[1-2]", "n1", "n[1-2]"]
+    assert [start["excluded"] for start in starts] == ["n2", "", ""]

@@ -1,4 +1,7 @@
-"""examples/slurm/train.sbatch on a real Slurm: stopped in every way, requeued by itself, gone on with."""
+"""examples/slurm/train.sbatch on a real Slurm: stopped in every way, requeued by itself, gone on with.
+
+The signal before the end of the time is in test_ranks.py.
+"""
 
 import shutil
 from pathlib import Path
@@ -9,7 +12,7 @@ import yaml
 
 from megatron_eagle.checkpoint import read_train_state
 from megatron_eagle.training.monitoring.metrics import read_metrics
-from tests.cluster.conftest import OPTIONS, TRAIN
+from tests.cluster.conftest import ONE_NODE, OPTIONS, TRAIN
 from tests.cluster.slurm import Slurm
 
 pytestmark = pytest.mark.slow
@@ -26,20 +29,6 @@ def preempt(slurm: Slurm) -> int:
     """A job of the urgent partition on all nodes; its number."""
     wanted = ("--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 1")
     return int(slurm.call("sbatch", "--parsable", f"--output={slurm.folder}/urgent.out", *wanted).stdout)
-
-
-def test_time_is_nearly_over(slurm: Slurm, config: Path, tmp_path: Path) -> None:
-    """The signal reaches the batch script alone; the run saves, and the same job ends it after a requeue."""
-    run = tmp_path / "run"
-    job = slurm.submit(TRAIN, str(config), f"training.stop_at_iteration={ENOUGH}", options=OPTIONS)
-    slurm.wait_until(lambda: len(iterations(run)) >= 2, job)
-    slurm.call("scancel", "--batch", "--signal=USR1", str(job))
-    slurm.wait_for_requeue(job)
-    stopped = read_train_state(run).iteration
-    assert 2 <= stopped < ENOUGH
-    slurm.wait(job, "COMPLETED", restarts=1)
-    assert f"at iteration {stopped}" in slurm.output(job)
-    assert iterations(run) == list(range(1, ENOUGH + 1))
 
 
 def test_a_chain_is_preempted_with_a_grace_time(slurm: Slurm, config: Path, tmp_path: Path) -> None:
@@ -73,15 +62,11 @@ def checks(config: Path) -> bool:
     return any(line[1:3] == ["tools/train.py", "check"] and str(config) in line for line in lines)
 
 
-@pytest.mark.parametrize("signal", ["preempt", "USR1"])
-def test_a_signal_during_the_checks(slurm: Slurm, config: Path, tmp_path: Path, signal: str) -> None:
-    """Neither kills the job: it is requeued without having trained, and trains then."""
-    job = slurm.submit(TRAIN, str(config), "training.stop_at_iteration=2", options=OPTIONS)
+def test_a_preemption_during_the_checks(slurm: Slurm, config: Path, tmp_path: Path) -> None:
+    """It does not kill the job, which is requeued without having trained, and trains then."""
+    job = slurm.submit(TRAIN, str(config), "training.stop_at_iteration=2", options=ONE_NODE)
     slurm.wait_until(lambda: checks(config), job)
-    if signal == "preempt":
-        preempt(slurm)
-    else:
-        slurm.call("scancel", "--batch", "--signal=USR1", str(job))
+    preempt(slurm)
     slurm.wait_for_requeue(job)
     assert not (tmp_path / "run" / "logs").exists()
     slurm.wait(job, "COMPLETED", restarts=1)
@@ -91,19 +76,21 @@ def test_a_signal_during_the_checks(slurm: Slurm, config: Path, tmp_path: Path, 
 def test_a_job_that_the_user_cancels_stays_cancelled(slurm: Slurm, config: Path, tmp_path: Path) -> None:
     """Nor does it go back to the queue because it has stopped in order."""
     run = tmp_path / "run"
-    job = slurm.submit(TRAIN, str(config), options=OPTIONS)
+    job = slurm.submit(TRAIN, str(config), options=ONE_NODE)
     slurm.wait_until(lambda: len(iterations(run)) >= 2, job)
     slurm.call("scancel", str(job))
     assert slurm.wait(job, "CANCELLED")["Restarts"] == "0"
 
 
-def test_no_requeue_for_ever(slurm: Slurm, config: Path) -> None:
-    """Told to stop before it has saved anything, twice, where once is allowed."""
+def test_no_requeue_for_ever(slurm: Slurm, config: Path, tmp_path: Path) -> None:
+    """Told to stop before it has saved anything, during the checks: that does not kill the job, which is
+    requeued, but not twice, where once is allowed."""
     limit = {"MAX_REQUEUES_WITHOUT_PROGRESS": "1"}
-    job = slurm.submit(TRAIN, str(config), options=OPTIONS, environment=limit)
+    job = slurm.submit(TRAIN, str(config), options=ONE_NODE, environment=limit)
     slurm.wait_until(lambda: checks(config), job)
     slurm.call("scancel", "--batch", "--signal=USR1", str(job))
     slurm.wait_for_requeue(job)
+    assert not (tmp_path / "run" / "logs").exists()
     slurm.wait_until(lambda: checks(config), job)
     slurm.call("scancel", "--batch", "--signal=USR1", str(job))
     slurm.wait(job, "FAILED", restarts=1)
@@ -122,7 +109,7 @@ def test_a_full_disk(slurm: Slurm, config: Path, tmp_path: Path, check_space: st
         settings = [f"checkpoint.path={disk / 'run'}", f"checkpoint.check_space={check_space}"]
         logs = {"RANK_LOGS": str(tmp_path / "ranks")}
         job = slurm.submit(
-            TRAIN, str(config), *settings, "training.stop_at_iteration=3", options=OPTIONS, environment=logs
+            TRAIN, str(config), *settings, "training.stop_at_iteration=3", options=ONE_NODE, environment=logs
         )
         assert slurm.wait(job, "FAILED")["Restarts"] == "0"
     finally:
