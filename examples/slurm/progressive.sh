@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from megatron_eagle.config import load_yaml
 from megatron_eagle.errors import run_cli
-from megatron_eagle.training.stages import stage_names
+from megatron_eagle.training.stage_settings import stage_names
 
 def main():
     checkpoint = load_yaml(sys.argv[1]).get("checkpoint")

@@ -7,7 +7,8 @@ from megatron_eagle.config import from_dict
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import expand_preset
 from megatron_eagle.training.run_config import RunConfig, RunFile, stated_positions
-from megatron_eagle.training.stages import load_stages, stage_settings
+from megatron_eagle.training.stage_settings import stage_settings
+from megatron_eagle.training.stages import load_stages
 
 
 def read_runs(path: str, overrides: Sequence[str], *, stage: str | None, gpus: int) -> dict[str, RunConfig]:

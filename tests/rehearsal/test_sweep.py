@@ -17,7 +17,7 @@ from megatron_eagle.rehearsal.rank import RankReport
 from megatron_eagle.rehearsal.rehearsal import Rehearsal, RehearsalPlan
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.run_config import RunConfig
-from megatron_eagle.training.stages import stage_settings
+from megatron_eagle.training.stage_settings import stage_settings
 from tests.paths import REPO
 from tests.rehearsal.budgets import SYNCS
 

@@ -109,6 +109,13 @@ def test_stages_become_a_chain(slurm, tmp_path):
     assert mail == {("me@here", "FAIL,END")}
 
 
+def test_a_chain_asks_for_names_without_torch() -> None:
+    """Which takes seconds on a login node, and much longer where its file system is busy."""
+    script = "import sys; import megatron_eagle.training.stage_settings; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=REPO, check=True)
+    assert "training.stage_settings import" in (SLURM / "progressive.sh").read_text()
+
+
 def test_a_chain_of_no_file(slurm, tmp_path):
     command = [str(SLURM / "progressive.sh"), str(tmp_path / "absent.yaml")]
     refused = subprocess.run(command, env=slurm, capture_output=True, text=True)
@@ -279,8 +286,6 @@ def refused(environment: dict[str, str], *submit: str) -> str:
 
 def test_settings_are_looked_at_first(slurm, tmp_path):
     submit = ["--nodes=2", str(SLURM / "train.sbatch")]
-    said = refused({**slurm, "PROCESSES": "1"}, *submit, "absent.yaml")
-    assert "absent.yaml: cannot read this configuration file" in said
     config = write_config(tmp_path, save=tmp_path / "run")
     said = refused({**slurm, "PROCESSES": "3"}, *submit, str(config))
     assert "global_batch_size is 2: must be a multiple of the data parallel size 6" in said
