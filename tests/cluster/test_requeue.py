@@ -17,6 +17,7 @@ from tests.paths import REPO
 
 pytestmark = pytest.mark.slow
 ITERATIONS, SAVES_EVERY = 14, 4
+WITHOUT_N2 = ("n[1,3]", "n[1,4]", "n[3-4]")  # two nodes
 
 
 @pytest.fixture
@@ -125,15 +126,16 @@ def test_a_node_that_stands_still(slurm: Slurm, saving: Path, tmp_path: Path) ->
     assert report.startswith("silent (process gone or stopped): rank 1 on n2 "), report
     stopped, finished = history(logs, first)
     assert (stopped["how"], stopped["excluded"]) == ("failed", "n2") and "rank 1 on n2" in stopped["why"]
-    assert (finished["how"], finished["nodes"]) == ("finished", "n[1,3]")
+    assert finished["how"] == "finished" and finished["nodes"] in WITHOUT_N2
     assert [iteration for iteration, _ in losses(run)] == list(range(1, 41))
     said = f"job {second}, which waits for this one, goes without n2, too\n"
     assert said in slurm.output(first), slurm.output(first)
-    assert slurm.wait(second, "COMPLETED")["NodeList"] == "n[1,3]"
+    assert slurm.wait(second, "COMPLETED")["NodeList"] in WITHOUT_N2
 
 
 # A job of starts that only fail; what else they are is in the quick tests.
 FAILING = """#!/bin/bash
+#SBATCH --open-mode=append
 set -euo pipefail
 cd "$REPO"
 logs=$RANK_LOGS LAUNCH=srun
