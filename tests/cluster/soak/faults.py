@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,11 +107,12 @@ def disk(run: Victim, fault: Fault) -> Iterator[tuple[str, Effect]]:
     ballast, before = run.slurm.disk / "ballast", run.said().count(": failed_save: ")
     try:
         with ballast.open("wb") as file:
-            # A checkpoint under way may take, or leave, some of it meanwhile.
+            # A checkpoint under way may take, or leave, some of it meanwhile, and before the next line, too.
             while run.said().count(": failed_save: ") == before:
                 free = shutil.disk_usage(run.slurm.disk).free - ROOM
-                if free > 0:
-                    os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), free)
+                with suppress(OSError):
+                    if free > 0:
+                        os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), free)
                 run.wait(lambda: True, "a save fails on a full disk")
                 time.sleep(0.05)
     finally:
