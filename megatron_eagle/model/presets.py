@@ -230,6 +230,34 @@ PRESETS["eagle2.5-1b-proxy"] = copy.deepcopy(PRESETS["eagle2.5-8b"])
 PRESETS["eagle2.5-1b-proxy"].vision.num_hidden_layers = 4
 PRESETS["eagle2.5-1b-proxy"].text.num_hidden_layers = 2
 PRESETS["eagle2.5-1b-proxy"].text.tie_word_embeddings = True
+# Qwen3 behind the same encoder: rows of its tokenizer's 151,669 tokens and Eagle's eleven.
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "vocab_size": 151680,
+    "max_position_embeddings": 40960,
+}
+_BODIES = {
+    "eagle2.5-qwen3-8b": TextSection(
+        **_QWEN3,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "eagle2.5-qwen3-32b": TextSection(
+        **_QWEN3,
+        hidden_size=5120,
+        intermediate_size=25600,
+        num_hidden_layers=64,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}
+for _name, _text in _BODIES.items():
+    PRESETS[_name] = copy.deepcopy(PRESETS["eagle2.5-8b"])
+    PRESETS[_name].text, PRESETS[_name].image_token_index = _text, 151671
 
 
 def preset(name: str) -> ModelSection:

@@ -104,7 +104,9 @@ def count_parameters(shapes: LocalShapes, stage: StageShapes, lora: LoraConfig |
     """Parameters of a rank of a pipeline stage, with adapters on its language layers."""
     eagle, vision, h = shapes.eagle, shapes.eagle.vision, shapes.h
     qkv, fc1 = shapes.q + 2 * shapes.kv, 2 * h * shapes.f
-    layer = h * qkv + qkv + shapes.q * h + fc1 + fc1 // 2 + 2 * h
+    family, d = eagle.text.family, eagle.text.head_dim
+    small = (qkv if family.qkv_bias else 0) + (2 * d if family.qk_norm else 0)
+    layer = h * qkv + small + shapes.q * h + fc1 + fc1 // 2 + 2 * h
     vocabulary = shapes.vocabulary * h
     # Tied embeddings are one tensor only where one stage has both ends.
     ends = 1 if stage.first and stage.last and eagle.text.tie_word_embeddings else stage.first + stage.last
@@ -197,10 +199,15 @@ def language_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
     # An MLP that is computed again keeps what it reads.
     again = workload.recompute.language == "selective" and "mlp" in workload.computed_again
     between = rms_norm_bytes(r, h, workload, read=again or keeps("gate_proj", "up_proj"))
-    statistics = s * shapes.heads * FP32
+    statistics, d = s * shapes.heads * FP32, shapes.eagle.text.head_dim
     # The joint projection (whose slice is v), rotated q and k, the output. (All layers share one table of
     # cosines and sines.)
-    attention = s * e * ((q + 2 * kv) + q + kv + q) + statistics
+    joint, core = q + 2 * kv, q + kv + q
+    if shapes.ulysses > 1:  # which keeps what it was given, and its output on either side
+        core, joint = q + 2 * shapes.attention_kv_heads * shapes.ulysses * d + 2 * q, 0
+    attention = s * e * (joint + core) + statistics
+    if shapes.eagle.text.family.qk_norm:
+        attention += _head_norms(shapes, workload)
     # Gate and up, silu(gate) where the kernel is the eager one, their product.
     product = f if keeps("down_proj") and not workload.recompute.swiglu else 0
     mlp = s * e * (2 * f + (0 if workload.fused_kernels else f) + product)
@@ -209,6 +216,17 @@ def language_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
     attention += low * sum(target in ("q_proj", "k_proj", "v_proj", "o_proj") for target in targets)
     mlp += low * sum(target in ("gate_proj", "up_proj", "down_proj") for target in targets)
     return LayerActivations(before + attention, between + mlp, r * h * e, s * e * q, statistics, mlp)
+
+
+def _head_norms(shapes: PackShapes, workload: Workload) -> int:
+    """The norms of queries and keys, before they are rotated. The kernel reads a copy of the queries, and the
+    keys, as the values, in the joint projection: with Ulysses that is kept for it."""
+    s, d, heads = shapes.s, shapes.eagle.text.head_dim, shapes.heads + shapes.kv_heads
+    kept = rms_norm_bytes(s * heads, d, workload, read=False)
+    if not workload.fused_kernels:
+        return kept
+    joint = shapes.q + shapes.kv if shapes.ulysses > 1 else -shapes.kv
+    return kept + s * workload.element_size * joint
 
 
 def vision_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
