@@ -14,7 +14,7 @@ from megatron_eagle.hf_model.media_files import load_video
 from megatron_eagle.hf_model.subtitles import between_frames, read_subtitles
 from megatron_eagle.inference.generate import Sampling, video_item
 from tests.data.helpers import make_video
-from tests.evaluation.published_cases import CASES, write
+from tests.evaluation.published_cases import CASES, PNG, write
 
 
 def read(folder, name, **sampling):
@@ -234,6 +234,37 @@ def test_mvbench_takes_the_video_of_the_task_s_own_folder(tmp_path):
     assert len(questions) == 1 and "have the same name; which one is meant" in problem.reason
     write(tmp_path, "video/two/video_2.mp4", b"one")  # a copy is no other video
     assert len(read(tmp_path, "mvbench")[0]) == 2
+
+
+def test_mvbench_takes_no_video_of_another_task_s_folder(tmp_path):
+    """Where its own was not downloaded: it is missed when it is asked."""
+    write(tmp_path, "json/action_count.json", mvbench("action_count", "video_1.mp4"))
+    write(tmp_path, "video/clevrer/video_validation/video_1.mp4", b"")
+    ((question,), _) = read(tmp_path, "mvbench")
+    assert question.request.videos[0]["video"] == str(tmp_path / "perception/videos/video_1.mp4")
+    write(tmp_path, "video/elsewhere/video_1.mp4", b"")
+    (tmp_path / "video/clevrer/video_validation/video_1.mp4").unlink()
+    ((question,), _) = read(tmp_path, "mvbench")
+    assert question.request.videos[0]["video"] == str(tmp_path / "video/elsewhere/video_1.mp4")
+
+
+def test_hallusionbench_takes_no_picture_of_another_folder(tmp_path):
+    """Nine of its figures are named `1_1.png`, and so is one of the clone's examples."""
+    file, rows, *_ = copy.deepcopy(CASES["hallusionbench"])
+    for row in rows:
+        row["filename"] = "./VD/math/1_1.png"
+    write(tmp_path, file, rows)
+    write(tmp_path, "examples/1_1.png", PNG)
+    write(tmp_path, "VS/math/1_1.png", PNG)
+    questions, problems = read(tmp_path, "hallusionbench")
+    assert problems == [] and {p for q in questions for p in q.request.images} == {
+        str(tmp_path / "VD/math/1_1.png")
+    }
+    write(tmp_path, "hallusion_bench/VD/math/1_1.png", PNG)
+    questions, _ = read(tmp_path, "hallusionbench")
+    assert {p for q in questions for p in q.request.images} == {
+        str(tmp_path / "hallusion_bench/VD/math/1_1.png")
+    }
 
 
 def test_an_answer_in_words_is_an_option_even_where_it_is_a_letter(tmp_path):

@@ -87,11 +87,14 @@ def mvbench(source: Source, table: str, row: dict[str, Any]) -> Records:
     """One table per task, or VLMEvalKit's TSV; several of its sets have videos of the same names, and the
     task says which is meant. Videos that are folders of frames have to be made into files first."""
     task = str(row.get("task_type") or table).lower().replace(" ", "_").replace("-", "_")
-    name = f"{_MVBENCH[task]}/{row['video']}" if task in _MVBENCH else row["video"]
+    own = _MVBENCH.get(task)
     start, end = (None if row.get(key) in (None, "") else float(row[key]) for key in ("start", "end"))
+    video = source.video(row["video"] if own is None else f"{own}/{row['video']}", start, end)
+    if own and any(f"/{other}/" in video["video"] for other in {*_MVBENCH.values()} - {own}):
+        video["video"] = str(source.folder / own / row["video"])  # what was found is another task's
     options = [str(option) for option in listed(row["candidates"])]
     answer = letter_of(options, row["answer"])
-    yield choice(row, source.video(name, start, end), options) | {
+    yield choice(row, video, options) | {
         "answer": answer,
         "unanswerable": not answer,
         "category": task,
