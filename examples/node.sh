@@ -35,7 +35,11 @@ shift
 for name in PET_NNODES PET_NPROC_PER_NODE PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT RUN_LOGS; do
     [[ -n ${!name:-} ]] || fail "$name is not set"
 done
-[[ $PET_NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]] || fail "PET_NPROC_PER_NODE=$PET_NPROC_PER_NODE: expected a number"
+for name in PET_NNODES PET_NPROC_PER_NODE; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: expected a number"
+done
+[[ $PET_NODE_RANK =~ ^[0-9]+$ && $PET_NODE_RANK -lt $PET_NNODES ]] ||
+    fail "PET_NODE_RANK=$PET_NODE_RANK contradicts PET_NNODES=$PET_NNODES: nodes count from 0"
 cd "$(dirname "$(dirname "$(realpath "$0")")")"
 nodes=$PET_NNODES processes=$PET_NPROC_PER_NODE node=$PET_NODE_RANK head=$PET_MASTER_ADDR port=$PET_MASTER_PORT
 unset "${!PET_@}" # what torchrun would take beside what it is told

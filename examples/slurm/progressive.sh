@@ -9,6 +9,10 @@ set -euo pipefail
 
 config=${1:?usage: progressive.sh CONFIG [options of sbatch]}
 shift
+command -v sbatch >/dev/null || {
+    echo "progressive.sh: no sbatch on $(hostname): call it where jobs of Slurm are submitted" >&2
+    exit 2
+}
 for option in "$@"; do # Slurm ends a job without a word where the folder of its output is missing
     folder=$(dirname -- "${option#*=}")
     case $option in --output=* | --error=*) [[ $folder == *%* || -d $folder ]] || {

@@ -39,6 +39,8 @@ def programs(folder: Path, **statuses: int) -> str:
     ("changed", "said"),
     [
         ({"PET_NPROC_PER_NODE": "auto"}, "PET_NPROC_PER_NODE=auto: expected a number"),
+        ({"PET_NNODES": "1:2"}, "PET_NNODES=1:2: expected a number"),  # torchrun's range
+        ({"PET_NODE_RANK": "2"}, "PET_NODE_RANK=2 contradicts PET_NNODES=2: nodes count from 0"),
         ({"RUN_LOGS": ""}, "RUN_LOGS is not set"),
         ({"PET_NODE_RANK": ""}, "PET_NODE_RANK is not set"),
         ({}, "run.yaml: is its file system mounted?"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,37 @@ def train(commands: dict[str, str], config: str = "absent.yaml", **environment: 
 )
 def test_counts_of_tasks_that_contradict_the_nodes(commands, environment, line) -> None:
     assert line in train(commands, **environment)
+
+
+@pytest.mark.parametrize("processes", ["0", "auto"])
+def test_processes_that_are_no_number(commands: dict[str, str], processes: str) -> None:
+    said = train(commands, PROCESSES=processes)
+    assert said == f"train.sbatch: PROCESSES={processes}: expected a number, of each node's processes\n"
+
+
+@pytest.mark.parametrize("name", ["train", "preprocess", "convert"])
+def test_a_job_that_is_none(commands: dict[str, str], tmp_path: Path, name: str) -> None:
+    """Started without sbatch, or from another folder: a line that says what to do."""
+    script = ["bash", str(SLURM / f"{name}.sbatch"), "run.yaml"]
+    outside = {key: value for key, value in commands.items() if not key.startswith("SLURM_")}
+    done = subprocess.run(script, env=outside, capture_output=True, text=True)
+    assert done.returncode and re.fullmatch(
+        f"{name}.sbatch: this is a job of Slurm: sbatch {name}.sbatch .*\n", done.stderr
+    )
+    elsewhere = {**commands, "REPO": str(tmp_path), "SLURM_JOB_ID": "1"}
+    done = subprocess.run(script, env=elsewhere, capture_output=True, text=True)
+    assert done.returncode and re.fullmatch(
+        f"{name}.sbatch: {tmp_path} on .* is not this repository: call sbatch there, or set REPO\n",
+        done.stderr,
+    )
+
+
+def test_a_chain_where_there_is_no_slurm(commands: dict[str, str], tmp_path: Path) -> None:
+    for name in ("bash", "env", "dirname", "hostname"):
+        (tmp_path / name).symlink_to(shutil.which(name) or "")
+    chain = [str(SLURM / "progressive.sh"), "run.yaml"]
+    done = subprocess.run(chain, env=commands | {"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("progressive.sh: no sbatch on ")
 
 
 @pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "16", "LAUNCH": "srun"}])
