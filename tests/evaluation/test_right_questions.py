@@ -267,6 +267,16 @@ def test_hallusionbench_takes_no_picture_of_another_folder(tmp_path):
     }
 
 
+def test_ocrbench_takes_no_picture_of_another_set(tmp_path):
+    row = {"question": "Text?", "answers": ["x"], "type": "Regular Text Recognition"}
+    paths = [f"{name}/imgs/000000229.jpg" for name in ("IC13_857", "IC15_1811")]
+    write(tmp_path, "OCRBench.json", [row | {"image_path": path} for path in paths])
+    write(tmp_path, f"OCRBench_Images/{paths[0]}", PNG)
+    questions, problems = read(tmp_path, "ocrbench")
+    shown = [os.path.relpath(question.request.images[0], tmp_path) for question in questions]
+    assert problems == [] and shown == [f"OCRBench_Images/{paths[0]}", paths[1]]
+
+
 def test_an_answer_in_words_is_an_option_even_where_it_is_a_letter(tmp_path):
     """Of readers whose tables have the right option's text; letters are those of other options here."""
     row = {"video": "v.mp4", "question": "Which letter?", "candidates": ["B", "C", "A"]}

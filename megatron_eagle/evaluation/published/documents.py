@@ -67,6 +67,6 @@ def ocrbench(source: Source, table: str, row: dict[str, Any]) -> Records:
         "question": row["question"],
         "metric": "formula" if "Math" in kind else "contains",
         "answer": listed(first_of(row, "answers", "answer")),
-        "images": [source.picture(first_of(row, "image_path", "image"))],
+        "images": [source.picture(first_of(row, "image_path", "image"), whole=True)],
         "category": kind,
     }

@@ -14,7 +14,6 @@ from megatron_eagle.evaluation.published.options import (
 from megatron_eagle.evaluation.published.source import Source
 from megatron_eagle.evaluation.published.videos import Records
 
-_FIGURE = 3  # category, kind and name: HallusionBench's other figures have the same name
 _PLACE = re.compile(r"<image(?: (\d+))?>")
 
 
@@ -187,7 +186,7 @@ def hallusionbench(source: Source, table: str, row: dict[str, Any]) -> Records:
         "question": row["question"],
         "metric": "yes_no",
         "answer": right,
-        "images": [] if picture is None else [source.picture(picture, _FIGURE)],
+        "images": [] if picture is None else [source.picture(picture, whole=True)],
         "category": row["category"],
         # Without a picture there is no figure to be right about.
         "groups": [

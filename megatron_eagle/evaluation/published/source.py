@@ -117,17 +117,17 @@ class Source:
                 places.setdefault("/".join(parts[start:]), []).append(name)
         return places
 
-    def place(self, name: str, endings: Sequence[str] = ("",), least: int = 1) -> str:
+    def place(self, name: str, endings: Sequence[str] = ("",), whole: bool = False) -> str:
         """Where the file of this name lies; with its longest known end, and one of the endings.
 
         Args:
-            least: folders and name that must be its end; others of a benchmark may have the same name.
+            whole: no shorter end will do: other files of the benchmark have the same name.
 
         Raises:
             ValueError: several lie equally near, and are not the same.
         """
         parts = [part for part in str(name).split("/") if part not in ("", ".", "..")]
-        for start in range(max(1, len(parts) - least + 1)):
+        for start in range(1 if whole else len(parts)):
             for ending in endings:
                 if found := self._places.get("/".join(parts[start:]) + ending):
                     name = self._nearest(found)
@@ -151,8 +151,8 @@ class Source:
             return prints[0] == prints[1]
         return filecmp.cmp(self.folder / one, self.folder / other, shallow=False)
 
-    def picture(self, value: Any, least: int = 1) -> str:
-        """A picture: a name (`least` as of `place`), the address of a value in a table, base64, or bytes.
+    def picture(self, value: Any, whole: bool = False) -> str:
+        """A picture: a name (`whole` as of `place`), the address of a value in a table, base64, or bytes.
 
         Raises:
             ValueError: it is none of these.
@@ -161,7 +161,7 @@ class Source:
             with open_bytes(value) as file:
                 value = file.read()
         if isinstance(value, str) and "." in value:  # base64 has no dots, names of pictures have
-            return self.place(value, least=least)
+            return self.place(value, whole=whole)
         if isinstance(value, str):
             value = b64decode(value, validate=True)
         if not isinstance(value, bytes) or not value:
