@@ -61,3 +61,12 @@ def test_every_stage_fits(size):
         for number in range(run.layout.pipeline_model_parallel_size):
             memory = sequence_memory(run, "h100", GPUS[size], number, microbatches, packs)
             assert memory.total < ROOM, (stage, number, memory)
+
+
+def test_32k_of_8b_is_planned_as_it_was_rehearsed():
+    """62.04 GB: `train rehearse --stage stage1_5 --gpus 64 --gpu h100 --ranks 0 --microbatches 1`."""
+    run = read_runs_without_data(
+        str(EXAMPLES / "qwen3" / "8b.yaml"), [], stage="stage1_5", gpus=64, preset="eagle2.5-qwen3-8b"
+    )["stage1_5"]
+    packs = MadeUp(run.model, ("one document",)).packs(run.data, 0, 0)
+    assert sequence_memory(run, "h100", 64, 0, 1, packs).total / 1e9 == pytest.approx(62.04, rel=0.005)
