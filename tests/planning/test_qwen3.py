@@ -11,7 +11,7 @@ from megatron_eagle.rehearsal.formula import sequence_memory
 from megatron_eagle.rehearsal.packs import MadeUp
 from megatron_eagle.rehearsal.settings import read_runs_without_data
 from megatron_eagle.runtime.parallel import ParallelConfig
-from megatron_eagle.training.stages import stage_settings
+from megatron_eagle.training.stage_settings import stage_settings
 from tests.paths import REPO
 
 EXAMPLES = REPO / "examples"
