@@ -74,7 +74,7 @@ end_history() {
     ! progressed || new=true
     # shellcheck disable=SC2059  # it is the format
     printf "$line" "$SLURM_JOB_ID" "$start" "$(date +%FT%T)" "$nodes" "${saved:-null}" "$new" "$1" \
-        "$(tr '"\\\t' "'/ " <<<"$2")" "${3:-}" >>"$history"
+        "$(printf %s "$2" | tr '"\\\t\n' "'/  ")" "${3:-}" >>"$history"
     rm -f "$began"
 }
 
@@ -109,7 +109,7 @@ hangs() {
     said=$(find "$logs" \( -path "*/${SLURM_JOB_ID}_*" -o -name 'rank_*' \) -name '*.log' -newer "$began" \
         -exec grep -hoE 'hang: .*' {} + | tail -n 1)
     [[ $said != *"all in the same phase"* && $said != *"do not reach"* ]] || return 0
-    grep -oE '(host|rank [0-9]+ on) [^ ]+' <<<"${said%%;*}" | sed "s|.* ||; s|\$| ${said//|/}|" | sort -u
+    grep -oE '(host|rank [0-9]+ on) [^ ]+' <<<"${said%%;*}" | sed "s|.* ||; s|\$| ${said//|/}|" | sort -u || true
 }
 
 # Leave in `why` how a run has failed, and in `bad` the nodes that it names: at most half of them, or none. What Slurm
@@ -134,7 +134,7 @@ blame() {
         [[ $((2 * ${#bad[@]})) -gt ${#hosts[@]} ]] || return 0
         bad=()
     done
-    why=${why:-${said:-no process has said why}}
+    why=${why:-$(paste -sd';' - <<<"${said:-no process has said why}")}
 }
 
 # leave_out TAKES USABLE NODE...: add them to `excluded`, of which `out` is what is in it then. Where too few others of

@@ -25,6 +25,8 @@ from typing import NoReturn, Self
 
 import psutil
 
+from megatron_eagle.errors import run_cli
+
 INSTALL = "apt-get install -y slurm-wlm munge iproute2"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "ip", "tc", "nsenter", "unshare")
 OLDEST = (22, 5)
@@ -399,4 +401,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_cli(lambda: main(sys.argv[1:]))

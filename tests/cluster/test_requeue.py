@@ -108,7 +108,7 @@ def test_a_node_that_stands_still(slurm: Slurm, saving: Path, tmp_path: Path) ->
     without it. So does the next stage of its chain."""
     sections = yaml.safe_load(saving.read_text())
     sections["training"] |= {"train_iterations": 40}
-    sections["resilience"] = {"heartbeat_seconds": 1, "hang_minutes": 0.2}
+    sections["resilience"] = {"heartbeat_seconds": 1, "hang_minutes": 0.4}
     sections["stages"] = {name: {"optimizer": {"lr": lr}} for name, lr in (("one", 1e-5), ("two", 2e-5))}
     sections["stages"]["two"]["training"] = {"train_iterations": 2}
     saving.write_text(yaml.safe_dump(sections))

@@ -107,7 +107,7 @@ def ended(*lines: str) -> str:
         (["error n1 rank 0 by its own", "lost n2 rank 1"], "n1: n1: rank 0 by its own"),
         (["lost n1 it did not meet the others"], "n2: n2: said nothing, and the others have lost it"),
         (["error n1 rank 0", "error n2 rank 1"], ": n1: rank 0;n2: rank 1"),
-        (["lost n1 rank 0", "lost n2 rank 1"], ": lost n1 rank 0\nlost n2 rank 1"),
+        (["lost n1 rank 0", "lost n2 rank 1"], ": lost n1 rank 0;lost n2 rank 1"),
         ([], ": no process has said why"),
     ],
 )
@@ -249,6 +249,15 @@ def test_a_start_that_ended_with_its_node(job: Job) -> None:
     gone, failed = job.history()
     assert (gone["how"], gone["nodes"]) == ("gone", "n1,n2") and gone["why"].endswith("Slurm says n2 down*")
     assert failed["why"] == "it 'has' failed"
+
+
+def test_a_start_is_one_line_whatever_is_said(job: Job) -> None:
+    """Or what counts starts without progress counts its words."""
+    lines = ended("hang n1 rank 0 by status 70", "hang n2 rank 1 by status 70")
+    said = job.start(lines + 'blame; requeue failed "failed ($why)"')
+    assert said.startswith("failed (hang n1 rank 0 by status 70;hang n2 rank 1 by status 70); job 7 goes")
+    job.start("end_history failed $'a \"word\"\\nin\\ttwo\\\\lines'")
+    assert [line["why"] for line in job.history()] == [said.rpartition("; job 7")[0], "a 'word' in two/lines"]
 
 
 def test_another_job_of_the_same_number_begins_anew(job: Job) -> None:
