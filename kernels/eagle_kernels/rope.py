@@ -9,6 +9,7 @@ heads.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,15 +29,51 @@ def inverse_frequencies(dim: int, base: float) -> Tensor:
     return 1.0 / base**exponent
 
 
+def yarn_frequencies(
+    dim: int,
+    base: float,
+    *,
+    factor: float,
+    original_length: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> Tensor:
+    """`inverse_frequencies` stretched by YaRN (arXiv 2309.00071, section 3.2), in transformers' bits.
+
+    Channels that turn `beta_fast` times or more within `original_length` tokens keep their angles; those that
+    turn `beta_slow` times or less turn `factor` times slower; between them is a linear ramp over channels,
+    whose ends are whole channels if `truncate`.
+    """
+
+    def channel(turns: float) -> float:
+        """Which channel turns so often within the original length."""
+        return (dim * math.log(original_length / (turns * 2 * math.pi))) / (2 * math.log(base))
+
+    low, high = channel(beta_fast), channel(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # as transformers: a step instead of a division by zero
+    wavelengths = base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+
+
 def rotary_table(
-    positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32, amplitude: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """positions [s], `inverse_frequencies` [d / 2] on their device -> cosines and sines [s, d / 2].
 
-    Formed in fp32, then rounded to `dtype`, the type of what will be rotated.
+    Formed in fp32 and multiplied by `amplitude`, then rounded to `dtype`, the type of what will be rotated.
     """
     angles = torch.outer(positions.float(), frequencies)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if amplitude != 1:
+        cos, sin = cos * amplitude, sin * amplitude
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, implementation: Implementation = "auto") -> Tensor:

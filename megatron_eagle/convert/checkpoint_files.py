@@ -1,7 +1,8 @@
 """The weights in a Megatron checkpoint, tensor by tensor: one process, no model, no process group.
 
 What `checkpoint` saves and loads has one key for all layers of a kind, as
-`language_model.decoder.layers.mlp.linear_fc2.weight`, whose first axis is the layer. A file holds it in
+`language_model.decoder.layers.mlp.linear_fc2.weight`, whose first axis is the layer (and whose second is the
+expert, where a layer has them). A file holds it in
 chunks: boxes of the whole tensor, cut by whatever layout wrote it. Here a chunk is written as soon as its
 values are known, and read where a tensor needs it, so that memory holds one tensor of one layer at a time.
 """
@@ -28,13 +29,18 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig
 
 _LAYER = re.compile(r"(.+\.layers)\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 
 
-def key_of(name: str) -> tuple[str, int | None]:
-    """Key in a checkpoint of the model's parameter `name`, and its place on the key's first axis (None: the
-    key is this parameter alone)."""
-    match = _LAYER.fullmatch(name)
-    return (f"{match[1]}.{match[3]}", int(match[2])) if match else (name, None)
+def key_of(name: str) -> tuple[str, tuple[int, ...]]:
+    """Key in a checkpoint of the model's parameter `name`, and its place on the key's first axes: the layer,
+    and the expert. Empty: the key is this parameter alone."""
+    key, place = name, []
+    if match := _LAYER.fullmatch(key):
+        key, place = f"{match[1]}.{match[3]}", [int(match[2])]
+    if match := _EXPERT.fullmatch(key):  # Megatron's word for all of a layer's
+        key, place = f"{match[1]}.experts.{match[3]}", [*place, int(match[2])]
+    return key, tuple(place)
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ def key_shapes(plan: ModelMapping) -> dict[str, tuple[int, ...]]:
     for entry in plan.entries:
         blocks = plan.block_shapes(entry)
         own = (sum(block[0] for block in blocks), *blocks[0][1:])
-        key, layer = key_of(entry.model)
-        shapes[key] = own if layer is None else (layer + 1, *own)  # layers come in order
+        key, place = key_of(entry.model)
+        shapes[key] = (*(number + 1 for number in place), *own)  # layers and experts come in order
     return shapes
 
 
@@ -75,13 +81,12 @@ def pieces_of(plan: ModelMapping, read: Callable[[str], Tensor]) -> Iterable[Chu
         return held[1][number]
 
     for entry in plan.entries:
-        key, layer = key_of(entry.model)
+        key, place = key_of(entry.model)
         row = 0
         for number, size in enumerate(plan.block_shapes(entry)):
-            offset = (row, *[0] * (len(size) - 1))
+            offset = (*place, row, *[0] * (len(size) - 1))
             row += size[0]
-            if layer is not None:
-                offset, size = (layer, *offset), (1, *size)
+            size = (*[1] * len(place), *size)
             yield Chunk(key, shapes[key], offset, size, partial(block, entry, number))
 
 
@@ -191,9 +196,9 @@ def put_together(
         shape: of the key's whole tensor.
         chunks: offset, size and reader of each. Only a chunk that is needed is read, one at a time.
     """
-    _, layer = key_of(name)
-    start = (0,) * len(shape) if layer is None else (layer, *[0] * (len(shape) - 1))
-    size = shape if layer is None else (1, *shape[1:])
+    _, place = key_of(name)
+    start = (*place, *[0] * (len(shape) - len(place)))
+    size = (*[1] * len(place), *shape[len(place) :])
     result, found = None, 0
     for offset, extent, read in chunks:
         low = [max(a, b) for a, b in zip(start, offset, strict=True)]
@@ -213,7 +218,7 @@ def put_together(
         found += part.numel()
     if result is None or found != result.numel():
         return None
-    return result if layer is None else result[0]
+    return result.reshape(shape[len(place) :])
 
 
 def _shifted(box: tuple[slice, ...], origin: tuple[int, ...]) -> tuple[slice, ...]:

@@ -11,7 +11,15 @@ from megatron_eagle.convert.plugin_files import write_plugin
 from megatron_eagle.convert.shards import read_json
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf_model.media_files import DEFAULT_MAX_FRAMES
-from megatron_eagle.hf_model.prompt import CHAT_TEMPLATE, END_OF_TEXT, IM_END, IMG_CONTEXT, IMG_END, IMG_START
+from megatron_eagle.hf_model.prompt import (
+    END_OF_TEXT,
+    IM_END,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+    chat_template,
+    thinks,
+)
 from megatron_eagle.hf_model.tiles import MEAN, RESCALE_FACTOR, STD
 from megatron_eagle.model.presets import EagleConfig
 
@@ -101,6 +109,8 @@ def write_processor(
         generation["pad_token_id"] = ids.get(END_OF_TEXT, ids[IM_END])
         generation.pop("bos_token_id", None)  # Qwen writes none; a wrong one would be put before a prompt
         _write_processor_settings(folder, config, metadata, max_tiles, max_frames)
+        template = chat_template(thinks=thinks(ids))
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     if generation:
         _write_json(folder / "generation_config.json", generation)
 
@@ -204,7 +214,6 @@ def _write_processor_settings(
             "max_frames": frames if max_frames is None else max_frames,
         },
     )
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """One table for both directions: names, shapes and layouts of a Hugging Face checkpoint and of the model.
 
 Legend of the shapes: c encoder width, f encoder ffn, i channels, p patch side, n patches; k connector input,
-h language-model width, q query features, g key/value features, d head size, m ffn, v vocabulary rows.
+h language-model width, q query features, g key/value features, d head size, m ffn, v vocabulary rows;
+e experts, x ffn of an expert.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,7 +82,8 @@ def _qkv(prefix: str, kind: str) -> list[str]:
     return [f"{prefix}self_attn.{x}_proj.{kind}" for x in "qkv"]
 
 
-# (model name, HF names, HF shapes, layout); `{}` is the layer. Vision, connector, language model.
+# (model name, HF names, HF shapes, layout); `{}` is the layer, `{e}` the expert, counted over all ranks:
+# sequential and grouped experts have the same names here. Vision, connector, language model.
 Row = tuple[str, list[str], list[str], Layout]
 TABLE: list[Row] = [
     ("vision_model.patch_embedding.weight", [_V + "embeddings.patch_embedding.weight"], ["c i p p"], SAME),
@@ -121,6 +124,19 @@ TABLE: list[Row] = [
         STACKED,
     ),
     (_ML + "mlp.linear_fc2.weight", [_LL + "mlp.down_proj.weight"], ["h m"], SAME),
+    (_ML + "mlp.router.weight", [_LL + "mlp.gate.weight"], ["e h"], SAME),
+    (
+        _ML + "mlp.experts.{e}.linear_fc1.weight",
+        [_LL + "mlp.experts.{e}.gate_proj.weight", _LL + "mlp.experts.{e}.up_proj.weight"],
+        ["x h", "x h"],
+        STACKED,
+    ),
+    (
+        _ML + "mlp.experts.{e}.linear_fc2.weight",
+        [_LL + "mlp.experts.{e}.down_proj.weight"],
+        ["h x"],
+        SAME,
+    ),
     ("language_model.decoder.final_layernorm.weight", [_L + "norm.weight"], ["h"], SAME),
     ("language_model.output_layer.weight", ["language_model.lm_head.weight"], ["v h"], VOCABULARY),
 ]
@@ -177,6 +193,8 @@ class ModelMapping:
             "v": text.vocab_size,
             "1": 1,
         }
+        if text.experts is not None:
+            self._sizes |= {"e": text.experts.num_experts, "x": text.experts.moe_intermediate_size}
         self.entries = list(self._written_out())
         self.passed_through = {name: self._shape(shape) for name, shape in PASSED_THROUGH} if has_head else {}
         self.hf_shapes = {name: shape for entry in self.entries for name, shape in entry.hf.items()}
@@ -186,17 +204,20 @@ class ModelMapping:
         return tuple(self._sizes[letter] for letter in letters.split())
 
     def _written_out(self) -> Iterator[MappedTensor]:
-        absent = _absent(self.config.text)
+        text = self.config.text
+        absent = _absent(text)
         for model, names, shapes, layout in TABLE:
             if model in absent:
                 continue
-            layers = 1
+            layers = experts = 1
             if "{}" in model:
                 encoder = model.startswith("vision_model.")
-                layers = (self.config.vision if encoder else self.config.text).num_hidden_layers
-            for layer in range(layers):
-                hf = {n.format(layer): self._shape(s) for n, s in zip(names, shapes, strict=True)}
-                yield MappedTensor(model.format(layer), hf, layout)
+                layers = (self.config.vision if encoder else text).num_hidden_layers
+            if "{e}" in model and text.experts is not None:
+                experts = text.experts.num_experts
+            for layer, e in itertools.product(range(layers), range(experts)):
+                hf = {n.format(layer, e=e): self._shape(s) for n, s in zip(names, shapes, strict=True)}
+                yield MappedTensor(model.format(layer, e=e), hf, layout)
 
     def check_hf(self, found: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Check the names and shapes of an HF checkpoint.
@@ -254,6 +275,8 @@ def _absent(text: TextConfig) -> set[str]:
         absent.add(_ML + "self_attention.linear_qkv.bias")
     if not text.family.qk_norm:
         absent |= {_ML + f"self_attention.{x}_layernorm.weight" for x in "qk"}
+    experts = {name for name, *_ in TABLE if "mlp.router" in name or "{e}" in name}
+    absent |= experts if text.experts is None else {_ML + f"mlp.linear_fc{n}.weight" for n in (1, 2)}
     return absent
 
 

@@ -103,8 +103,8 @@ def _model(config: EagleConfig, parameters: int) -> str:
     vision, text = config.vision, config.text
     return (
         f"An Eagle 2.5 of {parameters:,} parameters: a SigLIP encoder ({vision.num_hidden_layers} layers of "
-        f"{vision.hidden_size}), pixel shuffle and a two-layer connector, and a Qwen2.5 language model "
-        f"({text.num_hidden_layers} layers of {text.hidden_size}). A picture is cut into tiles of "
+        f"{vision.hidden_size}), pixel shuffle and a two-layer connector, and a {text.family.name} language "
+        f"model ({text.num_hidden_layers} layers of {text.hidden_size}). A picture is cut into tiles of "
         f"{vision.image_size} pixels, a frame of a video is one tile, a tile costs {config.tokens_per_tile} "
         f"tokens. It is made for prompts of up to **{text.max_position_embeddings:,} tokens**."
     )

@@ -4,14 +4,14 @@ Older transformers saved rotary frequencies and position numbers, and some tools
 out. All of it is compared with what it repeats and left out, of an import and of its export.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from megatron_eagle.convert.pickled import PickledWeights
 from megatron_eagle.convert.shards import FREQUENCIES, POSITIONS, HfWeights, read_json
 from megatron_eagle.errors import UserError
+from megatron_eagle.model.rotary import rotary_frequencies
+from megatron_eagle.model.yarn import YarnConfig, read_rope
 
 _HEADS = {
     "language_model.lm_head.weight": "language_model.model.embed_tokens.weight",
@@ -35,8 +35,9 @@ def leave_out_redundant(weights: HfWeights | PickledWeights) -> None:
         if name.endswith(POSITIONS):
             repeats = "0, 1, 2, ...", _numbers(weights.read(name))
         elif name.endswith(FREQUENCIES):
-            theta = (text.get("rope_parameters") or {}).get("rope_theta", text.get("rope_theta", 1e4))
-            repeats = f"those of rope_theta {theta:g}", _frequencies(weights.read(name), theta)
+            theta, scaling = read_rope(text)
+            what = f"those of rope_theta {theta:g}" + (" and rope_scaling" if scaling else "")
+            repeats = what, _frequencies(weights.read(name), theta, scaling)
         elif name in _HEADS and text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)):
             embedding = weights.read(_HEADS[name]) if _HEADS[name] in weights.shapes else torch.empty(0)
             repeats = "the embedding, which is tied to it", torch.equal(weights.read(name), embedding)
@@ -52,6 +53,6 @@ def _numbers(found: Tensor) -> bool:
     return torch.equal(found.flatten(), torch.arange(found.numel()))
 
 
-def _frequencies(found: Tensor, theta: Any) -> bool:
-    expected = float(theta) ** -(torch.arange(len(found)) / len(found))
+def _frequencies(found: Tensor, theta: float, scaling: YarnConfig | None) -> bool:
+    expected = rotary_frequencies(2 * len(found), theta, scaling)
     return bool(((found.float() / expected - 1).abs() <= _TOLERANCE).all())

@@ -1,4 +1,4 @@
-"""Configuration of Eagle 2.5: a SigLIP encoder, a pixel-shuffle connector and a Qwen2 language model.
+"""Configuration of Eagle 2.5: a SigLIP encoder, a pixel-shuffle connector and a Qwen language model.
 
 Self-contained: shipped inside every exported checkpoint and loaded with `trust_remote_code`
 (transformers 4.51 to 5.x; vLLM reads this file and nothing else of the remote code).
@@ -6,20 +6,35 @@ Self-contained: shipped inside every exported checkpoint and loaded with `trust_
 
 from typing import Any
 
-from transformers import PretrainedConfig, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SiglipVisionConfig,
+)
+
+# The first is that of a configuration which says no model_type; vLLM builds the model of the given name.
+_LANGUAGE: dict[type[Any], str] = {
+    Qwen2Config: "Qwen2ForCausalLM",
+    Qwen3Config: "Qwen3ForCausalLM",
+    Qwen3MoeConfig: "Qwen3MoeForCausalLM",
+}
 
 
-def _sub_config(value: Any, config_class: type[Any]) -> Any:
-    """`value` as a `config_class`: a config is taken as it is, a dict is parsed, None gives the defaults."""
+def _sub_config(value: Any, *classes: type[Any]) -> Any:
+    """`value` as one of the classes: a config is taken as it is, a dict is parsed by its `model_type`, None
+    gives the defaults of the first."""
     if isinstance(value, PretrainedConfig):
         return value
     value = dict(value or {})
-    declared = value.get("model_type", config_class.model_type)
-    if declared != config_class.model_type:
-        raise ValueError(
-            f"Eagle 2.5 needs model_type '{config_class.model_type}', the config says '{declared}'"
-        )
-    return config_class(**value)
+    by_name = {one.model_type: one for one in classes}
+    declared = value.get("model_type", classes[0].model_type)
+    if declared not in by_name:
+        needed = " or ".join(f"'{name}'" for name in by_name)
+        raise ValueError(f"Eagle 2.5 needs model_type {needed}, the config says '{declared}'")
+    return by_name[declared](**value)
 
 
 class Eagle2_5_VLConfig(PretrainedConfig):
@@ -27,7 +42,7 @@ class Eagle2_5_VLConfig(PretrainedConfig):
 
     Args:
         vision_config: `SiglipVisionConfig` or its dict; `image_size` is the tile side in pixels.
-        text_config: `Qwen2Config` or its dict.
+        text_config: `Qwen2Config`, `Qwen3Config`, `Qwen3MoeConfig` or a dict of one.
         image_token_index: id of `<IMG_CONTEXT>`; its positions receive the visual features.
         downsample_ratio: side ratio of the pixel shuffle (0.5: four patches become one token).
         mlp_connector_layers: 2 (LayerNorm, Linear, GELU, Linear).
@@ -41,12 +56,12 @@ class Eagle2_5_VLConfig(PretrainedConfig):
     """
 
     model_type = "eagle_2_5_vl"
-    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": Qwen2Config}
+    sub_configs = {"vision_config": SiglipVisionConfig, "text_config": AutoConfig}
 
     def __init__(
         self,
         vision_config: SiglipVisionConfig | dict[str, Any] | None = None,
-        text_config: Qwen2Config | dict[str, Any] | None = None,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
         image_token_index: int = 151667,
         downsample_ratio: float = 0.5,
         use_pixel_shuffle: bool = True,
@@ -67,9 +82,9 @@ class Eagle2_5_VLConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         vision: Any = _sub_config(vision_config, SiglipVisionConfig)
-        text: Any = _sub_config(text_config, Qwen2Config)
+        text: Any = _sub_config(text_config, *_LANGUAGE)
         if not getattr(text, "architectures", None):
-            text.architectures = ["Qwen2ForCausalLM"]  # vLLM builds the language model from this name
+            text.architectures = [_LANGUAGE[type(text)]]
         for name, value, supported in (
             ("select_layer", select_layer, -1),
             ("mlp_connector_layers", mlp_connector_layers, 2),

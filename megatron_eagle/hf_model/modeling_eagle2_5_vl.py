@@ -1,4 +1,4 @@
-"""Eagle 2.5 on top of transformers' SiglipVisionModel and Qwen2ForCausalLM.
+"""Eagle 2.5 on top of transformers' SiglipVisionModel and its Qwen2, Qwen3 or Qwen3Moe.
 
 Self-contained: shipped inside every exported checkpoint and loaded with `trust_remote_code`
 (transformers 4.51 to 5.x). Shapes: n tiles, S tile side, p patch side, c vision width, h language width,
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, Qwen2ForCausalLM, SiglipVisionModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin, PreTrainedModel, SiglipVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from .configuration_eagle2_5_vl import Eagle2_5_VLConfig
@@ -22,7 +22,12 @@ class Eagle2_5_VLPreTrainedModel(PreTrainedModel):
     config_class = Eagle2_5_VLConfig
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Qwen2DecoderLayer", "SiglipEncoderLayer"]
+    _no_split_modules = [
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "Qwen3MoeDecoderLayer",
+        "SiglipEncoderLayer",
+    ]
     _skip_keys_device_placement: Any = "past_key_values"
     # Both halves are transformers models; they know what they support. 4.51 reads the first spelling.
     _supports_flash_attn_2 = True
@@ -48,7 +53,8 @@ class Eagle2_5_VLForConditionalGeneration(Eagle2_5_VLPreTrainedModel, Generation
         super().__init__(config)
         self.image_token_index = config.image_token_index
         self.vision_model = SiglipVisionModel(config.vision_config)
-        self.language_model = Qwen2ForCausalLM(config.text_config)
+        language: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+        self.language_model = language(config.text_config)
         vision_width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
         text_width = config.text_config.hidden_size
         self.mlp1 = nn.Sequential(

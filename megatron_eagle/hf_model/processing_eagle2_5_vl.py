@@ -26,12 +26,13 @@ from .grids import select_grid  # noqa: F401  # as clips
 from .media_files import DEFAULT_FPS, DEFAULT_MAX_FRAMES, VideoFrames, load_image, video_of_part
 from .pictures import to_rgb  # noqa: F401  # as clips
 from .prompt import (
-    CHAT_TEMPLATE,
     IMG_CONTEXT,
     IMG_END,
     IMG_START,
     PromptMedium,
+    thinks,
 )
+from .prompt import chat_template as own_template
 from .room import Fitted, fit, prompt_room
 from .subtitles import Subtitle, between_frames
 
@@ -68,12 +69,12 @@ class Eagle2_5_VLProcessor(ProcessorMixin):
         tokens_per_tile: int = 256,
         max_frames: int = DEFAULT_MAX_FRAMES,
     ) -> None:
-        chat_template = chat_template or CHAT_TEMPLATE
+        vocabulary = tokenizer.get_vocab()
+        chat_template = chat_template or own_template(thinks=thinks(vocabulary))
         # transformers' has no types
         super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
         self.tokens_per_tile, self.max_frames = tokens_per_tile, max_frames
         self.image_token, self.image_start_token, self.image_end_token = IMG_CONTEXT, IMG_START, IMG_END
-        vocabulary = tokenizer.get_vocab()
         for token in (self.image_token, self.image_start_token, self.image_end_token):
             if token not in vocabulary:
                 raise ValueError(f"the tokenizer has no token {token}: it is not an Eagle 2.5 tokenizer")

@@ -1,16 +1,22 @@
 """What a prompt says, in training (its `hf` variant) and in every export: tokens, labels, chat template."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+# Of language models that think before they answer. One that is not to think, or has not, says so by a block
+# without thoughts before its answer.
+THINK, END_THINK = "<think>", "</think>"
+NO_THOUGHTS = f"{THINK}\n\n{END_THINK}\n\n"
 SYSTEM_PROMPT = "You are a helpful assistant."
 _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 
 # Every turn is `<|im_start|>{role}\n{content}<|im_end|>\n`, content stripped. A media item becomes
 # `<image-k>` or `<video-k>` (global counters, from 1), unless some text of the conversation places it. What
 # an item is says its type, or the key that it has; keys without a value are not there (`content.read_part`).
+# NO_THOUGHTS stand before answers that do not begin with thoughts, and before the one that is asked for
+# unless `enable_thinking` is true.
 _TEMPLATE = """\
 {%- macro has(value) -%}{%- if value is defined and value is not none -%}yes{%- endif -%}{%- endmacro -%}
 {%- macro kind(item) -%}
@@ -49,11 +55,34 @@ _TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ (ns.turn | trim) ~ '<|im_end|>\\n' -}}
+{%- set ns.turn = ns.turn | trim -%}
+BEFORE_ANSWER{{- '<|im_start|>' ~ message['role'] ~ '\\n' ~ ns.turn ~ '<|im_end|>\\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}BEFORE_ASKED{%- endif -%}
 """
-CHAT_TEMPLATE = _TEMPLATE.replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
+_BEFORE_ANSWER = """\
+{%- if message['role'] == 'assistant' and not ns.turn.startswith('THINK') -%}
+{%- set ns.turn = 'NO_THOUGHTS' ~ ns.turn -%}
+{%- endif -%}
+"""
+_BEFORE_ASKED = "{%- if not enable_thinking -%}{{- 'NO_THOUGHTS' -}}{%- endif -%}"
+
+
+def thinks(vocabulary: Container[str]) -> bool:
+    """Whether the language model of this tokenizer thinks: it has the tokens around thoughts."""
+    return THINK in vocabulary and END_THINK in vocabulary
+
+
+def chat_template(*, thinks: bool) -> str:
+    """The chat template of an export, in Jinja."""
+    before = (_BEFORE_ANSWER, _BEFORE_ASKED) if thinks else ("", "")
+    template = _TEMPLATE.replace("BEFORE_ANSWER", before[0]).replace("BEFORE_ASKED", before[1])
+    block = NO_THOUGHTS.replace("\n", "\\n")
+    template = template.replace("NO_THOUGHTS", block).replace("'THINK'", f"'{THINK}'")
+    return template.replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
+
+
+CHAT_TEMPLATE = chat_template(thinks=False)
 
 
 def image_label(number: int) -> str:

@@ -14,6 +14,7 @@ class Family:
     """A language model of RMSNorm, rotary positions, grouped queries and SwiGLU.
 
     Attributes:
+        name: for people.
         model_type: transformers' name of its configuration.
         architecture: transformers' and vLLM's name of the model.
         qkv_bias: queries, keys and values have a bias.
@@ -21,9 +22,9 @@ class Family:
         own_head_dim: the head size is free; otherwise it is hidden_size / num_attention_heads.
         hf_head_dim: head size of a configuration that says none; None: hidden_size / num_attention_heads.
         experts: every layer's MLP is a mixture of experts.
-        thinks: answers begin with a block of thoughts, which is empty unless somebody writes them.
     """
 
+    name: str
     model_type: str
     architecture: str
     qkv_bias: bool = False
@@ -31,16 +32,15 @@ class Family:
     own_head_dim: bool = False
     hf_head_dim: int | None = None
     experts: bool = False
-    thinks: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True),  # Qwen2.5 too
-        Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, own_head_dim=True, hf_head_dim=128, thinks=True),
+        Family("Qwen2.5", "qwen2", "Qwen2ForCausalLM", qkv_bias=True),
+        Family("Qwen3", "qwen3", "Qwen3ForCausalLM", qk_norm=True, own_head_dim=True, hf_head_dim=128),
         Family(
-            "qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, own_head_dim=True, experts=True, thinks=True
+            "Qwen3 MoE", "qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, own_head_dim=True, experts=True
         ),
     )
 }

@@ -58,7 +58,7 @@ class LanguageModel(GPTModel):
             pg_collection=mesh.groups,
             vp_stage=stage,
         )
-        self.rotary_pos_emb = PackedRotaryTable(text.head_dim, text.rope_theta, config.params_dtype)
+        self.rotary_pos_emb = PackedRotaryTable(text, config.params_dtype)
         self.fused_loss, self.vocab_size = classes.fused_loss, text.vocab_size
         # Real vocabulary rows among this tensor parallel rank's.
         rows = text.padded_vocab_size // mesh.tp.size

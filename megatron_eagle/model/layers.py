@@ -71,8 +71,6 @@ def check_layers(
     Raises:
         UserError: settings that contradict each other.
     """
-    if eagle.text.rope_scaling is not None:
-        raise UserError("model.text.rope_scaling: YaRN cannot be trained yet")
     if config.kernels == "triton" and (obstacle := _not_for_triton(eagle, parallel)):
         raise UserError(f"layers.kernels triton: {obstacle}; choose auto or eager")
     if config.loss_into_main_grad and config.loss == "plain":

@@ -12,26 +12,44 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from eagle_kernels.dispatch import Implementation
-from eagle_kernels.rope import inverse_frequencies, rope, rotary_table
+from eagle_kernels.rope import inverse_frequencies, rope, rotary_table, yarn_frequencies
 from megatron_eagle.context_parallel.attention import PackedSequence
 from megatron_eagle.context_parallel.backends import AttentionChoice
+from megatron_eagle.model.text import TextConfig
+from megatron_eagle.model.yarn import YarnConfig
 from megatron_eagle.runtime.ring_groups import RingGroups
+
+
+def rotary_frequencies(dim: int, theta: float, scaling: YarnConfig | None) -> Tensor:
+    """Angles per position of each pair of a head's channels, fp32 [dim / 2]."""
+    if scaling is None:
+        return inverse_frequencies(dim, theta)
+    return yarn_frequencies(
+        dim,
+        theta,
+        factor=scaling.factor,
+        original_length=scaling.original_max_position_embeddings,
+        beta_fast=scaling.beta_fast,
+        beta_slow=scaling.beta_slow,
+        truncate=scaling.truncate,
+    )
 
 
 class PackedRotaryTable(torch.nn.Module):
     """In place of `GPTModel.rotary_pos_emb`: Megatron asks for angles once a forward and gets none.
 
     Args:
-        dim: head size.
-        base: theta.
+        text: whose head size, theta and YaRN they are.
         dtype: of queries and keys, to which the table is rounded.
     """
 
-    def __init__(self, dim: int, base: float, dtype: torch.dtype) -> None:
+    def __init__(self, text: TextConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, scaling = dtype, text.rope_scaling
+        self.amplitude = 1.0 if scaling is None else scaling.amplitude
         self.frequencies: Tensor
-        self.register_buffer("frequencies", inverse_frequencies(dim, base), persistent=False)
+        frequencies = rotary_frequencies(text.head_dim, text.rope_theta, scaling)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def get_rotary_seq_len(
         self,
@@ -48,7 +66,7 @@ class PackedRotaryTable(torch.nn.Module):
         self, packed: PackedSequence, packed_seq: bool = False, cp_group: ProcessGroup | None = None
     ) -> None:
         """Leaves cosines and sines of the local tokens, [s, d / 2], in the pack."""
-        packed.rotary_table = rotary_table(packed.position_ids, self.frequencies, self.dtype)
+        packed.rotary_table = rotary_table(packed.position_ids, self.frequencies, self.dtype, self.amplitude)
 
 
 class RotaryAttention(MegatronModule):

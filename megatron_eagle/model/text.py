@@ -79,6 +79,8 @@ class TextSection(Ranged):
             )
         self._validate_experts()
         scaling = self.rope_scaling
+        if scaling is not None and self.rope_theta <= 1:
+            raise UserError("model.text.rope_theta is 1: rope_scaling needs a larger one")
         if scaling is not None and self.max_position_embeddings > scaling.reach:
             raise UserError(
                 f"model.text.max_position_embeddings is {self.max_position_embeddings}: rope_scaling reaches "

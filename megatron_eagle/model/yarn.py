@@ -45,11 +45,10 @@ class YarnConfig(Ranged):
         return _amplitude(self.factor) if self.attention_factor is None else self.attention_factor
 
     def to_hf(self) -> dict[str, Any]:
-        """As transformers and vLLM read it, both spellings of the type."""
+        """As transformers and vLLM read it; what has transformers' default is left out."""
         least = to_dict(YarnConfig(self.factor, self.original_max_position_embeddings))
         needed = ("factor", "original_max_position_embeddings", "rope_type")
         own = {name: value for name, value in to_dict(self).items() if name in needed or value != least[name]}
-        own["type"] = self.rope_type
         if self.attention_factor is not None:  # vLLM's word, which it multiplies by the default
             own["attn_factor"] = self.attention_factor / _amplitude(self.factor)
         return own

@@ -169,8 +169,11 @@ class RunFile:
             model: that of the file, with what the data say.
             trained: positions of the weights which the run starts from or resumes; None: fresh ones.
             stated: what the run's file itself says, beyond a preset: more than was trained only so.
+
+        Raises:
+            UserError: YaRN does not reach so far.
         """
-        notes, length = [], self.data.length
+        notes, length, scaling = [], self.data.length, model.text.rope_scaling
         before = model.text.max_position_embeddings if trained is None else trained
         positions = max(before, length, stated or 0)
         if stated is not None and stated > max(trained or 0, length):
@@ -185,7 +188,12 @@ class RunFile:
             )
         if stated is not None and stated < before:
             notes.append(f"{_POSITIONS} stays {before:,} as in the checkpoint: {stated:,} would lower it")
-        model = replace(model, text=replace(model.text, max_position_embeddings=positions))
+        model = replace(model, text=replace(model.text, max_position_embeddings=positions)).validate()
+        if scaling is not None and scaling.reach > before:
+            # What readers of an export take for its length, whatever else it says.
+            notes = [
+                f"{_POSITIONS} is raised from {before:,} to {scaling.reach:,}, which rope_scaling reaches"
+            ]
         config = RunConfig(**vars(self) | {"model": model})
         config.notes.extend(notes)
         return config
@@ -247,7 +255,7 @@ def complete_run_config(
     elif load is not None:
         if before is None or has_checkpoint(load):
             _check_same_tokenizer(run.data.folder, load)
-            trained.append(_check_same_model(model, load))
+            trained.append(_check_same_model(model, load, may_differ=_NO_WEIGHTS))
             saved = read_lora_config(load)
             if saved is not None:  # weights without adapters may get new ones
                 check_same_lora(run.lora, saved, load)
@@ -357,10 +365,10 @@ def _check_same_tokenizer(data: Path, checkpoint: str) -> None:
             )
 
 
-def _check_same_model(model: EagleConfig, checkpoint: str) -> int:
+def _check_same_model(model: EagleConfig, checkpoint: str, may_differ: Collection[str] = ()) -> int:
     """Refuse a checkpoint of another architecture; returns the positions that it was trained for."""
     saved = read_model_config(checkpoint)
-    differences = list(_differences(model, saved, "model"))
+    differences = list(_differences(model, saved, "model", (*_NO_ARCHITECTURE, *may_differ)))
     if differences:
         raise UserError(f"{checkpoint}: the checkpoint is of another model: {'; '.join(differences)}")
     return saved.text.max_position_embeddings
@@ -383,13 +391,17 @@ def _check_same_parts(optimizer: OptimizerConfig, checkpoint: str) -> None:
 
 
 # What a run may change about a model that it goes on with.
-_NO_ARCHITECTURE = ("initializer_range", "max_position_embeddings")
+_NO_ARCHITECTURE = ("initializer_range", "max_position_embeddings", "router_aux_loss_coef")
+# And what a run that starts from its weights may: a longer stage switches YaRN on.
+_NO_WEIGHTS = ("rope_scaling",)
 
 
-def _differences(here: Any, there: Any, where: str) -> Iterable[str]:
+def _differences(here: Any, there: Any, where: str, may_differ: Collection[str]) -> Iterable[str]:
     for f in fields(here):
         a, b, name = getattr(here, f.name), getattr(there, f.name), f"{where}.{f.name}"
+        if f.name in may_differ:
+            continue
         if is_dataclass(a) and is_dataclass(b):
-            yield from _differences(a, b, name)
-        elif a != b and f.name not in _NO_ARCHITECTURE:
+            yield from _differences(a, b, name, may_differ)
+        elif a != b:
             yield f"{name} is {b} there and {a} here"

@@ -1,5 +1,6 @@
 """Rotary positions have the bits of transformers' `Qwen2RotaryEmbedding`, up to position 1,048,576."""
 
+import copy
 import re
 
 import pytest
@@ -14,12 +15,55 @@ from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.model.inputs import make_input
+from megatron_eagle.model.rotary import PackedRotaryTable
+from megatron_eagle.model.text import TextConfig
+from megatron_eagle.model.yarn import YarnConfig, read_rope
 from tests.convert.hf_folder import rewrite_weights, write_hf_folder
 
 LAST = 1 << 20
 PRESETS = [(128, 1e6), (16, 1e6)]  # of eagle2.5-8b and of tiny
 # Other published thetas and head sizes, and some that nobody would choose.
 OTHERS = [(64, 1e6), (128, 1e4), (128, 5e6), (80, 1e5), (12, 1e6), (96, 123456.7), (256, 3.0)]
+
+
+# Published ones (Qwen's factor 4 of 32,768), and some that nobody would choose.
+YARNS = [
+    (128, 1e6, YarnConfig(4.0, 32768)),
+    (64, 1e6, YarnConfig(4.0, 32768)),
+    (128, 1e6, YarnConfig(2.5, 40960, truncate=False)),
+    (80, 5e6, YarnConfig(8.0, 32768, beta_fast=16.0, beta_slow=2.0)),
+    (128, 1e4, YarnConfig(32.0, 4096, attention_factor=0.7)),
+    (12, 1e6, YarnConfig(1.0, 9)),
+]
+
+
+@pytest.mark.parametrize(("dim", "theta", "scaling"), YARNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_yarn_has_the_bits_of_transformers(dim, theta, scaling, dtype):
+    """Frequencies, attention factor and table, from the words that an export writes."""
+    text = TextConfig(
+        hidden_size=2 * dim, num_attention_heads=2, vocab_size=9, rope_theta=theta, rope_scaling=scaling
+    )
+    module = Qwen2RotaryEmbedding(Qwen2Config(**text.to_hf()))
+    ours = PackedRotaryTable(text, dtype)
+    assert torch.equal(ours.frequencies, module.inv_freq) and ours.amplitude == module.attention_scaling
+    for first in (0, 32_768, 131_071, LAST - 999):
+        positions = torch.arange(first, first + 1000)
+        cos, sin = module(torch.zeros(1, dtype=dtype), positions[None])
+        table = rotary_table(positions, ours.frequencies, dtype, ours.amplitude)
+        for one, other in zip(table, (cos, sin), strict=True):
+            assert torch.equal(one, other[0, :, : dim // 2])
+
+
+def test_the_attention_factor_of_four():
+    assert YarnConfig(4.0, 32768).amplitude == pytest.approx(1.1386, abs=3e-5)
+    assert YarnConfig(1.0, 9).amplitude == 1
+    said = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+    for scales in ({"mscale": 1.0, "mscale_all_dim": 0.8}, {"mscale": 0.5}):
+        hf = {"rope_scaling": {**said, **scales}, "hidden_size": 256, "num_attention_heads": 2}
+        _, scaling = read_rope(hf)
+        theirs = Qwen2RotaryEmbedding(Qwen2Config(**copy.deepcopy(hf)))
+        assert scaling.amplitude == theirs.attention_scaling
 
 
 def transformers_table(dim, theta, positions, dtype=torch.float32):

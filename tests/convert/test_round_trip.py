@@ -17,6 +17,7 @@ from megatron_eagle.convert.shards import HF_INDEX
 from megatron_eagle.convert.to_hf import RECORD, export_hf
 from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.presets import preset
 from tests.convert.hf_folder import (
@@ -27,13 +28,46 @@ from tests.convert.hf_folder import (
     write_hf_folder,
     write_tokenizer,
 )
-from tests.convert.use_export import AUTO_CLASSES
+from tests.convert.use_export import AUTO_CLASSES, load_model
 from tests.paths import REPO
 
 
 def test_round_trip_is_bit_equal(source, exported):
     assert_same_weights(source, exported)
     assert not (exported / HF_INDEX).exists()  # the source has none
+
+
+LANGUAGE_MODELS = {
+    "qwen2": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}},
+    "qwen3": {"head_dim": 20},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_every_language_model_comes_back(family, tmp_path):
+    """Weights bit by bit, the configuration as transformers reads it, and the answers of the remote code."""
+    text = {"model_type": family, **LANGUAGE_MODELS[family]}
+    source = write_hf_folder(tmp_path / "hf", text=text)
+    config = import_hf(source, tmp_path / "checkpoint")
+    assert (config.text.model_type, config.text.experts is not None) == (family, family == "qwen3_moe")
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same_weights(source, tmp_path / "out")
+    ours, theirs = (
+        load(folder) for load, folder in ((load_model, tmp_path / "out"), (of_this_checkout, source))
+    )
+    assert ours.config.text_config.to_dict() == theirs.config.text_config.to_dict() | {
+        "max_position_embeddings": config.text.max_position_embeddings
+    }
+    ids = torch.tensor([[1, 2, *[config.image_token_index] * 4, 3, 4]])
+    pixels = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    with torch.no_grad():
+        found = [model(input_ids=ids, pixel_values=pixels).logits for model in (ours, theirs)]
+    assert torch.equal(*found) and found[0].std() > 0.01
+
+
+def of_this_checkout(folder):
+    return Eagle2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
 
 
 def test_shards_and_mixed_types_are_kept(broken, tmp_path):

@@ -75,8 +75,12 @@ def test_no_process_group_and_no_model_are_made(source, tmp_path, monkeypatch):
 
 def test_keys_have_their_layer_on_the_first_axis():
     name = "language_model.decoder.layers.11.mlp.linear_fc2.weight"
-    assert key_of(name) == ("language_model.decoder.layers.mlp.linear_fc2.weight", 11)
-    assert key_of("connector.layer_norm.bias") == ("connector.layer_norm.bias", None)
+    assert key_of(name) == ("language_model.decoder.layers.mlp.linear_fc2.weight", (11,))
+    assert key_of("connector.layer_norm.bias") == ("connector.layer_norm.bias", ())
+    # Megatron's own key, of sequential and of grouped experts.
+    expert = "language_model.decoder.layers.3.mlp.experts.12.linear_fc1.weight"
+    key = "language_model.decoder.layers.mlp.experts.experts.linear_fc1.weight"
+    assert key_of(expert) == (key, (3, 12))
 
 
 def _truncate(folder):

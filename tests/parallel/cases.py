@@ -21,6 +21,7 @@ from megatron_eagle.model.layers import LayersConfig
 from megatron_eagle.model.presets import EagleConfig, preset
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.model.text import ExpertsConfig, TextSection
+from megatron_eagle.model.yarn import YarnConfig
 from megatron_eagle.runtime.parallel import Mesh, ParallelConfig, model_parallel
 from megatron_eagle.training import schedule
 from megatron_eagle.training.optimizer import wrap_models
@@ -410,7 +411,28 @@ EXPERT_LAYOUTS = [
         ("EP2 x TP2+SP x PP2 x CP2", 8, 1, _EP2 | _TP2 | _SP | _PP2 | _CP2),
     ]
 ]
-TABLE = (*LAYOUTS, *SEQUENCES, *VARIANTS, *EXPERT_LAYOUTS)
+
+# Language models besides `tiny_model`'s, by their settings. Heads of Qwen3 are wider than hidden / heads, and
+# YaRN stretches lengths of which the packs' documents are on both sides.
+_YARN = {"rope_scaling": YarnConfig(4.0, 16), "max_position_embeddings": 64}
+LANGUAGE_MODELS: dict[str, dict] = {
+    "qwen2 with YaRN": _YARN,
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "qwen3 with YaRN, tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, **_YARN},
+}
+FAMILIES = [
+    Layout(f"{name}, {family}", world_size, parallel, text=text)
+    for family, text in LANGUAGE_MODELS.items()
+    for name, world_size, parallel in (
+        ("one process", 1, {}),
+        ("TP2", 2, _TP2),
+        ("TP2+SP", 2, _TP2 | _SP),
+        ("PP2", 2, _PP2),
+        ("CP2", 2, _CP2),
+    )
+]
+_DIVIDED = [layout for layout in FAMILIES if layout.world_size > 1]
+TABLE = (*LAYOUTS, *SEQUENCES, *VARIANTS, *EXPERT_LAYOUTS, *_DIVIDED)
 
 
 def cell(name: str) -> Layout:

@@ -87,6 +87,22 @@ def test_a_value_of_its_own_beside_the_model_of_the_checkpoint(tmp_path):
     assert config.model.text.max_position_embeddings == 40000 and "warning" in config.notes[0]
 
 
+def test_yarn_says_how_far_a_run_reaches(folder, tmp_path):
+    """A run from these weights may switch it on; the run itself goes on as it was begun."""
+
+    def yarn(factor: float) -> list[str]:
+        scaling = f"{{factor: {factor}, original_max_position_embeddings: {LENGTH // 2}}}"
+        return [f"{NAME}=32", f"model.text.rope_scaling={scaling}"]
+
+    new = [f"checkpoint.path={tmp_path / 'new'}", f"checkpoint.load={folder / 'run'}"]
+    says = f"{NAME} is raised from {LENGTH} to {2 * LENGTH}, which rope_scaling reaches"
+    assert settled(folder, *new, *yarn(4)) == (2 * LENGTH, [says])
+    with pytest.raises(UserError, match=f"{NAME} is {LENGTH}: rope_scaling reaches 48, its factor 1.5 times"):
+        settled(folder, *new, *yarn(1.5))
+    with pytest.raises(UserError, match="another model: model.text.rope_scaling is None there and Yarn"):
+        settled(folder, *yarn(4))
+
+
 def test_other_sizes_stay_a_difference_of_architecture(folder):
     with pytest.raises(UserError, match="another model: model.text.hidden_size is 64 there and 128 here; "):
         settled(folder, f"{NAME}=32", "model.text.hidden_size=128")

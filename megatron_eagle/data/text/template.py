@@ -15,7 +15,15 @@ import numpy as np
 from megatron_eagle.data.sample import ASSISTANT, SYSTEM, DocumentRef, ImageRef, Sample, Turn
 from megatron_eagle.data.text.tokenizer import Tokenizer
 from megatron_eagle.hf_model import prompt
-from megatron_eagle.hf_model.prompt import IM_END, IM_START, IMG_CONTEXT, IMG_END, IMG_START
+from megatron_eagle.hf_model.prompt import (
+    END_THINK,
+    IM_END,
+    IM_START,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+    THINK,
+)
 
 VARIANTS = ("train", "hf")
 _SYSTEM_PROMPT = {
@@ -68,7 +76,11 @@ class Encoded:
 
 
 class Template:
-    """Renders samples in one variant (`train` or `hf`, EAGLE 2.5's training text and its HF processor's)."""
+    """Renders samples in one variant (`train` or `hf`, EAGLE 2.5's training text and its HF processor's).
+
+    Where the tokenizer has tokens around thoughts, an answer that does not begin with thoughts begins with an
+    empty block of them, which is no part of what is learned: a prompt that asks for an answer has it too.
+    """
 
     def __init__(self, tokenizer: Tokenizer, variant: str, tokens_per_tile: int):
         if variant not in VARIANTS:
@@ -78,6 +90,9 @@ class Template:
         self.tokens_per_tile = tokens_per_tile
         self._ids = {name: tokenizer.token_id(name) for name in (IM_START, IM_END, IMG_START, IMG_END)}
         self.image_token_id = tokenizer.token_id(IMG_CONTEXT)
+        self.thinks = tokenizer.has_token(THINK) and tokenizer.has_token(END_THINK)
+        if self.thinks:
+            self._ids |= {name: tokenizer.token_id(name) for name in (THINK, END_THINK)}
 
     @property
     def default_system(self) -> str:
@@ -109,6 +124,9 @@ class Template:
                 mark = answer if turn.learned else 0
                 [said] = turn.parts
                 assert isinstance(said, str), "an answer shows no media"
+                if self.thinks and not said.startswith(THINK):
+                    yield from self._no_thoughts(text)
+                    text = "\n\n"
                 yield Text(text + said, mark, len(text))
                 yield Special(IM_END, mark)
                 text = "\n"
@@ -134,6 +152,14 @@ class Template:
             yield Special(IM_END)
             text = "\n"
         yield Text(text)
+
+    @staticmethod
+    def _no_thoughts(before: str) -> Iterator[TextPiece]:
+        """`before` and `prompt.NO_THOUGHTS`, but for the line ends that go on into the answer."""
+        yield Text(before)
+        yield Special(THINK)
+        yield Text("\n\n")
+        yield Special(END_THINK)
 
     @staticmethod
     def _block(tiles: int) -> Iterator[TextPiece]:

@@ -60,6 +60,9 @@ class Tokenizer(Protocol):
             UserError: there is none; it is named.
         """
 
+    def has_token(self, name: str) -> bool:
+        """Whether there is a token of this name."""
+
     def is_special(self, token: int) -> bool:
         """Whether this id is a special token, which no plain text becomes."""
 
@@ -112,6 +115,9 @@ class HuggingFaceTokenizer:
         if token is None:
             raise UserError(f'{self._path} has no token "{name}"; add it as a special token')
         return token
+
+    def has_token(self, name: str) -> bool:
+        return self._tokenizer.token_to_id(name) is not None
 
     def is_special(self, token: int) -> bool:
         return token in self._special
@@ -179,12 +185,12 @@ class SentencePieceTokenizer:
         return "".join(parts)
 
     def token_id(self, name: str) -> int:
-        if name in self._added:
-            return int(self._added[name])
-        token = self._processor.piece_to_id(name)
-        if self._processor.id_to_piece(token) != name:
+        if not self.has_token(name):
             raise UserError(f'{self._path} has no token "{name}"; add it as a special token')
-        return token
+        return int(self._added[name]) if name in self._added else self._processor.piece_to_id(name)
+
+    def has_token(self, name: str) -> bool:
+        return name in self._added or self._processor.id_to_piece(self._processor.piece_to_id(name)) == name
 
     def is_special(self, token: int) -> bool:
         return token in self._names or self._processor.is_control(token)
