@@ -240,7 +240,7 @@ def _their_special(files: Files) -> dict[str, int]:
 
 
 def _their_prompt() -> str:
-    return their_text.CHAT_TEMPLATE.split(r"system\n")[1].split(IM_END)[0]
+    return their_text.own_template(thinks=False).split(r"system\n")[1].split(IM_END)[0]
 
 
 # What pictures and text become: (ours, theirs).

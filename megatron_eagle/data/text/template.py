@@ -93,6 +93,8 @@ class Template:
         self.thinks = tokenizer.has_token(THINK) and tokenizer.has_token(END_THINK)
         if self.thinks:
             self._ids |= {name: tokenizer.token_id(name) for name in (THINK, END_THINK)}
+            # In a text a special token is what its letters are, also for the exported processor.
+            self._may_be_written = not tokenizer.is_special(self._ids[THINK])
 
     @property
     def default_system(self) -> str:
@@ -124,7 +126,7 @@ class Template:
                 mark = answer if turn.learned else 0
                 [said] = turn.parts
                 assert isinstance(said, str), "an answer shows no media"
-                if self.thinks and not said.startswith(THINK):
+                if self.thinks and not (self._may_be_written and said.startswith(THINK)):
                     yield from self._no_thoughts(text)
                     text = "\n\n"
                 yield Text(text + said, mark, len(text))

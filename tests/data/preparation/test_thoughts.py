@@ -18,7 +18,8 @@ TURNS = ["What is it?", "A cat.", "Sure?", THOUGHTS, "And this?", "A cup."]
 
 @pytest.fixture(scope="module", params=[False, True], ids=["added", "special"])
 def thinking(request, tokenizer_dir, tmp_path_factory) -> Path:
-    """A tokenizer with the tokens around thoughts; Qwen3's are added ones that are not special."""
+    """A tokenizer with the tokens around thoughts; Qwen3's are added ones that are not special. Special ones
+    cannot be written in a text: what somebody wrote is then no thoughts."""
     definition = json.loads((tokenizer_dir / "tokenizer.json").read_text())
     rows = load_tokenizer(tokenizer_dir).vocab_size
     for number, name in enumerate((THINK, END_THINK)):
@@ -48,14 +49,16 @@ def messages(turns: list[str]) -> list[dict]:
 def test_every_answer_follows_the_prompt_that_asks_for_it(thinking, tmp_path):
     store = make_store(tmp_path, thinking, [{"messages": messages(TURNS)}], (600,), template="hf")
     sample, asks, tokenizer = SampleStore(store)[0], processor(thinking), load_tokenizer(thinking)
+    writable = not tokenizer.is_special(tokenizer.token_id(THINK))
     for number in (1, 2, 3):
         said = TURNS[2 * number - 1]
         before = messages(TURNS[: 2 * number - 1])
         # Who asks for thoughts leaves it to the model to begin them.
-        text = asks.apply_chat_template(before, add_generation_prompt=True, enable_thinking=said == THOUGHTS)
+        thoughts = said == THOUGHTS and writable
+        text = asks.apply_chat_template(before, add_generation_prompt=True, enable_thinking=thoughts)
         prompt = asks(text=[text], return_tensors="pt")["input_ids"][0].tolist()
         assert sample.ids[: len(prompt)].tolist() == prompt
-        assert text.endswith("assistant\n" if said == THOUGHTS else NO_THOUGHTS)
+        assert text.endswith("assistant\n" if thoughts else NO_THOUGHTS)
         learned = sample.ids[sample.answers == number].tolist()
         assert sample.answers.tolist().index(number) == len(prompt)
         assert tokenizer.decode(learned) == f"{said}<|im_end|>"
