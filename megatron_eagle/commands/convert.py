@@ -3,8 +3,8 @@
 %(prog)s import --hf H --checkpoint C     H: an Eagle 2.5 folder; C: a new folder
 %(prog)s export --checkpoint C --hf H     C: a checkpoint of any layout; H: a new or earlier export
 
-A model to begin stage 1 with, from a Qwen2.5 and a SigLIP or SigLIP2 folder (DIR: the language model's own
-tokenizer with the image tokens added):
+A model to begin stage 1 with, from a Qwen2.5 or Qwen3 and a SigLIP or SigLIP2 folder (DIR: the language
+model's own tokenizer with the image tokens added):
 
 %(prog)s import --language Q --vision S --tokenizer DIR --checkpoint C
 
@@ -69,7 +69,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         return command
 
     command = add("import", "make a checkpoint from a Hugging Face folder, or from its parts")
-    command.add_argument("--language", type=Path, help="Qwen2.5 folder, with --vision and --tokenizer")
+    command.add_argument("--language", type=Path, help="Qwen folder, with --vision and --tokenizer")
     command.add_argument("--vision", type=Path, help="SigLIP or SigLIP2 folder (fixed resolution)")
     command.add_argument("--tokenizer", type=Path, help="the language model's tokenizer with image tokens")
     command.add_argument("--tile-size", type=int, help="pixels a side (default: as the encoder's pictures)")

@@ -1,4 +1,4 @@
-"""Import from parts: a Qwen2.5 language model and a SigLIP encoder become what stage 1 starts from.
+"""Import from parts: a language model and a SigLIP encoder become what stage 1 starts from.
 
 - Rows of tokens that the language model's own tokenizer does not have are the mean of those that it has.
 - Position embeddings are resized (bicubic) when tiles are of another size than the encoder's pictures.

@@ -1,14 +1,25 @@
-"""A Qwen2.5 and a SigLIP folder become a checkpoint: every weight in its place, new ones as documented."""
+"""A language model and a SigLIP encoder become a checkpoint: every weight in its place, new ones as said."""
 
 import json
 import runpy
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer
 from torch.nn import functional as F
-from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipConfig, SiglipModel, SiglipVisionConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+)
 
 from megatron_eagle.checkpoint import read_model_config
 from megatron_eagle.convert.compare import open_tensors
@@ -16,6 +27,7 @@ from megatron_eagle.convert.from_parts import Parts, import_parts
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.convert.whole_model import whole_model
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf_model.modeling_eagle2_5_vl import Eagle2_5_VLForConditionalGeneration
 from megatron_eagle.inference import logits
 from megatron_eagle.model.initialization import initialize_parameters
 from tests.convert.hf_folder import read_weights, write_tokenizer
@@ -122,6 +134,45 @@ def test_text_is_answered_as_by_the_language_model(parts, start):
     known = expected.shape[-1] - SPARE
     found = logits(start, ids)[..., :known]
     torch.testing.assert_close(found, expected[..., :known], atol=2e-5, rtol=1e-5)
+
+
+OTHERS = {
+    "qwen3": (Qwen3Config, {"head_dim": 20}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"head_dim": 20, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_every_language_model_is_a_part(family, parts, tmp_path):
+    """Weights and, where one process can tell, answers; the export's remote code wraps the same model."""
+    kind, sizes = OTHERS[family]
+    old = Qwen2Config.from_pretrained(parts.language)
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    same += ("num_key_value_heads",)
+    torch.manual_seed(2)
+    language = AutoModelForCausalLM.from_config(kind(**{n: getattr(old, n) for n in same}, **sizes)).eval()
+    language.save_pretrained(tmp_path / "language")
+    shutil.copyfile(parts.language / "tokenizer.json", tmp_path / "language" / "tokenizer.json")
+    config = import_parts(replace(parts, language=tmp_path / "language"), tmp_path / "start")
+    assert (config.text.model_type, config.text.head_dim) == (family, 20)
+    export_hf(tmp_path / "start", tmp_path / "hf")
+    found, given = read_weights(tmp_path / "hf"), read_weights(tmp_path / "language")
+    assert {f"language_model.{name}" for name in given} == {n for n in found if n.startswith("language")}
+    for name, tensor in given.items():
+        if name not in (EMBEDDING, OUTPUT):
+            assert torch.equal(found[f"language_model.{name}"], tensor), name
+    ids = torch.arange(5, 40)[None]
+    answers = Eagle2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        expected, exported = (model(input_ids=ids).logits for model in (language, answers))
+    known = expected.shape[-1] - SPARE
+    assert torch.equal(exported[..., :known], expected[..., :known])
+    if config.text.experts is None:
+        ours = logits(tmp_path / "start", ids)[..., :known]
+        torch.testing.assert_close(ours, expected[..., :known], atol=2e-5, rtol=1e-5)
 
 
 def test_it_exports(start, tmp_path):
