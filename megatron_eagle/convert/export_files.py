@@ -108,9 +108,7 @@ def write_processor(
             generation["eos_token_id"] = ids[IM_END]
         generation["pad_token_id"] = ids.get(END_OF_TEXT, ids[IM_END])
         generation.pop("bos_token_id", None)  # Qwen writes none; a wrong one would be put before a prompt
-        _write_processor_settings(folder, config, metadata, max_tiles, max_frames)
-        template = chat_template(thinks=thinks(ids))
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        _write_processor_settings(folder, config, metadata, max_tiles, max_frames, thinks(ids))
     if generation:
         _write_json(folder / "generation_config.json", generation)
 
@@ -177,6 +175,7 @@ def _write_processor_settings(
     metadata: HfMetadata,
     max_tiles: int | None,
     max_frames: int | None,
+    thinks: bool,
 ) -> None:
     side = config.vision.image_size
     exported, source = read_json(folder / "config.json"), metadata.json("preprocessor_config.json")
@@ -214,6 +213,7 @@ def _write_processor_settings(
             "max_frames": frames if max_frames is None else max_frames,
         },
     )
+    (folder / "chat_template.jinja").write_text(chat_template(thinks=thinks), encoding="utf-8")
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:
