@@ -6,13 +6,13 @@ import torch
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.optimizer import OptimizerConfig, build_optimizer, wrap_models
-from tests.parallel.cases import LAYOUTS, ONE_PROCESS, Layout, tiny_model
+from tests.parallel.cases import LANGUAGE_MODELS, LAYOUTS, ONE_PROCESS, Layout, tiny_model
 from tests.parallel.harness import launch
 
 
-def squared_norm_of_ones(layout: Layout, tied: bool) -> float:
+def squared_norm_of_ones(layout: Layout, text: dict) -> float:
     """With every gradient one, the squared norm is the number of parameters."""
-    eagle = tiny_model(tie_word_embeddings=tied)
+    eagle = tiny_model(**text)
     with model_parallel(ParallelConfig(**layout.parallel)) as mesh:
         models = build_model(eagle, mesh, torch.device("cpu"))
         wrapped = wrap_models(models)
@@ -24,11 +24,18 @@ def squared_norm_of_ones(layout: Layout, tied: bool) -> float:
         return round(float(optimizer.get_grad_norm()) ** 2)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_every_layout_counts_the_same_parameters(tied):
-    [expected] = launch(squared_norm_of_ones, 1, ONE_PROCESS, tied)
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param({}, id="untied"),
+        pytest.param({"tie_word_embeddings": True}, id="tied"),
+        pytest.param(LANGUAGE_MODELS["qwen3"], id="qwen3", marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_counts_the_same_parameters(text):
+    [expected] = launch(squared_norm_of_ones, 1, ONE_PROCESS, text)
     chosen = {"TP2+SP, none", "TP2 x CP2, cp_tp", "PP2 x VPP2, none", "TP2+SP x PP2 x CP2, cp_tp"}
     for layout in LAYOUTS:
         if layout.name in chosen:
-            norms = launch(squared_norm_of_ones, layout.world_size, layout, tied)
+            norms = launch(squared_norm_of_ones, layout.world_size, layout, text)
             assert set(norms) == {expected}, layout.name
