@@ -418,6 +418,12 @@ _YARN = {"rope_scaling": YarnConfig(4.0, 16), "max_position_embeddings": 64}
 LANGUAGE_MODELS: dict[str, dict] = {
     "qwen2 with YaRN": _YARN,
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    # As Qwen3-30B-A3B; transformers adds no auxiliary loss to a loss of labels.
+    "qwen3_moe": {
+        **EXPERTS,
+        "head_dim": 24,
+        "experts": {**EXPERTS["experts"], "router_aux_loss_coef": 0.0},
+    },
     "qwen3 with YaRN, tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True, **_YARN},
 }
 FAMILIES = [

@@ -75,14 +75,23 @@ class Theirs:
             loss = loss + (losses * document["loss_weights"]).sum()
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        alive = {_saved(name): g for name, g in gradients.items() if g is not None}
-        self.outcome = living(Outcome(loss.item(), alive))
+        alive = (_saved(name, g) for name, g in gradients.items() if g is not None)
+        self.outcome = living(Outcome(loss.item(), {n: g for saved in alive for n, g in saved.items()}))
 
 
-def _saved(name: str) -> str:
-    """The name in a checkpoint: in memory transformers 5 drops a level of the encoder's."""
+def _saved(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As in a checkpoint: in memory transformers 5 drops a level of the encoder's names, and has all experts
+    of a layer in one."""
     prefix = "vision_model."
-    return name if name.startswith(2 * prefix) or not name.startswith(prefix) else prefix + name
+    if name.startswith(prefix) and not name.startswith(2 * prefix):
+        return {prefix + name: tensor}
+    if ".experts." not in name:
+        return {name: tensor}
+    layer, _, kind = name.rpartition(".")
+    parts = {kind: tensor}
+    if kind == "gate_up_proj":
+        parts = dict(zip(("gate_proj", "up_proj"), tensor.chunk(2, 1), strict=True))
+    return {f"{layer}.{e}.{k}.weight": one for k, whole in parts.items() for e, one in enumerate(whole)}
 
 
 def run_checkpoint(layout: Layout, checkpoint: str) -> dict:
