@@ -52,9 +52,11 @@ def initialize_parameters(models: list[EagleModel], seed: int) -> None:
                 parameter.fill_(1)
             else:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-                shape, tp = list(parameter.shape), divided_over(name, model)
+                shape = list(parameter.shape)
                 dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
                 if dim is not None:
+                    # Asked only here: the connector of an import from parts has no ranks.
+                    tp = divided_over(name, model)
                     shape[dim] *= tp.size
                 full = torch.empty(shape).normal_(0, model.eagle.initializer_range, generator=generator)
                 if dim is not None:
