@@ -131,6 +131,13 @@ class PackShapes(LocalShapes):
         """Rows of the hidden states between layers."""
         return self.s // self.tp if self.parallel.sequence_parallel else self.s
 
+    @property
+    def routed_rows(self) -> int:
+        """Rows that go through a rank's experts, if each of them gets equally many."""
+        experts = self.eagle.text.experts
+        assert experts is not None, "of models with experts"
+        return self.r * experts.num_experts_per_tok * self.parallel.expert_tensor_size
+
 
 @dataclass(frozen=True)
 class StageShapes:

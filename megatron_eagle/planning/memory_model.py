@@ -89,7 +89,9 @@ def memory_moments(
     e, shapes = workload.element_size, PackShapes(eagle, parallel, workload.sequence_length)
     parameters = count_parameters(shapes, StageShapes.of(shapes, stage), workload.lora)
     trained = parameters.trained(workload.trainable)
-    shard = -(-trained // (data_parallel_size * shapes.cp))
+    experts = parameters.trained_experts(workload.trainable)
+    replicas = data_parallel_size * shapes.cp
+    shard = -(-(trained - experts) // replicas) + -(-experts // parallel.expert_data_ranks(replicas))
     gradient = FP32 if parallel.grad_reduce_in_fp32 else e
     states = {
         "stage": stage,
@@ -284,6 +286,11 @@ def _fused_loss(shapes: PackShapes, workload: Workload) -> int:
 def _feed_forward(shapes: PackShapes, workload: Workload) -> int:
     """Gradients of the second linear layer's input, weight and output, and of the residual."""
     s, r, h, f = shapes.s, shapes.r, shapes.h, shapes.f
+    if shapes.eagle.text.experts is not None:
+        # Of all of a rank's experts together: of the weighted product and the product, of gate and up, and of
+        # the rows, which are put in order for the way back.
+        rows = shapes.routed_rows
+        return workload.element_size * (rows * (4 * f + 2 * h) + 3 * h * f + r * h)
     product = s * f if workload.recompute.swiglu else 0  # computed again
     return workload.element_size * (s * f + h * f + s * h + r * h + product)
 

@@ -16,7 +16,7 @@ from megatron_eagle.model.parts import NEW_TOKEN_ROWS
 from megatron_eagle.model.shapes import LocalShapes, PackShapes, StageShapes
 from megatron_eagle.model.specs import RecomputeConfig
 
-FP32 = 4
+FP32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ class Workload:
 
     @property
     def computed_again(self) -> Collection[str]:
-        """Of core_attn and mlp, what backward computes again in every language layer."""
+        """Of core_attn and mlp, what backward computes again in every language layer. Experts are its mlp."""
         if self.recompute.language == "full":
             return "core_attn", "mlp"
         if self.recompute.language == "selective":
-            return self.recompute.recompute_modules or ("core_attn",)
+            modules = self.recompute.recompute_modules or ("core_attn",)
+            return tuple("mlp" if name == "moe" else name for name in modules)
         return ("mlp",) if self.recompute.language == "offload" else ()
 
     @property
@@ -83,6 +84,7 @@ class Parameters:
     connector: int
     largest: int  # of one tensor
     adapters: int = 0  # of LoRA, which train in place of the language model
+    experts: int = 0  # of the language model, of which other ranks have copies than of the rest
 
     @property
     def total(self) -> int:
@@ -95,6 +97,10 @@ class Parameters:
         parts = {"vision": self.vision, "connector": self.connector, "language": language}
         return rows + sum(size for part, size in parts.items() if part in trainable)
 
+    def trained_experts(self, trainable: Collection[str]) -> int:
+        """Of `trained`, the experts'."""
+        return self.experts if "language" in trainable and not self.adapters else 0
+
     def vision_and_connector(self, trainable: Collection[str]) -> int:
         """Elements of encoder and connector with a gradient buffer."""
         return self.trained([part for part in trainable if part in ("vision", "connector")])
@@ -106,7 +112,11 @@ def count_parameters(shapes: LocalShapes, stage: StageShapes, lora: LoraConfig |
     qkv, fc1 = shapes.q + 2 * shapes.kv, 2 * h * shapes.f
     family, d = eagle.text.family, eagle.text.head_dim
     small = (qkv if family.qkv_bias else 0) + (2 * d if family.qk_norm else 0)
-    layer = h * qkv + small + shapes.q * h + fc1 + fc1 // 2 + 2 * h
+    mlp, router = fc1 + fc1 // 2, 0
+    if eagle.text.experts is not None:
+        mlp, router = shapes.own_experts * mlp, eagle.text.experts.num_experts * h
+    layer = h * qkv + small + shapes.q * h + mlp + router + 2 * h
+    experts = stage.layers * mlp if router else 0
     vocabulary = shapes.vocabulary * h
     # Tied embeddings are one tensor only where one stage has both ends.
     ends = 1 if stage.first and stage.last and eagle.text.tie_word_embeddings else stage.first + stage.last
@@ -114,14 +124,14 @@ def count_parameters(shapes: LocalShapes, stage: StageShapes, lora: LoraConfig |
     largest = max(fc1, vocabulary if ends else 0)
     adapters = 0 if lora is None else stage.layers * _adapters(shapes, lora)
     if not stage.first:
-        return Parameters(language, ends * vocabulary, 0, 0, largest, adapters)
+        return Parameters(language, ends * vocabulary, 0, 0, largest, adapters, experts)
     t, c, i = shapes.vision_ranks, shapes.c, vision.intermediate_size
     patch = vision.num_channels * vision.patch_size**2 * c + c
     block = (3 * c * c + 3 * c + c * c + c * i + i + i * c) // t + 2 * c + 4 * c
     encoder = patch + vision.num_patches * c + vision.num_hidden_layers * block + 2 * c
     shuffled = c * eagle.shuffle_factor**2
     connector = 2 * shuffled + (shuffled * h + h + h * h) // t + h
-    return Parameters(language, ends * vocabulary, encoder, connector, largest, adapters)
+    return Parameters(language, ends * vocabulary, encoder, connector, largest, adapters, experts)
 
 
 def _adapters(shapes: LocalShapes, lora: LoraConfig) -> int:
@@ -211,6 +221,8 @@ def language_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:
     # Gate and up, silu(gate) where the kernel is the eager one, their product.
     product = f if keeps("down_proj") and not workload.recompute.swiglu else 0
     mlp = s * e * (2 * f + (0 if workload.fused_kernels else f) + product)
+    if shapes.eagle.text.experts is not None:
+        mlp = _experts(shapes, workload)
     low = 0 if workload.lora is None else s * e * workload.lora.rank
     targets = () if workload.lora is None else workload.lora.target_modules
     attention += low * sum(target in ("q_proj", "k_proj", "v_proj", "o_proj") for target in targets)
@@ -227,6 +239,23 @@ def _head_norms(shapes: PackShapes, workload: Workload) -> int:
         return kept
     joint = shapes.q + shapes.kv if shapes.ulysses > 1 else -shapes.kv
     return kept + s * workload.element_size * joint
+
+
+def _experts(shapes: PackShapes, workload: Workload) -> int:
+    """What a layer's experts keep beside their input, if each of them gets equally many tokens."""
+    experts, e = shapes.eagle.text.experts, workload.element_size
+    assert experts is not None, "it was asked"
+    f, k, number = shapes.f, experts.num_experts_per_tok, experts.num_experts
+    sent, got = shapes.r * k, shapes.routed_rows
+    trained = workload.language_weights
+    # The softmax and which are the k best of it; before they are divided by their sum, they and that.
+    chosen = shapes.r * number * FP32 + sent * INT64
+    chosen += (sent + shapes.r) * FP32 if experts.norm_topk_prob else 0
+    # Who goes where: a mask, weights in the order of experts, and rows.
+    routes = shapes.r * number * (1 + FP32) + sent * INT64
+    # Their rows; gate and up, with an eager kernel silu(gate); their product, and that times its weight.
+    inside = (shapes.h if trained else 0) + 2 * f + (0 if workload.fused_kernels else f) + f
+    return chosen + routes + got * (inside * e + FP32 + (f * e if trained else 0))
 
 
 def vision_layer(shapes: PackShapes, workload: Workload) -> LayerActivations:

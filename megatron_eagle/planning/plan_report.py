@@ -10,9 +10,10 @@ from megatron_eagle.planning.planner import RESERVED_BYTES, LayoutPlan, LayoutPl
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.run_config import RunConfig
 
-# Tensor, sequence, pipeline, virtual and context parallel, Ulysses of that, data parallel; language layers
-# of the first stage, and the share of its time that encoder, connector and embedding take.
-_LAYOUT = ("TP", "SP", "PP", "VPP", "CP", "U", "DP", "first", "encoder", "vision")
+# Tensor, sequence, pipeline, virtual and context parallel, Ulysses of that, data parallel, expert parallel of
+# a model that has some; language layers of the first stage, and the share of its time that encoder, connector
+# and embedding take.
+_LAYOUT = ("TP", "SP", "PP", "VPP", "CP", "U", "DP", "EP", "first", "encoder", "vision")
 _MEMORY = ("weights", "gradients", "optimizer", "activations", "vision", "logits", "workspace")
 _SHORT = ("weight", "grad", "optim", "activ", "vision", "logits", "work")
 
@@ -53,7 +54,7 @@ def render_plan(
         f"{len(fitting)} layouts fit, {len(plans.legal) - len(fitting)} do not, "
         f"{plans.refused.total()} refused",
         "",
-        *_table(shown, config.parallel),
+        *_table(shown, config.parallel, config.model.text.experts is not None),
         *_stages(shown),
         "",
         _explain(plans.legal[0]),
@@ -102,8 +103,9 @@ def as_records(plans: LayoutPlans, config: RunConfig) -> dict[str, Any]:
     return {"max_position_embeddings": positions, "layouts": layouts, "refused": refused}
 
 
-def _table(plans: list[LayoutPlan], own: ParallelConfig) -> list[str]:
-    rows = [["", *_LAYOUT, "step s", "MFU", *_SHORT, "GB", "free", "limited by"]]
+def _table(plans: list[LayoutPlan], own: ParallelConfig, experts: bool) -> list[str]:
+    layout = [name for name in _LAYOUT if experts or name != "EP"]
+    rows = [["", *layout, "step s", "MFU", *_SHORT, "GB", "free", "limited by"]]
     for number, plan in enumerate(plans, 1):
         parallel, parts = plan.parallel, plan.memory.parts
         first = plan.time.stages[0]
@@ -117,6 +119,7 @@ def _table(plans: list[LayoutPlan], own: ParallelConfig) -> list[str]:
                 str(parallel.context_parallel_size),
                 str(parallel.ulysses_parallel_size),
                 str(plan.data_parallel_size),
+                *([str(parallel.expert_model_parallel_size)] if experts else []),
                 str(first.layers) if parallel.pipeline_model_parallel_size > 1 else "-",
                 f"{100 * first.encoder / first.total:.0f} %",
                 parallel.vision_sharding,

@@ -126,6 +126,7 @@ class LayoutPlan:
             p.tensor_model_parallel_size,
             p.num_model_chunks,
             p.ulysses_parallel_size,
+            p.expert_model_parallel_size,
             p.num_layers_in_first_pipeline_stage or 0,
             p.pipeline_model_parallel_layout or "",
             p.vision_sharding,
@@ -201,11 +202,6 @@ def plan_layouts(
         raise UserError(
             f"--gpu-memory is {gpu_memory / 1e9:g} GB: must be above the {RESERVED_BYTES / 1e9:g} GB that "
             "the CUDA context, NCCL and the allocator take"
-        )
-    if config.model.text.experts is not None:
-        raise UserError(
-            "the planner cannot estimate models with experts yet; `megatron-eagle train check` says whether "
-            "a layout is legal"
         )
     if packs.tiles * config.model.tokens_per_tile > config.data.length:
         raise UserError(
@@ -337,14 +333,30 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[ParallelConfig]:
                     if cp % n == 0
                     and (n <= heads or (heads % tp == 0 and divides_heads(n, queries // tp, heads // tp)))
                 ]
+                expert_sizes = _expert_sizes(config, gpus // pp, tp)
                 for parallel in _variants(config, tp, pp):
-                    for sharding, ulysses in product(shardings, ulysses_sizes):
+                    for sharding, ulysses, (experts, parts) in product(
+                        shardings, ulysses_sizes, expert_sizes
+                    ):
                         yield replace(
                             parallel,
                             context_parallel_size=cp,
                             ulysses_parallel_size=ulysses,
                             vision_sharding=sharding,
+                            expert_model_parallel_size=experts,
+                            expert_tensor_parallel_size=parts,
                         )
+
+
+def _expert_sizes(config: RunConfig, ranks: int, tp: int) -> list[tuple[int, int | None]]:
+    """(Expert parallel size, their tensor parallel size) for the `ranks` of a pipeline stage: whole experts,
+    or divided as the run's file says."""
+    experts, parts = config.model.text.experts, config.parallel.expert_tensor_parallel_size
+    if experts is None:
+        return [(1, None)]
+    parts = 1 if parts in (None, 1) else tp
+    legal = (n for n in range(1, experts.num_experts + 1) if experts.num_experts % n == 0)
+    return [(n, parts) for n in legal if ranks % (n * parts) == 0]
 
 
 def _shardings(tp: int, cp: int) -> list[VisionSharding]:
@@ -370,7 +382,9 @@ def _variants(config: RunConfig, tp: int, pp: int) -> Iterator[ParallelConfig]:
         num_layers_in_last_pipeline_stage=None,
         pipeline_model_parallel_layout=None,
     )
-    for sequence_parallel in (False, True) if tp > 1 else (False,):
+    # Experts would get every token from each rank: they need it.
+    both = (True,) if config.model.text.experts is not None else (False, True)
+    for sequence_parallel in both if tp > 1 else (False,):
         for chunks in range(1, share + 1) if pp > 1 else (1,):
             stages = replace(
                 base,

@@ -11,7 +11,13 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 
 from eagle_kernels.linear_cross_entropy import CHUNK
-from megatron_eagle.model.flops import StepFlops, exchange_costs, pair_costs, training_flops
+from megatron_eagle.model.flops import (
+    StepFlops,
+    exchange_costs,
+    feed_forward_products,
+    pair_costs,
+    training_flops,
+)
 from megatron_eagle.model.presets import EagleConfig
 from megatron_eagle.model.shapes import PackShapes, StageShapes
 from megatron_eagle.planning.context_work import ContextWork, context_work
@@ -52,6 +58,7 @@ class StepTime:
     elementwise: float  # memory traffic of everything that is no matrix product, and the optimizer
     tensor_parallel: float
     context_parallel: float
+    expert_parallel: float  # tokens to their experts and back
     data_parallel: float
     pipeline: float  # transfers between stages, and waiting for other stages
     mfu: float | None  # model FLOPs of the step over the bf16 peak of all GPUs; None in fp32
@@ -221,7 +228,8 @@ def _microbatch(
     if workload.recompute.language in ("full", "offload"):
         linear += forward.language_linear - head_forward
     elif "mlp" in workload.computed_again:
-        mlp, others = 3 * shapes.f, 2 * (shapes.q + shapes.kv)
+        mlp = feed_forward_products(shapes.eagle.text) / shapes.h / shapes.tp
+        others = 2 * (shapes.q + shapes.kv)
         linear += (forward.language_linear - head_forward) * mlp / (mlp + others)
     if "core_attn" in workload.computed_again:
         attention += forward.language_attention
@@ -246,6 +254,7 @@ def _microbatch(
         "elementwise": traffic / machine.memory,
         "tensor_parallel": _tensor_bytes(shapes, workload, stage, tiles) / machine.bandwidth(shapes.tp, 1),
         "context_parallel": _context_seconds(shapes, workload, stage, context, machine),
+        "expert_parallel": stage.layers * _expert_seconds(shapes, workload, machine),
         "pipeline": _stage_bytes(shapes, workload) / machine.bandwidth(stages, machine.gpus_per_node),
     }
 
@@ -259,8 +268,11 @@ def _tensor_bytes(shapes: PackShapes, workload: Workload, stage: StageShapes, ti
         shapes.tp,
         shapes.parallel.sequence_parallel,
     )
-    # Two all-reduces each way. Sequence parallelism gathers the column-parallel inputs once more.
+    # Two all-reduces each way, one where experts have messages of their own. Sequence parallelism gathers
+    # the column-parallel inputs once more.
     halves = stage.layers * (10 if sequence_parallel else 8)
+    if shapes.eagle.text.experts is not None:
+        halves //= 2
     if stage.last:
         # Gradient of the output layer's input, which the fused loss does not gather again.
         halves += 3 if sequence_parallel and not workload.fused_loss else 2
@@ -310,6 +322,22 @@ def _context_seconds(
     return seconds
 
 
+def _expert_seconds(shapes: PackShapes, workload: Workload, machine: Machine) -> float:
+    """All-to-alls of a layer over the ranks that have other experts, there and back, each way; with divided
+    experts also the gathering of what the ranks with their other parts got, and the sum of their results.
+
+    Tokens are taken as evenly spread.
+    """
+    if shapes.eagle.text.experts is None:
+        return 0.0
+    experts, parts = shapes.parallel.expert_model_parallel_size, shapes.parallel.expert_tensor_size
+    row = shapes.h * workload.element_size
+    times = 6 if "mlp" in workload.computed_again else 4
+    got = shapes.routed_rows * row
+    seconds = times * got / parts * (experts - 1) / experts / machine.bandwidth(experts, parts)
+    return seconds + times * got * (parts - 1) / parts / machine.bandwidth(parts, 1)
+
+
 def _stage_bytes(shapes: PackShapes, workload: Workload) -> float:
     """Hidden states to the next stage and their gradient back, once per chunk."""
     if shapes.parallel.pipeline_model_parallel_size == 1:
@@ -326,10 +354,13 @@ def _finish(
     counts = [count_parameters(shapes, StageShapes.of(shapes, stage), workload.lora) for stage in stages]
     largest = max(count.trained(workload.trainable) for count in counts)
     ranks = data_parallel_size * shapes.cp
-    seconds = largest * (FP32 + e) * (ranks - 1) / ranks / machine.bandwidth(ranks, tp)
+    experts = max(count.trained_experts(workload.trainable) for count in counts)
+    copies, stride = parallel.expert_data_ranks(ranks), tp * ranks // parallel.expert_data_ranks(ranks)
+    seconds = (largest - experts) * (FP32 + e) * (ranks - 1) / ranks / machine.bandwidth(ranks, tp)
+    seconds += experts * (FP32 + e) * (copies - 1) / copies / machine.bandwidth(copies, stride)
     if parallel.vision_sharding == "cp_tp":
         vision = counts[0].vision_and_connector(workload.trainable)
         seconds += 2 * vision * FP32 * (tp - 1) / tp / machine.bandwidth(tp, 1)
     # Read: gradient, weight, two moments. Written: weight, two moments, and the rounded weight.
-    adam = largest / ranks * (7 * FP32 + e) / machine.memory
+    adam = ((largest - experts) / ranks + experts / copies) * (7 * FP32 + e) / machine.memory
     return seconds, adam

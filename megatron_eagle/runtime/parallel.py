@@ -151,6 +151,15 @@ class ParallelConfig(Ranged):
         given = self.expert_tensor_parallel_size
         return self.tensor_model_parallel_size if given is None else given
 
+    def expert_data_ranks(self, replicas: int) -> int:
+        """Ranks that have copies of the same parts of the same experts.
+
+        Args:
+            replicas: ranks that have copies of the other layers: data x context parallel ones.
+        """
+        ranks = replicas * self.tensor_model_parallel_size  # of a pipeline stage
+        return ranks // (self.expert_tensor_size * self.expert_model_parallel_size)
+
     @property
     def hierarchical_context_parallel_sizes(self) -> list[int] | None:
         """Ranks that divide heads around attention, and ranks that exchange keys; None: all exchange keys."""

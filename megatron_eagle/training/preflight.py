@@ -44,6 +44,7 @@ def _check(config: RunConfig, processes: int) -> list[str]:
         "TP": parallel.tensor_model_parallel_size,
         "PP": parallel.pipeline_model_parallel_size,
         "CP": parallel.context_parallel_size,
+        "EP": parallel.expert_model_parallel_size,
         "DP": parallel.data_parallel_size(processes),
     }
     layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one process"

@@ -19,6 +19,7 @@ from megatron_eagle.planning.memory_shapes import (
     vision_layer,
 )
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
+from tests.parallel.cases import EXPERTS, tiny_model
 from tests.parallel.harness import launch
 from tests.parallel.memory_cells import MORE, QUICK, model
 from tests.parallel.memory_run import made_up_pack
@@ -39,6 +40,21 @@ def test_peak_of_a_step(cell):
         # Without the states, which are easy to count.
         transient = measured["peak"] - measured["before"]
         assert transient == pytest.approx(predicted.total - predicted.states, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_experts_keep_what_autograd_saves(precision, normalised):
+    """To the byte, beside what a layer with an MLP keeps: how many rows an expert gets plays no part."""
+    experts = {**EXPERTS["experts"], "norm_topk_prob": normalised}
+    texts = {"model_type": "qwen3"}, {**EXPERTS, "experts": experts}
+    eagles = [tiny_model(**text, num_hidden_layers=layers) for text in texts for layers in (2, 3)]
+    saved = launch(_saved_bytes, 1, eagles, precision)[0]
+    workload = Workload(256, 4, 1, precision, device="cpu")
+    dense, moe = (
+        language_layer(PackShapes(eagle, ParallelConfig(), 256), workload) for eagle in eagles[1::2]
+    )
+    assert (saved[3] - saved[2]) - (saved[1] - saved[0]) == moe.mlp - dense.mlp
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

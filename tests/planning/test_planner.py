@@ -277,17 +277,47 @@ def test_illegal_layouts_are_refused_with_the_rule():
     assert any("training.global_batch_size is 6" in reason for reason in batches)
 
 
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 4096}
+
+
+def test_layouts_of_a_model_with_experts():
+    """Every size that divides experts and ranks, with whole experts; TP comes with sequence parallelism. More
+    ranks hold less of them and send more."""
+    overrides = "model.text.model_type=qwen3_moe", f"model.text.experts={EXPERTS}"
+    found = [plan for plan in plans(8, 140e9, *overrides).legal if plan.parallel.context_parallel_size == 2]
+    assert {plan.parallel.expert_model_parallel_size for plan in found} == {1, 2, 4, 8}
+    for plan in found:
+        parallel = plan.parallel
+        assert parallel.expert_tensor_parallel_size == 1
+        assert parallel.sequence_parallel == (parallel.tensor_model_parallel_size > 1)
+    plain = {plan.parallel.expert_model_parallel_size: plan for plan in found if is_plain(plan.parallel)}
+    expert = 28 * 16 * 3 * 3584 * 4096
+    for size in (2, 4, 8):
+        less = 2 * (expert - expert // size)
+        assert plain[1].memory.weights - plain[size].memory.weights == less
+        assert plain[1].memory.gradients - plain[size].memory.gradients == 2 * less
+        # However divided, all ranks together hold each state once.
+        assert plain[size].memory.optimizer == plain[1].memory.optimizer
+    sent = [plain[size].time.expert_parallel for size in (1, 2, 4, 8)]
+    rows = 16384 * 4 * 3584 * 2  # of a rank, four times a layer and microbatch
+    assert sent[0] == 0
+    assert sent[3] == pytest.approx(28 * 4 * rows * 7 / 8 / MACHINE.bandwidth(8, 1) * plain[8].microbatches)
+    assert sent == sorted(sent)
+
+
+def is_plain(parallel):
+    return (parallel.model_parallel_size, parallel.ulysses_parallel_size, parallel.vision_sharding) == (
+        2,
+        1,
+        "cp",
+    )
+
+
 def test_nothing_fits():
     """The smallest comes first, and its limit says which memory is too much."""
     found = plans(gpus=1)
     assert not found.fitting
     assert found.legal[0].limit.startswith("memory: activations 154 GB")
-
-
-EXPERTS = (
-    "model.text.model_type=qwen3_moe",
-    "model.text.experts={num_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 768}",
-)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +340,6 @@ EXPERTS = (
         (("layers.attention=reference",), "choose auto or cudnn or flash or flash3"),
         (("model.preset=tiny",), "takes its vocabulary from data"),
         (("model=3",), "model: expected a mapping"),
-        (EXPERTS, "cannot estimate models with experts yet"),
         (("--tiles", "200"), "200 tiles of 256 tokens do not fit a pack of 32768 tokens: at most 128"),
         (("--json", "/nowhere/plan.json"), "cannot write here"),
     ],
