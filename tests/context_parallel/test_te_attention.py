@@ -65,7 +65,7 @@ def test_plan_of_a_pack():
     """Documents of 5, 1 and 8 tokens over two ranks, rows of a rank divided by two tensor parallel ranks."""
     plans = [
         plan_input(
-            preset("tiny"),
+            preset("tiny").with_data(vocab_size=512, image_token_index=7),
             SimpleNamespace(
                 config=replace(TE, tensor_model_parallel_size=2, sequence_parallel=True),
                 cp=SimpleNamespace(rank=rank, size=2),
