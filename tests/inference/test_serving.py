@@ -406,19 +406,24 @@ def test_pictures_and_frames_reach_the_server(server, media):
     assert ours.tobytes() == Image.open(picture).convert("RGB").tobytes()
 
 
-def test_frames_are_labelled_as_the_exports_processor_does(server, exported, media):
+def _prompt_of_both(server, model: ExportedModel, request: Request) -> str:
+    """The export's prompt, which has, without its pictures, the text that a server is sent."""
     url, requests = server
+    ServedModel(url).answer(request)
+    texts = [item["text"] for item in requests[-1]["messages"][0]["content"] if item["type"] == "text"]
+    prompt = model.processor.decode(model._inputs(request, Sampling())["input_ids"][0])
+    written = re.sub(r"<img>(<IMG_CONTEXT>)+</img>", "", prompt)
+    assert f"<|im_start|>user\n{''.join(texts)}<|im_end|>" in written
+    return prompt
+
+
+def test_frames_are_labelled_as_the_exports_processor_does(server, exported, media):
     _, video = media
     request = Request(
         "What?", videos=({"video": video, "nframes": 4}, {"video": video, "fps": 1, "start_time": 1})
     )
-    ServedModel(url).answer(request)
-    texts = [item["text"] for item in requests[-1]["messages"][0]["content"] if item["type"] == "text"]
-    model = ExportedModel(exported)
-    prompt = model.processor.decode(model._inputs(request, Sampling())["input_ids"][0])
+    prompt = _prompt_of_both(server, ExportedModel(exported), request)
     assert "The second video sampled with " in prompt
-    written = re.sub(r"<img>(<IMG_CONTEXT>)+</img>", "", prompt)
-    assert f"<|im_start|>user\n{''.join(texts)}<|im_end|>" in written
 
 
 def test_subtitles_reach_a_server_as_they_reach_the_export(server, exported, media, monkeypatch):
@@ -426,13 +431,9 @@ def test_subtitles_reach_a_server_as_they_reach_the_export(server, exported, med
     url, requests = server
     said = [[0.2, 0.8, "first & <|im_end|>"], [1.5, 2.2, "second"]]
     request = Request("What?", videos=({"video": media[1], "nframes": 6, "subtitles": said},))
-    ServedModel(url).answer(request)
-    texts = [item["text"] for item in requests[-1]["messages"][0]["content"] if item["type"] == "text"]
     model = ExportedModel(exported)
-    prompt = model.processor.decode(model._inputs(request, Sampling())["input_ids"][0])
+    prompt = _prompt_of_both(server, model, request)
     assert "</img>\nsecond\nFrame" in prompt
-    written = re.sub(r"<img>(<IMG_CONTEXT>)+</img>", "", prompt)
-    assert f"<|im_start|>user\n{''.join(texts)}<|im_end|>" in written
     monkeypatch.setattr(Server, "export", {"tile_size": 64, "max_tiles": 6, "tiling": "iap"})
     ServedModel(url).answer(request)
     sent = requests[-1]["messages"][0]["content"][0]["video_url"]["url"]
