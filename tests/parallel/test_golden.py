@@ -51,6 +51,7 @@ def packed_row(labels: bool) -> dict:
     if labels:
         row["labels"] = torch.cat([ids[1:], ids[:1]])
         row["loss_weights"] = torch.cat([io["packed.loss_weight"], torch.zeros(1)])
+        row["filled"] = torch.ones(len(ids), dtype=torch.bool)  # only experts are balanced by it
     return row
 
 
