@@ -165,6 +165,16 @@ pass_on() {
     done < <(squeue --noheader --states=PENDING --format='%i %E %o')
 }
 
+# A node that was cut off runs its script on when Slurm has long started the job on others: the job is theirs then, and
+# a requeue from here would stop it. Where Slurm does not answer nothing is known.
+leave_to_later_start() {
+    local starts
+    starts=$(job_field Restarts || true)
+    [[ ${starts:-${SLURM_RESTART_COUNT:-0}} -gt ${SLURM_RESTART_COUNT:-0} ]] || return 0
+    echo "job $SLURM_JOB_ID runs elsewhere since: this start ends, and leaves it alone"
+    exit 1
+}
+
 # give_up HOW WHY MESSAGE [LINES]: the job ends, and says what so many starts have come to.
 give_up() {
     end_history "$1" "$2" "$(paste -sd, "$excluded")"
@@ -178,6 +188,7 @@ give_up() {
 requeue() {
     local said="$2; job $SLURM_JOB_ID" idle=0 failures before theirs usable out wanted
     trap '' TERM USR1 # with which Slurm ends what it requeues, and it must still hear which nodes to leave out
+    leave_to_later_start
     if [[ $(job_field JobState) != RUNNING ]]; then
         echo "$said was cancelled, or Slurm itself requeues it"
         exit 1

@@ -18,7 +18,8 @@ state=RUNNING nodes=$SLURM_JOB_NUM_NODES
 case "$1 $2" in
     "show hostnames") tr , '\\n' <<<"$3" ;;
     "show job")
-        echo "JobId=$4 JobState=$state Partition=main NumNodes=$nodes ExcNodeList=$(cat "$STANDIN/exc-$4")" ;;
+        echo "JobId=$4 JobState=$state Restarts=${STARTS:-$SLURM_RESTART_COUNT} Partition=main" \
+            "NumNodes=$nodes ExcNodeList=$(cat "$STANDIN/exc-$4")" ;;
     "requeue $SLURM_JOB_ID") touch "$STANDIN/requeued" ;;
     "update JobId="*) echo "${3#ExcNodeList=}" >"$STANDIN/exc-${2#JobId=}" ;;
     *) exit 1 ;;
@@ -249,6 +250,18 @@ def test_a_start_that_ended_with_its_node(job: Job) -> None:
     gone, failed = job.history()
     assert (gone["how"], gone["nodes"]) == ("gone", "n1,n2") and gone["why"].endswith("Slurm says n2 down*")
     assert failed["why"] == "it 'has' failed"
+
+
+def test_a_start_that_was_cut_off_leaves_the_job_to_the_next(job: Job) -> None:
+    """Its node is reached again, and the job runs on others: nothing of theirs is touched."""
+    job.start("true")
+    for commands in ("requeue failed 'failed' n1", "leave_to_later_start; end_history failed 'failed'"):
+        job.restarts = 1
+        assert job.start(commands, STARTS="2").startswith("job 7 runs elsewhere since")
+        assert not (job.folder / "requeued").exists() and job.excluded == "(null)"
+        assert {line["how"] for line in job.history()} == {"gone"}
+    job.restarts = 2
+    assert "without n1" in job.start("requeue failed 'failed' n1")
 
 
 def test_a_start_is_one_line_whatever_is_said(job: Job) -> None:
