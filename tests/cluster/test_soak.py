@@ -26,6 +26,8 @@ PACKS, INTERVAL = 4, 4
 RESUMED = {"iteration": 8, "event": "resumed", "repeated": 2, "processes": 1}
 KILL = Suffered(1, "rank", False, "n1", 10, True, seconds=5.0, repeated=2, events=[RESUMED])
 
+SLURMD = ["slurmd-n1: slurmd started"]
+
 
 def steps(count: int = 6) -> list[StepMetrics]:
     return [
@@ -73,18 +75,20 @@ def test_another_loss_is_noticed() -> None:
 
 
 def test_what_is_lost_or_not_told_is_noticed() -> None:
-    assert not judge_fault(KILL, [RESUMED], [], INTERVAL)
+    assert not judge_fault(KILL, [RESUMED], INTERVAL)
     for bad, events in (
         (KILL, []),  # the run's log has lost it
         (replace(KILL, events=[]), [RESUMED]),  # it was never told
         (replace(KILL, repeated=5), [RESUMED]),
         (replace(KILL, recovered=False, why="the job is FAILED"), [RESUMED]),
         (replace(KILL, kind="node"), [RESUMED]),  # Slurm's log has nothing of it
-        (replace(KILL, kind="link", brief=True, events=[]), []),  # no step has waited for it
+        (replace(KILL, kind="link", brief=True, events=[], passed=2), []),  # no step has waited for it
+        (replace(KILL, kind="slurmd", brief=True, events=[], history=SLURMD, passed=0), []),  # one has
     ):
-        assert judge_fault(bad, events, steps(), INTERVAL)
-    waited = [replace(step, seconds=3.1) for step in steps()]
-    assert not judge_fault(replace(KILL, kind="link", brief=True, events=[]), [], waited, INTERVAL)
+        assert judge_fault(bad, events, INTERVAL)
+    for kind, passed in (("link", 0), ("slurmd", 7)):
+        brief = replace(KILL, kind=kind, brief=True, events=[], history=SLURMD, passed=passed)
+        assert not judge_fault(brief, [], INTERVAL)
     assert is_untouched(replace(KILL, kind="link", brief=True), [(0, 2), (8, 1)])
     for fault, ways in ((KILL, [(0, 1)]), (replace(KILL, kind="link", brief=True), [(0, 1), (8, 2)])):
         assert not is_untouched(fault, ways)

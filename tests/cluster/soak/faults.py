@@ -15,6 +15,7 @@ from tests.cluster.slurm import Slurm
 from tests.cluster.soak.schedule import Fault
 
 BRIEF_SECONDS = 3.0  # what nobody has to notice
+UNDER_WAY_SECONDS = 0.7  # a step that had what it needed from others ends, and is logged
 ROOM = 20_000  # bytes that are left of a full disk: too few for a checkpoint
 
 
@@ -23,6 +24,9 @@ class Victim(Protocol):
 
     slurm: Slurm
     job: int
+
+    def iteration(self) -> int:
+        """The last one that is logged."""
 
     def wait(self, true: Callable[[], bool], what: str) -> None:
         """Return when it is true, with an eye on the job."""
@@ -41,11 +45,13 @@ class Effect:
     Attributes:
         requeued: the job has to go through the queue, where it may otherwise.
         processes: of the start that follows, if that is known.
+        passed: iterations that were logged while a fault for a moment lasted.
     """
 
     events: tuple[str, ...] = ()
     requeued: bool = False
     processes: int | None = None
+    passed: int | None = None
 
 
 Doing = AbstractContextManager[tuple[str, Effect]]  # gives who it is done to, and what must be told
@@ -171,8 +177,10 @@ DOING: dict[str, Callable[[Victim, Fault], Doing]] = {
 def _while_it_lasts(run: Victim, fault: Fault, what: str) -> Effect:
     """Wait: for a moment, or until Slurm has given the job to other nodes."""
     if fault.brief:
-        time.sleep(BRIEF_SECONDS)
-        return Effect()
+        time.sleep(UNDER_WAY_SECONDS)
+        before = run.iteration()
+        time.sleep(BRIEF_SECONDS - UNDER_WAY_SECONDS)
+        return Effect(passed=run.iteration() - before)
     before = run.requeues()
     run.wait(lambda: run.requeues() > before, what)
     return Effect(("resumed",), requeued=True)

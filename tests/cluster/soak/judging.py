@@ -1,7 +1,5 @@
 """A seed's verdict, from its ledger and its run's logs, and a run without faults."""
 
-import math
-
 from megatron_eagle.training.monitoring.metrics import EVENTS_FILE, METRICS_FILE, read_events, read_steps
 from tests.cluster.soak.ledger import LOGS, Ledger, Verdict, add, layouts
 from tests.cluster.soak.reference import uninterrupted
@@ -27,11 +25,9 @@ def judge(ledger: Ledger) -> Verdict:
     problems += disorder
     ways, off = layouts(events, PROCESSES), 0.0
     untouched = [fault.number for fault in ledger.faults if is_untouched(fault, ways)]
-    begins = [fault.iteration for fault in ledger.faults]
-    for fault, until in zip(ledger.faults, [*begins[1:], math.inf], strict=True):
-        since = [step for step in steps if fault.iteration < step.iteration <= until]
+    for fault in ledger.faults:
         if fault.number not in untouched:
-            problems += judge_fault(fault, events, since, SAVES_EVERY)
+            problems += judge_fault(fault, events, SAVES_EVERY)
     last = steps[-1].iteration if steps else 0
     if not lost:
         problems += judge_untold(ledger.faults, events, last - LAST_STEPS)

@@ -28,6 +28,7 @@ class Suffered:
     why: str = ""  # it was lost
     seconds: float | None = None  # until a step was logged that never had been
     repeated: int = 0  # iterations that were trained again
+    passed: int | None = None  # iterations that were logged while a fault for a moment lasted
     events: list[dict[str, Any]] = field(default_factory=list)  # that the run's events.jsonl has of it
     history: list[str] = field(default_factory=list)  # lines of Slurm's logs
 

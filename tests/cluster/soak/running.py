@@ -131,6 +131,7 @@ class SoakRun:
         before, saved, at = self.events(), self.saved(), self.iteration()
         requeues = self.requeues()
         history, started, place, why, seconds = self._history(), time.monotonic(), "", "", None
+        effect = Effect()
         try:
             with DOING[fault.kind](self, fault) as (place, effect):
                 top = self._wait_for_effect(effect, before, at, requeues)
@@ -151,6 +152,7 @@ class SoakRun:
             why=why,
             seconds=seconds,
             repeated=sum(event.get("repeated", 0) for event in new),
+            passed=effect.passed,
             events=new,
             history=[
                 line for old, now in zip(history, self._history(), strict=True) for line in now[len(old) :]

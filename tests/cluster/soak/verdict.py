@@ -7,7 +7,6 @@ from megatron_eagle.training.monitoring.metrics import StepMetrics
 from tests.cluster.soak.ledger import Suffered
 
 OTHER_LAYOUT = 1e-3  # relative, as tests/checkpoint/test_layouts.py
-WAITED = 1.5  # seconds of a step, below what a link is cut for a moment
 # What tells of each kind: events of the run, and words of Slurm's logs. A kind for a moment has its own name.
 EVENTS = {
     "rank": ("resumed",),
@@ -82,14 +81,11 @@ def largest_difference(steps: Sequence[StepMetrics], other: Sequence[StepMetrics
     return max((abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(steps, other, strict=True)), default=0.0)
 
 
-def judge_fault(
-    fault: Suffered, events: Sequence[dict[str, Any]], steps: Sequence[StepMetrics], interval: int
-) -> list[str]:
+def judge_fault(fault: Suffered, events: Sequence[dict[str, Any]], interval: int) -> list[str]:
     """What is wrong with how a fault was survived.
 
     Args:
         events: of the run, as its log has them in the end.
-        steps: of its log from this fault to the next.
         interval: iterations between checkpoints.
     """
     kind, problems = name_of(fault), []
@@ -106,9 +102,10 @@ def judge_fault(
     ]
     if kind in HISTORY and not any(HISTORY[kind] in line for line in fault.history):
         problems.append(f"Slurm's logs have no '{HISTORY[kind]}'")
-    longest = max((step.seconds for step in steps), default=0.0)
-    if kind == "link for a moment" and longest < WAITED:
-        problems.append(f"no step has waited: the longest took {longest:.1f} s")
+    if kind == "link for a moment" and fault.passed != 0:
+        problems.append(f"{fault.passed} iterations were trained without the link")
+    if kind == "slurmd for a moment" and not fault.passed:
+        problems.append("the run has waited for it")
     return [f"fault {fault.number}, {kind}: {problem}" for problem in problems]
 
 
