@@ -1,4 +1,5 @@
-"""What a question showed: its pictures, and a few of the frames of its videos that the model was given."""
+"""What a question showed: its pictures, a few of the frames of its videos that the model was given, and their
+subtitles."""
 
 from collections.abc import Callable
 from html import escape
@@ -11,11 +12,14 @@ from megatron_eagle.hf_model.media_files import (
     frames_numbered,
     load_image,
     read_clip,
+    subtitles_of_part,
     video_settings,
 )
+from megatron_eagle.hf_model.subtitles import between_frames
 from megatron_eagle.inference.generate import Request, Sampling, video_item
 
 _PICTURE, _FRAME = 320, 180  # pixels, longer side
+_SAID = "<details><summary>{name}, subtitles between its frames: {count:,}</summary><ul>{lines}</ul></details>"
 _FRAMES, _PICTURES = 8, 16  # at most, of a video and of a question
 
 
@@ -50,10 +54,13 @@ def _frames(name: str, video: str | dict[str, Any], sampling: Sampling) -> list[
     places = sorted({round(i * (len(given) - 1) / (_FRAMES - 1)) for i in range(_FRAMES)})
     numbers = [given[place] for place in places]
     shown = zip(places, clip.times(numbers), frames_numbered(item["video"], clip, numbers), strict=True)
-    return [
+    figures = [
         _figure(jpeg_url(frame, _FRAME), f"{name}, frame {place + 1} of {len(given)}: {time:.1f} s")
         for place, time, frame in shown
     ]
+    said = between_frames(subtitles_of_part(item), clip.times(given))
+    lines = "".join(f"<li>after frame {before} of {len(given)}: {escape(text)}</li>" for before, text in said)
+    return [*figures, _SAID.format(name=name, count=len(said), lines=lines)] if said else figures
 
 
 def _figure(url: str, caption: str) -> str:

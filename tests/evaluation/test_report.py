@@ -9,6 +9,8 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.evaluation import finished
 from megatron_eagle.evaluation.finished import read_finished, worst
 from megatron_eagle.evaluation.report import render_evaluations
+from megatron_eagle.evaluation.shown_media import media_figures
+from megatron_eagle.inference.generate import Request, Sampling
 from tests.data.helpers import make_image, make_video, write_jsonl
 from tests.eagle_video.helpers import call_tool
 from tests.eagle_video.server import serving
@@ -118,6 +120,19 @@ def _noted(read_text, names):
         return read_text(self, *arguments, **options)
 
     return noting
+
+
+def test_subtitles_stand_under_the_frames(tmp_path):
+    """Those that the model read, and after which frame: one that no frame falls into is not said."""
+    make_video(tmp_path / "clip.mp4", 40, fps=4)
+    said = [[0.5, 1.5, "a <b> harbour"], [4.0, 5.0, "a ship"], [90.0, 91.0, "nobody sees it"]]
+    request = Request("What?", videos=({"video": str(tmp_path / "clip.mp4"), "subtitles": said},))
+    page = media_figures(request, Sampling(fps=1.0), lambda request: request)
+    assert "video, subtitles between its frames: 2" in page
+    assert re.findall(r"<li>(.*?)</li>", page) == [
+        "after frame 2 of 10: a &lt;b&gt; harbour",
+        "after frame 5 of 10: a ship",
+    ]
 
 
 def test_no_evaluation(tmp_path):
