@@ -19,7 +19,9 @@ from megatron_eagle.hf_model.subtitles import between_frames
 from megatron_eagle.inference.generate import Request, Sampling, video_item
 
 _PICTURE, _FRAME = 320, 180  # pixels, longer side
-_SAID = "<details><summary>{name}, subtitles between its frames: {count:,}</summary><ul>{lines}</ul></details>"
+_SAID = (
+    "<details><summary>{name}: subtitles between its frames: {count:,}</summary><ul>{lines}</ul></details>"
+)
 _FRAMES, _PICTURES = 8, 16  # at most, of a video and of a question
 
 

@@ -128,7 +128,7 @@ def test_subtitles_stand_under_the_frames(tmp_path):
     said = [[0.5, 1.5, "a <b> harbour"], [4.0, 5.0, "a ship"], [90.0, 91.0, "nobody sees it"]]
     request = Request("What?", videos=({"video": str(tmp_path / "clip.mp4"), "subtitles": said},))
     page = media_figures(request, Sampling(fps=1.0), lambda request: request)
-    assert "video, subtitles between its frames: 2" in page
+    assert "video: subtitles between its frames: 2" in page
     assert re.findall(r"<li>(.*?)</li>", page) == [
         "after frame 2 of 10: a &lt;b&gt; harbour",
         "after frame 5 of 10: a ship",
