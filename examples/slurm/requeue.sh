@@ -165,13 +165,13 @@ pass_on() {
     done < <(squeue --noheader --states=PENDING --format='%i %E %o')
 }
 
-# A node that was cut off runs its script on when Slurm has long started the job on others: the job is theirs then, and
-# a requeue from here would stop it. Where Slurm does not answer nothing is known.
+# Slurm may have requeued the job itself, and a node that was cut off runs its script on when the job has long started
+# on others: it is theirs then, and a requeue from here would stop it. Where Slurm does not answer nothing is known.
 leave_to_later_start() {
     local starts
     starts=$(job_field Restarts || true)
     [[ ${starts:-${SLURM_RESTART_COUNT:-0}} -gt ${SLURM_RESTART_COUNT:-0} ]] || return 0
-    echo "job $SLURM_JOB_ID runs elsewhere since: this start ends, and leaves it alone"
+    echo "Slurm itself has requeued job $SLURM_JOB_ID: this start ends, and leaves it alone"
     exit 1
 }
 

@@ -257,7 +257,7 @@ def test_a_start_that_was_cut_off_leaves_the_job_to_the_next(job: Job) -> None:
     job.start("true")
     for commands in ("requeue failed 'failed' n1", "leave_to_later_start; end_history failed 'failed'"):
         job.restarts = 1
-        assert job.start(commands, STARTS="2").startswith("job 7 runs elsewhere since")
+        assert job.start(commands, STARTS="2").startswith("Slurm itself has requeued job 7")
         assert not (job.folder / "requeued").exists() and job.excluded == "(null)"
         assert {line["how"] for line in job.history()} == {"gone"}
     job.restarts = 2
