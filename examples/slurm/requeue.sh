@@ -15,6 +15,7 @@ began=$logs/start-$SLURM_JOB_ID
 most=$logs/most-$SLURM_JOB_ID
 srun_said=$logs/srun-$SLURM_JOB_ID # of the processes, where srun has started them
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+patience=1800 # seconds for a Slurm that does not answer, or has to end this script
 unusable=' (down|drain|fail)|\*$' # states of nodes that Slurm does not reach, or gives to nobody any more
 
 # job_field NAME [JOB]: a field of `scontrol show job`; empty for (null).
@@ -165,13 +166,21 @@ pass_on() {
     done < <(squeue --noheader --states=PENDING --format='%i %E %o')
 }
 
-# Slurm may have requeued the job itself, and a node that was cut off runs its script on when the job has long started
-# on others: it is theirs then, and a requeue from here would stop it. Where Slurm does not answer nothing is known.
+# Before anything is done to the job: it may not be this start's any more. Slurm requeues jobs itself, and a node that was
+# cut off runs this script on when the job has long started on others; a requeue from here would stop it there.
 leave_to_later_start() {
-    local starts
-    starts=$(job_field Restarts || true)
-    [[ ${starts:-${SLURM_RESTART_COUNT:-0}} -gt ${SLURM_RESTART_COUNT:-0} ]] || return 0
+    local state starts waited=0
+    while state=$(job_field JobState 2>/dev/null) && [[ -z $state && $waited -lt $patience ]]; do
+        [[ $waited -gt 0 ]] || echo "Slurm does not answer; waiting for it"
+        sleep 5
+        waited=$((waited + 5))
+    done
+    starts=$(job_field Restarts)
+    [[ ${starts:-0} -gt ${SLURM_RESTART_COUNT:-0} ]] || return 0
     echo "Slurm itself has requeued job $SLURM_JOB_ID: this start ends, and leaves it alone"
+    # Where this script ends before its node is there again, slurmd there takes the job for running from then on: it
+    # would refuse it, and the node would be drained (Duplicate jobid). Slurm ends the script when it sees the node.
+    [[ $state == COMPLETING ]] || sleep "$patience"
     exit 1
 }
 

@@ -150,6 +150,60 @@ end_history finished finished
 """
 
 
+# Each start goes on when it is told to.
+CUT_OFF = """#!/bin/bash
+#SBATCH --open-mode=append
+set -euo pipefail
+cd "$REPO"
+logs=$RANK_LOGS LAUNCH=srun start=${SLURM_RESTART_COUNT:-0}
+source examples/launch.sh
+source examples/slurm/requeue.sh
+begin_history
+touch "$logs/began-$start"
+until [[ -e $logs/go-$start ]]; do sleep 0.2; done
+[[ $start == 2 ]] || requeue failed "failed"
+end_history finished finished
+"""
+
+
+def test_a_node_that_was_cut_off_leaves_the_job_alone(slurm: Slurm, tmp_path: Path) -> None:
+    """Its script ends behind the next start's back, which goes on elsewhere; later the job may come back."""
+    script, logs = tmp_path / "cut_off.sh", tmp_path / "ranks"
+    script.write_text(CUT_OFF)
+    logs.mkdir()
+    environment = {"RANK_LOGS": str(logs), "REPO": str(REPO)}
+    others = "n3,n4"
+    job = slurm.submit(script, options=("--nodes=1", "--exclusive", "--nodelist=n1"), environment=environment)
+
+    def begun(start: int) -> None:
+        slurm.wait_until((logs / f"began-{start}").exists, job)
+
+    try:
+        begun(0)
+        slurm.call("scontrol", "update", f"NodeName={others}", "State=DRAIN", "Reason=test")
+        with slurm.cut("n1"):
+            slurm.wait(job, "PENDING", restarts=1)
+            slurm.call("scontrol", "update", f"JobId={job}", "ReqNodeList=", "StartTime=now+2")
+            begun(1)
+        (logs / "go-0").touch()
+        slurm.wait_for_line(job, f"Slurm itself has requeued job {job}: this start ends, and leaves it alone")
+        slurm.wait_until(lambda: "idle" in slurm.call("sinfo", "-h", "-n", "n1", "-o", "%T").stdout, job)
+        assert (slurm.job(job)["NodeList"], slurm.job(job)["Restarts"]) == ("n2", "1")
+        slurm.call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+        for start in (1, 2):
+            (logs / f"go-{start}").touch()
+        slurm.wait_for_requeue(job, 2)
+        slurm.wait(job, "COMPLETED", restarts=2)
+    finally:
+        slurm.call("scontrol", "update", f"NodeName=n2,{others}", "State=RESUME")
+        slurm.wait_for_nodes()
+    assert [(start["nodes"], start["how"]) for start in history(logs, job)] == [
+        ("n1", "gone"),
+        ("n2", "failed"),
+        ("n1", "finished"),
+    ]
+
+
 def test_a_range_of_nodes_that_shrank_gets_them_back(slurm: Slurm, tmp_path: Path) -> None:
     """It runs on one node, since the others are left out or drained, and takes two where there are two."""
     script = tmp_path / "failing.sh"

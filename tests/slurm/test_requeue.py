@@ -12,6 +12,7 @@ from tests.paths import REPO
 # As Slurm says it: NumNodes of a job that runs, or is requeued and not yet gone, are those that it has;
 # of one that waits its range.
 SCONTROL = """#!/bin/bash
+[[ ! -e $STANDIN/away || $2 == hostnames ]] || exit 1
 state=RUNNING nodes=$SLURM_JOB_NUM_NODES
 [[ ! -e $STANDIN/requeued ]] || state=COMPLETING
 [[ ${4:-} == "$SLURM_JOB_ID" ]] || state=PENDING nodes=${RANGE:-$nodes}
@@ -252,16 +253,30 @@ def test_a_start_that_ended_with_its_node(job: Job) -> None:
     assert failed["why"] == "it 'has' failed"
 
 
-def test_a_start_that_was_cut_off_leaves_the_job_to_the_next(job: Job) -> None:
-    """Its node is reached again, and the job runs on others: nothing of theirs is touched."""
-    job.start("true")
-    for commands in ("requeue failed 'failed' n1", "leave_to_later_start; end_history failed 'failed'"):
-        job.restarts = 1
-        assert job.start(commands, STARTS="2").startswith("Slurm itself has requeued job 7")
-        assert not (job.folder / "requeued").exists() and job.excluded == "(null)"
-        assert {line["how"] for line in job.history()} == {"gone"}
-    job.restarts = 2
+@pytest.mark.parametrize(
+    "commands", ["requeue failed 'failed' n1", "leave_to_later_start; end_history gone x"]
+)
+def test_a_start_that_was_cut_off_leaves_the_job_to_the_next(job: Job, commands: str) -> None:
+    """Its node is reached again, and the job runs on others: nothing of theirs is touched. Slurm ends it."""
+    said = job.start(f"sleep() {{ echo until it is ended; }}; {commands}", STARTS="1")
+    assert said.splitlines() == [
+        "Slurm itself has requeued job 7: this start ends, and leaves it alone",
+        "until it is ended",
+    ]
+    assert not (job.folder / "requeued").exists() and job.excluded == "(null)" and not job.history()
     assert "without n1" in job.start("requeue failed 'failed' n1")
+
+
+def test_a_requeue_by_slurm_itself_is_not_held_up(job: Job) -> None:
+    commands = 'touch "$STANDIN/requeued"; sleep() { echo held up; }; requeue failed "failed"'
+    said = job.start(commands, STARTS="1")
+    assert "this start ends" in said and "held up" not in said
+
+
+def test_a_slurm_that_does_not_answer_is_waited_for(job: Job) -> None:
+    """It is restarted, or the node is cut off: without an answer the run would end here."""
+    commands = 'touch "$STANDIN/away"; sleep() { rm "$STANDIN/away"; }; requeue failed "failed"'
+    assert job.start(commands).startswith("Slurm does not answer; waiting for it\nfailed; job 7 goes back")
 
 
 def test_a_start_is_one_line_whatever_is_said(job: Job) -> None:
