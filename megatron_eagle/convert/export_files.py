@@ -133,6 +133,7 @@ def _copy_tokenizer(folder: Path, config: EagleConfig, metadata: HfMetadata) -> 
             f"{config.text.vocab_size} rows; this is the tokenizer of another model"
         )
     settings = metadata.json("tokenizer_config.json")
+    _say_in_words_of_4(settings)
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings.setdefault("eos_token", IM_END)
     settings.setdefault("pad_token", END_OF_TEXT if END_OF_TEXT in ids else IM_END)
@@ -142,6 +143,16 @@ def _copy_tokenizer(folder: Path, config: EagleConfig, metadata: HfMetadata) -> 
     settings["padding_side"] = "left"  # for generation: every row of a batch ends where its answer starts
     _write_json(folder / "tokenizer_config.json", settings)
     return ids
+
+
+def _say_in_words_of_4(settings: dict[str, Any]) -> None:
+    """What transformers 5 saves of a tokenizer in the words of 4, which both read."""
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        del settings["tokenizer_class"]
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for name in ("backend", "is_local", "local_files_only"):  # of the machine that saved it
+        settings.pop(name, None)
 
 
 def _raise_lengths(settings: dict[str, Any], config: EagleConfig) -> None:

@@ -134,6 +134,23 @@ def test_no_other_length_of_the_source_is_below_its_positions(broken, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 4096
 
 
+def test_a_tokenizer_saved_by_transformers_5_is_read_by_4(broken, tmp_path):
+    """Which knows no TokenizersBackend, and wants `extra_special_tokens` with names."""
+    tokenizer = AutoTokenizer.from_pretrained(broken)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>"]})
+    tokenizer.save_pretrained(broken)
+    saved = json.loads((broken / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "TokenizersBackend" and "extra_special_tokens" in saved
+    import_hf(broken, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["additional_special_tokens"] == saved["extra_special_tokens"]
+    assert not {"extra_special_tokens", "backend", "is_local", "local_files_only"} & found.keys()
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.extra_special_tokens == tokenizer.extra_special_tokens
+
+
 def test_generation_stops_at_im_end_by_name(source, exported):
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
