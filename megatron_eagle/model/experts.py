@@ -14,7 +14,7 @@ rank's tokens, for a division by a token count that this project's loss does not
 Shapes: r rows of a rank's hidden states, h hidden features, E experts, k of them a token's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ class ExpertRouter(Router):
         super().__init__(config=config, pg_collection=groups)
         self.normalised = experts.norm_topk_prob
         self.loss_weight = experts.router_aux_loss_coef / config.num_layers
+        self.balance: Tensor | float = 0.0  # what `take_balance` takes
 
     def forward(self, hidden: Tensor, rows: PackRows | None = None) -> tuple[Tensor, Tensor]:
         """hidden [r, 1, h] -> weights of experts, fp32 [r, E], 0 where they are not chosen; who is, bool."""
@@ -107,8 +108,9 @@ class ExpertRouter(Router):
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, which, True)
         learns = self.training and torch.is_grad_enabled() and self.weight.requires_grad
         if learns and self.loss_weight and rows is not None:
-            loss = self.loss_weight * balance_loss(scores, chosen, rows, self.tp_cp_group)
-            weights = _WithLoss.apply(weights, loss)  # type: ignore[no-untyped-call]
+            loss = balance_loss(scores, chosen, rows, self.tp_cp_group)
+            self.balance = self.balance + loss.detach().double() / self.config.num_layers
+            weights = _WithLoss.apply(weights, self.loss_weight * loss)  # type: ignore[no-untyped-call]
         return weights, chosen
 
 
@@ -234,3 +236,14 @@ class LanguageLayer(TransformerLayer):
 def routers(model: torch.nn.Module) -> Iterator[ExpertRouter]:
     """Those of a model chunk."""
     return (module for module in model.modules() if isinstance(module, ExpertRouter))
+
+
+def take_balance(models: Iterable[torch.nn.Module], device: torch.device) -> Tensor:
+    """This rank's part of the auxiliary loss, before the coefficient, that routers have learned from since it
+    was last taken: fp64 [1]. Of no pack it is 0, and of none else."""
+    taken = torch.zeros(1, dtype=torch.float64, device=device)
+    for model in models:
+        for router in routers(model):
+            taken += router.balance
+            router.balance = 0.0
+    return taken

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_eagle.model.experts import take_balance
 from megatron_eagle.runtime.device import send_to
 from megatron_eagle.training.monitoring.dataset_losses import DatasetLosses, count_datasets, read_datasets
 from megatron_eagle.training.monitoring.step_totals import StepTotals, count_totals, read_totals, zero_totals
@@ -20,6 +21,7 @@ class BatchResult:
     """What a global batch was. Equal on every rank."""
 
     loss: float
+    aux_loss: float | None  # of its routers, before the coefficient; None: none of them learns from any
     totals: StepTotals
     datasets: DatasetLosses
     told_to_stop: bool  # whether any rank was
@@ -45,6 +47,7 @@ def forward_backward(run: Run, packs: Sequence[TrainingPack], stop: Collection[s
     run.optimizer.zero_grad()
     n = len(names)
     losses = run_packs(run, packs, n)
+    balance = take_balance(run.models, losses.device)
     counts, totals = torch.zeros(2, n, dtype=torch.float64), zero_totals(length)
     if run.mesh.speaks_for_replica:  # a pack is counted once
         counts = count_datasets(packs, n)
@@ -58,11 +61,12 @@ def forward_backward(run: Run, packs: Sequence[TrainingPack], stop: Collection[s
         )
     stops = torch.tensor([len(stop)], dtype=torch.float64)
     of_host = send_to(losses.device, torch.cat([counts.flatten(), stops, totals]))
-    sums = torch.cat([losses, of_host])
+    sums = torch.cat([losses, of_host, balance])
     torch.distributed.all_reduce(sums)
-    loss, by_dataset, stops, totals = sums.cpu().split([1, 3 * n, 1, len(totals)])
+    loss, by_dataset, stops, totals, balance = sums.cpu().split([1, 3 * n, 1, len(totals), 1])
     return BatchResult(
         loss.item(),
+        balance.item() or None,
         read_totals(totals, length),
         read_datasets(names, by_dataset.tolist()),
         told_to_stop=stops.item() > 0,

@@ -120,6 +120,7 @@ class Trainer:
             iteration=number,
             is_last=number == training.last_iteration,
             loss=loss,
+            aux_loss=found.aux_loss,
             grad_norm=grad_norm,
             lr=lr,
             totals=found.totals,

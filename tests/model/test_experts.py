@@ -11,7 +11,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from megatron_eagle.context_parallel.pack_rows import rows_of_packs
 from megatron_eagle.model.eagle import EagleModel, build_model
-from megatron_eagle.model.experts import MixtureOfExperts, balance_loss
+from megatron_eagle.model.experts import MixtureOfExperts, balance_loss, take_balance
 from megatron_eagle.model.initialization import initialize_parameters
 from megatron_eagle.model.parts import freeze
 from megatron_eagle.model.specs import RecomputeConfig
@@ -135,28 +135,32 @@ def test_a_pack_of_padding_alone_has_no_loss():
     "recompute", [None, RecomputeConfig("selective", recompute_modules=("moe",))], ids=["kept", "again"]
 )
 def test_the_router_learns_from_the_auxiliary_loss(recompute):
-    """Its gradient is that of the definition, once; nothing without a weight, without packs, or frozen."""
+    """Its gradient is that of the definition, once, and so is what it says of it; nothing without a weight,
+    without packs, or frozen."""
     hidden = torch.randn(ROWS, 1, 64, generator=torch.Generator().manual_seed(0))
     rows = rows_of_packs(torch.arange(ROWS) < 31, torch.arange(ROWS), 1, 2)
 
-    def gradient(model: EagleModel, packs) -> torch.Tensor | None:
+    def gradient(model: EagleModel, packs, said: float) -> torch.Tensor | None:
         layer = layer_of(model)
         layer.rows = packs
         out, _ = layer(hidden.detach().requires_grad_())
         layer.rows = None  # another microbatch's, when it is computed again
         out.sum().backward()
+        assert take_balance([model], hidden.device).item() == pytest.approx(said, rel=1e-5)
+        assert take_balance([model], hidden.device).item() == 0, "it was taken"
         return layer.router.weight.grad
 
     with one_process() as mesh:
-        plain = gradient(built(mesh, recompute, router_aux_loss_coef=0.0), rows)
-        assert torch.equal(gradient(built(mesh, recompute, router_aux_loss_coef=7.0), None), plain)
-        found = gradient(built(mesh, recompute, router_aux_loss_coef=7.0), rows)
         weight = layer_of(built(mesh)).router.weight.detach().requires_grad_()
-        loss = 7.0 / LAYERS / 2 * theirs(hidden.squeeze(1) @ weight.T, 2, torch.arange(ROWS) < 31)
+        mean = theirs(hidden.squeeze(1) @ weight.T, 2, torch.arange(ROWS) < 31) / LAYERS / 2
+        loss = 7.0 * mean
+        plain = gradient(built(mesh, recompute, router_aux_loss_coef=0.0), rows, 0)
+        assert torch.equal(gradient(built(mesh, recompute, router_aux_loss_coef=7.0), None, 0), plain)
+        found = gradient(built(mesh, recompute, router_aux_loss_coef=7.0), rows, mean.item())
         torch.testing.assert_close(found - plain, *torch.autograd.grad(loss, weight), rtol=1e-4, atol=1e-6)
         frozen = built(mesh, recompute, router_aux_loss_coef=7.0)
         freeze([frozen], ["language"], None, freeze_router=True)
-        assert gradient(frozen, rows) is None
+        assert gradient(frozen, rows, 0) is None
         still = {
             name
             for name, p in frozen.named_parameters()

@@ -29,6 +29,9 @@ class StepMetrics:
     seconds: float  # wall clock, data included
     tflops: float  # model TFLOP/s of one process (model/flops.py), padding and recomputation left out
     mfu: float | None = None  # tflops / the peak (step_meter.choose_peak); none where that is not known
+    # Of the routers of experts (model/experts.py), before its coefficient; not in `loss`. From
+    # num_experts_per_tok, where all experts are equally busy, to num_experts. None: no router learns from it.
+    aux_loss: float | None = None
     evaluation_loss: float | None = None  # only in files of before `EvaluationMetrics`
     data_seconds: float = 0.0  # of `seconds`: the wait for the batch
     mfu_vision: float | None = None  # of mfu: encoder and connector

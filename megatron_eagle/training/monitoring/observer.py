@@ -19,6 +19,7 @@ class Step:
     iteration: int  # 1-based: the number of finished iterations
     is_last: bool  # of this job
     loss: float
+    aux_loss: float | None  # None: no router learns from one
     grad_norm: float | None  # None: the step was skipped
     lr: float  # of no part's group: without its multiplier
     totals: StepTotals

@@ -135,6 +135,12 @@ def _learning(steps: Sequence[StepMetrics], evaluated: Points, events: Sequence[
         ("Loss", "Dashed: events, listed below." if events else "", losses, {"marks": marks}),
         ("Gradient norm", "Before clipping.", {"": _points(steps, "grad_norm")}, {}),
         ("Learning rate", "", {"": _points(steps, "lr")}, {}),
+        (
+            "Auxiliary loss of the routers",
+            "Before its coefficient. As many as a token has experts: all are equally busy.",
+            {"": _points(steps, "aux_loss")},
+            {},
+        ),
         from_zero=False,
     )
 

@@ -226,8 +226,10 @@ class RunLog(Observer):
 
 def progress_line(metrics: StepMetrics) -> str:
     """What the progress bar shows of a step, beside the time that is left."""
+    balance = [] if metrics.aux_loss is None else [f"aux loss {metrics.aux_loss:.3f}"]
     shown = [
         f"loss {metrics.loss:.4f}",
+        *balance,
         f"grad norm {metrics.grad_norm:.3f}",
         f"lr {metrics.lr:.2e}",
         f"{metrics.tokens_per_second:,.0f} tokens/s",

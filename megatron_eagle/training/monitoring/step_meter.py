@@ -91,6 +91,7 @@ class StepMeter(Observer):
         return StepMetrics(
             iteration=step.iteration,
             loss=step.loss,
+            aux_loss=step.aux_loss,
             grad_norm=grad_norm,
             lr=step.lr,
             tokens=tokens,

@@ -34,7 +34,7 @@ def write_logs(run, count: int, **last) -> None:
 
 def test_a_report_stands_alone(tmp_path, monkeypatch, capsys):
     run = tmp_path / "a <i>run</i>"
-    write_logs(run, 40, evaluation_loss=1.25, mfu=0.41)
+    write_logs(run, 40, evaluation_loss=1.25, mfu=0.41, aux_loss=2.03)
     event = {"iteration": 7, "event": "skipped", "reason": "<script>alert(1)</script>"}
     (run / "logs" / "events.jsonl").write_text(json.dumps(event) + "\n")
     (run / "iter_0000040").mkdir()
@@ -58,6 +58,7 @@ def test_a_report_stands_alone(tmp_path, monkeypatch, capsys):
         "Loss",
         "Gradient norm",
         "Learning rate",
+        "Auxiliary loss of the routers",
         "Tokens per second",
         "MFU, %",
         "Seconds per step",

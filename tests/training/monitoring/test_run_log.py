@@ -18,6 +18,7 @@ from megatron_eagle.training.monitoring.step_totals import buckets, count_totals
 STEP = StepMetrics(
     iteration=3,
     loss=2.0,
+    aux_loss=2.1,
     grad_norm=1.5,
     lr=1e-4,
     tokens=1000,
@@ -83,8 +84,8 @@ def test_tensorboard_has_the_names_of_the_file(tmp_path):
 
 def test_the_progress_line():
     assert progress_line(STEP) == (
-        "loss 2.0000, grad norm 1.500, lr 1.00e-04, 2,000 tokens/s, 0.50 s (0.12 data), packing 75.0%, "
-        "keys gather 75% + ring 25% (50% foreign, 2% exposed), MFU 50.0% (10.0% vision), "
+        "loss 2.0000, aux loss 2.100, grad norm 1.500, lr 1.00e-04, 2,000 tokens/s, 0.50 s (0.12 data), "
+        "packing 75.0%, keys gather 75% + ring 25% (50% foreign, 2% exposed), MFU 50.0% (10.0% vision), "
         "GPU 70.5 GiB, host 4.2 GiB"
     )
     assert progress_line(StepMetrics(1, 2.0, 1.0, 0.1, 8, 1.0, 0.1)) == (
