@@ -358,7 +358,8 @@ def _settings(
     """The run's settings, on the data of the step and with the model of the checkpoint.
 
     A single process takes the whole model; virtual pipeline stages change nothing and are left out. So is
-    expert parallelism, whose ranks would wait for each other, and each has samples of its own.
+    expert parallelism, and a dispatcher for it: its ranks would wait for each other, and each has samples of
+    its own.
     """
     saved = load_yaml(checkpoint_folder(weights.root, weights.iteration) / "run.yaml")
     base = _latest_settings(run) or saved
@@ -379,4 +380,6 @@ def _settings(
     if values.get("parallel"):
         for name in ("virtual_pipeline_model_parallel_size", "expert_model_parallel_size"):
             values["parallel"].pop(name, None)
+    if values.get("layers"):
+        values["layers"].pop("moe_token_dispatcher_type", None)
     return complete_run_config(values, world_size=world_size)
