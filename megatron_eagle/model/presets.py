@@ -11,7 +11,7 @@ from megatron_eagle.config import from_dict, to_dict
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.families import FAMILIES
 from megatron_eagle.model.hf_config import known_fields, missing_keys_named, require
-from megatron_eagle.model.text import TextConfig, TextSection
+from megatron_eagle.model.text import ExpertsConfig, TextConfig, TextSection
 from megatron_eagle.ranges import Range, Ranged
 
 
@@ -232,13 +232,13 @@ PRESETS["eagle2.5-1b-proxy"].text.num_hidden_layers = 2
 PRESETS["eagle2.5-1b-proxy"].text.tie_word_embeddings = True
 # Qwen3 behind the same encoder: rows of its tokenizer's 151,669 tokens and Eagle's eleven.
 _QWEN3: dict[str, Any] = {
-    "model_type": "qwen3",
     "head_dim": 128,
     "vocab_size": 151680,
     "max_position_embeddings": 40960,
 }
 _BODIES = {
     "eagle2.5-qwen3-8b": TextSection(
+        model_type="qwen3",
         **_QWEN3,
         hidden_size=4096,
         intermediate_size=12288,
@@ -247,12 +247,25 @@ _BODIES = {
         num_key_value_heads=8,
     ),
     "eagle2.5-qwen3-32b": TextSection(
+        model_type="qwen3",
         **_QWEN3,
         hidden_size=5120,
         intermediate_size=25600,
         num_hidden_layers=64,
         num_attention_heads=64,
         num_key_value_heads=8,
+    ),
+    "eagle2.5-qwen3-30b-a3b": TextSection(
+        model_type="qwen3_moe",
+        **_QWEN3,
+        hidden_size=2048,
+        intermediate_size=6144,  # of layers without experts, of which there are none
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        experts=ExpertsConfig(
+            num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True
+        ),
     ),
 }
 for _name, _text in _BODIES.items():

@@ -143,15 +143,17 @@ class PackShapes(LocalShapes):
 class StageShapes:
     """What a pipeline stage has of the language model."""
 
-    layers: int
-    """Of all its chunks together."""
-    chunks: int
+    chunk_sizes: tuple[int, ...]
+    """Layers of each chunk."""
     first: bool
     """Its first chunk begins with the embedding, after the vision encoder."""
     last: bool
     """Its last chunk ends with the loss."""
-    chunk_sizes: tuple[int, ...]
-    """Layers of each chunk."""
+
+    @property
+    def layers(self) -> int:
+        """Of all its chunks together."""
+        return sum(self.chunk_sizes)
 
     @property
     def chunk_layers(self) -> int:
@@ -163,4 +165,4 @@ class StageShapes:
         """Of the stage with this number."""
         parallel, layers = shapes.parallel, shapes.eagle.text.num_hidden_layers
         stages, own = parallel.pipeline_model_parallel_size, parallel.stage_layers(layers)[stage]
-        return cls(sum(own), parallel.num_model_chunks, stage == 0, stage == stages - 1, tuple(own))
+        return cls(tuple(own), stage == 0, stage == stages - 1)

@@ -64,14 +64,14 @@ class TextSection(Ranged):
         multiples = [("num_attention_heads", heads, "num_key_value_heads", self.num_key_value_heads)]
         if self.head_dim is None or not family.own_head_dim:
             multiples.append(("hidden_size", self.hidden_size, "num_attention_heads", heads))
-        size = self.hidden_size // heads if self.head_dim is None else self.head_dim
+        width = self.hidden_size // heads
+        size = width if self.head_dim is None else self.head_dim
         multiples.append(("head_dim", size, "a rotary pair", 2))
         for name, value, divisor_name, divisor in multiples:
             if value % divisor:
                 raise UserError(
                     f"model.text.{name} is {value}: must be a multiple of {divisor} ({divisor_name})"
                 )
-        width = self.hidden_size // heads
         if size != width and not family.own_head_dim:
             raise UserError(
                 f"model.text.head_dim is {size}: in {self.model_type} it is {width}, hidden_size / "

@@ -170,7 +170,7 @@ def _chunks(shapes: PackShapes, workload: Workload, stage: StageShapes) -> list[
         staying = _staying(workload, size)
         arrived = staying < size or copied
         begins = stage.first and chunk == 0
-        ends = stage.last and chunk == stage.chunks - 1
+        ends = stage.last and chunk == len(stage.chunk_sizes) - 1
         passed = hidden if arrived and not begins else 0
         if not ends and workload.device == "cpu":
             passed += hidden  # what was sent on is freed at once on a GPU

@@ -184,8 +184,20 @@ class Machine:
 
         Members on one node share its network adapters, one each.
         """
-        together = max(1, self.gpus_per_node // stride)
+        together = self._on_a_node(stride)
         return self.link if size <= together else min(self.link, self.network * together)
+
+    def exchange_seconds(self, nbytes: float, size: int, stride: int) -> float:
+        """Seconds of an all-to-all among `size` ranks, `stride` apart, each with `nbytes`, as many for each.
+
+        What is for other nodes passes a rank's own adapter: members on one node share theirs in rings alone.
+        """
+        near = min(size, self._on_a_node(stride))
+        inside, outside = (near - 1) / size, (size - near) / size
+        return nbytes * max(inside / self.link, outside / self.network)
+
+    def _on_a_node(self, stride: int) -> int:
+        return max(1, self.gpus_per_node // stride)
 
 
 def reference_name(gpu: Gpu) -> str:

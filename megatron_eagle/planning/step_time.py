@@ -161,8 +161,7 @@ def end_costs(
     microbatch = _microbatch_of(shapes, gpus, workload, *packs, machine)
 
     def seconds(layers: int, *, first: bool = False, last: bool = False) -> float:
-        chunks = parallel.num_model_chunks
-        return sum(microbatch(StageShapes(layers, chunks, first, last, (layers,))).values())
+        return sum(microbatch(StageShapes((layers,), first, last)).values())
 
     between = seconds(1)
     layer = seconds(2) - between
@@ -312,13 +311,13 @@ def _context_seconds(
     kv = shapes.attention_kv_heads * shapes.eagle.text.head_dim
     keys = layers * context.remote_keys * 2 * kv * (times * e + FP32)
     seconds = keys / machine.bandwidth(cp // ulysses, tp * ulysses)
-    tokens = shapes.s * (ulysses - 1) / ulysses
     # A second run of attention trades heads again, one of the layer around it too.
     ways = 3 if again or workload.recompute.language == "offload" else 2
-    seconds += layers * ways * tokens * 2 * (shapes.q + kv * ulysses) * e / machine.bandwidth(ulysses, tp)
+    heads = shapes.s * 2 * (shapes.q + kv * ulysses) * e
+    seconds += layers * ways * machine.exchange_seconds(heads, ulysses, tp)
     if stage.first and shapes.parallel.vision_sharding != "none":
         features = workload.tiles * shapes.eagle.tokens_per_tile * shapes.h * e
-        seconds += 2 * features / cp * (cp - 1) / cp / machine.bandwidth(cp, tp)
+        seconds += 2 * machine.exchange_seconds(features / cp, cp, tp)
     return seconds
 
 
@@ -334,7 +333,7 @@ def _expert_seconds(shapes: PackShapes, workload: Workload, machine: Machine) ->
     row = shapes.h * workload.element_size
     times = 6 if "mlp" in workload.computed_again else 4
     got = shapes.routed_rows * row
-    seconds = times * got / parts * (experts - 1) / experts / machine.bandwidth(experts, parts)
+    seconds = times * machine.exchange_seconds(got / parts, experts, parts)
     return seconds + times * got * (parts - 1) / parts / machine.bandwidth(parts, 1)
 
 

@@ -131,7 +131,8 @@ def kernel_kind(kernel: Kernel, phase: str) -> str:
 
 
 def message_seconds(message: RankMessage, members: Sequence[int], rank: int, machine: Machine) -> float:
-    """Alone on its links, as a ring; a message between two at the speed of the way between them."""
+    """Alone on its links, as a ring; a message between two at the speed of the way between them, an
+    all-to-all at that of each rank's own links."""
     size = len(members)
     if size < 2:
         return 0.0
@@ -140,6 +141,8 @@ def message_seconds(message: RankMessage, members: Sequence[int], rank: int, mac
     if message.op in (SEND, RECEIVE) and message.peer is not None:
         members = sorted({members[message.peer], rank})
         return MESSAGE_SECONDS + message.nbytes / machine.ring(members)
+    if message.op == "all_to_all":
+        return MESSAGE_SECONDS + machine.exchange_seconds(message.nbytes, size, members[1] - members[0])
     passes = 2 if message.op.startswith("all_reduce") else 1
     share = 1.0 if message.op == "broadcast" else (size - 1) / size
     return MESSAGE_SECONDS + passes * share * message.nbytes / machine.ring(members)

@@ -242,6 +242,17 @@ def test_a_ring_across_nodes_uses_the_adapters_of_its_members():
     assert machine.bandwidth(2, 8) == 45e9
 
 
+def test_an_all_to_all_across_nodes_passes_each_ranks_own_adapter():
+    def bytes_in_a_second(size, stride):
+        return 1 / MACHINE.exchange_seconds(1, size, stride)
+
+    assert MACHINE.exchange_seconds(1, 1, 1) == 0
+    assert bytes_in_a_second(8, 1) == pytest.approx(MACHINE.link * 8 / 7)
+    assert bytes_in_a_second(64, 1) == pytest.approx(45e9 * 64 / 56)  # eight of 64 are near
+    assert bytes_in_a_second(4, 4) == pytest.approx(45e9 * 4 / 2)
+    assert bytes_in_a_second(2, 8) == pytest.approx(45e9 * 2)
+
+
 def test_pipelines_wait_and_more_gpus_are_faster():
     def seconds(parallel, microbatches):
         workload = replace(WORKLOAD, microbatches=microbatches)

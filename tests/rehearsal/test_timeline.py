@@ -70,6 +70,9 @@ def test_a_message_takes_its_bytes_over_the_slowest_link():
     assert seconds("all_gather", TP, tuple(range(8))) == pytest.approx(7 / 8)
     apart = (0, 8)  # in two nodes: one adapter
     assert seconds("all_gather", TP, apart) == pytest.approx(MACHINE.link / MACHINE.network / 2)
+    assert seconds("all_to_all", TP, (0, 1)) == pytest.approx(1 / 2)
+    far = tuple(range(16))  # of which eight are in the other node; each rank's own adapter carries half
+    assert seconds("all_to_all", TP, far) == pytest.approx(MACHINE.link / MACHINE.network / 2)
     assert seconds(SEND, PIPELINE, (0, 1, 2, 3), peer=2) == pytest.approx(1)
     assert message_seconds(message(), (0,), 0, MACHINE) == 0  # nobody to talk to
     barrier = RankMessage(DATA, 0, "barrier", ())
