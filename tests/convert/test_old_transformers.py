@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.convert.media import write_picture, write_video
+from tests.convert.small_eagles import SMALL_EAGLES, write_small_eagle
 from tests.convert.use_export import CHECKS
 from tests.inference.test_quick_start import PROGRAMS, brief, table  # noqa: F401
 from tests.paths import REPO
@@ -31,12 +32,20 @@ def run(python: Path | str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_same_model_in_both(exported, tmp_path):
+@pytest.fixture(params=["tiny", *SMALL_EAGLES])
+def any_export(request, tmp_path) -> Path:
+    """That of each language model."""
+    if request.param == "tiny":
+        return request.getfixturevalue("exported")
+    return write_small_eagle(request.param, tmp_path)
+
+
+def test_the_same_model_in_both(any_export, tmp_path):
     picture, video = write_picture(tmp_path / "p.png", 256, 64), write_video(tmp_path / "v.mp4")
     found = {}
     for name, python in (("old", OLD), ("new", sys.executable)):
         script = str(REPO / "tests" / "convert" / "ask_export.py")
-        run(python, script, str(exported), str(picture), str(video), str(tmp_path / name))
+        run(python, script, str(any_export), str(picture), str(video), str(tmp_path / name))
         found[name] = load_file(tmp_path / name)
     old, new = found["old"], found["new"]
     assert old.keys() == new.keys()

@@ -25,7 +25,7 @@ class Eagle2_5_VL(Eagle2_5_VLForConditionalGeneration):
         longest = vllm_config.model_config.max_model_len
         rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
         if rope.get("rope_type") == "yarn":  # the table ends where YaRN does
-            reach = int(rope["factor"] * rope["original_max_position_embeddings"])
+            reach = round(rope["factor"] * rope["original_max_position_embeddings"])
             if longest > reach:
                 raise ValueError(f"--max-model-len {longest}: the model's YaRN reaches {reach} tokens")
         text.max_position_embeddings = max(text.max_position_embeddings, longest)
