@@ -14,7 +14,12 @@ from tests.convert.hf_folder import rewrite_weights, write_hf_folder
 
 _SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True}
-SMALL_EAGLES = {"qwen3_moe": {**_SIZES, "model_type": "qwen3_moe", **_EXPERTS}}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8448}
+_STRETCHED = {"rope_scaling": _YARN, "max_position_embeddings": 33_792}
+SMALL_EAGLES = {
+    "qwen3 with YaRN": {**_SIZES, "model_type": "qwen3", **_STRETCHED},
+    "qwen3_moe": {**_SIZES, "model_type": "qwen3_moe", **_EXPERTS},
+}
 
 
 def write_small_eagle(name: str, folder: Path) -> Path:
