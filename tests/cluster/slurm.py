@@ -323,8 +323,9 @@ class Slurm:
         """Return when all nodes are there, and free."""
         end = time.monotonic() + 60
         while True:
-            said = self.call("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False)
-            if len(said.stdout.split()) == len(self.names):
+            # `idle*` has been resumed, and has not answered yet: it gets no job.
+            said = self.call("sinfo", "-h", "-N", "-p", "main", "-o", "%t", check=False)
+            if said.stdout.split() == ["idle"] * len(self.names):
                 return
             if time.monotonic() > end:
                 logs = [f"{file.name}: {file.read_text()[-2000:]}" for file in self.folder.glob("*.log")]
