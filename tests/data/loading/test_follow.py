@@ -80,7 +80,9 @@ class Growing:
             head = read_head(here, number)
             for name, size in (("tokens", 4), ("answers", 2)):
                 end = (head.first_token + head.n_tokens) * size + 10
-                (there / f"{name}.bin").write_bytes((here / f"{name}.bin").read_bytes()[:end])
+                # At its end, as preprocessing does: a reader has mapped what was there.
+                with (there / f"{name}.bin").open("ab") as file:
+                    file.write((here / f"{name}.bin").read_bytes()[file.tell() : end])
             shutil.copy(shard_path(here, number), shard_path(there, number))
         self._n = max(self._n, n_shards)
 
