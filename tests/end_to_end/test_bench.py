@@ -19,6 +19,7 @@ def run_benchmark(name, tmp_path):
     return result.stdout, card
 
 
+@pytest.mark.slow
 def test_packing_beats_streaming_and_grows_linearly(tmp_path):
     printed, card = run_benchmark("packing", tmp_path)
     assert "next fit" in printed

@@ -18,6 +18,7 @@ with patch.object(sys, "path", [*sys.path, str(REPO / "tools")]):
     from benchmarks import context_cost, context_layouts, context_packs, context_parallel
 
 
+@pytest.mark.slow
 def test_balanced_costs_two_percent_at_most(tmp_path):
     card, plot = tmp_path / "card.json", tmp_path / "plot.png"
     command = [sys.executable, str(REPO / "tools" / "bench.py"), "context_layouts", "--json", str(card)]

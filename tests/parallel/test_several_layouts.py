@@ -202,7 +202,7 @@ def references() -> dict[str, Outcome]:
 @pytest.mark.parametrize(
     ("seed", "pairs", "ranks"),
     [
-        (4, 12, 4),
+        pytest.param(4, 12, 4, marks=pytest.mark.slow),
         pytest.param(0, 20, 2, marks=pytest.mark.slow),
         pytest.param(2, 20, 4, marks=pytest.mark.slow),
         pytest.param(1, 20, 8, marks=pytest.mark.slow),

@@ -35,7 +35,12 @@ def _differing(one: Outcome, other: Outcome) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"), [("one process", "none"), ("TP2+SP, none", "full"), ("PP2 x VPP2, none", "offload")]
+    ("name", "policy"),
+    [
+        ("one process", "none"),
+        pytest.param("TP2+SP, none", "full", marks=pytest.mark.slow),
+        ("PP2 x VPP2, none", "offload"),
+    ],
 )
 def test_changes_no_bit(name, policy):
     layout = cell(name)
