@@ -32,5 +32,8 @@ make_place() {
         fi
     fi
     # shellcheck disable=SC2016  # the nodes expand it
-    [[ -z ${NETWORK:-} ]] || place+=(bash -c 'source "$NETWORK" && exec "$@"' network)
+    [[ -z ${NETWORK:-} ]] || place+=(bash -c '
+        [[ -r $NETWORK ]] || { echo "NETWORK=$NETWORK: cannot read this file on $(hostname)" >&2; exit 2; }
+        source "$NETWORK"
+        exec "$@"' network)
 }

@@ -75,7 +75,7 @@ end_history() {
     ! progressed || new=true
     # shellcheck disable=SC2059  # it is the format
     printf "$line" "$SLURM_JOB_ID" "$start" "$(date +%FT%T)" "$nodes" "${saved:-null}" "$new" "$1" \
-        "$(printf %s "$2" | tr '"\\\t\n' "'/  ")" "${3:-}" >>"$history"
+        "$(printf %s "$2" | tr '"\\\t\n' "'/  ")" "${3:-}" >>"$history" || return 1
     rm -f "$began"
 }
 
@@ -186,7 +186,7 @@ leave_to_later_start() {
 
 # give_up HOW WHY MESSAGE [LINES]: the job ends, and says what so many starts have come to.
 give_up() {
-    end_history "$1" "$2" "$(paste -sd, "$excluded")"
+    end_history "$1" "$2" "$(paste -sd, "$excluded")" || true
     echo "$3: not again" >&2
     grep "\"how\": \"${5:-}" "$history" | tail -n "${4:-1}" | report >&2
     exit 1
@@ -214,14 +214,18 @@ requeue() {
     before=$(job_field ExcNodeList)
     mapfile -t theirs < <(excluded_by_user)
     usable=$(usable_nodes)
-    # From here on it waits, and Slurm ends this script within KillWait.
-    scontrol requeue "$SLURM_JOB_ID" || give_up "$1" "$2" "$said cannot go back to the queue"
     # Of a range of nodes (`--nodes=1-2`) the most counts. Slurm says it of jobs that wait, and not before this one is gone.
     leave_out "$(<"$most")" "$usable" "${@:3}"
+    # What is not written cannot be counted: a job on a full disk would be requeued for ever.
+    if ! end_history "$1" "$2" "$(paste -sd, "$excluded")"; then
+        echo "$said; $history cannot be written (is its disk full?): not again" >&2
+        exit 1
+    fi
+    # From here on it waits, and Slurm ends this script within KillWait.
+    scontrol requeue "$SLURM_JOB_ID" || { echo "$said cannot go back to the queue: not again" >&2; exit 1; }
     wanted=$(printf '%s\n' "${theirs[@]}" "${out[@]}" | grep . | paste -sd, - || true)
     [[ -z $before$wanted ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$wanted" ||
         echo "Slurm does not let the job leave nodes out"
     echo "$said goes back to the queue${wanted:+, without $wanted}"
-    end_history "$1" "$2" "$(paste -sd, "$excluded")" || echo "cannot write $history"
     exit 0
 }

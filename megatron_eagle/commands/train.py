@@ -282,8 +282,12 @@ def _run(arguments: argparse.Namespace) -> int:
         train_stages(configs, partial(train, observe=partial(standard_observers, outcome=outcome)))
     except Preempted as stopped:
         if first:
-            if outcome is not None and stopped.iteration is not None:
-                note_outcome(outcome, "stopped", stopped.iteration)
+            if not (
+                outcome is None
+                or stopped.iteration is None
+                or note_outcome(outcome, "stopped", stopped.iteration)
+            ):
+                stopped_status = EXIT_REQUEUE  # the script must not take it for finished
             print(f"{stopped}; start again to go on (status {stopped_status})", file=sys.stderr)
         return stopped_status
     except UserError as error:
@@ -292,6 +296,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 return 2
             raise
         if first:
-            note_outcome(outcome, "failed")
             print(f"error: {error}", file=sys.stderr)
+            if not note_outcome(outcome, "failed"):
+                return 2
     return 0

@@ -1,5 +1,7 @@
 """Where overrides may stand among the options of `train`, and what it says of how a run ended."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from megatron_eagle.commands.train import main
@@ -70,6 +72,16 @@ def test_the_outcome_of_a_run(ends_with, status, noted, rank, tmp_path, monkeypa
     assert (outcome.read_text() if outcome.exists() else None) == (noted if rank == "0" else None)
     said = capsys.readouterr().err
     assert (str(ends_with) in said) == (ends_with is not None and rank == "0")
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "status"), [(Preempted("stopped", 3), 75), (AgreedError("the disk is full"), 2)]
+)
+def test_an_outcome_that_cannot_be_noted_is_a_status(ends_with, status, tmp_path, monkeypatch):
+    """Or a script would take the run for finished, and start what waits for it."""
+    monkeypatch.setattr(stages, "load_stages", lambda *_, **__: [])
+    monkeypatch.setattr(stages, "train_stages", Mock(side_effect=ends_with))
+    assert main(["run", "--config", "F", "--outcome", str(tmp_path / "gone" / "outcome")]) == status
 
 
 def test_what_one_rank_finds_is_tried_again(tmp_path, monkeypatch):

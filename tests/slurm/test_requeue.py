@@ -279,6 +279,13 @@ def test_a_slurm_that_does_not_answer_is_waited_for(job: Job) -> None:
     assert job.start(commands).startswith("Slurm does not answer; waiting for it\nfailed; job 7 goes back")
 
 
+def test_a_start_that_cannot_be_noted_is_the_last(job: Job) -> None:
+    """On a full disk nothing would count, and the job would be requeued for ever."""
+    said = job.start("trap '' XFSZ; ulimit -f 0; requeue failed 'failed'")
+    assert said.endswith("history-7.jsonl cannot be written (is its disk full?): not again\n")
+    assert not (job.folder / "requeued").exists()
+
+
 def test_a_start_is_one_line_whatever_is_said(job: Job) -> None:
     """Or what counts starts without progress counts its words."""
     lines = ended("hang n1 rank 0 by status 70", "hang n2 rank 1 by status 70")

@@ -84,7 +84,8 @@ def test_the_network_is_read_where_the_command_runs(commands: dict[str, str], tm
     """In the container, whose environment the command keeps."""
     add(commands, "apptainer", APPTAINER)
     file = tmp_path / "net work.sh"
-    file.write_text("export NCCL_SOCKET_IFNAME=eth$INSIDE\n")
+    # Its last line may be false, as that of a preset is where there is no such network.
+    file.write_text("export NCCL_SOCKET_IFNAME=eth$INSIDE\n[[ -d /absent ]] && export FI_PROVIDER=efa\n")
     run = PLACE + '; INSIDE=7 "${place[@]}" sh -c "echo if \\$NCCL_SOCKET_IFNAME"'
     said = bash(run, {**commands, "NETWORK": str(file), "CONTAINER_IMAGE": "/x.sif"})
     assert said.stdout.endswith("\nif eth7\n"), said.stderr
@@ -132,6 +133,12 @@ def test_counts_of_tasks_that_contradict_the_nodes(commands, environment, line) 
 def test_processes_that_are_no_number(commands: dict[str, str], processes: str) -> None:
     said = train(commands, PROCESSES=processes)
     assert said == f"train.sbatch: PROCESSES={processes}: expected a number, of each node's processes\n"
+
+
+@pytest.mark.parametrize("name", ["MAX_REQUEUES", "MAX_RESTARTS", "GRACE_SECONDS", "PREFLIGHT_SECONDS"])
+def test_settings_that_are_no_number(commands: dict[str, str], name: str) -> None:
+    """At once, and not when a run has failed after days."""
+    assert train(commands, **{name: "ten"}) == f"train.sbatch: {name}=ten: expected a whole number\n"
 
 
 @pytest.mark.parametrize("name", ["train", "preprocess", "convert"])

@@ -18,10 +18,13 @@ from megatron_eagle.training.monitoring.observer import Observer, Step
 Word = Literal["started", "saved", "stopped", "failed"]
 
 
-def note_outcome(file: Path, word: Word, *details: int | str) -> None:
-    """Add a line. A full disk keeps it out, and ends nothing."""
+def note_outcome(file: Path, word: Word, *details: int | str) -> bool:
+    """Add a line; whether it is there. A full disk keeps it out, and ends nothing."""
     with suppress(OSError), open(file, "a") as lines:
         lines.write(" ".join(map(str, (word, *details))) + "\n")
+        lines.flush()
+        return True
+    return False
 
 
 class RunOutcome(Observer):
