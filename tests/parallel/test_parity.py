@@ -106,7 +106,7 @@ def _error_of(function, name: str, reference: Outcome) -> float:
 @pytest.mark.parametrize("what", DROPPED)
 def test_a_dropped_collective_is_noticed(what, reference):
     layout, place = DROPPED[what]
-    with Mutant("collective", place, part=True).in_force():
+    with Mutant("collective", place, part=True).in_force(timeout=120):  # none of these hangs
         assert _error_of(run, layout, reference) > 100 * TOLERANCE
 
 
