@@ -282,11 +282,8 @@ def _run(arguments: argparse.Namespace) -> int:
         train_stages(configs, partial(train, observe=partial(standard_observers, outcome=outcome)))
     except Preempted as stopped:
         if first:
-            if not (
-                outcome is None
-                or stopped.iteration is None
-                or note_outcome(outcome, "stopped", stopped.iteration)
-            ):
+            saved = stopped.iteration
+            if outcome and saved is not None and not note_outcome(outcome, "stopped", saved):
                 stopped_status = EXIT_REQUEUE  # the script must not take it for finished
             print(f"{stopped}; start again to go on (status {stopped_status})", file=sys.stderr)
         return stopped_status
