@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All stages of a file as a chain of jobs, each after the one before has finished well:
 #   examples/slurm/progressive.sh CONFIG [options of sbatch]
+# The jobs run in REPO (default: where this is called), and CONFIG is a path there.
 # A stage that is finished passes at once, so the same command picks up a broken chain.
 # Nodes that a stage has left out the next one leaves out, too.
 # The jobs are called eagle-RUN-STAGE, RUN being the folder of checkpoint.path. MAIL_USER hears by mail of MAIL_TYPE
@@ -13,15 +14,23 @@ command -v sbatch >/dev/null || {
     echo "progressive.sh: no sbatch on $(hostname): call it where jobs of Slurm are submitted" >&2
     exit 2
 }
-for option in "$@"; do # Slurm ends a job without a word where the folder of its output is missing
-    folder=$(dirname -- "${option#*=}")
-    case $option in --output=* | --error=*) [[ $folder == *%* || -d $folder ]] || {
-        echo "$option: no folder $folder for the job's output: make it first" >&2
+# Slurm ends a job without a word where the folder of its output is missing.
+given=("$@")
+for i in "${!given[@]}"; do
+    case ${given[i]} in
+        --output=* | --error=*) file=${given[i]#*=} ;;
+        --output | --error | -[oe]) file=${given[i + 1]:-} ;;
+        -[oe]*) file=${given[i]:2} ;;
+        *) continue ;;
+    esac
+    folder=$(dirname -- "$file")
+    [[ $folder == *%* || -d $folder ]] || {
+        echo "${given[i]}: no folder $folder for the job's output: make it first" >&2
         exit 2
-    } ;; esac
+    }
 done
 here=$(cd "$(dirname "$0")" && pwd)
-stages=$("${PYTHON:-python}" -c '
+stages=$(cd "${REPO:-.}" && "${PYTHON:-python}" -c '
 import sys
 from pathlib import Path
 from megatron_eagle.config import load_yaml

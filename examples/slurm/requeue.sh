@@ -48,6 +48,8 @@ progressed() { [[ $({ echo launched; cat "$outcome" 2>/dev/null || true; } | idl
 # A start begins. One before it that has not come to its end was ended by Slurm, or with its node.
 begin_history() {
     local down
+    # Slurm says to later starts alone which they are; the first may have it of a job in which sbatch was called.
+    [[ $(job_field Restarts) != 0 ]] || SLURM_RESTART_COUNT=0
     if [[ ${SLURM_RESTART_COUNT:-0} -eq 0 ]]; then
         rm -f "$began" "$excluded" "$history" "$most" # of another job of this number
         # In a chain of stages: what the one before has handed on.

@@ -73,13 +73,22 @@ def test_a_preemption_during_the_checks(slurm: Slurm, config: Path, tmp_path: Pa
     assert iterations(tmp_path / "run") == [1, 2]
 
 
-def test_a_job_that_the_user_cancels_stays_cancelled(slurm: Slurm, config: Path, tmp_path: Path) -> None:
-    """Nor does it go back to the queue because it has stopped in order."""
+@pytest.mark.parametrize("launch", ["torchrun", "srun"])
+def test_sigterm_to_the_script_alone(slurm: Slurm, config: Path, tmp_path: Path, launch: str) -> None:
+    """It stops the run, which goes back to the queue; a job that the user cancels stays cancelled, though it
+    stops in the same way. What the environment says of a job in which sbatch was called is not believed."""
     run = tmp_path / "run"
-    job = slurm.submit(TRAIN, str(config), options=ONE_NODE)
+    environment = {"SLURM_NTASKS": "3", "SLURM_NPROCS": "3", "SLURM_RESTART_COUNT": "2", "LAUNCH": launch}
+    job = slurm.submit(TRAIN, str(config), options=ONE_NODE, environment=environment)
     slurm.wait_until(lambda: len(iterations(run)) >= 2, job)
+    slurm.call("scancel", "--batch", "--signal=TERM", str(job))
+    slurm.wait_for_requeue(job)
+    stopped = read_train_state(run).iteration
+    slurm.wait_until(lambda: len(iterations(run)) >= stopped + 2, job)
     slurm.call("scancel", str(job))
-    assert slurm.wait(job, "CANCELLED")["Restarts"] == "0"
+    assert slurm.wait(job, "CANCELLED")["Restarts"] == "1"
+    assert f"at iteration {stopped}" in slurm.output(job)
+    assert iterations(run) == list(range(1, len(iterations(run)) + 1))
 
 
 def test_no_requeue_for_ever(slurm: Slurm, config: Path, tmp_path: Path) -> None:

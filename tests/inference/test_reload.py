@@ -63,17 +63,18 @@ class Setup:
         return (sent[0]["status"], json.loads(sent[1]["body"])) if sent else None
 
 
-def test_an_answer_is_of_one_set_of_weights(exported, monkeypatch):
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations", "/inference/v1/generate", "/pooling"])
+def test_an_answer_is_of_one_set_of_weights(exported, monkeypatch, path):
     """Those inside are waited for, those who come wait, and the caches are emptied in between."""
     monkeypatch.setenv(SECRET, "s")
 
     async def run():
         setup = Setup(exported)
-        early = asyncio.create_task(setup.ask("POST", "/v1/chat/completions", number=1))
+        early = asyncio.create_task(setup.ask("POST", path, number=1))
         await asyncio.sleep(0.01)
         load = asyncio.create_task(setup.ask("POST", WEIGHTS_PATH))
         await asyncio.sleep(0.01)
-        late = asyncio.create_task(setup.ask("POST", "/v1/completions", number=2))
+        late = asyncio.create_task(setup.ask("POST", path, number=2))
         await asyncio.sleep(0.01)
         assert setup.answering == {1} and not setup.engine.calls
         await setup.ask("GET", "/health", number=3)  # is not kept waiting

@@ -157,7 +157,8 @@ def scontrol(arguments: list[str]) -> int:
         print("\n".join(["localhost"] * int(os.environ["SLURM_JOB_NUM_NODES"])))
         return 0
     if arguments[:2] == ["show", "job"]:
-        print(f"JobId={arguments[-1]} JobState=RUNNING Reason=None")
+        tasks = os.environ.get("STANDIN_TASKS", os.environ["SLURM_JOB_NUM_NODES"])
+        print(f"JobId={arguments[-1]} JobState=RUNNING Reason=None Restarts=0 NumTasks={tasks}")
         return 0
     if arguments[0] == "update":
         with open(FOLDER / "updates", "a") as file:

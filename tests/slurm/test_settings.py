@@ -104,6 +104,21 @@ def test_the_presets_of_a_network_are_comments_that_bash_reads() -> None:
     assert all(f"{name}=" in set_by_all for name in names if name.isupper())
 
 
+@pytest.mark.parametrize("name", ["TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", None])
+def test_the_flight_recorder(commands: dict[str, str], name: str | None) -> None:
+    """By its names of all torch versions, whichever the user sets, with a place for its dumps."""
+    show = "source examples/launch.sh; set_environment /logs; env | grep -E '^TORCH_(FR|NCCL)_'"
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+    environment = {key: value for key, value in commands.items() if not key.startswith("TORCH_")}
+    said = bash(show, environment | ({name: "50"} if name else {})).stdout
+    places = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    assert set(said.splitlines()) == {
+        *(f"{key}={50 if name else 2000}" for key in names),
+        *(f"{key}=/logs/nccl_trace_rank_" for key in places),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT=1",
+    }
+
+
 @pytest.mark.parametrize("name", ["train", "preprocess", "convert"])
 def test_every_step_runs_in_its_place(name: str) -> None:
     text = re.sub(r"\\\n\s*", "", (SLURM / f"{name}.sbatch").read_text())
@@ -121,12 +136,18 @@ def train(commands: dict[str, str], config: str = "absent.yaml", **environment: 
 @pytest.mark.parametrize(
     ("environment", "line"),
     [
-        ({"SLURM_NTASKS": "16"}, "told 16 tasks, and LAUNCH=torchrun starts 2 on 2 nodes of 8 processes"),
-        ({"SLURM_NTASKS": "8", "LAUNCH": "srun"}, "told 8 tasks, and LAUNCH=srun starts 16 on 2 nodes"),
+        ({"STANDIN_TASKS": "16"}, "told 16 tasks, and LAUNCH=torchrun starts 2 on 2 nodes of 8 processes"),
+        ({"STANDIN_TASKS": "8", "LAUNCH": "srun"}, "told 8 tasks, and LAUNCH=srun starts 16 on 2 nodes"),
     ],
 )
 def test_counts_of_tasks_that_contradict_the_nodes(commands, environment, line) -> None:
     assert line in train(commands, **environment)
+
+
+def test_counts_of_a_job_in_which_sbatch_was_called(commands: dict[str, str]) -> None:
+    """They are in the environment, and Slurm says others of this one."""
+    inherited = {"SLURM_NTASKS": "16", "SLURM_NPROCS": "16", "SLURM_NTASKS_PER_NODE": "8"}
+    assert train(commands, **inherited).startswith("error: absent.yaml: ")
 
 
 @pytest.mark.parametrize("processes", ["0", "auto"])

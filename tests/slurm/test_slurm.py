@@ -123,14 +123,26 @@ def test_a_chain_of_no_file(slurm, tmp_path):
     assert (refused.returncode, refused.stderr) == (2, said) and not (tmp_path / "jobs.jsonl").exists()
 
 
-def test_a_missing_folder_for_the_output(slurm, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    ["--output=FOLDER/%j.out", "--error=FOLDER/%j.out", "--output FOLDER/x", "-o FOLDER/x", "-e FOLDER/x", "-oFOLDER/x"],
+)
+def test_a_missing_folder_for_the_output(slurm, tmp_path, options):
     """Before anything is submitted: Slurm would end the jobs without a word."""
-    config = REPO / "examples" / "eagle2.5-8b" / "progressive.yaml"
-    option, folder = f"--output={tmp_path}/absent/%j.out", tmp_path / "absent"
-    command = [str(SLURM / "progressive.sh"), str(config), option]
+    config, folder = REPO / "examples" / "eagle2.5-8b" / "progressive.yaml", tmp_path / "absent"
+    given = [word.replace("FOLDER", str(folder)) for word in options.split()]
+    command = [str(SLURM / "progressive.sh"), str(config), *given]
     refused = subprocess.run(command, env=slurm, capture_output=True, text=True)
-    said = f"{option}: no folder {folder} for the job's output: make it first\n"
+    said = f"{given[0]}: no folder {folder} for the job's output: make it first\n"
     assert (refused.returncode, refused.stderr) == (2, said) and not (tmp_path / "jobs.jsonl").exists()
+
+
+def test_a_chain_of_a_path_in_the_repository(slurm, tmp_path):
+    """Called elsewhere: where the jobs will read it."""
+    (tmp_path / "examples").mkdir()
+    command = [str(SLURM / "progressive.sh"), "examples/eagle2.5-8b/progressive.yaml"]
+    subprocess.run(command, env={**slurm, "STANDIN_SUBMIT_ONLY": "1"}, cwd=tmp_path, check=True)
+    assert len(jobs(tmp_path)) == 5
 
 
 def test_preprocessing_over_two_nodes(slurm, tmp_path):

@@ -37,13 +37,15 @@ class Reloading:
         self._broken: str | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer `WEIGHTS_PATH`; let requests for answers through the door; pass everything else on."""
+        """Answer `WEIGHTS_PATH`; let what may ask the model through the door (vLLM does so by other paths than
+        `/v1/`, too); pass everything else on.
+        """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["path"] == WEIGHTS_PATH:
             status, reply = await self._control(scope)
             await _send(send, status, reply)
-        elif scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+        elif scope["method"] == "POST":
             async with self._door.inside():
                 if self._broken:
                     await _send(send, 503, {"error": {"message": self._broken}})
