@@ -40,6 +40,7 @@ for name in PET_NNODES PET_NPROC_PER_NODE; do
 done
 [[ $PET_NODE_RANK =~ ^[0-9]+$ && $PET_NODE_RANK -lt $PET_NNODES ]] ||
     fail "PET_NODE_RANK=$PET_NODE_RANK contradicts PET_NNODES=$PET_NNODES: nodes count from 0"
+[[ ${PREFLIGHT:=yes} =~ ^(yes|no)$ ]] || fail "PREFLIGHT=$PREFLIGHT: expected yes or no"
 cd "$(dirname "$(dirname "$(realpath "$0")")")"
 nodes=$PET_NNODES processes=$PET_NPROC_PER_NODE node=$PET_NODE_RANK head=$PET_MASTER_ADDR port=$PET_MASTER_PORT
 unset "${!PET_@}" # what torchrun would take beside what it is told
@@ -118,7 +119,7 @@ if [[ $node -eq 0 ]]; then
     attend "${place[@]}" "$python" tools/train.py check --processes "$((nodes * processes))" --config "$config" \
         "${settings[@]}" "$@" || { status=$? && [[ -n $told || $status -ne 2 ]] || exit 2; again "the check has failed"; }
 fi
-if [[ ${PREFLIGHT:-yes} != no ]]; then
+if [[ $PREFLIGHT == yes ]]; then
     meet "$((port + 1))"
     status=0
     attend look "$@" || status=$?

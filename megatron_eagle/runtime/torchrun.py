@@ -17,6 +17,7 @@ the node that has failed: one line, `KIND NODE WORDS`. KIND:
     told        it was told to end
 """
 
+import json
 import os
 import re
 import signal
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             how += f" ({' '.join(said.split())[:200]})"
         status, kind = _STOPPED if first.exitcode == _STOPPED else 1, kind_of(first)
         why = f"ended: rank {rank} was the first to end early, by {how}"
+    except json.JSONDecodeError:  # torch reads why a process has failed in a file that a full disk cuts off
+        status, kind, why = 1, "error", "ended: a process has failed, and could not write why (a full disk?)"
     except RendezvousError as error:
         why = f"ended: it did not meet the other nodes ({str(error) or type(error).__name__})"
         status, kind = 1, "lost"

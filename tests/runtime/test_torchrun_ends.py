@@ -58,6 +58,22 @@ def test_the_line(
         failures[4] = ProcessFailure(0, 1, -9, "")
 
 
+def test_a_file_of_errors_that_a_full_disk_has_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is read by torch, which raises what json does."""
+
+    def ends(words: list[str]) -> None:
+        (tmp_path / "error.json").touch()
+        ProcessFailure(0, 1, 1, str(tmp_path / "error.json"))
+
+    monkeypatch.setattr(torchrun, "torchrun", ends)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert torchrun.main(["--rdzv-id", "7", "--log-dir", str(tmp_path), "script.py"]) == 1
+    assert (tmp_path / "ended-7").read_text().startswith("error ")
+    assert "a process has failed, and could not write why (a full disk?)" in capsys.readouterr().err
+
+
 def test_who_has_only_lost_the_others_ends_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ends(words: list[str]) -> None:
         raise RendezvousTimeoutError("too late")

@@ -162,6 +162,13 @@ def test_settings_that_are_no_number(commands: dict[str, str], name: str) -> Non
     assert train(commands, **{name: "ten"}) == f"train.sbatch: {name}=ten: expected a whole number\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"), [("PREFLIGHT", "0", "yes or no"), ("EXCLUDE_SLOW", "yes", "0 or 1")]
+)
+def test_switches_that_are_none(commands: dict[str, str], name: str, value: str, expected: str) -> None:
+    assert train(commands, **{name: value}) == f"train.sbatch: {name}={value}: expected {expected}\n"
+
+
 @pytest.mark.parametrize("name", ["train", "preprocess", "convert"])
 def test_a_job_that_is_none(commands: dict[str, str], tmp_path: Path, name: str) -> None:
     """Started without sbatch, or from another folder: a line that says what to do."""
