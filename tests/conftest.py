@@ -46,6 +46,17 @@ def groups_end() -> Iterator[None]:
         gc.collect()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ and not _starts_ranks(item.path):
+        _give_way()
+
+
+@cache
+def _give_way() -> None:
+    """Ranks of another worker's tests wait for each other: the one that has no core keeps all of them busy."""
+    os.nice(5)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """A line for each part of the run: its tests and their minutes, most of them first."""
     parts: dict[str, list[float]] = {}

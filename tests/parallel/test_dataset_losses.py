@@ -32,10 +32,10 @@ FUSED, PLAIN = "layers.loss=fused", "layers.loss=plain"
 CELLS = {
     "tp2-sp-cp2-fused": [TP2, SP, CP2, "parallel.vision_sharding=cp_tp", FUSED],
     "pp2-vpp2-dp2-lora": [PP2, VPP2, "lora.rank=2", PLAIN],
-    "ulysses2-cp2": [CP4, U2, PLAIN],
     "packs2-cp2": [CP2, "data.packs_per_sequence=2", PLAIN],
 }
 MORE_CELLS = {
+    "ulysses2-cp2": [CP4, U2, PLAIN],
     "tp4-sp": ["parallel.tensor_model_parallel_size=4", SP, FUSED],
     "tp2-dp2": [TP2, PLAIN],
     "pp4": ["parallel.pipeline_model_parallel_size=4", FUSED],
