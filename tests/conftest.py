@@ -46,6 +46,15 @@ def groups_end() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def priority_is_put_back() -> Iterator[None]:
+    """libsvtav1 makes the thread that encodes with it a real-time one, where root calls it: from then on no
+    other process has that core, until this one waits."""
+    yield
+    if os.sched_getscheduler(0) == os.SCHED_FIFO:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ and not _starts_ranks(item.path):
         _give_way()
@@ -53,7 +62,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @cache
 def _give_way() -> None:
-    """Ranks of another worker's tests wait for each other: the one that has no core keeps all of them busy."""
+    """Ranks of another worker wait for each other: one that has no core keeps all of them busy."""
     os.nice(5)
 
 

@@ -63,7 +63,9 @@ class Setup:
         return (sent[0]["status"], json.loads(sent[1]["body"])) if sent else None
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations", "/inference/v1/generate", "/pooling"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/invocations", "/inference/v1/generate", "/pooling"]
+)
 def test_an_answer_is_of_one_set_of_weights(exported, monkeypatch, path):
     """Those inside are waited for, those who come wait, and the caches are emptied in between."""
     monkeypatch.setenv(SECRET, "s")

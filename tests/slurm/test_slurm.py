@@ -125,7 +125,14 @@ def test_a_chain_of_no_file(slurm, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    ["--output=FOLDER/%j.out", "--error=FOLDER/%j.out", "--output FOLDER/x", "-o FOLDER/x", "-e FOLDER/x", "-oFOLDER/x"],
+    [
+        "--output=FOLDER/%j.out",
+        "--error=FOLDER/%j.out",
+        "--output FOLDER/x",
+        "-o FOLDER/x",
+        "-e FOLDER/x",
+        "-oFOLDER/x",
+    ],
 )
 def test_a_missing_folder_for_the_output(slurm, tmp_path, options):
     """Before anything is submitted: Slurm would end the jobs without a word."""

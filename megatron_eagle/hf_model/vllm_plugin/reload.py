@@ -37,8 +37,8 @@ class Reloading:
         self._broken: str | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer `WEIGHTS_PATH`; let what may ask the model through the door (vLLM does so by other paths than
-        `/v1/`, too); pass everything else on.
+        """Answer `WEIGHTS_PATH`; let what may ask the model through the door (by other paths than `/v1/`,
+        too); pass everything else on.
         """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
