@@ -22,6 +22,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.ranges import Range, Ranged
 
 LOOK_SECONDS = 1.0  # between two looks for a window that is not there
+_LOOKS = 10  # for one that was there: a store in the place of another is, for a moment, at neither
 
 
 @dataclass
@@ -186,10 +187,12 @@ class FollowedPacks:
         return heads[0].digest
 
     def _open(self, number: int) -> Window:
-        window = open_window(self._store, self._size, number, self._seed)
-        if window is None:
-            raise UserError(self._store.changed(f"window {number + 1} is gone"))
-        return window
+        for _ in range(_LOOKS):
+            window = open_window(self._store, self._size, number, self._seed)
+            if window is not None:
+                return window
+            time.sleep(LOOK_SECONDS)
+        raise UserError(self._store.changed(f"window {number + 1} is gone"))
 
     def _permute(self, visit: int) -> np.ndarray:
         epoch, number = divmod(visit, self._n_windows)

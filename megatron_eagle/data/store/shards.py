@@ -174,6 +174,17 @@ def store_folder(path: str | Path) -> Path:
     return partial if (partial / "manifest.json").is_file() else Path(path)
 
 
+def _find(path: str | Path) -> tuple[Path, DataManifest]:
+    """Where a store is, and its manifest, also where it is moved to its final place between the two."""
+    folder = store_folder(path)
+    try:
+        return folder, read_manifest(folder)
+    except UserError:
+        if store_folder(path) == folder:
+            raise
+    return Path(path), read_manifest(path)
+
+
 def open_any_rows(path: str | Path, length: int | None = None) -> Rows:
     """The rows of a store; of one that is being made, where none is complete, those that are there.
 
@@ -193,8 +204,7 @@ class ShardStore:
 
     def __init__(self, path: str | Path, length: int | None = None):
         self.place = Path(path)
-        self.path = store_folder(path)
-        self.manifest: DataManifest = read_manifest(self.path)
+        self.path, self.manifest = _find(path)
         if not self.manifest.shard_rows:
             raise UserError(
                 f"data.follow: {path} was made without preprocess run --follow; leave data.follow out, or "
@@ -238,9 +248,11 @@ class ShardStore:
         """
         if first >= last:
             return []
+        found = self._heads(first, last)  # which may be moved to its final place meanwhile
+        return self._heads(first, last) if found is None and self._move() else found
+
+    def _heads(self, first: int, last: int) -> list[ShardHead] | None:
         end = read_head(self.folder, last - 1)
-        if end is None and self._move():
-            end = read_head(self.folder, last - 1)
         if end is None or not self._has_tokens(end.first_token + end.n_tokens):
             return None
         heads = [read_head(self.folder, number) for number in range(first, last)]
@@ -250,9 +262,12 @@ class ShardStore:
         for one, other in zip(found, found[1:], strict=False):
             if other.previous != one.digest:
                 raise UserError(self.changed(f"shard {other.number} does not follow from {one.number}"))
-        if not (self.path / "manifest.json").is_file():
-            return None  # it is being moved, or begun anew
-        self._read_same(self.path)  # after the shards: whoever begins anew writes it before any of them
+        try:
+            self._read_same(self.path)  # after the shards: whoever begins anew writes it before any of them
+        except UserError:
+            if (self.path / "manifest.json").is_file():
+                raise
+            return None  # it was moved, or is being begun anew
         self._there = max(self._there, last)
         return found
 

@@ -19,6 +19,7 @@ from megatron_eagle.data.loading.loader import DataConfig, PackLoader
 from megatron_eagle.data.loading.packs import no_tiles
 from megatron_eagle.data.packing.windows import n_windows
 from megatron_eagle.data.preparation.preprocess import Execution, preprocess
+from megatron_eagle.data.store import shards as shards_module
 from megatron_eagle.data.store import signs
 from megatron_eagle.data.store.reader import SampleStore
 from megatron_eagle.data.store.shards import ShardStore, open_any_rows, read_head, shard_path, store_folder
@@ -182,6 +183,40 @@ def test_followed_is_finished(store, tmp_path_factory, k, sizes, resumes, speed,
             same(reader.step(first), finished[rank, size].step(first))
         read = ranks[0].identity(first), first, BATCH
         assert read[0].difference(finished[0, size].identity(first)) is None
+
+
+def test_moved_to_its_place_at_any_moment(store, tmp_path, monkeypatch):
+    """Between any two looks at the files: all packs are those of the complete store."""
+    looks, moves = count(), {}  # at which look what is moved
+
+    def counted(function):
+        def look(*arguments, **settings):
+            moves.pop(next(looks), lambda: None)()
+            return function(*arguments, **settings)
+
+        return look
+
+    def packs_of(path):
+        """Of the first epoch."""
+        packs = FollowedPacks(ShardStore(path, LENGTH), FollowConfig(4), SEED)
+        for _ in range(2):  # a store that is moved while it is looked at may be found at the next look
+            while len(packs._starts) <= packs._n_windows and packs.reach(len(packs) + 1):
+                pass
+        return [packs.rows(number) for number in range(len(packs))]
+
+    expected = packs_of(store)
+    for name in ("read_head", "read_manifest", "_open"):
+        monkeypatch.setattr(shards_module, name, counted(getattr(shards_module, name)))
+    monkeypatch.setattr(Path, "is_file", counted(Path.is_file))
+    for moment in count():
+        growing = Growing(store, tmp_path / str(moment))
+        growing.let(N_SHARDS)
+        looks = count()
+        moves[moment] = growing.finish
+        assert packs_of(growing.path) == expected, moment
+        if moves.pop(moment, None):
+            break
+    assert moment > 30
 
 
 def test_an_epoch_has_every_row_once_and_another_order_each(store):
