@@ -47,6 +47,7 @@ def test_peak_memory_of_the_loss_is_the_formulas():
     assert of[900, "fused"] < 0.5 * of[6144, "fused"]
 
 
+@pytest.mark.slow
 def test_peak_memory_of_offloaded_layers_is_the_formulas_and_does_not_grow_with_depth():
     rows = _measured(LAYERS)
     for row in rows:

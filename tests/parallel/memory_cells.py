@@ -70,8 +70,9 @@ class Cell:
         return launch(measure_step, self.world_size, self.model, self.parallel, *arguments, timeout=900)
 
 
-QUICK = [Cell("one process", 1), Cell("TP2", 2, TP2)]
+QUICK = [Cell("one process", 1)]
 MORE = [
+    Cell("TP2", 2, TP2),
     Cell("one process, bf16", 1, precision="bf16"),
     Cell("one process, full recompute", 1, recompute="full", length=1024),
     Cell("one process, selective recompute", 1, recompute="selective"),

@@ -21,7 +21,8 @@ def _consoles():
             if block.language == "console":
                 for shown in block.body.replace("\\\n", " ").split("$ ")[1:]:
                     command, _, output = shown.partition("\n")
-                    yield pytest.param(command, output, id=f"{page.name}:{block.line}")
+                    marks = pytest.mark.slow if page.name == "planner.md" else ()  # ten seconds each
+                    yield pytest.param(command, output, id=f"{page.name}:{block.line}", marks=marks)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(REPO)))

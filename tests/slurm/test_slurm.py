@@ -152,6 +152,7 @@ def test_a_chain_of_a_path_in_the_repository(slurm, tmp_path):
     assert len(jobs(tmp_path)) == 5
 
 
+@pytest.mark.slow
 def test_preprocessing_over_two_nodes(slurm, tmp_path):
     """A head and a worker of Ray, the same bytes as on one machine, and nothing left running."""
     module = tmp_path / "modules" / "ray"

@@ -66,6 +66,7 @@ def samples(ranks: list[list[tuple[int, list[int], list[int]]]]) -> list[tuple[i
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number(made):
     """1, then 2, then 4 packs a sequence: batches, and losses in training and on held-out packs, are those of
     one process from the start to the end."""

@@ -211,6 +211,7 @@ def check_equal(found: dict, expected: dict) -> None:
         assert found["samples"][number] == (pytest.approx(values, rel=TOLERANCE) if values[0] else values)
 
 
+@pytest.mark.slow
 def test_layouts(run, replays):
     cells = [
         (2, run, overrides(TP2 | SP | CP2, "layers.loss=fused")),
