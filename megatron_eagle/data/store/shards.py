@@ -174,15 +174,15 @@ def store_folder(path: str | Path) -> Path:
     return partial if (partial / "manifest.json").is_file() else Path(path)
 
 
-def _find(path: str | Path) -> tuple[Path, DataManifest]:
+def _locate(path: str | Path) -> tuple[Path, DataManifest]:
     """Where a store is, and its manifest, also where it is moved to its final place between the two."""
     folder = store_folder(path)
     try:
         return folder, read_manifest(folder)
     except UserError:
-        if store_folder(path) == folder:
+        if (moved := store_folder(path)) == folder:
             raise
-    return Path(path), read_manifest(path)
+        return moved, read_manifest(moved)
 
 
 def open_any_rows(path: str | Path, length: int | None = None) -> Rows:
@@ -204,7 +204,7 @@ class ShardStore:
 
     def __init__(self, path: str | Path, length: int | None = None):
         self.place = Path(path)
-        self.path, self.manifest = _find(path)
+        self.path, self.manifest = _locate(path)
         if not self.manifest.shard_rows:
             raise UserError(
                 f"data.follow: {path} was made without preprocess run --follow; leave data.follow out, or "
