@@ -16,6 +16,7 @@ from megatron_eagle.config import apply_overrides, from_dict, load_yaml
 from megatron_eagle.data.media.documents import page_sizes
 from megatron_eagle.hf_model.grids import select_grid
 from megatron_eagle.runtime.parallel import ParallelConfig
+from megatron_eagle.training.monitoring.metrics import read_steps
 from tests.paths import REPO
 from tests.project import first_run
 from tests.stamps import cpu_seconds
@@ -29,6 +30,8 @@ ALL = demo.read_conversations()
 KEPT = [c for c in ALL if c.id != demo.TOO_LONG]
 VISUAL = [c for c in KEPT if c.is_visual]
 PARTNERS = demo.swap_partners(KEPT)
+SCRIPT = importlib.import_module("run")
+DEMOS = SCRIPT.DEMOS
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +76,21 @@ def test_partners_ask_the_same_of_other_pictures():
         assert (len(partner.images), len(partner.videos)) == (len(c.images), len(c.videos))
 
 
-def test_recipe_names_the_conversations():
-    recipe = yaml.safe_load((DEMO / "recipe.yaml").read_text())
-    (entry,) = recipe.values()
-    assert DEMO / entry["annotation"] == demo.CONVERSATIONS
+@pytest.mark.parametrize("name", DEMOS)
+def test_recipes_name_the_conversations_and_runs_their_data(name):
+    of = DEMOS[name]
+    (entry,) = yaml.safe_load((of.folder / "recipe.yaml").read_text()).values()
+    assert (of.folder / entry["annotation"]).resolve() == demo.CONVERSATIONS
+    assert (of.folder / entry["root"]).resolve() == of.out / "media"
     assert set(entry) == {"annotation", "root", "repeat_time"}
+    run = load_yaml(of.folder / "train.yaml")
+    assert REPO / run["data"]["path"] == of.out / "data"
+    assert REPO / run["checkpoint"]["path"] == of.out / "checkpoint"
 
 
 def test_text_does_not_give_partners_away(media):
     """Partners have equal tile counts, clip times and pages, so their prompts differ in pixels only."""
-    limit = importlib.import_module("run").MAX_TILES
-    side = importlib.import_module("run").TILE_SIZE
+    limit, side = SCRIPT.MAX_TILES, SCRIPT.TILE_SIZE
 
     def shape(conversation):
         grids = [
@@ -124,39 +131,54 @@ def test_tokenizer_is_deterministic_and_loads_both_ways(tokenizer_folder, tmp_pa
 
 
 def test_the_second_half_divides_packs_by_their_work():
-    run = importlib.import_module("run")
-    settings = apply_overrides(load_yaml(run.CONFIG), run.CONTEXT_PARALLEL)["parallel"]
+    config = load_yaml(DEMOS["demo"].folder / "train.yaml")
+    settings = apply_overrides(config, DEMOS["demo"].second[1])["parallel"]
     parallel = from_dict(ParallelConfig, settings, "parallel")
     assert (parallel.context_parallel_size, parallel.context_parallel_layout) == (2, "balanced")
+
+
+def run_demo(name: str) -> None:
+    run = subprocess.run([sys.executable, str(DEMO / "run.py"), name], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    out = DEMOS[name].out
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == len(KEPT) + len(VISUAL)
+    assert (out / "loss.png").stat().st_size > 0
+    assert (out / "hf" / "config.json").is_file()
 
 
 @pytest.mark.slow
 def test_demo_runs():
     """To its end, in no more time and space than the README says."""
     used = cpu_seconds()
-    run = subprocess.run([sys.executable, str(DEMO / "run.py")], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    out = REPO / "runs" / "demo"
-    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == len(KEPT) + len(VISUAL)
-    assert (out / "loss.png").stat().st_size > 0
-    assert (out / "hf" / "config.json").is_file()
-    measured = {"cpu_seconds": cpu_seconds() - used, "bytes": first_run.size(out)}
+    run_demo("demo")
+    measured = {"cpu_seconds": cpu_seconds() - used, "bytes": first_run.size(DEMOS["demo"].out)}
     card = first_run.read_card()
     assert not first_run.off(card, "demo", measured, alike=first_run.processor() == card["processor"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a ring", "two packs in one sequence"])
+@pytest.mark.parametrize("name", DEMOS["demo"].compared)
 def test_the_second_half_in_another_way(name, tmp_path, monkeypatch):
     """All of it, not only the step that the demo itself compares. After `test_demo_runs`."""
     monkeypatch.chdir(REPO)
-    script = importlib.import_module("run")
-    made, folder = script.OUT / "checkpoint", tmp_path / "checkpoint"
+    of = DEMOS["demo"]
+    made, folder = of.out / "checkpoint", tmp_path / "checkpoint"
     shutil.copytree(made, folder, ignore=shutil.ignore_patterns("iter_0000200", "logs"))
-    (folder / "latest_checkpointed_iteration.txt").write_text(str(script.STOP_AT))
-    script.train(*script.ONE_STEP[name], f"checkpoint.path={folder}")
-    expected, found = script.read_losses(made), script.read_losses(folder)
-    assert sorted(found) == list(range(script.STOP_AT + 1, 201))
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(SCRIPT.STOP_AT))
+    SCRIPT.train(of, *of.compared[name], f"checkpoint.path={folder}")
+    expected, found = SCRIPT.read_losses(made), SCRIPT.read_losses(folder)
+    assert sorted(found) == list(range(SCRIPT.STOP_AT + 1, 201))
     off = max(abs(loss - expected[iteration]) for iteration, loss in found.items())
-    assert off <= script.LOSS_TOLERANCE
+    assert off <= SCRIPT.LOSS_TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_model_with_experts_runs():
+    """All steps of the demo, and its routers keep the experts busy."""
+    run_demo("demo_moe")
+    out = DEMOS["demo_moe"].out
+    text = json.loads((out / "hf" / "config.json").read_text())["text_config"]
+    assert (text["model_type"], text["num_experts"]) == ("qwen3_moe", 8)
+    steps = read_steps(out / "checkpoint" / "logs" / "metrics.jsonl")
+    assert len(steps) == 200 and all(2 < step.aux_loss < 3 for step in steps[-20:])

@@ -25,6 +25,8 @@ DESCRIPTIONS = {
     "examples/demo/conversations.jsonl": "28 conversations on pictures, clips, reports or text, 1 too long",
     "examples/demo/recipe.yaml": "names the conversations and the folder of their media",
     "examples/demo/train.yaml": "the demo's training run",
+    "examples/demo_moe/recipe.yaml": "the demo's conversations, with media of its own",
+    "examples/demo_moe/train.yaml": "the demo's training run with experts",
     "megatron_eagle/inference/demo.html": "the demo page: uploads, what is seen of them, the chat",
     "megatron_eagle/eagle_video/prompts/clip_questions.v1.txt": "asks for questions of given kinds on a clip",
     "megatron_eagle/eagle_video/prompts/context_anchor.v1.txt": "asks for a phrase that points to a moment",
