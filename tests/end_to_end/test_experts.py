@@ -1,4 +1,4 @@
-"""Experts on real packs: exports and continuations of any layout, a stage that freezes them, a look back."""
+"""Experts on real packs: exports and continuations of any layout, frozen parts, looks back, adapters."""
 
 import json
 import shutil
@@ -10,12 +10,13 @@ import torch
 
 from megatron_eagle.checkpoint import checkpoint_folder, load_checkpoint, read_model_config, save_checkpoint
 from megatron_eagle.config import load_yaml, save_yaml, to_dict
+from megatron_eagle.convert.lora import WEIGHTS, export_adapter
 from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.model.eagle import build_model
 from megatron_eagle.model.text import ExpertsConfig
 from megatron_eagle.runtime.parallel import ParallelConfig, model_parallel
 from megatron_eagle.training.monitoring.metrics import read_steps
-from megatron_eagle.training.replay.replay import prepare
+from megatron_eagle.training.replay.replay import measure_losses, prepare
 from tests.convert.hf_folder import read_weights
 from tests.convert.use_export import load_model
 from tests.parallel.harness import launch
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 EP2 = {"expert_model_parallel_size": 2}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 WHOLE = {"expert_tensor_parallel_size": 1}
-PP2 = {"pipeline_model_parallel_size": 2}
+CP2, PP2 = {"context_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 EP2_TP2 = {**EP2, **TP2_SP, **WHOLE}
 EXPERTS = ExpertsConfig(8, 2, 48, norm_topk_prob=True, router_aux_loss_coef=0.1)
 
@@ -126,6 +127,40 @@ def test_a_stage_of_the_connector_alone_trains_as_in_one_process(made, tmp_path)
     assert moved and all(name.startswith("mlp1.") for name in moved)
 
 
+def test_routers_that_are_frozen_stay(made, tmp_path):
+    """And everything else of the language model moves, in every layout to the same losses."""
+    base, runs = exported(made / "run", tmp_path / "base"), []
+    for world_size, parallel in ((1, {}), (2, EP2_TP2)):
+        run = tmp_path / f"run-{len(runs)}"
+        where = [f"checkpoint.load={made / 'run'}", f"checkpoint.path={run}", "optimizer.freeze_router=true"]
+        train(made / "run.yaml", world_size, parallel, *where)
+        runs.append(run)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
+    after = exported(runs[1], tmp_path / "hf")
+    moved = {name for name in base if not torch.equal(base[name], after[name])}
+    gates = {f"language_model.model.layers.{layer}.mlp.gate.weight" for layer in range(4)}
+    assert {name for name in base.keys() - moved if name.endswith("mlp.gate.weight")} == gates
+    assert sum(".experts." in name for name in moved) == 4 * 8 * 3
+
+
+def ask(run: str, overrides: list[str]) -> dict:
+    """On each rank: the second step again."""
+    world_size = torch.distributed.get_world_size()
+    replay = measure_losses(prepare(run, 2, checkpoint=run, overrides=overrides, world_size=world_size))
+    return {"off": replay.off, "samples": {s.number: (s.loss, s.grad_norm) for s in replay.samples}}
+
+
+def test_a_step_is_looked_back_at(made):
+    """In one process, and on ranks of other layouts: losses that add up, and norms of each sample."""
+    [one] = launch(ask, 1, str(made / "run"), [])
+    assert one["off"] <= 1e-6 and len(one["samples"]) > 4
+    for world_size, parallel in ((2, EP2_TP2), (2, TP2_SP), (2, CP2 | EP2), (2, PP2), (2, EP2)):
+        found = launch(ask, world_size, str(made / "run"), [f"parallel={json.dumps(parallel)}"])[0]
+        assert found["off"] <= 1e-6, parallel
+        for number, values in one["samples"].items():
+            assert found["samples"][number] == pytest.approx(values, rel=1e-5), parallel
+
+
 def test_a_run_whose_dispatcher_is_of_expert_parallelism_is_looked_back_at(made, tmp_path):
     run = shutil.copytree(made / "run", tmp_path / "run")
     for file in run.glob("iter_*/run.yaml"):
@@ -134,3 +169,29 @@ def test_a_run_whose_dispatcher_is_of_expert_parallelism_is_looked_back_at(made,
     for world_size, parallel in ((1, []), (2, [f"parallel={json.dumps(EP2)}"])):
         asked = prepare(run, 2, checkpoint=run, overrides=parallel, world_size=world_size).weights.config
         assert (asked.layers.moe_token_dispatcher_type, asked.layers.loss) == ("alltoall", "fused")
+
+
+def test_adapters_on_attention(made, tmp_path):
+    """The same losses whatever ranks divide the experts, which stay bit for bit; out again merged, and as
+    peft's folder."""
+    runs = []
+    for world_size, parallel in ((1, {}), (2, EP2), (2, EP2_TP2), (4, PP2 | EP2)):
+        run = tmp_path / f"run-{len(runs)}"
+        where = [
+            f"checkpoint.load={made / 'run'}",
+            f"checkpoint.path={run}",
+            "optimizer.trainable=[language]",
+        ]
+        lora = "lora={rank: 2, target_modules: [q_proj, k_proj, v_proj, o_proj]}"
+        train(made / "run.yaml", world_size, parallel, *where, lora)
+        runs.append(run)
+    expected = losses(runs[0])
+    assert expected[-1] < expected[0]
+    for run in runs[1:]:
+        assert losses(run) == pytest.approx(expected, rel=1e-5)
+    base, merged = exported(made / "run", tmp_path / "base"), exported(runs[-1], tmp_path / "merged")
+    moved = {name.removesuffix(".weight") for name in base if not torch.equal(base[name], merged[name])}
+    places = [f"language_model.model.layers.{n}.self_attn.{x}_proj" for n in range(4) for x in "qkvo"]
+    assert moved == set(places)
+    export_adapter(runs[-1], tmp_path / "adapter")
+    assert (tmp_path / "adapter" / WEIGHTS).is_file()
