@@ -186,7 +186,6 @@ def test_adapters_on_attention(made, tmp_path):
         train(made / "run.yaml", world_size, parallel, *where, lora)
         runs.append(run)
     expected = losses(runs[0])
-    assert expected[-1] < expected[0]
     for run in runs[1:]:
         assert losses(run) == pytest.approx(expected, rel=1e-5)
     base, merged = exported(made / "run", tmp_path / "base"), exported(runs[-1], tmp_path / "merged")
