@@ -1,6 +1,12 @@
-"""A small Eagle of language models that are not the demo's, of random weights: checkpoint and export."""
+"""A small Eagle of each language model that is not the demo's, of random weights: its checkpoint and export.
 
+Sizes are those that vLLM's kernels for a CPU take: heads of 32 channels, experts on a width that 32 divides.
+"""
+
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken
@@ -12,21 +18,61 @@ from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.hf_model.prompt import END_THINK, THINK
 from tests.convert.hf_folder import rewrite_weights, write_hf_folder
 
-_SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True}
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8448}
-_STRETCHED = {"rope_scaling": _YARN, "max_position_embeddings": 33_792}
+# 4.3 x 7,659 tokens are 32,933.7: beyond the 32,768 that a certificate asks for, and rounded up.
+REACH = 32_934
+_YARN = {"rope_type": "yarn", "factor": 4.3, "original_max_position_embeddings": 7659}
+_HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+_QWEN3 = {**_HEADS, "head_dim": 32}
+_MOE = {**_QWEN3, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3}
+
+
+@dataclass(frozen=True)
+class SmallEagle:
+    """Its language model, and what tells it apart.
+
+    Attributes:
+        text: its settings, as transformers takes them.
+        other: settings with which it is another model, and
+        ones: the weights that are 1 in that one.
+        length: tokens that it takes.
+    """
+
+    text: dict[str, Any]
+    other: dict[str, Any] = field(default_factory=dict)
+    ones: tuple[str, ...] = ()
+    length: int = 4096
+
+
+def _yarn(**settings: float) -> dict[str, Any]:
+    return {"rope_scaling": {**_YARN, **settings}, "max_position_embeddings": REACH}
+
+
 SMALL_EAGLES = {
-    "qwen3 with YaRN": {**_SIZES, "model_type": "qwen3", **_STRETCHED},
-    "qwen3_moe": {**_SIZES, "model_type": "qwen3_moe", **_EXPERTS},
+    "qwen3, tied": SmallEagle(
+        {**_QWEN3, "model_type": "qwen3", "tie_word_embeddings": True}, ones=("q_norm", "k_norm")
+    ),
+    "qwen3 with YaRN": SmallEagle(
+        {**_QWEN3, "model_type": "qwen3", **_yarn()}, {"rope_scaling": None}, length=REACH
+    ),
+    "qwen2 with YaRN and an attention factor": SmallEagle(
+        {**_HEADS, "num_attention_heads": 2, **_yarn(attention_factor=1.3)}, _yarn(), length=REACH
+    ),
+    # Experts of a width that vLLM fills up with zeros, and of one that it takes as it is.
+    "qwen3_moe": SmallEagle(
+        {**_MOE, "moe_intermediate_size": 48, "norm_topk_prob": True}, {"norm_topk_prob": False}
+    ),
+    "qwen3_moe, probabilities as they are": SmallEagle(
+        {**_MOE, "moe_intermediate_size": 64, "norm_topk_prob": False}, {"norm_topk_prob": True}
+    ),
 }
 
 
 def write_small_eagle(name: str, folder: Path) -> Path:
     """Below `folder`: `checkpoint`, and its export `hf`, which is returned."""
-    source = write_hf_folder(folder / "source", text=SMALL_EAGLES[name])
+    source = write_hf_folder(folder / "source", text=SMALL_EAGLES[name].text)
     rewrite_weights(source, _lively)
-    _save_tokenizer(source)
+    if SMALL_EAGLES[name].text.get("model_type"):
+        _think(source)
     import_hf(source, folder / "checkpoint")
     export_hf(folder / "checkpoint", folder / "hf")
     return folder / "hf"
@@ -45,9 +91,33 @@ def _lively(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: changed(name, tensor) for name, tensor in tensors.items()}
 
 
-def _save_tokenizer(folder: Path) -> None:
-    """With Qwen3's tokens of thoughts, in rows that the model has to spare; as transformers 5 saves it."""
+def _think(folder: Path) -> None:
+    """The two tokens of Qwen3, in rows that the model has to spare, as transformers 5 saves a tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([AddedToken(token, special=False) for token in (THINK, END_THINK)])
     tokenizer.add_special_tokens({"additional_special_tokens": list(IMAGE_TOKENS)})
     tokenizer.save_pretrained(folder)
+
+
+def write_other(name: str, hf: Path, folder: Path) -> Path:
+    """The export `hf` with what makes it another model."""
+    family = SMALL_EAGLES[name]
+    folder.mkdir()
+    for file in hf.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            (folder / file.name).symlink_to(file)
+    (folder / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes())
+    rewrite_weights(
+        folder,
+        lambda tensors: {
+            k: torch.ones_like(v) if any(part in k for part in family.ones) else v for k, v in tensors.items()
+        },
+    )
+    config = json.loads((hf / "config.json").read_text())
+    text = config["text_config"]
+    text.update(family.other)
+    if "rope_scaling" in family.other:
+        text["rope_parameters"] = {"rope_theta": text["rope_theta"], **(family.other["rope_scaling"] or {})}
+        text["rope_parameters"].setdefault("rope_type", "default")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -93,8 +93,8 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(f"no server after {STARTED} s: {log.read_text()[-3000:]}")
 
 
-def ask(url: str, body: dict[str, Any]) -> tuple[list[int], str]:
-    """The prompt's ids and the answer, greedily decoded.
+def reply(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """All that the server says of a prompt and its answer, greedily decoded.
 
     Raises:
         RuntimeError: the server refuses; status and message.
@@ -104,7 +104,17 @@ def ask(url: str, body: dict[str, Any]) -> tuple[list[int], str]:
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=300) as response:
-            reply = json.load(response)
+            found: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
         raise RuntimeError(f"{error.code}: {json.load(error)['error']['message']}") from None
-    return reply["prompt_token_ids"], (reply["choices"][0]["message"]["content"] or "").strip()
+    return found
+
+
+def ask(url: str, body: dict[str, Any]) -> tuple[list[int], str]:
+    """The prompt's ids and the answer.
+
+    Raises:
+        RuntimeError: as `reply`.
+    """
+    found = reply(url, body)
+    return found["prompt_token_ids"], (found["choices"][0]["message"]["content"] or "").strip()

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from megatron_eagle.hf_model.vllm_plugin.reload import WEIGHTS_PATH
 from megatron_eagle.inference.batch import read_requests
 from megatron_eagle.inference.generate import ExportedModel, Sampling
 from megatron_eagle.inference.server_client import ServedModel
+from tests.convert.small_eagles import write_small_eagle
 from tests.paths import REPO
 from tests.serving.server import ENVIRONMENT, ask, running
 
@@ -104,6 +106,11 @@ def apart(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
+def _demo(request) -> Path:
+    """The demo's export, trained where it is needed."""
+    return request.getfixturevalue("demo") / "hf"
+
+
 def tie(folder) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights[HEAD]
@@ -113,11 +120,15 @@ def tie(folder) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [("own head", "copy"), ("tied", "vllm")])
-def test_packed_layers_take_the_new_weights(demo, tmp_path, kind, wrong):
-    """Those of a tied output layer too, which vLLM's own reload leaves packed as they were. `wrong`: a way
-    that leaves some as they were is seen by the same comparison."""
-    old, new = (shutil.copytree(demo / "hf", tmp_path / name) for name in ("old", "new"))
+@pytest.mark.parametrize(("kind", "wrong"), [("own head", "copy"), ("tied", "vllm"), ("experts", "vllm")])
+def test_packed_layers_take_the_new_weights(request, tmp_path, kind, wrong):
+    """Those of a tied output layer too, which vLLM's own reload leaves packed as they were, and of experts,
+    which it does not pack. `wrong`: a way that does not load all is seen by the same comparison."""
+    if kind == "experts":
+        export = write_small_eagle("qwen3_moe, probabilities as they are", tmp_path)
+    else:
+        export = _demo(request)
+    old, new = (shutil.copytree(export, tmp_path / name) for name in ("old", "new"))
     weights = load_file(new / "model.safetensors")
     changed = {name: tensor + tensor.roll(1, 0) / 8 for name, tensor in weights.items()}
     save_file(changed, new / "model.safetensors", metadata={"format": "pt"})
