@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not (ENVIRONMENT / ".complete").exists(), reason="no vLLM: make test-serving"),
 ]
 SHORT = Sampling(max_new_tokens=40)
-LOGPROBS = 1e-4
+LOGPROBS = CertifySettings.logprobs
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def served(request, tmp_path_factory):
 def test_its_certificate_is_green(served):
     """From training's loader over Megatron and transformers to the server, with media; YaRN to its reach."""
     checkpoint = served.hf.parent / "checkpoint"
-    found = certify(CertifySettings(served.hf, checkpoint, served.url, logprobs=LOGPROBS))
+    found = certify(CertifySettings(served.hf, checkpoint, served.url))
     assert found.green, [(result.name, result.first) for result in found.results if result.first]
     compared = {
         result.name: result.tokens
@@ -100,7 +100,7 @@ def test_another_model_is_noticed(served, tmp_path):
         float((token_logprobs(TransformersModel(folder).logits(ids, None), ids) - theirs).abs().max())
         for folder in (served.hf, other)
     )
-    assert right < LOGPROBS and wrong > 100 * LOGPROBS
+    assert right < LOGPROBS and wrong > 10 * LOGPROBS
 
 
 def test_prompts_that_yarn_does_not_reach_are_refused(tmp_path):
