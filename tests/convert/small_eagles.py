@@ -18,9 +18,10 @@ from megatron_eagle.convert.to_hf import export_hf
 from megatron_eagle.hf_model.prompt import END_THINK, THINK
 from tests.convert.hf_folder import rewrite_weights, write_hf_folder
 
-# 4.3 x 7,659 tokens are 32,933.7: beyond the 32,768 that a certificate asks for, and rounded up.
-REACH = 32_934
-_YARN = {"rope_type": "yarn", "factor": 4.3, "original_max_position_embeddings": 7659}
+# Both reach beyond the 32,768 tokens that a certificate asks for; 4.3 x 7,659 are 32,933.7, rounded up.
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8448}
+_ROUNDED = {"rope_type": "yarn", "factor": 4.3, "original_max_position_embeddings": 7659}
+REACH, ROUNDED_REACH = 33_792, 32_934
 _HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 _QWEN3 = {**_HEADS, "head_dim": 32}
 _MOE = {**_QWEN3, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3}
@@ -35,16 +36,19 @@ class SmallEagle:
         other: settings with which it is another model, and
         ones: the weights that are 1 in that one.
         length: tokens that it takes.
+        rounded: that is more than YaRN's factor times its original length: transformers 4.51 divides the one
+            by the other, for another factor.
     """
 
     text: dict[str, Any]
     other: dict[str, Any] = field(default_factory=dict)
     ones: tuple[str, ...] = ()
     length: int = 4096
+    rounded: bool = False
 
 
-def _yarn(**settings: float) -> dict[str, Any]:
-    return {"rope_scaling": {**_YARN, **settings}, "max_position_embeddings": REACH}
+def _rounded_yarn(**settings: float) -> dict[str, Any]:
+    return {"rope_scaling": {**_ROUNDED, **settings}, "max_position_embeddings": ROUNDED_REACH}
 
 
 SMALL_EAGLES = {
@@ -52,10 +56,15 @@ SMALL_EAGLES = {
         {**_QWEN3, "model_type": "qwen3", "tie_word_embeddings": True}, ones=("q_norm", "k_norm")
     ),
     "qwen3 with YaRN": SmallEagle(
-        {**_QWEN3, "model_type": "qwen3", **_yarn()}, {"rope_scaling": None}, length=REACH
+        {**_QWEN3, "model_type": "qwen3", "rope_scaling": _YARN, "max_position_embeddings": REACH},
+        {"rope_scaling": None},
+        length=REACH,
     ),
     "qwen2 with YaRN and an attention factor": SmallEagle(
-        {**_HEADS, "num_attention_heads": 2, **_yarn(attention_factor=1.3)}, _yarn(), length=REACH
+        {**_HEADS, "num_attention_heads": 2, **_rounded_yarn(attention_factor=1.3)},
+        _rounded_yarn(),
+        length=ROUNDED_REACH,
+        rounded=True,
     ),
     # Experts of a width that vLLM fills up with zeros, and of one that it takes as it is.
     "qwen3_moe": SmallEagle(
@@ -81,7 +90,7 @@ def write_small_eagle(name: str, folder: Path) -> Path:
 def _lively(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Norms about 1, and layers that count for more than the token itself: answers that go on and on.
 
-    Not queries and keys: where they have no norms, scores that are too far apart make fp32 itself err by 3e-4.
+    Not queries and keys: where they have no norms, scores that are far apart make fp32 itself err by 3e-4.
     """
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ def any_export(request, tmp_path) -> Path:
     return write_small_eagle(request.param, tmp_path)
 
 
-def test_the_same_model_in_both(any_export, tmp_path):
+def test_the_same_model_in_both(any_export, request, tmp_path):
     picture, video = write_picture(tmp_path / "p.png", 256, 64), write_video(tmp_path / "v.mp4")
     found = {}
     for name, python in (("old", OLD), ("new", sys.executable)):
@@ -53,7 +53,9 @@ def test_the_same_model_in_both(any_export, tmp_path):
         assert torch.equal(old[name], new[name]), name
     shown = new["attention_mask"].bool()  # what padding computes is nobody's answer
     assert not shown.all()
-    torch.testing.assert_close(old["logits"][shown], new["logits"][shown], rtol=1e-5, atol=1e-5)
+    name = request.node.callspec.params["any_export"]
+    near = 1e-4 if name in SMALL_EAGLES and SMALL_EAGLES[name].rounded else 1e-5
+    assert float((old["logits"] - new["logits"])[shown].abs().max()) < near
     assert run(OLD, "-c", "import transformers; print(transformers.__version__)").startswith("4.51.")
 
 

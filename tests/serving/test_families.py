@@ -14,7 +14,7 @@ from megatron_eagle.hf_model.prompt import NO_THOUGHTS
 from megatron_eagle.inference.generate import ExportedModel, Request, Sampling
 from megatron_eagle.inference.server_client import ServedModel
 from tests.convert.media import write_picture, write_video
-from tests.convert.small_eagles import REACH, SMALL_EAGLES, write_other, write_small_eagle
+from tests.convert.small_eagles import ROUNDED_REACH, SMALL_EAGLES, write_other, write_small_eagle
 from tests.serving.server import ENVIRONMENT, ask, reply, running
 
 pytestmark = [
@@ -104,9 +104,12 @@ def test_another_model_is_noticed(served, tmp_path):
 
 
 def test_prompts_that_yarn_does_not_reach_are_refused(tmp_path):
-    hf = write_small_eagle("qwen3 with YaRN", tmp_path)
-    assert json.loads((hf / "config.json").read_text())["text_config"]["max_position_embeddings"] == REACH
-    with pytest.raises(AssertionError), running(hf, tmp_path / "log", length=REACH + 1):
+    hf = write_small_eagle("qwen2 with YaRN and an attention factor", tmp_path)
+    assert (
+        json.loads((hf / "config.json").read_text())["text_config"]["max_position_embeddings"]
+        == ROUNDED_REACH
+    )
+    with pytest.raises(AssertionError), running(hf, tmp_path / "log", length=ROUNDED_REACH + 1):
         pass
-    said = f"--max-model-len {REACH + 1}: the model's YaRN reaches {REACH} tokens"
+    said = f"--max-model-len {ROUNDED_REACH + 1}: the model's YaRN reaches {ROUNDED_REACH} tokens"
     assert said in (tmp_path / "log").read_text()
