@@ -32,6 +32,7 @@ WRITTEN = {
     "data/",
     "scores/",
     "runs/demo",
+    "runs/demo_moe",
     "shared/",
     "hf/",
     "C/hf",
