@@ -75,7 +75,7 @@ def test_experts_continue_in_another_layout(writer, reader, tmp_path):
     straight = steps(1, {}, eagle=eagle, until=AFTER + 3)[0]
     before = steps(*writer, eagle=eagle, until=AFTER, save=str(saved), against_megatron=True)
     for described, wrong in (rank["different"] for rank in before):
-        assert described > 200 and not wrong, "not what Megatron would have saved"
+        assert described > 100 and not wrong, "not what Megatron would have saved"
     after = steps(*reader, eagle=eagle, until=AFTER + 3, load=str(saved), save_loaded=str(loaded))[0]
     whole = read_whole(saved)
     assert whole["language_model.decoder.layers.mlp.experts.experts.linear_fc1.weight"].shape[:2] == (4, 8)
