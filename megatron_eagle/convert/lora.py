@@ -16,7 +16,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megatron_eagle.checkpoint import checkpoint_folder, read_lora_config, read_model_config
+from megatron_eagle.checkpoint import (
+    checkpoint_folder,
+    has_checkpoint,
+    read_lora_config,
+    read_model_config,
+)
 from megatron_eagle.checkpoint.manifest import verify_files
 from megatron_eagle.config import load_yaml
 from megatron_eagle.convert.checkpoint_files import CheckpointWeights
@@ -78,8 +83,9 @@ def export_adapter(
         Names of the files written.
 
     Raises:
-        UserError: no checkpoint, or one without adapters; parts besides the adapters were trained and `base`
-            is not given; or `folder` holds something else than adapters.
+        UserError: no checkpoint, or one without adapters; without `base`: parts besides the adapters were
+            trained, or they were trained on other rotary positions than those of the model that the run
+            started from; or `folder` holds something else than adapters.
     """
     checkpoint, target = Path(checkpoint), Path(folder)
     model_config, config = read_model_config(checkpoint), read_lora_config(checkpoint)
@@ -90,6 +96,11 @@ def export_adapter(
         raise UserError(
             f"{checkpoint}: {' and '.join(others)} trained besides the adapters, which therefore do not fit "
             "the model that the run started from; export their base too (--hf)"
+        )
+    if base is None and _moved(checkpoint, model_config):
+        raise UserError(
+            f"{checkpoint}: its model.text.rope_scaling is not that of the model that the run started from, "
+            "which adapters cannot say; export their base too (--hf)"
         )
     if target.exists() and not (
         target.is_dir() and ((target / CONFIG).is_file() or not any(target.iterdir()))
@@ -156,3 +167,13 @@ def _trained_besides(checkpoint: Path) -> list[str]:
     """Parts whose own weights trained in the run that wrote `checkpoint`."""
     optimizer = load_yaml(checkpoint_folder(checkpoint) / "run.yaml").get("optimizer") or {}
     return [part for part in optimizer.get("trainable", []) if part != "language"]
+
+
+def _moved(checkpoint: Path, model: EagleConfig) -> bool:
+    """Whether the run that wrote `checkpoint` began with other rotary positions; true, too, where it has YaRN
+    and nobody can tell any more."""
+    start = (load_yaml(checkpoint_folder(checkpoint) / "run.yaml").get("checkpoint") or {}).get("load")
+    scaling = model.text.rope_scaling
+    if start is None or not has_checkpoint(start):
+        return scaling is not None
+    return read_model_config(start).text.rope_scaling != scaling

@@ -237,6 +237,11 @@ class ModelMapping:
             problems.append(f"missing {_listed(missing)}")
         if unexpected:
             problems.append(f"unexpected {_listed(unexpected)}")
+        if any(name.endswith(".mlp.experts.gate_up_proj") for name in unexpected):
+            problems.append(
+                "its experts are stacked, as transformers 5 has them in memory: write the folder again with "
+                "its save_pretrained, without save_original_format=False"
+            )
         if wrong:
             problems.append(f"of another shape {_listed(wrong)}")
         if problems:

@@ -86,14 +86,7 @@ def _check_experts(experts: ExpertsConfig | None, parallel: ParallelConfig) -> N
                     "leave it out"
                 )
         return
-    number, features = experts.num_experts, experts.moe_intermediate_size
-    if number % size:
-        divisors = [n for n in range(1, number + 1) if number % n == 0]
-        nearest = [n for n in divisors if n < size][-1:] + [n for n in divisors if n > size][:1]
-        raise UserError(
-            f"parallel.expert_model_parallel_size {size} does not divide the {number} experts: choose "
-            f"{_choices(nearest)}"
-        )
+    features = experts.moe_intermediate_size
     if features % parallel.expert_tensor_size:
         raise UserError(
             f"parallel.expert_tensor_parallel_size {parallel.expert_tensor_size} does not divide the "

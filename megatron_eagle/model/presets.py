@@ -317,7 +317,10 @@ def _read_hf(file: Path) -> dict[str, Any]:
     kinds: dict[Any, Callable[[], dict[str, Any]]] = {
         "eagle_2_5_vl": lambda: to_dict(EagleConfig.from_hf(hf)),
         "siglip_vision_model": lambda: {"vision": to_dict(VisionConfig.from_hf(hf))},
-        **dict.fromkeys(FAMILIES, lambda: {"text": to_dict(TextConfig.from_hf(hf))}),
+        # Its tokenizer is another than the preset's: the image token's id is the data's.
+        **dict.fromkeys(
+            FAMILIES, lambda: {"text": to_dict(TextConfig.from_hf(hf)), "image_token_index": None}
+        ),
     }
     kind = hf.get("model_type") if isinstance(hf, dict) else None
     if kind not in kinds:

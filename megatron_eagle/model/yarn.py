@@ -61,7 +61,11 @@ def read_rope(hf: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
     Raises:
         UserError: another kind of scaling, one that lacks a number, or two that contradict each other.
     """
-    new, old = (dict(hf.get(name) or {}) for name in ("rope_parameters", "rope_scaling"))
+    names = "rope_parameters", "rope_scaling"
+    for name in names:
+        if not isinstance(hf.get(name) or {}, Mapping):
+            raise UserError(f"config.json: {name} is {hf[name]!r}: a dictionary of settings is needed")
+    new, old = (dict(hf.get(name) or {}) for name in names)
     for said in (new, old):
         kind = said.pop("type", None)
         said.setdefault("rope_type", kind or "default")
@@ -92,7 +96,13 @@ def _read_yarn(scaling: dict[str, Any], hf: Mapping[str, Any]) -> YarnConfig:
     own = {name: value for name, value in scaling.items() if value is not None}
     own.pop("partial_rotary_factor", None)
     own.pop("attn_factor", None)  # what vLLM reads of an attention factor that stands beside it
-    own.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings", 32768))
+    original = "original_max_position_embeddings"
+    own.setdefault(original, hf.get(original, hf.get("max_position_embeddings", 32768)))
+    if hf.get(original, own[original]) != own[original]:  # transformers 5 takes this one, 4 the other
+        raise UserError(
+            f"config.json: {original} is {hf[original]} beside rope_scaling and {own[original]} in it; leave "
+            "the wrong one out"
+        )
     scales = own.pop("mscale", None), own.pop("mscale_all_dim", None)
     if all(scales) and "attention_factor" not in own and "factor" in own:
         one, all_dim = (_amplitude(own["factor"], scale) for scale in scales if scale)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -236,9 +237,11 @@ class ParallelConfig(Ranged):
             return after + 1
         return 2 * after + (self.num_model_chunks - 1) * stages + 1
 
-    def data_parallel_size(self, world_size: int) -> int:
+    def data_parallel_size(self, world_size: int, experts: int | None = None) -> int:
         """Replicas of the model among `world_size` processes.
 
+        Args:
+            experts: of each layer; None: not looked at.
         Raises:
             UserError: no process, sizes that contradict each other, or a world that they do not divide.
         """
@@ -270,7 +273,7 @@ class ParallelConfig(Ranged):
                 f"{world_size} processes cannot hold {sizes} = {replica}: start a multiple of {replica} "
                 "processes"
             )
-        self._check_experts(world_size)
+        self._check_experts(world_size, experts)
         replicas = world_size // replica
         if replicas % self.packs:
             legal = [n for n in range(1, replicas + 1) if replicas % n == 0]
@@ -281,26 +284,32 @@ class ParallelConfig(Ranged):
             )
         return replicas // self.packs
 
-    def _check_experts(self, world_size: int) -> None:
-        """Whether the ranks of a pipeline stage can be divided anew for the experts."""
-        experts, given = self.expert_model_parallel_size, self.expert_tensor_parallel_size
+    def _check_experts(self, world_size: int, number: int | None) -> None:
+        """Whether the ranks of a pipeline stage can be divided anew for the experts, and these by them."""
+        size, given = self.expert_model_parallel_size, self.expert_tensor_parallel_size
         tensor = self.tensor_model_parallel_size
         if given not in (None, 1, tensor):
-            legal = [str(size) for size in dict.fromkeys((1, tensor))]
+            choices = [str(size) for size in dict.fromkeys((1, tensor))]
             raise UserError(
                 f"parallel.expert_tensor_parallel_size {given} divides an expert's matrices otherwise than "
-                f"tensor_model_parallel_size {tensor} the others: choose {' or '.join(legal)}"
+                f"tensor_model_parallel_size {tensor} the others: choose {' or '.join(choices)}"
             )
         # Of a stage: `world_size` is a multiple of tensor x pipeline x context, as was looked for.
-        ranks = world_size // self.pipeline_model_parallel_size
-        if ranks % (experts * self.expert_tensor_size):
-            sizes = [n for n in range(1, ranks + 1) if ranks % (n * self.expert_tensor_size) == 0]
-            below, above = ([n for n in sizes if n < experts], [n for n in sizes if n > experts])
-            raise UserError(
+        whole = world_size // self.pipeline_model_parallel_size // self.expert_tensor_size
+        both = whole if number is None else math.gcd(whole, number)
+        if both % size == 0:
+            return
+        if number is not None and number % size:
+            problem = f"parallel.expert_model_parallel_size {size} does not divide the {number} experts"
+        else:
+            problem = (
                 f"{world_size} processes cannot be divided into expert tensor {self.expert_tensor_size} x "
-                f"expert {experts} x pipeline {self.pipeline_model_parallel_size}: choose "
-                f"parallel.expert_model_parallel_size {' or '.join(map(str, below[-1:] + above[:1]))}"
+                f"expert {size} x pipeline {self.pipeline_model_parallel_size}"
             )
+        legal = [n for n in range(1, both + 1) if both % n == 0]
+        below, above = ([n for n in legal if n < size], [n for n in legal if n > size])
+        nearest = " or ".join(map(str, below[-1:] + above[:1]))
+        raise UserError(f"{problem}: choose parallel.expert_model_parallel_size {nearest}")
 
     def _check_key_comm(self) -> None:
         word, ulysses, size = (

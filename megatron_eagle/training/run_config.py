@@ -41,6 +41,8 @@ from megatron_eagle.model.lora import LoraConfig, check_same_lora, check_targets
 from megatron_eagle.model.presets import EagleConfig, ModelSection, expand_preset
 from megatron_eagle.model.shapes import PackShapes
 from megatron_eagle.model.specs import RecomputeConfig
+from megatron_eagle.model.text import TextConfig
+from megatron_eagle.model.yarn import YarnConfig
 from megatron_eagle.ranges import Range, Ranged
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.evaluation import EvaluationConfig
@@ -122,8 +124,9 @@ class RunFile:
         Raises:
             UserError: they do not fit; with the rule, the value and the nearest legal one.
         """
-        layout = self.layout
-        data_parallel_size = layout.data_parallel_size(world_size)
+        layout, experts = self.layout, model.text.experts
+        number = None if experts is None else experts.num_experts
+        data_parallel_size = layout.data_parallel_size(world_size, number)
         model.validate()
         self.logging.check(world_size)
         if self.resilience.stragglers is not None:
@@ -140,7 +143,7 @@ class RunFile:
             self.optimizer,
             self.training.precision,
             rows,
-            model.text.experts is not None,
+            experts is not None,
         )
         _check_batch(self.training.global_batch_size, data_parallel_size, layout)
         warmup = self.optimizer.warmup_iterations(self.training.train_iterations)
@@ -238,30 +241,41 @@ def complete_run_config(
     """As `load_run_config`, from the settings themselves. `before`: the run that will leave its weights in
     checkpoint.load, if they are not there yet."""
     stated = stated_positions(values.get("model"))
-    _complete_model(values, before)
+    source = _complete_model(values, before)
     run = from_dict(RunFile, values)
+    text = run.model.text
+    if source is not None and stated is None:
+        text.max_position_embeddings = _positions_under(text.rope_scaling, source.text)
     model = _fit_to_data(run.model.validate(), run.data)
     run.check(model, int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size)
     _check_new_tokens(run.optimizer.first_new_token, run.data)
     if run.evaluation is not None:
         _check_same_data(run.evaluation.data, run.data)
     path, load = run.checkpoint.path, run.checkpoint.load
-    trained = []
+    trained, fallen = [], []
     if has_checkpoint(path):
         _check_same_tokenizer(run.data.folder, path)
-        trained.append(_check_same_model(model, path))
+        trained.append(_check_same_model(model, path).text.max_position_embeddings)
         check_same_lora(run.lora, read_lora_config(path), path)
         _check_same_parts(run.optimizer, path)
     elif load is not None:
         if before is None or has_checkpoint(load):
             _check_same_tokenizer(run.data.folder, load)
-            trained.append(_check_same_model(model, load, may_differ=_NO_WEIGHTS))
+            start = _check_same_model(model, load, may_differ=_NO_WEIGHTS).text
+            trained.append(_positions_under(model.text.rope_scaling, start))
+            if trained[-1] < start.max_position_embeddings:
+                fallen.append(
+                    f"{_POSITIONS}: {start.max_position_embeddings:,} of {load} were those of another "
+                    f"rope_scaling; here {trained[-1]:,} are"
+                )
             saved = read_lora_config(load)
             if saved is not None:  # weights without adapters may get new ones
                 check_same_lora(run.lora, saved, load)
         if before is not None:
             trained.append(before.model.text.max_position_embeddings)
-    return run.complete(model, trained=max(trained, default=None), stated=stated)
+    config = run.complete(model, trained=max(trained, default=None), stated=stated)
+    config.notes[:0] = fallen
+    return config
 
 
 def stated_positions(model: Any) -> int | None:
@@ -271,26 +285,27 @@ def stated_positions(model: Any) -> int | None:
     return stated
 
 
-def _complete_model(values: dict[str, Any], before: RunConfig | None) -> None:
-    """Put the values of a preset, or of the model to start from, into the model section."""
+def _complete_model(values: dict[str, Any], before: RunConfig | None) -> EagleConfig | None:
+    """Put the values of a preset, or of the model to start from, into the model section; that model."""
     model = values.get("model") or {}
     if not isinstance(model, dict):
-        return
+        return None
     source = None if {"preset", "hf"} & model.keys() else _source_model(values.get("checkpoint"), before)
     if model or source is not None:
-        values["model"] = expand_preset(model, source)
+        values["model"] = expand_preset(model, None if source is None else to_dict(source))
     else:
         values.pop("model", None)  # an empty section is a missing one: no run trains a default model
+    return source
 
 
-def _source_model(checkpoint: Any, before: RunConfig | None) -> dict[str, Any] | None:
+def _source_model(checkpoint: Any, before: RunConfig | None) -> EagleConfig | None:
     """The model that a run goes on with; None: a fresh one."""
     source = None if before is None else before.model
     for place in ("path", "load"):
         root = checkpoint.get(place) if isinstance(checkpoint, dict) else None
         if source is None and isinstance(root, str) and (place == "load" or has_checkpoint(root)):
             source = read_model_config(root)
-    return None if source is None else dict(to_dict(source))
+    return source
 
 
 def _check_batch(batch: int, data_parallel_size: int, parallel: ParallelConfig) -> None:
@@ -365,13 +380,25 @@ def _check_same_tokenizer(data: Path, checkpoint: str) -> None:
             )
 
 
-def _check_same_model(model: EagleConfig, checkpoint: str, may_differ: Collection[str] = ()) -> int:
-    """Refuse a checkpoint of another architecture; returns the positions that it was trained for."""
+def _check_same_model(model: EagleConfig, checkpoint: str, may_differ: Collection[str] = ()) -> EagleConfig:
+    """Refuse a checkpoint of another architecture; returns its model."""
     saved = read_model_config(checkpoint)
     differences = list(_differences(model, saved, "model", (*_NO_ARCHITECTURE, *may_differ)))
     if differences:
         raise UserError(f"{checkpoint}: the checkpoint is of another model: {'; '.join(differences)}")
-    return saved.text.max_position_embeddings
+    return saved
+
+
+def _positions_under(scaling: YarnConfig | None, saved: TextConfig) -> int:
+    """Positions of weights that go on with this `rope_scaling`. With another one they count no longer: they
+    are those that it reaches, and without one those that YaRN had stretched."""
+    positions = saved.max_position_embeddings
+    if scaling == saved.rope_scaling:
+        return positions
+    if scaling is not None:
+        return min(positions, scaling.reach)
+    assert saved.rope_scaling is not None, "the two are not alike"
+    return saved.rope_scaling.original_max_position_embeddings
 
 
 def _check_same_parts(optimizer: OptimizerConfig, checkpoint: str) -> None:

@@ -145,6 +145,10 @@ def test_two_scalings_are_refused():
     assert TextConfig.from_hf(same).max_position_embeddings == 131072
     with pytest.raises(UserError, match="rope_scaling is .* and rope_parameters .*; leave the wrong one out"):
         TextConfig.from_hf(same | {"rope_scaling": yarn | {"factor": 2.0}})
+    with pytest.raises(UserError, match="original_max_position_embeddings is 4096 beside .* and 32768 in it"):
+        TextConfig.from_hf({**QWEN, "rope_scaling": yarn, "original_max_position_embeddings": 4096})
+    with pytest.raises(UserError, match="rope_scaling is 'yarn': a dictionary of settings is needed"):
+        TextConfig.from_hf({**QWEN, "rope_scaling": "yarn"})
     with pytest.raises(UserError, match="config.json: rope_scaling.factor: missing"):
         TextConfig.from_hf({**QWEN, "rope_scaling": {"rope_type": "yarn"}})
     with pytest.raises(UserError, match="unknown setting 'config.json: rope_scaling.high_freq"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from megatron_eagle.checkpoint import load_checkpoint, read_model_config, save_checkpoint
@@ -160,6 +161,28 @@ def test_the_tool_writes_a_base_and_the_adapter_that_fits_it(adapted, tmp_path, 
     apply_adapter(model, adapter)
     unmerged = logits(checkpoint, *prompt(model.config))
     torch.testing.assert_close(hf_logits(model), unmerged, atol=1e-5, rtol=1e-5)
+
+
+def test_yarn_that_came_with_the_adapters_needs_its_base(adapted, tmp_path):
+    """An adapter's folder says nothing of rotary positions: on the model that it started from it would
+    compute something else."""
+    start, run = (shutil.copytree(adapted["all"], tmp_path / name) for name in ("start", "run"))
+
+    def record(folder: Path, **sections) -> None:
+        (file,) = folder.glob("iter_*/run.yaml")
+        recorded = yaml.safe_load(file.read_text()) | sections
+        recorded["model"]["text"]["rope_scaling"] = {"factor": 2.0, "original_max_position_embeddings": 4096}
+        file.write_text(yaml.safe_dump(recorded))
+
+    record(run, checkpoint={"load": str(start)})
+    for load in (start, tmp_path / "gone"):
+        record(run, checkpoint={"load": str(load)})
+        with pytest.raises(UserError, match="rope_scaling is not that of the model .*base too"):
+            export_adapter(run, tmp_path / "adapter", verify=False)
+    assert export_adapter(run, tmp_path / "adapter", base=tmp_path / "hf", verify=False)
+    record(run, checkpoint={"load": str(start)})
+    record(start)
+    assert export_adapter(run, tmp_path / "adapter", verify=False)
 
 
 def test_what_cannot_be_exported_is_refused(checkpoint, adapted, tmp_path, monkeypatch, capsys):

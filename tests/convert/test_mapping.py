@@ -9,6 +9,7 @@ from megatron_eagle.convert.mapping import ModelMapping
 from megatron_eagle.errors import UserError
 from megatron_eagle.model.presets import EagleConfig, VisionConfig, preset
 from megatron_eagle.model.text import TextConfig
+from tests.parallel.cases import EXPERTS, tiny_model
 
 
 def small() -> EagleConfig:
@@ -82,3 +83,11 @@ def test_misfits_are_named():
     for part in ("missing (1) mlp1.3.bias", "unexpected (1) mlp2.weight", "mlp1.1.bias [7] instead of [64]"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_stacked_experts_are_named():
+    plan = ModelMapping(tiny_model(**EXPERTS), has_head=False)
+    shapes = {name: shape for name, shape in plan.hf_shapes.items() if ".experts." not in name}
+    shapes["language_model.model.layers.0.mlp.experts.gate_up_proj"] = (8, 96, 64)
+    with pytest.raises(UserError, match="its experts are stacked, .* write the folder again with"):
+        plan.check_hf(shapes, "H")

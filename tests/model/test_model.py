@@ -63,6 +63,9 @@ def test_sizes_from_hugging_face_files(tmp_path):
     eagle = from_dict(ModelSection, section).validate()
     assert (eagle.text.hidden_size, eagle.text.tie_word_embeddings, eagle.text.head_dim) == (896, True, 64)
     assert eagle.vision == preset("eagle2.5-8b").vision
+    # Its tokenizer is another: the image token's id is the data's, or what the section itself says.
+    assert eagle.with_data(vocab_size=151936, image_token_index=151671).image_token_index == 151671
+    assert expand_preset({"hf": str(file), "image_token_index": 5})["image_token_index"] == 5
     for broken, message in [
         ({**qwen, "model_type": "llama"}, "has model_type 'llama'"),
         ({k: v for k, v in qwen.items() if k != "hidden_size"}, "hidden_size is missing"),

@@ -34,7 +34,11 @@ from tests.parallel.cases import (
 from tests.parallel.harness import launch
 
 LOGITS, GRADIENTS = 1e-4, 1e-3  # absolute, of logits up to about 3; and of a tensor's largest
-QUICK = {"one process, qwen2 with YaRN", "CP2, qwen2 with YaRN", "one process, qwen3", "TP2+SP, qwen3"}
+# Two of each family.
+QUICK = {
+    *("one process, qwen2 with YaRN", "CP2, qwen2 with YaRN", "one process, qwen3", "TP2+SP, qwen3"),
+    *("one process, qwen3_moe", "TP2+SP, qwen3_moe"),
+}
 
 
 def write_checkpoint(folder: Path, text: dict) -> None:

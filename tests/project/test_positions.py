@@ -103,6 +103,30 @@ def test_yarn_says_how_far_a_run_reaches(folder, tmp_path):
         settled(folder, *yarn(4))
 
 
+@pytest.mark.parametrize(
+    ("scaling", "value", "notes"),
+    [
+        (".factor=4", 2 * LENGTH, 0),
+        (".factor=2", LENGTH, 1),
+        ("=null", LENGTH, 2),  # those that YaRN had stretched, raised to the packs
+        (".factor=6", 3 * LENGTH, 1),
+    ],
+)
+def test_a_run_from_weights_with_yarn_may_have_less_of_it(folder, tmp_path, scaling, value, notes):
+    copy = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    (file,) = copy.glob("iter_*/run.yaml")
+    recorded = yaml.safe_load(file.read_text())
+    recorded["model"]["text"] |= {
+        "rope_scaling": {"factor": 4, "original_max_position_embeddings": LENGTH // 2},
+        "max_position_embeddings": 2 * LENGTH,
+    }
+    file.write_text(yaml.safe_dump(recorded))
+    new = ["model=", f"checkpoint.path={tmp_path / 'new'}", f"checkpoint.load={copy}"]
+    found, says = settled(folder, *new, f"model.text.rope_scaling{scaling}")
+    assert (found, len(says)) == (value, notes)
+    assert settled(folder, *new, f"model.text.rope_scaling{scaling}", f"{NAME}={value}")[0] == value
+
+
 def test_other_sizes_stay_a_difference_of_architecture(folder):
     with pytest.raises(UserError, match="another model: model.text.hidden_size is 64 there and 128 here; "):
         settled(folder, f"{NAME}=32", "model.text.hidden_size=128")

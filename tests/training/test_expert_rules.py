@@ -1,5 +1,8 @@
 """What experts do not go with is refused before any process group exists, with the rule and what is legal."""
 
+import itertools
+import math
+
 import pytest
 
 from megatron_eagle.errors import UserError
@@ -22,7 +25,7 @@ def model(**changed):
 
 def check(eagle, world_size: int, **parallel) -> None:
     layout = ParallelConfig(**parallel)
-    layout.data_parallel_size(world_size)
+    layout.data_parallel_size(world_size, eagle.text.experts and eagle.text.experts.num_experts)
     check_layout(eagle, layout, 64)
 
 
@@ -33,7 +36,7 @@ def check(eagle, world_size: int, **parallel) -> None:
             12,
             TP2 | {"expert_model_parallel_size": 4},
             "12 processes cannot be divided into expert tensor 2 x expert 4 x pipeline 1: choose "
-            "parallel.expert_model_parallel_size 3 or 6",
+            "parallel.expert_model_parallel_size 2$",
         ),
         (2, {"expert_model_parallel_size": 4}, "choose parallel.expert_model_parallel_size 2$"),
         (
@@ -41,7 +44,11 @@ def check(eagle, world_size: int, **parallel) -> None:
             PP2 | {"expert_model_parallel_size": 8},
             "expert 8 x pipeline 2: choose .*expert_model_parallel_size 4$",
         ),
-        (6, {"expert_model_parallel_size": 6}, "6 does not divide the 8 experts: choose 4 or 8"),
+        (
+            6,
+            {"expert_model_parallel_size": 6},
+            "6 does not divide the 8 experts: choose parallel.expert_model_parallel_size 2$",
+        ),
         (
             8,
             TP2 | {"expert_tensor_parallel_size": 4},
@@ -63,6 +70,22 @@ def test_layouts(world_size, parallel, reason):
     with pytest.raises(UserError, match=reason) as refused:
         check(model(moe_intermediate_size=54), world_size, **parallel)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("parallel", [{}, TP2, TP2 | PP2], ids=str)
+def test_what_is_named_is_legal(parallel):
+    """Both rules at once: what divides the experts and the ranks."""
+    replica = math.prod(size for name, size in parallel.items() if name != "sequence_parallel")
+    refused = 0
+    for world_size, size in itertools.product(range(replica, 25, replica), range(2, 14)):
+        try:
+            check(model(), world_size, **parallel, expert_model_parallel_size=size)
+        except UserError as error:
+            refused += 1
+            named = str(error).split("expert_model_parallel_size ")[-1].split(" or ")
+            for number in map(int, named):
+                check(model(), world_size, **parallel, expert_model_parallel_size=number)
+    assert refused > 50
 
 
 def test_legal_layouts_are_taken():
