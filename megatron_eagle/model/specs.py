@@ -221,7 +221,9 @@ def _mlp(
     classes: LayerClasses, group: ProcessGroup, kind: type[MLP] = MLP, activation: ModuleSpec | None = None
 ) -> type[MLP]:
     linear_fc1, linear_fc2 = classes.column_parallel_linear, classes.row_parallel_linear
-    return mlp_module(kind, MLPSubmodules(linear_fc1, activation, linear_fc2), group)
+    # By name: versions of Megatron-Core have them in different orders.
+    parts = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2, activation_func=activation)
+    return mlp_module(kind, parts, group)
 
 
 def language_block(
