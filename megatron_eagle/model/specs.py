@@ -255,7 +255,7 @@ def language_block(
     if recompute.language == "offload":
         in_flight = mesh.config.forwards_in_flight(mesh.pp.rank)
         layers = offloaded_specs(layers, store, recompute.offload_keep_last, in_flight)
-    return TransformerBlockSubmodules(layers, layer_norm=classes.rms_norm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=classes.rms_norm)
 
 
 def vision_block(
@@ -264,4 +264,4 @@ def vision_block(
     """All layers of the vision encoder, over its tensor parallel `group`."""
     mlp = _mlp(classes, group)
     layer = _layer(classes, classes.layer_norm, BidirectionalAttention, AttnMaskType.no_mask, mlp)
-    return TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=classes.layer_norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=classes.layer_norm)

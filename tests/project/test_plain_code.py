@@ -38,6 +38,19 @@ def test_a_spread_literal_is_found():
     assert spread_literals("f(*(a, b), *c)\nx = [\n  *[1, 2],\n  *range(3)]\n*y, z = x\n") == [1, 3]
 
 
+def parts_in_order(source: str) -> list[int]:
+    """Lines that hand a specification's parts to Megatron by their place."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args)
+    return [node.lineno for node in calls if ast.unparse(node.func).endswith("Submodules")]
+
+
+def test_parts_are_handed_to_megatron_by_name():
+    """Its versions have them in different orders."""
+    found = {path: lines for path, text in sources("megatron_eagle") if (lines := parts_in_order(text))}
+    assert not found
+    assert parts_in_order("x = MLPSubmodules(one, two)\ny = MLPSubmodules(fc1=one)\n") == [1]
+
+
 _ALL_ENDS = re.compile(r"read_text\([^()]*\)\.splitlines\(\)|\bin text\.splitlines\(\)")
 
 
