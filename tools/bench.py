@@ -26,6 +26,7 @@ BENCHMARKS = (
     "prefill",
     "preprocess",
     "rehearsal",
+    "rehearsal_qwen3",
     "rehearsal_sweep",
     "selection",
     "store",

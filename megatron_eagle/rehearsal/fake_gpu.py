@@ -1,11 +1,11 @@
 """Tensors on a GPU that is not there: shapes, types, devices and strides, and no data. The host's stay real.
 
-What the host asks of them is made up: a scalar is one (true), what is copied to the host is zeros. Every such
-question is noted, for on a GPU the host would wait for its answer.
+What the host asks of them it is told where that follows from what it knows itself (`values.py`). Other
+answers are made up: a scalar is one (true), what is copied to the host is zeros. Every such question is
+noted, for on a GPU the host would wait for its answer.
 """
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_eagle.rehearsal.findings import Findings
 from megatron_eagle.rehearsal.memory import Memory
 from megatron_eagle.rehearsal.messages import Recorder
+from megatron_eagle.rehearsal.values import Values, tensors_in
 from megatron_eagle.rehearsal.work import Kernel, Work, attention_workspace, bytes_of, flops_of, has_workspace
 
 _aten = torch.ops.aten
-_SMALL = 1 << 20  # elements: the values of such index tensors are remembered
 # Their kernels want one type, while fake ones let others pass.
 _STRICT = {
     f"aten::{name}"
@@ -62,7 +62,7 @@ class FakeGpu(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._findings, self._memory, self._work, self._recorder = findings, memory, work, recorder
         self._multiprocessors = multiprocessors
-        self._values: dict[int, Tensor] = {}  # of small index tensors, by storage
+        self._values = Values()
         self._pinned: dict[int, weakref.ref[Any]] = {}
         self._works = 0
 
@@ -75,20 +75,27 @@ class FakeGpu(TorchDispatchMode):
             self._pinned[key] = weakref.ref(storage, lambda _: self._pinned.pop(key, None))
         return tensor
 
+    def known(self, tensor: Tensor) -> Tensor | None:
+        """The values of a small index tensor; None: the device computed them of others."""
+        return self._values.of(tensor)
+
     def values(self, tensor: Tensor) -> Tensor:
-        """Of a small tensor that the host copied to the device.
+        """As `known`.
 
         Raises:
-            KeyError: the device computed it.
+            KeyError: the device computed them of others.
         """
-        return self._values[tensor.untyped_storage()._cdata]
+        values = self.known(tensor)
+        if values is None:
+            raise KeyError(f"the values of {tensor.dtype} {list(tensor.shape)} are not known")
+        return values
 
     # ---- dispatch
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((args, tuple(kwargs.values()))))
+        tensors = tensors_in((args, kwargs))
         on_gpu = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs, tensors, bool(on_gpu))
@@ -105,6 +112,7 @@ class FakeGpu(TorchDispatchMode):
             # With a result type of its own, a product's factors are what must agree.
             self._check_types(func, list(args[1:3]) if "dtype" in func._overloadname else tensors)
         out = self._compute(func, args, kwargs, on_gpu)
+        self._values.follow(func, args, kwargs, out)
         self._account(func, args, out, on_gpu)
         return out
 
@@ -123,12 +131,12 @@ class FakeGpu(TorchDispatchMode):
             self._copied(source, target.type, source, kwargs.get("non_blocking", False))
             dtype = kwargs.get("dtype") or source.dtype
             if target.type == "cpu":
-                return torch.zeros(source.shape, dtype=dtype)
+                known = self.known(source)
+                return torch.zeros(source.shape, dtype=dtype) if known is None else known.to(dtype, copy=True)
             with self.fake:
                 out = torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=target)
             self._memory.see(out)
-            if not source.dtype.is_floating_point and source.numel() <= _SMALL:
-                self._remember(out, source.clone())
+            self._values.remember(out, source)
             return out
         if func is _aten.copy_.default and args[0].device.type != args[1].device.type:
             target, source = args[:2]
@@ -137,6 +145,10 @@ class FakeGpu(TorchDispatchMode):
             blocking = not (len(args) > 2 and args[2]) and not kwargs.get("non_blocking", False)
             host = target if target.device.type == "cpu" else source
             self._copied(source, target.device.type, host, not blocking)
+            if host is source:
+                self._values.remember(target, source)
+            elif (known := self.known(source)) is not None:
+                target.copy_(known)
             return target
         return None
 
@@ -147,23 +159,27 @@ class FakeGpu(TorchDispatchMode):
         elif host.device.type == "cpu" and to == "cuda" and host.untyped_storage()._cdata not in self._pinned:
             self._findings.sync(f"{way} of memory that is not pinned")
 
-    def _remember(self, tensor: Tensor, values: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        self._values[key] = values
-        weakref.finalize(storage, self._values.pop, key, None)
-
     def _ask(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Answers that depend on data; None: it is no question."""
         if func is _aten._local_scalar_dense.default:
             self._findings.sync("a scalar is read")
-            dtype = args[0].dtype
+            known, dtype = self.known(args[0]), args[0].dtype
+            if known is not None:
+                return known.item()
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         if func is _aten.nonzero.default:
             self._findings.sync("nonzero")
             # Weights are all there, masks mark nothing.
             rows = args[0].numel() if args[0].dtype.is_floating_point else 0
             return self._new((rows, args[0].dim()), torch.int64)
+        if func is _aten.masked_select.default:
+            self._findings.sync("a selection by a mask")
+            source, mask = args[0], self.known(args[1])
+            shape = torch.broadcast_shapes(source.shape, args[1].shape)
+            out = self._new((0 if mask is None else int(mask.expand(shape).sum()),), source.dtype)
+            if mask is not None and (values := self.known(source)) is not None:
+                self._values.remember(out, values.masked_select(mask))
+            return out
         if func in _INDEXING | _INDEX_WRITING:
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             if masks and func in _INDEXING:
@@ -211,7 +227,7 @@ class FakeGpu(TorchDispatchMode):
             self._findings.problem(f"{func}: mixed types {', '.join(sorted(map(str, found)))}")
 
     def _account(self, func: Any, args: tuple[Any, ...], out: Any, on_gpu: list[Any]) -> None:
-        outputs = [o for o in _tensors((out,)) if isinstance(o, FakeTensor) and o.device.type == "cuda"]
+        outputs = [o for o in tensors_in(out) if isinstance(o, FakeTensor) and o.device.type == "cuda"]
         for output in outputs:
             self._memory.see(output)
         if func.is_view or not outputs:
@@ -246,6 +262,7 @@ class FakeGpu(TorchDispatchMode):
                 )
             if not tensor.is_contiguous():
                 self._findings.problem(f"{name}: a tensor that is not contiguous")
+        self._gather(name, args, tensors)
         self._works += 1
         work = FakeWork()
         work.seq_id = self._works
@@ -254,10 +271,15 @@ class FakeGpu(TorchDispatchMode):
         boxed = work.boxed()
         return boxed if len(returned) == 1 else (args[0], boxed)
 
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    for part in tree:
-        if isinstance(part, Tensor):
-            yield part
-        elif isinstance(part, list | tuple):
-            yield from _tensors(part)
+    def _gather(self, name: str, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        """What others send is what this rank sends, where that is known."""
+        own = self.known(args[1]) if name == "c10d::_allgather_base_" else None
+        if own is not None:
+            gathered = args[0]
+            self._values.remember(
+                gathered, own.flatten().repeat(gathered.numel() // own.numel()).view_as(gathered)
+            )
+            return
+        for tensor in tensors:
+            if isinstance(tensor, FakeTensor):
+                self._values.forget(tensor)

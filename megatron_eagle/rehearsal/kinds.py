@@ -4,6 +4,7 @@ Ranks are numbered in Megatron's order: tensor, context, data, pipeline parallel
 Data parallel ranks differ by their packs; tensor parallel ones by being the first, or by their tiles.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -65,20 +66,36 @@ class RankGrid:
         """Data parallel ranks that have packs of their own."""
         return range(min(self.pack_classes, self.sizes.dp))
 
+    @property
+    def played(self) -> range:
+        """Data parallel ranks whose messages are matched: those, and where ranks divide experts as many as
+        have all experts together."""
+        n, parallel = self.sizes, self.parallel
+        if not self._divides_experts:
+            return self.replicas
+        each, ranks = n.tp * n.cp, parallel.expert_model_parallel_size * parallel.expert_tensor_size
+        together = math.lcm(each, ranks) // each
+        return range(min(n.dp, math.lcm(together, len(self.replicas))))
+
+    @property
+    def _divides_experts(self) -> bool:
+        return self.parallel.expert_model_parallel_size > 1
+
     def talks_like(self, rank: int) -> int:
-        """The rank that sends and receives what `rank` does, from its own place."""
+        """The rank that sends and receives what `rank` does, from its own place. One with other experts may
+        get a row more."""
         at, n = self.place(rank), self.sizes
-        tp = at.tp if at.tp == 0 or self.parallel.vision_sharding == "cp_tp" else n.tp - 1
-        return self.rank(replace(at, tp=tp, dp=at.dp % len(self.replicas)))
+        own = at.tp == 0 or self._divides_experts or self.parallel.vision_sharding == "cp_tp"
+        return self.rank(replace(at, tp=at.tp if own else n.tp - 1, dp=at.dp % len(self.played)))
 
     def speakers(self) -> list[int]:
         """Ranks that every other one talks like."""
         return sorted({self.talks_like(rank) for rank in self.kept()})
 
     def kept(self) -> list[int]:
-        """All ranks of one replica for each class of packs."""
+        """All ranks of the replicas that are played."""
         n = self.sizes
-        places = product(range(n.tp), range(n.cp), self.replicas, range(n.pp))
+        places = product(range(n.tp), range(n.cp), self.played, range(n.pp))
         return sorted(self.rank(Place(*place)) for place in places)
 
     def distinct(self, replicas: Iterable[int]) -> list[int]:

@@ -73,7 +73,8 @@ class FakeMachine:
             (FakeTensorMode, "avoid_device_init", property(lambda _: True)),  # it would ask for a device
             (torch.Tensor, "pin_memory", lambda tensor, *_: mode.pin(tensor)),
             (torch.Tensor, "type", _tensor_type),
-            (FakeTensor, "tolist", _lister(self.findings)),
+            (torch.Tensor, "record_stream", lambda *_: None),
+            (FakeTensor, "tolist", _lister(mode, self.findings)),
             (torch.nn.Module, "to", _module_to),
             # torch takes the fast form for its own types of parameters only.
             (adam, "_default_to_fused_or_foreach", lambda *_, **__: (False, True)),
@@ -94,12 +95,13 @@ def _tensor_type(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _type(tensor, *args, **kwargs)
 
 
-def _lister(findings: Findings) -> Callable[[Tensor], Any]:
+def _lister(mode: FakeGpu, findings: Findings) -> Callable[[Tensor], Any]:
     """Lists are read at once on a GPU; a fake tensor would be asked for one number after the other."""
 
     def tolist(tensor: Tensor) -> Any:
         findings.sync("a list is read")
-        return torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
+        known = mode.known(tensor)
+        return torch.ones(tensor.shape, dtype=tensor.dtype).tolist() if known is None else known.tolist()
 
     return tolist
 

@@ -27,6 +27,7 @@ _NAMES = {
     "allgather_": "all_gather_list",
     "allgather_into_tensor_coalesced_": "all_gather_coalesced",
     "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter_list",
     "reduce_scatter_tensor_coalesced_": "reduce_scatter_coalesced",
     "allreduce_coalesced_": "all_reduce_coalesced",
     "alltoall_base_": "all_to_all",
@@ -104,8 +105,10 @@ class Recorder(TorchDispatchMode):
         self._groups: dict[str, tuple[str, int]] = {}  # by torch's name
         self._works: dict[int, int] = {}  # message by the number of its work
         self._own: dict[str, int] = {}
+        self._alone: set[str] = set()  # groups, by torch's name, of this rank, that no other makes
         self._batch: int | None = None
         self._batches = self._messages = 0
+        self._last: int | None = None  # number of what was issued last, if it is a message
         self._quiet = threading.local()
 
     @property
@@ -126,8 +129,9 @@ class Recorder(TorchDispatchMode):
             self.events.append(Wait(number))
 
     def knows_work(self, work: int) -> None:
-        """The last message's work has this number."""
-        self._works[work] = self._messages - 1
+        """That of what was issued last."""
+        if self._last is not None:
+            self._works[work] = self._last
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -149,6 +153,9 @@ class Recorder(TorchDispatchMode):
             for a in args
             if isinstance(a, torch._C.ScriptObject) and str(a._type()) == _GROUP_TYPE
         )
+        if group.group_name in self._alone:
+            self._last = None
+            return
         description, nth = self._groups.get(group.group_name, (WORLD, 0))
         tensors = [] if name == "barrier" else [t for a in args for t in _flat(a)]
         splits = None
@@ -166,7 +173,7 @@ class Recorder(TorchDispatchMode):
             self.phase,
             place(2),
         )
-        self.note(message)
+        self._last = self.note(message)
 
     @contextmanager
     def _silence(self) -> Iterator[None]:
@@ -190,6 +197,9 @@ class Recorder(TorchDispatchMode):
         def recorded_new_group(ranks: Sequence[int] | None = None, *args: Any, **kwargs: Any) -> Any:
             group = new_group(ranks, *args, **kwargs)
             members = tuple(range(dist.get_world_size()) if ranks is None else ranks)
+            if kwargs.get("use_local_synchronization") and members == (dist.get_rank(),):
+                self._alone.add(group.group_name)  # none waits for another
+                return group
             description = kwargs.get("group_desc") or "unnamed"
             self.families.setdefault(description, []).append(members)
             if dist.get_rank() in members:

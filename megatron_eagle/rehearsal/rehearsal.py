@@ -119,11 +119,7 @@ def rehearse(
         messages: also match the messages of all ranks, with few layers.
         before: runs in every rank's process first: for tests.
         tell: hears a line for each rank that has ended.
-    Raises:
-        UserError: the model has experts: how many tokens go where is known of real ones alone.
     """
-    if plan.config.model.text.experts is not None:
-        raise UserError("models with experts cannot be rehearsed: a token's way depends on its values")
     grid = plan.grid
 
     def job(config: RunConfig, rank: int, timeline: bool = False) -> Job:
@@ -154,7 +150,7 @@ def rehearse(
 
 
 def match_speakers(grid: RankGrid, traces: dict[int, Trace]) -> Mismatch | None:
-    """Every rank of one replica for each class of packs, by the traces of those that they talk like."""
+    """Every rank of the replicas that are played, by the traces of those that they talk like."""
     return match_messages({rank: _trace(grid, traces, rank) for rank in grid.kept()})
 
 

@@ -33,6 +33,7 @@ def layout_words(parallel: ParallelConfig, gpus: int) -> str:
         "VPP": parallel.num_model_chunks,
         "CP": parallel.context_parallel_size,
         "DP": parallel.data_parallel_size(gpus),
+        "EP": parallel.expert_model_parallel_size,
     }
     return " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one process"
 
@@ -93,11 +94,11 @@ def _messages(rehearsal: Rehearsal) -> Iterator[str]:
     if rehearsal.speakers and not any(report.failure for report in rehearsal.speakers):
         count = sum(len(_own(report)) for report in rehearsal.speakers)
         whose = f"all {grid.world_size} ranks'"
-        if rehearsal.plan.open_loader is UnreadPacks and len(grid.replicas) < grid.sizes.dp:
-            whose = f"the {len(grid.kept())} ranks' of {len(grid.replicas)} of the {grid.sizes.dp} replicas"
+        if rehearsal.plan.open_loader is UnreadPacks and len(grid.played) < grid.sizes.dp:
+            whose = f"the {len(grid.kept())} ranks' of {len(grid.played)} of the {grid.sizes.dp} replicas"
         yield (
             f"messages: {whose} collectives and messages meet their other ends, in every order of events "
-            f"({len(grid.kept())} ranks of {len(grid.replicas)} replicas with packs of their own, {count} "
+            f"({len(grid.kept())} ranks of {len(grid.played)} replicas that differ, {count} "
             "messages recorded)"
         )
     else:

@@ -34,7 +34,7 @@ class Cell:
     def config(self) -> RunConfig:
         """Its run."""
         layout = cell(self.layout)
-        config = small_run(layout.parallel | self.parallel)
+        config = small_run(layout.parallel | self.parallel, text=layout.text)
         config = replace_in(
             config,
             recompute=self.recompute or RecomputeConfig(),
@@ -103,4 +103,18 @@ CELLS = [
     Cell("PP4 by letters, none"),
     Cell("PP2 x VPP2 by letters, none"),
     Cell("PP2, own last, none"),
+    # Experts, of which ranks have others.
+    Cell("EP2 x TP2+SP"),
+    Cell("EP2 x TP2+SP, divided experts"),
+    Cell("TP2+SP, divided experts"),
+    Cell("EP2 x CP2"),
+    Cell("EP4"),
+    Cell("PP2 x VPP2 x EP2"),
+    Cell("DP2 x EP2 gathered late"),
+    Cell("2 packs a sequence, EP2 x CP2"),
+    Cell(
+        "EP2 x CP2",
+        "recompute of experts",
+        recompute=RecomputeConfig("selective", recompute_modules=("moe",)),
+    ),
 ]

@@ -1,10 +1,13 @@
 """Small runs of several layouts, rehearsed here and recorded on gloo."""
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_eagle.model.specs import RecomputeConfig
 from megatron_eagle.planning.planner import preset_run
@@ -13,6 +16,7 @@ from megatron_eagle.rehearsal.packs import MadeUp
 from megatron_eagle.rehearsal.patches import applied
 from megatron_eagle.rehearsal.rank import RankReport, rehearsed_config, without_saves
 from megatron_eagle.rehearsal.session import Job, run_jobs
+from megatron_eagle.rehearsal.values import even_choice
 from megatron_eagle.runtime.parallel import ParallelConfig
 from megatron_eagle.training.monitoring.observer import Observer
 from megatron_eagle.training.run_config import RunConfig
@@ -23,10 +27,21 @@ from tests.parallel import harness
 LENGTH = 256
 
 
-def small_run(parallel: dict[str, Any], *, recompute: str | None = None, **sections: Any) -> RunConfig:
-    """Four language layers for pipelines, the fused loss as on GPUs, and no peak to ask for."""
-    sizes = ("vocab_size=504", "num_hidden_layers=4", "num_attention_heads=8", "num_key_value_heads=4")
-    config = preset_run("tiny", LENGTH, 1, [f"model.text.{size}" for size in sizes])
+def small_run(
+    parallel: dict[str, Any],
+    *,
+    recompute: str | None = None,
+    text: dict[str, Any] | None = None,
+    **sections: Any,
+) -> RunConfig:
+    """Four language layers for pipelines, the fused loss as on GPUs, and no peak to ask for.
+
+    Args:
+        text: of the language model besides.
+    """
+    sizes = {"vocab_size": 504, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+    settings = [f"model.text.{name}={json.dumps(value)}" for name, value in (sizes | (text or {})).items()]
+    config = preset_run("tiny", LENGTH, 1, settings)
     config = replace_in(config, parallel=ParallelConfig(**parallel), **sections)
     layers = replace(config.layers, loss="fused")
     logging = replace(config.logging, peak_tflops=1.0)
@@ -65,6 +80,12 @@ def recorded(config: RunConfig, world_size: int, microbatches: int = 2) -> list[
     return harness.launch(_record, world_size, config, microbatches)
 
 
+def _even_topk(scores: torch.Tensor, k: int, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routers choose as in a rehearsal."""
+    which = even_choice(scores.shape[0], k, scores.shape[1])
+    return scores.gather(dim, which), which
+
+
 def _record(config: RunConfig, microbatches: int) -> list[tuple[Any, ...]]:
     import torch.distributed as dist
 
@@ -73,7 +94,7 @@ def _record(config: RunConfig, microbatches: int) -> list[tuple[Any, ...]]:
         Path(folder, "hf").mkdir()
         run_config = rehearsed_config(config, folder, microbatches, data_parallel)
         with (
-            applied(recorder.patches()),
+            applied([*recorder.patches(), (torch.Tensor, "topk", _even_topk)]),
             recorder,
             open_run(run_config, MadeUp(config.model)) as run,
         ):

@@ -48,12 +48,6 @@ def test_a_small_job(config: str, capsys: pytest.CaptureFixture[str], tmp_path: 
     assert phases == {"data", "forward and backward", "optimizer"}
 
 
-EXPERTS = [
-    "model.text.model_type=qwen3_moe",
-    "model.text.experts={num_experts: 8, num_experts_per_tok: 2, moe_intermediate_size: 48}",
-]
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -78,7 +72,6 @@ EXPERTS = [
         (["--stage", "one"], "it has no stages"),
         (["model={}"], "say which with --preset NAME"),
         (["parallel.context_parallel_size=3"], "4 processes cannot hold"),
-        (EXPERTS, "models with experts cannot be rehearsed"),
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ from megatron_eagle.rehearsal.packs import MadeUp
 from megatron_eagle.rehearsal.rank import RankReport
 from megatron_eagle.rehearsal.session import Job, run_jobs
 from megatron_eagle.training.run_config import RunConfig
+from tests.parallel.cases import cell
 from tests.rehearsal.runs import replace_in, small_run
 
 
@@ -115,6 +116,13 @@ def the_largest_loss() -> None:
         return original(x, *rest, **named)
 
     torch.distributed.all_reduce = all_reduce
+
+
+def all_to_the_first_experts() -> None:
+    """A router that is not even, on one rank."""
+    from megatron_eagle.rehearsal import values
+
+    values.even_choice = lambda rows, k, _among: torch.arange(k).expand(rows, k)
 
 
 def much_on_stderr() -> None:
@@ -239,3 +247,17 @@ def test_a_rank_whose_code_reduces_otherwise_is_named() -> None:
     assert "rank 0: all_reduce SUM float64" in mismatch
     assert "rank 1: all_reduce MAX float64" in mismatch
     assert "training/forward_backward.py" in mismatch
+
+
+@pytest.mark.slow
+def test_rows_for_experts_that_nobody_awaits_are_named() -> None:
+    layout = cell("EP2 x CP2")
+    config = small_run(layout.parallel, text=layout.text)
+    loader = MadeUp(config.model, ("one document",))
+    befores = nothing, nothing, all_to_the_first_experts
+    jobs = [Job(config, "h100", min(n, 1), 2, loader, 1, before) for n, before in enumerate(befores)]
+    first, second, other = (Trace(report.events, report.families) for report in run_jobs(jobs, 2))
+    assert match_messages({0: first, 1: second}) is None
+    mismatch = str(match_messages({0: first, 1: other}))
+    assert "awaits other rows than rank" in mismatch
+    assert "moe/token_dispatcher.py" in mismatch

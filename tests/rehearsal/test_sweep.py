@@ -1,5 +1,6 @@
 """`bench.py rehearsal_sweep`: what it covers, what is a problem, and that it goes on where it was."""
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from megatron_eagle.training.run_config import RunConfig
 from megatron_eagle.training.stage_settings import stage_settings
 from tests.paths import REPO
 from tests.rehearsal.budgets import SYNCS
+
+QWEN3 = REPO / "examples" / "qwen3"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,15 @@ def test_every_allowed_value(section: str, name: str, runs: list[RunConfig]) -> 
     assert values(runs, section, name) == set(get_args(get_type_hints(of)[name]))
 
 
+def test_every_stage_of_qwen3s_files(sweep: ModuleType) -> None:
+    cases = importlib.import_module("benchmarks.rehearsal_qwen3").CASES
+    assert {case.file for case in cases} == {f"qwen3/{each.name}" for each in QWEN3.iterdir()}
+    for file in {case.file for case in cases}:
+        stages = [case.stage for case in cases if case.file == file]
+        assert stages == list(stage_settings(str(QWEN3.parent / file), []))
+    assert any(case.has_to_wait for case in cases), "experts"
+
+
 def test_what_else_the_cases_have(runs: list[RunConfig]) -> None:
     assert values(runs, "recompute", "recompute_modules") >= {(), ("mlp",), ("core_attn", "mlp")}
     switches = ("overlap_param_gather", "align_param_gather", "batch_p2p_sync", "overlap_grad_reduce")
@@ -75,16 +87,19 @@ def test_what_else_the_cases_have(runs: list[RunConfig]) -> None:
     assert (4, 2**20) in {(run.data.packs_per_sequence, run.data.sequence_length) for run in runs}
 
 
-def test_the_card(sweep: ModuleType) -> None:
-    card = json.loads((REPO / "examples" / "cards" / "rehearsal.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["rehearsal_sweep", "rehearsal_qwen3"])
+def test_the_card(sweep: ModuleType, name: str) -> None:
+    file = {"rehearsal_sweep": "rehearsal"}.get(name, name)
+    card = json.loads((REPO / "examples" / "cards" / f"{file}.json").read_text(encoding="utf-8"))
     rows = {row["case"]: row for row in card["rows"]}
-    assert list(rows) == [case.name for case in sweep.CASES]
-    for case in sweep.CASES:
+    cases = importlib.import_module(f"benchmarks.{name}").CASES
+    assert list(rows) == [case.name for case in cases]
+    for case in cases:
         row = rows[case.name]
         assert (row["gpus"], row["gpu"], row["ranks matched"]) == (case.gpus, case.gpu, case.gpus)
         assert row["problems"] == 0 and card["problems"][case.name] == []
         assert 0 < row["peak GB"] <= (1 + MARGIN) * row["formula GB"]
-        assert row["waits a microbatch"] == 0 or case.config.parallel.batch_p2p_sync
+        assert row["waits a microbatch"] == 0 or case.has_to_wait
         assert row["waits a step"] <= SYNCS["once a step"]
         assert card["waits of the host"][case.name] and card["messages"][case.name]
 
@@ -122,12 +137,11 @@ def test_a_case_that_is_done_is_kept(
 
 def test_a_wait_in_every_microbatch_is_a_problem(sweep: ModuleType) -> None:
     for case in sweep.CASES:
-        if case.gpu == "l40s" or case.config.parallel.batch_p2p_sync:
+        if case.gpu == "l40s" or case.has_to_wait:
             found = reported(case.plan(), 1)
             found.reports[0].syncs.append(("forward and backward", True, "nonzero", "loss.py:1 f", 1))
             problems = sweep.describe(case, found, 1.0)["problems"]
-            asked = case.config.parallel.batch_p2p_sync
-            assert problems == ([] if asked else ["the host waits 1 times a microbatch"])
+            assert problems == ([] if case.has_to_wait else ["the host waits 1 times a microbatch"])
 
 
 def test_too_much_memory_is_a_problem(sweep: ModuleType) -> None:

@@ -11,7 +11,7 @@ from megatron_eagle.rehearsal.rehearsal import RehearsalPlan
 from megatron_eagle.rehearsal.settings import read_runs_without_data
 from megatron_eagle.training.run_config import RunConfig
 
-FILE = REPO / "examples" / "eagle2.5-8b" / "progressive.yaml"
+FILE = "eagle2.5-8b/progressive.yaml"
 TWO_KINDS = ("one document", "no picture")  # most unlike each other
 ONE_KIND = TWO_KINDS[:1]  # for layouts that another case has with more
 
@@ -28,14 +28,24 @@ class Case:
     preset: str = "eagle2.5-8b"
     kinds: tuple[str, ...] = TWO_KINDS  # of packs, dealt to data parallel ranks in turn
     microbatches: int = 1
+    file: str = FILE  # in examples
 
     @cached_property
     def config(self) -> RunConfig:
         """Its run."""
         runs = read_runs_without_data(
-            str(FILE), self.overrides, stage=self.stage, gpus=self.gpus, preset=self.preset
+            str(REPO / "examples" / self.file),
+            self.overrides,
+            stage=self.stage,
+            gpus=self.gpus,
+            preset=self.preset,
         )
         return runs[self.stage]
+
+    @property
+    def has_to_wait(self) -> bool:
+        """Whether the host waits within a microbatch whatever the code does."""
+        return self.config.parallel.batch_p2p_sync or self.config.model.text.experts is not None
 
     def plan(self) -> RehearsalPlan:
         """What is rehearsed of it."""

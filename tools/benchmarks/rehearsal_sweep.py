@@ -7,14 +7,15 @@ TEXT` takes only those with these words in their names.
 
 The formula is the planner's memory of the rehearsed ranks' packs. In a pipeline it takes all packs for the
 largest of them, so that the rehearsed peak may be well below it; above it by more than 3 % is a problem, and
-so are what the GPU has no memory for and a host that waits within a microbatch.
+so are what the GPU has no memory for and a host that waits within a microbatch without a reason: experts are
+one, for it must know how many rows each has.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,23 @@ KEPT = REPO / "runs" / "rehearsal_sweep"
 
 
 def run(kept: str | None = None, case: str | None = None) -> Report:
+    """As `rehearse_cases`, of `CASES`."""
+    return rehearse_cases(CASES, kept, case)
+
+
+def rehearse_cases(cases: Sequence[Case], kept: str | None, case: str | None) -> Report:
     """Rehearse what is not done yet.
 
+    Args:
+        kept: the folder where cases that are done are kept; None: `KEPT`.
+        case: what the names of those that are wanted have; None: all.
     Raises:
         UserError: no case has these words in its name.
     """
-    chosen = [each for each in CASES if case is None or case in each.name]
+    chosen = [each for each in cases if case is None or case in each.name]
     if not chosen:
-        raise UserError(f"--case {case}: no case has that in its name; there are: {_names()}")
+        names = "; ".join(each.name for each in cases)
+        raise UserError(f"--case {case}: no case has that in its name; there are: {names}")
     code, folder = code_hash(), KEPT if kept is None else Path(kept)
     folder.mkdir(parents=True, exist_ok=True)
     found = []
@@ -99,7 +109,7 @@ def describe(case: Case, found: Rehearsal, seconds: float) -> dict[str, Any]:
     most = max(reports, key=lambda report: report.peak, default=RankReport(0, 1, 0.0))
     step, microbatch = sync_counts(found.everyone)
     problems = [*problem_lines(found), *_too_much(case, reports, formulas)]
-    if microbatch and not case.config.parallel.batch_p2p_sync:  # which asks for it
+    if microbatch and not case.has_to_wait:
         problems.append(f"the host waits {microbatch:g} times a microbatch")
     row = {
         "case": case.name,
@@ -157,7 +167,3 @@ def _by_group(report: RankReport) -> dict[str, dict[str, list[float]]]:
     for (group, op), (count, nbytes) in sorted(traffic(report).items()):
         groups.setdefault(group, {})[op] = [count, nbytes / 1e9]
     return groups
-
-
-def _names() -> str:
-    return "; ".join(case.name for case in CASES)
