@@ -276,9 +276,8 @@ class FakeGpu(TorchDispatchMode):
         own = self.known(args[1]) if name == "c10d::_allgather_base_" else None
         if own is not None:
             gathered = args[0]
-            self._values.remember(
-                gathered, own.flatten().repeat(gathered.numel() // own.numel()).view_as(gathered)
-            )
+            times = gathered.numel() // own.numel()
+            self._values.remember(gathered, own.flatten().repeat(times).view(gathered.shape))
             return
         for tensor in tensors:
             if isinstance(tensor, FakeTensor):

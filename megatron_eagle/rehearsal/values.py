@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 _aten = torch.ops.aten
 _LARGEST = 1 << 24  # elements
+_KEPT = (torch.bool, torch.int32, torch.int64)
 _FILLING = {
     f"aten::{name}"
     for name in ("zeros", "zeros_like", "new_zeros", "ones", "full", "full_like", "arange", "zero_", "fill_")
@@ -42,10 +43,11 @@ class Values:
         return known.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def remember(self, tensor: Tensor, values: Tensor) -> None:
-        """`tensor` has these from here on; of floating point numbers and of many nobody keeps them."""
+        """`tensor` has these from here on; of pixels, of floating point numbers and of many nobody keeps them."""
+        assert not isinstance(values, FakeTensor), "nobody knows them"
         storage = tensor.untyped_storage()
         key, elements = storage._cdata, storage.nbytes() // tensor.element_size()
-        if tensor.dtype.is_floating_point or elements > _LARGEST:
+        if tensor.dtype not in _KEPT or elements > _LARGEST:
             return
         if self.of(tensor) is None:
             if tensor.numel() != elements:
