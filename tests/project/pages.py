@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 from megatron_eagle.data.inspection.kept_pixels import TYPICAL, kept_table
 from megatron_eagle.evaluation.published.facts import FACTS
@@ -39,9 +39,9 @@ def planner_table() -> str:
     return "\n".join([f"Made on {card['date']} at commit {card['commit']}.", "", *lines])
 
 
-def rehearsal_table() -> str:
-    """What was rehearsed, from the card of `bench.py rehearsal_sweep`."""
-    card = json.loads((REPO / "examples" / "cards" / "rehearsal.json").read_text(encoding="utf-8"))
+def rehearsal_table(name: str) -> str:
+    """What was rehearsed, from a card of `bench.py rehearsal_sweep` or `rehearsal_qwen3`."""
+    card = json.loads((REPO / "examples" / "cards" / f"{name}.json").read_text(encoding="utf-8"))
     head = ["case", "layout", "GPUs", "tokens", "ranks run", "with few layers", "matched", "problems"]
     head += ["peak GB", "formula GB", "waits a microbatch", "a step"]
     lines = [f"| {' | '.join(head)} |", "|---|---|---|" + "---:|" * (len(head) - 3)]
@@ -95,7 +95,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "context ways": context_ways.render,
     "rates": rates.rates_table,
     "planner table": planner_table,
-    "rehearsal table": rehearsal_table,
+    "rehearsal table": partial(rehearsal_table, "rehearsal"),
+    "rehearsal of qwen3": partial(rehearsal_table, "rehearsal_qwen3"),
     "long video": long_video_table,
     "soak": soak_table,
     "published benchmarks": benchmarks_table,
