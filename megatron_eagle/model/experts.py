@@ -132,6 +132,9 @@ class MixtureOfExperts(MoELayer):
             x, _ = self.experts(x, counts, weights)
             x = there.token_combine(there.combine_preprocess(x))
             out: Tensor = there.combine_postprocess(x)
+            # Megatron's dispatcher would keep them to its next run, and with their graph the input of a layer
+            # that is computed again, and that input's gradient: of 48 layers 6 GB on each GPU.
+            there.probs = there.routing_map = there.reversed_local_input_permutation_mapping = None
             return out
 
         out: Tensor = (

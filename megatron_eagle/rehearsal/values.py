@@ -43,7 +43,7 @@ class Values:
         return known.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def remember(self, tensor: Tensor, values: Tensor) -> None:
-        """`tensor` has these from here on; of pixels, of floating point numbers and of many nobody keeps them."""
+        """`tensor` has these from here on; pixels, floating point numbers and many nobody keeps."""
         assert not isinstance(values, FakeTensor), "nobody knows them"
         storage = tensor.untyped_storage()
         key, elements = storage._cdata, storage.nbytes() // tensor.element_size()

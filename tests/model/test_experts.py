@@ -1,5 +1,6 @@
 """A layer's experts and the auxiliary loss of their router against transformers, in one process."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -167,6 +168,17 @@ def test_the_router_learns_from_the_auxiliary_loss(recompute):
             if name.startswith("language_model.") and not p.requires_grad
         }
         assert still == {f"language_model.decoder.layers.{n}.mlp.router.weight" for n in range(LAYERS)}
+
+
+def test_a_layer_that_is_computed_again_leaves_nothing_behind():
+    """Megatron's dispatcher keeps the router's weights; with their graph, the input and its gradient."""
+    hidden, inputs = torch.randn(ROWS, 1, 64).requires_grad_(), []
+    with one_process() as mesh:
+        layer = layer_of(built(mesh, RecomputeConfig("selective", recompute_modules=("moe",))))
+        layer.router.register_forward_pre_hook(lambda _, given: inputs.append(weakref.ref(given[0])))
+        layer(hidden)[0].sum().backward()
+    _, again = inputs
+    assert again() is None
 
 
 def test_every_row_is_of_its_pack_once():

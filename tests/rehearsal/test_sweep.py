@@ -64,11 +64,13 @@ def test_every_allowed_value(section: str, name: str, runs: list[RunConfig]) -> 
 
 
 def test_every_stage_of_qwen3s_files(sweep: ModuleType) -> None:
-    cases = importlib.import_module("benchmarks.rehearsal_qwen3").CASES
-    assert {case.file for case in cases} == {f"qwen3/{each.name}" for each in QWEN3.iterdir()}
-    for file in {case.file for case in cases}:
-        stages = [case.stage for case in cases if case.file == file]
+    module = importlib.import_module("benchmarks.rehearsal_qwen3")
+    cases, its_own = module.CASES, dict(module.FILES.values())  # file -> its GPUs
+    assert set(its_own) == {f"qwen3/{each.name}" for each in QWEN3.iterdir()}
+    for file, gpus in its_own.items():
+        stages = [case.stage for case in cases if (case.file, case.gpus) == (file, gpus)]
         assert stages == list(stage_settings(str(QWEN3.parent / file), []))
+        assert 256 in {case.gpus for case in cases if case.file == file}
     assert any(case.has_to_wait for case in cases), "experts"
 
 
