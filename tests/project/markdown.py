@@ -8,9 +8,7 @@ from pathlib import Path
 from tests.paths import REPO
 
 _FOLDERS = ("docs", "examples", ".github")
-_PART = re.compile(
-    r"(<!-- (?P<name>[\w ]+): [^>]*-->\n)(?P<body>.*?)(<!-- end of (?P=name) -->)", re.DOTALL
-)
+_PART = re.compile(r"(<!-- (?P<name>[\w ]+): [^>]*-->\n)(?P<body>.*?)(<!-- end of (?P=name) -->)", re.DOTALL)
 _FENCED = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
