@@ -45,7 +45,7 @@ POOL = [
     *ABSOLUTE,
     *(
         f"tests/parallel/test_{name}.py"
-        for name in ("parity", "steps", "fused_loss", "lora", "parts", "norm")
+        for name in ("parity", "experts", "families", "steps", "fused_loss", "lora", "parts", "norm")
     ),
     *(f"tests/parallel/test_{name}.py" for name in ("offload", "swiglu_recompute", "store_cells")),
     "tests/parallel/test_dataset_losses.py",
