@@ -38,6 +38,7 @@ ABSOLUTE = [
         for name in ("reference_attention", "layout", "context_parallel")
     ),
     *(f"tests/convert/test_{name}.py" for name in ("rotary", "lora", "constants", "trajectory")),
+    "tests/model/test_experts.py",
     "tests/data/loading/test_loader.py",
     "tests/training/test_training.py",
 ]
