@@ -91,13 +91,14 @@ def export_adapter(
     model_config, config = read_model_config(checkpoint), read_lora_config(checkpoint)
     if config is None:
         raise UserError(f"{checkpoint}: it has no LoRA adapters; export its weights with --hf alone")
-    others = _trained_besides(checkpoint)
+    run = load_yaml(checkpoint_folder(checkpoint) / "run.yaml")
+    others = _trained_besides(run)
     if others and base is None:
         raise UserError(
             f"{checkpoint}: {' and '.join(others)} trained besides the adapters, which therefore do not fit "
             "the model that the run started from; export their base too (--hf)"
         )
-    if base is None and _moved(checkpoint, model_config):
+    if base is None and _moved(run, model_config):
         raise UserError(
             f"{checkpoint}: its model.text.rope_scaling is not that of the model that the run started from, "
             "which adapters cannot say; export their base too (--hf)"
@@ -163,16 +164,16 @@ def _peft_config(config: LoraConfig, base: str | Path | None) -> dict[str, Any]:
     }
 
 
-def _trained_besides(checkpoint: Path) -> list[str]:
-    """Parts whose own weights trained in the run that wrote `checkpoint`."""
-    optimizer = load_yaml(checkpoint_folder(checkpoint) / "run.yaml").get("optimizer") or {}
+def _trained_besides(run: dict[str, Any]) -> list[str]:
+    """Parts whose own weights trained in the run of these settings."""
+    optimizer = run.get("optimizer") or {}
     return [part for part in optimizer.get("trainable", []) if part != "language"]
 
 
-def _moved(checkpoint: Path, model: EagleConfig) -> bool:
-    """Whether the run that wrote `checkpoint` began with other rotary positions; true, too, where it has YaRN
-    and nobody can tell any more."""
-    start = (load_yaml(checkpoint_folder(checkpoint) / "run.yaml").get("checkpoint") or {}).get("load")
+def _moved(run: dict[str, Any], model: EagleConfig) -> bool:
+    """Whether the run of these settings began with other rotary positions than `model`, its own; true, too,
+    where that has YaRN and nobody can tell any more."""
+    start = (run.get("checkpoint") or {}).get("load")
     scaling = model.text.rope_scaling
     if start is None or not has_checkpoint(start):
         return scaling is not None

@@ -276,11 +276,9 @@ class ParallelConfig(Ranged):
         self._check_experts(world_size, experts)
         replicas = world_size // replica
         if replicas % self.packs:
-            legal = [n for n in range(1, replicas + 1) if replicas % n == 0]
-            below, above = ([n for n in legal if n < self.packs], [n for n in legal if n > self.packs])
             raise UserError(
                 f"data.packs_per_sequence {self.packs} does not divide {replicas}, the data parallel size of "
-                f"{world_size} processes with 1: choose {' or '.join(map(str, below[-1:] + above[:1]))}"
+                f"{world_size} processes with 1: choose {_nearest_divisors(replicas, self.packs)}"
             )
         return replicas // self.packs
 
@@ -306,9 +304,7 @@ class ParallelConfig(Ranged):
                 f"{world_size} processes cannot be divided into expert tensor {self.expert_tensor_size} x "
                 f"expert {size} x pipeline {self.pipeline_model_parallel_size}"
             )
-        legal = [n for n in range(1, both + 1) if both % n == 0]
-        below, above = ([n for n in legal if n < size], [n for n in legal if n > size])
-        nearest = " or ".join(map(str, below[-1:] + above[:1]))
+        nearest = _nearest_divisors(both, size)
         raise UserError(f"{problem}: choose parallel.expert_model_parallel_size {nearest}")
 
     def _check_key_comm(self) -> None:
@@ -348,6 +344,13 @@ class ParallelConfig(Ranged):
             return f"context_parallel_size {self.context_parallel_size}"
         one = self.context_parallel_size // self.packs
         return f"data.packs_per_sequence {self.packs} x context_parallel_size {one}"
+
+
+def _nearest_divisors(number: int, size: int) -> str:
+    """Those of `number` next to `size`, which is none, in words."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below, above = ([n for n in divisors if n < size], [n for n in divisors if n > size])
+    return " or ".join(map(str, below[-1:] + above[:1]))
 
 
 @dataclass

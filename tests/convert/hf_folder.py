@@ -22,14 +22,20 @@ TOKENS_PER_TILE = 4
 SPARE_ROWS = 3  # vocabulary rows beyond the tokenizer's, as in the released model
 
 
-def write_tokenizer(folder: Path) -> Tokenizer:
-    """A byte-level BPE tokenizer with the chat and image tokens, as transformers saves it."""
+def train_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer without special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXT, trainer)
+    return tokenizer
+
+
+def write_tokenizer(folder: Path) -> Tokenizer:
+    """A byte-level BPE tokenizer with the chat and image tokens, as transformers saves it."""
+    tokenizer = train_tokenizer()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

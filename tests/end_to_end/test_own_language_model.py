@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
-from tests.convert.hf_folder import TEXT
+from tests.convert.hf_folder import train_tokenizer
 from tests.convert.media import write_picture
 from tests.paths import REPO
 
@@ -51,14 +51,8 @@ def steps() -> dict[str, str]:
 
 def write_published(folder: Path, model_type: str) -> None:
     """A small language model with its tokenizer, and an encoder, as they are downloaded."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(TEXT, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=train_tokenizer(),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         bos_token="<|im_start|>",

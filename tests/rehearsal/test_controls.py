@@ -235,15 +235,19 @@ def test_memory_that_stays_is_seen(found: Found) -> None:
     assert more - found[nothing].peaks["optimizer"].nbytes == 2 * (100 << 20)
 
 
-@pytest.mark.slow
-def test_a_rank_whose_code_reduces_otherwise_is_named() -> None:
-    config = _one_layer()
+def mismatch_by(fault: Callable[[], None], config: RunConfig) -> str:
+    """What is said of the second of two ranks with this fault; without it their messages meet."""
     loader = MadeUp(config.model, ("one document",))
-    befores = nothing, nothing, the_largest_loss
+    befores = nothing, nothing, fault
     jobs = [Job(config, "h100", min(n, 1), 2, loader, 1, before) for n, before in enumerate(befores)]
     first, second, other = (Trace(report.events, report.families) for report in run_jobs(jobs, 2))
     assert match_messages({0: first, 1: second}) is None
-    mismatch = str(match_messages({0: first, 1: other}))
+    return str(match_messages({0: first, 1: other}))
+
+
+@pytest.mark.slow
+def test_a_rank_whose_code_reduces_otherwise_is_named() -> None:
+    mismatch = mismatch_by(the_largest_loss, _one_layer())
     assert "rank 0: all_reduce SUM float64" in mismatch
     assert "rank 1: all_reduce MAX float64" in mismatch
     assert "training/forward_backward.py" in mismatch
@@ -252,12 +256,6 @@ def test_a_rank_whose_code_reduces_otherwise_is_named() -> None:
 @pytest.mark.slow
 def test_rows_for_experts_that_nobody_awaits_are_named() -> None:
     layout = cell("EP2 x CP2")
-    config = small_run(layout.parallel, text=layout.text)
-    loader = MadeUp(config.model, ("one document",))
-    befores = nothing, nothing, all_to_the_first_experts
-    jobs = [Job(config, "h100", min(n, 1), 2, loader, 1, before) for n, before in enumerate(befores)]
-    first, second, other = (Trace(report.events, report.families) for report in run_jobs(jobs, 2))
-    assert match_messages({0: first, 1: second}) is None
-    mismatch = str(match_messages({0: first, 1: other}))
+    mismatch = mismatch_by(all_to_the_first_experts, small_run(layout.parallel, text=layout.text))
     assert "awaits other rows than rank" in mismatch
     assert "rank 0: all_to_all" in mismatch and "EXPERT_MODEL_PARALLEL_GROUP" in mismatch
